@@ -1,0 +1,472 @@
+"""What a run is: frozen dataclasses, and the one place where an option is written.
+
+A field made by `option` carries its default, its help, its check, its flag and its other
+spellings. The command line, a YAML file, `--help`, the saved `config.yaml` and the constructors'
+checks are all read off these fields. A check here needs no model; what needs one is checked when
+the model's headers are known. A constructor reports everything that is wrong at once.
+
+Left out: reading flags and files, which `commands/arguments.py` does. Imports the standard library
+and yaml only, so that `--help` and a misspelt flag answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from qlora_kit.errors import ConfigError
+
+Check = Callable[[Any], str | None]
+"""Gives None for a good value, else what is allowed: `at least 1`."""
+
+QUANT_TYPES = ("nf4", "fp4")
+DTYPES = ("bf16", "fp16", "fp32")
+OPTIMIZERS = (
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+)
+SCHEDULES = ("cosine", "linear", "constant")
+DATA_FORMATS = ("auto", "text", "prompt", "instruction", "messages")
+RECOMPUTE_LEVELS = ("none", "full")
+DEFAULT_EVAL_FRACTION = 0.05
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    aliases: Sequence[str] = (),
+    check: Check | None = None,
+    metavar: str | None = None,
+    shown_default: str | None = None,
+    repeated: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag and a key of the config file.
+
+    `flag` is the name outside Python where it differs from the field's; `shown_default` is what
+    `--help` says where the default is worked out later; `repeated` collects a tuple of values.
+    """
+    details = {
+        "help": help,
+        "flag": flag,
+        "aliases": tuple(aliases),
+        "check": check,
+        "metavar": metavar,
+        "shown_default": shown_default,
+        "repeated": repeated,
+    }
+    return dataclasses.field(default=default, metadata={"option": details})
+
+
+def one_of(*allowed: object) -> Check:
+    """A check for a closed list of values."""
+    listed = ", ".join(map(str, allowed[:-1])) + f" or {allowed[-1]}"
+    return lambda value: None if value in allowed else listed
+
+
+def between(
+    low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> Check:
+    """A check for a finite number in a range; an open end is not part of it."""
+    allowed = f"{'above' if open_low else 'at least'} {low:g}"
+    if high != math.inf:
+        allowed += f" and {'below' if open_high else 'at most'} {high:g}"
+
+    def check(value: float) -> str | None:
+        good = (
+            math.isfinite(value)
+            and (low < value if open_low else low <= value)
+            and (value < high if open_high else value <= high)
+        )
+        return None if good else allowed
+
+    return check
+
+
+def _not_empty(value: str) -> str | None:
+    return None if value.strip() else "a name or a path"
+
+
+class Options:
+    """Base of the option groups: types and checks are applied when one is made."""
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if not problems:
+            problems = list(self._conflicts())
+        if problems:
+            raise ConfigError("; ".join(problems), "correct the values named above (see --help)")
+
+    def _problems(self) -> typing.Iterator[str]:
+        for field in dataclasses.fields(typing.cast(Any, self)):
+            name, value = flag_of(field), getattr(self, field.name)
+            if value is None and _allows_none(types_of(type(self))[field.name]):
+                continue
+            check = field.metadata["option"]["check"]
+            try:
+                value = convert(value, types_of(type(self))[field.name])
+            except ValueError as error:
+                # A word where a number belongs: say what would be right, range included.
+                allowed = check(math.nan) if check and str(error) == "a number" else None
+                yield f"{name} must be {allowed or error}, got {value}"
+                continue
+            object.__setattr__(self, field.name, value)
+            allowed = check(value) if check else None
+            if allowed:
+                yield f"{name} must be {allowed}, got {value}"
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        """Combinations that cannot work; looked at once every value is good by itself."""
+        return iter(())
+
+
+@dataclass(frozen=True)
+class BaseConfig(Options):
+    """Which base model, and how it is held."""
+
+    model: str = option(
+        "tiny",
+        "local directory, hub id or short name (tiny ships with the package; llama-7b, "
+        "llama3.1-8b, mistral-7b, ... stand for hub ids)",
+        aliases=("model_name_or_path",),
+        check=_not_empty,
+        metavar="NAME|DIR",
+    )
+    revision: str | None = option(None, "hub revision: branch, tag or commit", metavar="REV")
+    bits: int = option(
+        4, "bits of the base's linear layers: 4, 8 or 16 (not quantized)", check=one_of(4, 8, 16)
+    )
+    quant_type: str | None = option(
+        None, "4-bit format", check=one_of(*QUANT_TYPES), shown_default="nf4"
+    )
+    double_quant: bool | None = option(
+        None, "quantize the 4-bit scales as well", shown_default="on"
+    )
+    dtype: str = option(
+        "auto",
+        "compute dtype; auto: bf16 where the device has it, else fp16 (GPU) or fp32",
+        check=one_of("auto", *DTYPES),
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", check=_not_empty)
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.bits == 4:
+            object.__setattr__(self, "quant_type", self.quant_type or QUANT_TYPES[0])
+            object.__setattr__(self, "double_quant", self.double_quant is not False)
+            return
+        for name in ("quant_type", "double_quant"):
+            if getattr(self, name) is not None:
+                yield (
+                    f"{name} {getattr(self, name)} goes with bits 4 (nf4 or fp4, double_quant on "
+                    f"or off), not with bits {self.bits}"
+                )
+
+
+@dataclass(frozen=True)
+class DataConfig(Options):
+    """Which rows, and how they become tokens."""
+
+    data: str = option(
+        "sample",
+        ".jsonl file, directory with train.jsonl and valid.jsonl, or sample:NAME from the package",
+        aliases=("dataset",),
+        check=_not_empty,
+        metavar="FILE|DIR",
+    )
+    eval_data: str | None = option(
+        None,
+        "held-out rows; else the directory's valid.*, else its test.*, else a share",
+        metavar="FILE",
+    )
+    eval_fraction: float | None = option(
+        None,
+        "share of the rows held out where there is no other held-out file; 0: no evaluation",
+        check=between(0, 1, open_high=True),
+        shown_default=str(DEFAULT_EVAL_FRACTION),
+    )
+    format: str = option("auto", "shape of the rows", check=one_of(*DATA_FORMATS))
+    train_on_prompt: bool = option(False, "supervise the prompt as well")
+    max_length: int | None = option(
+        None,
+        "tokens per row",
+        aliases=("max_seq_length",),
+        check=between(2),
+        shown_default="1024, or the model's context where that is shorter",
+    )
+    allow_longer_context: bool = option(False, "let --max_length exceed the model's context")
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.eval_data is not None and self.eval_fraction is not None:
+            yield (
+                f"eval_fraction {self.eval_fraction:g} is given beside eval_data {self.eval_data}: "
+                "name one of them"
+            )
+
+
+@dataclass(frozen=True)
+class LoRAConfig(Options):
+    """The adapters: rank, scale and place."""
+
+    r: int = option(16, "rank", flag="lora_r", check=between(1, 65536))
+    alpha: float = option(
+        32.0,
+        "the update is scaled by alpha / r",
+        flag="lora_alpha",
+        check=between(0, open_low=True),
+    )
+    dropout: float = option(
+        0.0, "dropout before lora_A", flag="lora_dropout", check=between(0, 1, open_high=True)
+    )
+    target_modules: str | tuple[str, ...] = option(
+        "auto",
+        "auto (query and value projections), all-linear, comma-separated names, or a regex",
+        check=lambda value: None if value else "auto, all-linear, names or a regex",
+        metavar="NAMES",
+    )
+    use_rslora: bool = option(False, "scale by alpha / sqrt(r) instead")
+    adapter_dtype: str = option(
+        "auto",
+        "dtype that adapters are computed and saved in (auto: the compute dtype); masters are fp32",
+        check=one_of("auto", *DTYPES),
+    )
+
+    @property
+    def scaling(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Options):
+    """The optimization."""
+
+    learning_rate: float = option(2e-4, "peak learning rate", check=between(0, 1e3, open_low=True))
+    lr_scheduler_type: str = option("cosine", "after the warm-up", check=one_of(*SCHEDULES))
+    warmup_steps: float = option(
+        0.03,
+        "steps of linear warm-up; below 1: a share of all steps",
+        aliases=("warmup_ratio",),
+        check=between(0),
+    )
+    weight_decay: float = option(0.0, "decoupled weight decay", check=between(0))
+    max_grad_norm: float = option(
+        1.0, "gradients are clipped to this norm", check=between(0, open_low=True)
+    )
+    optim: str = option(
+        "auto",
+        "auto: paged_adamw_8bit on CUDA, adamw (torch's fused) elsewhere",
+        check=one_of("auto", *OPTIMIZERS),
+    )
+    batch_size: int = option(
+        1,
+        "rows of a micro-batch",
+        flag="per_device_train_batch_size",
+        aliases=("batch_size",),
+        check=between(1),
+    )
+    gradient_accumulation_steps: int = option(16, "micro-batches of a step", check=between(1))
+    num_train_epochs: float = option(1.0, "passes over the data", check=between(0))
+    max_steps: int | None = option(None, "stop after this many optimizer steps", check=between(0))
+    gradient_checkpointing: str = option(
+        "full", "activations recomputed in the backward pass", check=one_of(*RECOMPUTE_LEVELS)
+    )
+    seed: int = option(
+        42, "of adapters, data order, dropout and sampling", check=between(0, 2**63 - 1)
+    )
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.num_train_epochs == 0 and not self.max_steps:
+            yield (
+                f"num_train_epochs 0 with max_steps {self.max_steps or 0} leaves no step to train"
+            )
+        elif self.max_steps == 0:
+            yield "max_steps 0 leaves no step to train: leave it out, or give at least 1"
+
+
+@dataclass(frozen=True)
+class OutputConfig(Options):
+    """Where the results go, and what is reported."""
+
+    output_dir: str | None = option(
+        None,
+        "new or empty directory for the results",
+        check=_not_empty,
+        shown_default="runs/<model>-<data>-<bits>bit, then -2, -3 ...",
+        metavar="DIR",
+    )
+    overwrite: bool = option(False, "replace what is in --output_dir")
+    logging_steps: int = option(1, "a line in metrics.jsonl every so many steps", check=between(1))
+    report_to: str = option(
+        "none", "trackers of accelerate: tensorboard, wandb, ... (comma-separated)", metavar="NAMES"
+    )
+    sample_prompts: int = option(
+        0, "answer this many held-out prompts before and after training", check=between(0, 100)
+    )
+    compare_bits: bool = option(
+        False, "first load the base in 16, 8 and 4 bits and show the memory of each"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `finetune` runs: one of each group of options."""
+
+    base: BaseConfig = dataclasses.field(default_factory=BaseConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
+
+    def as_flat(self) -> dict[str, Any]:
+        """`{option name: value}` of every option that applies, in the order of `--help`.
+
+        An option that is left alone and has no value (None) is absent.
+        """
+        groups = (self.base, self.data, self.lora, self.training, self.output)
+        return {name: value for group in groups for name, value in as_flat(group).items()}
+
+
+@dataclass(frozen=True)
+class ExportConfig(Options):
+    """What to export, in which form, and how it is verified."""
+
+    adapter: str | None = option(None, "directory of the adapter", check=_not_empty, metavar="DIR")
+    output_dir: str | None = option(
+        None, "new or empty directory for the model", check=_not_empty, metavar="DIR"
+    )
+    overwrite: bool = option(False, "replace what is in --output_dir")
+    format: str = option("hf", "what to write", check=one_of("hf"))
+    merge_base: str = option(
+        "dequantized",
+        "add the update to the weights that training multiplied by, or to the original ones",
+        check=one_of("dequantized", "original"),
+    )
+    export_dtype: str = option(
+        "auto",
+        "dtype of the export (auto: the compute dtype)",
+        flag="dtype",
+        check=one_of("auto", *DTYPES),
+    )
+    shard_size: int = option(
+        4 * 1024**3, "largest size of one file in bytes", check=between(1024**2), metavar="BYTES"
+    )
+    verify: str | None = option(
+        None,
+        "file to verify on",
+        shown_default="the run's own held-out rows, else the sample",
+        check=_not_empty,
+        metavar="FILE",
+    )
+    max_kl: float | None = option(
+        None, "a larger divergence from the model as trained is an error", check=between(0)
+    )
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Options):
+    """What to generate from, and how tokens are drawn."""
+
+    adapter: tuple[str, ...] = option(
+        (), "directory of an adapter, or NAME=DIR", repeated=True, metavar="[NAME=]DIR"
+    )
+    use: str | None = option(
+        None,
+        "which adapter answers (none: the base alone)",
+        shown_default="the first",
+        metavar="NAME",
+    )
+    prompt: str | None = option(None, "the text to go on from", metavar="TEXT")
+    prompts: str | None = option(None, ".jsonl file of {prompt, adapter}", metavar="FILE")
+    max_new_tokens: int = option(128, "stop after this many tokens", check=between(1))
+    temperature: float = option(0.0, "0: always the likeliest token", check=between(0, 100))
+    top_p: float = option(
+        1.0,
+        "draw from the likeliest tokens that make up this share",
+        check=between(0, 1, open_low=True),
+    )
+    seed: int = option(42, "of the drawing", check=between(0, 2**63 - 1))
+    chat: bool = option(False, "put the prompt into the model's chat template")
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The name of an option outside Python."""
+    return str(field.metadata["option"]["flag"] or field.name)
+
+
+def as_flat(group: Options) -> dict[str, Any]:
+    """`{option name: value}` of one group; what has no value is left out."""
+    flat = {}
+    for field in dataclasses.fields(typing.cast(Any, group)):
+        value = getattr(group, field.name)
+        if value is not None:
+            flat[flag_of(field)] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def convert(value: Any, annotation: Any) -> Any:
+    """`value` as the annotated type; `ValueError` with what is allowed where it is none."""
+    kinds = [kind for kind in alternatives(annotation) if kind is not type(None)]
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        if isinstance(value, (list, tuple)):
+            if all(isinstance(item, str) for item in value):
+                return tuple(value)
+            raise ValueError("a list of names")
+        if str not in kinds:
+            raise ValueError("a list of names")
+    kind = kinds[0]
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "on", "yes", "false", "off", "no"):
+            return value.lower() in ("true", "on", "yes")
+        raise ValueError("true or false")
+    if kind is int:
+        if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
+            return int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        raise ValueError("a whole number")
+    if kind is float:
+        # YAML 1.1 reads 2e-4 as text, so text is taken as a number here.
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (ValueError, OverflowError):
+                pass
+        raise ValueError("a number")
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError("text")
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """The text of a config file that `--config` accepts."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types that a field may have: `int | None` gives (int, NoneType)."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _allows_none(annotation: Any) -> bool:
+    return type(None) in alternatives(annotation)
+
+
+def types_of(group: type) -> dict[str, Any]:
+    """The resolved annotation of every field."""
+    return typing.get_type_hints(group)

@@ -51,12 +51,11 @@ def option(
     check: Check | None = None,
     metavar: str | None = None,
     shown_default: str | None = None,
-    repeated: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag and a key of the config file.
 
     `flag` is the name outside Python where it differs from the field's; `shown_default` is what
-    `--help` says where the default is worked out later; `repeated` collects a tuple of values.
+    `--help` says where the default is worked out later.
     """
     details = {
         "help": help,
@@ -65,7 +64,6 @@ def option(
         "check": check,
         "metavar": metavar,
         "shown_default": shown_default,
-        "repeated": repeated,
     }
     return dataclasses.field(default=default, metadata={"option": details})
 
@@ -378,17 +376,8 @@ class ExportConfig(Options):
 class GenerateConfig(Options):
     """What to generate from, and how tokens are drawn."""
 
-    adapter: tuple[str, ...] = option(
-        (), "directory of an adapter, or NAME=DIR", repeated=True, metavar="[NAME=]DIR"
-    )
-    use: str | None = option(
-        None,
-        "which adapter answers (none: the base alone)",
-        shown_default="the first",
-        metavar="NAME",
-    )
+    adapter: str | None = option(None, "directory of an adapter", check=_not_empty, metavar="DIR")
     prompt: str | None = option(None, "the text to go on from", metavar="TEXT")
-    prompts: str | None = option(None, ".jsonl file of {prompt, adapter}", metavar="FILE")
     max_new_tokens: int = option(128, "stop after this many tokens", check=between(1))
     temperature: float = option(0.0, "0: always the likeliest token", check=between(0, 100))
     top_p: float = option(

@@ -50,10 +50,10 @@ Group = TypeVar("Group", bound=Options)
 
 @dataclass(frozen=True)
 class Parsed:
-    """The option groups of a command, and the names that were given rather than left alone."""
+    """The option groups of a command, and each one's fields that were given, not left alone."""
 
     groups: Mapping[type[Options], Options]
-    given: frozenset[str]
+    given: Mapping[type[Options], frozenset[str]]
     config_file: str | None
     debug: bool
 
@@ -69,22 +69,20 @@ def parse(
     Everything that is wrong with values is reported at once.
     """
     fields = _fields_of(groups)
-    spelling = {"config": "config", "debug": "debug"}
-    for name, (_, field) in fields.items():
-        for other in (name, field.name, *field.metadata["option"]["aliases"]):
-            spelling.setdefault(other, name)
+    spelling = _spelling(fields)
     parser = _parser(command, summary, groups)
     tokens = _with_known_names(argv, spelling, fields, parser)
     arguments = vars(parser.parse_args(tokens))
     config_file, debug = arguments.pop("config", None), arguments.pop("debug", False)
-    values = {**(_read_config(config_file, spelling) if config_file else {}), **arguments}
-    made, problems = {}, []
+    values = {**(read_config(config_file, groups) if config_file else {}), **arguments}
+    made, given, problems = {}, {}, []
     for group in groups:
         own = {
             field.name: values[name]
             for name, (owner, field) in fields.items()
             if owner is group and name in values
         }
+        given[group] = frozenset(own)
         try:
             made[group] = group(**own)
         except ConfigError as error:
@@ -92,7 +90,7 @@ def parse(
     if problems:
         where = f" (some may come from {config_file})" if config_file else ""
         raise ConfigError("; ".join(problems), f"correct the values named above{where}, see --help")
-    return Parsed(made, frozenset(values), config_file, debug)
+    return Parsed(made, given, config_file, debug)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -140,9 +138,8 @@ def _add(section: argparse._ArgumentGroup, field: dataclasses.Field[Any], annota
         )
         return
     # The last name of a flag is the shortest to read in --help's left column.
-    action = "append" if details["repeated"] else "store"
     metavar = details["metavar"] or _metavar(details["check"], annotation)
-    section.add_argument(*flags, dest=name, action=action, metavar=metavar, help=text)
+    section.add_argument(*flags, dest=name, metavar=metavar, help=text)
 
 
 def _metavar(check: Check | None, annotation: Any) -> str:
@@ -222,6 +219,17 @@ def _fields_of(
     return found
 
 
+def _spelling(
+    fields: Mapping[str, tuple[type[Options], dataclasses.Field[Any]]],
+) -> dict[str, str]:
+    """Every accepted spelling of a flag or key, with the option's name."""
+    spelling = {"config": "config", "debug": "debug"}
+    for name, (_, field) in fields.items():
+        for other in (name, field.name, *field.metadata["option"]["aliases"]):
+            spelling.setdefault(other, name)
+    return spelling
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML without tags that make objects, and without keys that stand twice."""
 
@@ -253,8 +261,9 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _s
 _StrictLoader.add_multi_constructor("", _refuse_tag)
 
 
-def _read_config(path: str, spelling: Mapping[str, str]) -> dict[str, Any]:
+def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
     """The options of a config file by their outside names; their values are not yet checked."""
+    spelling = _spelling(_fields_of(groups))
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:

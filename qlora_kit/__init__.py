@@ -1,0 +1,23 @@
+"""qlora_kit: QLoRA fine-tuning on one graphics card. The names are resolved on first use."""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "LoRAConfig": "config",
+    "TrainingConfig": "config",
+    "load_base": "base.load",
+    "inject_lora": "lora.inject",
+    "load_adapter": "lora.adapter",
+    "save_adapter": "lora.adapter",
+    "export_model": "export.merge",
+    "train": "training.loop",
+}
+__all__ = list(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qlora_kit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"qlora_kit.{_HOMES[name]}"), name)

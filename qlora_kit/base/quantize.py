@@ -1,0 +1,290 @@
+"""Frozen linear layers in 4 and 8 bits, in bitsandbytes' formats, with our own products.
+
+A quantized layer is an `nn.Linear` by class whose `weight` holds the packed bytes and whose scales
+are buffers. Everything is read from these plain tensors, never from a `quant_state` or from the
+class of `weight`, which neither fake tensors nor sharded modules keep. Three functions are all
+that the rest of the package knows of it: `product` (y from x), `product_grad` (dx from dy) and
+`dequantize`; each takes an ordinary `nn.Linear` as well. The autograd function keeps nothing for
+backward: the weights do not train, so dx needs dy and the packed bytes only.
+
+- 4 bits: blocks of 64 values share one scale; the scales are optionally quantized to 8 bits
+  themselves (double quant). Products dequantize to the dtype of their input first.
+- 8 bits: W = CB * s, a scale for each row, which folds out of both products exactly:
+  y = (x CB^T) * s and dx = (dy * s) CB. No dequantized weight is ever made.
+
+This module and `training/optimizer.py` are the only ones that import bitsandbytes.
+Sources: Dettmers et al., QLoRA (arXiv 2305.14314) and LLM.int8() (arXiv 2208.07339).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# bitsandbytes prints a line about an optional package while it is imported.
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    import bitsandbytes.functional as bnb
+
+from qlora_kit.errors import NumericError
+
+BLOCKSIZE = 64
+NESTED_BLOCKSIZE = 256
+INT8_LIMIT = 65504.0
+"""8-bit quantization goes through fp16 (bitsandbytes 0.50): larger weights would become zeros."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the linear layers of a base are held; `bits` 16 means not quantized."""
+
+    bits: int
+    quant_type: str | None = None
+    double_quant: bool | None = None
+
+    @property
+    def blocksize(self) -> int | None:
+        """Values that share a scale, in 4 bits."""
+        return BLOCKSIZE if self.bits == 4 else None
+
+
+class QuantizedLinear(nn.Linear):
+    """What both quantized layers share: shapes of the dense weight, a frozen forward."""
+
+    def __init__(
+        self, in_features: int, out_features: int, packed: Tensor, bias: Tensor | None
+    ) -> None:
+        # Not nn.Linear.__init__: it would allocate the dense weight.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        held = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (..., in_features) to (..., out_features) in the dtype of `x`."""
+        return _FrozenProduct.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out_features, in_features) as numbers."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """`x W^T + bias` without a graph."""
+        return F.linear(x, self.dense(x.dtype), self.bias)
+
+    def product_grad(self, grad: Tensor) -> Tensor:
+        """`grad W`: the gradient of `product` by `x`."""
+        return grad @ self.dense(grad.dtype)
+
+
+class Linear4bit(QuantizedLinear):
+    """NF4 or FP4: `weight` (ceil(n/2), 1) uint8 packs two values a byte, `absmax` holds the scales.
+
+    With double quant `absmax` is uint8 and `nested_absmax`, `nested_offset`, `nested_map` decode
+    it; else it is fp32 of length ceil(n/64).
+    """
+
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    nested_map: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        packed: Tensor,
+        bias: Tensor | None,
+        *,
+        quant_type: str,
+        absmax: Tensor,
+        nested_absmax: Tensor | None = None,
+        nested_offset: Tensor | None = None,
+        nested_map: Tensor | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, packed, bias)
+        self.quant_type = quant_type
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested_absmax", nested_absmax)
+        self.register_buffer("nested_offset", nested_offset)
+        # One table for all layers: it is bitsandbytes' constant, not a part of the checkpoint.
+        self.register_buffer("nested_map", nested_map, persistent=False)
+
+    def scales(self) -> Tensor:
+        """The fp32 scale of every block, (ceil(n/64),)."""
+        if self.nested_absmax is None:
+            return self.absmax
+        decoded = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            self.absmax, self.nested_absmax, self.nested_map, NESTED_BLOCKSIZE, torch.float32
+        )
+        return decoded.add_(self.nested_offset)  # type: ignore[no-any-return]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Decode all blocks; equal to the table entry times the scale, rounded once to `dtype`."""
+        numel = self.out_features * self.in_features
+        packed, scales = self.weight.view(-1), self.scales()
+        full = numel // BLOCKSIZE
+        # bitsandbytes 0.50 on AVX512 CPUs is silently wrong where a row is not a multiple of the
+        # block, so the kernel always gets rows that are one block, whatever the layer's shape.
+        weight = _decode_blocks(
+            packed[: full * BLOCKSIZE // 2], scales[:full], self.quant_type, dtype
+        )
+        if full * BLOCKSIZE < numel:
+            rest = packed[full * BLOCKSIZE // 2 :]
+            rest = F.pad(rest, (0, BLOCKSIZE // 2 - rest.numel()))
+            last = _decode_blocks(rest, scales[full:], self.quant_type, dtype)
+            weight = torch.cat((weight, last[: numel - full * BLOCKSIZE]))
+        return weight.view(self.out_features, self.in_features)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        double = ", double_quant" if self.nested_absmax is not None else ""
+        return f"{self.in_features}, {self.out_features}, {self.quant_type}{double}"
+
+
+class Linear8bit(QuantizedLinear):
+    """LLM.int8 rows: `weight` (out_features, in_features) int8, `row_absmax` (out_features,) fp32.
+
+    The value of an entry is `weight * row_absmax / 127`.
+    """
+
+    row_absmax: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        packed: Tensor,
+        bias: Tensor | None,
+        *,
+        row_absmax: Tensor,
+    ) -> None:
+        super().__init__(in_features, out_features, packed, bias)
+        self.register_buffer("row_absmax", row_absmax)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """`weight * row_absmax / 127`, computed in fp32 and rounded once to `dtype`."""
+        return (self.weight * (self.row_absmax / 127).unsqueeze(1)).to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`x W^T + bias` with the scale applied to the result."""
+        y = F.linear(x, self._unit_rows(x.dtype)).mul_(self._unit_scales())
+        return y if self.bias is None else y.add_(self.bias)
+
+    def product_grad(self, grad: Tensor) -> Tensor:
+        """`grad W` with the scale applied to `grad`."""
+        return (grad * self._unit_scales()).to(grad.dtype) @ self._unit_rows(grad.dtype)
+
+    def _unit_rows(self, dtype: torch.dtype) -> Tensor:
+        # A power of two keeps int8 exact in every dtype, and the sums of fp16 in its range.
+        return self.weight.to(dtype).div_(128)
+
+    def _unit_scales(self) -> Tensor:
+        return self.row_absmax * (128 / 127)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features}, {self.out_features}, int8"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`layer.product` whose backward reads the layer again and keeps no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return ctx.layer.product_grad(grads[0]), None
+
+
+def quantize_linear(
+    weight: Tensor, bias: Tensor | None, quantization: Quantization, *, name: str = "weight"
+) -> QuantizedLinear:
+    """A frozen quantized layer from a dense `weight` (out_features, in_features) on its device.
+
+    The bytes equal `bitsandbytes.functional.quantize_4bit` and `int8_vectorwise_quant` of the same
+    tensor. Errors: `NumericError` naming `name` for a weight that the format cannot hold.
+    """
+    out_features, in_features = weight.shape
+    if quantization.bits == 8:
+        largest = float(weight.abs().max())
+        if largest > INT8_LIMIT:
+            raise NumericError(
+                f"{name} holds {largest:g}, and 8-bit quantization reaches {INT8_LIMIT:g}",
+                "use --bits 4 or 16 for this model",
+            )
+        rows, row_absmax, _ = bnb.int8_vectorwise_quant(weight.half())
+        return Linear8bit(in_features, out_features, rows, bias, row_absmax=row_absmax)
+    assert quantization.quant_type is not None
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(),
+        blocksize=BLOCKSIZE,
+        compress_statistics=bool(quantization.double_quant),
+        quant_type=quantization.quant_type,
+    )
+    nested = {}
+    if state.nested:
+        nested = {
+            "nested_absmax": state.state2.absmax,
+            "nested_offset": state.offset,
+            "nested_map": state.state2.code,
+        }
+    return Linear4bit(
+        in_features,
+        out_features,
+        packed,
+        bias,
+        quant_type=quantization.quant_type,
+        absmax=state.absmax,
+        **nested,
+    )
+
+
+def product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`x W^T + bias` of a frozen layer in any number of bits, without a graph."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.product(x)
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def product_grad(layer: nn.Linear, grad: Tensor) -> Tensor:
+    """The gradient of `product` by `x`, for `grad` (..., out_features)."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.product_grad(grad)
+    return grad @ layer.weight
+
+
+def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The dense weight (out_features, in_features) in `dtype`, a new tensor."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dense(dtype)
+    return layer.weight.detach().to(dtype, copy=True)
+
+
+def quantized_bytes(layer: nn.Module) -> int:
+    """Bytes of a quantized layer's weight and scales; 0 for any other module."""
+    if not isinstance(layer, QuantizedLinear):
+        return 0
+    held = [layer.weight, *(b for n, b in layer.named_buffers() if n != "nested_map")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, dtype: torch.dtype) -> Tensor:
+    """Whole blocks to numbers, flat."""
+    if scales.numel() == 0:
+        return torch.empty(0, dtype=dtype, device=packed.device)
+    shape = (scales.numel(), BLOCKSIZE)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(  # type: ignore[no-any-return]
+        packed.view(-1, 1), scales, BLOCKSIZE, quant_type, shape, dtype
+    ).view(-1)

@@ -1,0 +1,157 @@
+"""A model's name to a directory of files, every path contained in it, with a fingerprint of it.
+
+A name is a path if it starts with `.`, `/` or `~`, has other than one `/`, or its first part is a
+directory here; `tiny` is the package's own base; anything else is a hub id, or a short name that
+stands for one. Files of a directory may not lead out of it. The network is used only for hub ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.errors import ModelError, ResourceError, UnsafeInputError
+
+if TYPE_CHECKING:
+    from qlora_kit.base.validate import TensorEntry
+
+SHORT_NAMES = {
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-13b": "huggyllama/llama-13b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "tinyllama-1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
+TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+
+# What a base consists of: weights that hold no code, and text.
+HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+FINGERPRINT_SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base is: the name to show and record, its revision, and its directory."""
+
+    name: str
+    revision: str | None
+    directory: Path
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's name means a local path; it is then never looked up on the hub."""
+    if name.startswith((".", "/", "~")) or name.count("/") not in (0, 1):
+        return True
+    first = name.split("/")[0]
+    return os.path.isdir(first) and name not in SHORT_NAMES and name != "tiny"
+
+
+def resolve(name: str, revision: str | None = None) -> Source:
+    """The directory of a model, downloaded where the name is a hub id.
+
+    Errors: `ModelError` where there is none, `ResourceError` where the hub cannot be reached.
+    """
+    if name == "tiny":
+        return Source("tiny", None, TINY)
+    if is_path(name):
+        directory = Path(name).expanduser()
+        if not directory.exists():
+            raise ModelError(f"{name}: no such directory", "give a model directory or a hub id")
+        if not directory.is_dir():
+            raise ModelError(f"{name}: is a file", "give the directory that holds config.json")
+        if not any(directory.iterdir()):
+            raise ModelError(f"{name}: is empty", "give the directory that holds config.json")
+        return Source(directory.resolve().name, None, directory)
+    hub_id = SHORT_NAMES.get(name, name)
+    if "/" not in hub_id:
+        known = ", ".join(("tiny", *SHORT_NAMES))
+        raise ModelError(
+            f"{name}: neither a directory here nor a known short name",
+            f"use owner/name for a hub id, ./{name} for a directory, or one of {known}",
+        )
+    return Source(hub_id, revision, _download(hub_id, revision))
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    """The snapshot's directory in the hub's local cache, fetched where it is not there yet."""
+    from huggingface_hub import errors, snapshot_download
+
+    called = hub_id + (f" at {revision}" if revision else "")
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{called}: the repository is gated and this account has no access",
+            "accept its terms on the hub and log in with `hf auth login`",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{called}: the hub has no such repository, or it is private",
+            "check the name; for a private one log in with `hf auth login`",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{called}: no such revision", "name a branch, tag or commit") from error
+    except errors.HFValidationError as error:
+        raise ModelError(f"{called}: not a hub id", "a hub id is owner/name") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise ResourceError(
+            f"{called}: the hub cannot be reached and the local hub cache does not hold this model",
+            "connect to the network, or give the directory of a downloaded copy",
+        ) from error
+
+
+def contained(directory: Path, relative: str) -> Path:
+    """The regular file `relative` of `directory`.
+
+    Errors: `UnsafeInputError` for a path that leaves the directory or is no regular file (nothing
+    is opened), `ModelError` where there is no such file.
+    """
+    parts = Path(relative).parts
+    if not parts or Path(relative).is_absolute() or ".." in parts or "\0" in relative:
+        raise UnsafeInputError(
+            f"{directory}: the path {relative!r} leaves the directory",
+            "remove it from the index; files of a model stay in its directory",
+        )
+    path = directory / relative
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file", "complete the model directory") from error
+    real, roots = path.resolve(), [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        # The hub's cache keeps a snapshot as links into the repository's own blobs.
+        roots.append(directory.resolve().parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise UnsafeInputError(
+            f"{path}: links to {real}, outside the model directory",
+            "copy the file into the directory",
+        )
+    if not stat.S_ISREG(mode):
+        raise UnsafeInputError(f"{path}: is not a regular file", "replace it by the real file")
+    return path
+
+
+def fingerprint(entries: Iterable[TensorEntry]) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and first, middle and last 4 KiB.
+
+    Sorted by name, so that it is the same however the tensors are spread over files.
+    """
+    digest = hashlib.sha256()
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        digest.update(f"{entry.name} {entry.dtype} {list(entry.shape)}\n".encode())
+        size = entry.end - entry.start
+        middle = entry.start + max(0, (size - FINGERPRINT_SAMPLE) // 2)
+        last = entry.start + max(0, size - FINGERPRINT_SAMPLE)
+        with open(entry.path, "rb") as file:
+            for start in (entry.start, middle, last):
+                file.seek(start)
+                digest.update(file.read(min(size, FINGERPRINT_SAMPLE)))
+    return digest.hexdigest()

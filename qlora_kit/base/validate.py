@@ -1,0 +1,279 @@
+"""What a model directory claims, checked before a byte of weights is read.
+
+`read_config` and `read_entries` look at JSON and safetensors headers only; `check_architecture`
+compares the headers with the model that the config describes, built on the meta device. Nothing
+from a file is believed before: sizes, offsets, shapes, names and paths are all bounded here, so
+that loading can trust what it is given.
+
+Source: the safetensors format (8 bytes of header length, a JSON header, then the tensors).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_kit.base.source import contained
+from qlora_kit.errors import InputError, ModelError, UnsafeInputError
+
+FAMILIES = ("llama",)
+"""Model types that are tested end to end."""
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+JSON_LIMIT = 16 * 1024**2
+HEADER_LIMIT = 100 * 1000**2  # as the safetensors library has it
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: bytes `start` to `end` of `path`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    end: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that torch knows it by."""
+        return DTYPES[self.dtype]
+
+
+def read_json(path: Path, error: type[InputError] = ModelError) -> dict[str, Any]:
+    """The object in a small JSON file; `error` names the file and the place for anything else."""
+    try:
+        size = path.stat().st_size
+        if size > JSON_LIMIT:
+            raise error(f"{path}: has {size} bytes", f"a file like this has below {JSON_LIMIT}")
+        text = path.read_bytes().decode("utf-8-sig")
+        content = json.loads(text)
+    except FileNotFoundError as missing:
+        raise error(f"{path}: no such file", "complete the directory") from missing
+    except UnicodeDecodeError as bad:
+        raise error(f"{path}: byte {bad.start} is not UTF-8", "save the file as UTF-8") from bad
+    except json.JSONDecodeError as bad:
+        raise error(
+            f"{path}:{bad.lineno}: not JSON: {bad.msg} (column {bad.colno})",
+            "fetch the file again or correct it",
+        ) from bad
+    except RecursionError as bad:
+        raise error(f"{path}: is nested too deeply", "correct the file") from bad
+    if not isinstance(content, dict):
+        raise error(f"{path}: holds {type(content).__name__}, not an object", "correct the file")
+    return content
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a directory: a supported family, without code of its own."""
+    path = contained(directory, "config.json")
+    config = read_json(path)
+    if "auto_map" in config:
+        raise UnsafeInputError(
+            f"{path}: auto_map asks to run Python files of the model",
+            "use a model that transformers supports by itself; remote code is never run",
+        )
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ModelError(
+            f"{path}: model_type {kind!r} is not supported",
+            f"supported families are {', '.join(FAMILIES)}",
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise ModelError(
+            f"{path}: the weights are already quantized ({method})",
+            "give the original 16-bit model; --bits quantizes it",
+        )
+    return config
+
+
+def read_entries(directory: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a directory by name, from the headers of its safetensors files."""
+    if (directory / INDEX_FILE).exists() and not (directory / SINGLE_FILE).exists():
+        return _read_sharded(directory)
+    if (directory / SINGLE_FILE).exists():
+        return read_header(contained(directory, SINGLE_FILE))
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if pickles:
+        raise UnsafeInputError(
+            f"{directory / pickles[0]}: is a pickle, which can run code when it is read",
+            "convert it to safetensors (transformers: save_pretrained) where you trust it",
+        )
+    raise ModelError(
+        f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}", "complete the model directory"
+    )
+
+
+def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
+    path = contained(directory, INDEX_FILE)
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+        raise ModelError(f"{path}: has no weight_map of names to files", "fetch the index again")
+    entries: dict[str, TensorEntry] = {}
+    for file in sorted(set(listed.values())):
+        keys = sorted(name for name, where in listed.items() if where == file)
+        try:
+            shard = read_header(contained(directory, file))
+        except ModelError as error:
+            if (directory / file).exists():
+                raise
+            raise ModelError(
+                f"{directory / file}: no such file; the index puts {len(keys)} tensors into it",
+                "fetch the missing shard",
+            ) from error
+        absent = [name for name in keys if name not in shard]
+        if absent:
+            raise ModelError(
+                f"{directory / file}: lacks {_some(absent)} of the index", "fetch the shard again"
+            )
+        surplus = [name for name in shard if listed.get(name) != file]
+        if surplus:
+            raise ModelError(
+                f"{directory / file}: holds {_some(surplus)}, which the index does not put there",
+                "fetch the index and the shards again",
+            )
+        entries.update(shard)
+    if not entries:
+        raise ModelError(f"{path}: lists no tensor", "fetch the index again")
+    return entries
+
+
+def read_header(path: Path, error: type[InputError] = ModelError) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file; offsets cover the data without overlap or hole."""
+
+    def corrupt(reason: str) -> InputError:
+        return error(f"{path}: corrupt safetensors: {reason}", "fetch the file again")
+
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length == 0 or length > min(size - 8, HEADER_LIMIT):
+            raise corrupt(f"header of {length} bytes in a file of {size}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (UnicodeDecodeError, ValueError, RecursionError) as bad:
+        raise corrupt(f"header: {bad}") from bad
+    if not isinstance(header, dict):
+        raise corrupt("header is no object")
+    begin, entries = 8 + length, []
+    for name, described in header.items():
+        if name == "__metadata__":
+            continue
+        entry = _entry(name, described, path, begin)
+        if isinstance(entry, str):
+            raise corrupt(f"tensor {name[:100]!r}: {entry}")
+        entries.append(entry)
+    position = begin
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.end)):
+        if entry.start != position:
+            what = "overlaps another tensor" if entry.start < position else "follows a hole"
+            raise corrupt(f"tensor {entry.name[:100]!r} {what}")
+        position = entry.end
+    if position != size:
+        raise corrupt(f"tensors end at byte {position}, the file at {size}")
+    return {entry.name: entry for entry in entries}
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("a key stands twice")
+    return unique
+
+
+def _entry(name: str, described: Any, path: Path, begin: int) -> TensorEntry | str:
+    """The entry, or what is wrong with its description."""
+    if not isinstance(described, Mapping):
+        return "no description"
+    dtype, shape, span = (described.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if dtype not in DTYPES:
+        return f"unknown dtype {dtype!r}"
+    if not isinstance(shape, list) or not all(_is_count(n) for n in shape) or len(shape) > 8:
+        return f"bad shape {str(shape)[:60]}"
+    if not isinstance(span, list) or len(span) != 2 or not all(_is_count(n) for n in span):
+        return f"bad offsets {str(span)[:60]}"
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if span[1] - span[0] != expected:
+        return f"{span[1] - span[0]} bytes for {expected}"
+    return TensorEntry(name, dtype, tuple(shape), path, begin + span[0], begin + span[1])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def check_architecture(
+    entries: Mapping[str, TensorEntry],
+    expected: Mapping[str, torch.Size],
+    tied: Mapping[str, str],
+    where: os.PathLike[str],
+) -> None:
+    """Refuse a checkpoint that is not exactly what the architecture asks for.
+
+    `expected`: name to shape; `tied`: names that may be absent, to the name they share. An
+    attention table of old checkpoints (`rotary_emb.inv_freq`) is allowed: it is computed.
+    Errors: `ModelError` with up to five names.
+    """
+    problems = []
+    missing = [name for name in expected if name not in entries and name not in tied]
+    surplus = [name for name in entries if name not in expected and not is_computed(name)]
+    if missing:
+        problems.append(f"lacks {_some(missing)}")
+    if surplus:
+        problems.append(f"holds {_some(surplus)}, which the architecture does not have")
+    shapes = [
+        f"{name} is {list(entries[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in entries and entries[name].shape != tuple(shape)
+    ]
+    if shapes:
+        more = f" and {len(shapes) - SHOWN} more" if len(shapes) > SHOWN else ""
+        problems.append(", ".join(shapes[:SHOWN]) + more)
+    kinds = [
+        f"{entry.name} is {entry.dtype}"
+        for entry in entries.values()
+        if entry.name in expected and not entry.torch_dtype.is_floating_point
+    ]
+    if kinds:
+        problems.append(f"{_some(kinds)}, expected floating point")
+    if problems:
+        raise ModelError(
+            f"{where}: the weights do not fit config.json: {'; '.join(problems)}",
+            "fetch the files again, or correct config.json",
+        )
+
+
+def is_computed(name: str) -> bool:
+    """Whether a stored tensor is one that the model computes by itself."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _some(names: Sequence[str]) -> str:
+    """Up to five names, and how many there are."""
+    listed = ", ".join(name[:100] for name in names[:SHOWN])
+    return f"{len(names)} tensors ({listed}, ...)" if len(names) > SHOWN else listed

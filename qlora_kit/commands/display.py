@@ -1,0 +1,207 @@
+"""What `finetune` shows on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from qlora_kit.base.load import OpenBase
+    from qlora_kit.config import LoRAConfig, RunConfig
+    from qlora_kit.data.prompt import EncodedRows
+    from qlora_kit.data.read import Row, Rows
+    from qlora_kit.training.loop import StepReport
+    from qlora_kit.training.loss import Evaluation
+
+PLAIN_LINES = 10
+"""Progress lines of a run whose output is not a terminal."""
+
+
+class Display:
+    """Prints a run as it goes; one method for each thing that there is to say."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """One line that the reader should not miss."""
+        self._console.print(f"[yellow]note:[/] {escape(text)}")
+
+    def text_file(self, path: Path, why: str) -> None:
+        """A file, and why it is shown."""
+        self._console.print(f"[bold]{escape(why)}[/] ({escape(path.name)})")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            self._console.print(f"  [dim]{escape(line)}[/]")
+
+    def base(self, base: OpenBase, targets: Sequence[str], lora: LoRAConfig) -> None:
+        """Which base, in which form, and where the adapters go."""
+        form = base.quantization
+        held = "not quantized"
+        if form.bits == 4:
+            held = f"{form.quant_type}{', double quant' if form.double_quant else ''}"
+        elif form.bits == 8:
+            held = "int8"
+        dtype = str(base.dtype).removeprefix("torch.")
+        self._line("base", f"{base.source.name}, {form.bits} bits ({held}), {dtype}, {base.device}")
+        kinds = sorted({name.rpartition(".")[2] for name in targets})
+        self._line("adapters", f"r {lora.r} on {len(targets)} linears: {', '.join(kinds)}")
+        if lora.target_modules == "all-linear":
+            self.note(
+                "all-linear learns more in a step than query and value alone, with several times "
+                "the adapter memory and more time a step"
+            )
+
+    def data(self, rows: Rows, encoded: EncodedRows, held_out: EncodedRows | None) -> None:
+        """Rows, tokens, and what was skipped."""
+        self._line("data", f"{rows.train_source} ({rows.format}): {_counts(encoded)}")
+        if held_out is None:
+            self._line("held out", "none: no evaluation")
+        else:
+            self._line("held out", f"{rows.eval_source}: {_counts(held_out)}")
+        for part in (encoded, held_out):
+            for reason, count in (part.skipped if part else {}).items():
+                self.note(f"{count} rows skipped: {reason}")
+            if part and part.truncated:
+                self.note(f"{part.truncated} rows cut at --max_length")
+
+    def bits(self, measured: Mapping[int, Mapping[str, int]]) -> None:
+        """The memory of the same base in several numbers of bits, side by side."""
+        table = Table(title="memory of the base, loaded once in each", title_justify="left")
+        for title in ("bits", "linear layers", "embeddings, head, norms", "total", "of 16 bits"):
+            table.add_column(title, justify="right")
+        for bits, sizes in measured.items():
+            linears = sizes["weights_quantized"]
+            other = sizes["weights_other"]
+            if bits == 16:
+                # Nothing is quantized there; what the other two quantize is the difference.
+                other = measured[4]["weights_other"]
+                linears = sizes["weights"] - other
+            table.add_row(
+                str(bits),
+                size(linears),
+                size(other),
+                size(sizes["weights"]),
+                f"{sizes['weights'] / measured[16]['weights']:.0%}",
+            )
+        self._console.print(table)
+
+    def loading(self, base: OpenBase) -> None:
+        """That weights are being read now."""
+        self._line("loading", f"{len(base.entries)} tensors")
+
+    @contextlib.contextmanager
+    def progress(self, total_steps: int) -> Iterator[TrainingProgress]:
+        """A bar over the steps of a run."""
+        columns = (
+            TextColumn("training "),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        live = self._console.is_terminal
+        with Progress(*columns, console=self._console, disable=not live) as bar:
+            yield TrainingProgress(bar, self._console, total_steps, live)
+
+    def answers(self, questions: Sequence[Row], answers: Sequence[Sequence[str]]) -> None:
+        """Held-out prompts with the answers before and after training."""
+        if not questions:
+            return
+        right = [0, 0]
+        for number, row in enumerate(questions):
+            expected = row.content["completion"].strip()
+            self._console.print(f"\n[bold]held-out prompt {number + 1}[/]")
+            self._console.print(escape(row.content["prompt"].strip()), style="dim")
+            for when, texts in enumerate(answers):
+                text = texts[number].strip()
+                good = text == expected
+                right[when] += good
+                label = ("before", "after ")[when]
+                mark = "[green]right[/]" if good else "[red]wrong[/]"
+                self._console.print(f"  [bold]{label}[/] {mark}: {escape(_one_line(text))}")
+            self._console.print(f"  [bold]expected[/]    : {escape(_one_line(expected))}")
+        self._console.print(
+            f"\nright answers: {right[0]} of {len(questions)} before, "
+            f"{right[1]} of {len(questions)} after"
+        )
+
+    def result(self, run: Mapping[str, Any], directory: Path, config: RunConfig) -> None:
+        """What the run gave, and how to go on."""
+        self._console.print()
+        train, evaluation, memory = run["train"], run["eval"], run["memory"]["measured"]
+        self._line(
+            "trained",
+            f"{train['steps']} steps in {train['seconds']:.0f} s, "
+            f"{train['tokens_per_s']:,.0f} tokens/s, "
+            f"loss {train['first_loss']:.3f} -> {train['last_loss']:.3f}",
+        )
+        if evaluation:
+            before, after = evaluation["loss_before"], evaluation["loss_after"]
+            self._line(
+                "held out",
+                f"loss {before:.3f} -> {after:.3f} ({(after - before) / before:+.0%}), "
+                f"{evaluation['tokens']} tokens",
+            )
+        parts = ("weights", "adapters", "gradients", "optimizer", "peak")
+        listed = ", ".join(f"{part} {size(memory[part])}" for part in parts)
+        self._line("memory", f"{listed} [{run['memory']['device']}]")
+        self._line("saved", str(directory))
+        self._line(
+            "try it",
+            f"qlora-kit generate --model {config.base.model} --bits {config.base.bits} "
+            f"--adapter {directory} --prompt '...'",
+        )
+
+    def _line(self, label: str, text: str) -> None:
+        self._console.print(f"[bold]{label:<9}[/] {escape(text)}")
+
+
+class TrainingProgress:
+    """The bar of a run, or a few plain lines where the output is not a terminal."""
+
+    def __init__(self, bar: Progress, console: Console, total_steps: int, live: bool) -> None:
+        self._bar, self._console, self._total, self._live = bar, console, total_steps, live
+        self._task = bar.add_task("", total=total_steps, status="")
+
+    def start(self, before: Evaluation | None) -> None:
+        """Say the loss before the first step."""
+        if before is not None:
+            self._console.print(f"held-out loss before training: {before.loss:.3f}")
+
+    def step(self, report: StepReport, peak: int) -> None:
+        """One step is done."""
+        status = (
+            f"loss {report.loss:.3f}  lr {report.learning_rate:.1e}  "
+            f"{report.tokens / report.seconds:,.0f} tokens/s  peak {size(peak)}"
+        )
+        self._bar.update(self._task, completed=report.step, status=status)
+        every = max(1, self._total // PLAIN_LINES)
+        if not self._live and (report.step % every == 0 or report.step == self._total):
+            self._console.print(f"step {report.step}/{self._total}  {status}")
+
+
+def size(n: int) -> str:
+    """Bytes in the largest fitting unit of 1024."""
+    value, units = float(n), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.2f} {units[0]}"
+
+
+def _counts(encoded: EncodedRows) -> str:
+    return (
+        f"{len(encoded.rows)} rows, {encoded.tokens:,} tokens, "
+        f"{encoded.supervised_tokens:,} trained on"
+    )
+
+
+def _one_line(text: str, limit: int = 160) -> str:
+    text = " | ".join(line for line in text.splitlines() if line.strip())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

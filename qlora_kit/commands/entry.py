@@ -1,0 +1,36 @@
+"""`qlora-kit NAME ...`: hand the arguments to the command of that name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from qlora_kit.errors import ConfigError, reports_errors
+
+COMMANDS = {
+    "finetune": "load a base in 4, 8 or 16 bits, train LoRA adapters, save them",
+    "export": "merge an adapter, write a plain model, verify it",
+    "generate": "go on from a prompt with a base or an adapter",
+}
+USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...]"
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command named first; returns its exit code."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    name = given[0].replace("-", "_") if given else ""
+    if name in ("__help", "_h", "help"):
+        print(USAGE, "", *(f"  {known:<10} {what}" for known, what in COMMANDS.items()), sep="\n")
+        return 0
+    if name not in COMMANDS:
+        print(USAGE)
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        what = f"unknown command {given[0]!r}" if given else "no command is given"
+        guess = f", did you mean {near[0]}?" if near else ""
+        raise ConfigError(what + guess, f"name one of {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"qlora_kit.commands.{name}")
+    code: int = module.main(given[1:])
+    return code

@@ -1,0 +1,100 @@
+"""How far an export is from the model as trained, on the same tokens.
+
+Both models give a distribution for every token of some rows; what is reported is the mean
+Kullback-Leibler divergence (nats a token), the share of tokens whose likeliest next token agrees,
+and the largest difference of a logit. The export is read back from disk for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.training.loss import to_device
+
+if TYPE_CHECKING:
+    from qlora_kit.data.batch import Batch
+
+TOKEN_LIMIT = 4096
+"""Tokens that are compared; each needs the logits of both models."""
+CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The distance of an export over `tokens` tokens."""
+
+    kl: float
+    top1_agreement: float
+    max_logit_difference: float
+    tokens: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        """For export.json."""
+        return asdict(self)
+
+
+def verify(trained: Any, exported: Any, batches: Iterable[Batch]) -> Verification:
+    """Compare two models on the positions of `batches` that precede a token, padding left out.
+
+    Both run in evaluation mode. KL is of the exported model's distribution from the trained one's.
+    """
+    trained.eval()
+    exported.eval()
+    kl, agreed, largest, tokens = 0.0, 0, 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            positions = _positions(batch)
+            hidden = [
+                _hidden(model, batch).index_select(0, positions.to(_device(model)))
+                for model in (trained, exported)
+            ]
+            for start in range(0, positions.numel(), CHUNK_ROWS):
+                ours, theirs = (
+                    _logits(model, rows[start : start + CHUNK_ROWS])
+                    for model, rows in zip((trained, exported), hidden, strict=True)
+                )
+                log_p, log_q = ours.log_softmax(1), theirs.log_softmax(1)
+                kl += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+                agreed += int((ours.argmax(1) == theirs.argmax(1)).sum())
+                largest = max(largest, float((ours - theirs).abs().max()))
+            tokens += positions.numel()
+            if tokens >= TOKEN_LIMIT:
+                break
+    # Rounding can leave a divergence of nothing a hair below zero.
+    return Verification(max(0.0, kl / tokens), agreed / tokens, largest, tokens)
+
+
+def _positions(batch: Batch) -> Tensor:
+    """Flat indices of the positions whose next token is one of the row's own."""
+    length = batch["input_ids"].shape[1]
+    rows = [
+        torch.arange(count - 1) + index * length for index, count in enumerate(batch["lengths"])
+    ]
+    return torch.cat(rows)
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def _hidden(model: Any, batch: Batch) -> Tensor:
+    moved = to_device(batch, _device(model))
+    hidden: Tensor = model.base_model(
+        input_ids=moved["input_ids"], position_ids=moved["position_ids"], use_cache=False
+    ).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _logits(model: Any, rows: Tensor) -> Tensor:
+    """fp32 logits on the CPU, through the head and its soft cap."""
+    logits: Tensor = model.get_output_embeddings()(rows).float()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
+    return logits.cpu()

@@ -1,0 +1,172 @@
+"""Which linears get an adapter, and the swap."""
+
+from __future__ import annotations
+
+import collections
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_kit.config import LoRAConfig
+from qlora_kit.errors import ConfigError
+from qlora_kit.lora.layer import KeyedDropout, LoRALinear
+
+AUTO_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",))
+"""Query and value, or the fused projection where a family has one."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ADAPTER = "default"
+
+
+def inject_lora(
+    model: Any, config: LoRAConfig | None = None, *, seed: int = 42, adapter: str = ADAPTER
+) -> Any:
+    """Put an adapter around every target linear of `model`, in place, and make only it trainable.
+
+    Returns the model. The outputs do not change: B starts at zero. `seed` alone decides A.
+    Errors: `ConfigError` for targets that match nothing or a rank that no target can use.
+    """
+    config = config or LoRAConfig()
+    targets = find_targets(model, config.target_modules)
+    _check_rank(model, targets, config.r)
+    dtype = _adapter_dtype(model, config)
+    model.requires_grad_(False)
+    # A local random state: drawing adapters leaves the caller's as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in targets:
+            layer = lora_layer(model, name)
+            dropout = KeyedDropout(config.dropout, seed, name)
+            layer.add_adapter(adapter, config.r, config.scaling, dtype, dropout)
+    train_only(model, adapter)
+    model.lora_configs = {**getattr(model, "lora_configs", {}), adapter: config}
+    return model
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """The names of the linears that `target_modules` asks for, in the model's order.
+
+    `auto`, `all-linear` (every linear but the output head), names (`q_proj` matches
+    `model.layers.0.self_attn.q_proj`), or a regex over whole names.
+    Errors: `ConfigError` listing the model's linears where a name or the regex matches nothing.
+    """
+    candidates = target_candidates(model)
+    if target_modules == "all-linear":
+        return candidates
+    if target_modules == "auto":
+        for names in AUTO_TARGETS:
+            found = [one for one in candidates if one.rpartition(".")[2] in names]
+            if {one.rpartition(".")[2] for one in found} == set(names):
+                return found
+        raise _no_match("auto", candidates)
+    if isinstance(target_modules, str) and _is_regex(target_modules):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ConfigError(
+                f"target_modules {target_modules!r} is not a regex: {error}",
+                "give names separated by commas, or a valid regex",
+            ) from error
+        found = [one for one in candidates if pattern.fullmatch(one)]
+        if not found:
+            raise _no_match(target_modules, candidates)
+        return found
+    if isinstance(target_modules, str):
+        target_modules = [name.strip() for name in target_modules.split(",") if name.strip()]
+    matches = {
+        name: [one for one in candidates if one == name or one.endswith(f".{name}")]
+        for name in target_modules
+    }
+    unmatched = [name for name, found in matches.items() if not found]
+    if unmatched or not matches:
+        raise _no_match(", ".join(unmatched), candidates)
+    chosen = {one for found in matches.values() for one in found}
+    return [one for one in candidates if one in chosen]
+
+
+def target_candidates(model: nn.Module) -> list[str]:
+    """Every linear that can carry an adapter: all but the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [
+        name
+        for name, module in model.named_modules()
+        if (
+            isinstance(module, LoRALinear) or (isinstance(module, nn.Linear) and module is not head)
+        )
+        and not re.search(r"\.(base_layer|lora_[AB]\..*)$", name)
+    ]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers that carry adapters, by the name of the linear they replaced."""
+    return {name: one for name, one in model.named_modules() if isinstance(one, LoRALinear)}
+
+
+def lora_layer(model: nn.Module, name: str) -> LoRALinear:
+    """The LoRALinear of that name, put around the linear where there is none yet."""
+    owner, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    layer = getattr(parent, leaf)
+    if not isinstance(layer, LoRALinear):
+        layer = LoRALinear(layer)
+        layer.train(parent.training)
+        setattr(parent, leaf, layer)
+    return layer
+
+
+def train_only(model: nn.Module, adapter: str) -> None:
+    """Make the parameters of one adapter trainable, and nothing else."""
+    model.requires_grad_(False)
+    for layer in lora_layers(model).values():
+        if adapter in layer.lora_A:
+            for weight in layer.weights(adapter):
+                weight.requires_grad_(True)
+
+
+def activate(model: nn.Module, adapter: str | None) -> None:
+    """Let one adapter take part in every layer that has it; None is the base alone."""
+    for layer in lora_layers(model).values():
+        layer.active = adapter if adapter is not None and adapter in layer.lora_A else None
+
+
+def _is_regex(text: str) -> bool:
+    return not re.fullmatch(r"[\w.,\- ]+", text)
+
+
+def _no_match(asked: str, candidates: Sequence[str]) -> ConfigError:
+    counts = collections.Counter(name.rpartition(".")[2] for name in candidates)
+    listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    return ConfigError(
+        f"target_modules {asked!r} matches no linear of this model",
+        f"its linears are {listed}",
+    )
+
+
+def _check_rank(model: nn.Module, targets: Sequence[str], r: int) -> None:
+    shapes = {}
+    for name in targets:
+        layer = model.get_submodule(name)
+        shapes[name] = (int(layer.in_features), int(layer.out_features))  # type: ignore[arg-type]
+    widest = max(max(shape) for shape in shapes.values())
+    narrowest = min(min(shape) for shape in shapes.values())
+    if r > widest:
+        raise ConfigError(
+            f"lora_r {r} is above the largest dimension of every target ({widest})",
+            f"give 1 to {narrowest}",
+        )
+    if r > narrowest:
+        warnings.warn(
+            f"lora_r {r} is above the smallest dimension of a target ({narrowest}): "
+            "its update cannot use that rank",
+            stacklevel=3,
+        )
+
+
+def _adapter_dtype(model: nn.Module, config: LoRAConfig) -> torch.dtype:
+    if config.adapter_dtype != "auto":
+        return DTYPES[config.adapter_dtype]
+    return model.get_input_embeddings().weight.dtype  # type: ignore[operator, no-any-return]

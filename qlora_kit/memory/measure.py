@@ -1,0 +1,71 @@
+"""Bytes that are live, by component, and the peak of the process or the device.
+
+Components are sums over the tensors that a model and an optimizer hold. The peak is the caching
+allocator's on CUDA, and the process's resident set, imports and file pages included, on the CPU.
+Left out: activations, loss and workspace, which need every allocation of a step to be seen.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.base.quantize import quantized_bytes
+
+
+def weight_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the frozen base: `weights_quantized`, `weights_other` and `weights`, their sum."""
+    quantized = sum(quantized_bytes(module) for module in model.modules())
+    counted = {id(p) for m in model.modules() if quantized_bytes(m) for p in m.parameters(False)}
+    other = sum(
+        tensor_bytes((parameter,))
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in counted and ".lora_" not in name
+    )
+    return {
+        "weights_quantized": quantized,
+        "weights_other": other,
+        "weights": quantized + other,
+    }
+
+
+def adapter_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the adapters' masters, and of the gradients that are there now."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad for p in trained if p.grad is not None]
+    return {"adapters": tensor_bytes(trained), "gradients": tensor_bytes(gradients)}
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of the optimizer's states; `paged` are those in managed memory."""
+    sizes = {"optimizer": 0, "paged": 0}
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                where = "paged" if getattr(value, "is_paged", False) else "optimizer"
+                sizes[where] += tensor_bytes((value,))
+    return sizes
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements of some tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The largest number of bytes so far: allocated on CUDA, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts this in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words, with what its peak means."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (peak: allocated by the process)"
+    return "cpu (peak: resident set of the process, imports included)"

@@ -1,0 +1,3 @@
+from qlora_kit.commands.export import main
+
+raise SystemExit(main())

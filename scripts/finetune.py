@@ -1,0 +1,3 @@
+from qlora_kit.commands.finetune import main
+
+raise SystemExit(main())

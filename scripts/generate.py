@@ -1,0 +1,3 @@
+from qlora_kit.commands.generate import main
+
+raise SystemExit(main())

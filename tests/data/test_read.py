@@ -1,0 +1,508 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_kit.config import DataConfig
+from qlora_kit.data import read
+from qlora_kit.data.read import load_rows, read_rows, recognise
+from qlora_kit.errors import ConfigError, DataError, UnsafeInputError, error_line
+
+DATA = os.environ.get("QLORA_KIT_DATA")
+TEXT = '{"text": "a"}'
+PAIR = '{"prompt": "p", "completion": "c"}'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="rows.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def lines(count, field="text", start=0):
+    return "".join(json.dumps({field: f"row {start + n}"}) + "\n" for n in range(count))
+
+
+def chat(*turns):
+    return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+
+
+# --- shapes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "shape", "normal"),
+    [
+        ({"text": "a", "id": 3}, "text", {"text": "a"}),
+        (
+            {"prompt": "p", "completion": "c", "text": "pc"},
+            "prompt",
+            {"prompt": "p", "completion": "c"},
+        ),
+        (
+            {"instruction": "Add", "input": "1 2", "output": "3", "text": "all"},
+            "instruction",
+            {
+                "prompt": "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n",
+                "completion": "3",
+            },
+        ),
+        (
+            {"instruction": "Hi", "input": "", "output": "Ho"},
+            "instruction",
+            {"prompt": "### Instruction:\nHi\n\n### Response:\n", "completion": "Ho"},
+        ),
+        (
+            {"instruction": "Hi", "output": "Ho"},
+            "instruction",
+            {"prompt": "### Instruction:\nHi\n\n### Response:\n", "completion": "Ho"},
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "u", "name": "x"},
+                    {"role": "assistant", "content": ""},
+                ]
+            },
+            "messages",
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "u"},
+                    {"role": "assistant", "content": ""},
+                ]
+            },
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": "u"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+        ),
+    ],
+)
+def test_each_shape_is_recognised_and_made_normal(write, content, shape, normal):
+    assert recognise(content, "x:1") == shape
+    path = write(json.dumps(content))
+    for format in ("auto", shape):
+        (row,) = read_rows(path, format)
+        assert row.content == normal
+        assert (row.source, row.line, row.where) == (str(path), 1, f"{path}:1")
+
+
+def test_the_first_row_decides_the_shape(write):
+    path = write(TEXT + "\n" + PAIR + "\n")
+    with pytest.raises(DataError, match=rf'{path}:2: no field "text"'):
+        list(read_rows(path))
+
+
+def test_a_named_shape_beats_the_recognised_one(write):
+    path = write('{"prompt": "p", "completion": "c", "text": "t"}')
+    assert [row.content for row in read_rows(path, "text")] == [{"text": "t"}]
+
+
+values = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(values, values), min_size=1, max_size=6),
+    st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\n"]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_what_was_written_is_read(tmp_path_factory, pairs, end, mark, last_end, ascii):
+    # D3: byte order mark, CRLF, blank lines, no final newline; and every character.
+    rows = [{"prompt": p, "completion": c} for p, c in pairs]
+    text = end.join(json.dumps(row, ensure_ascii=ascii) for row in rows) + end * last_end
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" * mark + text.encode())
+    found = list(read_rows(path))
+    assert [row.content for row in found] == rows
+    physical = path.read_bytes().split(b"\n")
+    for row in found:
+        raw = physical[row.line - 1].removeprefix(b"\xef\xbb\xbf")
+        assert json.loads(raw) == row.content
+
+
+# --- faults: each with its line ---------------------------------------------------------------
+
+
+BAD_LINES = {
+    # D2
+    '{"text": "a': "ends in the middle",
+    '{"text": "a"': "ends in the middle",
+    '{"text":': "ends in the middle",
+    f"{TEXT} {TEXT}": "more than one JSON value",
+    f"[{TEXT}]": "an array, not an object",
+    "null": "null, not an object",
+    '"x"': "text, not an object",
+    "5": "a number, not an object",
+    "true": "true, not an object",
+    "{'text': 'a'}": "not JSON: .* column 2",
+    "hello": "not JSON",
+    '{"text": "a",}': "not JSON",
+    # D6
+    '{"txt": "a"}': 'no field "text".*did you mean "text" by "txt"',
+    "{}": 'no field "text"',
+    '{"text": null}': '"text" is null, not text',
+    '{"text": 5}': '"text" is a number, not text',
+    '{"text": ["a"]}': '"text" is an array, not text',
+    '{"text": {"a": 1}}': '"text" is an object, not text',
+    # whatever else a file can hold
+    '{"text": "\\ud800"}': "surrogate",
+    "[" * 100_000: "JSON too deep",
+    '{"text": "a", "n": ' + "9" * 5000 + "}": "number too long",
+    '{"text": "a\0"}': "NUL at byte offset 40",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_is_named(write, bad):
+    path = write(f"{TEXT}\n\n{TEXT}\n{bad}\n{TEXT}\n")
+    with pytest.raises(DataError, match=rf"{path}:4: .*{BAD_LINES[bad]}") as caught:
+        list(read_rows(path))
+    assert str(path) in error_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"promt": "p", "completion": "c"}', 'no field "prompt".*by "promt"'),
+        ('{"prompt": "p", "completon": "c"}', 'no field "completion".*by "completon"'),
+        ('{"prompt": "p"}', 'no field "completion"'),
+        ('{"instruction": "i", "response": "r"}', 'no field "output"'),
+        ('{"mesages": []}', 'no field "messages".*by "mesages"'),
+        ('{"question": "q", "answer": "a"}', '"question", "answer", which is no known shape'),
+        ("{}", "none, which is no known shape"),
+        ('{"messages": []}', '"messages" is empty'),
+        ('{"messages": null}', '"messages" is null'),
+        ('{"messages": "hi"}', '"messages" is text'),
+        ('{"messages": ["hi"]}', r"messages\[0\] is text"),
+        ('{"messages": [{"content": "x"}]}', r'messages\[0\]: no field "role"'),
+        ('{"messages": [{"rol": "user", "content": "x"}]}', 'did you mean "role" by "rol"'),
+        ('{"messages": [{"role": "user"}]}', r'messages\[0\]: no field "content"'),
+        ('{"messages": [{"role": 3, "content": "x"}]}', '"role" is a number'),
+        ('{"messages": [{"role": "user", "content": null}]}', '"content" is null'),
+        ('{"messages": [{"role": "user", "content": 3}]}', '"content" is a number'),
+        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "is an array"),
+        (chat(("usr", "x")), 'unknown role "usr", did you mean "user"'),
+        (chat(("tool", "x")), 'unknown role "tool"'),
+        (chat(("system", "s"), ("system", "s"), ("user", "u")), r"messages\[1\]: a system"),
+        (chat(("user", "u"), ("system", "s")), r"messages\[1\]: a system"),
+        (chat(("assistant", "a"), ("user", "u")), r"messages\[0\]: an assistant turn before"),
+        (chat(("system", "s"), ("assistant", "a")), r"messages\[1\]: an assistant turn before"),
+        (
+            '{"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}',
+            '"tool_calls" is not supported',
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x", "weight": 0}]}',
+            '"weight" is not supported',
+        ),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": [1]}', '"tools" cannot'),
+        ('{"conversations": [{"from": "gpt", "value": "x"}]}', "an assistant turn before"),
+        ('{"conversations": [{"from": "bot", "value": "x"}]}', 'unknown role "bot"'),
+        ('{"conversations": [{"from": "human"}]}', r'conversations\[0\]: no field "value"'),
+    ],
+)
+def test_a_bad_row_is_named_by_line_and_field(write, content, reason):
+    path = write("\n" + content)
+    with pytest.raises(DataError, match=rf"{path}:2: .*{reason}"):
+        list(read_rows(path))
+
+
+def test_a_byte_that_is_not_utf8_is_told_with_its_offset(write):
+    # D4: the offset in the line and in the file, byte order mark included.
+    first = b"\xef\xbb\xbf" + TEXT.encode() + b"\r\n"
+    for prefix in (b"", first):
+        bad = b'{"text": "\xc3\xa9 \xff"}'
+        path = write(prefix + bad)
+        offset = bad.index(b"\xff")
+        line = 1 + (prefix != b"")
+        reason = rf"{path}:{line}: byte 0xff at byte offset {offset} of the line "
+        with pytest.raises(DataError, match=reason + rf"\({len(prefix) + offset} of the file\)"):
+            list(read_rows(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_named(write, encoding):
+    path = write((TEXT + "\n").encode(encoding))
+    with pytest.raises(DataError, match=rf"{path}:1: .*byte offset \d: UTF-16"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"\r\n \n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"]
+)
+@pytest.mark.parametrize("format", ["auto", "text"])
+def test_a_file_without_rows_is_an_error(write, content, format):
+    path = write(content)
+    with pytest.raises(DataError, match=rf"{path}:1: .*empty or blank"):
+        list(read_rows(path, format))
+    with pytest.raises(DataError, match="empty or blank"):
+        load_rows(DataConfig(data=str(path), format=format), 0)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet", ".txt", ".jsonl.gz", ""])
+def test_other_files_are_refused_by_name(write, suffix):
+    path = write(TEXT, "rows" + suffix)
+    for call in (lambda: list(read_rows(path)), lambda: load_rows(DataConfig(data=str(path)), 0)):
+        with pytest.raises(DataError, match=r"only \.jsonl files are read"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["missing.jsonl", "no/such/file.jsonl", "rows.jsonl/under", "a\0b.jsonl", "~nobody/x.jsonl"],
+)
+def test_a_missing_file_is_an_error(write, data):
+    base = write(TEXT).parent
+    name = data if data.startswith("~") else f"{base}/{data}"
+    with pytest.raises(DataError, match="no such file"):
+        load_rows(DataConfig(data=name), 0)
+
+
+def test_a_hub_name_is_refused_and_says_so():
+    with pytest.raises(DataError, match="hub are not read"):
+        load_rows(DataConfig(data="some-org/some-data"), 0)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("kind", ["fifo", "device", "endless", "socket"])
+@pytest.mark.parametrize("role", ["data", "eval_data", "member"])
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path, write, kind, role):
+    path = tmp_path / "d" / ("train.jsonl" if role == "member" else "pipe.jsonl")
+    path.parent.mkdir()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    else:
+        path.symlink_to("/dev/null" if kind == "device" else "/dev/zero")
+    good = str(write(TEXT))
+    config = {
+        "data": DataConfig(data=str(path)),
+        "eval_data": DataConfig(data=good, eval_data=str(path)),
+        "member": DataConfig(data=str(path.parent)),
+    }[role]
+    started = time.monotonic()
+    with pytest.raises(UnsafeInputError, match="pipe, socket or device"):
+        load_rows(config, 0)
+    with pytest.raises(UnsafeInputError):
+        next(read_rows(path))
+    assert time.monotonic() - started < 2
+
+
+def test_a_line_without_end_is_refused(write, monkeypatch):
+    monkeypatch.setattr(read, "MAX_LINE_BYTES", 100)
+    fits = '{"text": "' + "a" * 88 + '"}'
+    assert len(fits) == 100
+    path = write(f"{TEXT}\n" + fits[:-2] + '"}')
+    assert len(list(read_rows(path))) == 2
+    path = write(f"{TEXT}\n" + fits[:-2] + 'a"}')
+    with pytest.raises(DataError, match=rf"{path}:2: the line is longer"):
+        list(read_rows(path))
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from qlora_kit.data.read import read_rows
+peaks = []
+for name in sys.argv[1:]:
+    count = sum(1 for _ in read_rows(Path(name)))
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert count * 2000 == Path(name).stat().st_size
+print(peaks[1] - peaks[0])
+"""
+
+
+def test_memory_does_not_grow_with_the_file(write):
+    # D8: 50 MB, then 200 MB, in one process; ru_maxrss is in KiB.
+    row = json.dumps({"text": "a" * 1987}) + "\n"
+    small, large = write(row * 25_000, "small.jsonl"), write(row * 100_000, "large.jsonl")
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(small), str(large)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(result.stdout) < 32 * 1024
+    large.unlink()
+
+
+# --- what is held out -------------------------------------------------------------------------
+
+
+def texts(rows):
+    return [row.content["text"] for row in rows]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 60),
+    st.one_of(st.none(), st.floats(0.001, 0.999)),
+    st.integers(0, 2**63 - 1),
+)
+def test_a_share_is_held_out_and_not_trained_on(tmp_path_factory, count, fraction, seed):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text(lines(count))
+    rows = load_rows(DataConfig(data=str(path), eval_fraction=fraction), seed)
+    assert sorted(rows.train + rows.evaluation, key=lambda row: row.line) == list(read_rows(path))
+    wanted = (0.05 if fraction is None else fraction) * count
+    assert abs(len(rows.evaluation) - wanted) <= 1
+    assert rows.train
+    assert rows.evaluation
+    assert rows == load_rows(DataConfig(data=str(path), eval_fraction=fraction), seed)
+    assert rows.train_source == "rows.jsonl"
+    assert f"% of rows.jsonl, drawn by seed {seed}" in rows.eval_source
+    for part in (rows.train, rows.evaluation):
+        assert [row.line for row in part] == sorted(row.line for row in part)
+
+
+def test_the_share_depends_on_the_seed(write):
+    config = DataConfig(data=str(write(lines(100))), eval_fraction=0.1)
+    drawn = [tuple(texts(load_rows(config, seed).evaluation)) for seed in range(20)]
+    assert len(set(drawn)) == 20
+    assert load_rows(config, 42).eval_source == "10 % of rows.jsonl, drawn by seed 42"
+
+
+def test_zero_turns_evaluation_off_and_one_row_is_trained_on(write):
+    rows = load_rows(DataConfig(data=str(write(lines(50))), eval_fraction=0), 0)
+    assert (len(rows.train), rows.evaluation, rows.eval_source) == (50, [], "none")
+    rows = load_rows(DataConfig(data=str(write(TEXT))), 0)
+    assert (texts(rows.train), rows.evaluation) == (["a"], [])
+    assert "single row" in rows.eval_source
+
+
+def test_held_out_files_go_eval_data_then_valid_then_test(write, tmp_path):
+    write(lines(3), "d/train.jsonl")
+    other = write(lines(1, start=70), "other.jsonl")
+    directory = str(tmp_path / "d")
+
+    rows = load_rows(DataConfig(data=directory), 0)
+    assert (len(rows.train), len(rows.evaluation)) == (2, 1)
+    write(lines(2, start=50), "d/test.jsonl")
+    rows = load_rows(DataConfig(data=directory), 0)
+    assert (texts(rows.train), texts(rows.evaluation)) == (
+        ["row 0", "row 1", "row 2"],
+        ["row 50", "row 51"],
+    )
+    assert rows.eval_source == "test.jsonl"
+    write(lines(1, start=60), "d/valid.jsonl")
+    rows = load_rows(DataConfig(data=directory), 0)
+    assert (texts(rows.evaluation), rows.eval_source) == (["row 60"], "valid.jsonl")
+    rows = load_rows(DataConfig(data=directory, eval_data=str(other)), 0)
+    assert (texts(rows.evaluation), rows.eval_source) == (["row 70"], "other.jsonl")
+    assert texts(rows.train) == ["row 0", "row 1", "row 2"]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["valid", "test"])
+def test_a_share_beside_a_held_out_file_is_an_error(write, tmp_path, fraction, name):
+    write(lines(3), "d/train.jsonl")
+    held_out = write(lines(3), f"d/{name}.jsonl")
+    with pytest.raises(ConfigError, match=f"eval_fraction {fraction:g} is given beside {held_out}"):
+        load_rows(DataConfig(data=str(tmp_path / "d"), eval_fraction=fraction), 0)
+    with pytest.raises(ConfigError, match="eval_fraction"):
+        DataConfig(data=str(tmp_path / "d"), eval_data=str(held_out), eval_fraction=fraction)
+
+
+def test_what_is_trained_on_is_not_held_out(write, tmp_path):
+    path = write(lines(3))
+    link = tmp_path / "same.jsonl"
+    link.symlink_to(path)
+    for same in (path, link):
+        with pytest.raises(ConfigError, match="is the file that is trained on"):
+            load_rows(DataConfig(data=str(path), eval_data=str(same)), 0)
+
+
+def test_held_out_rows_have_the_shape_of_the_others(write):
+    train, held_out = write(TEXT), write(PAIR, "held_out.jsonl")
+    with pytest.raises(DataError, match=rf'{held_out}:1: no field "text"'):
+        load_rows(DataConfig(data=str(train), eval_data=str(held_out)), 0)
+
+
+def test_a_directory_needs_a_train_file_that_is_read(write, tmp_path):
+    (tmp_path / "d").mkdir()
+    config = DataConfig(data=str(tmp_path / "d"))
+    with pytest.raises(DataError, match=r"no train\.jsonl"):
+        load_rows(config, 0)
+    write("text\na\n", "d/train.csv")
+    with pytest.raises(DataError, match=r"train.csv: only .jsonl files are read"):
+        load_rows(config, 0)
+    write(TEXT, "d/train.jsonl")
+    write("text\na\n", "d/valid.csv")
+    # Held-out rows that are there and cannot be read are not passed over for a share.
+    with pytest.raises(DataError, match=r"valid.csv: only .jsonl files are read"):
+        load_rows(config, 0)
+    (tmp_path / "d" / "valid.csv").unlink()
+    (tmp_path / "d" / "valid.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"valid\.jsonl: is a directory"):
+        load_rows(config, 0)
+    with pytest.raises(DataError, match="is a directory"):
+        list(read_rows(tmp_path / "d"))
+
+
+def test_samples_are_found_by_name(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "SAMPLES", tmp_path)
+    with pytest.raises(DataError, match="sample: no such sample; the package has: none"):
+        load_rows(DataConfig(data="sample"), 0)
+    write(lines(3), "beta/train.jsonl")
+    write(lines(2, start=10), "alpha/train.jsonl")
+    write(lines(1, start=20), "alpha/valid.jsonl")
+    for data in ("sample", "sample:alpha"):
+        rows = load_rows(DataConfig(data=data), 0)
+        assert texts(rows.train) == ["row 10", "row 11"]
+        assert texts(rows.evaluation) == ["row 20"]
+        assert rows.train_source == "sample:alpha/train.jsonl"
+        assert rows.eval_source == "sample:alpha/valid.jsonl"
+    assert len(load_rows(DataConfig(data="sample:beta", eval_fraction=0), 0).train) == 3
+    for name in ("gamma", "../beta", str(tmp_path / "beta"), "."):
+        with pytest.raises(DataError, match="the package has: alpha, beta"):
+            load_rows(DataConfig(data=f"sample:{name}"), 0)
+
+
+@pytest.mark.skipif(DATA is None, reason="QLORA_KIT_DATA is not set")
+def test_real_files_are_read_whole():
+    base = Path(DATA or "") / "text"
+    rows = load_rows(DataConfig(data=str(base / "wikisql")), 0)
+    assert (len(rows.train), len(rows.evaluation), rows.format) == (1000, 100, "prompt")
+    assert rows.eval_source == "valid.jsonl"
+    raw = [json.loads(line) for line in (base / "wikisql" / "train.jsonl").open()]
+    assert [row.content for row in rows.train] == raw
+    with pytest.raises(
+        DataError, match=r'gsm8k/train.jsonl:1: the fields are "question", "answer"'
+    ):
+        load_rows(DataConfig(data=str(base / "gsm8k")), 0)
+
+
+@pytest.mark.skipif(DATA is None, reason="QLORA_KIT_DATA is not set")
+def test_real_conversations_are_messages(write):
+    chats = json.loads((Path(DATA or "") / "text/chat/dummy_conversation.json").read_text())
+    path = write("\n".join(map(json.dumps, chats)))
+    rows = list(read_rows(path))
+    assert len(rows) == len(chats) == 500
+    for row, source in zip(rows, chats, strict=True):
+        assert [turn["content"] for turn in row.content["messages"]] == [
+            turn["value"] for turn in source["conversations"]
+        ]

@@ -24,8 +24,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LENGTH_MULTIPLE = 16
+"""Matrix units like such lengths, and a CPU library keeps a compiled kernel for each length."""
+
+
 class Batch(TypedDict):
-    """One micro-batch of B rows, padded to its longest row of T tokens; all int64."""
+    """One micro-batch of B rows, padded to T tokens; all int64.
+
+    T is the longest row's length, rounded up to a multiple of `LENGTH_MULTIPLE`.
+    """
 
     input_ids: Tensor
     """(B, T)"""
@@ -43,7 +50,8 @@ class Batch(TypedDict):
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
     """One batch of `rows`, in their order; needs at least one row."""
-    length = max(len(row.input_ids) for row in rows)
+    longest = max(len(row.input_ids) for row in rows)
+    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
     for index, row in enumerate(rows):
@@ -122,7 +130,7 @@ def num_steps(
     """Optimizer steps of a run, at least 1: `max_steps` where given, else that many epochs."""
     if max_steps is not None:
         return max(1, max_steps)
-    # 0.1 * 30 is a little above 3 in floating point and must not become 4.
+    # 1.1 * 50 is a little above 55 in floating point and must not become 56.
     exact = num_train_epochs * steps_per_epoch(num_rows, batch_size, accumulation)
     return max(1, math.ceil(round(exact, 6)))
 

@@ -233,11 +233,11 @@ def test_a_bad_row_is_named_by_line_and_field(write, content, reason):
 def test_a_byte_that_is_not_utf8_is_told_with_its_offset(write):
     # D4: the offset in the line and in the file, byte order mark included.
     first = b"\xef\xbb\xbf" + TEXT.encode() + b"\r\n"
-    for prefix in (b"", first):
+    for prefix in (b"", b"\xef\xbb\xbf", first):
         bad = b'{"text": "\xc3\xa9 \xff"}'
         path = write(prefix + bad)
         offset = bad.index(b"\xff")
-        line = 1 + (prefix != b"")
+        line = 1 + prefix.count(b"\n")
         reason = rf"{path}:{line}: byte 0xff at byte offset {offset} of the line "
         with pytest.raises(DataError, match=reason + rf"\({len(prefix) + offset} of the file\)"):
             list(read_rows(path))

@@ -3,37 +3,48 @@
 The architecture is built on the meta device and compared with the files' headers before any
 weight is read. Then each tensor is read into one reused buffer, checked for non-finite values,
 cast to the compute dtype, quantized on the device where it belongs to a decoder layer's linear,
-and freed. Host memory stays at the result, one tensor and its buffer. Plain reads are used because
-mapped files count as the process's own memory until they are unmapped.
+and freed. Host memory stays at the result, one tensor and its buffer.
 
 Embeddings, norms and the output head are held in the compute dtype, never widened to fp32.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.architecture import (
+    build_on_meta,
+    decoder_linears,
+    expected_shapes,
+    take_generation_config,
+    tied_names,
+)
+from qlora_kit.base.prequantized import (
+    StoredLinear,
+    agree,
+    split_stored,
+    stored_layer,
+    stored_quantization,
+)
 from qlora_kit.base.quantize import Quantization, quantize_linear
 from qlora_kit.base.source import Source, fingerprint, resolve
+from qlora_kit.base.tensors import DTYPES, check_finite, dtype_name, read_tensors
 from qlora_kit.base.tokenizer import load_tokenizer
 from qlora_kit.base.validate import (
     TensorEntry,
     check_architecture,
+    check_layers,
     is_computed,
     read_config,
     read_entries,
 )
 from qlora_kit.config import BaseConfig
-from qlora_kit.errors import ModelError, NumericError, ResourceError
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from qlora_kit.errors import ModelError, ResourceError
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class BaseInfo:
 def load_base(
     model: str = "tiny",
     *,
-    bits: int = 4,
+    bits: int | None = None,
     quant_type: str | None = None,
     double_quant: bool | None = None,
     dtype: str = "auto",
@@ -68,6 +79,7 @@ def load_base(
 ) -> tuple[Any, Any]:
     """A frozen base model and its tokenizer; the options are those of `BaseConfig`.
 
+    Without `bits` it is held in 4, or in what its files are already quantized in.
     The model is the transformers class of its architecture in evaluation mode, its decoder's
     linears quantized; `model.base_info` is a `BaseInfo`. Errors: `ConfigError`, `ModelError`,
     `TokenizerError`, `UnsafeInputError`, `NumericError`, `ResourceError`.
@@ -81,16 +93,28 @@ class OpenBase:
     """A base whose files were checked, before a byte of its weights is read.
 
     `model` has its architecture on the meta device, so that whatever depends on shapes alone
-    (targets, rank, context, tokens) can be refused at once.
+    (targets, rank, context, tokens) can be refused at once. `entries` are all tensors of the
+    files, `stored` the linears among them that are quantized already.
     """
 
     source: Source
     entries: Mapping[str, TensorEntry]
+    stored: Mapping[str, StoredLinear]
     model: Any
     tokenizer: Any
     quantization: Quantization
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def plain(self) -> dict[str, TensorEntry]:
+        """The tensors that are neither quantized already nor computed by the model itself."""
+        taken = {entry.name for one in self.stored.values() for entry in one.entries.values()}
+        return {
+            name: entry
+            for name, entry in self.entries.items()
+            if name not in taken and not is_computed(name)
+        }
 
     @property
     def context(self) -> int:
@@ -103,25 +127,39 @@ def open_base(config: BaseConfig) -> OpenBase:
     device = find_device(config.device)
     source = resolve(config.model, config.revision)
     dtype = compute_dtype(config.dtype, device)
-    quantization = Quantization(config.bits, config.quant_type, config.double_quant)
-    read_config(source.directory)
+    described = read_config(source.directory)
+    path = source.directory / "config.json"
+    quantized = stored_quantization(described, path)
+    quantization = agree(config, quantized, path)
     entries = read_entries(source.directory)
-    model = build_on_meta(source.directory, dtype)
-    check_architecture(entries, expected_shapes(model), _tied_names(model), source.directory)
+    check_layers(entries, described, path)
+    model = build_on_meta(described, dtype, path)
+    expected, plain = expected_shapes(model), entries
+    stored: dict[str, StoredLinear] = {}
+    if quantized is not None:
+        stored, plain = split_stored(
+            entries, decoder_linears(model), quantization, source.directory
+        )
+        expected = {
+            name: shape
+            for name, shape in expected.items()
+            if name.removesuffix(".weight") not in stored
+        }
+    check_architecture(plain, expected, tied_names(model), source.directory)
     tokenizer = load_tokenizer(source.directory, model.get_input_embeddings().num_embeddings)
-    _take_generation_config(model, source.directory)
-    return OpenBase(source, entries, model, tokenizer, quantization, dtype, device)
+    take_generation_config(model, source.directory)
+    return OpenBase(source, entries, stored, model, tokenizer, quantization, dtype, device)
 
 
 def read_weights(base: OpenBase) -> Any:
     """The frozen model of an opened base on its device; `base.model` itself, filled, once."""
     model = base.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    _fill(model, base.entries, base.quantization, base.dtype, base.device)
-    _check_tied(model, base.entries, _tied_names(model), base.dtype)
+    info = open_info(base)
+    _fill(model, base)
+    _check_tied(model, base.entries, tied_names(model), base.dtype)
     model.requires_grad_(False)
     model.eval()
-    model.base_info = _info(base, parameters)
+    model.base_info = info
     model.base_directory = base.source.directory
     model.name_or_path = base.source.name
     return model
@@ -131,13 +169,7 @@ def find_device(name: str) -> torch.device:
     """The device of `--device`. Errors: `ResourceError` where it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ResourceError(f"--device {name}: not a device", "use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ResourceError(f"--device {name}: not supported", "use auto, cpu or cuda")
-    count = torch.cuda.device_count()
+    device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ResourceError(
             f"--device {name}: {count} CUDA devices here", "use --device cpu, or install CUDA"
@@ -154,130 +186,67 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def build_on_meta(directory: Path, dtype: torch.dtype) -> Any:
-    """The architecture of config.json with parameters that have a shape but no storage."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(
-            str(directory), trust_remote_code=False, local_files_only=True
-        )
-        # Buffers are real: rotary tables are computed when the modules are made.
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
-    except Exception as error:
-        # transformers raises what its own validation and arithmetic happen to raise.
-        raise ModelError(
-            f"{directory / 'config.json'}: describes no model that can be built: {error}",
-            "correct the file",
-        ) from error
-
-
-def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of every tensor that a checkpoint of `model` holds."""
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linears that are quantized, by module name: all but the output head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-
-
-def read_tensors(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor on the CPU, in the files' order; each is valid until the next one is asked for.
-
-    One buffer of the largest tensor's size is reused. Errors: `NumericError` with the tensor's
-    name for a value that is not finite.
-    """
-    largest = max((entry.end - entry.start for entry in entries.values()), default=0)
-    buffer = bytearray(largest)
-    for entry in sorted(entries.values(), key=lambda entry: (str(entry.path), entry.start)):
-        view = memoryview(buffer)[: entry.end - entry.start]
-        with open(entry.path, "rb", buffering=0) as file:
-            file.seek(entry.start)
-            if _read_fully(file, view) != len(view):
-                raise ModelError(f"{entry.path}: ended early", "fetch the file again")
-        tensor = (
-            torch.frombuffer(view, dtype=entry.torch_dtype).view(entry.shape)
-            if len(view)
-            else torch.empty(entry.shape, dtype=entry.torch_dtype)
-        )
-        check_finite(tensor, f"{entry.path}: {entry.name}")
-        yield entry.name, tensor
-
-
-def _read_fully(file: Any, view: memoryview) -> int:
-    done = 0
-    while done < len(view) and (count := file.readinto(view[done:])):
-        done += count
-    return done
-
-
-def check_finite(tensor: Tensor, name: str) -> None:
-    """Refuse a tensor with a NaN or an infinity. Errors: `NumericError` with their number."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
-    # The sum of absolute values is finite unless a value is not (or fp32 overflows: then count).
-    if not torch.isfinite(tensor.abs().sum(dtype=torch.float32)):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise NumericError(
-                f"{name} holds {bad} values that are not finite", "fetch the file again"
-            )
-
-
-def _fill(
-    model: nn.Module,
-    entries: Mapping[str, TensorEntry],
-    quantization: Quantization,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
+def _fill(model: nn.Module, base: OpenBase) -> None:
     """Put every tensor in its place; a linear is quantized when its weight arrives."""
-    linears = decoder_linears(model) if quantization.bits < 16 else {}
-    for buffer_name, buffer in list(model.named_buffers()):
-        parent, leaf = _parent(model, buffer_name)
-        setattr(parent, leaf, buffer.to(device))
-    wanted = {name: entry for name, entry in entries.items() if not is_computed(name)}
-    for name, tensor in read_tensors(wanted):
-        owner, leaf = name.rpartition(".")[0], name.rpartition(".")[2]
-        moved = tensor.to(device=device, dtype=dtype, copy=True)
-        if dtype is torch.float16 and tensor.dtype is not torch.float16:
-            check_finite(moved, f"{name} in fp16")
-        if leaf == "weight" and owner in linears:
-            bias = linears[owner].bias
-            layer = quantize_linear(moved, None, quantization, name=name)
-            # A bias that was read before stays; one that comes later finds its place.
-            layer.bias = bias
-            parent, child = _parent(model, owner)
-            setattr(parent, child, layer)
+    linears = decoder_linears(model)
+    to_quantize = {} if base.stored or base.quantization.bits == 16 else linears
+    for name, buffer in list(model.named_buffers()):
+        _place(model, name, buffer.to(base.device))
+    scratch = _Scratch(base.dtype, base.device)
+    for name, tensor in read_tensors(base.plain):
+        owner = name.removesuffix(".weight")
+        moved = (
+            scratch.cast(tensor)
+            if owner in to_quantize
+            else tensor.to(device=base.device, dtype=base.dtype, copy=True)
+        )
+        if moved.dtype != tensor.dtype:
+            check_finite(moved, f"{name} in {dtype_name(base.dtype)}")
+        if owner in to_quantize:
+            _replace(model, owner, quantize_linear(moved, None, base.quantization, name=name))
         else:
-            parent, leaf = _parent(model, name)
-            setattr(parent, leaf, nn.Parameter(moved, requires_grad=False))
+            _place(model, name, nn.Parameter(moved, requires_grad=False))
+    for name, stored in base.stored.items():
+        by_name = {entry.name: suffix for suffix, entry in stored.entries.items()}
+        own = {entry.name: entry for entry in stored.entries.values()}
+        # The reader lends one buffer, so what is kept is copied out of it.
+        parts = {by_name[key]: tensor.clone() for key, tensor in read_tensors(own)}
+        layer = stored_layer(linears[name], stored, base.quantization, parts, base.device)
+        _replace(model, name, layer)
     model.tie_weights()  # type: ignore[operator]
 
 
-def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+class _Scratch:
+    """Casts tensors that are not kept, in one piece of memory that grows to the largest of them.
+
+    Freed copies of many sizes between small quantized results would leave holes in the heap: the
+    process of a 1.1 B model took 1.3 GiB more than the model.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._held = torch.empty(0, dtype=dtype, device=device)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device in the dtype; itself where it is that already."""
+        if tensor.dtype == self._held.dtype and tensor.device == self._held.device:
+            return tensor
+        if self._held.numel() < tensor.numel():
+            self._held = self._held.new_empty(tensor.numel())
+        return self._held[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a parameter or a buffer where the architecture has it."""
     owner, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner), leaf
+    setattr(model.get_submodule(owner), leaf, tensor)
 
 
-def _tied_names(model: Any) -> dict[str, str]:
-    """Names of tensors that share another one's storage, to that other name."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return {}
-    names = {id(module): name for name, module in model.named_modules()}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:
+    """Swap a linear; a bias that was read before stays, one that comes later finds its place."""
+    owner, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    layer.bias = getattr(parent, leaf).bias
+    setattr(parent, leaf, layer)
 
 
 def _check_tied(
@@ -300,14 +269,14 @@ def _check_tied(
                 )
 
 
-def _info(base: OpenBase, parameters: int) -> BaseInfo:
-    entries = base.entries.values()
-    dtypes = {entry.torch_dtype for entry in entries if not is_computed(entry.name)}
+def open_info(base: OpenBase) -> BaseInfo:
+    """What an adapter must know about a base, from its headers; before its weights are read."""
+    dtypes = {entry.torch_dtype for entry in base.plain.values()}
     return BaseInfo(
         name=base.source.name,
         revision=base.source.revision,
-        fingerprint=fingerprint(entries),
-        parameters=parameters,
+        fingerprint=fingerprint(base.entries.values()),
+        parameters=sum(parameter.numel() for parameter in base.model.parameters()),
         bits=base.quantization.bits,
         quant_type=base.quantization.quant_type,
         double_quant=base.quantization.double_quant,
@@ -315,24 +284,3 @@ def _info(base: OpenBase, parameters: int) -> BaseInfo:
         source_dtype="+".join(sorted(dtype_name(found) for found in dtypes)),
         compute_dtype=dtype_name(base.dtype),
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bf16`, `fp16` or `fp32`; torch's own name for any other."""
-    short = {value: key for key, value in DTYPES.items()}
-    return short.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def _take_generation_config(model: Any, directory: Path) -> None:
-    if not (directory / "generation_config.json").exists():
-        return
-    from transformers import GenerationConfig
-
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(
-            str(directory), local_files_only=True
-        )
-    except Exception as error:
-        raise ModelError(
-            f"{directory / 'generation_config.json'}: {error}", "correct or remove the file"
-        ) from error

@@ -35,6 +35,7 @@ from qlora_kit.errors import NumericError
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
+ENCODED_AT_ONCE = 2**17
 INT8_LIMIT = 65504.0
 """8-bit quantization goes through fp16 (bitsandbytes 0.50): larger weights would become zeros."""
 
@@ -227,18 +228,15 @@ def quantize_linear(
         rows, row_absmax, _ = bnb.int8_vectorwise_quant(weight.half())
         return Linear8bit(in_features, out_features, rows, bias, row_absmax=row_absmax)
     assert quantization.quant_type is not None
-    packed, state = bnb.quantize_4bit(
-        weight.contiguous(),
-        blocksize=BLOCKSIZE,
-        compress_statistics=bool(quantization.double_quant),
-        quant_type=quantization.quant_type,
-    )
+    packed, absmax = _encode_blocks(weight.reshape(-1), quantization.quant_type)
     nested = {}
-    if state.nested:
+    if quantization.double_quant:
+        offset = absmax.mean()
+        absmax, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
         nested = {
-            "nested_absmax": state.state2.absmax,
-            "nested_offset": state.offset,
-            "nested_map": state.state2.code,
+            "nested_absmax": state.absmax,
+            "nested_offset": offset,
+            "nested_map": state.code,
         }
     return Linear4bit(
         in_features,
@@ -246,8 +244,16 @@ def quantize_linear(
         packed,
         bias,
         quant_type=quantization.quant_type,
-        absmax=state.absmax,
+        absmax=absmax,
         **nested,
+    )
+
+
+def code_tables(quant_type: str) -> tuple[Tensor, Tensor]:
+    """The 16 values of a 4-bit format, and the 256 that double quant codes scales with."""
+    return (
+        bnb.get_4bit_type(quant_type, device="cpu", blocksize=BLOCKSIZE),
+        bnb.create_dynamic_map(),
     )
 
 
@@ -278,6 +284,23 @@ def quantized_bytes(layer: nn.Module) -> int:
         return 0
     held = [layer.weight, *(b for n, b in layer.named_buffers() if n != "nested_map")]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _encode_blocks(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Numbers (n,) to packed bytes (ceil(n/2), 1) and fp32 scales (ceil(n/64),).
+
+    A part after the other: off CUDA bitsandbytes makes several fp32 copies of what it is given.
+    """
+    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-flat.numel() // BLOCKSIZE), device=flat.device)
+    for start in range(0, flat.numel(), ENCODED_AT_ONCE):
+        part = flat[start : start + ENCODED_AT_ONCE]
+        bytes_, scales = torch.ops.bitsandbytes.quantize_4bit.default(
+            part, BLOCKSIZE, quant_type, torch.uint8
+        )
+        packed[start // 2 : start // 2 + bytes_.numel()] = bytes_
+        absmax[start // BLOCKSIZE : start // BLOCKSIZE + scales.numel()] = scales
+    return packed, absmax
 
 
 def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.errors import ModelError, ResourceError, UnsafeInputError
+from qlora_kit.base.hub import download
+from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError
 
 if TYPE_CHECKING:
     from qlora_kit.base.validate import TensorEntry
@@ -29,17 +30,20 @@ SHORT_NAMES = {
     "llama3.1-8b": "meta-llama/Llama-3.1-8B",
     "llama3.2-1b": "meta-llama/Llama-3.2-1B",
     "tinyllama-1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-8b": "Qwen/Qwen3-8B-Base",
+    "gemma2-2b": "google/gemma-2-2b",
+    "phi3.5-mini": "microsoft/Phi-3.5-mini-instruct",
 }
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 
-# What a base consists of: weights that hold no code, and text.
-HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
 FINGERPRINT_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base is: the name to show and record, its revision, and its directory."""
+    """Where a base is: the name to show and record, its commit on the hub, and its directory."""
 
     name: str
     revision: str | None
@@ -54,11 +58,16 @@ def is_path(name: str) -> bool:
     return os.path.isdir(first) and name not in SHORT_NAMES and name != "tiny"
 
 
-def resolve(name: str, revision: str | None = None) -> Source:
-    """The directory of a model, downloaded where the name is a hub id.
+def resolve(name: str, revision: str | None = None, weights: bool = True) -> Source:
+    """The directory of a model, downloaded (`weights` or not) where the name is a hub id.
 
-    Errors: `ModelError` where there is none, `ResourceError` where the hub cannot be reached.
+    Errors: `ModelError` where there is none, `ResourceError` where the hub cannot be reached,
+    `ConfigError` for a revision of what has none.
     """
+    if revision is not None and (name == "tiny" or is_path(name)):
+        raise ConfigError(
+            f"revision {revision} is given, and {name} is not on the hub", "leave --revision out"
+        )
     if name == "tiny":
         return Source("tiny", None, TINY)
     if is_path(name):
@@ -77,35 +86,8 @@ def resolve(name: str, revision: str | None = None) -> Source:
             f"{name}: neither a directory here nor a known short name",
             f"use owner/name for a hub id, ./{name} for a directory, or one of {known}",
         )
-    return Source(hub_id, revision, _download(hub_id, revision))
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    """The snapshot's directory in the hub's local cache, fetched where it is not there yet."""
-    from huggingface_hub import errors, snapshot_download
-
-    called = hub_id + (f" at {revision}" if revision else "")
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_PATTERNS)))
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{called}: the repository is gated and this account has no access",
-            "accept its terms on the hub and log in with `hf auth login`",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{called}: the hub has no such repository, or it is private",
-            "check the name; for a private one log in with `hf auth login`",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{called}: no such revision", "name a branch, tag or commit") from error
-    except errors.HFValidationError as error:
-        raise ModelError(f"{called}: not a hub id", "a hub id is owner/name") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise ResourceError(
-            f"{called}: the hub cannot be reached and the local hub cache does not hold this model",
-            "connect to the network, or give the directory of a downloaded copy",
-        ) from error
+    directory = download(hub_id, revision, weights)
+    return Source(hub_id, directory.name, directory)
 
 
 def contained(directory: Path, relative: str) -> Path:
@@ -117,14 +99,20 @@ def contained(directory: Path, relative: str) -> Path:
     parts = Path(relative).parts
     if not parts or Path(relative).is_absolute() or ".." in parts or "\0" in relative:
         raise UnsafeInputError(
-            f"{directory}: the path {relative!r} leaves the directory",
+            f"{directory}: the path {relative[:200]!r} leaves the directory",
             "remove it from the index; files of a model stay in its directory",
         )
     path = directory / relative
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelError(f"{path}: no such file", "complete the model directory") from error
+    except (OSError, ValueError) as error:
+        # A loop of links, a name too long, a name that is no text.
+        raise UnsafeInputError(
+            f"{directory}: the path {relative[:200]!r} cannot be followed",
+            "replace it by the real file",
+        ) from error
     real, roots = path.resolve(), [directory.resolve()]
     if directory.resolve().parent.name == "snapshots":
         # The hub's cache keeps a snapshot as links into the repository's own blobs.

@@ -20,6 +20,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+VOCABULARY_LIMIT = 256 * 1024**2
+"""Bytes; the vocabulary of 256,000 tokens that Gemma has takes 17 MB."""
 
 
 def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
@@ -33,24 +35,31 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
             f"{directory}: holds no tokenizer ({', '.join(VOCABULARY_FILES)})",
             "copy the tokenizer's files into the model directory",
         )
-    for name in present:
-        contained(directory, name)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (directory / name).exists():
-            content = read_json(contained(directory, name), TokenizerError)
-            if "auto_map" in content:
-                raise UnsafeInputError(
-                    f"{directory / name}: auto_map asks to run Python files of the model",
-                    "use a tokenizer that transformers supports by itself",
-                )
+    for name in TOKENIZER_FILES:
+        if not (directory / name).exists():
+            continue
+        path = contained(directory, name)
+        if path.suffix != ".json":
+            continue
+        if "auto_map" in read_json(path, TokenizerError, VOCABULARY_LIMIT) and any(
+            directory.glob("*.py")
+        ):
+            raise UnsafeInputError(
+                f"{path}: auto_map asks to run Python files of the model",
+                "remote code is never run: use a tokenizer that transformers supports by itself, "
+                "without Python files in its directory",
+            )
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:
-        # The libraries below raise bare exceptions of many kinds for a broken file.
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        # A broken file gives bare exceptions of many kinds, and a panic of the Rust library is no
+        # Exception at all.
         raise TokenizerError(
             f"{directory / present[0]}: cannot be read as a tokenizer: {error}",
             "fetch the tokenizer's files again",

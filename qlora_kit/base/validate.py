@@ -13,35 +13,38 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qlora_kit.base.source import contained
+from qlora_kit.base.families import FAMILIES, check_family
+from qlora_kit.base.source import Source, contained
 from qlora_kit.errors import InputError, ModelError, UnsafeInputError
 
-FAMILIES = ("llama",)
-"""Model types that are tested end to end."""
+if TYPE_CHECKING:
+    import torch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-JSON_LIMIT = 16 * 1024**2
+JSON_LIMIT = 16 * 1024**2  # a config or an index; a large vocabulary has its own limit
 HEADER_LIMIT = 100 * 1000**2  # as the safetensors library has it
 DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
+    # safetensors' name: torch's name and bytes; torch itself takes a second to import.
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F64": ("float64", 8),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "I16": ("int16", 2),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
+    "BOOL": ("bool", 1),
 }
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LAYER = r"model\.layers\.(\d{1,9})\."
 SHOWN = 5
 
 
@@ -59,17 +62,24 @@ class TensorEntry:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype that torch knows it by."""
-        return DTYPES[self.dtype]
+        import torch
+
+        found: torch.dtype = getattr(torch, DTYPES[self.dtype][0])
+        return found
 
 
-def read_json(path: Path, error: type[InputError] = ModelError) -> dict[str, Any]:
-    """The object in a small JSON file; `error` names the file and the place for anything else."""
+def read_json(
+    path: Path, error: type[InputError] = ModelError, limit: int = JSON_LIMIT
+) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes.
+
+    Errors: `error` with the file and the place for anything else.
+    """
     try:
         size = path.stat().st_size
-        if size > JSON_LIMIT:
-            raise error(f"{path}: has {size} bytes", f"a file like this has below {JSON_LIMIT}")
-        text = path.read_bytes().decode("utf-8-sig")
-        content = json.loads(text)
+        if size > limit:
+            raise error(f"{path}: has {size} bytes", f"a file like this has below {limit}")
+        content = json.loads(path.read_bytes().decode())
     except FileNotFoundError as missing:
         raise error(f"{path}: no such file", "complete the directory") from missing
     except UnicodeDecodeError as bad:
@@ -79,35 +89,32 @@ def read_json(path: Path, error: type[InputError] = ModelError) -> dict[str, Any
             f"{path}:{bad.lineno}: not JSON: {bad.msg} (column {bad.colno})",
             "fetch the file again or correct it",
         ) from bad
-    except RecursionError as bad:
-        raise error(f"{path}: is nested too deeply", "correct the file") from bad
+    except (RecursionError, ValueError) as bad:
+        raise error(
+            f"{path}: is nested too deeply or holds a number too long", "correct it"
+        ) from bad
     if not isinstance(content, dict):
         raise error(f"{path}: holds {type(content).__name__}, not an object", "correct the file")
     return content
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The config.json of a directory: a supported family, without code of its own."""
+    """The config.json of a directory: a supported family, without code of its own.
+
+    `auto_map` alone is accepted: no file that it names is there, and transformers' own class of
+    the family is used. Errors: `ModelError`, `UnsafeInputError`.
+    """
     path = contained(directory, "config.json")
     config = read_json(path)
-    if "auto_map" in config:
+    if "auto_map" in config and (
+        config.get("model_type") not in FAMILIES or any(directory.glob("*.py"))
+    ):
         raise UnsafeInputError(
             f"{path}: auto_map asks to run Python files of the model",
-            "use a model that transformers supports by itself; remote code is never run",
+            "remote code is never run: use a supported family "
+            f"({', '.join(FAMILIES)}), without Python files in its directory",
         )
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise ModelError(
-            f"{path}: model_type {kind!r} is not supported",
-            f"supported families are {', '.join(FAMILIES)}",
-        )
-    if config.get("quantization_config"):
-        method = config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise ModelError(
-            f"{path}: the weights are already quantized ({method})",
-            "give the original 16-bit model; --bits quantizes it",
-        )
+    check_family(config, path)
     return config
 
 
@@ -117,7 +124,7 @@ def read_entries(directory: Path) -> dict[str, TensorEntry]:
         return _read_sharded(directory)
     if (directory / SINGLE_FILE).exists():
         return read_header(contained(directory, SINGLE_FILE))
-    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise UnsafeInputError(
             f"{directory / pickles[0]}: is a pickle, which can run code when it is read",
@@ -133,9 +140,11 @@ def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
     listed = read_json(path).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
         raise ModelError(f"{path}: has no weight_map of names to files", "fetch the index again")
+    by_file: dict[str, list[str]] = {}
+    for name, file in sorted(listed.items()):
+        by_file.setdefault(file, []).append(name)
     entries: dict[str, TensorEntry] = {}
-    for file in sorted(set(listed.values())):
-        keys = sorted(name for name, where in listed.items() if where == file)
+    for file, keys in sorted(by_file.items()):
         try:
             shard = read_header(contained(directory, file))
         except ModelError as error:
@@ -211,13 +220,13 @@ def _entry(name: str, described: Any, path: Path, begin: int) -> TensorEntry | s
     if not isinstance(described, Mapping):
         return "no description"
     dtype, shape, span = (described.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in DTYPES:
-        return f"unknown dtype {dtype!r}"
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"unknown dtype {str(dtype)[:60]!r}"
     if not isinstance(shape, list) or not all(_is_count(n) for n in shape) or len(shape) > 8:
         return f"bad shape {str(shape)[:60]}"
     if not isinstance(span, list) or len(span) != 2 or not all(_is_count(n) for n in span):
         return f"bad offsets {str(span)[:60]}"
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * DTYPES[dtype][1]
     if span[1] - span[0] != expected:
         return f"{span[1] - span[0]} bytes for {expected}"
     return TensorEntry(name, dtype, tuple(shape), path, begin + span[0], begin + span[1])
@@ -225,6 +234,22 @@ def _entry(name: str, described: Any, path: Path, begin: int) -> TensorEntry | s
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def check_layers(
+    entries: Mapping[str, TensorEntry], config: Mapping[str, Any], path: os.PathLike[str]
+) -> None:
+    """Refuse another number of layers in the files than in config.json (`path`).
+
+    Done before the architecture is built, which takes the longer the more layers are promised.
+    """
+    stored = {int(found[1]) for name in entries if (found := re.match(LAYER, name))}
+    said = config.get("num_hidden_layers")
+    if said is not None and said != len(stored):
+        raise ModelError(
+            f"{path}: num_hidden_layers is {said!r}, and the weights hold {len(stored)} layers",
+            "fetch the files again, or correct config.json",
+        )
 
 
 def check_architecture(
@@ -257,7 +282,7 @@ def check_architecture(
     kinds = [
         f"{entry.name} is {entry.dtype}"
         for entry in entries.values()
-        if entry.name in expected and not entry.torch_dtype.is_floating_point
+        if entry.name in expected and not entry.dtype.startswith(("F", "BF"))
     ]
     if kinds:
         problems.append(f"{_some(kinds)}, expected floating point")
@@ -277,3 +302,9 @@ def _some(names: Sequence[str]) -> str:
     """Up to five names, and how many there are."""
     listed = ", ".join(name[:100] for name in names[:SHOWN])
     return f"{len(names)} tensors ({listed}, ...)" if len(names) > SHOWN else listed
+
+
+def look(source: Source) -> None:
+    """Refuse what config.json and the tensors' headers show, in a second: torch is not needed."""
+    read_config(source.directory)
+    read_entries(source.directory)

@@ -12,50 +12,53 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qlora_kit.base.load import check_finite, read_tensors
+from qlora_kit.base.load import BaseInfo
 from qlora_kit.base.source import contained
-from qlora_kit.base.validate import read_header, read_json
+from qlora_kit.base.tensors import DTYPES, check_finite, read_tensors
+from qlora_kit.base.validate import TensorEntry, read_header
 from qlora_kit.config import LoRAConfig
-from qlora_kit.errors import AdapterError, ConfigError, UnsafeInputError
+from qlora_kit.errors import AdapterError
 from qlora_kit.files import write_file
 from qlora_kit.lora.inject import (
     ADAPTER,
     activate,
-    find_targets,
+    clear_adapter,
     lora_layer,
     lora_layers,
     target_candidates,
 )
 from qlora_kit.lora.layer import KeyedDropout
+from qlora_kit.lora.peft_config import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapted_modules,
+    read_adapter_config,
+)
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 HEADER_KEY = "qlora_kit"
 KEY_PREFIX = "base_model.model."
-UNSUPPORTED = {
-    # PEFT's options that change the arithmetic, with the value that means "not used".
-    "use_dora": False,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "layer_replication": None,
-    "megatron_config": None,
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "exclude_modules": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
+TRAINED_ON = {
+    "name": str,
+    "revision": str,
+    "fingerprint": str,
+    "parameters": int,
+    "bits": int,
+    "quant_type": str,
+    "double_quant": bool,
+    "blocksize": int,
+    "source_dtype": str,
+    "compute_dtype": str,
+    "lora": dict,
 }
+SCALE_OPTIONS = ("r", "lora_alpha", "use_rslora")
+"""What the header repeats of the config: a changed one scales the update, and no shape shows it."""
 
 
 def save_adapter(model: Any, directory: str | os.PathLike[str], adapter: str = ADAPTER) -> None:
@@ -71,13 +74,24 @@ def save_adapter(model: Any, directory: str | os.PathLike[str], adapter: str = A
         raise AdapterError(f"the model has no adapter {adapter!r}", "inject or load one first")
     for name, tensor in tensors.items():
         check_finite(tensor, name)
+    described = adapter_config(model, adapter)
     info = model.base_info.as_dict() if hasattr(model, "base_info") else {}
+    info["lora"] = {option: described[option] for option in SCALE_OPTIONS}
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    content = save(tensors, {"format": "pt", HEADER_KEY: json.dumps(info)})
+    content = _in_order(save(tensors, {"format": "pt", HEADER_KEY: json.dumps(info)}))
     write_file(target / WEIGHTS_FILE, content)
-    described = json.dumps(adapter_config(model, adapter), indent=2) + "\n"
-    write_file(target / CONFIG_FILE, described.encode())
+    write_file(target / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order: safetensors 0.8 writes it in a random one."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def adapter_tensors(model: Any, adapter: str = ADAPTER) -> dict[str, Tensor]:
@@ -87,15 +101,23 @@ def adapter_tensors(model: Any, adapter: str = ADAPTER) -> dict[str, Tensor]:
         if adapter in layer.lora_A:
             dtype = layer.adapter_dtypes[adapter]
             for part, weight in zip("AB", layer.weights(adapter), strict=True):
-                key = f"{KEY_PREFIX}{name}.lora_{part}.weight"
-                tensors[key] = weight.detach().to("cpu", dtype).contiguous()
+                tensors[_key(name, part)] = weight.detach().to("cpu", dtype).contiguous()
     return tensors
 
 
 def adapter_config(model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
     """What PEFT's `adapter_config.json` says of it."""
     config: LoRAConfig = model.lora_configs[adapter]
-    alpha = config.alpha
+    ranks, alphas = {}, {}
+    for name, layer in lora_layers(model).items():
+        if adapter not in layer.lora_A:
+            continue
+        r = layer.weights(adapter)[0].shape[0]
+        alpha = layer.scaling[adapter] * (math.sqrt(r) if config.use_rslora else r)
+        if r != config.r:
+            ranks[name] = r
+        if not math.isclose(alpha, config.alpha, rel_tol=1e-9):
+            alphas[name] = _plain(round(alpha, 9))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -103,9 +125,11 @@ def adapter_config(model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
         "revision": model.base_info.revision if hasattr(model, "base_info") else None,
         "inference_mode": True,
         "r": config.r,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": _plain(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": _peft_targets(model, adapter),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
         "use_rslora": config.use_rslora,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -113,6 +137,10 @@ def adapter_config(model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
         "modules_to_save": None,
         "use_dora": False,
     }
+
+
+def _plain(number: float) -> float:
+    return int(number) if float(number).is_integer() else number
 
 
 def _peft_targets(model: Any, adapter: str) -> list[str]:
@@ -123,61 +151,28 @@ def _peft_targets(model: Any, adapter: str) -> list[str]:
     return short if selected == adapted else adapted
 
 
-def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The checked `adapter_config.json` of a directory.
-
-    Errors: `AdapterError` naming what is missing or not supported, `UnsafeInputError` for pickles.
-    """
-    path = Path(directory)
-    if not path.is_dir():
-        raise AdapterError(f"{path}: no such directory", "give the directory of a saved adapter")
-    if not (path / CONFIG_FILE).exists():
-        raise AdapterError(f"{path}: holds no {CONFIG_FILE}", "give the directory of an adapter")
-    config = read_json(contained(path, CONFIG_FILE), AdapterError)
-    where = path / CONFIG_FILE
-    if not (path / WEIGHTS_FILE).exists():
-        if (path / "adapter_model.bin").exists():
-            raise UnsafeInputError(
-                f"{path / 'adapter_model.bin'}: is a pickle, which can run code when it is read",
-                f"convert it to {WEIGHTS_FILE} where you trust it",
-            )
-        raise AdapterError(f"{path}: holds no {WEIGHTS_FILE}", "complete the adapter's directory")
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{where}: peft_type {config.get('peft_type')!r} is not supported", "use a LoRA adapter"
-        )
-    for option, unused in UNSUPPORTED.items():
-        value = config.get(option)
-        if value not in (None, unused, [], {}):
-            raise AdapterError(
-                f"{where}: {option} {value!r} is not supported", "use a plain LoRA adapter"
-            )
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise AdapterError(f"{where}: r must be at least 1, got {r!r}", "correct the file")
-    if not isinstance(alpha, (int, float)) or not (0 < alpha < math.inf):
-        raise AdapterError(f"{where}: lora_alpha must be above 0, got {alpha!r}", "correct it")
-    targets = config.get("target_modules")
-    if not isinstance(targets, str) and not (
-        isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
-    ):
-        raise AdapterError(f"{where}: target_modules is {targets!r}", "name the adapted modules")
-    return config
-
-
 def trained_on(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What an adapter's header says of its base; empty for one that does not say (PEFT's)."""
     path = contained(Path(directory), WEIGHTS_FILE)
     read_header(path, AdapterError)
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = header.get("__metadata__")
+    text = metadata.get(HEADER_KEY, "{}") if isinstance(metadata, dict) else "{}"
     try:
-        said = json.loads(header.get("__metadata__", {}).get(HEADER_KEY, "{}"))
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        said = dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
         raise AdapterError(
-            f"{path}: the header's {HEADER_KEY} is not JSON", "save the adapter again"
+            f"{path}: the header's {HEADER_KEY} is no JSON object", "save the adapter again"
         ) from error
-    return said if isinstance(said, dict) else {}
+    known = {option: said[option] for option in TRAINED_ON if option in said}
+    for option, value in known.items():
+        if value is not None and not isinstance(value, TRAINED_ON[option]):
+            raise AdapterError(
+                f"{path}: the header's {HEADER_KEY} says {option} {str(value)[:60]!r}",
+                "save the adapter again",
+            )
+    return known
 
 
 def load_adapter(
@@ -193,69 +188,104 @@ def load_adapter(
     Returns the model; nothing is trainable. Everything is checked before the model is touched.
     Errors: `AdapterError` where files, shapes, targets or the base do not fit, `NumericError`.
     """
-    config = read_adapter_config(directory)
-    path = contained(Path(directory), WEIGHTS_FILE)
-    entries = read_header(path, AdapterError)
-    said = trained_on(directory)
-    _check_base(model, said, path, allow_other_base)
-    expected = _expected(model, config, path)
-    _check_tensors({name: entry.shape for name, entry in entries.items()}, expected, path)
-    dtypes = {entry.torch_dtype for entry in entries.values()}
-    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
-        raise AdapterError(f"{path}: holds {sorted(map(str, dtypes))}", "save it in one dtype")
+    path, config, entries, modules, dtype = open_adapter(
+        model, directory, None if allow_other_base else getattr(model, "base_info", None)
+    )
     tensors = {name: tensor.float().clone() for name, tensor in read_tensors(entries)}
+    targets = config["target_modules"]
     lora = LoRAConfig(
         r=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
-        target_modules=config["target_modules"]
-        if isinstance(config["target_modules"], str)
-        else tuple(config["target_modules"]),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_rslora=bool(config.get("use_rslora")),
-        adapter_dtype=_dtype_option(next(iter(dtypes))),
+        adapter_dtype=next(name for name, one in DTYPES.items() if one is dtype),
     )
-    dtype = next(iter(dtypes))
-    for name in _module_names(expected):
+    clear_adapter(model, adapter)
+    for name, (r, alpha) in modules.items():
         layer = lora_layer(model, name)
-        if adapter in layer.lora_A:
-            layer.remove_adapter(adapter)
+        scaling = replace(lora, r=r, alpha=alpha).scaling
         with torch.random.fork_rng(devices=[]):
-            dropout = KeyedDropout(lora.dropout, seed, name)
-            layer.add_adapter(adapter, lora.r, lora.scaling, dtype, dropout)
+            layer.add_adapter(adapter, r, scaling, dtype, KeyedDropout(lora.dropout, seed, name))
         for part, weight in zip("AB", layer.weights(adapter), strict=True):
-            weight.data.copy_(tensors[f"{KEY_PREFIX}{name}.lora_{part}.weight"])
+            weight.data.copy_(tensors[_key(name, part)])
             weight.requires_grad_(False)
     if all(not t.any() for name, t in tensors.items() if name.endswith("lora_B.weight")):
         warnings.warn(f"{path}: every lora_B is zero: the adapter has no effect", stacklevel=2)
-    model.lora_configs = {**getattr(model, "lora_configs", {}), adapter: lora}
+    model.lora_configs[adapter] = lora
     activate(model, adapter)
     return model
 
 
-def _check_base(model: Any, said: Mapping[str, Any], path: Path, allow_other_base: bool) -> None:
-    mine = getattr(model, "base_info", None)
-    if mine is None or not said.get("fingerprint") or allow_other_base:
-        return
-    if said["fingerprint"] != mine.fingerprint:
+class OpenAdapter(NamedTuple):
+    """An adapter whose files were checked against a model, before its weights are read."""
+
+    path: Path
+    config: dict[str, Any]
+    entries: dict[str, TensorEntry]
+    modules: dict[str, tuple[int, float]]
+    """Rank and alpha of each linear that it adapts."""
+    dtype: torch.dtype
+
+
+def open_adapter(
+    model: Any, directory: str | os.PathLike[str], base: BaseInfo | None
+) -> OpenAdapter:
+    """Check an adapter's files against `model`, which may still be on the meta device.
+
+    `base` says what the model is; None takes any that has the same shapes.
+    Errors: `AdapterError` where files, shapes, targets or the base do not fit.
+    """
+    config = read_adapter_config(directory)
+    path = contained(Path(directory), WEIGHTS_FILE)
+    entries = read_header(path, AdapterError)
+    said = trained_on(directory)
+    _check_base(base, said, path)
+    _check_scale(config, said, path.parent / CONFIG_FILE)
+    modules = adapted_modules(model, config, path.parent / CONFIG_FILE)
+    expected = _expected(model, modules)
+    _check_tensors({name: entry.shape for name, entry in entries.items()}, expected, path)
+    dtypes = {entry.torch_dtype for entry in entries.values()}
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
         raise AdapterError(
-            f"{path}: was trained on {said.get('name')} with other weights than {mine.name}",
+            f"{path}: holds {', '.join(sorted(map(str, dtypes)))}", "save it in bf16, fp16 or fp32"
+        )
+    return OpenAdapter(path, config, entries, modules, dtypes.pop())
+
+
+def _key(module: str, part: str) -> str:
+    """PEFT's name of A or B of a module."""
+    return f"{KEY_PREFIX}{module}.lora_{part}.weight"
+
+
+def _check_base(base: BaseInfo | None, said: Mapping[str, Any], path: Path) -> None:
+    if base is None or not said.get("fingerprint"):
+        return
+    if said["fingerprint"] != base.fingerprint:
+        raise AdapterError(
+            f"{path}: was trained on {said.get('name')} with other weights than {base.name}",
             "give the base that it was trained on, or --allow_other_base",
         )
 
 
-def _expected(model: Any, config: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
-    """The keys and shapes that the config asks for on this model."""
-    try:
-        targets = find_targets(model, config["target_modules"])
-    except ConfigError as error:
-        raise AdapterError(
-            f"{path.parent / CONFIG_FILE}: {error.problem}", f"use its base model: {error.remedy}"
-        ) from error
+def _check_scale(config: Mapping[str, Any], said: Mapping[str, Any], where: Path) -> None:
+    """Refuse a config whose rank or scale is not the one that the weights were saved with."""
+    for option, saved in said.get("lora", {}).items():
+        if option in SCALE_OPTIONS and config.get(option, False) != saved:
+            raise AdapterError(
+                f"{where}: {option} is {config.get(option)!r}, and the weights were saved with "
+                f"{saved!r}",
+                "restore the file",
+            )
+
+
+def _expected(model: Any, modules: Mapping[str, tuple[int, float]]) -> dict[str, tuple[int, ...]]:
+    """The keys and shapes of the tensors of an adapter on these modules."""
     expected: dict[str, tuple[int, ...]] = {}
-    for name in targets:
+    for name, (r, _) in modules.items():
         layer = model.get_submodule(name)
-        expected[f"{KEY_PREFIX}{name}.lora_A.weight"] = (config["r"], layer.in_features)
-        expected[f"{KEY_PREFIX}{name}.lora_B.weight"] = (layer.out_features, config["r"])
+        expected[_key(name, "A")] = (r, layer.in_features)
+        expected[_key(name, "B")] = (layer.out_features, r)
     return expected
 
 
@@ -280,12 +310,3 @@ def _check_tensors(
                 f"{path}: {name} is {list(found[name])}, expected {list(shape)}",
                 "use the base and the r that belong to the adapter",
             )
-
-
-def _module_names(expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    suffix = ".lora_A.weight"
-    return [k.removeprefix(KEY_PREFIX).removesuffix(suffix) for k in expected if k.endswith(suffix)]
-
-
-def _dtype_option(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import collections
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from qlora_kit.config import LoRAConfig
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.layer import KeyedDropout, LoRALinear
 
 AUTO_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",))
@@ -32,9 +32,9 @@ def inject_lora(
     """
     config = config or LoRAConfig()
     targets = find_targets(model, config.target_modules)
-    _check_rank(model, targets, config.r)
+    check_rank(model, targets, config.r)
     dtype = _adapter_dtype(model, config)
-    model.requires_grad_(False)
+    clear_adapter(model, adapter)
     # A local random state: drawing adapters leaves the caller's as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -43,7 +43,7 @@ def inject_lora(
             dropout = KeyedDropout(config.dropout, seed, name)
             layer.add_adapter(adapter, config.r, config.scaling, dtype, dropout)
     train_only(model, adapter)
-    model.lora_configs = {**getattr(model, "lora_configs", {}), adapter: config}
+    model.lora_configs[adapter] = config
     return model
 
 
@@ -52,7 +52,8 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
 
     `auto`, `all-linear` (every linear but the output head), names (`q_proj` matches
     `model.layers.0.self_attn.q_proj`), or a regex over whole names.
-    Errors: `ConfigError` listing the model's linears where a name or the regex matches nothing.
+    Errors: `ConfigError` listing the model's linears where a name or the regex matches nothing, or
+    naming the head or the embedding where one is asked for.
     """
     candidates = target_candidates(model)
     if target_modules == "all-linear":
@@ -63,29 +64,48 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
             if {one.rpartition(".")[2] for one in found} == set(names):
                 return found
         raise _no_match("auto", candidates)
-    if isinstance(target_modules, str) and _is_regex(target_modules):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise ConfigError(
-                f"target_modules {target_modules!r} is not a regex: {error}",
-                "give names separated by commas, or a valid regex",
-            ) from error
-        found = [one for one in candidates if pattern.fullmatch(one)]
-        if not found:
-            raise _no_match(target_modules, candidates)
-        return found
-    if isinstance(target_modules, str):
-        target_modules = [name.strip() for name in target_modules.split(",") if name.strip()]
+    if not isinstance(target_modules, str):
+        return targets_by_name(model, target_modules)
+    if re.fullmatch(r"[\w.,\- ]+", target_modules):
+        asked = [name.strip() for name in target_modules.split(",")]
+        return targets_by_name(model, [name for name in asked if name])
+    return targets_by_regex(model, target_modules)
+
+
+def targets_by_name(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The linears whose name is one of `names` or ends in it; each has to match one."""
+    candidates = target_candidates(model)
     matches = {
         name: [one for one in candidates if one == name or one.endswith(f".{name}")]
-        for name in target_modules
+        for name in names
     }
+    for end in _ends(model):
+        if any(end == name or end.endswith(f".{name}") for name in names):
+            raise _refused_end(model, end)
     unmatched = [name for name, found in matches.items() if not found]
     if unmatched or not matches:
         raise _no_match(", ".join(unmatched), candidates)
     chosen = {one for found in matches.values() for one in found}
     return [one for one in candidates if one in chosen]
+
+
+def targets_by_regex(model: nn.Module, regex: str) -> list[str]:
+    """The linears whose whole name matches `regex`."""
+    try:
+        pattern = re.compile(regex)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"target_modules {regex!r} is not a regex: {error}",
+            "give names separated by commas, or a valid regex",
+        ) from error
+    for end in _ends(model):
+        if pattern.fullmatch(end):
+            raise _refused_end(model, end)
+    candidates = target_candidates(model)
+    found = [one for one in candidates if pattern.fullmatch(one)]
+    if not found:
+        raise _no_match(regex, candidates)
+    return found
 
 
 def target_candidates(model: nn.Module) -> list[str]:
@@ -127,14 +147,73 @@ def train_only(model: nn.Module, adapter: str) -> None:
                 weight.requires_grad_(True)
 
 
+def adapter_names(model: nn.Module) -> list[str]:
+    """The adapters of a model, in the order in which they came."""
+    return _names(lora_layers(model).values())
+
+
 def activate(model: nn.Module, adapter: str | None) -> None:
-    """Let one adapter take part in every layer that has it; None is the base alone."""
-    for layer in lora_layers(model).values():
+    """Let one adapter take part in every layer that has it; None is the base alone.
+
+    Base weights are not touched. Errors: `AdapterError` for an adapter that the model does not
+    have; nothing is changed then.
+    """
+    layers = lora_layers(model).values()
+    if adapter is not None:
+        _check_known(adapter, layers)
+    for layer in layers:
         layer.active = adapter if adapter is not None and adapter in layer.lora_A else None
 
 
-def _is_regex(text: str) -> bool:
-    return not re.fullmatch(r"[\w.,\- ]+", text)
+def remove_adapter(model: Any, adapter: str) -> None:
+    """Take an adapter out of the model. Errors: `AdapterError` for an unknown or the active one."""
+    layers = lora_layers(model).values()
+    _check_known(adapter, layers)
+    if any(layer.active == adapter for layer in layers):
+        raise AdapterError(f"adapter {adapter!r} is active", "switch to another one first")
+    clear_adapter(model, adapter)
+
+
+def clear_adapter(model: Any, adapter: str) -> None:
+    """Take every trace of an adapter of that name out of the model, if there is one."""
+    for layer in lora_layers(model).values():
+        if adapter in layer.lora_A:
+            layer.remove_adapter(adapter)
+    configs = getattr(model, "lora_configs", {})
+    model.lora_configs = {name: config for name, config in configs.items() if name != adapter}
+
+
+def _names(layers: Iterable[LoRALinear]) -> list[str]:
+    return list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
+
+
+def _check_known(adapter: str, layers: Iterable[LoRALinear]) -> None:
+    known = _names(layers)
+    if adapter not in known:
+        raise AdapterError(
+            f"the model has no adapter {adapter!r}",
+            f"it has {', '.join(known) or 'none: inject or load one first'}",
+        )
+
+
+def _ends(model: Any) -> dict[str, nn.Module]:
+    """The output head and the embedding by name: what carries no adapter."""
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    return {name: one for name, one in model.named_modules() if any(one is end for end in ends)}
+
+
+def _refused_end(model: Any, name: str) -> ConfigError:
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    reason = (
+        f"the head and the embedding ({', '.join(_ends(model))}) share one tensor, and an update "
+        "of one would be merged into both"
+        if tied
+        else "the head and the embedding stay frozen"
+    )
+    return ConfigError(
+        f"target_modules asks for {name}: {reason}",
+        "leave it out; all-linear takes every linear but the head",
+    )
 
 
 def _no_match(asked: str, candidates: Sequence[str]) -> ConfigError:
@@ -146,7 +225,8 @@ def _no_match(asked: str, candidates: Sequence[str]) -> ConfigError:
     )
 
 
-def _check_rank(model: nn.Module, targets: Sequence[str], r: int) -> None:
+def check_rank(model: nn.Module, targets: Sequence[str], r: int) -> None:
+    """Refuse a rank that no target can use. Errors: `ConfigError`."""
     shapes = {}
     for name in targets:
         layer = model.get_submodule(name)

@@ -1,0 +1,16 @@
+"""What tests share: this folder on the import path, and the material that is not in the package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real weights and texts; a test that asks for it is skipped without one."""
+    if "QLORA_KIT_DATA" not in os.environ:
+        pytest.skip("QLORA_KIT_DATA is not set")
+    return Path(os.environ["QLORA_KIT_DATA"])

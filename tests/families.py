@@ -1,0 +1,214 @@
+"""Tiny checkpoints of every family, made by transformers' own `save_pretrained`.
+
+Each configuration keeps what sets its family apart. Weights are random and larger than a fresh
+model's, norms and biases included, so that a tensor that goes astray changes the logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from qlora_kit import errors
+from qlora_kit.errors import QloraKitError, error_line
+
+VOCABULARY = 264  # a few rows more than tokens, as real models have
+LAYERS = 2
+EXIT_CODES = {
+    errors.ConfigError: 2,
+    errors.ModelError: 3,
+    errors.TokenizerError: 3,
+    errors.AdapterError: 3,
+    errors.UnsafeInputError: 3,
+    errors.ResourceError: 4,
+    errors.NumericError: 5,
+}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 173,  # odd: rows are no multiple of a quantization block
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+LONG_ROPE = {
+    "type": "longrope",
+    "short_factor": [1.0 + 0.02 * i for i in range(8)],
+    "long_factor": [1.5 + 0.5 * i for i in range(8)],
+}
+TRAITS: dict[str, dict[str, Any]] = {
+    "llama2": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama3": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "llama_bias": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 8},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 8,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "rope_scaling": LONG_ROPE,
+        "original_max_position_embeddings": 16,
+    },
+}
+FAMILIES = tuple(TRAITS)
+
+
+def tiny_model(family: str = "llama2", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """transformers' own model of a family, random but always the same, in evaluation mode."""
+    settings = {**SIZES, **TRAITS[family], **changes}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(7)
+    # sdpa leaves out the soft cap of attention, so the reference takes the plain product.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        spread = 0.1 if parameter.dim() == 1 else 0.3 if "embed" in name else 0.15
+        around = 1.0 if "norm" in name and family != "gemma2" else 0.0
+        torch.nn.init.normal_(parameter, mean=around, std=spread)
+    return model.to(dtype).eval()
+
+
+def save_checkpoint(
+    directory: Path,
+    family: str = "llama2",
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "1GB",
+    **changes: Any,
+) -> Any:
+    """Write a tiny checkpoint with its tokenizer; returns transformers' model of it."""
+    model = tiny_model(family, dtype, **changes)
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    save_tokenizer(directory)
+    return model
+
+
+def save_tokenizer(directory: Path, extra: int = 0) -> None:
+    """A tokenizer of bytes, which encodes any text; `extra` adds that many unused tokens."""
+    # <|endoftext|> is there because transformers adds it to whatever a Qwen 2 directory holds.
+    specials = ["<pad>", "<s>", "</s>", "<|endoftext|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*specials, *alphabet, *(f"<extra{i}>" for i in range(extra))]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(directory)
+
+
+def token_ids(rows: int = 2, length: int = 24, seed: int = 3) -> torch.Tensor:
+    """Random tokens, longer than the sliding windows and the short rope of the families."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Change keys of config.json; None removes one."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def edit_weights(directory: Path, change: Any, file: str = "model.safetensors") -> None:
+    """Rewrite a safetensors file after `change(tensors)` edited its dict."""
+    tensors = load_file(directory / file)
+    change(tensors)
+    save_file(tensors, directory / file, {"format": "pt"})
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """The norm of the difference over the norm of the reference."""
+    ours, reference = ours.detach().double(), reference.detach().double()
+    return float((ours - reference).norm() / reference.norm())
+
+
+def tree_hash(directory: Path) -> str:
+    """SHA-256 over the names, kinds, links and bytes below a directory; pipes are not opened."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        digest.update(f"{path.relative_to(directory)} {path.lstat().st_mode}\n".encode())
+        if path.is_symlink():
+            digest.update(os.readlink(path).encode())
+        elif path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def refused(
+    error: type[QloraKitError], *said: str, directory: Path, seconds: float = 2.0
+) -> Iterator[None]:
+    """The block raises `error`, whose line says all of `said`, in time, with nothing changed.
+
+    A block that hangs is ended after ten times `seconds`.
+    """
+
+    def hangs(*_: Any) -> None:
+        raise AssertionError(f"no answer in {10 * seconds} s")
+
+    before = tree_hash(directory)
+    previous = signal.signal(signal.SIGALRM, hangs)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
+    began = time.perf_counter()
+    try:
+        with pytest.raises(QloraKitError) as caught:
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    took = time.perf_counter() - began
+    line = error_line(caught.value)
+    assert type(caught.value) is error, line
+    assert caught.value.exit_code == EXIT_CODES[error]
+    assert caught.value.remedy
+    for words in said:
+        assert words in str(caught.value)
+    assert len(line) <= 400
+    assert took < seconds
+    assert tree_hash(directory) == before
+
+
+def randomize_adapter(model: torch.nn.Module, seed: int = 5, scale: float = 0.1) -> None:
+    """Give every lora_A and lora_B of a model (ours or PEFT's) random values."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(drawn * scale)

@@ -1,0 +1,44 @@
+"""An adapter that looks trained, on a tiny base: A as it was drawn, B no longer zero."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_kit.base.load import load_base
+from qlora_kit.config import LoRAConfig
+from qlora_kit.lora.adapter import save_adapter
+from qlora_kit.lora.inject import inject_lora, lora_layers
+
+
+def trained_model(
+    base: Path, *, spread: float = 0.03, lora: LoRAConfig | None = None, **options: Any
+) -> Any:
+    """The base with an adapter in evaluation mode; `options` are those of `load_base`."""
+    model, _ = load_base(str(base), **options)
+    inject_lora(model, lora or LoRAConfig(r=4, alpha=6, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(11)
+    for layer in lora_layers(model).values():
+        weight = layer.lora_B["default"].weight
+        weight.data = torch.randn(weight.shape, generator=generator) * spread
+    return model.eval()
+
+
+def save_trained(base: Path, directory: Path, **options: Any) -> Any:
+    """The same, and its adapter saved in `directory`."""
+    model = trained_model(base, **options)
+    save_adapter(model, directory)
+    return model
+
+
+def write_rows(path: Path, count: int = 12) -> Path:
+    """Rows of prompt and completion, short and of different lengths."""
+    rows = []
+    for n in range(count):
+        answer = " ".join(map(str, range(n, n + 1 + n % 4)))
+        rows.append(json.dumps({"prompt": f"count {n}:", "completion": f" {answer}"}))
+    path.write_text("\n".join(rows) + "\n")
+    return path

@@ -1,24 +1,27 @@
-"""Rows to batches: padding, and the order in which rows come.
+"""Rows to batches: padding, packing, and the windows of optimizer steps.
 
 A step takes a window of micro-batches. Windows do not cross the end of an epoch, so that each
 epoch sees every row once; the last window of an epoch is short where the rows do not fill it.
-The order depends on the seed and the epoch alone, so that a resumed run goes on where it was.
 
 There is no attention mask: rows are padded on the right and attention is causal, so that no real
-token sees a padded one, and padded positions are in no loss. Left out: packing.
+token sees a padded one, and padded positions are in no loss. Rows of a pack are told apart by
+`position_ids`, which begin at 0 with each: that is what attention isolates them by.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_kit.data.prompt import IGNORE, Encoded
+from qlora_kit.config import DEFAULT_LENGTH, DataConfig
+from qlora_kit.data.cache import TokenRows
+from qlora_kit.data.order import Packs, epoch_order, grouped_order, make_packs
+from qlora_kit.data.tokens import IGNORE, Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,9 +32,9 @@ LENGTH_MULTIPLE = 16
 
 
 class Batch(TypedDict):
-    """One micro-batch of B rows, padded to T tokens; all int64.
+    """One micro-batch of B sequences, padded to T tokens; all int64.
 
-    T is the longest row's length, rounded up to a multiple of `LENGTH_MULTIPLE`.
+    T is the longest sequence's length, rounded up to a multiple of `LENGTH_MULTIPLE`.
     """
 
     input_ids: Tensor
@@ -39,36 +42,62 @@ class Batch(TypedDict):
     labels: Tensor
     """(B, T), -100 where nothing is trained on, padding included"""
     position_ids: Tensor
-    """(B, T), 0 .. T - 1 in each row"""
+    """(B, T), counted from 0 in each row of a sequence; the padding of a pack counts on its own"""
     supervised: Tensor
     """(N,), flat indices b * T + t of the positions whose next token is trained on"""
     num_supervised: int
     """N, known without reading the device"""
     lengths: list[int]
-    """tokens of each row, padding left out"""
+    """tokens of each sequence, padding left out"""
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
     """One batch of `rows`, in their order; needs at least one row."""
-    longest = max(len(row.input_ids) for row in rows)
-    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    labels = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
-        labels[index, : len(row.labels)] = torch.tensor(row.labels)
-    # The output at t predicts the token at t + 1; the last position predicts nothing.
-    predicts = torch.zeros((len(rows), length), dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != IGNORE
-    supervised = predicts.flatten().nonzero().squeeze(1)
+    return collate_packs([[row] for row in rows], pad_id)
+
+
+def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
+    """One batch whose sequences are the rows of each pack, one after the other."""
+    lengths = [sum(len(row.input_ids) for row in pack) for pack in packs]
+    width = padded(max(lengths))
+    input_ids = torch.full((len(packs), width), pad_id, dtype=torch.int64)
+    labels = torch.full((len(packs), width), IGNORE, dtype=torch.int64)
+    position_ids = torch.arange(width).repeat(len(packs), 1)
+    for index, pack in enumerate(packs):
+        done = 0
+        for row in pack:
+            until = done + len(row.input_ids)
+            input_ids[index, done:until] = torch.tensor(row.input_ids)
+            # What a row begins with is predicted by nothing, least of all by the row before.
+            labels[index, done + 1 : until] = torch.tensor(row.labels[1:])
+            position_ids[index, done:until] = torch.arange(until - done)
+            done = until
+        if len(pack) > 1:
+            position_ids[index, done:] = torch.arange(width - done)
+    supervised = _predicting(labels)
     return Batch(
         input_ids=input_ids,
         labels=labels,
-        position_ids=torch.arange(length).expand(len(rows), -1).contiguous(),
+        position_ids=position_ids,
         supervised=supervised,
         num_supervised=len(supervised),
-        lengths=[len(row.input_ids) for row in rows],
+        lengths=lengths,
     )
+
+
+def padded(length: int) -> int:
+    """The width of a batch whose longest sequence has `length` tokens."""
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def padding_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What is said of a tokenizer without a pad token, or with one that also ends a turn."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is not None and pad != eos:
+        return None
+    how = "no pad token: padding with" if pad is None else "the pad token is also"
+    end = "EOS" if eos is not None else f"token {padding_id(tokenizer)}"
+    return f"{how} {end}; padding is never trained on, and every end of a turn is"
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -88,31 +117,115 @@ def steps(
     seed: int,
     pad_id: int,
     start_step: int = 0,
+    packs: Packs | None = None,
+    group_by_length: bool = False,
 ) -> Iterator[list[Batch]]:
     """The windows of optimizer steps `start_step` .. `num_steps` - 1, epoch after epoch.
 
-    What is skipped is neither collated nor looked at.
+    With `packs` a batch has `batch_size` packs. What is skipped is neither collated nor looked at.
     """
-    per_epoch = steps_per_epoch(len(rows), batch_size, accumulation)
-    window = batch_size * accumulation
-    current, order = -1, list[int]()
+    order = _Order(rows, batch_size, accumulation, seed, packs, group_by_length)
     for step in range(start_step, num_steps):
-        epoch, index = divmod(step, per_epoch)
-        if epoch != current:
-            current, order = epoch, epoch_order(len(rows), seed, epoch)
-        chosen = [rows[i] for i in order[index * window : (index + 1) * window]]
+        groups = order.of_step(step)
         yield [
-            collate(chosen[first : first + batch_size], pad_id)
-            for first in range(0, len(chosen), batch_size)
+            collate_packs([[rows[i] for i in group] for group in part], pad_id)
+            for first in range(0, len(groups), batch_size)
+            if (part := groups[first : first + batch_size])
         ]
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of `range(num_rows)` that depends on the seed and the epoch alone."""
-    # `random()` is the one method whose sequence Python keeps the same between versions.
-    generator = random.Random(f"order {seed} {epoch}")
-    keys = [generator.random() for _ in range(num_rows)]
-    return sorted(range(num_rows), key=keys.__getitem__)
+def step_rows(
+    rows: Sequence[Encoded],
+    step: int,
+    *,
+    batch_size: int,
+    accumulation: int,
+    seed: int,
+    packs: Packs | None = None,
+    group_by_length: bool = False,
+) -> list[int]:
+    """Which rows the window of one step of `steps` holds, in their order."""
+    order = _Order(rows, batch_size, accumulation, seed, packs, group_by_length)
+    return [row for group in order.of_step(step) for row in group]
+
+
+class _Order:
+    """Which rows share a sequence of a step, from its number alone; keeps the epoch's order."""
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        packs: Packs | None,
+        group_by_length: bool,
+    ) -> None:
+        self._lengths = lengths_of(rows) if group_by_length else None
+        self._packs, self._batch_size, self._seed = packs, batch_size, seed
+        self._window = batch_size * accumulation
+        self._count = len(rows) if packs is None else len(packs)
+        self._epoch, self._order = -1, np.empty(0, np.int32)
+
+    def of_step(self, step: int) -> list[list[int]]:
+        epoch, index = divmod(step, -(-self._count // self._window))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = (
+                epoch_order(self._count, self._seed, epoch)
+                if self._lengths is None
+                else grouped_order(self._lengths, self._batch_size, self._window, self._seed, epoch)
+            )
+        chosen = self._order[index * self._window : (index + 1) * self._window].tolist()
+        return [[i] for i in chosen] if self._packs is None else [self._packs[i] for i in chosen]
+
+
+def split(batch: Batch, max_rows: int) -> Iterator[Batch]:
+    """The same sequences in batches of at most `max_rows`, each as wide as it has to be."""
+    for first in range(0, len(batch["lengths"]), max_rows):
+        lengths = batch["lengths"][first : first + max_rows]
+        rows, width = slice(first, first + max_rows), padded(max(lengths))
+        labels = batch["labels"][rows, :width]
+        supervised = _predicting(labels)
+        yield Batch(
+            input_ids=batch["input_ids"][rows, :width].contiguous(),
+            labels=labels.contiguous(),
+            position_ids=batch["position_ids"][rows, :width].contiguous(),
+            supervised=supervised,
+            num_supervised=len(supervised),
+            lengths=lengths,
+        )
+
+
+def _predicting(labels: Tensor) -> Tensor:
+    """Flat indices of the positions whose next token is trained on; the last predicts nothing."""
+    predicts = torch.zeros(labels.shape, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORE
+    return predicts.flatten().nonzero().squeeze(1)
+
+
+def pack(config: DataConfig, rows: Sequence[Encoded], seed: int) -> Packs | None:
+    """Which rows share a sequence of `max_length` tokens; None without `packing`."""
+    if not config.packing:
+        return None
+    return make_packs(lengths_of(rows), config.max_length or DEFAULT_LENGTH, seed)
+
+
+def lengths_of(rows: Sequence[Encoded]) -> np.ndarray:
+    """The tokens of each row, as int32, without reading rows that are on disk."""
+    if isinstance(rows, TokenRows):
+        return rows.lengths
+    return np.array([len(row.input_ids) for row in rows], dtype=np.int32)
+
+
+def padding_share(sequences: Sequence[int], batch_size: int) -> float:
+    """The share of padding where sequences of these lengths come in batches in this order."""
+    total = sum(
+        padded(max(part)) * len(part)
+        for first in range(0, len(sequences), batch_size)
+        if (part := sequences[first : first + batch_size])
+    )
+    return 1 - sum(sequences) / total
 
 
 def steps_per_epoch(num_rows: int, batch_size: int, accumulation: int) -> int:
@@ -137,6 +250,6 @@ def num_steps(
 
 def eval_batches(rows: Sequence[Encoded], batch_size: int, pad_id: int) -> Iterator[Batch]:
     """Every row once, shortest first: rows of like length waste little padding."""
-    by_length = sorted(rows, key=lambda row: len(row.input_ids))
-    for first in range(0, len(by_length), batch_size):
-        yield collate(by_length[first : first + batch_size], pad_id)
+    order = np.argsort(lengths_of(rows), kind="stable").tolist()
+    for first in range(0, len(order), batch_size):
+        yield collate([rows[i] for i in order[first : first + batch_size]], pad_id)

@@ -4,296 +4,276 @@ Every sequence starts with what the tokenizer puts before a text (one BOS, or no
 the token itself where it is trained on, else -100; the first token has nothing before it that
 could predict it, so its label is always -100.
 
-- text: start + text + EOS; all of it is trained on.
+- text: start + text + EOS, all of it trained on. A longer one becomes several rows, each with the
+  start (or, where there is none, with the last token of the row before), so that every token is
+  trained on once.
 - prompt, completion: start + prompt + completion + EOS; completion and EOS are trained on. The two
   are tokenized apart: a token across the border would be one that generation, which is handed the
-  prompt alone, could never begin with.
-- messages: the tokenizer's chat template; each assistant turn is trained on, its end tokens too.
-  The turns are where the template says `{% generation %}`, else where its renderings of the first
-  i and i + 1 messages end. Ids are never searched for: EOS is trained on also where it pads.
+  prompt alone, could never begin with. Where both are too long together, the prompt loses its
+  beginning, never the completion its end.
+- messages: the chat template's text (`mask.py`); every assistant turn is trained on, its end token
+  too. A longer chat ends with the last turn that fits whole.
 
-Control tokens written in a row's own text are plain text to the model. A row beyond `max_length`
-is cut at its end. What cannot be trained on is skipped, with the reason.
-
-Left out: packing, caching, templates of our own.
+A row that cannot be trained on is skipped, with the reason; no row is lost in silence.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from qlora_kit.data.cache import Outcome, TokenRows, cached, encoding_key
+from qlora_kit.data.mask import LEFT_OUT, NO_TURN, Chat, chats, header_text
 from qlora_kit.data.read import Row
-from qlora_kit.errors import DataError, TokenizerError
+from qlora_kit.data.tokens import IGNORE, Encoded, Skipped, Tokens
+from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100
-"""The label of a token that is not trained on; torch's own choice."""
-
 TOO_LONG = "prompt longer than max_length"
-NO_TURN = "no assistant turn"
+TOO_LONG_ANSWER = "completion longer than max_length"
 ONE_TOKEN = "a single token"
-CONTROL = "a message spells a control token"
-INSIDE = "a turn begins inside a token"
+CONTROL = "a control token that cannot be taken apart"
+INSIDE = "a turn begins or ends inside a token"
 REMEDIES = {
     TOO_LONG: "raise --max_length or shorten the prompts",
-    NO_TURN: "give every conversation an assistant turn",
+    TOO_LONG_ANSWER: "raise --max_length or shorten the completions",
+    NO_TURN: "give every conversation an assistant turn of weight 1",
     ONE_TOKEN: "give longer rows",
     CONTROL: "take the control tokens out of the messages' text",
-    INSIDE: "use rows of prompt and completion",
+    INSIDE: "take blanks off the ends of the messages, or use rows of prompt and completion",
+    LEFT_OUT: "use a template (--chat_template) that writes all of the rows' roles and fields",
 }
 """What to do about each reason for skipping a row."""
 
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One row as the model sees it; both lists have its length in tokens."""
-
-    input_ids: list[int]
-    labels: list[int]
-    truncated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A row that cannot be trained on; `reason` is a key of `REMEDIES`."""
-
-    reason: str
+BATCH_ROWS, BATCH_CHARACTERS = 1000, 1024**2
+"""Rows that are tokenized together; the fewer, the longer their texts."""
 
 
 @dataclass(frozen=True)
 class EncodedRows:
     """The rows that are trained on, and what became of the others."""
 
-    rows: list[Encoded]
+    rows: Sequence[Encoded]
     skipped: dict[str, int]
     truncated: int
     tokens: int
     supervised_tokens: int
+    cut_tokens: int = 0
+    """tokens that truncation took away"""
+    duplicates: int = 0
+    """rows that are equal to an earlier one"""
+    lost: tuple[tuple[str, str], ...] = ()
+    """`file:line` and reason of the first skipped rows"""
+    shortened: tuple[tuple[str, int], ...] = ()
+    """`file:line` of the first truncated rows, and how many tokens each lost; 0: cut in rows"""
 
 
 def encode_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     train_on_prompt: bool = False,
+    cache: Path | None = None,
 ) -> EncodedRows:
-    """Every row encoded, in order; `DataError` where more than half of them are lost."""
-    frame = _Frame(tokenizer)
-    kept: list[Encoded] = []
-    lost: list[tuple[Row, str]] = []
-    for row in rows:
-        result = _encode(row, frame, max_length, train_on_prompt)
-        if isinstance(result, Encoded):
-            kept.append(result)
-        else:
-            lost.append((row, result.reason))
-    skipped = Counter(reason for _, reason in lost)
-    if not rows:
+    """Every row encoded, in order; `DataError` where more than half of them are lost.
+
+    The tokens are kept on disk: in `cache`, where the same rows, tokenizer and settings find them
+    again, or else in a file that goes with the result.
+    """
+    tokens = Tokens(tokenizer)
+    key = encoding_key(rows, tokenizer, max_length, train_on_prompt) if cache else None
+    kept = cached(cache, key, lambda: _outcomes(rows, tokens, max_length, train_on_prompt))
+    facts = kept.facts
+    if not facts["source_rows"]:
         raise DataError("there are no rows to encode", "give at least one row")
-    if not kept or len(lost) > len(rows) / 2:
+    skipped = Counter(facts["skipped"])
+    num_lost = sum(skipped.values())
+    if not len(kept.rows) or num_lost > facts["source_rows"] / 2:
         counts = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
         raise DataError(
-            f"{lost[0][0].where}: {len(lost)} of {len(rows)} rows, from here on, cannot be "
-            f"trained on ({counts}; max_length {max_length})",
+            f"{facts['lost'][0][0]}: {num_lost} of {facts['source_rows']} rows, from here on, "
+            f"cannot be trained on ({counts}; max_length {max_length})",
             REMEDIES[skipped.most_common(1)[0][0]],
         )
     return EncodedRows(
-        rows=kept,
+        rows=kept.rows,
         skipped=dict(skipped),
-        truncated=sum(row.truncated for row in kept),
-        tokens=sum(len(row.input_ids) for row in kept),
-        supervised_tokens=sum(len(row.labels) - row.labels.count(IGNORE) for row in kept),
+        truncated=facts["truncated"],
+        tokens=facts["tokens"],
+        supervised_tokens=facts["supervised_tokens"],
+        cut_tokens=facts["cut_tokens"],
+        duplicates=facts["duplicates"],
+        lost=tuple((where, reason) for where, reason in facts["lost"]),
+        shortened=tuple((where, cut) for where, cut in facts["shortened"]),
     )
+
+
+def shared_rows(one: EncodedRows, other: EncodedRows) -> int:
+    """How many rows of `one` are also in `other`."""
+    assert isinstance(one.rows, TokenRows)
+    assert isinstance(other.rows, TokenRows)
+    return int(np.isin(one.rows.digests, other.rows.digests).sum())
 
 
 def encode(
     row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, train_on_prompt: bool = False
-) -> Encoded | Skipped:
+) -> list[Encoded] | Skipped:
     """One row as ids and labels of at most `max_length` tokens, at least one of them trained on.
 
+    Most rows give one; a long text and a chat whose template rewrites earlier turns give several.
     `TokenizerError` where the tokenizer cannot say where a row or a turn ends.
     """
-    return _encode(row, _Frame(tokenizer), max_length, train_on_prompt)
+    ((_, outcome, _),) = _outcomes([row], Tokens(tokenizer), max_length, train_on_prompt)
+    return outcome
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> list[int]:
     """The ids that training puts before a completion, or before the answer to a first message."""
-    frame = _Frame(tokenizer)
+    tokens = Tokens(tokenizer)
     if not chat:
-        return [*frame.start, *frame.plain(prompt)]
-    messages = [{"role": "user", "content": prompt}]
-    if frame.spells_control(messages):
+        return [*tokens.start, *tokens.plain(prompt)]
+    encoded = tokens.chat(*header_text(prompt, tokens))
+    if encoded is None:
         raise DataError(f"prompt: {CONTROL}", "leave the control token out")
-    text = frame.render(messages, "prompt", add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return frame.one_start(list(ids), [False] * len(ids))[0]
+    return tokens.one_start(encoded[0], [False] * len(encoded[0]))[0]
 
 
-class _Frame:
-    """What a tokenizer puts around a text, read off once for many rows."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer: Any = tokenizer
-        # Asked of the tokenizer, not of `bos_token`: GPT-2 has one that it never puts first.
-        whole = list(self.tokenizer("a")["input_ids"])
-        alone = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        place = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
-        self.start = whole[:place]
-        self.control: dict[int, str] = {
-            index: token.content
-            for index, token in self.tokenizer.added_tokens_decoder.items()
-            if token.special
-        }
-
-    @property
-    def eos(self) -> int:
-        """The token that ends a row; without one a model would never learn to stop."""
-        eos: int | None = self.tokenizer.eos_token_id
-        if eos is None:
-            raise TokenizerError(
-                "the tokenizer has no end-of-sequence token", "set eos_token in its config"
-            )
-        return eos
-
-    def plain(self, text: str) -> list[int]:
-        """Ids of the text alone; `</s>` in it is four characters, not the end."""
-        ids = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-        return list(ids["input_ids"])
-
-    def spells_control(self, messages: list[dict[str, str]]) -> bool:
-        """Whether a template would turn a message's own text into control tokens."""
-        return any(token in turn["content"] for turn in messages for token in self.control.values())
-
-    def template(self, where: str) -> str:
-        """The chat template's text."""
-        if not self.tokenizer.chat_template:
-            raise TokenizerError(
-                f"{where}: the tokenizer has no chat template",
-                "use rows of prompt and completion, or a tokenizer with a template",
-            )
-        try:
-            return str(self.tokenizer.get_chat_template())
-        except ValueError as error:
-            raise TokenizerError(f"{where}: {error}", "name one template default") from error
-
-    def render(self, messages: list[dict[str, str]], where: str, **options: Any) -> Any:
-        """`apply_chat_template`, as text unless `options` say otherwise."""
-        self.template(where)
-        try:
-            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
-        except Exception as error:
-            # A template is a program out of a file: it raises what it likes, often on purpose.
-            raise DataError(
-                f"{where}: the chat template refuses the messages: {error}",
-                "give the order and the roles that the model was made for",
-            ) from error
-
-    def one_start(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
-        """The start exactly once, whether the template writes it never, once or again."""
-        while len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
-            ids, trained = ids[1:], trained[1:]
-        if ids[: len(self.start)] != self.start:
-            ids, trained = self.start + ids, [False] * len(self.start) + trained
-        return ids, trained
+def _outcomes(
+    rows: Iterable[Row], tokens: Tokens, max_length: int, train_on_prompt: bool
+) -> Iterator[Outcome]:
+    """`(row, its encodings or why it is skipped, tokens cut)` of each row, in order."""
+    for batch in _batches(rows):
+        # Texts are tokenized many at a time; rows of chats need the places of their tokens.
+        texts = [
+            text
+            for row in batch
+            for text in (row.content.get("prompt"), row.content.get("completion"))
+            if text is not None
+        ] + [row.content["text"] for row in batch if "text" in row.content]
+        ids = dict(zip(texts, tokens.plain_many(texts), strict=True))
+        for row in batch:
+            content = row.content
+            if "messages" in content:
+                yield row, *_messages(row, tokens, max_length, train_on_prompt)
+            elif "text" in content:
+                end = [] if content.get("goes_on") else [tokens.eos]
+                yield row, _text([*ids[content["text"]], *end], tokens.start, max_length), 0
+            else:
+                answer = [*ids[content["completion"]], tokens.eos]
+                prompt = ids[content["prompt"]]
+                yield row, *_pair(prompt, answer, tokens.start, max_length, train_on_prompt)
 
 
-def _encode(row: Row, frame: _Frame, max_length: int, train_on_prompt: bool) -> Encoded | Skipped:
-    content = row.content
-    if "messages" in content:
-        if not any(turn["role"] == "assistant" for turn in content["messages"]):
-            return Skipped(NO_TURN)
-        if frame.spells_control(content["messages"]):
-            return Skipped(CONTROL)
-        spans = _chat(row, frame)
-        if isinstance(spans, Skipped):
-            return spans
-        ids, trained = frame.one_start(*spans)
-    else:
-        prompt = frame.plain(content["prompt"]) if "prompt" in content else []
-        text = content["completion" if "prompt" in content else "text"]
-        learned = [*frame.plain(text), frame.eos]
-        ids = [*frame.start, *prompt, *learned]
-        trained = [False] * (len(ids) - len(learned)) + [True] * len(learned)
-    fixed = max(1, len(frame.start))
-    if train_on_prompt:
-        trained = [True] * len(ids)
-    labels = [
-        token if learn and place >= fixed else IGNORE
-        for place, (token, learn) in enumerate(zip(ids, trained, strict=True))
-    ][:max_length]
-    if len(labels) <= 1:
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in parts that are not too much for the memory."""
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += sum(len(text) for text in row.content.values() if isinstance(text, str))
+        if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _text(ids: list[int], start: list[int], max_length: int) -> list[Encoded] | Skipped:
+    """All of a text in rows of at most `max_length`; each token is trained on once."""
+    if len(start) + len(ids) < 2:
         return Skipped(ONE_TOKEN)
-    if labels.count(IGNORE) == len(labels):
-        return Skipped(TOO_LONG)
-    return Encoded(ids[:max_length], labels, truncated=len(ids) > max_length)
+    rows: list[Encoded] = []
+    cut = len(start) + len(ids) > max_length
+    # Without a start, the last token of one row is the first of the next, which it predicts.
+    done = 0 if start else 1
+    while done < len(ids):
+        context = start or ids[done - 1 : done]
+        part = ids[done : done + max(1, max_length - len(context))]
+        done += len(part)
+        rows.append(Encoded([*context, *part], [IGNORE] * len(context) + part, cut))
+    return rows
 
 
-def _chat(row: Row, frame: _Frame) -> tuple[list[int], list[bool]] | Skipped:
-    """The template's ids, and which of them belong to assistant turns."""
-    messages = row.content["messages"]
-    if not frame.tokenizer.is_fast:
-        raise TokenizerError(
-            f"{row.where}: the tokenizer does not say where in a text its tokens are",
-            "use a tokenizer with tokenizer.json, or rows of prompt and completion",
-        )
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", frame.template(row.where)):
-        return _between_prefixes(row, frame)
-    encoded = frame.render(
-        messages, row.where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, trained = list(encoded["input_ids"]), [mask == 1 for mask in encoded["assistant_masks"]]
-    following = zip(trained, [*trained[1:], False], strict=True)
-    ends = [place + 1 for place, (now, then) in enumerate(following) if now and not then]
-    if len(ends) != sum(turn["role"] == "assistant" for turn in messages):
-        raise TokenizerError(
-            f"{row.where}: the chat template's {{% generation %}} marks {len(ends)} of the "
-            "assistant turns",
-            "mark every assistant turn in the template, or take the marks out",
-        )
-    # A model that never sees the end of its turn trained does not learn to stop.
-    after_last = ids[ends[-1] :] if messages[-1]["role"] == "assistant" else []
-    if frame.control.keys() & after_last or any(ids[end : end + 1] == [frame.eos] for end in ends):
-        raise TokenizerError(
-            f"{row.where}: the chat template's {{% generation %}} leaves out the turn's end token",
-            "put the end token inside {% generation %}, or take the marks out",
-        )
-    return ids, trained
+def _pair(
+    prompt: list[int], answer: list[int], start: list[int], max_length: int, train_on_prompt: bool
+) -> tuple[list[Encoded] | Skipped, int]:
+    """A prompt and what follows it, and how many tokens of the prompt were cut."""
+    fixed = max(1, len(start))
+    length = len(start) + len(prompt) + len(answer)
+    if length < 2:
+        return Skipped(ONE_TOKEN), 0
+    if len(start) + len(prompt) >= max_length:
+        return Skipped(TOO_LONG), 0
+    surplus = max(0, length - max_length)
+    # The completion must keep something of its prompt, where there is one.
+    if surplus and surplus >= len(prompt):
+        return Skipped(TOO_LONG_ANSWER), 0
+    ids = [*start, *prompt[surplus:], *answer]
+    untrained = fixed if train_on_prompt else max(fixed, len(ids) - len(answer))
+    labels = [IGNORE] * untrained + ids[untrained:]
+    return [Encoded(ids, labels, surplus > 0)], surplus
 
 
-def _between_prefixes(row: Row, frame: _Frame) -> tuple[list[int], list[bool]] | Skipped:
-    """Assistant turns as what a rendering has more than the rendering of the messages before.
+def _messages(
+    row: Row, tokens: Tokens, max_length: int, train_on_prompt: bool
+) -> tuple[list[Encoded] | Skipped, int]:
+    """A chat, or the several that a template makes of it, and how many tokens were cut."""
+    found = chats(row, tokens)
+    if isinstance(found, Skipped):
+        return found, 0
+    results = [_chat(chat, tokens, max_length, train_on_prompt) for chat in found]
+    rows = [result for result, _ in results if isinstance(result, Encoded)]
+    cut = sum(tokens_cut for _, tokens_cut in results)
+    reasons = [result for result, _ in results if isinstance(result, Skipped)]
+    if not rows:
+        return reasons[0], 0
+    if reasons:
+        # Later turns of a chat that was taken apart: the row as a whole is a truncated one.
+        rows = [Encoded(row.input_ids, row.labels, True) for row in rows]
+    return rows, cut
 
-    Each shorter rendering must be the beginning of the longer one, which is checked, not assumed:
-    templates may well write an earlier turn differently once it is not the last.
-    """
-    messages = row.content["messages"]
-    whole = frame.render(messages, row.where)
-    encoded = frame.tokenizer(
-        whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    offsets = encoded["offset_mapping"]
-    trained = [False] * len(offsets)
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant":
+
+def _chat(
+    chat: Chat, tokens: Tokens, max_length: int, train_on_prompt: bool
+) -> tuple[Encoded | Skipped, int]:
+    """One rendered chat, cut behind the last turn that fits, and how many tokens that took away."""
+    encoded = tokens.chat(chat.text, chat.literals)
+    if encoded is None:
+        return Skipped(CONTROL), 0
+    ids, places = encoded
+    trained = [False] * len(ids)
+    ends = []
+    for turn in chat.turns:
+        first, last = turn.span
+        if any(a < border < b for a, b in places for border in (first, last)):
+            return Skipped(INSIDE), 0
+        inside = [i for i, (a, b) in enumerate(places) if first <= a < last and b > first]
+        if not inside or not turn.trained:
             continue
-        before = frame.render(messages[:index], row.where, add_generation_prompt=True)
-        after = frame.render(messages[: index + 1], row.where)
-        if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
-            raise TokenizerError(
-                f"{row.where}: the chat template writes message {index} differently when others "
-                "follow, so its place cannot be told",
-                "use a template with {% generation %}, or rows of prompt and completion",
-            )
-        for place, (first, last) in enumerate(offsets):
-            if first < len(before) < last:
-                return Skipped(INSIDE)
-            trained[place] |= len(before) <= first < len(after)
-    return list(encoded["input_ids"]), trained
+        for index in inside:
+            trained[index] = True
+        ends.append(inside[-1] + 1)
+    before = len(ids)
+    ids, trained = tokens.one_start(ids, trained)
+    shift = len(ids) - before
+    length = len(ids)
+    if length > max_length:
+        length = max((end + shift for end in ends if end + shift <= max_length), default=0)
+        if not length:
+            begins = trained.index(True) if True in trained else len(ids)
+            return Skipped(TOO_LONG if begins >= max_length else TOO_LONG_ANSWER), 0
+    fixed = max(1, len(tokens.start))
+    labels = [
+        token if (train_on_prompt or learn) and place >= fixed else IGNORE
+        for place, (token, learn) in enumerate(zip(ids[:length], trained[:length], strict=True))
+    ]
+    if labels.count(IGNORE) == len(labels):
+        return Skipped(ONE_TOKEN), 0
+    return Encoded(ids[:length], labels, length < len(ids)), len(ids) - length

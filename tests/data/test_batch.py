@@ -2,23 +2,40 @@ import random
 from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_kit.data import order as orders
 from qlora_kit.data.batch import (
     collate,
-    epoch_order,
+    collate_packs,
     eval_batches,
+    lengths_of,
     num_steps,
+    padded,
     padding_id,
+    padding_note,
+    padding_share,
+    split,
+    step_rows,
     steps,
     steps_per_epoch,
 )
-from qlora_kit.data.prompt import Encoded
+from qlora_kit.data.order import make_packs
+from qlora_kit.data.tokens import Encoded
 
 PAD = 7
+
+
+def epoch_order(*arguments):
+    return orders.epoch_order(*arguments).tolist()
+
+
+def grouped_order(*arguments):
+    return orders.grouped_order(*arguments).tolist()
 
 
 def make_rows(lengths, seed=0):
@@ -212,10 +229,21 @@ def test_evaluation_sees_every_row_once_with_little_padding(lengths, batch_size)
 
 
 @pytest.mark.parametrize(
-    ("pad", "eos", "expected"), [(3, 2, 3), (0, 2, 0), (None, 2, 2), (None, None, 0)]
+    ("pad", "eos", "expected", "said"),
+    [
+        (3, 2, 3, None),
+        (0, 2, 0, None),
+        (2, 2, 2, "the pad token is also EOS; padding is never trained on"),
+        (None, 2, 2, "no pad token: padding with EOS; padding is never trained on"),
+        (None, None, 0, "no pad token: padding with token 0; padding is never trained on"),
+    ],
 )
-def test_padding_is_pad_else_eos_else_zero(pad, eos, expected):
-    assert padding_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == expected
+def test_padding_is_pad_else_eos_else_zero_and_says_so(pad, eos, expected, said):
+    # T4
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
+    assert padding_id(tokenizer) == expected
+    note = padding_note(tokenizer)
+    assert note is None if said is None else note.startswith(said)
 
 
 def tiny_llama():
@@ -269,3 +297,164 @@ def test_a_short_last_window_divided_by_its_tokens_is_one_batch():
     torch.testing.assert_close(ours, reference, rtol=1e-6, atol=0)
     # What this guards against: the mean of means is another number.
     assert abs(sum(means) / 3 - reference) > 1e-4
+
+
+# --- order by length, packs, parts ---------------------------------------------------------------
+
+many_lengths = st.lists(st.integers(1, 64), min_size=1, max_size=200)
+
+
+@settings(max_examples=200, deadline=None)
+@given(many_lengths, st.integers(0, 99))
+def test_every_row_is_in_one_pack_and_no_pack_is_too_long(lengths, seed):
+    lengths = np.array(lengths, dtype=np.int32)
+    packs = make_packs(lengths, 64, seed)
+    members = [packs[i] for i in range(len(packs))]
+    assert sorted(row for pack in members for row in pack) == list(range(len(lengths)))
+    sums = [int(lengths[pack].sum()) for pack in members]
+    assert all(0 < total <= 64 for total in sums)
+    # Best fit, longest first: never more than 11/9 of the fewest packs possible, and 1 (Johnson).
+    assert (
+        len(packs) <= 11 / 9 * -(-int(lengths.sum()) // 64) + len(lengths) * (max(lengths) > 32) + 1
+    )
+    assert [packs[i] for i in range(len(packs))] == members
+    again = make_packs(lengths, 64, seed)
+    assert [again[i] for i in range(len(again))] == members
+
+
+def test_packs_of_equal_rows_are_full_and_depend_on_the_seed():
+    lengths = np.full(1000, 16, dtype=np.int32)
+    one, other = make_packs(lengths, 64, 1), make_packs(lengths, 64, 2)
+    assert len(one) == len(other) == 250
+    assert one.rows.tolist() != other.rows.tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(many_lengths, st.integers(1, 5), st.integers(1, 3), st.integers(0, 99), st.integers(0, 3))
+def test_rows_by_length_are_a_permutation_of_like_rows(lengths, batch, accumulation, seed, epoch):
+    lengths = np.array(lengths, dtype=np.int32)
+    window = batch * accumulation
+    order = grouped_order(lengths, batch, window, seed, epoch)
+    assert sorted(order) == list(range(len(lengths)))
+    assert order == grouped_order(lengths, batch, window, seed, epoch)
+    if len(lengths) <= 50 * window:
+        # One stretch: the batches are those of the sorted rows, in some order.
+        ranked = -np.sort(-lengths)
+        whole = len(lengths) // batch * batch
+        expected = sorted(map(tuple, ranked[:whole].reshape(-1, batch).tolist()))
+        found = lengths[order[:whole]].reshape(-1, batch).tolist()
+        assert sorted(map(tuple, found)) == expected
+
+
+def test_by_length_there_is_less_padding_and_the_order_still_changes():
+    draw = random.Random(0)
+    lengths = np.array([draw.randint(10, 500) for _ in range(2000)], dtype=np.int32)
+    grouped = grouped_order(lengths, 8, 16, 1, 0)
+    plain = epoch_order(2000, 1, 0)
+    assert padding_share(lengths[grouped].tolist(), 8) < 0.06
+    assert padding_share(lengths[plain].tolist(), 8) > 0.3
+    assert grouped != grouped_order(lengths, 8, 16, 1, 1)
+    assert lengths[grouped].tolist() != sorted(lengths.tolist(), reverse=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths, st.integers(1, 3))
+def test_the_padding_share_is_what_batches_hold(lengths, batch_size):
+    rows = make_rows(lengths)
+    batches = [
+        collate(rows[first : first + batch_size], PAD) for first in range(0, len(rows), batch_size)
+    ]
+    total = sum(batch["input_ids"].numel() for batch in batches)
+    assert padding_share(lengths, batch_size) == pytest.approx(1 - sum(lengths) / total, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(lengths, min_size=1, max_size=4), st.integers(0, 99))
+def test_a_pack_is_its_rows_one_after_the_other(packs, seed):
+    rows = [make_rows(part, seed) for part in packs]
+    batch = collate_packs(rows, PAD)
+    width = padded(max(map(sum, packs)))
+    for index, pack in enumerate(rows):
+        ids = [token for row in pack for token in row.input_ids]
+        labels = [label for row in pack for label in row.labels]
+        gap = width - len(ids)
+        assert batch["input_ids"][index].tolist() == ids + [PAD] * gap
+        assert batch["labels"][index].tolist() == labels + [-100] * gap
+        positions = [place for row in pack for place in range(len(row.input_ids))]
+        assert batch["position_ids"][index, : len(ids)].tolist() == positions
+        # Padding behind packed rows is a row of its own: no row's tokens, and none before it.
+        if len(pack) > 1 and gap:
+            assert batch["position_ids"][index, len(ids) :].tolist() == list(range(gap))
+    assert batch["lengths"] == [sum(part) for part in packs]
+    supervised = sum(len(r.labels) - r.labels.count(-100) for pack in rows for r in pack)
+    assert batch["num_supervised"] == supervised == len(batch["supervised"])
+
+
+def test_no_row_of_a_pack_is_predicted_by_the_one_before():
+    # A row whose first token is supervised, which no encoding of ours gives.
+    rows = [Encoded([1, 2], [-100, 2]), Encoded([3, 4], [3, 4])]
+    batch = collate_packs([rows], PAD)
+    assert batch["labels"][0, :4].tolist() == [-100, 2, -100, 4]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths,
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 8),
+    st.sampled_from(["random", "grouped", "packed"]),
+)
+def test_every_order_resumes_and_sees_every_row_once(
+    lengths, batch_size, accumulation, start, kind
+):
+    rows = make_rows(lengths)
+    packs = make_packs(lengths_of(rows), 48, 5) if kind == "packed" else None
+    units = len(rows) if packs is None else len(packs)
+    per_epoch = steps_per_epoch(units, batch_size, accumulation)
+    options = {
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "seed": 5,
+        "packs": packs,
+        "group_by_length": kind == "grouped",
+    }
+
+    def windows(start_step):
+        return list(
+            steps(rows, num_steps=per_epoch + 9, pad_id=PAD, start_step=start_step, **options)
+        )
+
+    whole, resumed = windows(0), windows(start)
+    assert len(resumed) == len(whole) - start
+    for ours, theirs in zip(resumed, whole[start:], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a["input_ids"], b["input_ids"])
+            assert torch.equal(a["position_ids"], b["position_ids"])
+    epoch = [step_rows(rows, step, **options) for step in range(per_epoch)]
+    assert sorted(row for step in epoch for row in step) == list(range(len(rows)))
+    for step, window in zip(range(per_epoch), whole, strict=False):
+        tokens = sum(len(rows[row].input_ids) for row in step_rows(rows, step, **options))
+        assert tokens == sum(sum(batch["lengths"]) for batch in window)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(lengths, min_size=1, max_size=5), st.integers(1, 4))
+def test_parts_of_a_batch_are_the_batch(packs, max_rows):
+    rows = [make_rows(part) for part in packs]
+    batch = collate_packs(rows, PAD)
+    parts = list(split(batch, max_rows))
+    assert [len(part["lengths"]) for part in parts[:-1]] == [max_rows] * (len(parts) - 1)
+    alone = [
+        collate_packs(rows[first : first + max_rows], PAD)
+        for first in range(0, len(rows), max_rows)
+    ]
+    for part, expected in zip(parts, alone, strict=True):
+        assert part.keys() == expected.keys()
+        for key, value in part.items():
+            same = (
+                torch.equal(value, expected[key])
+                if torch.is_tensor(value)
+                else value == expected[key]
+            )
+            assert same, key

@@ -1,4 +1,5 @@
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,20 +9,21 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qlora_kit.data import prompt as prompt_module
+from qlora_kit.data.mask import LEFT_OUT, NO_TURN
 from qlora_kit.data.prompt import (
     CONTROL,
     INSIDE,
-    NO_TURN,
     ONE_TOKEN,
     REMEDIES,
     TOO_LONG,
-    Encoded,
-    Skipped,
-    encode,
+    TOO_LONG_ANSWER,
     encode_rows,
     prompt_ids,
+    shared_rows,
 )
 from qlora_kit.data.read import Row, read_rows
+from qlora_kit.data.tokens import Encoded, Skipped
 from qlora_kit.errors import DataError, TokenizerError
 
 DATA = os.environ.get("QLORA_KIT_DATA")
@@ -80,6 +82,15 @@ def make_tokenizer(template=None, adds_bos=True, eos="<|im_end|>", pad=None, sen
     return tokenizer
 
 
+def encode(row, *arguments):
+    """The one encoding of a row that has one, or why it is skipped."""
+    result = prompt_module.encode(row, *arguments)
+    if isinstance(result, Skipped):
+        return result
+    (one,) = result
+    return one
+
+
 def row(**content):
     return Row(content, "rows.jsonl", 7)
 
@@ -132,7 +143,6 @@ def reference(tokenizer, content, adds_bos, train_on_prompt=False):
         ]
     else:
         start, end = map(tokenizer.convert_tokens_to_ids, ("<|im_start|>", "<|im_end|>"))
-        marked = "endgeneration" in tokenizer.chat_template
         for turn in content["messages"]:
             learn = turn["role"] == "assistant"
             # Between two control tokens the template's text is one piece to the tokenizer.
@@ -140,8 +150,8 @@ def reference(tokenizer, content, adds_bos, train_on_prompt=False):
             both = pieces_of(turn["role"] + "\n" + turn["content"])
             assert both[: len(header)] == header
             pieces += [([start], False), (header, False), (both[len(header) :], learn)]
-            # Without marks the turn's newline is part of what the turn adds to the rendering.
-            pieces += [([end], learn), (pieces_of("\n"), learn and not marked)]
+            # Generation stops at the end token: the line end behind it is never the model's.
+            pieces += [([end], learn), (pieces_of("\n"), False)]
     ids = [token for piece, _ in pieces for token in piece]
     labels = [
         token if learn or (train_on_prompt and learn is not None) else -100
@@ -274,39 +284,120 @@ def test_control_tokens_in_text_stay_text(name):
     assert tokenizer("</s>", add_special_tokens=False)["input_ids"] == [1]
 
 
+@pytest.mark.parametrize("name", CHATS)
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(st.sampled_from("heo<|>"), max_size=4), min_size=2, max_size=2), st.data())
+def test_a_control_token_in_a_message_is_the_characters_of_its_name(name, parts, data):
+    tokenizer = CHATS[name]
+    control = data.draw(st.sampled_from(SPECIAL))
+    text = control.join(parts)
+    for turns in ([text, "on"], ["he", text], ["he", "on", text, "on"]):
+        result = encode(chat(*turns), tokenizer, 1000)
+        bare = encode(chat(*("x" for _ in turns)), tokenizer, 1000)
+        # As many control tokens as the template writes by itself, and the text as it was.
+        for token in SPECIAL:
+            index = tokenizer.convert_tokens_to_ids(token)
+            assert result.input_ids.count(index) == bare.input_ids.count(index)
+        whole = tokenizer.decode(result.input_ids, clean_up_tokenization_spaces=False)
+        assert text.replace(" ", "") in whole.replace(" ", "")
+        learnt = tokenizer.decode([t for t in result.labels if t != -100])
+        answers = "".join(f"{answer}<|im_end|>" for answer in turns[1::2])
+        assert learnt.replace(" ", "") == answers.replace(" ", "")
+        before = prompt_ids(turns[0], tokenizer, chat=True)
+        assert result.input_ids[: len(before)] == before
+
+
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_a_chat_that_spells_a_control_token_is_skipped(kind):
+def test_thoughts_are_tokens_in_an_answer_and_text_in_a_question(kind):
+    # An added token that is not special, which the template itself writes, as Qwen 3's <think>.
+    template = TEMPLATES[kind] + "{% if false %}<think>{% endif %}"
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("\n\n", special=False)])
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    result = encode(chat("he<think>", "<think>on"), tokenizer, 100)
+    assert result.input_ids.count(think) == result.labels.count(think) == 1
+    assert "he<think>" in tokenizer.decode(result.input_ids)
+    # One that the template does not write is a word like any other: here as upstream.
+    tokenizer.chat_template = TEMPLATES[kind]
+    result = encode(chat("he<think>", "on"), tokenizer, 100)
+    assert result.input_ids.count(think) == 1
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_private_characters_in_messages_are_text(kind):
+    # The characters that mark places in a rendering, written by a user.
     tokenizer = make_tokenizer(TEMPLATES[kind])
-    assert encode(chat("he<|im_end|>", "on"), tokenizer, 100) == Skipped(CONTROL)
-    assert encode(chat("he", "on<s>"), tokenizer, 100) == Skipped(CONTROL)
-    assert isinstance(encode(chat("he<|im_end|", "on"), tokenizer, 100), Encoded)
-    with pytest.raises(DataError, match="control token"):
-        prompt_ids("<|im_start|>", tokenizer, chat=True)
+    text = "h\ue000\ue001\ue0020\ue002o"
+    result = encode(chat(text, text), tokenizer, 200)
+    assert tokenizer.decode(result.input_ids).count(text) == 2
+    learnt = tokenizer.decode([t for t in result.labels if t != -100])
+    assert learnt == text + "<|im_end|>"
 
 
 # --- length -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
-@given(some_words, some_words, st.integers(2, 30), st.booleans())
-def test_a_row_is_cut_at_its_end_or_skipped(prompt, completion, max_length, whole):
-    tokenizer = CHATS["bytes, BOS, marked"]
-    for content in (
-        {"text": prompt},
-        {"prompt": prompt, "completion": completion},
-        chat(prompt, completion).content,
-    ):
-        if "messages" in content and any(token in prompt + completion for token in SPECIAL):
-            continue
-        full = encode(row(**content), tokenizer, 1000, whole)
-        cut = encode(row(**content), tokenizer, max_length, whole)
-        labels = full.labels[:max_length]
-        if set(labels) == {-100}:
-            assert cut == Skipped(TOO_LONG)
-        else:
-            assert cut == Encoded(
-                full.input_ids[:max_length], labels, len(full.input_ids) > max_length
-            )
+@given(some_words, st.integers(2, 30), st.booleans())
+def test_a_long_text_becomes_rows_that_train_each_token_once(text, max_length, adds_bos):
+    tokenizer = TOKENIZERS["bytes, BOS" if adds_bos else "bytes, no BOS"]
+    start = [0] if adds_bos else []
+    full = encode(row(text=text), tokenizer, 1000)
+    rows = prompt_module.encode(row(text=text), tokenizer, max_length)
+    assert all(2 <= len(part.input_ids) <= max_length for part in rows)
+    assert all(part.truncated == (len(full.input_ids) > max_length) for part in rows)
+    learnt = [label for part in rows for label in part.labels if label != -100]
+    assert learnt == [label for label in full.labels if label != -100]
+    for part in rows:
+        assert part.labels[0] == -100
+        assert part.labels[1:] == part.input_ids[1:]
+        assert part.input_ids[: len(start)] == start
+    # Without a start each row begins with the token before its first one.
+    if not adds_bos:
+        for before, after in pairwise(rows):
+            assert after.input_ids[0] == before.input_ids[-1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(words, some_words, st.integers(2, 30), st.booleans())
+def test_a_cut_prompt_loses_its_beginning_and_the_completion_nothing(
+    prompt, completion, max_length, whole
+):
+    tokenizer = TOKENIZERS["bytes, BOS"]
+    full = encode(row(prompt=prompt, completion=completion), tokenizer, 1000, whole)
+    cut = encode(row(prompt=prompt, completion=completion), tokenizer, max_length, whole)
+    before, length = len(prompt_ids(prompt, tokenizer)), len(full.input_ids)
+    answer = full.input_ids[before:]
+    if length <= max_length:
+        assert cut == full
+    elif before >= max_length:
+        assert cut == Skipped(TOO_LONG)
+    elif 1 + len(answer) >= max_length:
+        assert cut == Skipped(TOO_LONG_ANSWER)
+    else:
+        kept = full.input_ids[length - max_length + 1 :]
+        labels = kept if whole else [-100] * (len(kept) - len(answer)) + answer
+        assert cut == Encoded([0, *kept], [-100, *labels], True)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(turns, min_size=2, max_size=6), st.integers(2, 60))
+def test_a_long_chat_ends_with_the_last_turn_that_fits_whole(kind, texts, max_length):
+    tokenizer = make_tokenizer(TEMPLATES[kind])
+    end = tokenizer.eos_token_id
+    full = encode(chat(*texts), tokenizer, 1000)
+    cut = encode(chat(*texts), tokenizer, max_length)
+    ends = [i + 1 for i, label in enumerate(full.labels) if label == end]
+    fits = [place for place in ends if place <= max_length]
+    if len(full.input_ids) <= max_length:
+        assert cut == full
+    elif fits:
+        assert cut == Encoded(full.input_ids[: fits[-1]], full.labels[: fits[-1]], True)
+        assert cut.labels[-1] == end
+    else:
+        begins = next(i for i, label in enumerate(full.labels) if label != -100)
+        assert cut == Skipped(TOO_LONG if begins >= max_length else TOO_LONG_ANSWER)
 
 
 def test_what_cannot_be_trained_on_is_skipped_with_its_reason():
@@ -318,7 +409,29 @@ def test_what_cannot_be_trained_on_is_skipped_with_its_reason():
     assert encode(chat("he", "on"), tokenizer, 3) == Skipped(TOO_LONG)
     assert encode(row(prompt="heq", completion="on"), tokenizer, 2) == Skipped(TOO_LONG)
     assert isinstance(encode(row(prompt="heq", completion="on"), tokenizer, 3), Encoded)
-    assert set(REMEDIES) == {TOO_LONG, NO_TURN, ONE_TOKEN, CONTROL, INSIDE}
+    assert set(REMEDIES) == {
+        TOO_LONG,
+        TOO_LONG_ANSWER,
+        NO_TURN,
+        ONE_TOKEN,
+        CONTROL,
+        INSIDE,
+        LEFT_OUT,
+    }
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_turn_of_weight_zero_is_read_and_not_learnt(kind):
+    tokenizer = make_tokenizer(TEMPLATES[kind])
+    weighted = chat("he", "on", "q", "hello")
+    full = encode(weighted, tokenizer, 100)
+    weighted.content["messages"][1]["weight"] = 0
+    weighted.content["messages"][3]["weight"] = 1
+    result = encode(weighted, tokenizer, 100)
+    assert result.input_ids == full.input_ids
+    assert tokenizer.decode([t for t in result.labels if t != -100]) == "hello<|im_end|>"
+    weighted.content["messages"][3]["weight"] = 0
+    assert encode(weighted, tokenizer, 100) == Skipped(NO_TURN)
 
 
 def test_rows_are_counted():
@@ -326,11 +439,30 @@ def test_rows_are_counted():
     rows = [row(prompt="q" * n, completion="on") for n in range(1, 8)]
     result = encode_rows(rows, tokenizer, 5)
     singles = [encode(r, tokenizer, 5) for r in rows]
-    assert result.rows == [r for r in singles if isinstance(r, Encoded)]
+    kept = [r for r in singles if isinstance(r, Encoded)]
+    assert [(r.input_ids, r.labels) for r in result.rows] == [(r.input_ids, r.labels) for r in kept]
     assert result.skipped == {TOO_LONG: 3}
-    assert result.truncated == 1
+    assert result.lost == tuple((r.where, TOO_LONG) for r in rows[4:])
+    assert result.truncated == result.cut_tokens == 1
     assert result.tokens == 3 + 4 + 5 + 5
-    assert result.supervised_tokens == 2 + 2 + 2 + 1
+    assert result.supervised_tokens == 2 * 4
+    # The row of four letters lost its first and is now the row of three letters.
+    assert result.duplicates == 1
+
+
+def test_rows_that_are_shared_and_rows_that_are_there_twice_are_counted():
+    tokenizer = make_tokenizer()
+    one = [row(prompt=p, completion="on") for p in "abcabb"]
+    other = [row(prompt=p, completion="on") for p in "xbyb"]
+    encoded, held_out = (encode_rows(rows, tokenizer, 50) for rows in (one, other))
+    assert (encoded.duplicates, held_out.duplicates) == (3, 1)
+    assert shared_rows(held_out, encoded) == 2
+    assert shared_rows(encoded, held_out) == 3
+    # Equal tokens that are not trained on alike are other rows.
+    assert (
+        encode_rows([row(prompt="a", completion="on"), row(text="aon")], tokenizer, 50).duplicates
+        == 0
+    )
 
 
 def test_losing_more_than_half_of_the_rows_is_an_error():
@@ -352,7 +484,9 @@ def test_losing_more_than_half_of_the_rows_is_an_error():
 
 def test_without_a_template_chats_are_refused_and_prompts_are_not():
     tokenizer = make_tokenizer()
-    with pytest.raises(TokenizerError, match=r"rows\.jsonl:7: .*no chat template; use rows of"):
+    with pytest.raises(
+        TokenizerError, match=r"rows\.jsonl:7: .*no chat template; use rows of prompt"
+    ):
         encode(chat("he", "on"), tokenizer, 100)
     with pytest.raises(TokenizerError, match="no chat template"):
         prompt_ids("he", tokenizer, chat=True)
@@ -390,24 +524,101 @@ def test_marks_that_leave_something_out_are_refused(marked, reason, eos):
         encode(chat("he", "on", "q", "on"), make_tokenizer(template, eos=eos), 100)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
+THOUGHTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ 'think ' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}" + HEADER
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each():
     # As Qwen3's does: the last answer carries a thinking block, the same answer later does not.
-    template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-        "{% if m['role'] == 'assistant' and loop.last %}{{ 'think ' }}{% endif %}"
-        "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}" + HEADER
+    tokenizer = make_tokenizer(THOUGHTS)
+    assert (
+        encode(chat("he", "on"), tokenizer, 100)
+        == prompt_module.encode(chat("he", "on"), tokenizer, 100)[0]
     )
+    turns = ["he", "on", "q", "hello"]
+    rows = prompt_module.encode(chat(*turns), tokenizer, 100)
+    assert len(rows) == 2
+    for number, part in enumerate(rows, 1):
+        upto = chat(*turns[: 2 * number]).content["messages"]
+        rendered = tokenizer.apply_chat_template(upto, tokenize=True, return_dict=False)
+        assert part.input_ids == [tokenizer.bos_token_id, *rendered]
+        answer = tokenizer.decode([t for t in part.labels if t != -100])
+        assert answer == f"think {turns[2 * number - 1]}<|im_end|>"
+    weighted = chat(*turns)
+    weighted.content["messages"][1]["weight"] = 0
+    assert prompt_module.encode(weighted, tokenizer, 100) == rows[1:]
+
+
+def test_a_template_whose_header_is_not_the_beginning_of_an_answer_is_refused():
+    # T9: neither marks nor prefixes show the place.
+    template = THOUGHTS.replace("assistant\n' }}{% endif %}", "assistant says\n' }}{% endif %}")
+    assert template != THOUGHTS
+    with pytest.raises(TokenizerError, match=r"rows\.jsonl:7: .*message 1 does not begin"):
+        encode(chat("he", "on", "q", "on"), make_tokenizer(template), 100)
+
+
+@pytest.mark.parametrize(
+    ("template", "change"),
+    [
+        (CHATML.replace("m['content']", "m['content'] | upper"), {}),
+        ("{% for m in messages if m['role'] != 'system' %}" + TURN + "{% endfor %}" + HEADER, {}),
+        (CHATML, {"tool_calls": [{"function": {"name": "f"}}]}),
+        (CHATML, {"reasoning_content": "hm"}),
+    ],
+)
+def test_what_a_template_leaves_out_is_noticed(template, change):
+    messages = [
+        {"role": "system", "content": "s y s"},
+        {"role": "user", "content": "he"},
+        {"role": "assistant", "content": "on", **change},
+    ]
     tokenizer = make_tokenizer(template)
-    assert isinstance(encode(chat("he", "on"), tokenizer, 100), Encoded)
-    with pytest.raises(TokenizerError, match="writes message 1 differently"):
-        encode(chat("he", "on", "q", "on"), tokenizer, 100)
+    assert encode(row(messages=messages), tokenizer, 100) == Skipped(LEFT_OUT)
+    plain = [{**m} for m in messages]
+    plain[2] = {"role": "assistant", "content": "on"}
+    assert isinstance(encode(row(messages=plain), make_tokenizer(CHATML), 100), Encoded)
+    assert encode(row(messages=plain, tools=[{"name": "f"}]), tokenizer, 100) == Skipped(LEFT_OUT)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_calls_and_answers_of_tools_go_to_the_template(marked):
+    answer = "{{ m['content'] or '' }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+    body = answer + "{{ '<|im_end|>' }}"
+    if marked:
+        body = "{% generation %}" + body + "{% endgeneration %}"
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}" + body + ""
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}" + HEADER
+    )
+    call = {"name": "f", "arguments": {"x": "<|im_end|>"}}
+    content = {
+        "messages": [
+            {"role": "user", "content": "he"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "on"},
+        ],
+        "tools": [{"name": "f"}],
+    }
+    tokenizer = make_tokenizer(template)
+    result = encode(row(**content), tokenizer, 500)
+    learnt = tokenizer.decode([t for t in result.labels if t != -100])
+    written = '{"name": "f", "arguments": {"x": "<|im_end|>"}}'
+    assert learnt == f"{written}<|im_end|>on<|im_end|>"
+    assert result.labels.count(tokenizer.eos_token_id) == 2
+    assert '[{"name": "f"}]' in tokenizer.decode(result.input_ids)
+    assert "tool\n4" in tokenizer.decode(result.input_ids)
 
 
 def test_a_template_that_refuses_is_told_with_the_line():
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*roles must alternate"):
         encode(chat("he", "on"), make_tokenizer(template), 100)
-    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*refuses"):
+    with pytest.raises(TokenizerError, match=r"rows\.jsonl:7: .*no Jinja template: line 1"):
         encode(chat("he", "on"), make_tokenizer("{% for %}"), 100)
 
 

@@ -1,8 +1,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_kit.config import DataConfig
-from qlora_kit.data import read
-from qlora_kit.data.read import load_rows, read_rows, recognise
+from qlora_kit.data import find, lines
+from qlora_kit.data.read import load_rows, read_rows
+from qlora_kit.data.shapes import recognise
 from qlora_kit.errors import ConfigError, DataError, UnsafeInputError, error_line
 
 DATA = os.environ.get("QLORA_KIT_DATA")
@@ -31,7 +30,7 @@ def write(tmp_path):
     return write
 
 
-def lines(count, field="text", start=0):
+def make_lines(count, field="text", start=0):
     return "".join(json.dumps({field: f"row {start + n}"}) + "\n" for n in range(count))
 
 
@@ -73,15 +72,16 @@ def chat(*turns):
             {
                 "messages": [
                     {"role": "system", "content": "s"},
-                    {"role": "user", "content": "u", "name": "x"},
+                    {"role": "user", "content": "u", "name": "x", "weight": 0, "id": 7},
                     {"role": "assistant", "content": ""},
-                ]
+                ],
+                "tools": None,
             },
             "messages",
             {
                 "messages": [
                     {"role": "system", "content": "s"},
-                    {"role": "user", "content": "u"},
+                    {"role": "user", "content": "u", "name": "x", "weight": 0},
                     {"role": "assistant", "content": ""},
                 ]
             },
@@ -92,6 +92,48 @@ def chat(*turns):
             {
                 "messages": [
                     {"role": "user", "content": "u"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "u"},
+                    {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
+                    {"role": "tool", "content": "4", "tool_call_id": "1", "tool_calls": None},
+                    {"role": "assistant", "content": "a", "weight": 1.0, "reasoning_content": "r"},
+                ],
+                "tools": '[{"name": "f"}]',
+            },
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": "u"},
+                    {"role": "assistant", "tool_calls": [{"name": "f"}]},
+                    {"role": "tool", "content": "4", "tool_call_id": "1"},
+                    {"role": "assistant", "content": "a", "reasoning_content": "r", "weight": 1},
+                ],
+                "tools": [{"name": "f"}],
+            },
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "u"},
+                    {"from": "function_call", "value": "f()"},
+                    {"from": "observation", "value": "4"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            "messages",
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "u"},
+                    {"role": "assistant", "content": "f()"},
+                    {"role": "tool", "content": "4"},
                     {"role": "assistant", "content": "a"},
                 ]
             },
@@ -205,20 +247,33 @@ def test_a_bad_line_is_named(write, bad):
         ('{"messages": [{"role": "user", "content": 3}]}', '"content" is a number'),
         ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "is an array"),
         (chat(("usr", "x")), 'unknown role "usr", did you mean "user"'),
-        (chat(("tool", "x")), 'unknown role "tool"'),
+        (chat(("tool", "x")), r"messages\[0\]: a tool's answer before any assistant"),
         (chat(("system", "s"), ("system", "s"), ("user", "u")), r"messages\[1\]: a system"),
         (chat(("user", "u"), ("system", "s")), r"messages\[1\]: a system"),
         (chat(("assistant", "a"), ("user", "u")), r"messages\[0\]: an assistant turn before"),
         (chat(("system", "s"), ("assistant", "a")), r"messages\[1\]: an assistant turn before"),
         (
             '{"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}',
-            '"tool_calls" is not supported',
+            '"tool_calls" of a user turn',
         ),
         (
-            '{"messages": [{"role": "user", "content": "x", "weight": 0}]}',
-            '"weight" is not supported',
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", '
+            '"content": "x", "tool_calls": [1]}]}',
+            '"tool_calls" is an array',
         ),
-        ('{"messages": [{"role": "user", "content": "x"}], "tools": [1]}', '"tools" cannot'),
+        (
+            '{"messages": [{"role": "user", "content": "x", "function_call": {}}]}',
+            '"function_call" is not supported',
+        ),
+        ('{"messages": [{"role": "user", "content": "x", "weight": 2}]}', '"weight" is 2'),
+        ('{"messages": [{"role": "user", "content": "x", "weight": true}]}', '"weight" is True'),
+        ('{"messages": [{"role": "user", "content": "x", "weight": 1}]}', "of a user turn"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": [1]}', "what is no object"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": {"a": 1}}', "is an object"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": "[1"}', "is not JSON"),
+        ('{"instruction": "i", "instances": []}', '"instances" is empty'),
+        ('{"instruction": "i", "instances": [5]}', r"instances\[0\] is a number"),
+        ('{"instruction": "i", "instances": [{"input": "x"}]}', r'\[0\]: no field "output"'),
         ('{"conversations": [{"from": "gpt", "value": "x"}]}', "an assistant turn before"),
         ('{"conversations": [{"from": "bot", "value": "x"}]}', 'unknown role "bot"'),
         ('{"conversations": [{"from": "human"}]}', r'conversations\[0\]: no field "value"'),
@@ -262,11 +317,11 @@ def test_a_file_without_rows_is_an_error(write, content, format):
         load_rows(DataConfig(data=str(path), format=format), 0)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet", ".txt", ".jsonl.gz", ""])
+@pytest.mark.parametrize("suffix", [".xml", ".jsonl.gz", ""])
 def test_other_files_are_refused_by_name(write, suffix):
     path = write(TEXT, "rows" + suffix)
     for call in (lambda: list(read_rows(path)), lambda: load_rows(DataConfig(data=str(path)), 0)):
-        with pytest.raises(DataError, match=r"only \.jsonl files are read"):
+        with pytest.raises(DataError, match=r"are not read; give a \.jsonl"):
             call()
 
 
@@ -279,11 +334,6 @@ def test_a_missing_file_is_an_error(write, data):
     name = data if data.startswith("~") else f"{base}/{data}"
     with pytest.raises(DataError, match="no such file"):
         load_rows(DataConfig(data=name), 0)
-
-
-def test_a_hub_name_is_refused_and_says_so():
-    with pytest.raises(DataError, match="hub are not read"):
-        load_rows(DataConfig(data="some-org/some-data"), 0)
 
 
 @pytest.mark.timeout(10)
@@ -313,7 +363,7 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path, write, kind, role):
 
 
 def test_a_line_without_end_is_refused(write, monkeypatch):
-    monkeypatch.setattr(read, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
     fits = '{"text": "' + "a" * 88 + '"}'
     assert len(fits) == 100
     path = write(f"{TEXT}\n" + fits[:-2] + '"}')
@@ -323,38 +373,11 @@ def test_a_line_without_end_is_refused(write, monkeypatch):
         list(read_rows(path))
 
 
-MEASURE = """
-import resource, sys
-from pathlib import Path
-from qlora_kit.data.read import read_rows
-peaks = []
-for name in sys.argv[1:]:
-    count = sum(1 for _ in read_rows(Path(name)))
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    assert count * 2000 == Path(name).stat().st_size
-print(peaks[1] - peaks[0])
-"""
-
-
-def test_memory_does_not_grow_with_the_file(write):
-    # D8: 50 MB, then 200 MB, in one process; ru_maxrss is in KiB.
-    row = json.dumps({"text": "a" * 1987}) + "\n"
-    small, large = write(row * 25_000, "small.jsonl"), write(row * 100_000, "large.jsonl")
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(small), str(large)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(result.stdout) < 32 * 1024
-    large.unlink()
-
-
 # --- what is held out -------------------------------------------------------------------------
 
 
-def texts(rows):
-    return [row.content["text"] for row in rows]
+def texts(rows, field="text"):
+    return [row.content[field] for row in rows]
 
 
 @settings(max_examples=60, deadline=None)
@@ -365,50 +388,54 @@ def texts(rows):
 )
 def test_a_share_is_held_out_and_not_trained_on(tmp_path_factory, count, fraction, seed):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text(lines(count))
+    path.write_text(make_lines(count))
     rows = load_rows(DataConfig(data=str(path), eval_fraction=fraction), seed)
-    assert sorted(rows.train + rows.evaluation, key=lambda row: row.line) == list(read_rows(path))
+    train, evaluation = list(rows.train), list(rows.evaluation)
+    assert sorted(train + evaluation, key=lambda row: row.line) == list(read_rows(path))
     wanted = (0.05 if fraction is None else fraction) * count
-    assert abs(len(rows.evaluation) - wanted) <= 1
+    assert abs(len(evaluation) - wanted) <= 1
+    assert train
+    assert evaluation
     assert rows.train
     assert rows.evaluation
-    assert rows == load_rows(DataConfig(data=str(path), eval_fraction=fraction), seed)
+    again = load_rows(DataConfig(data=str(path), eval_fraction=fraction), seed)
+    assert (list(again.train), list(again.evaluation)) == (train, evaluation)
     assert rows.train_source == "rows.jsonl"
     assert f"% of rows.jsonl, drawn by seed {seed}" in rows.eval_source
-    for part in (rows.train, rows.evaluation):
+    for part in (train, evaluation):
         assert [row.line for row in part] == sorted(row.line for row in part)
 
 
 def test_the_share_depends_on_the_seed(write):
-    config = DataConfig(data=str(write(lines(100))), eval_fraction=0.1)
+    config = DataConfig(data=str(write(make_lines(100))), eval_fraction=0.1)
     drawn = [tuple(texts(load_rows(config, seed).evaluation)) for seed in range(20)]
     assert len(set(drawn)) == 20
     assert load_rows(config, 42).eval_source == "10 % of rows.jsonl, drawn by seed 42"
 
 
 def test_zero_turns_evaluation_off_and_one_row_is_trained_on(write):
-    rows = load_rows(DataConfig(data=str(write(lines(50))), eval_fraction=0), 0)
-    assert (len(rows.train), rows.evaluation, rows.eval_source) == (50, [], "none")
+    rows = load_rows(DataConfig(data=str(write(make_lines(50))), eval_fraction=0), 0)
+    assert (len(list(rows.train)), rows.evaluation, rows.eval_source) == (50, (), "none")
     rows = load_rows(DataConfig(data=str(write(TEXT))), 0)
-    assert (texts(rows.train), rows.evaluation) == (["a"], [])
+    assert (texts(rows.train), rows.evaluation) == (["a"], ())
     assert "single row" in rows.eval_source
 
 
 def test_held_out_files_go_eval_data_then_valid_then_test(write, tmp_path):
-    write(lines(3), "d/train.jsonl")
-    other = write(lines(1, start=70), "other.jsonl")
+    write(make_lines(3), "d/train.jsonl")
+    other = write(make_lines(1, start=70), "other.jsonl")
     directory = str(tmp_path / "d")
 
     rows = load_rows(DataConfig(data=directory), 0)
-    assert (len(rows.train), len(rows.evaluation)) == (2, 1)
-    write(lines(2, start=50), "d/test.jsonl")
+    assert (len(list(rows.train)), len(list(rows.evaluation))) == (2, 1)
+    write(make_lines(2, start=50), "d/test.jsonl")
     rows = load_rows(DataConfig(data=directory), 0)
     assert (texts(rows.train), texts(rows.evaluation)) == (
         ["row 0", "row 1", "row 2"],
         ["row 50", "row 51"],
     )
     assert rows.eval_source == "test.jsonl"
-    write(lines(1, start=60), "d/valid.jsonl")
+    write(make_lines(1, start=60), "d/valid.jsonl")
     rows = load_rows(DataConfig(data=directory), 0)
     assert (texts(rows.evaluation), rows.eval_source) == (["row 60"], "valid.jsonl")
     rows = load_rows(DataConfig(data=directory, eval_data=str(other)), 0)
@@ -416,19 +443,21 @@ def test_held_out_files_go_eval_data_then_valid_then_test(write, tmp_path):
     assert texts(rows.train) == ["row 0", "row 1", "row 2"]
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["valid", "test"])
-def test_a_share_beside_a_held_out_file_is_an_error(write, tmp_path, fraction, name):
-    write(lines(3), "d/train.jsonl")
-    held_out = write(lines(3), f"d/{name}.jsonl")
-    with pytest.raises(ConfigError, match=f"eval_fraction {fraction:g} is given beside {held_out}"):
-        load_rows(DataConfig(data=str(tmp_path / "d"), eval_fraction=fraction), 0)
-    with pytest.raises(ConfigError, match="eval_fraction"):
-        DataConfig(data=str(tmp_path / "d"), eval_data=str(held_out), eval_fraction=fraction)
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+def test_a_share_beside_a_held_out_file_is_an_error_and_zero_turns_it_off(write, tmp_path, name):
+    write(make_lines(3), "d/train.jsonl")
+    held_out = write(make_lines(3), f"d/{name}.jsonl")
+    with pytest.raises(ConfigError, match=f"eval_fraction 0.5 is given beside {held_out}"):
+        load_rows(DataConfig(data=str(tmp_path / "d"), eval_fraction=0.5), 0)
+    rows = load_rows(DataConfig(data=str(tmp_path / "d"), eval_fraction=0), 0)
+    assert (len(texts(rows.train)), rows.evaluation, rows.eval_source) == (3, (), "none")
+    for fraction in (0.0, 0.5):
+        with pytest.raises(ConfigError, match="eval_fraction"):
+            DataConfig(data=str(tmp_path), eval_data=str(held_out), eval_fraction=fraction)
 
 
 def test_what_is_trained_on_is_not_held_out(write, tmp_path):
-    path = write(lines(3))
+    path = write(make_lines(3))
     link = tmp_path / "same.jsonl"
     link.symlink_to(path)
     for same in (path, link):
@@ -442,41 +471,89 @@ def test_held_out_rows_have_the_shape_of_the_others(write):
         load_rows(DataConfig(data=str(train), eval_data=str(held_out)), 0)
 
 
-def test_a_directory_needs_a_train_file_that_is_read(write, tmp_path):
+def test_a_directory_needs_one_train_file_that_is_read(write, tmp_path):
     (tmp_path / "d").mkdir()
     config = DataConfig(data=str(tmp_path / "d"))
     with pytest.raises(DataError, match=r"no train\.jsonl"):
         load_rows(config, 0)
-    write("text\na\n", "d/train.csv")
-    with pytest.raises(DataError, match=r"train.csv: only .jsonl files are read"):
+    csv = write("text\na\nb\n", "d/train.csv")
+    assert texts(load_rows(DataConfig(data=str(tmp_path / "d"), eval_fraction=0), 0).train) == [
+        "a",
+        "b",
+    ]
+    train = write(TEXT, "d/train.jsonl")
+    with pytest.raises(DataError, match=r"train.csv and train.jsonl both are its train file"):
         load_rows(config, 0)
-    write(TEXT, "d/train.jsonl")
-    write("text\na\n", "d/valid.csv")
+    csv.unlink()
+    write("a", "d/valid.xml")
     # Held-out rows that are there and cannot be read are not passed over for a share.
-    with pytest.raises(DataError, match=r"valid.csv: only .jsonl files are read"):
+    with pytest.raises(DataError, match=r"valid.xml: files with the suffix .xml are not read"):
         load_rows(config, 0)
-    (tmp_path / "d" / "valid.csv").unlink()
+    (tmp_path / "d" / "valid.xml").unlink()
     (tmp_path / "d" / "valid.jsonl").mkdir()
     with pytest.raises(DataError, match=r"valid\.jsonl: is a directory"):
         load_rows(config, 0)
     with pytest.raises(DataError, match="is a directory"):
         list(read_rows(tmp_path / "d"))
+    assert train.exists()
+
+
+# --- columns ------------------------------------------------------------------------------------
+
+
+def test_columns_give_other_names_and_hide_what_has_the_name(write):
+    record = {"question": "q", "answer": "a", "prompt": "other", "n": 1}
+    path = write(json.dumps(record))
+    columns = "question=prompt, answer=completion"
+    for format in ("auto", "prompt"):
+        config = DataConfig(data=str(path), columns=columns, format=format)
+        rows = load_rows(config, 0)
+        assert [row.content for row in rows.train] == [{"prompt": "q", "completion": "a"}]
+        assert rows.format == "prompt"
+    (row,) = read_rows(path, columns="answer=text,question=input")
+    assert row.content == {"text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ("question", "is not NAME=FIELD"),
+        ("question=", "is not NAME=FIELD"),
+        ("=prompt", "is not NAME=FIELD"),
+        ("question=promt", "is not NAME=FIELD.*one of"),
+        ("a=prompt,b=prompt", "stands beside"),
+        ("a=prompt,a=completion", "stands beside"),
+    ],
+)
+def test_columns_that_cannot_be_meant_are_refused(write, columns, reason):
+    with pytest.raises(ConfigError, match=reason):
+        load_rows(DataConfig(data=str(write(PAIR)), columns=columns), 0)
+
+
+def test_a_missing_column_is_named_with_its_line(write):
+    good = '{"question": "q", "answer": "a"}'
+    path = write(good + "\n" + '{"question": "q", "anwser": "a"}\n')
+    config = DataConfig(
+        data=str(path), columns="question=prompt,answer=completion", eval_fraction=0
+    )
+    with pytest.raises(DataError, match=rf'{path}:2: no column "answer".*did you mean "anwser"'):
+        list(load_rows(config, 0).train)
 
 
 def test_samples_are_found_by_name(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "SAMPLES", tmp_path)
+    monkeypatch.setattr(find, "SAMPLES", tmp_path)
     with pytest.raises(DataError, match="sample: no such sample; the package has: none"):
         load_rows(DataConfig(data="sample"), 0)
-    write(lines(3), "beta/train.jsonl")
-    write(lines(2, start=10), "alpha/train.jsonl")
-    write(lines(1, start=20), "alpha/valid.jsonl")
+    write(make_lines(3), "beta/train.jsonl")
+    write(make_lines(2, start=10), "alpha/train.jsonl")
+    write(make_lines(1, start=20), "alpha/valid.jsonl")
     for data in ("sample", "sample:alpha"):
         rows = load_rows(DataConfig(data=data), 0)
         assert texts(rows.train) == ["row 10", "row 11"]
         assert texts(rows.evaluation) == ["row 20"]
         assert rows.train_source == "sample:alpha/train.jsonl"
         assert rows.eval_source == "sample:alpha/valid.jsonl"
-    assert len(load_rows(DataConfig(data="sample:beta", eval_fraction=0), 0).train) == 3
+    assert len(texts(load_rows(DataConfig(data="sample:beta", eval_fraction=0), 0).train)) == 3
     for name in ("gamma", "../beta", str(tmp_path / "beta"), "."):
         with pytest.raises(DataError, match="the package has: alpha, beta"):
             load_rows(DataConfig(data=f"sample:{name}"), 0)
@@ -486,20 +563,30 @@ def test_samples_are_found_by_name(write, tmp_path, monkeypatch):
 def test_real_files_are_read_whole():
     base = Path(DATA or "") / "text"
     rows = load_rows(DataConfig(data=str(base / "wikisql")), 0)
-    assert (len(rows.train), len(rows.evaluation), rows.format) == (1000, 100, "prompt")
+    assert (len(list(rows.train)), len(list(rows.evaluation)), rows.format) == (1000, 100, "prompt")
     assert rows.eval_source == "valid.jsonl"
     raw = [json.loads(line) for line in (base / "wikisql" / "train.jsonl").open()]
     assert [row.content for row in rows.train] == raw
     with pytest.raises(
-        DataError, match=r'gsm8k/train.jsonl:1: the fields are "question", "answer"'
+        DataError, match=r'gsm8k/train.jsonl:1: the fields are "question", "answer".*--columns'
     ):
         load_rows(DataConfig(data=str(base / "gsm8k")), 0)
+    columns = "question=prompt,answer=completion"
+    rows = load_rows(DataConfig(data=str(base / "gsm8k"), columns=columns), 0)
+    assert (len(texts(rows.train, "prompt")), len(texts(rows.evaluation, "prompt"))) == (7473, 1319)
+    raw = [json.loads(line) for line in (base / "gsm8k" / "test.jsonl").open()]
+    assert texts(rows.evaluation, "completion") == [row["answer"] for row in raw]
+    tasks = base / "seed_tasks" / "seed_tasks.jsonl"
+    rows = load_rows(DataConfig(data=str(tasks), eval_fraction=0), 0)
+    raw = [json.loads(line) for line in tasks.open()]
+    answers = [case["output"] for row in raw for case in row["instances"]]
+    assert (rows.format, texts(rows.train, "completion")) == ("instruction", answers)
 
 
 @pytest.mark.skipif(DATA is None, reason="QLORA_KIT_DATA is not set")
-def test_real_conversations_are_messages(write):
-    chats = json.loads((Path(DATA or "") / "text/chat/dummy_conversation.json").read_text())
-    path = write("\n".join(map(json.dumps, chats)))
+def test_real_conversations_are_messages():
+    path = Path(DATA or "") / "text/chat/dummy_conversation.json"
+    chats = json.loads(path.read_text())
     rows = list(read_rows(path))
     assert len(rows) == len(chats) == 500
     for row, source in zip(rows, chats, strict=True):

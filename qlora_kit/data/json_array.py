@@ -1,0 +1,101 @@
+"""The elements of a file that is one JSON array, one at a time, however its lines are broken."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_kit.data.lines import CHUNK, MAX_LINE_BYTES, opened
+from qlora_kit.errors import DataError
+
+
+def elements(path: Path) -> Iterator[tuple[int, Any]]:
+    """`(line, element)` in their order; `DataError` with `file:line`."""
+    with opened(path) as file:
+        text = _JsonText(file, path)
+        text.expect("[")
+        more = text.peek() != "]"
+        while more:
+            line = text.line
+            yield line, text.value()
+            if more := text.peek() == ",":
+                text.expect(",")
+                text.peek()
+        text.expect("]")
+        if text.peek():
+            raise text.error("more text after the end of the array")
+
+
+class _JsonText:
+    """The characters of a JSON file, read in chunks, with the line of the next one."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._scan = json.JSONDecoder().raw_decode
+        self._buffer, self._at, self._done, self.line = "", 0, False, 1
+
+    def error(self, reason: str) -> DataError:
+        return DataError(f"{self._path}:{self.line}: {reason}", "correct the JSON array there")
+
+    def peek(self) -> str:
+        """The next character that is not blank, which becomes the next one; "" at the end."""
+        while True:
+            rest = len(self._buffer)
+            while self._at < rest and self._buffer[self._at] in " \t\r\n":
+                self.line += self._buffer[self._at] == "\n"
+                self._at += 1
+            if self._at < rest:
+                return self._buffer[self._at]
+            if not self._more():
+                return ""
+
+    def expect(self, character: str) -> None:
+        found = self.peek()
+        if found != character:
+            raise self.error(f'"{character}" is missing, found {found or "the end of the file"}')
+        self._at += 1
+
+    def value(self) -> Any:
+        """The JSON value that starts here."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._scan(self._buffer, self._at)
+                if end < len(self._buffer) or not self._more():
+                    break
+            except json.JSONDecodeError as error:
+                # What ends with the buffer may go on in the file.
+                cut = error.pos + 16 > len(self._buffer) or error.msg.startswith("Unterminated")
+                if len(self._buffer) - self._at > MAX_LINE_BYTES:
+                    raise self.error(
+                        f"a value is longer than {MAX_LINE_BYTES // 1024**2} MiB"
+                    ) from error
+                if not cut or not self._more():
+                    self.line += self._buffer.count("\n", self._at, error.pos)
+                    raise self.error(f"not JSON: {error.msg}") from error
+            except (RecursionError, ValueError) as error:
+                raise self.error(f"JSON too deep or a number too long: {error}") from error
+        self.line += self._buffer.count("\n", self._at, end)
+        self._at = end
+        return value
+
+    def _more(self) -> bool:
+        """Read on, at least doubling what is pending, so that long values are scanned few times."""
+        if self._done:
+            return False
+        pending = self._buffer[self._at :]
+        raw = self._file.read(max(CHUNK, len(pending)))
+        self._done = not raw
+        try:
+            self._buffer, self._at = pending + self._decoder.decode(raw, final=self._done), 0
+        except UnicodeDecodeError as error:
+            self.line += pending.count("\n") + raw[: error.start].count(b"\n")
+            raise self.error(
+                f"byte 0x{error.object[error.start]:02x} near byte offset "
+                f"{self._file.tell() - len(error.object) + error.start} of the file is not UTF-8"
+            ) from error
+        return not self._done or bool(self._buffer)

@@ -1,0 +1,73 @@
+"""The bytes of a file as lines, checked before they are read: plain file, length, UTF-8."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from qlora_kit.data.find import check_file
+from qlora_kit.errors import DataError, from_os_error
+
+MAX_LINE_BYTES = 64 * 1024**2
+"""A longer line or JSON value is refused, so that a file without ends cannot fill the memory."""
+
+CHUNK = 1024**2
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A plain file, open for reading. Errors: those of `check_file`, and `ResourceError`."""
+    check_file(path)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise from_os_error(error) from error
+    with file:
+        yield file
+
+
+def lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """`(line, offset in the file, bytes)` of every line, the byte order mark taken off."""
+    offset = 0
+    with opened(path) as file:
+        for line in itertools.count(1):
+            raw = file.readline(MAX_LINE_BYTES + 1)
+            if not raw:
+                return
+            start = offset
+            offset += len(raw)
+            if len(raw) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}:{line}: the line is longer than {MAX_LINE_BYTES // 1024**2} MiB",
+                    "write one row per line",
+                )
+            if line == 1:
+                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise DataError(
+                        f"{path}:{line}: byte offset 0: UTF-16", "save the file as UTF-8"
+                    )
+                if raw.startswith(codecs.BOM_UTF8):
+                    raw, start = raw[3:], 3
+            yield line, start, raw
+
+
+def decoded(raw: bytes, offset: int, where: str) -> str:
+    """The text of a line that begins at `offset`, or `DataError` with the bad byte's place."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: byte 0x{raw[error.start]:02x} at byte offset {error.start} of the line "
+            f"({offset + error.start} of the file) is not UTF-8",
+            "save the file as UTF-8",
+        ) from error
+    if "\0" in text:
+        raise DataError(
+            f"{where}: NUL at byte offset {offset + raw.index(0)}: UTF-16, or no text at all",
+            "save the file as UTF-8",
+        )
+    return text

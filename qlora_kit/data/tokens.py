@@ -1,0 +1,155 @@
+"""Texts to token ids with one tokenizer: what it puts before a text, and its control tokens.
+
+A control token is a special token, or an added one that the chat template itself writes (`<think>`,
+`<tool_call>`). Spelled in a message it must reach the model as the characters that stand there.
+
+Sources: transformers' `encode_marked_chat` (5.x), for encoding a piece behind a line end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.data.sandbox import literal_text
+from qlora_kit.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+"""The label of a token that is not trained on; torch's own choice."""
+
+Span = tuple[int, int]
+"""A half-open range of characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One row as the model sees it; both lists have its length in tokens."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that cannot be trained on; `reason` is a key of `prompt.REMEDIES`."""
+
+    reason: str
+
+
+class Tokens:
+    """What a tokenizer does with texts, read off once for many rows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer: Any = tokenizer
+        # Asked of the tokenizer, not of `bos_token`: GPT-2 has one that it never puts first.
+        whole = list(self.tokenizer("a")["input_ids"])
+        alone = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        place = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+        self.start = whole[:place]
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.special = {token.content for token in added if token.special}
+        self._added = {token.content for token in added}
+        self._controls: dict[str, re.Pattern[str]] = {}
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a row; without one a model would never learn to stop."""
+        eos: int | None = self.tokenizer.eos_token_id
+        if eos is None:
+            raise TokenizerError(
+                "the tokenizer has no end-of-sequence token", "set eos_token in its config"
+            )
+        return eos
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of the text alone; `</s>` in it is four characters, not the end."""
+        return self.plain_many([text])[0]
+
+    def plain_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`plain` of many texts, which a fast tokenizer does in parallel."""
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        if not self.tokenizer.is_fast:
+            return [list(self.tokenizer(text, **options)["input_ids"]) for text in texts]
+        backend = self.tokenizer.backend_tokenizer
+        before = backend.encode_special_tokens
+        # This call puts the library below into the state (control tokens are text, no padding,
+        # no truncation) in which it is then asked directly: it also works out places otherwise.
+        self.tokenizer("", **options)
+        try:
+            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        finally:
+            backend.encode_special_tokens = before
+        return [one.ids for one in encoded]
+
+    def controls(self, template: str, of_assistant: bool) -> re.Pattern[str]:
+        """What may not be read as a token in a message.
+
+        An assistant's own text may hold the added tokens that are not special: they are how a
+        model writes its thoughts and its calls.
+        """
+        key = f"{of_assistant}{template}"
+        if key not in self._controls:
+            found = set(self.special)
+            if not of_assistant:
+                literal = literal_text(template)
+                found |= {t for t in self._added if t in literal and not t.isspace()}
+            longest_first = sorted(found, key=len, reverse=True)
+            self._controls[key] = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        return self._controls[key]
+
+    def chat(self, text: str, literals: Sequence[Span]) -> tuple[list[int], list[Span]] | None:
+        """Ids of a rendered chat and the characters of each, no special token added.
+
+        In the spans `literals`, control tokens are plain text; None where the tokenizer cannot
+        take one apart.
+        """
+        ids: list[int] = []
+        spans: list[Span] = []
+        done = 0
+        for first, last in [*literals, (len(text), len(text))]:
+            self._append(text, done, first, ids, spans)
+            before = len(ids)
+            # Cut behind its first character, a control token is in neither part.
+            self._append(text, first, min(first + 1, last), ids, spans)
+            self._append(text, min(first + 1, last), last, ids, spans)
+            added = set(self.tokenizer.convert_ids_to_tokens(ids[before:]))
+            if added & self.special or text[first:last] in added & self._added:
+                return None
+            done = last
+        return ids, spans
+
+    def _append(self, text: str, first: int, last: int, ids: list[int], spans: list[Span]) -> None:
+        """Add the tokens of a part of the text as what follows the parts before it."""
+        if first == last:
+            return
+        # Behind a line end, which is taken off again: at the beginning of a text some tokenizers
+        # put a space before the first word.
+        lead = "\n" if first else ""
+        more, places = self._with_places(lead + text[first:last])
+        if any(place[0] < len(lead) < place[1] for place in places):
+            lead = ""
+            more, places = self._with_places(text[first:last])
+        kept = [i for i, place in enumerate(places) if not lead or place[1] > len(lead)]
+        ids += [more[i] for i in kept]
+        shift = first - len(lead)
+        spans += [(places[i][0] + shift, places[i][1] + shift) for i in kept]
+
+    def _with_places(self, text: str) -> tuple[list[int], list[Span]]:
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+    def one_start(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
+        """The start exactly once, whether the template writes it never, once or again."""
+        while len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            ids, trained = ids[1:], trained[1:]
+        if ids[: len(self.start)] != self.start:
+            ids, trained = self.start + ids, [False] * len(self.start) + trained
+        return ids, trained

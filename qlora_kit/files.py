@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -14,32 +15,47 @@ from qlora_kit.errors import ConfigError, ResourceError
 
 def write_file(path: Path, content: bytes) -> None:
     """Put `content` at `path`: written aside, synced, renamed; the mode follows the umask."""
-    replace_file(path, lambda aside: _write(aside, content))
+    replace_file(path, lambda aside: write_plain(aside, content))
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file aside, then sync and rename it to `path`.
 
-    A failure leaves what was at `path`, and no temporary file.
+    A link at `path` stays, and what it points to is replaced. A failure leaves what was there,
+    and no temporary file. Errors: `ResourceError` where something else than a file is there.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise ResourceError(f"{path}: is not a regular file", "choose another place")
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(aside)
         # Libraries that write through a temporary file of their own leave it readable to one user.
         os.chmod(aside, 0o666 & ~_umask())
-        _sync(aside)
+        sync(aside)
         os.replace(aside, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            aside.unlink()
+            os.unlink(aside)
+
+
+def write_plain(path: Path, content: bytes) -> None:
+    """Make or replace a file in place, not synced: for directories that are moved when whole."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+    finally:
+        os.close(handle)
 
 
 def check_output(path: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse a directory that cannot take the results, before any work is done.
 
-    `inputs` are directories that are read: the output may not be one of them, hold one, or lie in
-    one. Errors: `ConfigError`, and `ResourceError` for a place that cannot be written to.
+    `inputs` are files and directories that are read: the output may not be one of them, hold one,
+    or lie in one. Errors: `ConfigError`, and `ResourceError` for a place that cannot be written to.
     """
     real = path.resolve()
     for read in (read.resolve() for read in inputs):
@@ -71,55 +87,78 @@ def new_directory(path: Path) -> Iterator[Path]:
     What was at `path` stays until then, and stays for good when the block raises.
     """
     path = path.resolve()
+    missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    aside.mkdir()
+    moved = False
+    # A killed process that had this one's id may have left some.
+    shutil.rmtree(aside, ignore_errors=True)
     try:
+        os.mkdir(aside)
         yield aside
         for file in aside.rglob("*"):
-            _sync(file)
+            sync(file)
+        sync(aside)
         if path.exists():
-            path.rename(old)
-        aside.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.rename(aside, path)
+        moved = True
+        sync(path.parent)
     except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def filled_directory(path: Path) -> Iterator[Path]:
-    """The directory `path`, empty, to fill while a run goes on.
-
-    When the block raises, what was there before comes back; a new directory is removed, unless
-    something was already reported in it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    if path.exists():
-        path.rename(old)
-    path.mkdir()
-    try:
-        yield path
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+        shutil.rmtree(path if moved else aside, ignore_errors=True)
         if old.exists():
-            shutil.rmtree(path)
-            old.rename(path)
-        elif not any(file.stat().st_size for file in path.iterdir()):
-            shutil.rmtree(path)
+            os.rename(old, path)
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+def clear_stale(directory: Path) -> None:
+    """Undo what killed writers left in a directory: half-written files go, old ones come back.
+
+    Only for a directory that nobody writes to meanwhile.
+    """
+    for entry in sorted(directory.iterdir()):
+        found = re.fullmatch(r"\.(.+)\.\d+\.(tmp|old)", entry.name)
+        if not found:
+            continue
+        whole = directory / found[1]
+        if found[2] == "old" and not whole.exists():
+            os.rename(entry, whole)
+        else:
+            remove(entry)
 
 
-def _sync(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole directory."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def check_room(directory: Path, needed: int, what: str) -> None:
+    """Refuse to write `needed` bytes where less is free.
+
+    Errors: `ResourceError` with both numbers, `what` in words.
+    """
+    place = directory.absolute()
+    while not place.exists():
+        place = place.parent
+    stats = os.statvfs(place)
+    free = stats.f_bavail * stats.f_frsize
+    if free < needed:
+        raise ResourceError(
+            f"{directory}: {what} needs {needed} bytes, and {free} are free",
+            "free some space or choose another place with --output_dir",
+        )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a directory is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,8 +7,10 @@ Left out: activations, loss and workspace, which need every allocation of a step
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +62,11 @@ def peak_bytes(device: torch.device) -> int:
     """The largest number of bytes so far: allocated on CUDA, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux counts this in KiB.
+    # Not ru_maxrss where it can be helped: a process inherits that from the one that started it.
+    with contextlib.suppress(OSError, StopIteration):
+        status = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in status if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

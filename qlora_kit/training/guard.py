@@ -1,38 +1,214 @@
-"""Stops a run that does not train: non-finite steps, and adapters that no gradient reaches."""
+"""Keeps a bad step, a full device and a signal from harming a run.
+
+`Guard` stands around each step. `attempt` runs its forward and backward passes; where the device
+is full it drops the gradients, halves the micro-batches and tries again: the same step, because a
+window is weighted by tokens. `check` looks at the loss and the gradient norm before the optimizer
+does: a step that is not finite is skipped, and the third in a row raises.
+
+`StopSignals` turns SIGTERM and SIGINT into `Stopped`: at once where nothing is at stake, and inside
+`between_steps` only where it leaves whole steps: after the step, or, when that takes longer than
+the grace, in the middle of its gradients, which are then dropped.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.errors import NumericError
+from qlora_kit.errors import NumericError, ResourceError, Stopped
+from qlora_kit.training.loss import supervised_loss, to_device
+
+if TYPE_CHECKING:
+    from qlora_kit.data.batch import Batch
+
+SKIP_LIMIT = 3
+"""A run stops at this many non-finite steps in a row."""
+GRACE_S = 20.0
+"""How long a step may go on after a signal; schedulers often kill after 30 s."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """SIGTERM and SIGINT while a command runs; a second one ends the process at once."""
+
+    def __init__(self, grace_s: float = GRACE_S) -> None:
+        self._grace_s = grace_s
+        self._deferred = self._droppable = self._overdue = False
+        self.received: int | None = None
+        """The signal that came, if one did."""
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Inside, a signal waits for `raise_if_received` or for a droppable part."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @contextlib.contextmanager
+    def droppable(self) -> Iterator[None]:
+        """Inside, nothing is lost by stopping once the grace is over."""
+        self._droppable = True
+        try:
+            if self._overdue:
+                self._stop()
+            yield
+        finally:
+            self._droppable = False
+
+    def raise_if_received(self) -> None:
+        """Stop here if a signal came. Errors: `Stopped`."""
+        if self.received is not None:
+            self._stop()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.received is not None:
+            # Whatever is being written is written aside: leaving now harms nothing.
+            if os.isatty(1):
+                os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
+            os.write(2, b"error: stopped at once by a second signal; run the command again\n")
+            os._exit(128 + number)
+        self.received = number
+        if not self._deferred:
+            self._stop()
+        # Again and again: an exception that is raised inside a destructor is lost.
+        signal.setitimer(signal.ITIMER_REAL, self._grace_s, 0.2)
+
+    def _on_alarm(self, number: int, frame: object) -> None:
+        self._overdue = True
+        if self._droppable:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._droppable = False
+        assert self.received is not None
+        raise Stopped(self.received)
 
 
 class Guard:
-    """Looks at every step between backward and the optimizer, once.
+    """What stands between a window of batches and the optimizer.
 
-    A call raises `NumericError`, or returns and the step is taken. Parameters and optimizer state
-    are as before the step when it raises.
+    `note` takes lines for the user, `rows_of` says which rows of the data a step has. Parameters
+    and optimizer state are as before a step that is skipped, dropped or raises.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Any,
+        *,
+        signals: StopSignals | None = None,
+        note: Callable[[str], None] = lambda line: None,
+        rows_of: Callable[[int], str] = lambda step: "unknown",
+    ) -> None:
+        self._model, self._note, self._rows_of = model, note, rows_of
+        self._signals = signals or StopSignals()
         self._checked_gradients = False
+        self._window: Sequence[Batch] = ()
+        self.bad_in_a_row = 0
+        """Skipped steps since the last one that was taken."""
+        self.max_rows: int | None = None
+        """Rows of a micro-batch that the device was found to hold; None: as configured."""
 
-    def __call__(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Refuse a loss or a gradient norm that is not finite; at the first call, dead adapters."""
+    def attempt(
+        self, gradients: Callable[[Sequence[Batch]], Tensor], window: Sequence[Batch]
+    ) -> Tensor:
+        """`gradients(window)`, with smaller micro-batches where the device is full.
+
+        Errors: `ResourceError` where one row does not fit, `Stopped`.
+        """
+        while True:
+            self._window = _split(window, self.max_rows)
+            try:
+                with self._signals.droppable():
+                    return gradients(self._window)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = str(error)
+            # Here, not above: the exception held the frames, and they the activations.
+            self.drop_gradients()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._halve(said)
+
+    def drop_gradients(self) -> None:
+        """Forget what a part of a window has accumulated."""
+        for parameter in self._model.parameters():
+            parameter.grad = None
+
+    def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the optimizer may take this step.
+
+        Errors: `NumericError` at the third non-finite step in a row, and where no gradient reaches
+        an adapter in the first step.
+        """
         # One transfer for both: this is the only place of a step that waits for the device.
         loss_value, norm_value = torch.stack((loss, grad_norm)).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
+            self.bad_in_a_row = 0
+            if not self._checked_gradients:
+                self._checked_gradients = True
+                self._refuse_dead_adapters()
+            return True
+        problem = (
+            f"step {step}: loss {loss_value:g}, gradient norm {norm_value:g}, "
+            f"first not finite in {first_non_finite(self._model, self._window, step)}, "
+            f"rows {self._rows_of(step)}"
+        )
+        if self.bad_in_a_row + 1 == SKIP_LIMIT:
             raise NumericError(
-                f"step {step}: loss {loss_value:g}, gradient norm {norm_value:g}",
-                "lower --learning_rate, or use --dtype bf16 or fp32; no weight was changed by it",
+                f"{problem} ({SKIP_LIMIT} such steps in a row)",
+                "lower --learning_rate, or use --dtype bf16 or fp32; no weight was changed by them",
             )
-        if not self._checked_gradients:
-            self._checked_gradients = True
-            self._refuse_dead_adapters()
+        self.bad_in_a_row += 1
+        self._note(f"{problem}: skipped")
+        return False
+
+    def state(self) -> dict[str, int | None]:
+        """What a checkpoint keeps of it."""
+        return {"bad_in_a_row": self.bad_in_a_row, "max_rows": self.max_rows}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as `state` says."""
+        self.bad_in_a_row, self.max_rows = state["bad_in_a_row"], state["max_rows"]
+
+    def _halve(self, said: str) -> None:
+        largest = max(batch["input_ids"].shape[0] for batch in self._window)
+        length = max(batch["input_ids"].shape[1] for batch in self._window)
+        if largest == 1:
+            needed, free = _needed_bytes(said), free_bytes(self._model)
+            raise ResourceError(
+                f"out of memory with one row of {length} tokens: {needed} more needed, "
+                f"{free} bytes free",
+                f"lower --max_length below {length}, use --gradient_checkpointing full, "
+                "or --bits 4",
+            )
+        self.max_rows = -(-largest // 2)
+        self._note(
+            f"out of memory with {largest} rows at a time: going on with {self.max_rows} and twice "
+            "the accumulation, which is the same step"
+        )
 
     def _refuse_dead_adapters(self) -> None:
         """Every lora_B gets a gradient in the first step, unless it is cut off from the loss."""
@@ -48,3 +224,95 @@ class Guard:
                 f"no gradient reaches {len(dead)} adapters ({dead[0]} ...)",
                 "choose other --target_modules; these layers take no part in the loss",
             )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the host is full."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch raises plain RuntimeErrors for the host.
+    found = r"can't allocate memory|bad_alloc|out of memory|could not create a memory"
+    return isinstance(error, RuntimeError) and re.search(found, str(error)) is not None
+
+
+def free_bytes(model: Any) -> int:
+    """What the model's device has left: of the GPU, or of the host within this process's limit."""
+    device = model.get_input_embeddings().weight.device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import resource
+
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * page
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with open("/proc/self/statm") as file:
+            free = min(free, limit - int(file.read().split()[0]) * page)
+    return free
+
+
+def first_non_finite(model: Any, window: Sequence[Batch], step: int) -> str:
+    """The innermost module whose output is the first that is not finite, found by running again.
+
+    Where the forward pass is finite, the parameter whose gradient is not.
+    """
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(first, Tensor) and not torch.isfinite(first).all():
+                found.append(name)
+
+        return look
+
+    hooks = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
+    device = model.get_input_embeddings().weight.device
+    try:
+        with torch.no_grad():
+            for micro_step, batch in enumerate(window):
+                for module in model.modules():
+                    if hasattr(module, "seek"):
+                        module.seek(step, micro_step)
+                loss = supervised_loss(model, to_device(batch, device))
+                if found or not torch.isfinite(loss):
+                    return found[0] if found else "the loss"
+    finally:
+        for one in hooks:
+            one.remove()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name}"
+    return "the sum of the gradients"
+
+
+def _split(window: Sequence[Batch], max_rows: int | None) -> Sequence[Batch]:
+    """The same rows in micro-batches of at most `max_rows`."""
+    if max_rows is None:
+        return window
+    return [
+        _rows(batch, first, min(first + max_rows, batch["input_ids"].shape[0]))
+        for batch in window
+        for first in range(0, batch["input_ids"].shape[0], max_rows)
+    ]
+
+
+def _rows(batch: Batch, first: int, last: int) -> Batch:
+    """Rows `first` .. `last` - 1 of a batch, as wide as it is."""
+    width, supervised = batch["input_ids"].shape[1], batch["supervised"]
+    inside = (supervised >= first * width) & (supervised < last * width)
+    own = supervised[inside] - first * width
+    return {
+        "input_ids": batch["input_ids"][first:last],
+        "labels": batch["labels"][first:last],
+        "position_ids": batch["position_ids"][first:last],
+        "supervised": own,
+        "num_supervised": len(own),
+        "lengths": batch["lengths"][first:last],
+    }
+
+
+def _needed_bytes(said: str) -> str:
+    """How much an allocator says that it tried to take."""
+    found = re.search(r"[Tt]ried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", said)
+    return found[1] if found else "an unknown size"

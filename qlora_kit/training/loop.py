@@ -20,14 +20,18 @@ from qlora_kit.training.loss import supervised_loss, to_device
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Batch
 
-Check = Callable[[int, Tensor, Tensor], None]
-"""Hears step, loss and gradient norm before the optimizer does; raises to stop."""
+Gradients = Callable[[Sequence["Batch"]], Tensor]
+"""Runs forward and backward of a window; returns its mean loss."""
+Attempt = Callable[[Gradients, Sequence["Batch"]], Tensor]
+"""Calls a `Gradients` with a window of the same rows, again where that can help, or raises."""
+Check = Callable[[int, Tensor, Tensor], bool]
+"""Hears step, loss and gradient norm before the optimizer does; False leaves the step out."""
 
 FP16_LOSS_SCALE = 1024.0
 """fp16 gradients below 6e-8 would be zeros; the factor is taken out again before clipping."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """What one optimizer step was: a mean loss over `supervised_tokens`, in nats."""
 
@@ -47,6 +51,7 @@ def train(
     *,
     learning_rate: Callable[[int], float] | None = None,
     max_grad_norm: float = 1.0,
+    attempt: Attempt | None = None,
     check: Check | None = None,
     listen: Callable[[StepReport], None] | None = None,
     start_step: int = 0,
@@ -54,8 +59,8 @@ def train(
     """Train `model` with one optimizer step for each window; returns the steps' reports.
 
     `learning_rate` gives the rate of a step (counted from 1); without it the optimizer's own is
-    kept. `check` is called before each optimizer step and `listen` after it. The model is left in
-    the mode it had.
+    kept. `attempt` stands around the passes of a step, `check` is asked before its optimizer step
+    and `listen` hears of it afterwards. The model is left in the mode it had.
     """
     was_training = model.training
     model.train()
@@ -67,7 +72,13 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step)
             loss, grad_norm = train_step(
-                model, window, optimizer, step=step, max_grad_norm=max_grad_norm, check=check
+                model,
+                window,
+                optimizer,
+                step=step,
+                max_grad_norm=max_grad_norm,
+                attempt=attempt,
+                check=check,
             )
             report = StepReport(
                 step=step,
@@ -93,31 +104,47 @@ def train_step(
     *,
     step: int,
     max_grad_norm: float,
+    attempt: Attempt | None = None,
     check: Check | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over a window; returns its mean loss and its gradient norm, as tensors.
 
     Reads nothing back to Python, so that it also runs on fake tensors.
     """
-    device = model.get_input_embeddings().weight.device
-    scale = FP16_LOSS_SCALE if model.get_input_embeddings().weight.dtype is torch.float16 else 1.0
+
+    def gradients(window: Sequence[Batch]) -> Tensor:
+        return _accumulate(model, window, step)
+
+    loss = gradients(window) if attempt is None else attempt(gradients, window)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in trained if p.grad is not None]
+    if model.get_input_embeddings().weight.dtype is torch.float16:
+        torch._foreach_mul_(grads, 1 / FP16_LOSS_SCALE)
+    # Not clip_grad_norm_: a norm that is not finite would spread over gradients that are.
+    grad_norm = nn.utils.get_total_norm(grads)
+    if check is None or check(step, loss, grad_norm):
+        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm
+
+
+def _accumulate(model: Any, window: Sequence[Batch], step: int) -> Tensor:
+    """Add the gradient of a window's mean loss to the parameters; returns that loss.
+
+    fp16 gradients come out `FP16_LOSS_SCALE` times too large.
+    """
+    weight = model.get_input_embeddings().weight
+    scale = FP16_LOSS_SCALE if weight.dtype is torch.float16 else 1.0
     # Divide by the window's supervised tokens, not by its micro-batches: they differ in length,
     # and the mean of means is not the mean.
     tokens = sum(batch["num_supervised"] for batch in window)
     placed = [module for module in model.modules() if hasattr(module, "seek")]
-    total = torch.zeros((), dtype=torch.float32, device=device)
+    total = torch.zeros((), dtype=torch.float32, device=weight.device)
     for micro_step, batch in enumerate(window):
         for module in placed:
             module.seek(step, micro_step)
-        loss = supervised_loss(model, to_device(batch, device)) / tokens
+        loss = supervised_loss(model, to_device(batch, weight.device)) / tokens
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if scale != 1.0:
-        torch._foreach_mul_([p.grad for p in trained if p.grad is not None], 1 / scale)
-    grad_norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
-    if check is not None:
-        check(step, total, grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm
+    return total

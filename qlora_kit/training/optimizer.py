@@ -1,4 +1,4 @@
-"""Optimizers by name, and learning-rate schedules.
+"""Optimizers by name, their states as plain tensors, and learning-rate schedules.
 
 `adamw` is torch's fused one, with fp32 states. The others are bitsandbytes': 8-bit states, and
 paged ones whose states move to host memory when the GPU is full. Paging needs CUDA; where it does
@@ -9,12 +9,14 @@ imports bitsandbytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_kit.config import TrainingConfig
+from qlora_kit.errors import CheckpointError
 
 PAGED_FROM_ELEMENTS = 100_000
 """bitsandbytes 0.50 pages the state of a parameter only from this size on."""
@@ -66,6 +68,102 @@ def paging_note(name: str, parameters: Iterable[nn.Parameter], device: torch.dev
             f"and the largest adapter matrix has {largest}"
         )
     return None
+
+
+def state_bytes(name: str) -> float:
+    """Bytes of state for each trained element, at most; small parameters keep fp32 states."""
+    per_state = 4.0
+    return per_state * (1 if "lion" in name else 2)
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The states as they are held (8-bit ones in 8 bits): tensors on the CPU, and whole numbers.
+
+    Both are by `<parameter name>.<state name>`. Constant tables of bitsandbytes are left out.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()  # paged states are read from the host
+    constants = _constants(optimizer)
+    tensors, numbers = {}, {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            name = f"{names[parameter]}.{key}"
+            if not isinstance(value, Tensor):
+                numbers[name] = int(value)
+            elif value.data_ptr() not in constants:
+                tensors[name] = value.detach().cpu()
+    return tensors, numbers
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, int],
+) -> None:
+    """Put saved states into a new optimizer; paged ones are paged again.
+
+    Each state is made as the optimizer makes it and then filled, because `load_state_dict` of
+    bitsandbytes 0.50 turns paged states into ordinary ones. Errors: `CheckpointError` where names,
+    shapes or dtypes differ from what this optimizer has; it is then as it was.
+    """
+    found = {**tensors, **numbers}
+    made: dict[Tensor, Any] = {}
+    for parameter, own in _new_states(optimizer):
+        name = names[parameter]
+        if not any(f"{name}.{key}" in found for key in own):
+            continue  # saved before its first step
+        made[parameter] = own
+        for key, value in own.items():
+            if isinstance(value, Tensor) and value.data_ptr() in _constants(optimizer):
+                continue
+            saved = found.pop(f"{name}.{key}", None)
+            if isinstance(value, Tensor) and (
+                isinstance(saved, Tensor)
+                and (saved.shape, saved.dtype) == (value.shape, value.dtype)
+            ):
+                value.copy_(saved)
+            elif not isinstance(value, Tensor) and isinstance(saved, int):
+                own[key] = saved
+            else:
+                raise _other_optimizer(optimizer, f"{name}.{key}")
+    if found:
+        raise _other_optimizer(optimizer, next(iter(found)))
+    optimizer.state.update(made)
+
+
+def _new_states(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[tuple[nn.Parameter, MutableMapping[str, Any]]]:
+    """Every parameter with the state that its first step would begin with."""
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if isinstance(optimizer, torch.optim.AdamW):
+                yield (
+                    parameter,
+                    {
+                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    },
+                )
+                continue
+            optimizer.init_state(group, parameter, group_index, index)  # type: ignore[attr-defined]
+            yield parameter, optimizer.state.pop(parameter)
+
+
+def _constants(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Addresses of bitsandbytes' tables of 8-bit values, which its states refer to."""
+    return {table.data_ptr() for table in getattr(optimizer, "name2qmap", {}).values()}
+
+
+def _other_optimizer(optimizer: torch.optim.Optimizer, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's optimizer state {name} is not one of {type(optimizer).__name__}",
+        "resume with the --optim of the checkpoint",
+    )
 
 
 def warmup_steps(config: TrainingConfig, num_steps: int) -> int:

@@ -1,7 +1,7 @@
 """What a run leaves beside its weights: `run.json`, `metrics.jsonl`, the model card, the trackers.
 
 A file is there whole or not at all: it is written aside, synced and renamed. Metrics are the
-exception, a line a step, flushed: what a killed run had reached is on disk, and a resumed run drops
+exception, a line a step: what a killed run had reached is on disk, and a resumed run drops
 the lines after its checkpoint first. JSON has no NaN or infinity; such a number is written as null.
 
 The card names the base and the data by their last component where they are local paths: it is
@@ -54,7 +54,11 @@ class DataRecord(TypedDict):
 
 
 class TrainRecord(TypedDict):
-    """The optimizer steps and what they gave."""
+    """The optimizer steps and what they gave; the rest where it applies.
+
+    `skipped_steps` were not finite, `micro_batch_rows` is what the device was found to hold, and
+    `best_step` the one whose adapter was saved.
+    """
 
     steps: int
     seconds: float
@@ -62,14 +66,21 @@ class TrainRecord(TypedDict):
     tokens_per_s: float
     first_loss: float
     last_loss: float
+    skipped_steps: NotRequired[int]
+    micro_batch_rows: NotRequired[int]
+    best_step: NotRequired[int]
 
 
 class EvalRecord(TypedDict):
-    """Nats a supervised token of the held-out rows, the same rows both times."""
+    """Nats a supervised token of the held-out rows, the same rows each time.
+
+    `history` has `step` and `loss` of each evaluation in between.
+    """
 
     loss_before: float
     loss_after: float
     tokens: int
+    history: NotRequired[list[dict[str, float]]]
 
 
 class MemoryRecord(TypedDict):
@@ -155,7 +166,8 @@ class MetricsLog:
         path = Path(directory) / METRICS_FILE
         try:
             write_text(path, _lines_up_to(path, resume_step))
-            self._file = self._closing.enter_context(path.open("a", encoding="utf-8"))
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+            self._closing.callback(os.close, self._file)
         except BaseException:
             self._closing.close()
             raise
@@ -167,9 +179,10 @@ class MetricsLog:
         self._closing.close()
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line and flush it, then tell the trackers; `step` is the step, if there."""
-        self._file.write(_json(metrics) + "\n")
-        self._file.flush()
+        """Append one line, then tell the trackers; `step` is the step, if there."""
+        line = memoryview((_json(metrics) + "\n").encode("utf-8", errors="backslashreplace"))
+        while line:
+            line = line[os.write(self._file, line) :]
         values = {name: value for name, value in metrics.items() if name != "step"}
         for tracker in self._trackers:
             tracker.log(values, step=metrics.get("step"))

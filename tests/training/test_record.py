@@ -15,7 +15,7 @@ import pytest
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, ResourceError
 from qlora_kit.training.record import (
     MetricsLog,
     model_card,
@@ -150,9 +150,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_json(path, {"a": object()})
     assert strict(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["run.json"]
-    # A directory cannot be replaced by a file: the rename itself fails.
+    # A directory is not replaced by a file.
     (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError, match="taken"):
+    with pytest.raises(ResourceError, match="taken"):
         write_text(tmp_path / "taken", "text")
     assert sorted(os.listdir(tmp_path)) == ["run.json", "taken"]
 

@@ -1,0 +1,122 @@
+"""Kill a training run at every call that changes the disk, and at random times; resume each.
+
+Every run goes on with `--resume_from_checkpoint auto` and must end in the same bytes as one that
+nothing happened to. First each write, sync, rename and so on in turn, until no fault fires; a write
+also in its middle. Then at times drawn uniformly over the steps. About 15 minutes on 2 cores.
+
+    OMP_NUM_THREADS=1 python benchmarks/kills.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from faults.harness import Fault, Job, Server, leftovers, result_of  # noqa: E402
+from record import write_result  # noqa: E402
+
+BEGINNING = "held-out loss before training"
+
+
+def resumes(job: Job, output: Path, reference: dict[str, bytes]) -> str:
+    """Go on, compare, clean up; from where it went on."""
+    inside_save = any(path.name.endswith((".tmp", ".old")) for path in output.glob(".*"))
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    if resumed.code or result_of(output) != reference or leftovers(output):
+        raise RuntimeError(f"{output}: {leftovers(output)} {resumed.output}")
+    shutil.rmtree(output)
+    if "finished" in resumed.output:
+        return "finished"
+    if "starting from the start" in resumed.output:
+        return "start, inside a save" if inside_save else "start"
+    return "checkpoint, inside a save" if inside_save else "checkpoint"
+
+
+def at_every_call(job: Job, directory: Path, reference: dict[str, bytes]) -> dict[str, object]:
+    """Each call in turn, until the run ends without a fault."""
+    whole = job.run(directory / "whole")
+    kinds, ends = collections.Counter(whole.calls), collections.Counter[str]()
+    points, at = 0, 0
+    while True:
+        at += 1
+        write = at <= len(whole.calls) and whole.calls[at - 1] == "write"
+        for how in ("before", "inside") if write else ("before",):
+            output = directory / f"{how}-{at}"
+            killed = job.run(output, fault=Fault(at, how))
+            if killed.code == 0:
+                return {"points": points, "calls": dict(kinds), "went_on_from": dict(ends)}
+            assert killed.code == -signal.SIGKILL, killed.output
+            points += 1
+            ends[resumes(job, output, reference)] += 1
+        if at % 20 == 0:
+            print(f"call {at}: {dict(ends)}", flush=True)
+
+
+def at_random(
+    job: Job, directory: Path, reference: dict[str, bytes], count: int, seed: int
+) -> dict[str, object]:
+    """`count` kills at times uniform over a run, from its first step to its end."""
+    draw, ends = random.Random(seed), collections.Counter[str]()
+    durations = []
+    for number in range(5):
+        running = job.start(directory / f"timed-{number}")
+        running.wait_for(BEGINNING)
+        began = time.perf_counter()
+        assert running.wait().code == 0
+        durations.append(time.perf_counter() - began)
+    duration = sorted(durations)[2]
+    struck = missed = 0
+    while struck < count:
+        output = directory / f"random-{struck + missed}"
+        running = job.start(output)
+        running.wait_for(BEGINNING)
+        time.sleep(draw.random() * duration)
+        running.signal(signal.SIGKILL)
+        if running.wait().code == 0:  # it had ended: some runs are faster than the timed ones
+            missed += 1
+            assert result_of(output) == reference
+            shutil.rmtree(output)
+            continue
+        struck += 1
+        ends[resumes(job, output, reference)] += 1
+        if struck % 20 == 0:
+            print(f"random {struck}: {dict(ends)}", flush=True)
+    inside = sum(found for how, found in ends.items() if "inside" in how)
+    return {
+        "kills": struck,
+        "had_ended_before": missed,
+        "seed": seed,
+        "steps_s": round(duration, 3),
+        "inside_a_save": inside,
+        "went_on_from": dict(ends),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--random", type=int, default=200, help="kills at random times")
+    parser.add_argument("--seed", type=int, default=42)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        directory, server = Path(name), Server()
+        job = Job(directory / "job", server).prepare()
+        assert job.run(directory / "reference").code == 0
+        reference = result_of(directory / "reference")
+        drawn = at_random(job, directory, reference, arguments.random, arguments.seed)
+        every = at_every_call(job, directory, reference)
+        server.close()
+    print(write_result("kills", {"every_call": every, "random": drawn}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What goes wrong inside a run, done in its process before the command starts."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from typing import Any
+
+import torch
+
+from qlora_kit.commands import run
+from qlora_kit.training import loop
+
+
+def slow_steps() -> None:
+    """Each step takes 50 ms more."""
+    _before_each_step(lambda step, model: time.sleep(0.05))
+
+
+def endless_step() -> None:
+    """The third step does not end for a long time, in small pieces, as a big model's would."""
+    endless_step_long_grace()
+    _grace(0.3)
+
+
+def endless_step_long_grace() -> None:
+    """The same, with the 20 s that a step has."""
+
+    def wait(step: int, model: Any) -> None:
+        if step == 3:
+            print("step 3 goes on and on")
+        for _ in range(6000 if step == 3 else 0):
+            time.sleep(0.01)
+
+    _before_each_step(wait)
+
+
+def nan_loss_at_2() -> None:
+    """Step 2 alone has a module whose output is not finite."""
+    _poison_output({2})
+
+
+def nan_loss_from_1() -> None:
+    """No step of the run is finite."""
+    _poison_output(set(range(1, 100)))
+
+
+def nan_loss_from_3() -> None:
+    """So has every step from the third on."""
+    _poison_output(set(range(3, 100)))
+
+
+def nan_gradient_at_2() -> None:
+    """One element of one adapter's gradient is not finite in step 2."""
+
+    def poison(step: int, model: Any) -> None:
+        if step == 2:
+            name, parameter = [p for p in model.named_parameters() if p[1].requires_grad][-1]
+            assert ".lora_B." in name
+            hook = parameter.register_hook(lambda grad: _with_nan(grad, hook))
+
+    _before_each_step(poison)
+
+
+def full_device_above_one_row() -> None:
+    """Two rows at a time do not fit, from step 2 on."""
+    _full(lambda step, rows: step >= 2 and rows > 1)
+
+
+def full_device() -> None:
+    """Not even one row fits in step 3."""
+    _full(lambda step, rows: step >= 3)
+
+
+def tight_memory() -> None:
+    """The process may grow by 300 MiB from its first step on."""
+
+    def limit(step: int, model: Any) -> None:
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        if not limited:
+            limited.append(step)
+            resource.setrlimit(resource.RLIMIT_AS, (size + 300 * 1024**2,) * 2)
+
+    limited: list[int] = []
+    _before_each_step(limit)
+
+
+def stop_in_load() -> None:
+    """SIGTERM comes while weights are read."""
+    real = run.read_weights
+
+    def read_weights(base: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(base)
+
+    run.read_weights = read_weights
+
+
+def stop_in_save() -> None:
+    """SIGTERM comes while the second checkpoint is being written."""
+    real = run.save_adapter
+    saves = []
+
+    def save_adapter(*args: Any, **options: Any) -> None:
+        saves.append(1)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(*args, **options)
+
+    run.save_adapter = save_adapter
+
+
+def _grace(seconds: float) -> None:
+    from qlora_kit.training import guard
+
+    guard.StopSignals.__init__.__defaults__ = (seconds,)
+
+
+def _before_each_step(act: Any) -> None:
+    real = loop._accumulate
+
+    def accumulate(model: Any, window: Any, step: int) -> torch.Tensor:
+        act(step, model)
+        return real(model, window, step)
+
+    loop._accumulate = accumulate
+
+
+def _poison_output(steps: set[int]) -> None:
+    """A forward hook on one module, in the passes of these steps and when they are looked into."""
+    state = {"step": 0, "hooked": False}
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan") if state["step"] in steps and module.training else output
+
+    def act(step: int, model: Any) -> None:
+        state["step"] = step
+        if not state["hooked"]:
+            state["hooked"] = True
+            model.get_submodule("model.layers.1.mlp.up_proj").register_forward_hook(hook)
+
+    _before_each_step(act)
+
+
+def _with_nan(grad: torch.Tensor, hook: Any) -> torch.Tensor:
+    hook.remove()
+    grad = grad.clone()
+    grad.view(-1)[3] = float("nan")
+    return grad
+
+
+def _full(too_much: Any) -> None:
+    """Allocate more than there is where a batch is too large, half-way through its gradients."""
+    real = loop.supervised_loss
+    at = {"step": 0}
+
+    def supervised_loss(model: Any, batch: Any) -> torch.Tensor:
+        loss = real(model, batch)
+        if too_much(at["step"], batch["input_ids"].shape[0]):
+            loss.backward(retain_graph=True)
+            torch.empty(2**55, dtype=torch.uint8)
+        return loss
+
+    loop.supervised_loss = supervised_loss
+    _before_each_step(lambda step, model: at.update(step=step))

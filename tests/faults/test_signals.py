@@ -1,0 +1,132 @@
+"""Laws of a run that is asked to stop, and of two runs that want one directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from faults.harness import Fault, leftovers, result_of
+
+from qlora_kit.training.checkpoint import newest, numbered
+
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+@pytest.mark.parametrize("number", list(CODES))
+def test_a_signal_ends_the_step_saves_and_leaves(job, reference, output, number):
+    running = job.having("--save_steps", "0").start(output, inject="slow_steps")
+    running.wait_for("step 2/5")
+    running.signal(number)
+    stopped = running.wait()
+    assert stopped.code == CODES[number], stopped.output
+    assert stopped.error.startswith(f"error: stopped by {number.name}: after step ")
+    assert "--resume_from_checkpoint auto" in stopped.error
+    found, notes = newest(output)
+    assert found is not None
+    assert found.step >= 2
+    assert notes == []
+    assert leftovers(output) == []
+    resumed = job.having("--save_steps", "0").run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert result_of(output) == reference
+    # The signal's own checkpoint was for resuming; this run asked for none.
+    assert numbered(output)[0] == {}
+
+
+def test_a_step_that_does_not_end_is_dropped_and_replayed(job, reference, output):
+    running = job.start(output, inject="endless_step")
+    running.wait_for("step 3 goes on and on")
+    began = time.monotonic()
+    running.signal(signal.SIGTERM)
+    stopped = running.wait()
+    assert time.monotonic() - began < 20
+    assert stopped.code == 143, stopped.output
+    assert "after step 2 of 5" in stopped.error
+    found, _ = newest(output)
+    assert found is not None
+    assert found.step == 2
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert result_of(output) == reference
+
+
+def test_a_second_signal_leaves_at_once_without_harm(job, reference, output):
+    running = job.start(output, inject="endless_step_long_grace")
+    running.wait_for("step 3 goes on and on")
+    running.signal(signal.SIGINT)
+    time.sleep(0.3)
+    running.signal(signal.SIGINT)
+    stopped = running.wait()
+    assert stopped.code == 130, stopped.output
+    assert "second signal" in stopped.error
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert result_of(output) == reference
+    assert leftovers(output) == []
+
+
+def test_a_signal_in_a_save_lets_it_end(job, reference, output):
+    stopped = job.run(output, inject="stop_in_save")
+    assert stopped.code == 143, stopped.output
+    assert leftovers(output) == []
+    found, notes = newest(output)
+    assert (found.step, notes) == (2, [])
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert result_of(output) == reference
+
+
+def test_a_signal_while_loading_leaves_nothing(job, output):
+    stopped = job.run(output, inject="stop_in_load")
+    assert stopped.code == 143
+    assert stopped.error.startswith("error: stopped by SIGTERM")
+    assert not output.exists()
+
+
+def test_sigterm_ends_a_command_before_torch_is_there():
+    """From the first moment: the handler is there before anything slow is imported."""
+    code = (
+        "import os, signal, sys\n"
+        "from qlora_kit.errors import reports_errors\n"
+        "def main(argv):\n"
+        "    assert 'torch' not in sys.modules\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return 0\n"
+        "sys.exit(reports_errors(main)([]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert done.stderr.startswith("error: stopped by SIGTERM")
+
+
+def test_a_second_run_is_told_who_holds_the_directory(job, reference, output):
+    first = job.start(output, inject="endless_step")
+    first.wait_for("step 3 goes on and on")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for extra in (("--overwrite",), ("--resume_from_checkpoint", "auto")):
+        second = job.run(output, *extra)
+        assert second.code == 4, second.output
+        assert f"in use by process {first.pid};" in second.error
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    first.signal(signal.SIGKILL)
+    first.wait()
+    # A dead holder is taken over.
+    assert (output / ".lock").read_text() == f"{first.pid}\n"
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert result_of(output) == reference
+
+
+def test_a_lock_file_of_a_process_that_lives_but_does_not_hold_it_is_taken_over(job, output):
+    """Process ids come again: the kernel's lock counts, not the number."""
+    killed = job.run(output, fault=Fault(60))
+    assert killed.code == -signal.SIGKILL
+    (output / ".lock").write_text(f"{os.getpid()}\n")
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert json.loads((output / "run.json").read_text())["train"]["steps"] == 5

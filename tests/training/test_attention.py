@@ -1,0 +1,162 @@
+"""X17: packed rows give what each gives alone, on every attention path and recompute level."""
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model, token_ids
+
+from qlora_kit.data.batch import collate, collate_packs
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.training.attention import NAME, set_packed_attention
+from qlora_kit.training.loss import supervised_loss
+from qlora_kit.training.recompute import set_recompute
+
+LENGTHS = [[9, 5, 23, 2], [17, 30], [3]]
+OURS = ("llama2", "llama3", "llama_bias", "qwen2", "qwen3", "phi3")
+"""Families without windows and soft caps."""
+
+PATHS = [
+    *((family, "eager") for family in FAMILIES),
+    # sdpa has no soft cap of attention, and transformers refuses it.
+    *((family, "sdpa") for family in FAMILIES if family != "gemma2"),
+    *((family, NAME) for family in OURS),
+]
+TOLERANCE = 1e-5
+"""Of the parity table, in fp32: the two sides sum in another order."""
+
+
+def packs_of(lengths=LENGTHS):
+    packs = []
+    for number, part in enumerate(lengths):
+        rows = []
+        for place, length in enumerate(part):
+            ids = token_ids(1, length, seed=10 * number + place)[0].tolist()
+            labels = [-100, *(t if i % 3 else -100 for i, t in enumerate(ids[1:]))]
+            labels[-1] = ids[-1]
+            rows.append(Encoded(ids, labels))
+        packs.append(rows)
+    return packs
+
+
+@pytest.fixture(scope="module")
+def model_of():
+    models = {}
+
+    def get(family, path):
+        if (family, path) not in models:
+            # Long rope takes other factors for a whole batch once one position is beyond this.
+            changes = {"original_max_position_embeddings": 64} if family == "phi3" else {}
+            model = tiny_model(family, **changes)
+            model.requires_grad_(False)
+            for parameter in model.base_model.layers.parameters():
+                parameter.requires_grad_(parameter.dim() == 2)
+            models[family, path] = model
+            if path != "eager":
+                model.set_attn_implementation("sdpa")
+            if path == NAME:
+                assert set_packed_attention(model)
+        return models[family, path]
+
+    return get
+
+
+def loss_and_gradients(model, batches):
+    model.train()
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in batches:
+        loss = supervised_loss(model, batch)
+        loss.backward()
+        total += float(loss.detach())
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_up_to_rounding(ours, reference):
+    assert ours[0] == pytest.approx(reference[0], rel=TOLERANCE)
+    assert ours[1].keys() == reference[1].keys()
+    for name, gradient in reference[1].items():
+        error = (ours[1][name] - gradient).norm() / gradient.norm()
+        assert error <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("level", ["none", "full"])
+@pytest.mark.parametrize(("family", "path"), PATHS)
+def test_packed_rows_are_separate_rows(model_of, family, path, level):
+    model = model_of(family, path)
+    set_recompute(model, level)
+    packs = packs_of()
+    packed = loss_and_gradients(model, [collate_packs(packs, 0)])
+    alone = loss_and_gradients(model, [collate([row], 0) for pack in packs for row in pack])
+    assert_equal_up_to_rounding(packed, alone)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in OURS])
+def test_windows_and_soft_caps_keep_the_librarys_attention(family):
+    for path in ("eager", "sdpa"):
+        model = tiny_model(family)
+        model.config._attn_implementation = path
+        assert not set_packed_attention(model)
+        assert model.config._attn_implementation == path
+
+
+def test_rows_leak_where_positions_do_not_begin_again(model_of):
+    # What this guards against: the same packs with positions that go on.
+    model = model_of("llama3", "sdpa")
+    set_recompute(model, "none")
+    batch = collate_packs(packs_of(), 0)
+    leaking = {**batch, "position_ids": torch.arange(batch["labels"].shape[1]).expand(3, -1)}
+    right, _ = loss_and_gradients(model, [batch])
+    wrong, _ = loss_and_gradients(model, [leaking])
+    assert abs(wrong - right) > 1e-3 * right
+
+
+def test_a_cache_makes_transformers_leak_between_packed_rows(model_of):
+    # The upstream trap: with a cache the positions of packed rows isolate nothing.
+    model = model_of("llama3", "sdpa").eval()
+    batch = collate_packs(packs_of(), 0)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with torch.no_grad():
+        isolated = model(**inputs, use_cache=False).logits
+        cached = model(**inputs, use_cache=True).logits
+    assert (isolated - cached).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+def test_without_packs_both_attentions_are_one(model_of, family):
+    # Plain batches, padding on the left with a mask, and decoding with a cache.
+    ours, theirs = (model_of(family, path).eval() for path in (NAME, "sdpa"))
+    batch = collate([row for pack in packs_of() for row in pack], 0)
+    ids = token_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for inputs in (
+            {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]},
+            {"input_ids": ids, "attention_mask": mask, "position_ids": positions},
+        ):
+            a, b = (m(**inputs, use_cache=False).logits for m in (ours, theirs))
+            torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+        options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_right_and_no_padding_are_one(model_of, family):
+    # X18
+    model = model_of(family, "eager").eval()
+    ids = token_ids(1, 13)
+    pad = torch.zeros(1, 6, dtype=torch.int64)
+    ones, zeros = torch.ones_like(ids), torch.zeros_like(pad)
+    with torch.no_grad():
+        alone = model(ids, use_cache=False).logits
+        right = model(torch.cat([ids, pad], 1), use_cache=False).logits[:, :13]
+        mask = torch.cat([zeros, ones], 1)
+        left = model(
+            torch.cat([pad, ids], 1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).logits[:, 6:]
+    scale = alone.abs().max()
+    assert (right - alone).abs().max() <= TOLERANCE * scale
+    assert (left - alone).abs().max() <= TOLERANCE * scale

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,9 @@ SCHEDULES = ("cosine", "linear", "constant")
 DATA_FORMATS = ("auto", "text", "prompt", "instruction", "messages")
 RECOMPUTE_LEVELS = ("none", "full")
 DEFAULT_EVAL_FRACTION = 0.05
+DEFAULT_LENGTH = 1024
+OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
+NUMBERS = ("a number", "a whole number")
 
 
 def option(
@@ -68,10 +72,24 @@ def option(
     return dataclasses.field(default=default, metadata={"option": details})
 
 
-def one_of(*allowed: object) -> Check:
+@dataclass(frozen=True)
+class OneOf:
+    """A check for a closed list of values; `--help` lists them."""
+
+    allowed: tuple[object, ...]
+
+    def __call__(self, value: Any) -> str | None:
+        """As every check: None, or what is allowed."""
+        return None if value in self.allowed else str(self)
+
+    def __str__(self) -> str:
+        *others, last = map(str, self.allowed)
+        return f"{', '.join(others)} or {last}" if others else last
+
+
+def one_of(*allowed: object) -> OneOf:
     """A check for a closed list of values."""
-    listed = ", ".join(map(str, allowed[:-1])) + f" or {allowed[-1]}"
-    return lambda value: None if value in allowed else listed
+    return OneOf(allowed)
 
 
 def between(
@@ -83,8 +101,9 @@ def between(
         allowed += f" and {'below' if open_high else 'at most'} {high:g}"
 
     def check(value: float) -> str | None:
+        # Compared, not asked of math.isfinite: a whole number may be too long for a float.
         good = (
-            math.isfinite(value)
+            -math.inf < value < math.inf
             and (low < value if open_low else low <= value)
             and (value < high if open_high else value <= high)
         )
@@ -95,6 +114,15 @@ def between(
 
 def _not_empty(value: str) -> str | None:
     return None if value.strip() else "a name or a path"
+
+
+def _not_empty_names(value: str | tuple[str, ...]) -> str | None:
+    names = value.split(",") if isinstance(value, str) else value
+    return None if all(name.strip() for name in names) and names else "names of options"
+
+
+def _device(value: str) -> str | None:
+    return None if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value) else "auto, cpu, cuda or cuda:N"
 
 
 class Options:
@@ -117,13 +145,14 @@ class Options:
                 value = convert(value, types_of(type(self))[field.name])
             except ValueError as error:
                 # A word where a number belongs: say what would be right, range included.
-                allowed = check(math.nan) if check and str(error) == "a number" else None
-                yield f"{name} must be {allowed or error}, got {value}"
+                allowed = check(math.nan) if check and str(error) in NUMBERS else None
+                wanted = f"{error} ({allowed})" if allowed else error
+                yield f"{name} must be {wanted}, got {_shown(value)}"
                 continue
             object.__setattr__(self, field.name, value)
             allowed = check(value) if check else None
             if allowed:
-                yield f"{name} must be {allowed}, got {value}"
+                yield f"{name} must be {allowed}, got {_shown(value)}"
 
     def _conflicts(self) -> typing.Iterator[str]:
         """Combinations that cannot work; looked at once every value is good by itself."""
@@ -143,8 +172,11 @@ class BaseConfig(Options):
         metavar="NAME|DIR",
     )
     revision: str | None = option(None, "hub revision: branch, tag or commit", metavar="REV")
-    bits: int = option(
-        4, "bits of the base's linear layers: 4, 8 or 16 (not quantized)", check=one_of(4, 8, 16)
+    bits: int | None = option(
+        None,
+        "bits of the base's linear layers; 16: not quantized",
+        check=one_of(4, 8, 16),
+        shown_default="4, or what the base is already quantized in",
     )
     quant_type: str | None = option(
         None, "4-bit format", check=one_of(*QUANT_TYPES), shown_default="nf4"
@@ -157,9 +189,16 @@ class BaseConfig(Options):
         "compute dtype; auto: bf16 where the device has it, else fp16 (GPU) or fp32",
         check=one_of("auto", *DTYPES),
     )
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", check=_not_empty)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", check=_device)
+
+    chosen: typing.ClassVar[frozenset[str]] = frozenset()
+    """Of `bits`, `quant_type` and `double_quant` those that were given and not left alone."""
 
     def _conflicts(self) -> typing.Iterator[str]:
+        names = ("bits", "quant_type", "double_quant")
+        given = frozenset(name for name in names if getattr(self, name) is not None)
+        object.__setattr__(self, "chosen", given)
+        object.__setattr__(self, "bits", self.bits or 4)
         if self.bits == 4:
             object.__setattr__(self, "quant_type", self.quant_type or QUANT_TYPES[0])
             object.__setattr__(self, "double_quant", self.double_quant is not False)
@@ -178,7 +217,8 @@ class DataConfig(Options):
 
     data: str = option(
         "sample",
-        ".jsonl file, directory with train.jsonl and valid.jsonl, or sample:NAME from the package",
+        ".jsonl, .json, .csv, .parquet or .txt file, directory with train.* and valid.*, hub id "
+        "(owner/name or owner/name:subset), or sample:NAME from the package",
         aliases=("dataset",),
         check=_not_empty,
         metavar="FILE|DIR",
@@ -195,15 +235,52 @@ class DataConfig(Options):
         shown_default=str(DEFAULT_EVAL_FRACTION),
     )
     format: str = option("auto", "shape of the rows", check=one_of(*DATA_FORMATS))
+    columns: str | None = option(
+        None,
+        "other names of the rows' fields: question=prompt,answer=completion",
+        check=_not_empty,
+        metavar="NAME=FIELD,...",
+    )
+    chat_template: str | None = option(
+        None,
+        "chat template for rows of messages: chatml, llama-2, llama-3, alpaca, plain, or a file; "
+        "saved with the adapter",
+        check=_not_empty,
+        metavar="NAME|FILE",
+        shown_default="the model's own",
+    )
     train_on_prompt: bool = option(False, "supervise the prompt as well")
     max_length: int | None = option(
         None,
         "tokens per row",
         aliases=("max_seq_length",),
         check=between(2),
-        shown_default="1024, or the model's context where that is shorter",
+        shown_default=f"{DEFAULT_LENGTH}, or the model's context where that is shorter",
     )
     allow_longer_context: bool = option(False, "let --max_length exceed the model's context")
+    packing: bool = option(
+        False, "fill sequences of --max_length with several rows, isolated from each other"
+    )
+    group_by_length: bool = option(
+        False, "put rows of like length into a batch: less padding, a less random order"
+    )
+    token_cache: str | None = option(
+        None,
+        "where tokens are kept between runs; none: nowhere",
+        check=_not_empty,
+        shown_default="~/.cache/qlora_kit/tokens",
+        metavar="DIR|none",
+    )
+
+    def length_in(self, context: int) -> int:
+        """Tokens per row on a model made for `context` tokens; `ConfigError` for more than that."""
+        length = self.max_length or min(DEFAULT_LENGTH, context)
+        if length > context and not self.allow_longer_context:
+            raise ConfigError(
+                f"max_length {length} is above the model's context of {context} tokens",
+                "lower it, or give --allow_longer_context",
+            )
+        return length
 
     def _conflicts(self) -> typing.Iterator[str]:
         if self.eval_data is not None and self.eval_fraction is not None:
@@ -211,6 +288,8 @@ class DataConfig(Options):
                 f"eval_fraction {self.eval_fraction:g} is given beside eval_data {self.eval_data}: "
                 "name one of them"
             )
+        if self.packing and self.group_by_length:
+            yield "packing and group_by_length are given: packs have one length, name one of them"
 
 
 @dataclass(frozen=True)
@@ -304,8 +383,39 @@ class OutputConfig(Options):
         shown_default="runs/<model>-<data>-<bits>bit, then -2, -3 ...",
         metavar="DIR",
     )
-    overwrite: bool = option(False, "replace what is in --output_dir")
+    overwrite: bool = option(
+        False, "replace what is in --output_dir", aliases=("overwrite_output_dir",)
+    )
+    save_steps: int = option(
+        0,
+        "write a checkpoint every so many steps",
+        check=between(0),
+        shown_default="0: only when a signal or an error stops the run",
+    )
+    save_total_limit: int = option(2, "checkpoints that are kept", check=between(1))
+    eval_steps: int = option(
+        0,
+        "held-out loss every so many steps",
+        check=between(0),
+        shown_default="0: at the start and the end",
+    )
     logging_steps: int = option(1, "a line in metrics.jsonl every so many steps", check=between(1))
+    load_best: bool = option(False, "save the adapter of the lowest held-out loss, not the last")
+    early_stopping: int | None = option(
+        None, "stop after this many evaluations without a lower held-out loss", check=between(1)
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "auto (the newest whole checkpoint of --output_dir) or the directory of a checkpoint",
+        check=_not_empty,
+        metavar="auto|DIR",
+    )
+    override: str | tuple[str, ...] | None = option(
+        None,
+        "options, comma-separated, that may differ from those of the checkpoint",
+        check=_not_empty_names,
+        metavar="NAMES",
+    )
     report_to: str = option(
         "none", "trackers of accelerate: tensorboard, wandb, ... (comma-separated)", metavar="NAMES"
     )
@@ -315,6 +425,26 @@ class OutputConfig(Options):
     compare_bits: bool = option(
         False, "first load the base in 16, 8 and 4 bits and show the memory of each"
     )
+
+    @property
+    def overridden(self) -> frozenset[str]:
+        """The names in `override`, hyphens as underscores."""
+        names = self.override.split(",") if isinstance(self.override, str) else self.override or ()
+        return frozenset(name.strip().lstrip("-").replace("-", "_") for name in names)
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.eval_steps == 0:
+            if self.load_best:
+                yield "load_best needs eval_steps of at least 1, got 0"
+            if self.early_stopping is not None:
+                yield f"early_stopping {self.early_stopping} needs eval_steps of at least 1, got 0"
+        if self.resume_from_checkpoint is None and self.override is not None:
+            yield "override goes with resume_from_checkpoint, which is not given"
+        if self.resume_from_checkpoint is not None and self.overwrite:
+            yield (
+                f"overwrite is given beside resume_from_checkpoint {self.resume_from_checkpoint}: "
+                "name one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -341,6 +471,7 @@ class ExportConfig(Options):
     """What to export, in which form, and how it is verified."""
 
     adapter: str | None = option(None, "directory of the adapter", check=_not_empty, metavar="DIR")
+    allow_other_base: bool = option(False, OTHER_BASE_HELP)
     output_dir: str | None = option(
         None, "new or empty directory for the model", check=_not_empty, metavar="DIR"
     )
@@ -353,7 +484,7 @@ class ExportConfig(Options):
     )
     export_dtype: str = option(
         "auto",
-        "dtype of the export (auto: the compute dtype)",
+        "dtype of the export; auto: the compute dtype of the run",
         flag="dtype",
         check=one_of("auto", *DTYPES),
     )
@@ -377,6 +508,7 @@ class GenerateConfig(Options):
     """What to generate from, and how tokens are drawn."""
 
     adapter: str | None = option(None, "directory of an adapter", check=_not_empty, metavar="DIR")
+    allow_other_base: bool = option(False, OTHER_BASE_HELP)
     prompt: str | None = option(None, "the text to go on from", metavar="TEXT")
     max_new_tokens: int = option(128, "stop after this many tokens", check=between(1))
     temperature: float = option(0.0, "0: always the likeliest token", check=between(0, 100))
@@ -387,6 +519,50 @@ class GenerateConfig(Options):
     )
     seed: int = option(42, "of the drawing", check=between(0, 2**63 - 1))
     chat: bool = option(False, "put the prompt into the model's chat template")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Options):
+    """What to evaluate, and what is shown of it."""
+
+    adapter: str | None = option(None, "directory of an adapter", check=_not_empty, metavar="DIR")
+    allow_other_base: bool = option(False, OTHER_BASE_HELP)
+    exact_match: bool = option(
+        True, "answer every prompt greedily, and count the answers that equal the completion"
+    )
+    generate: int = option(
+        0, "show this many answers beside the expected ones", check=between(0, 10**6)
+    )
+    max_new_tokens: int = option(128, "longest answer in tokens", check=between(1))
+    batch_size: int = option(
+        8, "rows at a time", aliases=("per_device_eval_batch_size",), check=between(1)
+    )
+    seed: int = option(
+        42, "of the share that --eval_fraction draws, as in finetune", check=between(0, 2**63 - 1)
+    )
+    json: bool = option(False, "print one JSON object and nothing else")
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.generate and not self.exact_match:
+            yield f"generate {self.generate} shows answers, and exact_match is off: name one"
+
+
+@dataclass(frozen=True)
+class ShowConfig(Options):
+    """What is shown of the data."""
+
+    rows: int = option(3, "show this many rows, token by token", check=between(0, 10**4))
+    batch_size: int = option(
+        8,
+        "rows of a batch, for the share of padding",
+        aliases=("per_device_train_batch_size",),
+        check=between(1, 10**6),
+    )
+    seed: int = option(
+        42, "of the order and of the share held out, as in finetune", check=between(0, 2**63 - 1)
+    )
+    json: bool = option(False, "print one JSON object and nothing else")
+    html: str | None = option(None, "also write a page to share", check=_not_empty, metavar="FILE")
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
@@ -422,7 +598,7 @@ def convert(value: Any, annotation: Any) -> Any:
             return value.lower() in ("true", "on", "yes")
         raise ValueError("true or false")
     if kind is int:
-        if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,20}", value.strip()):
             return int(value)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
@@ -450,6 +626,14 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return typing.get_args(annotation)
     return (annotation,)
+
+
+def _shown(value: Any, limit: int = 60) -> str:
+    """`value` for an error; a container of a file may be of any size, so only its kind is said."""
+    if isinstance(value, (list, tuple, dict, set)):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _allows_none(annotation: Any) -> bool:

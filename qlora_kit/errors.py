@@ -3,19 +3,28 @@
 Every error says what is wrong (with the file, line or flag and the value) and what to do about it.
 The two halves are kept apart until they are printed, so that a long problem is cut before the
 remedy is. Bad input never surfaces as a bare `KeyError`, `AssertionError` or `JSONDecodeError`.
+What is printed holds no token of the environment and no control character out of a file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
+import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 ERROR_LINE_LIMIT = 400
 """Characters of the error line on stderr, `error: ` included."""
+SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+"""How the names of environment variables end whose values are never printed."""
 
 
 class QloraKitError(Exception):
@@ -86,9 +95,25 @@ class NumericError(QloraKitError):
     exit_code = 5
 
 
-def error_line(error: QloraKitError) -> str:
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to stop; like ^C, it passes every `except Exception`."""
+
+    def __init__(
+        self,
+        signal_number: int,
+        problem: str = "nothing more was written",
+        remedy: str = "run the command again",
+    ) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+        self.problem = f"stopped by {signal.Signals(signal_number).name}: {problem}"
+        self.remedy = remedy
+
+
+def error_line(error: QloraKitError | Stopped) -> str:
     """`error: problem; remedy` on one line of at most `ERROR_LINE_LIMIT` characters."""
-    problem, remedy = (" ".join(part.split()) for part in (error.problem, error.remedy))
+    problem, remedy = (_plain(redacted(part)) for part in (error.problem, error.remedy))
     room = ERROR_LINE_LIMIT - len("error: ; ") - len(remedy)
     if room < 40:
         remedy = remedy[: len(remedy) - (40 - room)]
@@ -96,6 +121,20 @@ def error_line(error: QloraKitError) -> str:
     if len(problem) > room:
         problem = problem[: room - 3] + "..."
     return f"error: {problem}; {remedy}"
+
+
+def redacted(text: str) -> str:
+    """`text` without the environment's secrets and without what looks like a token of the hub."""
+    for name, value in os.environ.items():
+        if name.upper().endswith(SECRET_NAMES) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_***", text)
+
+
+def _plain(text: str) -> str:
+    """One line that a terminal shows as it stands: control characters are escaped."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def from_os_error(error: OSError) -> ResourceError:
@@ -123,12 +162,14 @@ def reports_errors(
     def wrapped(argv: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if argv is None else list(argv)
         try:
-            return main(arguments)
+            with _terminates(), _short_warnings():
+                return main(arguments)
         except QloraKitError as error:
             failure = error
-        except KeyboardInterrupt:
-            print("error: interrupted; nothing more was written", file=sys.stderr)
-            return 130
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
+            print(error_line(stopped), file=sys.stderr)
+            return stopped.exit_code
         except BrokenPipeError:
             # The reader of our output left (`| head`): point stdout at nothing and go quietly.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -145,11 +186,42 @@ def reports_errors(
             failure = _stands_for(error)
             failure.__cause__ = error
         if "--debug" in arguments:
-            traceback.print_exception(failure)
+            print(redacted("".join(traceback.format_exception(failure))), file=sys.stderr)
         print(error_line(failure), file=sys.stderr)
         return failure.exit_code
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _terminates() -> Iterator[None]:
+    """Let SIGTERM raise `Stopped`, as ^C raises, so that what is half done is undone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Let a warning be one line, without the place in the source that gave it."""
+
+    def line(message: Warning | str, *where: object, **options: object) -> str:
+        return f"warning: {_plain(redacted(str(message)))}\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _stands_for(error: Exception) -> QloraKitError:

@@ -1,11 +1,13 @@
-"""Which base a command loads for an adapter: what was given, else what the adapter says."""
+"""What a command takes from an adapter where it is not given: its base, and the data of its run."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.arguments import Parsed, read_config
+from qlora_kit.commands.arguments import Parsed
+from qlora_kit.commands.config_file import read_config
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
@@ -13,15 +15,36 @@ from qlora_kit.config import (
     OutputConfig,
     TrainingConfig,
 )
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from qlora_kit.base.load import OpenBase
 
 RUN_GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 
 
-def run_options(adapter: str) -> dict[str, Any]:
-    """The options of the run that made an adapter, from its config.yaml; empty without one."""
-    path = Path(adapter) / "config.yaml"
-    return read_config(str(path), RUN_GROUPS) if path.is_file() else {}
+def open_with_adapter(
+    parsed: Parsed,
+    adapter: str | None,
+    allow_other_base: bool,
+    *,
+    as_trained: bool = False,
+) -> OpenBase:
+    """The base of a command, and its adapter checked against it; no weight is read. See `base_of`.
+
+    A chat template that was saved with the adapter is the tokenizer's from here on.
+
+    Errors: those of the base's files, and `AdapterError`.
+    """
+    from qlora_kit.base.load import open_base, open_info
+    from qlora_kit.data.template import take_template
+    from qlora_kit.lora.adapter import open_adapter
+
+    base = open_base(base_of(parsed, adapter, as_trained=as_trained))
+    if adapter is not None:
+        open_adapter(base.model, adapter, None if allow_other_base else open_info(base))
+        take_template(base.tokenizer, Path(adapter))
+    return base
 
 
 def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) -> BaseConfig:
@@ -34,7 +57,9 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
     given = {name: getattr(parsed[BaseConfig], name) for name in parsed.given[BaseConfig]}
     if adapter is None:
         return parsed[BaseConfig]
-    from qlora_kit.lora.adapter import read_adapter_config, trained_on
+    from qlora_kit.base.source import is_path
+    from qlora_kit.lora.adapter import trained_on
+    from qlora_kit.lora.peft_config import read_adapter_config
 
     config, said, run = read_adapter_config(adapter), trained_on(adapter), run_options(adapter)
     trained = {
@@ -45,19 +70,60 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
         "double_quant": said.get("double_quant"),
         "dtype": said.get("compute_dtype"),
     }
-    if as_trained:
+    if as_trained and said:
         for name in ("bits", "quant_type", "double_quant"):
-            if name in given and trained["bits"] is not None and given[name] != trained[name]:
+            if name in given and given[name] != trained[name]:
                 raise ConfigError(
                     f"--{name} {given[name]} is given, and {adapter} was trained with "
-                    f"{trained[name]}",
+                    f"{name} {trained[name]}",
                     f"leave --{name} out",
                 )
     known = {name: value for name, value in trained.items() if value is not None}
-    if "bits" in given and given["bits"] != 4:
+    if given.get("bits", 4) != 4:
         known.pop("quant_type", None)
         known.pop("double_quant", None)
+    if "model" in given or is_path(known.get("model", "tiny")):
+        # The revision belongs to the base that the adapter names, where that is on the hub.
+        known.pop("revision", None)
     options = {**known, **given}
     if "model" not in options:
         raise ConfigError(f"{adapter} does not say which base it belongs to", "give --model")
+    if "model" not in given and is_path(known["model"]) and not _exists(known["model"]):
+        raise AdapterError(
+            f"{adapter} belongs to the base {known['model']}, which is not here",
+            "give its directory or hub id as --model",
+        )
     return BaseConfig(**options)
+
+
+def _exists(path: str) -> bool:
+    return Path(path).expanduser().exists()
+
+
+def run_options(adapter: str) -> dict[str, Any]:
+    """The options of the run that made an adapter, from its config.yaml; empty where none did.
+
+    Another tool's adapter may hold a config.yaml of its own: it is not read.
+    """
+    from qlora_kit.lora.adapter import trained_on
+
+    path = Path(adapter) / "config.yaml"
+    if not path.is_file() or not trained_on(adapter):
+        return {}
+    try:
+        return read_config(str(path), RUN_GROUPS)
+    except ConfigError as error:
+        raise AdapterError(error.problem, "restore the file, or remove it") from error
+
+
+def run_data(adapter: str) -> tuple[DataConfig, int] | None:
+    """The data options and the seed that hold out what an adapter's run held out.
+
+    None where the adapter does not say, or nothing was held out.
+    """
+    run = run_options(adapter)
+    names = {field.name for field in dataclasses.fields(DataConfig)}
+    own = {name: value for name, value in run.items() if name in names}
+    if "data" not in own or own.get("eval_fraction") == 0:
+        return None
+    return DataConfig(**own), int(run.get("seed", TrainingConfig.seed))

@@ -9,30 +9,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from qlora_kit.commands.config_file import read_config
+from qlora_kit.commands.names import closest, fields_of, spellings_of
 from qlora_kit.config import (
     BaseConfig,
-    Check,
     DataConfig,
+    EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     LoRAConfig,
+    OneOf,
     Options,
     OutputConfig,
+    ShowConfig,
     TrainingConfig,
     alternatives,
     flag_of,
     types_of,
 )
-from qlora_kit.errors import ConfigError, UnsafeInputError
+from qlora_kit.errors import ConfigError
 
 GROUP_TITLES = {
     BaseConfig: "model",
@@ -42,9 +43,9 @@ GROUP_TITLES = {
     OutputConfig: "output",
     ExportConfig: "export",
     GenerateConfig: "generation",
+    EvaluateConfig: "evaluation",
+    ShowConfig: "what is shown",
 }
-
-
 Group = TypeVar("Group", bound=Options)
 
 
@@ -68,8 +69,8 @@ def parse(
 
     Everything that is wrong with values is reported at once.
     """
-    fields = _fields_of(groups)
-    spelling = _spelling(fields)
+    fields = fields_of(groups)
+    spelling = spellings_of(fields)
     parser = _parser(command, summary, groups)
     tokens = _with_known_names(argv, spelling, fields, parser)
     arguments = vars(parser.parse_args(tokens))
@@ -95,7 +96,7 @@ def parse(
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        self.print_usage()
+        self.print_usage(sys.stderr)
         raise ConfigError(message, f"see `{self.prog} --help`")
 
 
@@ -123,9 +124,13 @@ def _parser(command: str, summary: str, groups: Sequence[type[Options]]) -> _Par
 def _add(section: argparse._ArgumentGroup, field: dataclasses.Field[Any], annotation: Any) -> None:
     details, name = field.metadata["option"], flag_of(field)
     default = details["shown_default"]
-    if default is None and field.default not in (None, (), False, ""):
+    if default is None and field.default is not None and field.default is not False:
         default = "on" if field.default is True else f"{field.default}"
-    text = details["help"] + (f" (default: {default})" if default else "")
+    if default == "on":
+        default = f"on; off by --no_{name}"
+    facts = [str(details["check"])] if isinstance(details["check"], OneOf) else []
+    facts += [f"default: {default}"] if default else []
+    text = details["help"] + (f" ({'; '.join(facts)})" if facts else "")
     text = text.replace("%", "%%")
     flags = [f"--{other}" for other in (name, *details["aliases"])]
     if bool in alternatives(annotation):
@@ -137,12 +142,11 @@ def _add(section: argparse._ArgumentGroup, field: dataclasses.Field[Any], annota
             help=argparse.SUPPRESS,
         )
         return
-    # The last name of a flag is the shortest to read in --help's left column.
-    metavar = details["metavar"] or _metavar(details["check"], annotation)
+    metavar = details["metavar"] or _metavar(annotation)
     section.add_argument(*flags, dest=name, metavar=metavar, help=text)
 
 
-def _metavar(check: Check | None, annotation: Any) -> str:
+def _metavar(annotation: Any) -> str:
     kinds = alternatives(annotation)
     if float in kinds:
         return "X"
@@ -159,8 +163,8 @@ def _with_known_names(
 ) -> list[str]:
     """The arguments with every flag in its underscore spelling; an unknown one is refused here.
 
-    A flag's value is never taken for a flag, so that `--lora_alpha -1` and a prompt that starts
-    with a hyphen reach their checks.
+    A value that starts with a hyphen is taken as it is, unless it is a flag of this command, so
+    that `--lora_alpha -1` reaches its check.
     """
     tokens, rest, unknown = [], list(argv), []
     while rest:
@@ -168,7 +172,7 @@ def _with_known_names(
         if token in ("-h", "--help"):
             return ["--help"]
         if not token.startswith("--") or token == "--":
-            parser.error(f"unexpected argument {token!r}")
+            parser.error(f"unexpected argument {token[:60]!r}")
         flag, equals, value = token[2:].partition("=")
         flag = flag.replace("-", "_")
         known = spelling.get(flag) or spelling.get(flag.removeprefix("no_"))
@@ -176,136 +180,25 @@ def _with_known_names(
             known is not None and known in fields and _is_switch(fields[known])
         )
         if known is None or (flag not in spelling and not switch):
-            unknown.append(token)
+            unknown.append(token.partition("=")[0])  # not the value: it may be a secret
             if rest and not equals and not rest[0].startswith("--"):
                 rest.pop(0)
             continue
         name = ("no_" if flag not in spelling else "") + known
         if switch and equals:
-            parser.error(f"--{flag} takes no value, got {value!r}")
+            parser.error(f"--{flag} takes no value, got {value[:60]!r}")
         if switch:
             tokens.append(f"--{name}")
-        elif equals or rest:
+        elif equals or (rest and rest[0].replace("-", "_")[2:] not in spelling):
             tokens.append(f"--{name}={value if equals else rest.pop(0)}")
         else:
-            parser.error(f"--{flag} needs a value")
+            after = f", and {rest[0]} is a flag (write --{flag}={rest[0]})" if rest else ""
+            parser.error(f"--{flag} needs a value{after}")
     if unknown:
-        parser.error(
-            "; ".join(f"unknown flag {flag}{_closest(flag, spelling)}" for flag in unknown)
-        )
+        parser.error("; ".join(f"unknown flag {flag}{closest(flag, spelling)}" for flag in unknown))
     return tokens
 
 
 def _is_switch(entry: tuple[type[Options], dataclasses.Field[Any]]) -> bool:
     group, field = entry
     return bool in alternatives(types_of(group)[field.name])
-
-
-def _closest(name: str, known: typing.Iterable[str]) -> str:
-    """`, did you mean ...?` with the closest known name, or nothing."""
-    plain = name.split("=")[0].lstrip("-").replace("-", "_")
-    near = difflib.get_close_matches(plain, list(known), n=1, cutoff=0.6)
-    return f", did you mean {'--' if name.startswith('--') else ''}{near[0]}?" if near else ""
-
-
-def _fields_of(
-    groups: Sequence[type[Options]],
-) -> dict[str, tuple[type[Options], dataclasses.Field[Any]]]:
-    """Every option by its outside name; where two groups share a name, the first one has it."""
-    found: dict[str, tuple[type[Options], dataclasses.Field[Any]]] = {}
-    for group in groups:
-        for field in dataclasses.fields(typing.cast(Any, group)):
-            found.setdefault(flag_of(field), (group, field))
-    return found
-
-
-def _spelling(
-    fields: Mapping[str, tuple[type[Options], dataclasses.Field[Any]]],
-) -> dict[str, str]:
-    """Every accepted spelling of a flag or key, with the option's name."""
-    spelling = {"config": "config", "debug": "debug"}
-    for name, (_, field) in fields.items():
-        for other in (name, field.name, *field.metadata["option"]["aliases"]):
-            spelling.setdefault(other, name)
-    return spelling
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without tags that make objects, and without keys that stand twice."""
-
-
-def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        key, line = key_node.value, key_node.start_mark.line + 1
-        if key in seen:
-            raise ConfigError(
-                f"{loader.name}:{line}: {key} stands here and in line {seen[key]}",
-                "keep one of them",
-            )
-        seen[key] = line
-    return {
-        loader.construct_object(key): loader.construct_object(value, deep=True)
-        for key, value in node.value
-    }
-
-
-def _refuse_tag(loader: _StrictLoader, suffix: str, node: yaml.Node) -> typing.NoReturn:
-    raise UnsafeInputError(
-        f"{loader.name}:{node.start_mark.line + 1}: the tag {node.tag} would make an object",
-        "a config file holds plain values only; remove the tag",
-    )
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _strict_mapping)
-_StrictLoader.add_multi_constructor("", _refuse_tag)
-
-
-def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
-    """The options of a config file by their outside names; their values are not yet checked."""
-    spelling = _spelling(_fields_of(groups))
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(
-            f"--config {path}: {error.strerror}", "name a YAML file that can be read"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--config {path}: byte {error.start} is not UTF-8", "save the file as UTF-8"
-        ) from error
-    loader = _StrictLoader(text)
-    loader.name = path
-    try:
-        node = loader.get_single_node()
-        lines = {
-            key.value: key.start_mark.line + 1
-            for key, _ in (node.value if isinstance(node, yaml.MappingNode) else ())
-        }
-        content = loader.construct_document(node) if node is not None else {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{path}{line}: not YAML: {getattr(error, 'problem', error)}", "correct that line"
-        ) from error
-    finally:
-        loader.dispose()
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds {type(content).__name__}", "write `name: value` lines")
-    values, unknown = {}, []
-    for key, value in content.items():
-        name = spelling.get(str(key).replace("-", "_"))
-        if name is None or name in ("config", "debug"):
-            unknown.append(
-                f"{path}:{lines.get(str(key), 1)}: unknown key {key}{_closest(str(key), spelling)}"
-            )
-        elif name in values:
-            unknown.append(
-                f"{path}:{lines.get(str(key), 1)}: {key} and another key both set {name}"
-            )
-        elif value is not None:
-            values[name] = value
-    if unknown:
-        raise ConfigError("; ".join(unknown), "correct or remove these lines")
-    return values

@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.config import LoRAConfig, RunConfig
+    from qlora_kit.data.order import Packs
     from qlora_kit.data.prompt import EncodedRows
     from qlora_kit.data.read import Row, Rows
     from qlora_kit.training.loop import StepReport
@@ -58,8 +59,14 @@ class Display:
                 "the adapter memory and more time a step"
             )
 
-    def data(self, rows: Rows, encoded: EncodedRows, held_out: EncodedRows | None) -> None:
-        """Rows, tokens, and what was skipped."""
+    def data(
+        self,
+        rows: Rows,
+        encoded: EncodedRows,
+        held_out: EncodedRows | None,
+        packs: Packs | None = None,
+    ) -> None:
+        """Rows, tokens, and what was skipped, cut, or is there twice."""
         self._line("data", f"{rows.train_source} ({rows.format}): {_counts(encoded)}")
         if held_out is None:
             self._line("held out", "none: no evaluation")
@@ -69,7 +76,18 @@ class Display:
             for reason, count in (part.skipped if part else {}).items():
                 self.note(f"{count} rows skipped: {reason}")
             if part and part.truncated:
-                self.note(f"{part.truncated} rows cut at --max_length")
+                self.note(
+                    f"{part.truncated} rows cut at --max_length, {part.cut_tokens} tokens lost"
+                )
+        if packs is not None:
+            self._line("packing", f"{len(encoded.rows)} rows in {len(packs)} packs")
+        if encoded.duplicates:
+            self.note(f"{encoded.duplicates} rows are the same as an earlier one")
+        from qlora_kit.data.prompt import shared_rows
+
+        shared = shared_rows(held_out, encoded) if held_out else 0
+        if shared:
+            self.note(f"{shared} of the held-out rows are also trained on")
 
     def bits(self, measured: Mapping[int, Mapping[str, int]]) -> None:
         """The memory of the same base in several numbers of bits, side by side."""
@@ -95,6 +113,10 @@ class Display:
     def loading(self, base: OpenBase) -> None:
         """That weights are being read now."""
         self._line("loading", f"{len(base.entries)} tensors")
+
+    def evaluation(self, step: int, found: Evaluation) -> None:
+        """The held-out loss in the middle of a run."""
+        self._console.print(f"held-out loss after step {step}: {found.loss:.3f}")
 
     @contextlib.contextmanager
     def progress(self, total_steps: int) -> Iterator[TrainingProgress]:
@@ -181,7 +203,8 @@ class TrainingProgress:
             f"loss {report.loss:.3f}  lr {report.learning_rate:.1e}  "
             f"{report.tokens / report.seconds:,.0f} tokens/s  peak {size(peak)}"
         )
-        self._bar.update(self._task, completed=report.step, status=status)
+        if self._live:  # it keeps samples of its speed
+            self._bar.update(self._task, completed=report.step, status=status)
         every = max(1, self._total // PLAIN_LINES)
         if not self._live and (report.step % every == 0 or report.step == self._total):
             self._console.print(f"step {report.step}/{self._total}  {status}")

@@ -13,6 +13,8 @@ COMMANDS = {
     "finetune": "load a base in 4, 8 or 16 bits, train LoRA adapters, save them",
     "export": "merge an adapter, write a plain model, verify it",
     "generate": "go on from a prompt with a base or an adapter",
+    "show_data": "show, in colour, which tokens are trained on",
+    "evaluate": "loss, perplexity and exact match of a base, an adapter or an export",
 }
 USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...]"
 
@@ -22,15 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command named first; returns its exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
     name = given[0].replace("-", "_") if given else ""
+    known = {command.replace("_", "-"): what for command, what in COMMANDS.items()}
     if name in ("__help", "_h", "help"):
-        print(USAGE, "", *(f"  {known:<10} {what}" for known, what in COMMANDS.items()), sep="\n")
+        print(USAGE, "", *(f"  {one:<10} {what}" for one, what in known.items()), sep="\n")
         return 0
     if name not in COMMANDS:
-        print(USAGE)
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        what = f"unknown command {given[0]!r}" if given else "no command is given"
+        print(USAGE, file=sys.stderr)
+        near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+        what = f"unknown command {given[0][:60]!r}" if given else "no command is given"
         guess = f", did you mean {near[0]}?" if near else ""
-        raise ConfigError(what + guess, f"name one of {', '.join(COMMANDS)}")
+        raise ConfigError(what + guess, f"name one of {', '.join(known)}")
     module = importlib.import_module(f"qlora_kit.commands.{name}")
     code: int = module.main(given[1:])
     return code

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.adapters import base_of, run_options
+from qlora_kit.commands.adapters import open_with_adapter, run_data
 from qlora_kit.commands.arguments import parse
 from qlora_kit.config import BaseConfig, DataConfig, ExportConfig
-from qlora_kit.errors import ConfigError, NumericError, reports_errors
+from qlora_kit.errors import ConfigError, DataError, NumericError, reports_errors
 
 if TYPE_CHECKING:
-    from qlora_kit.data.prompt import Encoded
+    from qlora_kit.data.tokens import Encoded
 
 SUMMARY = "Merge an adapter into its base and write a plain model, verified against training."
 VERIFY_LENGTH = 512
@@ -27,40 +27,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The export's own --dtype comes first: it is the dtype of what is written.
     parsed = parse("qlora-kit export", SUMMARY, (ExportConfig, BaseConfig), given)
     options = parsed[ExportConfig]
+    missing = [f"--{name}" for name in ("adapter", "output_dir") if not getattr(options, name)]
     if options.adapter is None or options.output_dir is None:
-        raise ConfigError(
-            "no adapter or no place for the export", "give --adapter and --output_dir"
-        )
-    from qlora_kit.base.load import load_base, open_base, read_weights
+        raise ConfigError(f"{' and '.join(missing)} not given", "give both")
+    from qlora_kit.base.load import load_base, read_weights
+    from qlora_kit.base.tensors import dtype_name
     from qlora_kit.data.batch import eval_batches, padding_id
+    from qlora_kit.data.template import SAVED
     from qlora_kit.export.merge import export_model
     from qlora_kit.export.verify import verify
     from qlora_kit.files import check_output
     from qlora_kit.lora.adapter import load_adapter
-    from qlora_kit.training.record import versions, write_json
+    from qlora_kit.training.record import versions, write_json, write_text
 
-    base = open_base(base_of(parsed, options.adapter, as_trained=True))
-    target = Path(options.output_dir)
-    check_output(target, options.overwrite, [base.source.directory, Path(options.adapter)])
+    base = open_with_adapter(parsed, options.adapter, options.allow_other_base, as_trained=True)
+    target, adapter_dir = Path(options.output_dir), Path(options.adapter)
+    read = (options.adapter, options.verify, parsed.config_file)
+    check_output(
+        target,
+        options.overwrite,
+        [base.source.directory, *(Path(path) for path in read if path is not None)],
+    )
+    dtype = options.export_dtype
+    if dtype == "auto":
+        dtype = dtype_name(base.dtype)
     rows, where = _verification_rows(options, base.tokenizer, base.context)
     model = read_weights(base)
-    load_adapter(model, options.adapter)
+    load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
 
     report: dict[str, Any] = {
         "verified_on": where,
         "merge_base": options.merge_base,
-        "adapter": Path(options.adapter).name,
+        "adapter": Path(options.adapter).resolve().name,
+        "dtype": dtype,
         "base": model.base_info.as_dict(),
         "versions": versions(),
     }
 
     def inspect(directory: Path) -> None:
-        exported, _ = load_base(
-            str(directory), bits=16, dtype=options.export_dtype, device=str(base.device)
-        )
+        if (adapter_dir / SAVED).exists():
+            # The adapter's, which the base need not have.
+            write_text(directory / SAVED, str(base.tokenizer.chat_template))
+        exported, _ = load_base(str(directory), bits=16, dtype=dtype, device=str(base.device))
         batches = eval_batches(rows, VERIFY_BATCH, padding_id(base.tokenizer))
         report.update(verify(model, exported, batches).as_dict())
-        report["dtype"] = exported.base_info.compute_dtype
         if options.max_kl is not None and report["kl"] > options.max_kl:
             raise NumericError(
                 f"the export is {report['kl']:.3g} nats a token from the model as trained, above "
@@ -73,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model,
         target,
         merge_base=options.merge_base,
-        dtype=options.export_dtype,
+        dtype=dtype,
         shard_size=options.shard_size,
         overwrite=options.overwrite,
         inspect=inspect,
@@ -89,24 +99,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _verification_rows(
     options: ExportConfig, tokenizer: Any, context: int
-) -> tuple[list[Encoded], str]:
+) -> tuple[Sequence[Encoded], str]:
     """The rows to compare on, and where they come from.
 
-    A named file; else what the run held out; else the package's sample.
+    A named file; else what the run held out, where that is still here; else the package's sample.
     """
     from qlora_kit.data.prompt import encode_rows
     from qlora_kit.data.read import load_rows
 
     assert options.adapter is not None
-    data, seed, shown = DataConfig(), 0, "the sample"
+    length = min(context, VERIFY_LENGTH)
     if options.verify is not None:
-        data, shown = DataConfig(data=options.verify, eval_fraction=0), options.verify
-    else:
-        run = run_options(options.adapter)
-        names = ("data", "eval_data", "eval_fraction", "format")
-        own = {name: run[name] for name in names if name in run}
-        if own and own.get("eval_fraction") != 0:
-            data, seed, shown = DataConfig(**own), int(run.get("seed", seed)), "the held-out rows"
-    rows = load_rows(data, seed)
-    chosen = rows.evaluation if options.verify is None else rows.train
-    return encode_rows(chosen, tokenizer, min(context, VERIFY_LENGTH)).rows, shown
+        rows = load_rows(DataConfig(data=options.verify, eval_fraction=0), 0)
+        return encode_rows(rows.train, tokenizer, length).rows, rows.train_source
+    run = run_data(options.adapter)
+    if run is not None:
+        try:
+            rows = load_rows(*run)
+            return encode_rows(rows.evaluation, tokenizer, length).rows, rows.eval_source
+        except DataError as error:
+            print(f"note: the run's held-out rows cannot be read: {error.problem}")
+    rows = load_rows(DataConfig(), 0)
+    return encode_rows(rows.evaluation, tokenizer, length).rows, rows.eval_source

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora_kit.commands.arguments import Parsed, parse
 from qlora_kit.config import (
@@ -15,25 +16,21 @@ from qlora_kit.config import (
     OutputConfig,
     RunConfig,
     TrainingConfig,
-    dump,
 )
 from qlora_kit.errors import ConfigError, reports_errors
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.commands.display import Display
+    from qlora_kit.commands.run import Plan
     from qlora_kit.data.prompt import EncodedRows
-    from qlora_kit.data.read import Row, Rows
-    from qlora_kit.training.loop import StepReport
-    from qlora_kit.training.loss import Evaluation
-    from qlora_kit.training.record import MemoryRecord, RunRecord, Tracker
+    from qlora_kit.data.read import Rows
 
 SUMMARY = "Load a base in 4, 8 or 16 bits, train LoRA adapters on it, save them."
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 QUICKSTART = Path(__file__).resolve().parent.parent / "assets" / "quickstart.yaml"
 DEFAULT_LENGTH = 1024
 FEW_STEPS, ENOUGH_STEPS = 20, 50
-ANSWER_TOKENS = 64
 
 
 @reports_errors
@@ -47,12 +44,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed[TrainingConfig],
         parsed[OutputConfig],
     )
+    from qlora_kit.base.source import resolve
+    from qlora_kit.base.validate import look
     from qlora_kit.commands.display import Display
+    from qlora_kit.data.read import load_rows
 
     display = Display()
     if parsed.config_file == str(QUICKSTART):
         display.text_file(QUICKSTART, "no --model, --data or --config: running the quickstart")
-    finetune(config, display)
+    # What paths, headers and first rows show is refused before the libraries below are imported,
+    # which takes longer than all of it.
+    rows = load_rows(config.data, config.training.seed)
+    look(resolve(config.base.model, config.base.revision))
+    from qlora_kit.commands.run import open_run
+    from qlora_kit.training.guard import StopSignals
+    from qlora_kit.training.loop import train
+
+    with StopSignals() as signals:
+        plan = prepare(config, rows, display)
+        if plan is None:
+            return 0
+        with open_run(plan, display, signals) as run:
+            train(
+                run.model,
+                run.windows(),
+                run.optimizer,
+                learning_rate=run.learning_rate,
+                max_grad_norm=config.training.max_grad_norm,
+                attempt=run.guard.attempt,
+                check=run.check,
+                listen=run.listen,
+                start_step=run.progress.step,
+            )
+            run.finish()
     return 0
 
 
@@ -64,123 +88,174 @@ def _parse(argv: Sequence[str]) -> Parsed:
     return parsed
 
 
-def finetune(config: RunConfig, display: Display) -> Path:
-    """One run from its options to its files; returns the directory of the results.
+def prepare(config: RunConfig, rows: Rows, display: Display) -> Plan | None:
+    """Check everything that can be refused without the weights; None for a finished run.
 
-    Everything that can be refused without the weights is refused before they are read.
+    Nothing is written. Errors: those of the options, the base, the data and the checkpoint,
+    `ResourceError` where there is no room for the results.
     """
-    from qlora_kit.base.load import open_base, read_weights
-    from qlora_kit.base.tokenizer import copy_tokenizer
-    from qlora_kit.data.batch import eval_batches, num_steps, padding_id, steps
-    from qlora_kit.data.prompt import encode_rows
-    from qlora_kit.data.read import load_rows
-    from qlora_kit.files import check_output, filled_directory
-    from qlora_kit.lora.adapter import save_adapter
-    from qlora_kit.lora.inject import find_targets, inject_lora
-    from qlora_kit.training.guard import Guard
-    from qlora_kit.training.loop import train
-    from qlora_kit.training.loss import evaluate
-    from qlora_kit.training.optimizer import learning_rates, make_optimizer, paging_note
-    from qlora_kit.training.recompute import set_recompute
-    from qlora_kit.training.record import MetricsLog, start_trackers
-
-    rows = load_rows(config.data, config.training.seed)
-    target_dir = Path(config.output.output_dir or _free_name(config))
-    base = open_base(config.base)
-    check_output(target_dir, config.output.overwrite, [base.source.directory])
-    config = _resolved(config, base, target_dir)
-    display.base(base, find_targets(base.model, config.lora.target_modules), config.lora)
-    length, training = config.data.max_length or DEFAULT_LENGTH, config.training
-    encoded = encode_rows(rows.train, base.tokenizer, length, config.data.train_on_prompt)
-    held_out = (
-        encode_rows(rows.evaluation, base.tokenizer, length, config.data.train_on_prompt)
-        if rows.evaluation
-        else None
+    from qlora_kit.base.load import open_base
+    from qlora_kit.commands.resume import (
+        check_resumed,
+        find_checkpoint,
+        identity_of,
+        overridden_options,
     )
-    display.data(rows, encoded, held_out)
-    total_steps = num_steps(
-        len(encoded.rows),
+    from qlora_kit.commands.run import Plan
+    from qlora_kit.data.batch import pack, padding_note
+    from qlora_kit.data.template import use_template
+
+    target_dir = _output_directory(config)
+    base = open_base(config.base)
+    if _is_finished(config, target_dir, base, display):
+        return None
+    overridden = overridden_options(config)
+    resume = find_checkpoint(config, target_dir, display)
+    config = _resolved(config, base, target_dir)
+    _check_adapters(config, base, target_dir, display)
+    if config.data.chat_template is not None:
+        use_template(base.tokenizer, config.data.chat_template)
+    encoded, held_out = _encode(config, rows, base)
+    packs = pack(config.data, encoded.rows, config.training.seed)
+    display.data(rows, encoded, held_out, packs)
+    if note := padding_note(base.tokenizer):
+        display.note(note)
+    identity = identity_of(base, encoded, held_out)
+    if resume is not None:
+        check_resumed(config, identity, resume, overridden, display)
+    num_rows = len(encoded.rows if packs is None else packs)
+    total_steps = _total_steps(config.training, num_rows, display)
+    if resume is not None and resume.step > total_steps:
+        raise ConfigError(
+            f"{resume.path} stands after step {resume.step}, and this run has {total_steps}",
+            "raise --max_steps or --num_train_epochs",
+        )
+    if config.output.compare_bits:
+        display.bits(_measure_bits(config.base))
+    return Plan(
+        config, base, rows, encoded, held_out, packs, total_steps, target_dir, identity, resume
+    )
+
+
+def _output_directory(config: RunConfig) -> Path:
+    """`--output_dir`, else where the checkpoint lies, else the next (or latest) default name."""
+    output = config.output
+    if output.output_dir is not None:
+        return Path(output.output_dir)
+    names = _default_names(config)
+    if output.resume_from_checkpoint is None:
+        return next(path for path in names if not path.exists())
+    if output.resume_from_checkpoint != "auto":
+        return Path(output.resume_from_checkpoint).parent
+    taken = list(itertools.takewhile(Path.exists, names))
+    return taken[-1] if taken else next(_default_names(config))
+
+
+def _default_names(config: RunConfig) -> Iterator[Path]:
+    """runs/<model>-<data>-<bits>bit, then -2, -3 ..."""
+    model = Path(config.base.model.rstrip("/")).name
+    data = Path(config.data.data.rstrip("/").replace(":", "-")).stem
+    name = f"runs/{model}-{data}-{config.base.bits}bit"
+    yield Path(name)
+    for number in itertools.count(2):
+        yield Path(f"{name}-{number}")
+
+
+def _is_finished(config: RunConfig, target_dir: Path, base: OpenBase, display: Display) -> bool:
+    """Whether the run to resume is finished, which is said.
+
+    Errors: `ConfigError` and `ResourceError` for a directory that cannot take the results.
+    """
+    from qlora_kit.files import check_output
+    from qlora_kit.training.run_directory import LOCK, Content, content_of, run_directory
+
+    resume, content = config.output.resume_from_checkpoint, content_of(target_dir)
+    if resume is not None and content is Content.FINISHED:
+        if (target_dir / LOCK).exists():  # killed after its last word: what it held is let go
+            with run_directory(target_dir, overwrite=False):
+                pass
+        display.note(f"{target_dir}: this run is finished; nothing was changed")
+        return True
+    if resume is None and content is Content.INTERRUPTED and not config.output.overwrite:
+        raise ConfigError(
+            f"--output_dir {target_dir} holds a run that was interrupted",
+            "go on with --resume_from_checkpoint auto, or give --overwrite",
+        )
+    goes_on = resume is not None and content is Content.INTERRUPTED
+    read = [base.source.directory, *_data_files(config.data)]
+    check_output(target_dir, config.output.overwrite or goes_on, read)
+    return False
+
+
+def _data_files(data: DataConfig) -> Iterator[Path]:
+    """The files here that rows may come from: a run may not be written over them."""
+    for name in (data.data, data.eval_data):
+        path = Path(name or "").expanduser()
+        if name and path.is_dir():
+            yield from (file for file in path.iterdir() if file.is_file())
+        elif name and path.is_file():
+            yield path
+
+
+def _check_adapters(config: RunConfig, base: OpenBase, target_dir: Path, display: Display) -> None:
+    """Refuse targets, rank or a full disk; the base and its adapters are shown.
+
+    Errors: `ConfigError`, `ResourceError`.
+    """
+    import warnings
+
+    from qlora_kit.files import check_room
+    from qlora_kit.lora.inject import check_rank, find_targets
+    from qlora_kit.training.checkpoint import SLACK_BYTES
+    from qlora_kit.training.optimizer import state_bytes
+
+    lora = config.lora
+    targets = find_targets(base.model, lora.target_modules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said once, when the adapters are made
+        check_rank(base.model, targets, lora.r)
+    display.base(base, targets, lora)
+    layers = [base.model.get_submodule(name) for name in targets]
+    parameters = sum(lora.r * (layer.in_features + layer.out_features) for layer in layers)
+    # The first checkpoint beside the result: masters, states, and the adapter twice.
+    needed = int(parameters * (4 + state_bytes(config.training.optim) + 2 * 4)) + 2 * SLACK_BYTES
+    check_room(target_dir, needed, "the first checkpoint with the result")
+
+
+def _encode(
+    config: RunConfig, rows: Rows, base: OpenBase
+) -> tuple[EncodedRows, EncodedRows | None]:
+    """The rows that are trained on and held out, as tokens. Errors: `DataError`, `ConfigError`."""
+    from qlora_kit.data.cache import cache_directory
+    from qlora_kit.data.prompt import encode_rows
+
+    length, on_prompt = config.data.max_length or DEFAULT_LENGTH, config.data.train_on_prompt
+    cache = cache_directory(config.data.token_cache)
+    encoded = encode_rows(rows.train, base.tokenizer, length, on_prompt, cache)
+    if rows.evaluation:
+        return encoded, encode_rows(rows.evaluation, base.tokenizer, length, on_prompt, cache)
+    if config.output.eval_steps:
+        raise ConfigError(
+            f"eval_steps {config.output.eval_steps} is given, and nothing is held out",
+            "give --eval_data or an --eval_fraction, or leave --eval_steps out",
+        )
+    return encoded, None
+
+
+def _total_steps(training: TrainingConfig, num_rows: int, display: Display) -> int:
+    """Steps of the run, from its rows (or packs)."""
+    from qlora_kit.data.batch import num_steps
+
+    total = num_steps(
+        num_rows,
         training.batch_size,
         training.gradient_accumulation_steps,
         training.num_train_epochs,
         training.max_steps,
     )
-    if total_steps < FEW_STEPS:
-        display.note(_few_steps(total_steps, len(encoded.rows), training))
-    if config.output.compare_bits:
-        display.bits(_measure_bits(config.base))
-
-    display.loading(base)
-    model = read_weights(base)
-    inject_lora(model, config.lora, seed=training.seed)
-    set_recompute(model, training.gradient_checkpointing)
-    optimizer = make_optimizer(
-        training.optim, model.parameters(), training.learning_rate, training.weight_decay
-    )
-    note = paging_note(training.optim, model.parameters(), base.device)
-    if note:
-        display.note(note)
-    pad_id = padding_id(base.tokenizer)
-
-    def held_out_loss() -> Evaluation | None:
-        if held_out is None:
-            return None
-        return evaluate(model, eval_batches(held_out.rows, max(8, training.batch_size), pad_id))
-
-    memory = _Memory(model, optimizer)
-    guard = Guard(model)
-
-    def trackers(directory: Path) -> Sequence[Tracker]:
-        return start_trackers(config.output.report_to, directory, config.as_flat())
-
-    def check(step: int, loss: Any, grad_norm: Any) -> None:
-        guard(step, loss, grad_norm)
-        memory.after_backward()
-
-    with (
-        filled_directory(target_dir) as directory,
-        MetricsLog(
-            directory, trackers=start_trackers(config.output.report_to, directory, config.as_flat())
-        ) as log,
-        display.progress(total_steps) as progress,
-    ):
-        before = held_out_loss()
-        questions = _questions(rows, config.output.sample_prompts)
-        answers = [_answer(model, base.tokenizer, questions)]
-        progress.start(before)
-
-        def listen(report: StepReport) -> None:
-            peak = memory.peak()
-            progress.step(report, peak)
-            if report.step % config.output.logging_steps == 0 or report.step == total_steps:
-                log.write(_metrics(report, peak))
-
-        windows = steps(
-            encoded.rows,
-            batch_size=training.batch_size,
-            accumulation=training.gradient_accumulation_steps,
-            num_steps=total_steps,
-            seed=training.seed,
-            pad_id=pad_id,
-        )
-        history = train(
-            model,
-            windows,
-            optimizer,
-            learning_rate=learning_rates(training, total_steps),
-            max_grad_norm=training.max_grad_norm,
-            check=check,
-            listen=listen,
-        )
-        after = held_out_loss()
-        answers.append(_answer(model, base.tokenizer, questions))
-        save_adapter(model, directory)
-        copy_tokenizer(base.source.directory, directory)
-        run = _record(config, model, encoded, history, (before, after), memory)
-        _write_record(run, config, directory)
-    display.answers(questions, answers)
-    display.result(run, target_dir, config)
-    return target_dir
+    if total < FEW_STEPS:
+        display.note(_few_steps(total, num_rows, training))
+    return total
 
 
 def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
@@ -190,7 +265,7 @@ def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
     """
     from dataclasses import replace
 
-    from qlora_kit.base.load import dtype_name
+    from qlora_kit.base.tensors import dtype_name
     from qlora_kit.training.optimizer import optimizer_name
 
     length = config.data.max_length or min(DEFAULT_LENGTH, base.context)
@@ -204,24 +279,22 @@ def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
     optim = optimizer_name(config.training.optim, base.device)
     return replace(
         config,
-        base=replace(config.base, dtype=dtype, device=device),
+        base=replace(
+            config.base,
+            bits=base.quantization.bits,
+            quant_type=base.quantization.quant_type,
+            double_quant=base.quantization.double_quant,
+            dtype=dtype,
+            device=device,
+        ),
         data=replace(config.data, max_length=length),
         lora=replace(config.lora, adapter_dtype=adapter_dtype),
         training=replace(config.training, optim=optim),
-        output=replace(config.output, output_dir=str(target_dir)),
+        # How this process began is no part of what the run is.
+        output=replace(
+            config.output, output_dir=str(target_dir), resume_from_checkpoint=None, override=None
+        ),
     )
-
-
-def _free_name(config: RunConfig) -> str:
-    """runs/<model>-<data>-<bits>bit, or the first of -2, -3 ... that is not there."""
-    model = Path(config.base.model.rstrip("/")).name
-    data = Path(config.data.data.rstrip("/").replace(":", "-")).stem
-    name = f"runs/{model}-{data}-{config.base.bits}bit"
-    number, free = 1, name
-    while Path(free).exists():
-        number += 1
-        free = f"{name}-{number}"
-    return free
 
 
 def _few_steps(total_steps: int, num_rows: int, training: TrainingConfig) -> str:
@@ -245,107 +318,3 @@ def _measure_bits(config: BaseConfig) -> dict[int, dict[str, int]]:
         other = replace(config, bits=bits, quant_type=None, double_quant=None)
         measured[bits] = weight_bytes(read_weights(open_base(other)))
     return measured
-
-
-def _questions(rows: Rows, count: int) -> list[Row]:
-    """The first held-out rows that have a prompt and an expected answer."""
-    return [row for row in rows.evaluation if "completion" in row.content][:count]
-
-
-def _answer(model: Any, tokenizer: Any, questions: Sequence[Row]) -> list[str]:
-    from qlora_kit.data.prompt import prompt_ids
-    from qlora_kit.generation import generate_text
-
-    prompts = [prompt_ids(row.content["prompt"], tokenizer) for row in questions]
-    return generate_text(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
-
-
-class _Memory:
-    """What a run measured of its memory: components while they are there, and the peak."""
-
-    def __init__(self, model: Any, optimizer: Any) -> None:
-        from qlora_kit.memory.measure import weight_bytes
-
-        self._model, self._optimizer = model, optimizer
-        self._device = model.get_input_embeddings().weight.device
-        self._measured = weight_bytes(model)
-
-    def after_backward(self) -> None:
-        """Gradients exist only between backward and the optimizer: looked at once."""
-        from qlora_kit.memory.measure import adapter_bytes
-
-        if "gradients" not in self._measured:
-            self._measured |= adapter_bytes(self._model)
-
-    def peak(self) -> int:
-        """The peak so far in bytes."""
-        from qlora_kit.memory.measure import peak_bytes
-
-        return peak_bytes(self._device)
-
-    def record(self) -> MemoryRecord:
-        """The `memory` part of run.json."""
-        from qlora_kit.memory.measure import describe_device, optimizer_bytes
-
-        measured = {**self._measured, **optimizer_bytes(self._optimizer), "peak": self.peak()}
-        return {"device": describe_device(self._device), "measured": measured}
-
-
-def _metrics(report: StepReport, peak: int) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {**asdict(report), "peak_bytes": peak}
-
-
-def _record(
-    config: RunConfig,
-    model: Any,
-    encoded: EncodedRows,
-    history: Sequence[StepReport],
-    losses: tuple[Evaluation | None, Evaluation | None],
-    memory: _Memory,
-) -> RunRecord:
-    from qlora_kit.memory.measure import weight_bytes
-    from qlora_kit.training.record import run_record
-
-    seconds = sum(report.seconds for report in history)
-    tokens = sum(report.tokens for report in history)
-    before, after = losses
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return run_record(
-        config=config.as_flat(),
-        model={
-            "name": model.base_info.name,
-            "revision": model.base_info.revision,
-            "fingerprint": model.base_info.fingerprint,
-            "parameters": model.base_info.parameters,
-            "trainable_parameters": trainable,
-            "weight_bytes": weight_bytes(model)["weights"],
-        },
-        data={
-            "rows": len(encoded.rows),
-            "skipped": sum(encoded.skipped.values()),
-            "tokens": encoded.tokens,
-            "supervised_tokens": encoded.supervised_tokens,
-        },
-        train={
-            "steps": len(history),
-            "seconds": seconds,
-            "tokens": tokens,
-            "tokens_per_s": tokens / seconds,
-            "first_loss": history[0].loss,
-            "last_loss": history[-1].loss,
-        },
-        evaluation=None
-        if before is None or after is None
-        else {"loss_before": before.loss, "loss_after": after.loss, "tokens": after.tokens},
-        memory=memory.record(),
-    )
-
-
-def _write_record(run: RunRecord, config: RunConfig, directory: Path) -> None:
-    from qlora_kit.training.record import model_card, write_json, write_text
-
-    write_text(directory / "config.yaml", dump(config.as_flat()))
-    write_json(directory / "run.json", run)
-    write_text(directory / "README.md", model_card(run))

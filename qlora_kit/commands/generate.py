@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qlora_kit.commands.adapters import base_of
+from qlora_kit.commands.adapters import open_with_adapter
 from qlora_kit.commands.arguments import parse
 from qlora_kit.config import BaseConfig, GenerateConfig
 from qlora_kit.errors import ConfigError, reports_errors
@@ -21,17 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parsed[GenerateConfig]
     if options.prompt is None:
         raise ConfigError("no prompt is given", "give --prompt TEXT")
-    from qlora_kit.base.load import open_base, read_weights
+    from qlora_kit.base.load import read_weights
     from qlora_kit.data.batch import padding_id
     from qlora_kit.data.prompt import prompt_ids
     from qlora_kit.generation import end_ids, generate_ids, stream_text
     from qlora_kit.lora.adapter import load_adapter
 
-    base = open_base(base_of(parsed, options.adapter))
+    base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
     ids = prompt_ids(options.prompt, base.tokenizer, options.chat)
     model = read_weights(base)
     if options.adapter is not None:
-        load_adapter(model, options.adapter)
+        load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
     steps = generate_ids(
         model,
         [ids],

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.base.load import DTYPES, check_finite, dtype_name, read_tensors
 from qlora_kit.base.quantize import dequantize
 from qlora_kit.base.source import contained
+from qlora_kit.base.tensors import DTYPES, check_finite, dtype_name, read_tensors
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.base.validate import INDEX_FILE, SINGLE_FILE, read_entries
-from qlora_kit.errors import AdapterError, ExportError
+from qlora_kit.errors import AdapterError, ConfigError, ExportError
 from qlora_kit.files import check_output, new_directory, replace_file, write_file
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 from qlora_kit.lora.layer import LoRALinear, delta_weight
@@ -85,10 +85,17 @@ def export_tensors(
     """Every tensor of the plain model in its order; each is made when it is asked for.
 
     `merge_base`: `dequantized` adds to the weights that training multiplied by, `original` to the
-    checkpoint's own.
+    checkpoint's own. Errors: `ConfigError` for the original weights of a checkpoint that holds
+    quantized ones only.
     """
     run_dtype = DTYPES[model.base_info.compute_dtype]
     entries = read_entries(model.base_directory) if merge_base == "original" else {}
+    packed = [name for name, entry in entries.items() if not entry.torch_dtype.is_floating_point]
+    if packed:
+        raise ConfigError(
+            f"--merge_base original: the base holds {packed[0]} in quantized form only",
+            "use --merge_base dequantized",
+        )
 
     def frozen(name: str, linear: nn.Linear) -> Tensor:
         if merge_base == "dequantized":
@@ -181,6 +188,7 @@ def _write_settings(model: Any, directory: Path, dtype: torch.dtype) -> None:
     if "torch_dtype" not in config:
         config["dtype"] = long_name
     config.pop("quantization_config", None)
+    config.pop("auto_map", None)  # it names Python files that are not written
     write_file(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     copy_tokenizer(source, directory)
     if (source / "generation_config.json").exists():

@@ -1,0 +1,183 @@
+"""`qlora-kit evaluate`: loss, perplexity and exact match of a base, an adapter or an export.
+
+What is evaluated is the whole of a file, or what a run would hold out: the held-out file of a
+directory, `--eval_data`, or the share that a given `--eval_fraction` draws. Without `--data` it is
+what the adapter's own run held out, so that the loss is the one in its run.json.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.commands.adapters import open_with_adapter, run_data
+from qlora_kit.commands.arguments import Parsed, parse
+from qlora_kit.config import BaseConfig, DataConfig, EvaluateConfig
+from qlora_kit.errors import ConfigError, NumericError, reports_errors
+
+if TYPE_CHECKING:
+    from qlora_kit.data.read import Row
+
+SUMMARY = "Evaluate a base, an adapter or an export on a file: loss, perplexity, exact match."
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    given = sys.argv[1:] if argv is None else argv
+    parsed = parse("qlora-kit evaluate", SUMMARY, (BaseConfig, DataConfig, EvaluateConfig), given)
+    report = _evaluate(parsed)
+    if parsed[EvaluateConfig].json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        _show(report)
+    return 0
+
+
+def _evaluate(parsed: Parsed) -> dict[str, Any]:
+    """What `--json` prints."""
+    from qlora_kit.base.load import read_weights
+    from qlora_kit.base.tensors import dtype_name
+    from qlora_kit.data.batch import eval_batches, padding_id
+    from qlora_kit.data.prompt import encode_rows
+    from qlora_kit.data.read import load_rows
+    from qlora_kit.data.template import use_template
+    from qlora_kit.lora.adapter import load_adapter
+    from qlora_kit.training.loss import evaluate
+
+    options = parsed[EvaluateConfig]
+    data, seed = _data(parsed)
+    found = load_rows(data, seed)
+    rows, source = found.evaluation or found.train, found.eval_source
+    if not found.evaluation:
+        source = found.train_source
+    asked = [row for row in rows if "completion" in row.content] if options.exact_match else []
+    if options.generate and not asked:
+        raise ConfigError(
+            f"generate {options.generate}: {source} has rows of {found.format}, which have no "
+            "completion to compare an answer with",
+            "use rows of prompt and completion, or leave --generate out",
+        )
+    base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
+    if "chat_template" in parsed.given[DataConfig] and data.chat_template is not None:
+        use_template(base.tokenizer, data.chat_template)
+    encoded = encode_rows(rows, base.tokenizer, data.length_in(base.context), data.train_on_prompt)
+    model = read_weights(base)
+    if options.adapter is not None:
+        load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
+    batches = eval_batches(encoded.rows, options.batch_size, padding_id(base.tokenizer))
+    result = evaluate(model, batches)
+    if not math.isfinite(result.loss):
+        raise NumericError(
+            f"the loss on {source} is {result.loss}",
+            "check the adapter and the base, or use another --dtype",
+        )
+    texts = _answers(model, base.tokenizer, asked, options, base.context)
+    answers = [_compared(row, text) for row, text in zip(asked, texts, strict=True)]
+    right = sum(answer["right"] for answer in answers)
+    return {
+        "model": base.source.name,
+        "revision": base.source.revision,
+        "bits": base.quantization.bits,
+        "dtype": dtype_name(base.dtype),
+        "adapter": None if options.adapter is None else Path(options.adapter).resolve().name,
+        "data": source,
+        "rows": len(encoded.rows),
+        "skipped": sum(encoded.skipped.values()),
+        "tokens": result.tokens,
+        "loss": result.loss,
+        # Beyond what a float holds there is nothing to say.
+        "perplexity": math.exp(result.loss) if result.loss < 700 else None,
+        "exact_match": right / len(asked) if asked else None,
+        "right": right if asked else None,
+        "asked": len(asked) if asked else None,
+        "answers": answers[: options.generate],
+    }
+
+
+def _data(parsed: Parsed) -> tuple[DataConfig, int]:
+    """What to read, and the seed that draws a share of it."""
+    options, data = parsed[EvaluateConfig], parsed[DataConfig]
+    given = parsed.given[DataConfig]
+    if "data" not in given and options.adapter is not None:
+        run = run_data(options.adapter)
+        if run is not None:
+            own = {name: getattr(data, name) for name in given}
+            return replace(run[0], **own), run[1]
+    whole = not given & {"eval_data", "eval_fraction"}
+    is_file = os.path.isfile(os.path.expanduser(data.data))
+    return replace(data, eval_fraction=0) if whole and is_file else data, options.seed
+
+
+def _answers(
+    model: Any, tokenizer: Any, rows: Sequence[Row], options: EvaluateConfig, context: int
+) -> list[str]:
+    """The greedy answer to each row's prompt; none for a prompt that fills the model's context."""
+    from qlora_kit.data.prompt import prompt_ids
+    from qlora_kit.generation import generate_text
+
+    prompts = [prompt_ids(row.content["prompt"], tokenizer) for row in rows]
+    room = [min(options.max_new_tokens, context - len(prompt)) for prompt in prompts]
+    # Prompts of like length share a batch, and only those that have the same room.
+    order = sorted(range(len(rows)), key=lambda index: (room[index], len(prompts[index])))
+    answers = [""] * len(rows)
+    for limit, group in itertools.groupby(order, key=room.__getitem__):
+        if limit < 1:
+            continue
+        chosen = list(group)
+        texts = generate_text(
+            model,
+            tokenizer,
+            [prompts[index] for index in chosen],
+            max_new_tokens=limit,
+            batch_size=options.batch_size,
+        )
+        for index, text in zip(chosen, texts, strict=True):
+            answers[index] = text
+    return answers
+
+
+def _compared(row: Row, answer: str) -> dict[str, Any]:
+    expected = row.content["completion"].strip()
+    return {
+        "prompt": row.content["prompt"],
+        "expected": expected,
+        "answer": answer.strip(),
+        "right": answer.strip() == expected,
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True)
+
+    def line(label: str, text: str) -> None:
+        console.print(f"[bold]{label:<10}[/] {escape(text)}")
+
+    for answer in report["answers"]:
+        console.print(escape(answer["prompt"].strip()), style="dim")
+        line("  expected", answer["expected"])
+        line("  answer", f"{answer['answer']}  ({'right' if answer['right'] else 'wrong'})")
+    line("model", f"{report['model']}, {report['bits']} bits, {report['dtype']}")
+    if report["adapter"] is not None:
+        line("adapter", report["adapter"])
+    skipped = f", {report['skipped']} skipped" if report["skipped"] else ""
+    line("data", f"{report['data']}: {report['rows']} rows{skipped}, {report['tokens']:,} tokens")
+    perplexity = report["perplexity"]
+    shown = "beyond measure" if perplexity is None else f"{perplexity:,.3f}"
+    line("loss", f"{report['loss']:.4f} nats a token, perplexity {shown}")
+    if report["asked"]:
+        line(
+            "exact",
+            f"{report['right']} of {report['asked']} answers equal the completion "
+            f"({report['exact_match']:.1%})",
+        )

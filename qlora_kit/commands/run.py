@@ -1,0 +1,415 @@
+"""One training run around its steps: what is evaluated, saved, logged and shown between them.
+
+`Run` has what `train` needs (a model, windows of batches, an optimizer) and what it calls: `check`
+before each optimizer step, `listen` after it. Everything that the rest of the run depends on is
+in `_state`, so that a checkpoint holds it and a resumed run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from qlora_kit.base.load import OpenBase, read_weights
+from qlora_kit.base.tokenizer import copy_tokenizer
+from qlora_kit.commands.result import Memory, Progress, result_record
+from qlora_kit.config import RunConfig, dump
+from qlora_kit.data.batch import Batch, eval_batches, padding_id, step_rows, steps
+from qlora_kit.data.order import Packs
+from qlora_kit.data.prompt import EncodedRows, prompt_ids
+from qlora_kit.data.read import Row, Rows
+from qlora_kit.data.template import SAVED
+from qlora_kit.errors import CheckpointError, QloraKitError, ResourceError, Stopped
+from qlora_kit.files import sync
+from qlora_kit.generation import generate_text
+from qlora_kit.lora.adapter import save_adapter
+from qlora_kit.lora.inject import inject_lora
+from qlora_kit.training.attention import set_packed_attention
+from qlora_kit.training.checkpoint import (
+    Checkpoint,
+    drop_after,
+    prune,
+    prune_unplanned,
+    save_checkpoint,
+    saved_bytes,
+    take,
+)
+from qlora_kit.training.guard import Guard, StopSignals
+from qlora_kit.training.loop import StepReport
+from qlora_kit.training.loss import Evaluation, evaluate
+from qlora_kit.training.optimizer import (
+    learning_rates,
+    make_optimizer,
+    optimizer_state,
+    paging_note,
+    restore_optimizer,
+)
+from qlora_kit.training.recompute import set_recompute
+from qlora_kit.training.record import (
+    METRICS_FILE,
+    MetricsLog,
+    model_card,
+    start_trackers,
+    write_json,
+    write_text,
+)
+from qlora_kit.training.run_directory import RESULT, RunDirectory, run_directory
+
+if TYPE_CHECKING:
+    from qlora_kit.commands.display import Display, TrainingProgress
+
+ANSWER_TOKENS = 64
+EVAL_ROWS = 8
+"""Rows of a batch in evaluation, at least."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose options, files and shapes were checked, before a weight is read.
+
+    `identity` tells the base and the encoded rows apart from others, whatever they are called.
+    """
+
+    config: RunConfig
+    base: OpenBase
+    rows: Rows
+    encoded: EncodedRows
+    held_out: EncodedRows | None
+    packs: Packs | None
+    total_steps: int
+    directory: Path
+    identity: Mapping[str, str | None]
+    resume: Checkpoint | None
+
+
+@contextlib.contextmanager
+def open_run(plan: Plan, display: Display, signals: StopSignals) -> Iterator[Run]:
+    """Hold the run's directory, load the model, restore the checkpoint; then hand over.
+
+    When the block stops between two steps (a signal, a numeric error, a full device), what was
+    reached is saved first. Errors: those of loading, `ResourceError`, `Stopped`.
+    """
+    output = plan.config.output
+    with run_directory(plan.directory, output.overwrite) as place:
+        run = Run(plan, place, display, signals)
+        resumed = None if plan.resume is None else run.progress.step
+        trackers = start_trackers(output.report_to, place.path, plan.config.as_flat())
+        with (
+            MetricsLog(place.path, trackers=trackers, resume_step=resumed) as log,
+            display.progress(plan.total_steps) as bar,
+            signals.between_steps(),
+        ):
+            try:
+                run.begin(log, bar)
+                yield run
+            except Stopped as stopped:
+                run.guard.drop_gradients()
+                raise run.stopped(stopped.signal_number) from None
+            except (QloraKitError, OSError):
+                with contextlib.suppress(QloraKitError, OSError):
+                    run.save()
+                raise
+
+
+class Run:
+    """A model with adapters, its optimizer, and what happens between its steps."""
+
+    def __init__(
+        self, plan: Plan, place: RunDirectory, display: Display, signals: StopSignals
+    ) -> None:
+        config, training = plan.config, plan.config.training
+        display.loading(plan.base)
+        self.model = inject_lora(read_weights(plan.base), config.lora, seed=training.seed)
+        if config.data.packing:
+            set_packed_attention(self.model)
+        set_recompute(self.model, training.gradient_checkpointing)
+        self.optimizer = make_optimizer(
+            training.optim, self.model.parameters(), training.learning_rate, training.weight_decay
+        )
+        if note := paging_note(training.optim, self.model.parameters(), plan.base.device):
+            display.note(note)
+        self.learning_rate = learning_rates(training, plan.total_steps)
+        self.guard = Guard(
+            self.model, signals=signals, note=display.note, rows_of=self._rows_of_step
+        )
+        self.progress = Progress()
+        self._plan, self._place, self._display, self._signals = plan, place, display, signals
+        self._pad_id = padding_id(plan.base.tokenizer)
+        self._memory = Memory(self.model, self.optimizer)
+        self._names: dict[Tensor, str] = {
+            p: name for name, p in self.model.named_parameters() if p.requires_grad
+        }
+        self._questions = _questions(plan)
+        self._best: dict[str, Tensor] = {}
+        self._saved_step = -1
+        if plan.resume is not None:
+            self._restore(plan.resume)
+
+    def begin(self, log: MetricsLog, bar: TrainingProgress) -> None:
+        """Measure what the run starts from, unless the checkpoint says it."""
+        self._log, self._bar = log, bar
+        progress = self.progress
+        if self._plan.resume is None:
+            before = self._held_out_loss()
+            progress.loss_before = None if before is None else before.loss
+            with self._signals.droppable():
+                progress.answers_before = tuple(self._answers())
+            bar.start(before)
+        else:
+            self._evaluate_if_due()
+
+    def windows(self) -> Iterator[Sequence[Batch]]:
+        """The windows of the steps that are left; ends early when nothing gets better."""
+        plan, training = self._plan, self._plan.config.training
+        for window in steps(
+            plan.encoded.rows,
+            batch_size=training.batch_size,
+            accumulation=training.gradient_accumulation_steps,
+            num_steps=plan.total_steps,
+            seed=training.seed,
+            pad_id=self._pad_id,
+            start_step=self.progress.step,
+            packs=plan.packs,
+            group_by_length=plan.config.data.group_by_length,
+        ):
+            if self._stops_early():
+                self._display.note(
+                    f"stopping after step {self.progress.step}: no lower held-out loss in "
+                    f"{plan.config.output.early_stopping} evaluations"
+                )
+                return
+            yield window
+
+    def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the optimizer may take this step. Errors: `NumericError`."""
+        self._memory.after_backward()
+        return self.guard.check(step, loss, grad_norm)
+
+    def listen(self, report: StepReport) -> None:
+        """A step is done: count, log, evaluate, save, stop, whatever of it is due."""
+        progress, output = self.progress, self._plan.config.output
+        progress.step = report.step
+        progress.tokens += report.tokens
+        progress.seconds += report.seconds
+        if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
+            progress.last_loss = report.loss
+            if progress.first_loss is None:
+                progress.first_loss = report.loss
+        else:
+            progress.skipped_steps += 1
+        peak = self._memory.peak()
+        self._bar.step(report, peak)
+        if report.step % output.logging_steps == 0 or report.step == self._plan.total_steps:
+            self._log.write({**asdict(report), "peak_bytes": peak})
+        self._signals.raise_if_received()
+        self._evaluate_if_due()
+        if output.save_steps and report.step % output.save_steps == 0:
+            self.save()
+        self._signals.raise_if_received()
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of where the run stands, once for a step, then prune older ones.
+
+        Where there is no room, those that it would replace go first, and it is tried again. None
+        before a step was taken. Errors: `ResourceError`, `NumericError`.
+        """
+        run, step = self._place.path, self.progress.step
+        limit = self._plan.config.output.save_total_limit
+        if step == self._saved_step:
+            return run / f"checkpoint-{step}"
+        if self.progress.first_loss is None:
+            return None
+        tensors, state = self._state()
+
+        def write() -> Path:
+            return save_checkpoint(
+                run, step, tensors, state, lambda directory: save_adapter(self.model, directory)
+            )
+
+        try:
+            try:
+                path = write()
+            except (ResourceError, OSError):
+                if not prune(run, max(1, limit - 1)):
+                    raise
+                path = write()
+        except OSError as error:
+            raise ResourceError(
+                f"checkpoint-{step} of {saved_bytes(tensors)} bytes in {run}: {error.strerror}",
+                "free some space or choose another place with --output_dir",
+            ) from error
+        self._saved_step = step
+        self._place.keep()
+        drop_after(run, step)
+        prune(run, limit)
+        return path
+
+    def stopped(self, signal_number: int) -> Stopped:
+        """Save where the run stands; returns what to raise. Errors as `save`."""
+        path = self.save()
+        if path is None:
+            return Stopped(signal_number, "before the first step was done, nothing is kept")
+        return Stopped(
+            signal_number,
+            f"after step {self.progress.step} of {self._plan.total_steps}, saved in {path}",
+            "go on with the same command and --resume_from_checkpoint auto",
+        )
+
+    def finish(self) -> None:
+        """Evaluate, write the results, remove the checkpoints that nobody asked for, and show."""
+        plan, config, progress = self._plan, self._plan.config, self.progress
+        if self._best:
+            for parameter, name in self._names.items():
+                parameter.data.copy_(self._best[name])
+            assert progress.best is not None
+            self._display.note(f"taking the adapter of step {progress.best[0]}, the best one")
+        after = self._held_out_loss()
+        with self._signals.droppable():
+            answers = [list(progress.answers_before), self._answers()]
+        record = result_record(
+            plan,
+            self.model,
+            progress,
+            self._memory,
+            after,
+            max_rows=self.guard.max_rows,
+            took_best=bool(self._best),
+        )
+        with self._place.result() as directory:
+            save_adapter(self.model, directory)
+            copy_tokenizer(plan.base.source.directory, directory)
+            if config.data.chat_template is not None:
+                write_text(directory / SAVED, plan.base.tokenizer.chat_template)
+            write_text(directory / "config.yaml", dump(config.as_flat()))
+            write_text(directory / "README.md", model_card(record))
+            write_json(directory / RESULT, record)
+            sync(self._place.path / METRICS_FILE)
+        self._place.keep()
+        prune_unplanned(self._place.path, config.output.save_steps)
+        self._display.answers(self._questions, answers)
+        self._display.result(record, plan.directory, config)
+
+    def _stops_early(self) -> bool:
+        patience, best = self._plan.config.output.early_stopping, self.progress.best
+        if patience is None or best is None:
+            return False
+        return sum(step > best[0] for step, _ in self.progress.history) >= patience
+
+    def _evaluate_if_due(self) -> None:
+        """The held-out loss after this step, unless it is known; the best adapter is kept."""
+        output, progress = self._plan.config.output, self.progress
+        known = progress.history and progress.history[-1][0] == progress.step
+        if not output.eval_steps or progress.step % output.eval_steps or known:
+            return
+        found = self._held_out_loss()
+        if found is None:
+            return
+        progress.history = (*progress.history, (progress.step, found.loss))
+        self._display.evaluation(progress.step, found)
+        if output.load_best and progress.best == progress.history[-1]:
+            self._best = {name: p.detach().to("cpu", copy=True) for p, name in self._names.items()}
+
+    def _held_out_loss(self) -> Evaluation | None:
+        held_out = self._plan.held_out
+        if held_out is None:
+            return None
+        rows = max(EVAL_ROWS, self._plan.config.training.batch_size)
+        with self._signals.droppable():
+            return evaluate(self.model, eval_batches(held_out.rows, rows, self._pad_id))
+
+    def _answers(self) -> list[str]:
+        tokenizer = self._plan.base.tokenizer
+        prompts = [prompt_ids(row.content["prompt"], tokenizer) for row in self._questions]
+        limit = _answer_tokens(self._plan.base.context)
+        return generate_text(self.model, tokenizer, prompts, max_new_tokens=limit)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds: tensors, and the rest for JSON."""
+        states, numbers = optimizer_state(self.optimizer, self._names)
+        tensors = {f"master.{name}": p.detach().cpu() for p, name in self._names.items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in states.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        state = {
+            "config": self._plan.config.as_flat(),
+            "identity": dict(self._plan.identity),
+            "progress": asdict(self.progress),
+            "guard": self.guard.state(),
+            "optimizer": numbers,
+        }
+        return tensors, state
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint stands. Errors: `CheckpointError`; the run is then unusable."""
+        masters = {name: parameter.detach() for parameter, name in self._names.items()}
+        saved = _parts(checkpoint.tensors)
+        try:
+            numbers = dict(checkpoint.state["optimizer"])
+            progress = Progress(**checkpoint.state["progress"])
+            progress.history = tuple((int(at), float(loss)) for at, loss in progress.history)
+            progress.answers_before = tuple(progress.answers_before)
+            self.guard.restore(checkpoint.state["guard"])
+            if progress.step != checkpoint.step:
+                raise ValueError(f"step {progress.step}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path / 'state.json'}: lacks or misstates {error}",
+                "use another checkpoint",
+            ) from error
+        for name, tensor in take(saved["master"], masters, checkpoint.path).items():
+            masters[name].copy_(tensor)
+        restore_optimizer(self.optimizer, self._names, saved["optimizer"], numbers)
+        if saved["best"]:
+            self._best = take(saved["best"], masters, checkpoint.path)
+        self.progress = progress
+        if checkpoint.path.parent.resolve() == self._place.path.resolve():
+            self._saved_step = checkpoint.step
+
+    def _rows_of_step(self, step: int) -> str:
+        """The places of a step's rows among those that are trained on, counted from 0."""
+        plan, training = self._plan, self._plan.config.training
+        rows = step_rows(
+            plan.encoded.rows,
+            step - 1,
+            batch_size=training.batch_size,
+            accumulation=training.gradient_accumulation_steps,
+            seed=training.seed,
+            packs=plan.packs,
+            group_by_length=plan.config.data.group_by_length,
+        )
+        return ", ".join(map(str, rows))
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of a checkpoint by the first part of their names, without it."""
+    parts: dict[str, dict[str, Tensor]] = {"master": {}, "optimizer": {}, "best": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise CheckpointError(f"the checkpoint holds {name}", "use another checkpoint")
+        parts[part][rest] = tensor
+    return parts
+
+
+def _questions(plan: Plan) -> list[Row]:
+    """The first held-out rows with a prompt that leaves room for an answer in the context."""
+    count, context = plan.config.output.sample_prompts, plan.base.context
+    room = context - _answer_tokens(context)
+    found: list[Row] = []
+    for row in plan.rows.evaluation:
+        if len(found) == count:
+            break
+        if "completion" in row.content:
+            ids = prompt_ids(row.content["prompt"], plan.base.tokenizer)
+            if 0 < len(ids) <= room:
+                found.append(row)
+    return found
+
+
+def _answer_tokens(context: int) -> int:
+    return min(ANSWER_TOKENS, context // 2)

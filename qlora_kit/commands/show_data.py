@@ -1,0 +1,72 @@
+"""`qlora-kit show-data`: show which tokens of a data set are trained on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.commands.arguments import Parsed, parse
+from qlora_kit.config import BaseConfig, DataConfig, ShowConfig
+from qlora_kit.errors import ConfigError, reports_errors
+
+if TYPE_CHECKING:
+    from qlora_kit.commands.data_report import Report
+
+SUMMARY = "Show which tokens are trained on, what is skipped or cut, and how much is padding."
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    given = sys.argv[1:] if argv is None else argv
+    parsed = parse("qlora-kit show-data", SUMMARY, (BaseConfig, DataConfig, ShowConfig), given)
+    options = parsed[ShowConfig]
+    page = None if options.html is None else _page_path(options.html)
+    from qlora_kit.commands.data_page import page_of
+    from qlora_kit.commands.data_text import print_report
+    from qlora_kit.files import write_file
+
+    report = _report(parsed)
+    if page is not None:
+        write_file(page, page_of(report).encode())
+    if options.json:
+        print(json.dumps(report.as_json(), ensure_ascii=False))
+    else:
+        print_report(report)
+        if page is not None:
+            print(f"page: {page}")
+    return 0
+
+
+def _page_path(name: str) -> Path:
+    """Where the page goes. Errors: `ConfigError`, before anything is read."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ConfigError(f"--html {name}: is a directory", "name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--html {name}: {path.parent} is no directory", "make it first")
+    return path
+
+
+def _report(parsed: Parsed) -> Report:
+    """What is shown: the tokenizer alone is read, no weight."""
+    from qlora_kit.base.source import contained, resolve
+    from qlora_kit.base.tokenizer import load_tokenizer
+    from qlora_kit.base.validate import read_json
+    from qlora_kit.commands.data_report import report_of
+    from qlora_kit.config import DEFAULT_LENGTH
+    from qlora_kit.data.template import use_template
+
+    base, data = parsed[BaseConfig], parsed[DataConfig]
+    source = resolve(base.model, base.revision, weights=False)
+    tokenizer = load_tokenizer(source.directory)
+    if data.chat_template is not None:
+        use_template(tokenizer, data.chat_template)
+    context = DEFAULT_LENGTH if data.max_length is None else data.max_length
+    if (source.directory / "config.json").exists():
+        config = read_json(contained(source.directory, "config.json"))
+        context = int(config.get("max_position_embeddings") or context)
+    return report_of(data, data.length_in(context), parsed[ShowConfig], source.name, tokenizer)

@@ -1,0 +1,3 @@
+from qlora_kit.commands.evaluate import main
+
+raise SystemExit(main())

@@ -1,0 +1,3 @@
+from qlora_kit.commands.show_data import main
+
+raise SystemExit(main())

@@ -1,0 +1,272 @@
+"""Laws of the command line and the config file: one option, one name, and nothing is ignored."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_kit.commands.arguments import parse
+from qlora_kit.commands.config_file import read_config
+from qlora_kit.commands.entry import COMMANDS, main
+from qlora_kit.config import (
+    BaseConfig,
+    DataConfig,
+    ExportConfig,
+    LoRAConfig,
+    OutputConfig,
+    TrainingConfig,
+)
+from qlora_kit.errors import ConfigError, UnsafeInputError, error_line
+
+GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
+
+
+def options(*argv: str) -> dict[str, Any]:
+    """The fields that a finetune command line gave, with their values."""
+    parsed = parse("qlora-kit finetune", "", GROUPS, argv)
+    return {name: getattr(parsed[group], name) for group in GROUPS for name in parsed.given[group]}
+
+
+def problem(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse("qlora-kit finetune", "", GROUPS, argv)
+    assert len(error_line(caught.value)) <= 400
+    return caught.value.problem
+
+
+def test_hyphens_underscores_equal_signs_and_old_names_are_one_flag() -> None:
+    for argv in (
+        ["--per_device_train_batch_size", "3"],
+        ["--per-device-train-batch-size", "3"],
+        ["--per_device-train_batch-size=3"],
+        ["--batch_size=3"],
+        ["--batch-size", "3"],
+    ):
+        assert options(*argv) == {"batch_size": 3}
+    old_names = {
+        "--model_name_or_path x": {"model": "x"},
+        "--dataset x": {"data": "x"},
+        "--max_seq_length 5": {"max_length": 5},
+        "--warmup_ratio 0.1": {"warmup_steps": 0.1},
+        "--overwrite_output_dir": {"overwrite": True},
+    }
+    for line, expected in old_names.items():
+        assert options(*line.split()) == expected
+
+
+def test_what_transformers_dropped_and_we_do_not_have_is_unknown() -> None:
+    for flag in ("--evaluation_strategy", "--save_safetensors", "--load_in_4bit"):
+        assert f"unknown flag {flag}" in problem(flag, "x")
+
+
+def test_a_switch_goes_on_and_off() -> None:
+    assert options("--use_rslora") == {"use_rslora": True}
+    assert options("--no_use_rslora") == {"use_rslora": False}
+    assert options("--no-double-quant") == {"double_quant": False}
+    assert options("--double_quant", "--no_double_quant") == {"double_quant": False}
+    assert "--use_rslora takes no value, got 'true'" in problem("--use_rslora=true")
+
+
+def test_a_value_may_look_like_a_number_or_a_flag_of_another_tool() -> None:
+    assert options("--output_dir", "-x") == {"output_dir": "-x"}
+    assert options("--output_dir", "--x") == {"output_dir": "--x"}
+    assert options("--output_dir=--bits") == {"output_dir": "--bits"}
+    assert "lora_alpha must be above 0, got -1" in problem("--lora_alpha", "-1")
+    assert "learning_rate must be above 0" in problem("--learning_rate", "-1e-4")
+
+
+def test_a_missing_value_is_not_taken_from_the_next_flag() -> None:
+    assert "--model needs a value" in problem("--model")
+    assert "--model needs a value, and --bits is a flag" in problem("--model", "--bits", "4")
+
+
+def test_what_is_no_flag_is_refused() -> None:
+    for word in ("data.jsonl", "-m", "--", ""):
+        assert f"unexpected argument {word!r}" in problem(word)
+
+
+def test_all_unknown_flags_are_named_with_the_closest_known_one() -> None:
+    said = problem("--learning_rte", "1", "--lora-rr=3", "--zzz", "--bits", "4")
+    assert said == (
+        "unknown flag --learning_rte, did you mean --learning_rate?; "
+        "unknown flag --lora-rr, did you mean --lora_r?; unknown flag --zzz"
+    )
+
+
+def test_all_wrong_values_are_named_together_whatever_their_group() -> None:
+    said = problem("--bits", "3", "--lora_r", "0", "--learning_rate", "0", "--max_length", "1")
+    for name in ("bits", "lora_r", "learning_rate", "max_length"):
+        assert f"{name} must be" in said
+
+
+def test_an_error_stays_short_however_much_is_wrong() -> None:
+    flags = [f"--unknown_flag_number_{n}" for n in range(200)]
+    assert len(problem(*flags)) > 400  # cut in the line, which `problem` measures
+    problem("--model", "x" * 5000, "--bits", "3")
+    problem("--" + "y" * 5000)
+    problem("z" * 5000)
+
+
+def test_an_abbreviation_is_not_guessed() -> None:
+    assert "unknown flag --learning" in problem("--learning", "1e-4")
+
+
+def write(directory: Path, text: str | bytes) -> str:
+    path = directory / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_a_config_file_holds_the_same_names(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "# a comment\nmodel: ./base\nlora-r: 8\nbatch_size: 2\nlearning_rate: 2e-4\n"
+        "target_modules: [q_proj, v_proj]\ndouble_quant: no\nmax_steps:\n",
+    )
+    assert options("--config", path) == {
+        "model": "./base",
+        "r": 8,
+        "batch_size": 2,
+        "learning_rate": 2e-4,
+        "target_modules": ("q_proj", "v_proj"),
+        "double_quant": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"bits": 8, "lora_r": 4}', "\ufeffbits: 8\r\nlora_r: 4\r\n", "---\nbits: 8\nlora_r: 4"],
+)
+def test_json_a_byte_order_mark_and_crlf_are_read(tmp_path: Path, text: str) -> None:
+    assert options("--config", write(tmp_path, text)) == {"bits": 8, "r": 4}
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    for text in ("", "\n# only a comment\n", "---\n"):
+        assert options("--config", write(tmp_path, text)) == {}
+
+
+def test_a_flag_beats_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "lora_r: 8\nuse_rslora: true\nbits: 8\n")
+    given = options("--lora_r", "4", "--config", path, "--no_use_rslora")
+    assert given == {"r": 4, "use_rslora": False, "bits": 8}
+
+
+def test_two_options_of_one_name_belong_to_the_command(tmp_path: Path) -> None:
+    # export's --dtype is that of the export, not of the base.
+    for argv in (["--dtype", "fp32"], ["--config", write(tmp_path, "dtype: fp32")]):
+        parsed = parse("qlora-kit export", "", (ExportConfig, BaseConfig), argv)
+        assert parsed[ExportConfig].export_dtype == "fp32"
+        assert parsed[BaseConfig].dtype == "auto"
+        assert parsed.given[BaseConfig] == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("bits: 4\nlora_r: [1\nseed: 3\n", 3, "not YAML"),
+        ("bits: 4\n\tlora_r: 1\n", 2, "not YAML"),
+        ("bits: 4\nlora_r: *nowhere\n", 2, "not YAML"),
+        ("bits: 4\nseed: 1\n---\nbits: 8\n", 3, "not YAML"),
+        ("bits: 4\nlearning_rte: 1\n", 2, "unknown key learning_rte, did you mean learning_rate?"),
+        ("bits: 4\nseed: 1\nbits: 8\n", 3, "bits is set in line 1 already"),
+        ("batch_size: 1\nper_device_train_batch_size: 2\n", 2, "is set in line 1 already"),
+        ("config: other.yaml\n", 1, "unknown key config"),
+        ("debug: true\n", 1, "unknown key debug"),
+        ("lora_r: {a: 1}\n", 1, "lora_r is not a value or a list of names"),
+        ("lora_r: [[1]]\n", 1, "lora_r is not a value or a list of names"),
+        ("? [a, b]\n: 3\n", 1, "unknown key"),
+        ("<<: {bits: 4}\n", 1, "unknown key <<"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(
+    tmp_path: Path, text: str, line: int, words: str
+) -> None:
+    path = write(tmp_path, text)
+    said = problem("--config", path)
+    assert f"{path}:{line}: " in said
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"bits: 4\xff",
+        "bits: 4".encode("utf-16"),
+        b"bits: \x00",
+        b"- bits\n- 4\n",
+        b"just text\n",
+        b"[" * 5000,
+        b"lora_r: " + b"9" * 5000,
+        b"revision: 2024-13-45\n",
+        b"bits: !!int abc\n",
+        b"x" * 2_000_000,
+    ],
+    ids=range(10),
+)
+def test_a_file_that_is_no_config_is_a_config_error(tmp_path: Path, text: bytes) -> None:
+    path = write(tmp_path, text)
+    assert path in problem("--config", path) or "lora_r must be" in problem("--config", path)
+
+
+def test_a_few_lines_that_stand_for_a_huge_value_build_nothing(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    said = problem("--config", write(tmp_path, "\n".join([*lines, "lora_r: *a11"])))
+    assert "lora_r is not a value or a list of names" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bits: 4\nlora_r: !!python/object/apply:os.mkdir [canary]\n",
+        "bits: 4\nlora_r: !!python/object/apply:os.mkdir {args: [canary]}\n",
+        "bits: 4\nlora_r: !!python/name:os.mkdir\n",
+        "bits: 4\nlora_r: [!!python/tuple [1, 2]]\n",
+        "bits: 4\n? !!python/name:os.mkdir\n: 1\n",
+        "#\n--- !!python/object/apply:os.mkdir [canary]\n",
+        "#\n--- !!python/object:os.Thing\nbits: 4\n",
+        "bits: 4\nlora_r: !own 4\n",
+    ],
+)
+def test_a_tag_makes_no_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    path = write(tmp_path, text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsafeInputError) as caught:
+        read_config(path, GROUPS)
+    assert f"{path}:2: the tag " in caught.value.problem
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_path_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", ".", "nothing.yaml", "/dev/zero"):
+        assert "--config " in problem("--config", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_debug_prints_a_traceback_before_the_line(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv, traced in ((["--bits", "3"], False), (["--bits", "3", "--debug"], True)):
+        assert main([command, *argv]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert ("Traceback" in printed.err) is traced
+        assert printed.err.splitlines()[-1].startswith("error: bits must be 4, 8 or 16, got 3; ")
+
+
+def test_help_lists_every_command_and_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"  {name.replace('_', '-')} " in listed
+    with pytest.raises(SystemExit) as left:
+        main(["finetune", "--help"])
+    assert left.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("cosine, linear or constant", "4, 8 or 16", "off by --no_double_quant"):
+        assert words in text

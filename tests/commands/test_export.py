@@ -1,0 +1,231 @@
+"""Laws of `qlora-kit export`: what it writes, what it says of it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import edit_weights, save_checkpoint, tree_hash
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from trained import save_trained, write_rows
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig, dump
+
+Run = Callable[..., Any]
+
+
+def exported(run: Run, workshop: Any, target: Path, *more: object) -> dict[str, Any]:
+    """The export.json of a run of the command that went well."""
+    answer = run(
+        "export", "--adapter", workshop.adapter, "--model", workshop.base, "--output_dir", target,
+        "--verify", workshop.rows, *more,
+    )  # fmt: skip
+    assert (answer.code, answer.err) == (0, "")
+    report = json.loads((target / "export.json").read_text())
+    assert f"KL {report['kl']:.2e}" in answer.out
+    assert f"on {report['tokens']} tokens of rows.jsonl" in answer.out
+    return dict(report)
+
+
+def test_it_writes_a_model_and_says_how_far_it_is(run: Run, workshop: Any, tmp_path: Path) -> None:
+    report = exported(run, workshop, tmp_path / "out")
+    assert report["kl"] <= 1e-6  # run and export are fp32: only the order of sums differs
+    assert report["top1_agreement"] == 1
+    assert report["max_logit_difference"] <= 1e-3
+    assert report["tokens"] > 100
+    assert report["dtype"] == "fp32"  # auto: the run's own, whatever this machine prefers
+    assert report["merge_base"] == "dequantized"
+    assert report["verified_on"] == "rows.jsonl"
+    assert report["adapter"] == "adapter"
+    assert report["base"]["bits"] == 4
+    assert report["versions"].keys() >= {"torch", "transformers", "bitsandbytes"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float32
+
+
+def test_other_merges_are_measured_as_what_they_are(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    exact = exported(run, workshop, tmp_path / "exact")
+    rounded = exported(run, workshop, tmp_path / "bf16", "--dtype", "bf16")
+    original = exported(run, workshop, tmp_path / "original", "--merge_base", "original")
+    assert rounded["dtype"] == "bf16"
+    assert exact["kl"] < rounded["kl"] < original["kl"]
+    assert original["kl"] > 1e-3
+    assert load_file(tmp_path / "bf16" / "model.safetensors")["lm_head.weight"].dtype == (
+        torch.bfloat16
+    )
+
+
+def test_shards_are_written_and_read_back(run: Run, workshop: Any, tmp_path: Path) -> None:
+    # The smallest size is a MiB, so the base must be larger.
+    save_checkpoint(tmp_path / "base", "llama2", intermediate_size=1500)
+    save_trained(tmp_path / "base", tmp_path / "adapter", bits=8, dtype="fp32")
+    answer = run(
+        "export", "--adapter", tmp_path / "adapter", "--model", tmp_path / "base",
+        "--output_dir", tmp_path / "out", "--verify", workshop.rows, "--shard_size", 2**20,
+    )  # fmt: skip
+    assert answer.code == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+
+
+def test_a_divergence_above_max_kl_is_an_error_and_leaves_nothing(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    before = tree_hash(tmp_path)
+    answer = run(
+        "export", "--adapter", workshop.adapter, "--model", workshop.base, "--output_dir",
+        tmp_path / "out", "--overwrite", "--verify", workshop.rows, "--merge_base", "original",
+        "--max_kl", "1e-3",
+    )  # fmt: skip
+    assert answer.code == 5
+    assert "above --max_kl 0.001; nothing was written" in answer.line
+    assert tree_hash(tmp_path) == before
+    exported(run, workshop, tmp_path / "good", "--max_kl", "1e-3")
+
+
+def test_an_old_export_is_replaced_whole(run: Run, workshop: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("stale")
+    answer = run(
+        "export", "--adapter", workshop.adapter, "--model", workshop.base,
+        "--output_dir", tmp_path / "out", "--verify", workshop.rows,
+    )  # fmt: skip
+    assert answer.code == 2
+    assert "is not empty" in answer.line
+    exported(run, workshop, tmp_path / "out", "--overwrite")
+    assert not (tmp_path / "out" / "model-00001-of-00002.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("place", ["adapter", "adapter/out", "base", "base/out", ".", "data"])
+def test_an_output_over_what_is_read_is_refused(
+    run: Run, workshop: Any, tmp_path: Path, place: str
+) -> None:
+    shutil.copytree(workshop.base, tmp_path / "base")
+    shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    (tmp_path / "data").mkdir()
+    shutil.copy(workshop.rows, tmp_path / "data" / "rows.jsonl")
+    before = tree_hash(tmp_path)
+    answer = run(
+        "export", "--adapter", tmp_path / "adapter", "--model", tmp_path / "base", "--output_dir",
+        tmp_path / place, "--overwrite", "--verify", tmp_path / "data" / "rows.jsonl",
+    )  # fmt: skip
+    assert answer.code == 2
+    assert "--output_dir" in answer.line
+    assert "overlaps with" in answer.line
+    assert tree_hash(tmp_path) == before
+
+
+def test_flags_may_not_contradict_what_the_adapter_says(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    for flags, words in (
+        (["--bits", "8"], "--bits 8 is given, and {} was trained with bits 4; leave --bits out"),
+        (["--quant_type", "fp4"], "--quant_type fp4 is given, and {} was trained with"),
+        (["--no_double_quant"], "--double_quant False is given, and {} was trained with"),
+    ):
+        answer = run(
+            "export", "--adapter", workshop.adapter, "--model", workshop.base,
+            "--output_dir", tmp_path / "out", *flags,
+        )  # fmt: skip
+        assert answer.code == 2
+        assert words.format(workshop.adapter)[:60] in answer.line
+    exported(run, workshop, tmp_path / "out", "--bits", "4", "--quant_type", "nf4")
+
+
+def test_it_needs_an_adapter_and_a_place(run: Run, workshop: Any, tmp_path: Path) -> None:
+    assert "--output_dir not given" in run("export", "--adapter", workshop.adapter).line
+    assert "--adapter not given" in run("export", "--output_dir", tmp_path / "out").line
+    assert run("export").code == 2
+
+
+def test_the_adapter_names_its_base_and_its_held_out_rows(
+    run: Run, workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(workshop.base, tmp_path / "base")
+    shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    write_rows(tmp_path / "rows.jsonl", 40)
+    config = RunConfig(
+        base=BaseConfig(model="./base", dtype="fp32"),
+        data=DataConfig(data="rows.jsonl", eval_fraction=0.1),
+        training=TrainingConfig(seed=3),
+    )
+    (tmp_path / "adapter" / "config.yaml").write_text(dump(config.as_flat()))
+    monkeypatch.chdir(tmp_path)
+    assert run("export", "--adapter", "adapter", "--output_dir", "out").code == 0
+    report = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert report["verified_on"] == "10 % of rows.jsonl, drawn by seed 3"
+    # Where the rows are no longer there, the sample serves, and that is said.
+    (tmp_path / "rows.jsonl").unlink()
+    answer = run("export", "--adapter", "adapter", "--output_dir", "again")
+    assert answer.code == 0
+    assert "note: the run's held-out rows cannot be read: rows.jsonl: no such file" in answer.out
+    assert "sample:" in json.loads((tmp_path / "again" / "export.json").read_text())["verified_on"]
+    # A base that is gone is not looked for on the hub.
+    shutil.move("base", "moved")
+    answer = run("export", "--adapter", "adapter", "--output_dir", "third")
+    assert answer.code == 3
+    assert "adapter belongs to the base ./base, which is not here; give" in answer.line
+
+
+def test_a_config_of_the_adapter_that_was_broken_is_named(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "config.yaml").write_text("bits: 4\nlora_rr: 3\n")
+    before = tree_hash(tmp_path)
+    answer = run(
+        "export", "--adapter", tmp_path / "adapter", "--model", workshop.base,
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert answer.code == 3
+    assert "config.yaml:2: unknown key lora_rr" in answer.line
+    assert tree_hash(tmp_path) == before
+
+
+def test_another_base_needs_a_word(run: Run, workshop: Any, tmp_path: Path) -> None:
+    shutil.copytree(workshop.base, tmp_path / "base")
+    edit_weights(tmp_path / "base", lambda tensors: tensors["lm_head.weight"].neg_())
+    before = tree_hash(tmp_path)
+    command = (
+        "export", "--adapter", workshop.adapter, "--model", tmp_path / "base",
+        "--output_dir", tmp_path / "out", "--verify", workshop.rows,
+    )  # fmt: skip
+    answer = run(*command)
+    assert answer.code == 3
+    assert "--allow_other_base" in answer.line
+    assert tree_hash(tmp_path) == before
+    assert run(*command, "--allow_other_base").code == 0
+
+
+def test_an_adapter_of_peft_is_exported_in_the_bits_that_are_given(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    answer = run(
+        "export", "--adapter", tmp_path / "adapter", "--bits", "16", "--output_dir",
+        tmp_path / "out", "--verify", workshop.rows, "--dtype", "fp32",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    merged = model.merge_and_unload().state_dict()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    key = "model.layers.1.self_attn.q_proj.weight"
+    report = json.loads((tmp_path / "out" / "export.json").read_text())
+    # The base is held in this machine's compute dtype; it was saved in bf16, which fp32 holds too.
+    torch.testing.assert_close(found[key], merged[key].float(), rtol=1e-6, atol=1e-6)
+    assert report["base"]["bits"] == 16

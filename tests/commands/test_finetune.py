@@ -1,0 +1,232 @@
+"""Laws of the finetune command: what it writes, what it refuses, and that it refuses early."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from families import save_checkpoint
+
+from qlora_kit.commands.finetune import QUICKSTART, main
+
+SETTINGS = "--bits 16 --dtype fp32 --lora_r 4 --batch_size 2 --gradient_accumulation_steps 2"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Arguments that name a tiny base and rows with and without a prompt that fits."""
+    place = tmp_path_factory.mktemp("finetune")
+    save_checkpoint(place / "base")
+    draw = random.Random(1)
+
+    def rows(count):
+        for _ in range(count):
+            words = [f"w{draw.randint(3, 90)}" for _ in range(draw.randint(3, 9))]
+            yield {"prompt": " ".join(words), "completion": " ".join(reversed(words))}
+
+    (place / "data").mkdir()
+    for name, count in (("train", 10), ("valid", 4)):
+        lines = [json.dumps(row) for row in rows(count)]
+        (place / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return ["--model", str(place / "base"), "--data", str(place / "data"), *SETTINGS.split()]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """The directory of a run of two epochs."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    mask = os.umask(0o027)
+    try:
+        assert main([*inputs, "--num_train_epochs", "2", "--output_dir", str(output)]) == 0
+    finally:
+        os.umask(mask)
+    return output
+
+
+def error_of(capsys):
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_finished_run_has_the_files_of_the_contract(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "README.md",
+    }
+    for path in finished.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+
+
+def test_run_json_says_what_the_run_was(finished):
+    run = json.loads((finished / "run.json").read_text())
+    assert set(run) >= {"config", "versions", "model", "data", "train", "eval", "memory"}
+    assert run["config"]["lora_r"] == 4
+    assert run["model"]["name"] == "base"
+    # 4 linears: 2 layers of q (64 -> 64) and v (64 -> 64, without grouping), rank 4.
+    assert run["model"]["trainable_parameters"] == 4 * 4 * (64 + 64)
+    assert len(run["model"]["fingerprint"]) == 64
+    assert run["data"]["rows"] == 10
+    assert run["train"]["steps"] == 6  # 3 windows of 4, 4 and 2 rows, twice
+    assert run["train"]["tokens"] == 2 * run["data"]["tokens"]
+    assert run["train"]["tokens_per_s"] == pytest.approx(
+        run["train"]["tokens"] / run["train"]["seconds"]
+    )
+    assert run["eval"]["loss_before"] != run["eval"]["loss_after"]
+    measured = run["memory"]["measured"]
+    assert measured["weights"] == measured["weights_quantized"] + measured["weights_other"]
+    assert measured["adapters"] == measured["gradients"] == 4 * run["model"]["trainable_parameters"]
+    assert 0 < measured["optimizer"] < measured["peak"]
+
+
+def test_metrics_have_a_line_a_step(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
+    run = json.loads((finished / "run.json").read_text())
+    fields = "step loss learning_rate grad_norm tokens supervised_tokens seconds peak_bytes"
+    assert all(set(line) == set(fields.split()) for line in lines)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[0]["loss"] == run["train"]["first_loss"]
+    assert lines[-1]["loss"] == run["train"]["last_loss"]
+    assert sum(line["tokens"] for line in lines) == run["train"]["tokens"]
+    supervised = sum(line["supervised_tokens"] for line in lines)
+    assert supervised == 2 * run["data"]["supervised_tokens"]
+
+
+def test_config_yaml_is_resolved_and_the_card_names_the_base(finished):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert (config["dtype"], config["device"], config["optim"]) == ("fp32", "cpu", "adamw")
+    assert config["adapter_dtype"] == "fp32"
+    assert config["max_length"] == 128  # the base's context, which is below 1024
+    assert "quant_type" not in config  # does not apply at 16 bits
+    assert "`base`" in (finished / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--target_modules", "nope_proj"], 2, ["nope_proj", "q_proj (2)", "down_proj (2)"]),
+        (["--target_modules", "q_proj,nope"], 2, ["nope", "q_proj (2)"]),
+        (["--lora_r", "200"], 2, ["lora_r 200", "above the largest dimension"]),
+        (["--max_length", "129"], 2, ["129", "128", "--allow_longer_context"]),
+        (["--eval_steps", "1", "--eval_fraction", "0"], 2, ["eval_steps 1", "nothing is held out"]),
+        (["--load_best"], 2, ["load_best", "eval_steps"]),
+        (["--early_stopping", "2"], 2, ["early_stopping 2", "eval_steps"]),
+        (["--override", "seed"], 2, ["override", "resume_from_checkpoint"]),
+        (["--overwrite", "--resume_from_checkpoint", "auto"], 2, ["overwrite", "name one"]),
+        (["--resume_from_checkpoint", "/nowhere/checkpoint-1"], 3, ["/nowhere/checkpoint-1"]),
+        (["--save_total_limit", "0"], 2, ["save_total_limit", "at least 1"]),
+        (["--save_steps", "-1"], 2, ["save_steps", "at least 0"]),
+        (["--device", "cuda:9"], 4, ["cuda:9"]),
+        (["--report_to", "surely_not"], 2, ["surely_not"]),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_weight_is_read(
+    inputs, tmp_path, capsys, monkeypatch, arguments, code, said
+):
+    if "--eval_fraction" in arguments:
+        data = inputs[inputs.index("--data") + 1] + "/train.jsonl"
+        arguments = [*arguments, "--data", data]
+    if "--report_to" not in arguments:
+        # Weights are only read through this name.
+        monkeypatch.setattr("qlora_kit.commands.run.read_weights", lambda base: 1 / 0)
+    output = tmp_path / "run"
+    assert main([*inputs, *arguments, "--output_dir", str(output)]) == code
+    error = error_of(capsys)
+    assert error.startswith("error: ")
+    assert len(error) <= 400
+    for part in said:
+        assert part in error, (part, error)
+    assert not output.exists()
+
+
+def test_a_directory_that_is_not_empty_is_refused_and_overwrite_replaces_it(
+    inputs, tmp_path, capsys
+):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    assert main([*inputs, "--max_steps", "1", "--output_dir", str(output)]) == 2
+    assert "is not empty" in error_of(capsys)
+    assert main([*inputs, "--output_dir", str(output), "--resume_from_checkpoint", "auto"]) == 2
+    assert "is not empty" in error_of(capsys)
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+    assert main([*inputs, "--max_steps", "1", "--output_dir", str(output), "--overwrite"]) == 0
+    assert not (output / "mine.txt").exists()
+    assert (output / "run.json").exists()
+
+
+def test_a_directory_inside_the_model_is_refused(inputs, capsys):
+    base = inputs[1]
+    before = sorted(os.listdir(base))
+    for place in (base, f"{base}/inside"):
+        assert main([*inputs, "--output_dir", place, "--overwrite"]) == 2
+        assert "overlaps" in error_of(capsys)
+    assert sorted(os.listdir(base)) == before
+
+
+def test_links_to_the_directory_are_kept(inputs, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    command = [*inputs, "--max_steps", "2", "--save_steps", "1", "--output_dir"]
+    assert main([*command, str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "checkpoint-2").is_dir()
+    assert (tmp_path / "real" / "run.json").exists()
+
+
+def test_few_steps_are_said_with_the_value_that_gives_fifty(inputs, tmp_path, capsys):
+    assert main([*inputs, "--output_dir", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"only 3 optimizer steps: --num_train_epochs (\d+) or --max_steps 50", said)
+    assert found, said
+    from qlora_kit.data.batch import num_steps
+
+    assert num_steps(10, 2, 2, float(found[1]), None) >= 50 > num_steps(10, 2, 2, 16, None)
+    assert main([*inputs, "--max_steps", "20", "--output_dir", str(tmp_path / "b")]) == 0
+    assert "only" not in capsys.readouterr().out
+
+
+def test_prompts_are_answered_before_and_after_within_the_context(inputs, tmp_path, capsys):
+    """A held-out prompt that fills the context leaves no room for an answer, and is passed over."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "valid"):
+        text = (Path(inputs[inputs.index("--data") + 1]) / f"{name}.jsonl").read_text()
+        long = json.dumps({"prompt": " ".join(["w5"] * 120), "completion": "w6"}) + "\n"
+        (data / f"{name}.jsonl").write_text(long + text if name == "valid" else text)
+    arguments = ["--data", str(data), "--sample_prompts", "2", "--max_steps", "1"]
+    assert main([*inputs, *arguments, "--output_dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "held-out prompt 2" in said
+    assert "held-out prompt 3" not in said
+    assert "w5 w5 w5 w5" not in said
+    assert re.search(r"right answers: \d of 2 before, \d of 2 after", said)
+
+
+@pytest.mark.skipif(not QUICKSTART.exists(), reason="no quickstart.yaml yet")
+def test_without_a_flag_the_quickstart_is_shown_and_run(tmp_path, capsys, monkeypatch):
+    """Its file is an ordinary config; a flag beats it."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--max_steps", "2", "--batch_size", "1", "--gradient_accumulation_steps", "1"]
+    began = time.monotonic()
+    assert main(arguments) == 0
+    assert time.monotonic() - began < 90
+    said = capsys.readouterr().out
+    for line in QUICKSTART.read_text().splitlines():
+        assert line in said
+    assert "held-out prompt 3" in said
+    assert "memory of the base" in said
+    (run,) = (tmp_path / "runs").iterdir()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["model"], config["bits"], config["max_steps"]) == ("tiny", 4, 2)

@@ -1,0 +1,127 @@
+"""Laws of `qlora-kit generate`: the text that is streamed is the text of the model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tree_hash
+from peft import LoraConfig, get_peft_model
+from trained import trained_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_kit.config import BaseConfig, RunConfig, dump
+
+Run = Callable[..., Any]
+
+
+def greedy(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
+    """The likeliest continuation by full forwards without a cache, as text."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if (
+        tokenizer.bos_token_id is not None
+        and ids[0, 0] != tokenizer.bos_token_id
+        and (tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+    ):
+        ids = torch.cat((torch.tensor([[tokenizer.bos_token_id]]), ids), 1)
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(count):
+            token = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+            if int(token) == tokenizer.eos_token_id:
+                break
+            ids = torch.cat((ids, token), 1)
+    return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+
+
+def test_the_base_goes_on_as_plain_transformers_does(run: Run, workshop: Any) -> None:
+    answer = run(
+        "generate", "--model", workshop.base, "--bits", 16, "--dtype", "fp32", "--prompt", "Once",
+        "--max_new_tokens", 20,
+    )  # fmt: skip
+    assert (answer.code, answer.err) == (0, "")
+    model = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(workshop.base)
+    assert answer.out == greedy(model, tokenizer, "Once", 20) + "\n"
+
+
+def test_an_adapter_changes_what_is_said(run: Run, workshop: Any) -> None:
+    flags = ("--model", workshop.base, "--prompt", "Once", "--max_new_tokens", 20)
+    answer = run("generate", "--adapter", workshop.adapter, *flags)
+    assert (answer.code, answer.err) == (0, "")
+    model = trained_model(workshop.base, bits=4, dtype="fp32")
+    tokenizer = AutoTokenizer.from_pretrained(workshop.base)
+    assert answer.out == greedy(model, tokenizer, "Once", 20) + "\n"
+    without = run("generate", *flags, "--bits", 4, "--dtype", "fp32")
+    assert without.out != answer.out
+
+
+def test_drawing_depends_on_the_seed_alone(run: Run, workshop: Any) -> None:
+    flags = (
+        "generate", "--model", workshop.base, "--bits", 16, "--prompt", "a", "--temperature", 1,
+        "--top_p", 0.9, "--max_new_tokens", 30,
+    )  # fmt: skip
+    texts = [run(*flags, "--seed", seed).out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_adapter_names_its_base(
+    run: Run, workshop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    config = RunConfig(base=BaseConfig(model=str(workshop.base), dtype="fp32"))
+    (tmp_path / "adapter" / "config.yaml").write_text(dump(config.as_flat()))
+    flags = ("--prompt", "Once", "--max_new_tokens", 8)
+    named = run("generate", "--adapter", workshop.adapter, "--model", workshop.base, *flags)
+    assert run("generate", "--adapter", tmp_path / "adapter", *flags).out == named.out
+    # Without a config.yaml the header has a name, which is no path and no short name.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter" / "config.yaml").unlink()
+    answer = run("generate", "--adapter", "adapter", *flags)
+    assert answer.code == 3
+    assert answer.line.startswith("error: base: neither a directory here nor a known short name")
+
+
+def test_an_adapter_of_peft_says_its_base_and_not_its_bits(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    answer = run(
+        "generate", "--adapter", tmp_path / "adapter", "--bits", 16, "--dtype", "fp32", "--prompt",
+        "Once", "--max_new_tokens", 12,
+    )  # fmt: skip
+    assert (answer.code, answer.err) == (0, "")
+    tokenizer = AutoTokenizer.from_pretrained(workshop.base)
+    assert answer.out == greedy(model.eval(), tokenizer, "Once", 12) + "\n"
+
+
+def test_a_prompt_in_a_template_needs_one(run: Run, workshop: Any) -> None:
+    answer = run("generate", "--model", workshop.base, "--prompt", "hi", "--chat")
+    assert answer.code == 3
+    assert "no chat template" in answer.line
+
+
+def test_what_cannot_be_generated_is_refused(run: Run, workshop: Any, tmp_path: Path) -> None:
+    before = tree_hash(workshop.base.parent)
+    cases: list[tuple[list[object], int, str]] = [
+        (["--model", workshop.base], 2, "no prompt is given; give --prompt TEXT"),
+        (["--model", workshop.base, "--prompt", "x", "--max_new_tokens", 500], 2, "context of 128"),
+        (["--model", tmp_path / "no", "--prompt", "x"], 3, "no: no such directory"),
+        (["--adapter", tmp_path / "no", "--prompt", "x"], 3, "no: no such directory"),
+        (["--adapter", workshop.base, "--prompt", "x"], 3, "holds no adapter_config.json"),
+    ]
+    for flags, code, words in cases:
+        answer = run("generate", *flags)
+        assert answer.code == code
+        assert words in answer.line
+        assert answer.out == ""
+    assert tree_hash(workshop.base.parent) == before

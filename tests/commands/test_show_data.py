@@ -1,0 +1,281 @@
+"""show-data shows what the loop gets: on the terminal, as JSON and as a page."""
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+from chat_tokenizer import chat_tokenizer
+from families import tree_hash
+
+from qlora_kit.commands import data_report
+from qlora_kit.commands.show_data import main
+from qlora_kit.data.batch import collate_packs, padding_id, steps
+from qlora_kit.data.order import make_packs
+from qlora_kit.data.prompt import encode_rows
+from qlora_kit.data.read import read_rows
+from qlora_kit.errors import ERROR_LINE_LIMIT
+
+CHATS = [
+    [("user", "he <b> & 'x'"), ("assistant", "hello"), ("user", "q"), ("assistant", "on\n🙂")],
+    [("user", "spell </s> it"), ("assistant", "it is </s>")],
+    [("user", "nobody answers")],
+    [("user", "h"), ("assistant", "yes"), ("user", "long " * 60), ("assistant", "never seen")],
+    [("user", "h" * 400), ("assistant", "no")],
+    [("user", "spell </s> it"), ("assistant", "it is </s>")],
+    [("user", "a"), ("assistant", "b")],
+    [("user", "c"), ("assistant", "d")],
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A directory with a tokenizer and a context, and no weight."""
+    directory = tmp_path_factory.mktemp("model")
+    chat_tokenizer().save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps({"max_position_embeddings": 200}))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    rows = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in CHATS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(capsys, *arguments, code=0):
+    assert main([str(a) for a in arguments]) == code
+    return capsys.readouterr()
+
+
+def arguments(model, data, *more):
+    return ("--model", model, "--data", data, "--chat_template", "plain", *more)
+
+
+def test_json_is_what_the_loop_gets(capsys, model, chats):
+    options = ("--eval_fraction", 0, "--rows", 8, "--json", "--batch_size", 2)
+    report = json.loads(run(capsys, *arguments(model, chats, *options)).out)
+    from transformers import AutoTokenizer
+
+    from qlora_kit.data.template import use_template
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    use_template(tokenizer, "plain")
+    encoded = encode_rows(read_rows(chats), tokenizer, 200)
+    train = report["train"]
+    assert report["format"] == "messages"
+    assert report["max_length"] == 200
+    assert (train["rows"], train["tokens"]) == (len(encoded.rows), encoded.tokens)
+    assert train["supervised_tokens"] == encoded.supervised_tokens
+    assert train["supervised_share"] == encoded.supervised_tokens / encoded.tokens
+    assert train["skipped"] == {"no assistant turn": 1, "prompt longer than max_length": 1}
+    assert train["skipped_rows"] == [
+        [f"{chats}:3", "no assistant turn"],
+        [f"{chats}:5", "prompt longer than max_length"],
+    ]
+    assert (train["truncated"], train["duplicates"]) == (1, 1)
+    assert train["truncated_rows"] == [[f"{chats}:4", train["cut_tokens"]]]
+    assert train["cut_tokens"] > 200
+    assert sum(count for _, _, count in report["bins"]) == len(encoded.rows)
+    for first, last, count in report["bins"]:
+        lengths = [len(row.input_ids) for row in encoded.rows]
+        assert sum(first <= length <= last for length in lengths) == count
+    # Padding as the loop's own windows have it.
+    pad = padding_id(tokenizer)
+    common = {"batch_size": 2, "accumulation": 1, "seed": 42, "pad_id": pad}
+    packs = make_packs(encoded.rows.lengths, 200, 42)
+    assert report["packs"] == len(packs)
+    for name, count, more in (
+        ("random", 6, {}),
+        ("by length", 6, {"group_by_length": True}),
+        ("packed", len(packs), {"packs": packs}),
+    ):
+        windows = steps(encoded.rows, num_steps=-(-count // 2), **common, **more)
+        batches = [batch for window in windows for batch in window]
+        total = sum(batch["input_ids"].numel() for batch in batches)
+        assert report["padding"][name] == pytest.approx(1 - encoded.tokens / total)
+    # The rows, token by token.
+    shown = [row for row in report["rows"] if row["skipped"] is None]
+    assert [row["tokens"] for row in shown] == [len(row.input_ids) for row in encoded.rows]
+    for row, source in zip(shown, encoded.rows, strict=True):
+        text = "".join(piece["text"] for piece in row["pieces"])
+        assert text == tokenizer.decode(source.input_ids)
+        learnt = "".join(piece["text"] for piece in row["pieces"] if piece["trained"])
+        assert learnt == tokenizer.decode([t for t in source.labels if t != -100])
+        assert sum(piece["tokens"] for piece in row["pieces"]) == len(source.input_ids)
+        ends = [p for p in row["pieces"] if p["special"] and p["trained"]]
+        assert sum(piece["tokens"] for piece in ends) == source.labels.count(1)
+    assert [row["skipped"] for row in report["rows"] if row["skipped"]] == list(train["skipped"])
+    assert collate_packs([list(encoded.rows)[:1]], pad)["num_supervised"]
+
+
+def test_the_terminal_has_rows_counts_lengths_and_reasons(capsys, model, chats):
+    out = run(capsys, *arguments(model, chats, "--eval_fraction", 0, "--rows", 4)).out
+    assert f"{chats}:1" in out
+    assert "⟦hello</s>⟧\nUser:\nq\nAssistant:\n⟦on\n🙂</s>⟧" in out
+    # A control token that a user spells is not trained on, and one that ends a turn is.
+    assert "spell </s> it\nAssistant:\n⟦it is </s></s>⟧" in out
+    assert "skipped: no assistant turn" in out
+    assert "tokens, 4 trained on, truncated" in out
+    assert "1 rows skipped: prompt longer than max_length" in out
+    assert f"{chats}:5: prompt longer than max_length" in out
+    assert "1 rows truncated" in out
+    assert "1 rows are the same as an earlier one" in out
+    assert re.search(r"batches of 8: [\d.]+% in random order, [\d.]+% with --group_by_length", out)
+    assert re.search(r"\d+-\d+ +█+ \d", out)
+
+
+COLOURS = "from qlora_kit.commands.show_data import main; import sys; sys.exit(main(sys.argv[1:]))"
+
+
+def test_in_colour_the_trained_text_has_its_own(model, chats, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    given = [str(a) for a in arguments(model, chats, "--eval_fraction", 0, "--rows", 1)]
+    command = [sys.executable, "-c", COLOURS, *given]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    styles = dict(re.findall(r"(\x1b\[[\d;]+m)([^\x1b]+)\x1b\[0m", out))
+    texts = {text: style for style, text in styles.items()}
+    assert "⟦" not in out
+    found = re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m", out)
+    style_of = {text: style for style, text in found}
+    assert style_of["hello"] != style_of["</s>"]
+    assert style_of["<s>"] not in (style_of["hello"], style_of["</s>"])
+    assert "Assistant" not in " ".join(texts)
+    assert style_of["trained on"] == style_of["hello"]
+
+
+class Page(html.parser.HTMLParser):
+    """The texts of a page by the class of their span; every tag closed."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.spans, self.text, self.links = [], [], "", []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append((tag, dict(attrs)))
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1][0] == "span" and any(t == "pre" for t, _ in self.open):
+            self.spans.append((self.open[-1][1].get("class", "").split(), data))
+
+
+def test_the_page_stands_alone_and_says_the_same(capsys, model, chats, tmp_path):
+    path = tmp_path / "page.html"
+    options = ("--eval_fraction", 0, "--rows", 4, "--html", path)
+    out = run(capsys, *arguments(model, chats, *options)).out
+    assert f"page: {path}" in out
+    text = path.read_text()
+    page = Page(text)
+    assert page.links == []
+    assert "<script" not in text
+    assert "http" not in text
+    learnt = "".join(data for kinds, data in page.spans if "t" in kinds)
+    assert learnt == "hello</s>on\n🙂</s>it is </s></s>yes</s>"
+    control = [data for kinds, data in page.spans if "c" in kinds]
+    assert "".join(control) == "<s></s></s><s></s><s></s>"
+    # What a row says is text, never a tag.
+    assert "he <b> & 'x'" in page.text
+    assert "he &lt;b&gt; &amp;" in text
+    for said in ("skipped: no assistant turn", "prompt longer than max_length", "truncated"):
+        assert said in page.text
+
+
+def test_rows_of_prompts_and_texts_are_shown_too(capsys, model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "he", "a": "on"}\n' * 3)
+    options = ("--columns", "q=prompt,a=completion", "--rows", 1)
+    out = run(capsys, "--model", model, "--data", path, *options).out
+    assert "<s>he⟦on</s>⟧" in out
+    assert "rows.jsonl (prompt), max_length 200" in out
+    assert "of the held-out rows" not in out
+    assert "1 held-out rows are also trained on" in out
+    text = tmp_path / "book.txt"
+    text.write_text("hello he\n" * 100)
+    out = run(capsys, "--model", model, "--data", text, "--max_length", 50, "--rows", 2).out
+    assert "(part 1 of" in out
+    assert "cut into several rows" in out
+
+
+def test_nothing_changes_on_disk_and_nothing_is_written_for_an_error(
+    capsys, model, chats, tmp_path
+):
+    before = tree_hash(model), tree_hash(tmp_path)
+    run(capsys, *arguments(model, chats, "--eval_fraction", 0))
+    assert (tree_hash(model), tree_hash(tmp_path)) == before
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    before = tree_hash(tmp_path)
+    chats_gone = tmp_path / "gone.jsonl"
+    done = run(capsys, *arguments(model, chats_gone, "--html", page), code=3)
+    assert done.err.startswith("error: ")
+    assert "gone.jsonl: no such file" in done.err
+    assert tree_hash(tmp_path) == before
+    for bad, reason in ((tmp_path, "is a directory"), (tmp_path / "no" / "x.html", "no directory")):
+        err = run(capsys, *arguments(model, chats, "--html", bad), code=2).err
+        assert reason in err
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "wrong type"])
+def test_a_broken_tokenizer_is_named(capsys, chats, tmp_path, damage):
+    # T1
+    directory = tmp_path / "model"
+    chat_tokenizer().save_pretrained(directory)
+    path = directory / "tokenizer.json"
+    raw = path.read_text()
+    path.unlink()
+    if damage != "gone":
+        path.write_text(raw[:1000] if damage == "cut" else "[1, 2]")
+    err = run(capsys, *arguments(directory, chats), code=3).err
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "tokenizer" in err
+    assert len(err.splitlines()[-1]) <= ERROR_LINE_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "reason"),
+    [
+        (("--rows", "-1"), 2, "rows must be"),
+        (("--columns", "a=b"), 2, "is not NAME=FIELD"),
+        (("--packing", "--group_by_length"), 2, "packing and group_by_length"),
+        (("--max_length", "201"), 2, "max_length 201 is above the model's context of 200"),
+        (("--chat_template", "vicuna"), 2, "neither a file nor one of ours"),
+        (("--rwos", "1"), 2, "did you mean --rows"),
+        (("--max_length", "5"), 3, "cannot be trained on"),
+    ],
+)
+def test_what_cannot_be_is_refused(capsys, model, chats, flags, code, reason):
+    err = run(capsys, "--model", model, "--data", chats, *flags, code=code).err
+    if "--chat_template" not in flags and code == 3:
+        err = run(capsys, *arguments(model, chats, *flags), code=code).err
+    assert reason in err
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_bars_hold_every_length_once():
+    for lengths in ([5], [1, 1000], list(range(7, 90)), [3] * 9 + [4]):
+        bins = data_report._bins(lengths)
+        assert len(bins) <= data_report.BINS
+        assert sum(count for _, _, count in bins) == len(lengths)
+        assert all(a[1] + 1 == b[0] for a, b in pairwise(bins))

@@ -1,0 +1,269 @@
+"""Laws of the options: every check, every conversion, and the round trip of a saved config."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_kit.commands.arguments import parse
+from qlora_kit.config import (
+    BaseConfig,
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    LoRAConfig,
+    Options,
+    OutputConfig,
+    RunConfig,
+    TrainingConfig,
+    as_flat,
+    dump,
+    flag_of,
+)
+from qlora_kit.errors import ConfigError
+
+GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
+ALL = (*GROUPS, ExportConfig, GenerateConfig, EvaluateConfig)
+
+# (group, field, good values, bad values); values as the command line or a file hands them over.
+CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
+    (BaseConfig, "model", ["tiny", "a/b", 7], ["", " ", True, ["a"]]),
+    (BaseConfig, "bits", [4, 8, 16, "8", " 16 "], [3, 0, -4, "4.0", 4.5, True, "four", "²"]),
+    (BaseConfig, "quant_type", ["nf4", "fp4"], ["int4", "NF4", ""]),
+    (BaseConfig, "double_quant", [True, False, "on", "no"], [1, "maybe"]),
+    (BaseConfig, "dtype", ["auto", "bf16", "fp16", "fp32"], ["float", "int8"]),
+    (BaseConfig, "device", ["auto", "cpu", "cuda", "cuda:1"], ["", "gpu", "cuda:x", "cpu:0"]),
+    (DataConfig, "data", ["sample", "x.jsonl"], [""]),
+    (DataConfig, "eval_fraction", [0, 0.5, "0.05"], [1, -0.1, "nan", math.inf, "x", 1.5]),
+    (DataConfig, "format", ["auto", "text", "prompt", "instruction", "messages"], ["csv", ""]),
+    (DataConfig, "max_length", [2, 4096], [0, 1, -5, "1e3", 2.5]),
+    (LoRAConfig, "r", [1, 16, 65536], [0, -4, "1.5", "abc", 99999999, 10**30, "9" * 5000]),
+    (LoRAConfig, "alpha", [1, 0.5, "32"], [0, -1, "nan", "inf", math.nan, "1e400", 10**400]),
+    (LoRAConfig, "dropout", [0, 0.99], [1.0, 1.5, -0.1, "nan"]),
+    (LoRAConfig, "target_modules", ["auto", "a,b", ["a", "b"], ("a",)], ["", [], [1], {}, 5.5j]),
+    (TrainingConfig, "learning_rate", [1e-9, "2e-4", 1], [0, -1e-4, "nan", "1e400", "lots"]),
+    (TrainingConfig, "lr_scheduler_type", ["cosine", "linear", "constant"], ["step", "Cosine"]),
+    (TrainingConfig, "warmup_steps", [0, 0.03, 100], [-1, "nan"]),
+    (TrainingConfig, "weight_decay", [0, 0.1], [-0.1, "inf"]),
+    (TrainingConfig, "max_grad_norm", [0.3], [0, -1, "nan"]),
+    (TrainingConfig, "optim", ["auto", "adamw", "paged_lion_8bit"], ["sgd"]),
+    (TrainingConfig, "batch_size", [1, "8"], [0, -1, "two"]),
+    (TrainingConfig, "gradient_accumulation_steps", [1], [0, 0.5]),
+    (TrainingConfig, "num_train_epochs", [0.5, 3], [-1, "nan", "inf"]),
+    (TrainingConfig, "max_steps", [1], [-1, 1.5, 0]),
+    (TrainingConfig, "gradient_checkpointing", ["none", "full"], ["some"]),
+    (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63, "x"]),
+    (OutputConfig, "output_dir", ["out"], [""]),
+    (OutputConfig, "logging_steps", [1], [0]),
+    (ExportConfig, "format", ["hf"], ["gguf", "safetensors"]),
+    (ExportConfig, "merge_base", ["dequantized", "original"], ["both"]),
+    (ExportConfig, "shard_size", [2**20], [2**20 - 1, 0, "4GB"]),
+    (ExportConfig, "max_kl", [0, 1e-3], [-1e-9, "nan"]),
+    (GenerateConfig, "max_new_tokens", [1], [0, -1]),
+    (GenerateConfig, "temperature", [0, 1.5], [-0.1, 101, "nan"]),
+    (GenerateConfig, "top_p", [1, 0.01], [0, 1.01, "nan"]),
+    (EvaluateConfig, "generate", [0, 5], [-1, "all"]),
+    (EvaluateConfig, "batch_size", [1], [0]),
+]
+
+
+@pytest.mark.parametrize(("group", "field", "good", "bad"), CHECKS, ids=lambda v: str(v)[:30])
+def test_an_option_takes_what_it_says_and_nothing_else(
+    group: type[Options], field: str, good: list[Any], bad: list[Any]
+) -> None:
+    name = next(flag_of(f) for f in dataclasses.fields(group) if f.name == field)  # type: ignore[arg-type]
+    for value in good:
+        group(**{field: value})
+    for value in bad:
+        with pytest.raises(ConfigError) as caught:
+            group(**{field: value})
+        assert caught.value.exit_code == 2
+        assert name in caught.value.problem  # the name that the user typed
+        assert len(str(caught.value)) < 300  # a huge value is not repeated
+
+
+def test_values_arrive_as_their_own_type() -> None:
+    made = TrainingConfig(learning_rate="2e-4", max_steps="12", warmup_steps=3)  # type: ignore[arg-type]
+    assert (made.learning_rate, made.max_steps, made.warmup_steps) == (2e-4, 12, 3.0)
+    assert isinstance(made.max_steps, int)
+    assert isinstance(made.warmup_steps, float)
+    assert LoRAConfig(target_modules=["q_proj", "v_proj"]).target_modules == ("q_proj", "v_proj")  # type: ignore[arg-type]
+    assert BaseConfig(double_quant="off").double_quant is False  # type: ignore[arg-type]
+
+
+def test_a_message_says_option_range_and_value() -> None:
+    for given, line in {
+        "0": "lora_r must be at least 1 and at most 65536, got 0",
+        "abc": "lora_r must be a whole number (at least 1 and at most 65536), got abc",
+        "1.5": "lora_r must be a whole number (at least 1 and at most 65536), got 1.5",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            LoRAConfig(r=given)  # type: ignore[arg-type]
+        assert caught.value.problem == line
+
+
+def test_everything_wrong_is_said_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig(learning_rate=0, batch_size=0, optim="sgd", seed=-1)
+    for name in ("learning_rate", "per_device_train_batch_size", "optim", "seed"):
+        assert f"{name} must be" in caught.value.problem
+
+
+def test_quant_options_belong_to_four_bits() -> None:
+    assert (BaseConfig().quant_type, BaseConfig().double_quant) == ("nf4", True)
+    for bits in (8, 16):
+        left_alone = BaseConfig(bits=bits)
+        assert (left_alone.quant_type, left_alone.double_quant) == (None, None)
+        assert not {"quant_type", "double_quant"} & as_flat(left_alone).keys()
+        for given in ({"quant_type": "nf4"}, {"double_quant": True}, {"double_quant": False}):
+            with pytest.raises(ConfigError, match=r"bits 4 \(nf4 or fp4, double_quant on or off\)"):
+                BaseConfig(bits=bits, **given)  # type: ignore[arg-type]
+
+
+def test_no_step_to_train_is_refused() -> None:
+    for options in ({"num_train_epochs": 0}, {"num_train_epochs": 0, "max_steps": 0}):
+        with pytest.raises(ConfigError, match="num_train_epochs 0 with max_steps 0"):
+            TrainingConfig(**options)  # type: ignore[arg-type]
+    assert TrainingConfig(num_train_epochs=0, max_steps=5).max_steps == 5
+
+
+def test_held_out_rows_are_named_once() -> None:
+    with pytest.raises(ConfigError, match=r"eval_fraction 0\.1 is given beside eval_data x\.jsonl"):
+        DataConfig(eval_data="x.jsonl", eval_fraction=0.1)
+
+
+def test_the_length_of_rows_knows_the_context() -> None:
+    assert DataConfig().length_in(512) == 512
+    assert DataConfig().length_in(8192) == 1024
+    assert DataConfig(max_length=512).length_in(512) == 512
+    with pytest.raises(ConfigError, match=r"max_length 513 .* 512"):
+        DataConfig(max_length=513).length_in(512)
+    assert DataConfig(max_length=513, allow_longer_context=True).length_in(512) == 513
+
+
+@pytest.mark.parametrize("group", ALL)
+def test_an_option_is_frozen_and_has_a_help(group: type[Options]) -> None:
+    made = group()
+    for field in dataclasses.fields(group):  # type: ignore[arg-type]
+        assert field.metadata["option"]["help"]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, None)
+
+
+def test_scaling() -> None:
+    assert LoRAConfig(r=16, alpha=32).scaling == 2
+    assert LoRAConfig(r=16, alpha=32, use_rslora=True).scaling == 8
+
+
+# One value that is not the default for every option of a run.
+OTHER: dict[str, Any] = {
+    "model": "./somewhere",
+    "revision": "v1.0",
+    "bits": 4,
+    "quant_type": "fp4",
+    "double_quant": False,
+    "dtype": "fp32",
+    "device": "cuda:1",
+    "data": "rows.jsonl",
+    "eval_fraction": 0.25,
+    "format": "text",
+    "train_on_prompt": True,
+    "max_length": 77,
+    "allow_longer_context": True,
+    "r": 3,
+    "alpha": 7.5,
+    "dropout": 0.125,
+    "target_modules": ("q_proj", "o_proj"),
+    "use_rslora": True,
+    "adapter_dtype": "fp32",
+    "learning_rate": 3e-7,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.5,
+    "weight_decay": 0.01,
+    "max_grad_norm": 0.5,
+    "optim": "lion_8bit",
+    "batch_size": 3,
+    "gradient_accumulation_steps": 5,
+    "num_train_epochs": 1.5,
+    "max_steps": 9,
+    "gradient_checkpointing": "none",
+    "seed": 2**63 - 1,
+    "output_dir": "out: put #1",
+    "overwrite": True,
+    "logging_steps": 4,
+    "report_to": "tensorboard",
+    "sample_prompts": 2,
+    "compare_bits": True,
+}
+
+
+def changed(group: type[Options]) -> Options:
+    """A group in which as many options as can go together are not what they are by default."""
+    made = group()
+    for field in sorted(dataclasses.fields(group), key=lambda f: f.name not in OTHER):  # type: ignore[arg-type]
+        if field.name in OTHER:
+            value = OTHER[field.name]
+        elif field.type == "bool":
+            value = not field.default
+        elif isinstance(field.default, int):
+            value = field.default + 1
+        else:
+            continue
+        with contextlib.suppress(ConfigError):
+            made = dataclasses.replace(made, **{field.name: value})  # type: ignore[type-var]
+    return made
+
+
+def test_a_saved_config_gives_the_same_run(tmp_path: Path) -> None:
+    made = [changed(group) for group in GROUPS]
+    for group in made:
+        for name, value in OTHER.items():
+            if hasattr(group, name):
+                assert getattr(group, name) == value
+    run = RunConfig(*made)  # type: ignore[arg-type]
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(run.as_flat()))
+    parsed = parse("finetune", "", GROUPS, ["--config", str(path)])
+    again = RunConfig(*(parsed[group] for group in GROUPS))  # type: ignore[arg-type]
+    assert again == run
+    assert again.as_flat() == run.as_flat()
+
+
+def test_a_saved_config_of_the_defaults_gives_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for run in (RunConfig(), RunConfig(base=BaseConfig(bits=8)), RunConfig(BaseConfig(bits=16))):
+        path.write_text(dump(run.as_flat()))
+        parsed = parse("finetune", "", GROUPS, ["--config", str(path)])
+        assert RunConfig(*(parsed[group] for group in GROUPS)) == run  # type: ignore[arg-type]
+
+
+def test_every_option_survives_the_command_line() -> None:
+    for group in ALL:
+        made = changed(group)
+        argv = []
+        for name, value in as_flat(made).items():
+            if isinstance(value, bool):
+                argv.append(f"--{name}" if value else f"--no_{name}")
+            else:
+                argv += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
+        parsed = parse("any", "", (group,), argv)
+        # A list of names is a text on the command line; both mean the same modules.
+        if group is LoRAConfig:
+            made = dataclasses.replace(made, target_modules="q_proj,o_proj")  # type: ignore[type-var]
+        assert parsed[group] == made
+
+
+def test_names_do_not_clash_within_a_command() -> None:
+    for groups in (GROUPS, (BaseConfig, GenerateConfig), (BaseConfig, DataConfig, EvaluateConfig)):
+        seen: dict[str, str] = {}
+        for group in groups:
+            for field in dataclasses.fields(group):  # type: ignore[arg-type]
+                for name in {flag_of(field), field.name, *field.metadata["option"]["aliases"]}:
+                    assert name not in seen, f"{name} of {group.__name__} and {seen[name]}"
+                    seen[name] = group.__name__

@@ -1,0 +1,274 @@
+"""The house is built as its plan says: floors, doors and who may touch bitsandbytes.
+
+Everything is read off the syntax tree, imports inside functions included; what stands under
+`if TYPE_CHECKING` is never run: it may name a type of the same floor, and makes no cycle.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from qlora_kit.commands.entry import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "qlora_kit"
+FLOORS = {
+    "config": 0,
+    "errors": 0,
+    "files": 0,
+    "base": 1,
+    "data": 1,
+    "lora.layer": 1,
+    "lora.block": 1,
+    "training.attention": 1,
+    "training.loss": 1,
+    "training.optimizer": 1,
+    "lora.inject": 2,
+    "lora.adapter": 2,
+    "lora.bank": 2,
+    "lora.peft_config": 2,
+    "memory.measure": 2,
+    "memory.report": 2,
+    "training.recompute": 2,
+    "training.checkpoint": 2,
+    "training.run_directory": 2,
+    "training.loop": 3,
+    "training.guard": 3,
+    "training.record": 3,
+    "export": 3,
+    "generation": 3,
+    "memory.plan": 4,
+    "commands": 5,
+    "": 5,
+}
+"""The floor of a module, or of a whole folder; the package itself is the empty name."""
+
+SIDEWAYS = {("lora.layer", "base.quantize")}
+"""The one step between folders of a floor: the layer is where both meet."""
+
+BITSANDBYTES = {"base.quantize", "training.optimizer"}
+LIGHT = ("config", "errors", "files", *(f"commands.{name}" for name in COMMANDS))
+LIGHT = (*LIGHT, "commands.entry", "commands.arguments", "commands.adapters")
+LIGHT = (*LIGHT, "commands.config_file", "commands.names")
+"""Modules whose top imports the standard library, yaml and each other only."""
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def statements(
+    node: ast.AST, *, types: bool, functions: bool
+) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports below a node."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif is_type_checking(child) and not types:
+            assert isinstance(child, ast.If)
+            for other in child.orelse:
+                yield from statements(other, types=types, functions=functions)
+        elif functions or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from statements(child, types=types, functions=functions)
+
+
+def imported(name: str, *, types: bool, functions: bool = True) -> set[str]:
+    """Full names of the modules that a module imports."""
+    found = set()
+    for node in statements(tree(name), types=types, functions=functions):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        else:
+            assert node.level == 0, f"{name}: a relative import"
+            assert node.module
+            found.add(node.module)
+    return found
+
+
+def own(name: str, *, types: bool) -> set[str]:
+    """The package's modules that a module imports, by their short names."""
+    inside = {full for full in imported(name, types=types) if full.split(".")[0] == "qlora_kit"}
+    return {full.removeprefix("qlora_kit").removeprefix(".") for full in inside}
+
+
+def floor(name: str) -> int:
+    folder = name.split(".")[0]
+    assert name in FLOORS or folder in FLOORS, f"{name} is on no floor: give it one here"
+    return FLOORS.get(name, FLOORS.get(folder, -1))
+
+
+def folder(name: str) -> str:
+    return name.split(".")[0] if "." in name else ""
+
+
+def test_imports_go_down_or_sideways_in_a_folder() -> None:
+    wrong = []
+    for name in MODULES.keys() - PACKAGES:
+        real = own(name, types=False)
+        for other in own(name, types=True):
+            level = floor(other) == floor(name)
+            # The name of a type may come from the same floor: it is not there when the code runs.
+            beside = level and (folder(other) == folder(name) or other not in real)
+            fine = floor(other) < floor(name) or beside or (name, other) in SIDEWAYS
+            if not fine:
+                wrong.append(f"{name} ({floor(name)}) imports {other} ({floor(other)})")
+    assert not wrong
+
+
+def test_no_module_imports_itself_around_a_corner() -> None:
+    graph = {name: own(name, types=False) for name in MODULES}
+    # Raises CycleError, with the modules of the cycle.
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(MODULES)
+
+
+def test_names_come_from_the_module_that_defines_them() -> None:
+    wrong = []
+    for name in MODULES:
+        for node in statements(tree(name), types=True, functions=True):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
+                "qlora_kit"
+            ):
+                continue
+            home = (node.module or "").removeprefix("qlora_kit").removeprefix(".")
+            if home in PACKAGES:
+                wrong.append(f"{name} imports from the package {node.module}")
+                continue
+            for alias in node.names:
+                if alias.name not in defined(home):
+                    wrong.append(f"{name} imports {alias.name} from {home}, which only has it")
+    assert not wrong
+
+
+@cache
+def defined(name: str) -> frozenset[str]:
+    """The names that a module's own top level makes."""
+    found: set[str] = set()
+    for node in tree(name).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+            found.add(node.name)
+        for target in ast.walk(node):
+            if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store):
+                found.add(target.id)
+    return frozenset(found)
+
+
+def test_sub_packages_are_empty() -> None:
+    assert [name for name in PACKAGES if name and MODULES[name].read_text().strip()] == []
+
+
+def test_only_two_modules_import_bitsandbytes() -> None:
+    users = {
+        name
+        for name in MODULES
+        if any(full.split(".")[0] == "bitsandbytes" for full in imported(name, types=True))
+    }
+    assert users <= BITSANDBYTES
+    # As text it is an import as well: `importlib.import_module("bitsandbytes.optim")`.
+    hidden = {
+        name
+        for name in MODULES
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Call) and "import" in ast.unparse(node.func)
+        if any("bitsandbytes" in ast.unparse(argument) for argument in node.args)
+    }
+    assert not hidden
+
+
+def test_the_loop_knows_neither_lora_nor_the_base_nor_memory() -> None:
+    rooms = {name.split(".")[0] for name in own("training.loop", types=True)}
+    assert rooms.isdisjoint({"lora", "base", "memory", "commands", "export"})
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_answers_at_once_imports_nothing_heavy(name: str) -> None:
+    allowed = {*sys.stdlib_module_names, "yaml"}
+    for full in imported(name, types=False, functions=False):
+        first, _, rest = full.partition(".")
+        assert first in allowed or (first == "qlora_kit" and rest in LIGHT), f"{name}: {full}"
+
+
+def test_no_module_has_the_name_of_a_standard_one() -> None:
+    # `copy`, `select` or `profile` would be found instead of it by a script beside it.
+    own_names = {name.rpartition(".")[2] for name in MODULES}
+    own_names |= {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert not own_names & set(sys.stdlib_module_names) - {""}
+
+
+def test_every_command_has_a_script_of_three_lines() -> None:
+    scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
+    assert scripts.keys() == COMMANDS.keys()
+    for name, path in scripts.items():
+        assert path.read_text() == (
+            f"from qlora_kit.commands.{name} import main\n\nraise SystemExit(main())\n"
+        )
+
+
+HEAVY = ("torch", "transformers", "bitsandbytes", "numpy", "safetensors", "accelerate", "peft")
+BLOCKED = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY}:
+            raise AssertionError(name + " is imported before the arguments are read")
+sys.meta_path.insert(0, Refuse())
+from qlora_kit.commands.entry import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run_blocked(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """A command in a process where nothing heavy can be imported, and its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ""])
+def test_help_needs_no_torch_and_under_a_second(command: str) -> None:
+    done, seconds = run_blocked(*([command] if command else []), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage: " in done.stdout
+    assert seconds < 1  # CPU seconds: what else the machine does is not in it
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bad_flag_needs_no_torch_and_under_a_second(command: str) -> None:
+    done, seconds = run_blocked(command, "--modle", "x")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    *usage, line = done.stderr.splitlines()
+    assert usage[0].startswith(f"usage: qlora-kit {command.replace('_', '-')} ")
+    assert line.startswith("error: unknown flag --modle, did you mean --model?; ")
+    assert seconds < 1

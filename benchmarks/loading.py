@@ -20,13 +20,13 @@ from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import write_result
 
 LOAD = """
-import json, resource, sys, time
+import json, sys, time
 from qlora_kit.base.load import load_base
-from qlora_kit.memory.measure import weight_bytes
+from qlora_kit.memory.measure import peak_bytes, weight_bytes
 began = time.perf_counter()
 model, _ = load_base(sys.argv[1], bits=int(sys.argv[2]), dtype="bf16", device="cpu")
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_bytes(model.get_input_embeddings().weight.device)
 print(json.dumps({"seconds": seconds, "peak_rss": peak, "weights": weight_bytes(model)["weights"]}))
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qlora_kit.base.load import build_on_meta, expected_shapes
+from qlora_kit.base.architecture import build_on_meta, expected_shapes
 from qlora_kit.base.validate import read_config
 
 STD = 0.02

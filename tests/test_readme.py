@@ -1,0 +1,100 @@
+"""The README is true: its example runs, its tables are the measured ones, its tree is the tree."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def section(title):
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.S | re.M)
+    assert found, title
+    return found[1]
+
+
+def table_rows(text):
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_python_example_trains_saves_and_exports(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    assert len([line for line in code.splitlines() if line and not line.startswith(" ")]) <= 12
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
+    assert last < first
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_the_quality_table_is_what_was_measured():
+    measured = json.loads((RESULTS / "quality.json").read_text())["table"]
+    expected = {(row["bits"], row["targets"]): f"{row['mean']:.2f}" for row in measured}
+    rows = table_rows(section("Measured"))
+    found = {}
+    for bits, auto, everything, *_ in rows:
+        found[int(bits), "auto"] = auto
+        found[int(bits), "all-linear"] = everything
+    assert found == expected
+
+
+def test_the_loading_figures_are_what_was_measured():
+    measured = json.loads((RESULTS / "loading.json").read_text())["table"]
+    one_file = {row["bits"]: row for row in measured if row["files"] == 1}
+    for bits, _, _, weights, peak in table_rows(section("Measured")):
+        row = one_file[int(bits)]
+        assert weights == f"{row['weights'] / 2**30:.2f} GiB"
+        assert peak == f"{row['peak_rss'] / 2**30:.2f} GiB"
+
+
+def test_the_two_lines_make_their_own_environment():
+    lines = re.findall(r"^ {4}(python3 -m venv .*)$", README, re.M)
+    assert len(lines) == 2
+    assert all("-c constraints.txt" in line for line in lines)
+    assert lines[0].endswith("scripts/finetune.py")
+    assert lines[1].endswith("-m pytest")
+
+
+def test_the_tree_names_every_module_and_nothing_else():
+    tree = re.search(r"```\nqlora_kit/\n(.*?)```", README, re.S)[1]
+    named, folder = set(), ""
+    for line in tree.splitlines():
+        entry = re.match(r"^( +)([\w.]+/?)", line)
+        if not entry:
+            continue
+        depth, name = len(entry[1]), entry[2]
+        if depth == 2:
+            folder = name if name.endswith("/") else ""
+        if name.endswith(".py"):
+            named.add((folder if depth > 2 else "") + name)
+    package = ROOT / "qlora_kit"
+    there = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert named == there
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ {4}qlora-kit (.*)$", README, re.M))
+def test_every_command_line_uses_flags_that_exist(line):
+    command, *rest = line.split()
+    done = subprocess.run(
+        [sys.executable, f"scripts/{command.replace('-', '_')}.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for flag in (word for word in rest if word.startswith("--")):
+        assert re.search(rf"{flag}\b", done.stdout), flag

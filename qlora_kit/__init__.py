@@ -4,13 +4,18 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "DataConfig": "config",
     "LoRAConfig": "config",
     "TrainingConfig": "config",
     "load_base": "base.load",
+    "load_rows": "data.read",
+    "encode_rows": "data.prompt",
+    "steps": "data.batch",
     "inject_lora": "lora.inject",
     "load_adapter": "lora.adapter",
     "save_adapter": "lora.adapter",
     "export_model": "export.merge",
+    "make_optimizer": "training.optimizer",
     "train": "training.loop",
 }
 __all__ = list(_HOMES)

@@ -10,7 +10,7 @@ backward: the weights do not train, so dx needs dy and the packed bytes only.
 - 4 bits: blocks of 64 values share one scale; the scales are optionally quantized to 8 bits
   themselves (double quant). Products dequantize to the dtype of their input first.
 - 8 bits: W = CB * s, a scale for each row, which folds out of both products exactly:
-  y = (x CB^T) * s and dx = (dy * s) CB. No dequantized weight is ever made.
+  y = (x CB^T) * s and dx = (dy * s) CB. In bf16 and fp16 no dequantized weight is ever made.
 
 This module and `training/optimizer.py` are the only ones that import bitsandbytes.
 Sources: Dettmers et al., QLoRA (arXiv 2305.14314) and LLM.int8() (arXiv 2208.07339).
@@ -170,16 +170,22 @@ class Linear8bit(QuantizedLinear):
         self.register_buffer("row_absmax", row_absmax)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """`weight * row_absmax / 127`, computed in fp32 and rounded once to `dtype`."""
-        return (self.weight * (self.row_absmax / 127).unsqueeze(1)).to(dtype)
+        """`weight * row_absmax / 127`, computed in fp32 (fp64 for fp64) and rounded to `dtype`."""
+        scales = self.row_absmax.double() if dtype is torch.float64 else self.row_absmax
+        return (self.weight * (scales / 127).unsqueeze(1)).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """`x W^T + bias` with the scale applied to the result."""
+        if x.dtype is torch.float32:
+            # A scale in the weight rounds once less: 5.6e-6 against 1.4e-5 on gradients.
+            return super().product(x)
         y = F.linear(x, self._unit_rows(x.dtype)).mul_(self._unit_scales())
         return y if self.bias is None else y.add_(self.bias)
 
     def product_grad(self, grad: Tensor) -> Tensor:
         """`grad W` with the scale applied to `grad`."""
+        if grad.dtype is torch.float32:
+            return super().product_grad(grad)
         return (grad * self._unit_scales()).to(grad.dtype) @ self._unit_rows(grad.dtype)
 
     def _unit_rows(self, dtype: torch.dtype) -> Tensor:
@@ -187,7 +193,8 @@ class Linear8bit(QuantizedLinear):
         return self.weight.to(dtype).div_(128)
 
     def _unit_scales(self) -> Tensor:
-        return self.row_absmax * (128 / 127)
+        # The product by 128 is exact; a rounded 128/127 would push every row the same way.
+        return self.row_absmax * 128 / 127
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

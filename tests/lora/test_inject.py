@@ -197,12 +197,12 @@ def gradient_errors(gradients, model, directory, ids):
     compute = model.get_input_embeddings().weight.dtype
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).train()
     weights = {name: tensor.to(compute).double() for name, tensor in reference.state_dict().items()}
+    bits, exact = model.base_info.bits, torch.float64
     leaves = {}
     for name, layer in lora_layers(model).items():
-        held = torch.float32 if model.base_info.bits == 8 else compute
         a, b = (w.detach().to(compute).double().requires_grad_() for w in layer.weights("default"))
         leaves[name] = (a, b)
-        dense = dequantize(layer.base_layer, held).double()
+        dense = dequantize(layer.base_layer, exact if bits == 8 else compute).double()
         weights[f"{name}.weight"] = dense + layer.scaling["default"] * b @ a
 
     def run(**inputs):

@@ -2,7 +2,9 @@
 
 Every run goes on with `--resume_from_checkpoint auto` and must end in the same bytes as one that
 nothing happened to. First each write, sync, rename and so on in turn, until no fault fires; a write
-also in its middle. Then at times drawn uniformly over the steps. About 15 minutes on 2 cores.
+also in its middle. Then at times drawn uniformly over the steps. Last, every file of a checkpoint is
+damaged in every way, which must be found, and `auto` must go back to the one before. About 15
+minutes on 2 cores.
 
     OMP_NUM_THREADS=1 python benchmarks/kills.py
 """
@@ -22,8 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from faults.harness import Fault, Job, Server, leftovers, result_of  # noqa: E402
+from faults.harness import WRITES, Fault, Job, Server, damages, leftovers, result_of  # noqa: E402
 from record import write_result  # noqa: E402
+
+from qlora_kit.training.checkpoint import newest  # noqa: E402
 
 BEGINNING = "held-out loss before training"
 
@@ -49,7 +53,7 @@ def at_every_call(job: Job, directory: Path, reference: dict[str, bytes]) -> dic
     points, at = 0, 0
     while True:
         at += 1
-        write = at <= len(whole.calls) and whole.calls[at - 1] == "write"
+        write = at <= len(whole.calls) and whole.calls[at - 1] in WRITES
         for how in ("before", "inside") if write else ("before",):
             output = directory / f"{how}-{at}"
             killed = job.run(output, fault=Fault(at, how))
@@ -102,6 +106,34 @@ def at_random(
     }
 
 
+def after_damage(job: Job, directory: Path, reference: dict[str, bytes]) -> dict[str, object]:
+    """Damage each file of the newest checkpoint; how many damages there were, found and mended."""
+    stopped, output = directory / "stopped", directory / "damaged"
+    assert job.run(stopped, fault=Fault(1, path=".checkpoint-5.")).code == -signal.SIGKILL
+    done, found, resumed = collections.Counter[str](), 0, 0
+    for name in sorted(path.name for path in (stopped / "checkpoint-4").iterdir()):
+        shutil.copytree(stopped, output)
+        path, whole = output / "checkpoint-4" / name, (stopped / "checkpoint-4" / name).read_bytes()
+        kinds = set()
+        for how, damage in damages(path):
+            damage()
+            kind = how.split()[0]
+            done[kind] += 1
+            newer, _ = newest(output)
+            found += newer is not None and newer.step == 3
+            if kind not in kinds:  # one of each kind goes on to the end of the run
+                kinds.add(kind)
+                copy = shutil.copytree(output, directory / "resumed")
+                outcome = job.run(copy, "--resume_from_checkpoint", "auto")
+                said = "going back before checkpoint-4" in outcome.output
+                resumed += outcome.code == 0 and said and result_of(copy) == reference
+                shutil.rmtree(copy)
+            path.write_bytes(whole)
+        shutil.rmtree(output)
+        done["files"] += 1
+    return {**done, "found": found, "resumed_to_the_same_bytes": resumed}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--random", type=int, default=200, help="kills at random times")
@@ -114,8 +146,9 @@ def main() -> None:
         reference = result_of(directory / "reference")
         drawn = at_random(job, directory, reference, arguments.random, arguments.seed)
         every = at_every_call(job, directory, reference)
+        damaged = after_damage(job, directory, reference)
         server.close()
-    print(write_result("kills", {"every_call": every, "random": drawn}))
+    print(write_result("kills", {"every_call": every, "random": drawn, "damaged": damaged}))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,11 @@ class Content(enum.Enum):
 
 def content_of(path: Path) -> Content:
     """What is at `path`, without changing it."""
-    if not path.is_dir() or not any(path.iterdir()):
+    names = set(os.listdir(path)) if path.is_dir() else set()
+    if not names:
         return Content.NOTHING
+    if names == {LOCK}:  # killed in its first moments, perhaps before it wrote its process id
+        return Content.INTERRUPTED
     if (path / REPLACING).exists():
         return Content.INTERRUPTED
     if (path / RESULT).exists():
@@ -163,8 +166,10 @@ def _lock(path: Path, does: str) -> Iterator[None]:
                 break
         os.close(handle)  # its holder removed it between our two calls
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}{does}\n".encode())
+        # Over the old text and then cut: a kill in between never leaves an empty file here.
+        text = f"{os.getpid()}{does}\n".encode()
+        os.pwrite(handle, text, 0)
+        os.ftruncate(handle, len(text))
         yield
     finally:
         os.unlink(path / LOCK)

@@ -20,13 +20,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import qlora_kit
 
-CALLS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
+WRITES = ("write", "pwrite")
+CALLS = ("open", *WRITES, "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
 """Functions of `os` through which all of a run's files come and go."""
 STEPS = 5
 SETTINGS = (
@@ -235,8 +237,8 @@ class Counter:
                 return real(*args, **options)
             if fault.how == "fail":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
-            if fault.how == "inside" and name == "write":
-                real(args[0], bytes(args[1])[: len(args[1]) // 2])
+            if fault.how == "inside" and name in WRITES:
+                real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
             elif fault.how == "after":
                 with contextlib.suppress(OSError):
                     real(*args, **options)
@@ -251,7 +253,7 @@ class Counter:
             return True
         if name == "open" and str(args[0]).startswith("/dev/"):
             return True
-        if name in ("write", "fsync", "ftruncate"):
+        if name in (*WRITES, "fsync", "ftruncate"):
             return args[0] <= 2
         return name == "open" and not args[1] & os.O_CREAT
 
@@ -265,6 +267,24 @@ def result_of(output: Path) -> dict[str, bytes]:
 def leftovers(output: Path) -> list[str]:
     """Hidden files of a run's directory: there are none once it is finished."""
     return sorted(path.name for path in output.iterdir() if path.name.startswith("."))
+
+
+def damages(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every way of damaging a file: name, and what does it."""
+    content, draw = path.read_bytes(), random.Random(path.name)
+
+    def flip() -> None:
+        at = draw.randrange(len(content))
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+
+    yield "deleted", path.unlink
+    yield "emptied", lambda: path.write_bytes(b"")
+    yield "cut", lambda: path.write_bytes(content[:-1])
+    yield "longer", lambda: path.write_bytes(content + b"\0")
+    for number in range(20):
+        yield f"flipped {number}", flip
 
 
 def serve() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 
 import pytest
-from faults.harness import Fault, result_of
+from faults.harness import Fault, damages, result_of
 
 from qlora_kit.errors import CheckpointError, UnsafeInputError
 from qlora_kit.training.checkpoint import load_checkpoint, newest, verify
@@ -29,24 +28,6 @@ def stopped(job, tmp_path_factory):
 def run_dir(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     return tmp_path / "run"
-
-
-def damages(path):
-    """Every way of damaging a file: name, and what does it."""
-    content, draw = path.read_bytes(), random.Random(path.name)
-
-    def flip():
-        at = draw.randrange(len(content))
-        flipped = bytearray(content)
-        flipped[at] ^= 1 << draw.randrange(8)
-        path.write_bytes(flipped)
-
-    yield "deleted", path.unlink
-    yield "emptied", lambda: path.write_bytes(b"")
-    yield "cut", lambda: path.write_bytes(content[:-1])
-    yield "longer", lambda: path.write_bytes(content + b"\0")
-    for number in range(20):
-        yield f"flipped {number}", flip
 
 
 def test_every_damage_to_every_file_is_found(run_dir):

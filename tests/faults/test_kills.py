@@ -34,6 +34,17 @@ def test_killed_at_any_call_a_run_resumes_to_the_same_bytes(job, reference, tmp_
             assert leftovers(output) == [], (how, at)
 
 
+def test_killed_in_its_first_moments_a_run_resumes(job, reference, tmp_path):
+    """Also where the lock file is all there is, and still says nothing."""
+    for how in ("before", "inside", "after"):
+        for at in range(1, 6):
+            output = tmp_path / f"{how}-{at}"
+            assert job.run(output, fault=Fault(at, how)).code == -signal.SIGKILL
+            resumed = job.run(output, "--resume_from_checkpoint", "auto")
+            assert resumed.code == 0, (how, at, resumed.output)
+            assert result_of(output) == reference, (how, at)
+
+
 def test_killed_at_random_times_a_run_resumes_to_the_same_bytes(job, reference, tmp_path):
     began = time.monotonic()
     job.run(tmp_path / "timed")

@@ -2,8 +2,8 @@
 
 Every run goes on with `--resume_from_checkpoint auto` and must end in the same bytes as one that
 nothing happened to. First each write, sync, rename and so on in turn, until no fault fires; a write
-also in its middle. Then at times drawn uniformly over the steps. Last, every file of a checkpoint is
-damaged in every way, which must be found, and `auto` must go back to the one before. About 15
+also in its middle. Then at times drawn uniformly over the steps. Last, every file of a checkpoint
+is damaged in every way, which must be found, and `auto` must go back to the one before. About 10
 minutes on 2 cores.
 
     OMP_NUM_THREADS=1 python benchmarks/kills.py

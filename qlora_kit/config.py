@@ -359,6 +359,9 @@ class TrainingConfig(Options):
     gradient_checkpointing: str = option(
         "full", "activations recomputed in the backward pass", check=one_of(*RECOMPUTE_LEVELS)
     )
+    own_blocks: bool = option(
+        True, "norms, rotary turns and MLPs that keep less for the backward pass, same numbers"
+    )
     seed: int = option(
         42, "of adapters, data order, dropout and sampling", check=between(0, 2**63 - 1)
     )

@@ -19,23 +19,29 @@ Sources: Dettmers et al., QLoRA (arXiv 2305.14314) and LLM.int8() (arXiv 2208.07
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 # bitsandbytes prints a line about an optional package while it is imported.
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import bitsandbytes.functional as bnb
+    from bitsandbytes import cextension
 
 from qlora_kit.errors import NumericError
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 ENCODED_AT_ONCE = 2**17
+SCALED_AT_ONCE = 32
+KERNEL_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 INT8_LIMIT = 65504.0
 """8-bit quantization goes through fp16 (bitsandbytes 0.50): larger weights would become zeros."""
 
@@ -77,11 +83,15 @@ class QuantizedLinear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """`x W^T + bias` without a graph."""
-        return F.linear(x, self.dense(x.dtype), self.bias)
+        return F.linear(x, self.lent(x.dtype), self.bias)
 
-    def product_grad(self, grad: Tensor) -> Tensor:
-        """`grad W`: the gradient of `product` by `x`."""
-        return grad @ self.dense(grad.dtype)
+    def product_grad(self, grad: Tensor, total: Tensor | None = None) -> Tensor:
+        """`grad W`: the gradient of `product` by `x`; with `total`, added to it in place."""
+        return _times(grad, self.lent(grad.dtype), total)
+
+    def lent(self, dtype: torch.dtype) -> Tensor:
+        """`dense` for the next product only: on the CPU it lies in memory that is used again."""
+        return self.dense(dtype)
 
 
 class Linear4bit(QuantizedLinear):
@@ -128,20 +138,36 @@ class Linear4bit(QuantizedLinear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Decode all blocks; equal to the table entry times the scale, rounded once to `dtype`."""
+        size = self.scales_count * BLOCKSIZE
+        return self._decoded(torch.empty(size, dtype=dtype, device=self.weight.device))
+
+    def lent(self, dtype: torch.dtype) -> Tensor:
+        """`dense` in the workspace."""
+        return self._decoded(_workspace(self.scales_count * BLOCKSIZE, dtype, self.weight))
+
+    @property
+    def scales_count(self) -> int:
+        """Blocks of the weight, the last one perhaps not full."""
+        return -(-self.out_features * self.in_features // BLOCKSIZE)
+
+    def _decoded(self, space: Tensor) -> Tensor:
+        """The weight at the beginning of `space` (whole blocks)."""
         numel = self.out_features * self.in_features
         packed, scales = self.weight.view(-1), self.scales()
         full = numel // BLOCKSIZE
         # bitsandbytes 0.50 on AVX512 CPUs is silently wrong where a row is not a multiple of the
         # block, so the kernel always gets rows that are one block, whatever the layer's shape.
-        weight = _decode_blocks(
-            packed[: full * BLOCKSIZE // 2], scales[:full], self.quant_type, dtype
+        _decode_blocks(
+            packed[: full * BLOCKSIZE // 2],
+            scales[:full],
+            self.quant_type,
+            space[: full * BLOCKSIZE],
         )
         if full * BLOCKSIZE < numel:
             rest = packed[full * BLOCKSIZE // 2 :]
             rest = F.pad(rest, (0, BLOCKSIZE // 2 - rest.numel()))
-            last = _decode_blocks(rest, scales[full:], self.quant_type, dtype)
-            weight = torch.cat((weight, last[: numel - full * BLOCKSIZE]))
-        return weight.view(self.out_features, self.in_features)
+            _decode_blocks(rest, scales[full:], self.quant_type, space[full * BLOCKSIZE :])
+        return space[:numel].view(self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -179,22 +205,27 @@ class Linear8bit(QuantizedLinear):
         if x.dtype is torch.float32:
             # A scale in the weight rounds once less: 5.6e-6 against 1.4e-5 on gradients.
             return super().product(x)
-        y = F.linear(x, self._unit_rows(x.dtype)).mul_(self._unit_scales())
+        y = F.linear(x, self._unit_rows(x.dtype))
+        _multiply(y, self._unit_scales(x.dtype), out=y)
         return y if self.bias is None else y.add_(self.bias)
 
-    def product_grad(self, grad: Tensor) -> Tensor:
+    def product_grad(self, grad: Tensor, total: Tensor | None = None) -> Tensor:
         """`grad W` with the scale applied to `grad`."""
         if grad.dtype is torch.float32:
-            return super().product_grad(grad)
-        return (grad * self._unit_scales()).to(grad.dtype) @ self._unit_rows(grad.dtype)
+            return super().product_grad(grad, total)
+        scaled = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        _multiply(grad, self._unit_scales(grad.dtype), out=scaled)
+        return _times(scaled, self._unit_rows(grad.dtype), total)
 
     def _unit_rows(self, dtype: torch.dtype) -> Tensor:
-        # A power of two keeps int8 exact in every dtype, and the sums of fp16 in its range.
-        return self.weight.to(dtype).div_(128)
+        rows = _workspace(self.weight.numel(), dtype, self.weight).view(self.weight.shape)
+        rows.copy_(self.weight)
+        # int8 is exact in either dtype; divided by a power of two, sums of fp16 keep in range.
+        return rows.div_(_unit(dtype)) if _unit(dtype) > 1 else rows
 
-    def _unit_scales(self) -> Tensor:
-        # The product by 128 is exact; a rounded 128/127 would push every row the same way.
-        return self.row_absmax * 128 / 127
+    def _unit_scales(self, dtype: torch.dtype) -> Tensor:
+        # The product by the unit is exact; a rounded 128/127 would push every row the same way.
+        return self.row_absmax * _unit(dtype) / 127
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -271,11 +302,14 @@ def product(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight, layer.bias)
 
 
-def product_grad(layer: nn.Linear, grad: Tensor) -> Tensor:
-    """The gradient of `product` by `x`, for `grad` (..., out_features)."""
+def product_grad(layer: nn.Linear, grad: Tensor, total: Tensor | None = None) -> Tensor:
+    """The gradient of `product` by `x` for `grad` (..., out_features); added to `total` if given.
+
+    `total` (..., in_features) is changed in place and returned.
+    """
     if isinstance(layer, QuantizedLinear):
-        return layer.product_grad(grad)
-    return grad @ layer.weight
+        return layer.product_grad(grad, total)
+    return _times(grad, layer.weight, total)
 
 
 def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
@@ -310,11 +344,78 @@ def _encode_blocks(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
-def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, dtype: torch.dtype) -> Tensor:
-    """Whole blocks to numbers, flat."""
+def _multiply(rows: Tensor, scales: Tensor, out: Tensor) -> None:
+    """16-bit `rows` (..., n) times fp32 `scales` (n,), rounded once, into `out`.
+
+    Few rows at once on the CPU: torch makes fp32 copies of both sides, which then stay in cache.
+    """
+    rows, out = rows.reshape(-1, rows.shape[-1]), out.view(-1, rows.shape[-1])
+    step = SCALED_AT_ONCE if rows.device.type == "cpu" else max(1, rows.shape[0])
+    for part, result in zip(torch.split(rows, step), torch.split(out, step), strict=True):
+        torch.mul(part, scales, out=result)
+
+
+def _unit(dtype: torch.dtype) -> int:
+    """What int8 rows are divided by in a product."""
+    return 128 if dtype is torch.float16 else 1
+
+
+def _times(grad: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
+    """`grad @ weight`, added to `total` in place where there is one."""
+    if total is None:
+        return grad @ weight
+    total.view(-1, weight.shape[1]).addmm_(grad.reshape(-1, weight.shape[0]), weight)
+    return total
+
+
+class _Lent(threading.local):
+    """The workspace of a thread, by dtype."""
+
+    def __init__(self) -> None:
+        self.held: dict[torch.dtype, Tensor] = {}
+
+
+_LENT = _Lent()
+
+
+def _workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Memory (numel,) that the next call of this thread may hand out again.
+
+    On CUDA it comes from the caching allocator, which does this for the whole process. On the CPU
+    a fresh tensor of this size costs more than what is written to it: its pages come from the
+    system one by one.
+    """
+    if like.device.type != "cpu" or isinstance(like, FakeTensor):
+        return torch.empty(numel, dtype=dtype, device=like.device)
+    held = _LENT.held
+    if dtype not in held or held[dtype].numel() < numel:
+        held.pop(dtype, None)  # the smaller one goes before the larger one comes
+        held[dtype] = torch.empty(numel, dtype=dtype)
+    return held[dtype][:numel]
+
+
+def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) -> None:
+    """Whole blocks to numbers, flat, into `out`."""
     if scales.numel() == 0:
-        return torch.empty(0, dtype=dtype, device=packed.device)
+        return
+    call = None
+    if out.device.type == "cpu" and not isinstance(out, FakeTensor):
+        # The op of this name makes a new tensor on the CPU; what it calls writes where it is told.
+        name = f"cdequantize_blockwise_cpu_{quant_type}_{KERNEL_DTYPES.get(out.dtype)}"
+        call = getattr(cextension.lib, name, None)
+    if call is not None:
+        call(
+            ctypes.c_void_p(packed.data_ptr()),
+            ctypes.c_void_p(scales.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_longlong(BLOCKSIZE),
+            ctypes.c_longlong(scales.numel()),
+            ctypes.c_longlong(BLOCKSIZE),
+        )
+        return
     shape = (scales.numel(), BLOCKSIZE)
-    return torch.ops.bitsandbytes.dequantize_4bit.default(  # type: ignore[no-any-return]
-        packed.view(-1, 1), scales, BLOCKSIZE, quant_type, shape, dtype
-    ).view(-1)
+    arguments = (packed.view(-1, 1), scales, BLOCKSIZE, quant_type, shape, out.dtype)
+    if out.device.type == "cuda":
+        torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out.view(shape))
+    else:
+        out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*arguments).view(-1))

@@ -29,6 +29,7 @@ from qlora_kit.errors import CheckpointError, QloraKitError, ResourceError, Stop
 from qlora_kit.files import sync
 from qlora_kit.generation import generate_text
 from qlora_kit.lora.adapter import save_adapter
+from qlora_kit.lora.block import use_own_blocks
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.checkpoint import (
@@ -126,8 +127,9 @@ class Run:
         config, training = plan.config, plan.config.training
         display.loading(plan.base)
         self.model = inject_lora(read_weights(plan.base), config.lora, seed=training.seed)
-        if config.data.packing:
-            set_packed_attention(self.model)
+        set_packed_attention(self.model)
+        if training.own_blocks and (left_alone := use_own_blocks(self.model)):
+            display.note(left_alone)
         set_recompute(self.model, training.gradient_checkpointing)
         self.optimizer = make_optimizer(
             training.optim, self.model.parameters(), training.learning_rate, training.weight_decay

@@ -2,10 +2,11 @@
 
     y = W x + b + scaling * B (A dropout(x))
 
-One autograd function computes both parts. The low-rank part comes first, so that recomputation
-can stop before the base product is made again, and the update is added into the base product in
-place. For backward it keeps x and A x, nothing of W. `lora_A` and `lora_B` are fp32 masters; the
-copies that compute are in the adapter dtype and are made where they are used.
+One autograd function computes the products of all linears that read the same rows (q, k and v; gate
+and up), with their adapters and with the norm in front of them. The low-rank part comes first, and
+the update is added into the base product in place. For backward it keeps the input once, A x of
+each adapter, nothing of W; normalized and dropped-out rows are made again. `lora_A` and `lora_B`
+are fp32 masters; the copies that compute are in the adapter dtype.
 
 Module and parameter names are PEFT's: `base_layer`, `lora_A.<adapter>.weight` (r, in_features),
 `lora_B.<adapter>.weight` (out_features, r).
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit.base.quantize import product, product_grad
+from qlora_kit.lora.norm import FrozenNorm
 
 
 class KeyedDropout(nn.Module):
@@ -44,9 +48,18 @@ class KeyedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero a share `p` of `x` and scale up the rest; the identity in evaluation mode."""
-        if not self.training or self.p == 0:
+        return self.at(self.position, x)
+
+    @property
+    def position(self) -> tuple[int, int] | None:
+        """Where masks are drawn for now; None where nothing is dropped."""
+        return self._position if self.training and self.p else None
+
+    def at(self, position: tuple[int, int] | None, x: Tensor) -> Tensor:
+        """Drop out `x`, or its gradient, with the mask of a `position`."""
+        if position is None:
             return x
-        step, micro_step = self._position
+        step, micro_step = position
         digest = hashlib.sha256(f"{self._key} {step} {micro_step}".encode()).digest()
         generator = torch.Generator(device=x.device)
         generator.manual_seed(int.from_bytes(digest[:7], "little"))
@@ -103,18 +116,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., in_features) to (..., out_features) in the dtype of `x`."""
-        name = self.active
-        if name is None:
+        if self.active is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        dropped = self.lora_dropout[name](x)
-        return _LoRAProduct.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x,
-            None if dropped is x else dropped,
-            *self.weights(name),
-            self.base_layer,
-            self.scaling[name],
-            self.adapter_dtypes[name],
-        )
+        return linears(x, [self])[0]
 
 
 def delta_weight(layer: LoRALinear, name: str) -> Tensor:
@@ -128,48 +132,104 @@ def delta_weight(layer: LoRALinear, name: str) -> Tensor:
     return (b @ a).mul_(layer.scaling[name])
 
 
-class _LoRAProduct(torch.autograd.Function):
-    """`W x + b + scaling * B A x` as one node."""
+def linears(
+    x: Tensor, layers: Sequence[nn.Module], norm: FrozenNorm | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs (..., out_features) of linears that read the same `x` (..., in_features).
+
+    With `norm` they read `norm(x)`, which is not kept. The layers are frozen linears in any number
+    of bits, with or without an adapter.
+    """
+    parts = tuple(_Part.of(layer) for layer in layers)
+    weights = [weight for part in parts for weight in part.weights]
+    return _Linears.apply(x, norm, parts, *weights)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One linear of a group: its base, and what its active adapter computes with."""
+
+    base: nn.Linear
+    weights: tuple[nn.Parameter, ...] = ()
+    scaling: float = 1.0
+    dtype: torch.dtype = torch.float32
+    dropout: KeyedDropout | None = None
+    position: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _Part:
+        name = getattr(layer, "active", None)
+        if name is None:
+            return cls(getattr(layer, "base_layer", layer))  # type: ignore[arg-type]
+        assert isinstance(layer, LoRALinear)
+        dropout: KeyedDropout = layer.lora_dropout[name]  # type: ignore[assignment]
+        dtype, scaling = layer.adapter_dtypes[name], layer.scaling[name]
+        return cls(layer.base_layer, layer.weights(name), scaling, dtype, dropout, dropout.position)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """`x`, or its gradient, through the mask of the forward pass."""
+        return x if self.dropout is None else self.dropout.at(self.position, x)
+
+
+class _Linears(torch.autograd.Function):
+    """`W_i n + b_i + scaling_i * B_i A_i n` for n = norm(x), as one node."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        base_layer: nn.Linear,
-        scaling: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        low = x if dropped is None else dropped
-        hidden = F.linear(low.to(dtype), lora_a.to(dtype))
-        y = product(base_layer, x)
-        _add_product(y, hidden, lora_b.to(dtype).t(), scaling)
-        ctx.save_for_backward(low, hidden, lora_a, lora_b)
-        ctx.base_layer, ctx.scaling, ctx.dtype = base_layer, scaling, dtype
-        ctx.own_low = dropped is not None
-        return y
+        ctx: Any, x: Tensor, norm: FrozenNorm | None, parts: tuple[_Part, ...], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows, scale = (x, None) if norm is None else norm.apply(x)
+        outputs, low_rank = [], []
+        for part in parts:
+            hidden = None
+            if part.weights:
+                lora_a, lora_b = (weight.to(part.dtype) for weight in part.weights)
+                hidden = F.linear(part.dropped(rows).to(part.dtype), lora_a)
+                low_rank.append(hidden)
+            y = product(part.base, rows)
+            if hidden is not None:
+                _add_product(y, hidden, lora_b.t(), part.scaling)
+            outputs.append(y)
+        ctx.save_for_backward(x, scale, *low_rank, *weights)
+        ctx.norm, ctx.parts = norm, parts
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        low, hidden, lora_a, lora_b = ctx.saved_tensors
-        dtype = ctx.dtype
-        grad = grads[0].to(dtype)
-        # (..., out) to (N, out): the products below sum over every token.
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_hidden = (grad @ lora_b.to(dtype)).mul_(ctx.scaling)
-        grad_b = rows.t().mm(hidden.reshape(rows.shape[0], -1)).to(lora_b.dtype).mul_(ctx.scaling)
-        flat = grad_hidden.reshape(rows.shape[0], -1)
-        grad_a = flat.t().mm(low.reshape(rows.shape[0], -1).to(dtype)).to(lora_a.dtype)
-        grad_x = grad_low = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product_grad(ctx.base_layer, grads[0])
-            if not ctx.own_low:
-                _add_product(grad_x, grad_hidden, lora_a.to(dtype), 1.0)
-        if ctx.own_low and ctx.needs_input_grad[1]:
-            grad_low = (grad_hidden @ lora_a.to(dtype)).to(low.dtype)
-        return grad_x, grad_low, grad_a, grad_b, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, scale, *kept = ctx.saved_tensors
+        adapted = sum(bool(part.weights) for part in ctx.parts)
+        low_rank, weights = iter(kept[:adapted]), iter(kept[adapted:])
+        rows = x if ctx.norm is None or not adapted else ctx.norm.again(x, scale)
+        grad_rows: Tensor | None = None
+        grad_weights: list[Tensor | None] = []
+        for part, grad in zip(ctx.parts, grads, strict=True):
+            if part.weights:
+                hidden, lora_a, lora_b = next(low_rank), next(weights), next(weights)
+            if grad is None:
+                grad_weights += [None] * len(part.weights)
+                continue
+            if ctx.needs_input_grad[0]:
+                grad_rows = product_grad(part.base, grad, grad_rows)
+            if not part.weights:
+                continue
+            # (..., out) to (N, out): the products below sum over every token.
+            flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
+            grad_hidden = (flat @ lora_b.to(part.dtype)).mul_(part.scaling)
+            low = part.dropped(rows).reshape(-1, rows.shape[-1]).to(part.dtype)
+            grad_a = grad_hidden.t().mm(low).to(lora_a.dtype)
+            grad_b = flat.t().mm(hidden.reshape(flat.shape[0], -1)).to(lora_b.dtype)
+            grad_weights += [grad_a, grad_b.mul_(part.scaling)]
+            if grad_rows is None:
+                continue
+            if part.position is None:
+                _add_product(grad_rows, grad_hidden, lora_a.to(part.dtype), 1.0)
+            else:
+                grad_low = (grad_hidden @ lora_a.to(part.dtype)).view(grad_rows.shape)
+                grad_rows.add_(part.dropped(grad_low))
+        if grad_rows is not None and ctx.norm is not None:
+            grad_rows = ctx.norm.backward(grad_rows, x, scale)
+        return grad_rows, None, None, *grad_weights
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

@@ -1,4 +1,4 @@
-"""Attention over packed rows on the CPU: each row by itself, no mask.
+"""Attention on the CPU: each row by itself, no mask, in 16 bits with our own backward.
 
 transformers isolates the rows of a pack by `position_ids` too, through a mask of (T, T) that makes
 attention compute everything and throw most of it away. Here each stretch of positions that begins
@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from qlora_kit.training.causal import Stretch, causal_attention
 
 NAME = "sdpa_rows"
 
@@ -62,6 +64,11 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """(B, H, T, D) queries, keys and values of fewer heads to (B, T, H, D)."""
     rows = _rows(query, key, attention_mask, position_ids)
+    causal = attention_mask is None and query.shape[2] == key.shape[2] > 1
+    if causal and not dropout and query.dtype in (torch.bfloat16, torch.float16):
+        stretches = _stretches(rows) or [Stretch(slice(None), 0, query.shape[2])]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return causal_attention(query, key, value, scale, stretches).transpose(1, 2), None
     if rows is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -81,6 +88,15 @@ def _attention(
         attended = [F.scaled_dot_product_attention(*part, **options) for part in parts]
         sequences.append(torch.cat([part.transpose(0, 1) for part in attended]))
     return torch.stack(sequences), None
+
+
+def _stretches(rows: list[list[int]] | None) -> list[Stretch]:
+    """The rows of each sequence as parts of the batch."""
+    return [
+        Stretch(slice(number, number + 1), end - length, end)
+        for number, lengths in enumerate(rows or [])
+        for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)
+    ]
 
 
 def _rows(

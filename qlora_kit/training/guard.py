@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.errors import NumericError, ResourceError, Stopped
+from qlora_kit.lora.block import models_own_code
 from qlora_kit.training.loss import supervised_loss, to_device
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def first_non_finite(model: Any, window: Sequence[Batch], step: int) -> str:
     hooks = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
     device = model.get_input_embeddings().weight.device
     try:
-        with torch.no_grad():
+        with torch.no_grad(), models_own_code():
             for micro_step, batch in enumerate(window):
                 for module in model.modules():
                     if hasattr(module, "seek"):

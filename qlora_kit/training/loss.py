@@ -101,14 +101,15 @@ class _CrossEntropySum(torch.autograd.Function):
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
             index = targets[chunk].unsqueeze(1)
-            normalizer = logits.logsumexp(1, keepdim=True)
-            total += (normalizer - logits.gather(1, index)).sum()
+            # d/dlogits of the sum is softmax - one_hot, through the soft cap where there is one.
+            slope = None
+            if softcap is not None and grad_rows is not None:
+                slope = (logits / softcap).square_().neg_().add_(1)
+            logits = logits.log_softmax(1)
+            total -= logits.gather(1, index).sum()
             if grad_rows is None:
                 continue
-            # d/dlogits of the sum is softmax - one_hot, through the soft cap where there is one.
-            slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1)
-            logits.sub_(normalizer).exp_()
-            logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=logits.dtype))
+            logits.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=logits.dtype))
             if slope is not None:
                 logits.mul_(slope)
             grad_rows[chunk] = logits.to(weight.dtype) @ weight

@@ -21,9 +21,11 @@ def set_recompute(model: Any, level: str) -> None:
     # A base with dropout in its attention draws from torch's own generator.
     random = bool(getattr(model.config, "attention_dropout", 0))
     for layer in model.base_model.layers:
-        layer.__dict__.pop("forward", None)
+        forward = layer.forward
+        if isinstance(forward, functools.partial) and forward.func is _recomputed:
+            layer.forward = forward = forward.args[1]
         if level == "full":
-            layer.forward = functools.partial(_recomputed, layer, layer.forward, random)
+            layer.forward = functools.partial(_recomputed, layer, forward, random)
 
 
 def _recomputed(

@@ -130,7 +130,10 @@ def _before_each_step(act: Any) -> None:
 
 
 def _poison_output(steps: set[int]) -> None:
-    """A forward hook on one module, in the passes of these steps and when they are looked into."""
+    """A forward hook on one module, in the passes of these steps and when they are looked into.
+
+    A down projection is called as a module; linears that read the same rows are called together.
+    """
     state = {"step": 0, "hooked": False}
 
     def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -140,7 +143,7 @@ def _poison_output(steps: set[int]) -> None:
         state["step"] = step
         if not state["hooked"]:
             state["hooked"] = True
-            model.get_submodule("model.layers.1.mlp.up_proj").register_forward_hook(hook)
+            model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(hook)
 
     _before_each_step(act)
 

@@ -1,0 +1,240 @@
+"""A decoder block whose nodes keep the least for backward.
+
+Kept without recompute, for T tokens, hidden h, kv = kv heads x head size, ffn f, rank r:
+
+    x (T, h) and its norm's scale; low-rank products of q, k, v (T, r each, where adapted);
+    q (T, h), k, v (T, kv each) after the rotary turn; attention's output (T, h) where its backward
+    or an adapter on the output projection reads it; the middle residual (T, h) and its norm's
+    scale; gate and up (T, f each).
+
+Normalized rows, the activation and all dequantized weights are made again in backward. A model's
+block is taken up by its structure, after one comparison of its output with ours on random input,
+and left alone where they differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qlora_kit.lora.elementwise import ACTIVATIONS, gated, rotate
+from qlora_kit.lora.layer import linears
+from qlora_kit.lora.norm import FrozenNorm, normalize
+
+COMPARED_TOKENS = 8
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Relative; both sides do the same operations, a product of other width may round otherwise."""
+
+_PLAIN = contextvars.ContextVar("models_own_code", default=False)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of a decoder layer, found by name; `after` norms stand behind attention and MLP."""
+
+    layer: Any
+    attention: Any
+    before: tuple[FrozenNorm, FrozenNorm]
+    after: tuple[FrozenNorm, FrozenNorm] | None
+    head_norms: tuple[FrozenNorm, FrozenNorm] | None
+    activation: str
+
+    @classmethod
+    def of(cls, layer: Any) -> Block | None:
+        """The parts of `layer`, or None where something is missing or more than expected."""
+        attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+        if attention is None or mlp is None or not _has_projections(attention, mlp):
+            return None
+        first, second = "input_layernorm", "post_attention_layernorm"
+        names = [first, second]
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            names = [first, "pre_feedforward_layernorm", second, "post_feedforward_layernorm"]
+        norms = [FrozenNorm.of(getattr(layer, name, None) or nn.Identity()) for name in names]
+        if hasattr(attention, "q_norm") != hasattr(attention, "k_norm"):
+            return None
+        heads = [
+            FrozenNorm.of(getattr(attention, name))
+            for name in ("q_norm", "k_norm")
+            if hasattr(attention, name)
+        ]
+        activation = _activation(attention.config)
+        dropouts = [one for one in layer.modules() if isinstance(one, nn.Dropout) and one.p]
+        found = [one for one in (*norms, *heads) if one is not None]
+        if len(found) != len(norms) + len(heads) or activation is None or dropouts:
+            return None
+        return cls(
+            layer,
+            attention,
+            (found[0], found[1]),
+            (found[2], found[3]) if len(norms) == 4 else None,
+            (found[-2], found[-1]) if heads else None,
+            activation,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """`hidden_states` (B, T, h) to the next layer's."""
+        x = hidden_states + self._attend(
+            hidden_states, position_embeddings, attention_mask, options
+        )
+        return x + self._mlp(x)
+
+    def _attend(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        attention = self.attention
+        heads = (*x.shape[:-1], -1, attention.head_dim)
+        if hasattr(attention, "qkv_proj"):
+            (fused,) = linears(x, [attention.qkv_proj], self.before[0])
+            groups = attention.num_key_value_groups
+            kv = fused.shape[-1] // (groups + 2)
+            parts = torch.split(fused, [groups * kv, kv, kv], dim=-1)
+        else:
+            layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+            parts = linears(x, layers, self.before[0])
+        q, k, v = (part.view(heads) for part in parts)
+        if self.head_norms is not None:
+            q, k = normalize(self.head_norms[0], q), normalize(self.head_norms[1], k)
+        cos, sin = position_embeddings
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, _eager(attention)
+        )
+        if hasattr(attention, "attn_logit_softcapping"):
+            options = {**options, "softcap": attention.attn_logit_softcapping}
+        if (window := _window(attention)) is not None:
+            options = {**options, "sliding_window": window}
+        attended, _ = attend(
+            attention,
+            *(one.transpose(1, 2) for one in (q, k, v)),
+            mask,
+            dropout=attention.attention_dropout if attention.training else 0.0,
+            scaling=attention.scaling,
+            **options,
+        )
+        y: Tensor = attention.o_proj(attended.reshape(*x.shape[:-1], -1))
+        return y if self.after is None else normalize(self.after[0], y)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        mlp = self.layer.mlp
+        fused = hasattr(mlp, "gate_up_proj")
+        layers = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
+        y: Tensor = mlp.down_proj(gated(self.activation, *linears(x, layers, self.before[1])))
+        return y if self.after is None else normalize(self.after[1], y)
+
+
+def use_own_blocks(model: Any) -> str | None:
+    """Let the decoder layers of `model` run through `Block`; None, or why they stay as they are.
+
+    A call with a cache, as generation makes it, goes through the model's own code.
+    """
+    layers = model.base_model.layers
+    blocks = [Block.of(layer) for layer in layers]
+    name = type(layers[0]).__name__
+    if any(block is None for block in blocks):
+        return f"{name} stays as it is: its parts are not those of a known block"
+    compared = set()
+    for layer, block in zip(layers, blocks, strict=True):
+        assert block is not None
+        kind = (type(layer), _window(block.attention))
+        if kind not in compared:
+            compared.add(kind)
+            if (error := _difference(model, layer, block)) > TOLERANCE[_dtype(model)]:
+                return f"{name} stays as it is: ours differs by {error:.1e} on random input"
+    for layer, block in zip(layers, blocks, strict=True):
+        assert block is not None
+        layer.forward = functools.partial(_forward, block, layer.forward)
+    return None
+
+
+@contextlib.contextmanager
+def models_own_code() -> Iterator[None]:
+    """Let every model run its own layers meanwhile, module by module, as hooks on them expect."""
+    before = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(before)
+
+
+def _forward(block: Block, original: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+    positions = options.pop("position_embeddings", None)
+    cached = options.get("past_key_values") is not None
+    if args or positions is None or cached or _PLAIN.get():
+        return original(hidden_states, *args, position_embeddings=positions, **options)
+    for unused in ("past_key_values", "use_cache"):
+        options.pop(unused, None)
+    return block.forward(hidden_states, positions, **options)
+
+
+def _difference(model: Any, layer: Any, block: Block) -> float:
+    """The largest difference of both outputs, relative to the largest output."""
+    embeddings = model.get_input_embeddings().weight
+    device, dtype = embeddings.device, embeddings.dtype
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(1, COMPARED_TOKENS, embeddings.shape[1], generator=drawn).to(device, dtype)
+    positions = torch.arange(COMPARED_TOKENS, device=device).unsqueeze(0)
+    kind = getattr(block.attention, "layer_type", None)
+    rotary = model.base_model.rotary_emb
+    options = {"position_ids": positions, "attention_mask": None}
+    with torch.no_grad():
+        try:
+            embedded = rotary(x, positions)
+        except TypeError:
+            embedded = rotary(x, positions, kind)
+        expected = layer(x, position_embeddings=embedded, **options)
+        ours = block.forward(x, embedded, **options)
+    return float((ours - expected).abs().max() / expected.abs().max())
+
+
+def _eager(attention: nn.Module) -> Any:
+    """The plain attention of a model's own module, which no registry holds."""
+    return getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+
+
+def _has_projections(attention: Any, mlp: Any) -> bool:
+    queries = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
+    gates = all(hasattr(mlp, name) for name in ("gate_proj", "up_proj"))
+    return (
+        (queries or hasattr(attention, "qkv_proj"))
+        and hasattr(attention, "o_proj")
+        and (gates or hasattr(mlp, "gate_up_proj"))
+        and hasattr(mlp, "down_proj")
+    )
+
+
+def _activation(config: Any) -> str | None:
+    name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    return name if name in ACTIVATIONS else None
+
+
+def _window(attention: Any) -> int | None:
+    """The sliding window of a layer, where it has one."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[no-any-return]
+    if getattr(attention, "layer_type", "full_attention") == "full_attention":
+        return getattr(attention.config, "sliding_window", None)
+    return None
+
+
+def _dtype(model: Any) -> torch.dtype:
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+    return dtype

@@ -1,0 +1,98 @@
+"""What a block does between its products, as nodes of the graph that keep the least.
+
+Rotary positions keep cos and sin, which all layers share; the gated activation keeps gate and up
+and makes their product again. Forward does the operations of transformers in their order, so that
+the numbers are the same.
+Sources: Su et al., RoFormer (arXiv 2104.09864); Shazeer, GLU Variants (arXiv 2002.05202).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` (B, T, heads, d) with its first (B, T, width) values turned by their positions."""
+    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        width = cos.shape[-1]
+        half = width // 2
+        y = _scaled(x, cos)
+        y[..., :half].sub_(x[..., half:width] * sin[..., :half])
+        y[..., half:width].add_(x[..., :half] * sin[..., half:])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = (one.unsqueeze(2) for one in ctx.saved_tensors)
+        (grad,) = grads
+        width = cos.shape[-1]
+        half = width // 2
+        result = _scaled(grad, cos)
+        result[..., :half].add_(grad[..., half:width] * sin[..., half:])
+        result[..., half:width].sub_(grad[..., :half] * sin[..., :half])
+        return result, None, None
+
+
+def _scaled(x: Tensor, cos: Tensor) -> Tensor:
+    """`x * cos`; values beyond the width of `cos` as they are."""
+    width = cos.shape[-1]
+    if width == x.shape[-1]:
+        return x * cos
+    return torch.cat((x[..., :width] * cos, x[..., width:]), dim=-1)
+
+
+def gated(kind: str, gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """`act(gate) * up`, (..., f); without `up`, `gate` (..., 2f) holds both, one behind the other.
+
+    `kind` is one of `ACTIVATIONS`.
+    """
+    return _Gated.apply(gate, up, kind)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.kind = kind
+        gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
+        return ACTIVATIONS[kind][0](gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        kept, up = ctx.saved_tensors
+        gate, up_values = kept.chunk(2, dim=-1) if up is None else (kept, up)
+        forward, backward = ACTIVATIONS[ctx.kind]
+        grad_up = forward(gate).mul_(grads[0])
+        grad_gate = backward(grads[0] * up_values, gate)
+        if up is None:
+            return torch.cat((grad_gate, grad_up), dim=-1), None, None
+        return grad_gate, grad_up, None
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")  # type: ignore[no-any-return]
+
+
+ACTIVATIONS: dict[str, tuple[Activation, Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu_pytorch_tanh": (_gelu_tanh, _gelu_tanh_backward),
+}
+"""Activations by transformers' names, each with its gradient."""

@@ -1,0 +1,271 @@
+"""Laws of our block: transformers' numbers, exact gradients, and no more kept than is promised."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model, token_ids
+from torch.autograd.graph import saved_tensors_hooks
+
+from qlora_kit.base.quantize import Quantization, quantize_linear
+from qlora_kit.config import LoRAConfig
+from qlora_kit.lora.block import use_own_blocks
+from qlora_kit.lora.elementwise import ACTIVATIONS, gated, rotate
+from qlora_kit.lora.inject import inject_lora
+from qlora_kit.lora.norm import FrozenNorm, normalize
+from qlora_kit.training.attention import set_packed_attention
+from qlora_kit.training.recompute import set_recompute
+
+RANK = 4
+BITS = {4: Quantization(4, "nf4", True), 8: Quantization(8), 16: Quantization(16)}
+
+
+def quantized(model, bits):
+    for name, module in list(model.named_modules()):
+        if bits < 16 and isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            owner, _, leaf = name.rpartition(".")
+            bias = None if module.bias is None else module.bias.data
+            layer = quantize_linear(module.weight.data, bias, BITS[bits])
+            setattr(model.get_submodule(owner), leaf, layer)
+    return model
+
+
+def prepared(family, *, own, dtype=torch.float32, bits=16, dropout=0.0, targets="auto"):
+    model = quantized(tiny_model(family, dtype), bits)
+    if family != "gemma2":  # sdpa has no soft cap of attention
+        model.set_attn_implementation("sdpa")
+    model.requires_grad_(False)
+    inject_lora(model, LoRAConfig(r=RANK, target_modules=targets, dropout=dropout), seed=0)
+    drawn = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=drawn)
+    if own:
+        assert use_own_blocks(model) is None
+    return model.train()
+
+
+def outputs_of(model, ids):
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    hidden = model.base_model(
+        input_ids=ids, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    model.zero_grad()
+    drawn = torch.Generator().manual_seed(4)
+    hidden.backward(torch.randn(hidden.shape, generator=drawn).to(hidden.dtype))
+    return hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_are_those_of_transformers(family, bits, targets, dropout):
+    """Outputs bit for bit; gradients are summed in another order."""
+    ids, results = token_ids(2, 11), []
+    for own in (False, True):
+        model = prepared(family, own=own, bits=bits, targets=targets, dropout=dropout)
+        results.append(outputs_of(model, ids))
+    (expected, gradients), (found, ours) = results
+    assert torch.equal(found, expected)
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_is_as_near_to_fp32_as_transformers(family):
+    """Outputs bit for bit; of the gradients none is further from fp32 than twice the other way."""
+    ids = token_ids(2, 11)
+    exact = outputs_of(prepared(family, own=False), ids)[1]
+    results = [
+        outputs_of(prepared(family, own=own, dtype=torch.bfloat16), ids) for own in (False, True)
+    ]
+    assert torch.equal(results[0][0], results[1][0])
+    theirs, ours = (
+        sum(float((one[name].float() - exact[name]).norm() / exact[name].norm()) for name in exact)
+        for _, one in results
+    )
+    assert ours <= 1.2 * theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_levels_of_recompute_are_equal(family, dtype):
+    ids, results = token_ids(2, 11), []
+    for level in ("none", "full"):
+        model = prepared(family, own=True, dtype=dtype, dropout=0.1, bits=4)
+        set_packed_attention(model)
+        set_recompute(model, level)
+        results.append(outputs_of(model, ids))
+    (hidden, gradients), (again, others) = results
+    assert torch.equal(hidden, again)
+    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
+    set_recompute(model, "none")
+    assert torch.equal(outputs_of(model, ids)[0], hidden)
+
+
+def kept_bytes(model, ids):
+    """Bytes that each decoder layer's graph keeps, storages counted once, shared ones left out.
+
+    What all layers share (parameters, positions) and what was there before is not counted.
+    """
+    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    held, total = [], {}
+
+    def pack(tensor):
+        held.append(tensor)  # alive, so that no address comes twice
+        place = tensor.untyped_storage().data_ptr()
+        if place not in known:
+            total[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    return sum(total.values())
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (8, torch.bfloat16)])
+@pytest.mark.parametrize(("family", "heads", "kv_heads"), [("llama2", 4, 4), ("qwen2", 4, 2)])
+def test_a_layer_keeps_what_its_docstring_lists(family, heads, kv_heads, bits, dtype):
+    """2T(4h + 2kv + 2f) of limits.md less attention's output, which is made again, and
+
+    the scales of both norms (4 bytes a row each) and the low-rank products of q and v.
+    """
+    batch, length = 2, 32
+    ids = token_ids(batch, length)
+    totals = []
+    for layers in (2, 3):
+        model = tiny_model(family, dtype, num_hidden_layers=layers, intermediate_size=160)
+        model = quantized(model, bits)
+        model.set_attn_implementation("sdpa")
+        model.requires_grad_(False)
+        inject_lora(model, LoRAConfig(r=RANK), seed=0)
+        assert use_own_blocks(model) is None
+        assert set_packed_attention(model)
+        totals.append(kept_bytes(model.train(), ids))
+    tokens, hidden, ffn = batch * length, 64, 160
+    kv = hidden * kv_heads // heads
+    expected = 2 * tokens * (3 * hidden + 2 * kv + 2 * ffn) + 2 * 4 * tokens + 2 * 2 * tokens * RANK
+    assert totals[1] - totals[0] == expected
+
+
+def test_full_recompute_keeps_no_more_than_a_layers_input():
+    batch, length, totals = 2, 32, []
+    ids = token_ids(batch, length)
+    for layers in (2, 3):
+        model = tiny_model("llama2", torch.bfloat16, num_hidden_layers=layers)
+        model.set_attn_implementation("sdpa")
+        model.requires_grad_(False)
+        inject_lora(model, LoRAConfig(r=RANK), seed=0)
+        assert use_own_blocks(model) is None
+        set_packed_attention(model)
+        set_recompute(model, "full")
+        totals.append(kept_bytes(model.train(), ids))
+    assert totals[1] - totals[0] <= 2 * batch * length * 64
+
+
+def test_layers_below_the_first_adapter_have_no_graph():
+    model = tiny_model("llama2")
+    model.set_attn_implementation("sdpa")
+    model.requires_grad_(False)
+    inject_lora(model, LoRAConfig(r=RANK, target_modules=r"model\.layers\.1\..*q_proj"), seed=0)
+    assert use_own_blocks(model) is None
+    seen = []
+    model.base_model.layers[1].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].requires_grad)
+    )
+    gradients = outputs_of(model.train(), token_ids(1, 5))[1]
+    assert seen == [False]
+    assert len(gradients) == 2
+
+
+def test_a_layer_that_computes_something_else_is_left_alone():
+    model = tiny_model("llama2")
+    model.set_attn_implementation("sdpa")
+    layers = model.base_model.layers
+    ids, before = token_ids(1, 5), [layer.forward for layer in layers]
+
+    class Doubled(type(layers[0].mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layers[0].mlp.__class__ = Doubled
+    note = use_own_blocks(model)
+    assert "stays as it is: ours differs by" in note
+    layers[0].mlp.__class__ = type(layers[1].mlp)
+    layers[1].input_layernorm = torch.nn.LayerNorm(64)
+    assert "its parts are not those" in use_own_blocks(model)
+    assert [layer.forward for layer in layers] == before
+    assert model(ids).logits.isfinite().all()
+
+
+def test_generation_with_a_cache_goes_through_the_models_own_code():
+    ids = token_ids(1, 6)
+    texts = []
+    for own in (False, True):
+        model = prepared("llama2", own=own).eval()
+        with torch.no_grad():
+            texts.append(model.generate(ids, max_new_tokens=8, do_sample=False))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_a_norms_gradient_is_autograds(from_zero):
+    module = torch.nn.Module()
+    drawn = torch.Generator().manual_seed(0)
+    module.weight = torch.nn.Parameter(torch.randn(24, generator=drawn).double(), False)
+    norm = FrozenNorm(module, 1e-6, from_zero)
+    x = torch.randn(3, 5, 24, generator=drawn, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(3, 5, 24, generator=drawn, dtype=torch.float64)
+    (found,) = torch.autograd.grad(normalize(norm, x), x, grad)
+    weight = module.weight + 1 if from_zero else module.weight
+    exact = x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+    (expected,) = torch.autograd.grad(exact, x, grad)
+    # The scale of a row is fp32.
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_is_known_by_its_numbers():
+    class Centered(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x):
+            return torch.nn.functional.layer_norm(x, (8,), self.weight)
+
+    assert FrozenNorm.of(Centered()) is None
+    assert FrozenNorm.of(torch.nn.Identity()) is None
+    gemma = tiny_model("gemma2").base_model.layers[0].input_layernorm
+    assert FrozenNorm.of(gemma).from_zero
+    assert not FrozenNorm.of(tiny_model("llama2").base_model.norm).from_zero
+
+
+@pytest.mark.parametrize("width", [8, 6])
+def test_rotation_and_its_gradient(width):
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, generator=drawn, dtype=torch.float64, requires_grad=True)
+    cos, sin = (torch.randn(2, 5, width, generator=drawn, dtype=torch.float64) for _ in "cs")
+    turned, passed = x[..., :width], x[..., width:]
+    first, second = turned.chunk(2, -1)
+    expected = turned * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
+    expected = torch.cat((expected, passed), -1)
+    assert torch.equal(rotate(x, cos, sin), expected)
+    assert torch.autograd.gradcheck(rotate, (x, cos, sin))
+
+
+@pytest.mark.parametrize(("kind", "fused"), itertools.product(ACTIVATIONS, (False, True)))
+def test_a_gated_activation_and_its_gradient(kind, fused):
+    drawn = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(3, 6, generator=drawn, dtype=torch.float64) for _ in "gu")
+    parts = (torch.cat((gate, up), -1),) if fused else (gate, up)
+    for part in parts:
+        part.requires_grad_()
+    if fused:
+        gate, up = parts[0].chunk(2, -1)
+    assert torch.equal(gated(kind, *parts), ACTIVATIONS[kind][0](gate) * up)
+    assert torch.autograd.gradcheck(lambda *p: gated(kind, *p), parts)

@@ -15,6 +15,7 @@ from qlora_kit.base.load import load_base
 from qlora_kit.config import LoRAConfig
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.measure import (
+    StorageCounter,
     adapter_bytes,
     describe_device,
     optimizer_bytes,
@@ -90,3 +91,41 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < len(held)
+
+
+def test_a_counter_sees_every_storage_come_and_go():
+    model = torch.nn.Linear(8, 4, bias=False)
+    x = torch.ones(16, 8)
+    with StorageCounter(model) as counter:
+        assert counter.before == counter.current == 4 * 8 * 4
+        y = model(x)
+        known = counter.before + 16 * 8 * 4
+        assert counter.current == known + 16 * 4 * 4
+        view = y.t()[1:]
+        assert counter.current == known + 16 * 4 * 4
+        large = torch.zeros(1000)
+        del large, y
+        assert counter.current == known + 16 * 4 * 4
+        del view
+        assert counter.current == known
+    assert counter.peak == known + 16 * 4 * 4 + 4000
+
+
+def test_a_counter_agrees_with_the_profilers_allocations():
+    """The growth of a step within 2 % or 1 MiB, as the parity table asks (X25)."""
+    layers = [torch.nn.Linear(512, 512) for _ in range(6)]
+    model = torch.nn.Sequential(*layers)
+    x = torch.ones(1024, 512)
+    with StorageCounter(model) as counter:
+        model(x).sum().backward()
+    model.zero_grad(set_to_none=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        model(x).sum().backward()
+    events = profile.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    total = peak = 0
+    for change in changes:
+        total += change
+        peak = max(peak, total)
+    ours = counter.peak - counter.before - x.numel() * 4
+    assert abs(ours - peak) <= max(0.02 * peak, 2**20)

@@ -1,0 +1,53 @@
+"""qlora_kit, as `finetune` builds and steps a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.config import BaseConfig, LoRAConfig
+from qlora_kit.lora.block import use_own_blocks
+from qlora_kit.lora.inject import inject_lora
+from qlora_kit.training.attention import set_packed_attention
+from qlora_kit.training.loop import train_step
+from qlora_kit.training.optimizer import make_optimizer
+from qlora_kit.training.recompute import set_recompute
+
+
+class Peer:
+    """A model with its optimizer; `step` trains on ids (B, T), every token supervised."""
+
+    def __init__(self, directory: Path, bits: int, level: str, rank: int, device: str) -> None:
+        base = BaseConfig(model=str(directory), bits=bits, dtype="bf16", device=device)
+        config = LoRAConfig(r=rank, alpha=2 * rank, target_modules="q_proj,v_proj")
+        self.model: Any = inject_lora(read_weights(open_base(base)), config)
+        set_packed_attention(self.model)
+        note = use_own_blocks(self.model)
+        assert note is None, note
+        set_recompute(self.model, level)
+        self.optimizer = make_optimizer("adamw", self.model.parameters(), 1e-4)
+        self.model.train()
+        self._step = 0
+
+    def step(self, ids: Tensor) -> Tensor:
+        """One optimizer step; its loss."""
+        batch, length = ids.shape
+        self._step += 1
+        places = torch.arange(batch * length).view(batch, length)
+        supervised = places[:, :-1].reshape(-1)
+        window = {
+            "input_ids": ids,
+            "labels": ids,
+            "position_ids": torch.arange(length).expand(batch, length),
+            "supervised": supervised,
+            "num_supervised": supervised.numel(),
+            "lengths": [length] * batch,
+        }
+        loss, _ = train_step(
+            self.model, [window], self.optimizer, step=self._step, max_grad_norm=1.0
+        )
+        return loss

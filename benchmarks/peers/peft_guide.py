@@ -1,0 +1,81 @@
+"""PEFT, transformers and bitsandbytes as PEFT's guide to quantization puts them together.
+
+`prepare_model_for_kbit_training` casts what is not quantized to fp32, autocast computes in bf16.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+REENTRANT = {"use_reentrant": False}
+
+
+def load(directory: Path, bits: int, device: str) -> Any:
+    """The base, quantized to nf4 with double quant or to int8, or in bf16."""
+    quantization = None
+    if bits == 4:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    elif bits == 8:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(
+        directory,
+        quantization_config=quantization,
+        dtype=torch.bfloat16,
+        device_map={"": device},
+    )
+
+
+class Peer:
+    """A model with its optimizer; `step` trains on ids (B, T), every token supervised."""
+
+    autocast = True
+
+    def __init__(self, directory: Path, bits: int, level: str, rank: int, device: str) -> None:
+        self.device = device
+        model = self.prepare(load(directory, bits, device), bits, level == "full")
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=["q_proj", "v_proj"],
+            task_type="CAUSAL_LM",
+        )
+        self.model = get_peft_model(model, config, autocast_adapter_dtype=self.autocast)
+        self.model.config.use_cache = False
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0)
+        self.model.train()
+
+    def prepare(self, model: Any, bits: int, recompute: bool) -> Any:
+        """What the guide does before the adapters."""
+        if bits < 16:
+            return prepare_model_for_kbit_training(
+                model,
+                use_gradient_checkpointing=recompute,
+                gradient_checkpointing_kwargs=REENTRANT,
+            )
+        if recompute:
+            model.gradient_checkpointing_enable(REENTRANT)
+        return model
+
+    def step(self, ids: Tensor) -> Tensor:
+        """One optimizer step; its loss."""
+        ids = ids.to(self.device)
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
+            loss: Tensor = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()

@@ -1,0 +1,53 @@
+"""The speed benchmark runs, and its sides compute the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.timeout(300)
+def test_speed_compares_the_same_computation(tmp_path):
+    """Random weights give a loss near ln(vocabulary): bf16 moves it by less than 1 %."""
+    (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
+    name = "speed_of_a_test"
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "speed.py")]
+    command += ["--shape", str(tmp_path / "shape.json"), "--bits", "4", "--level", "full"]
+    command += ["--steps", "2", "--length", "32", "--rank", "4", "--result", name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(path.read_text())
+    finally:
+        path.unlink(missing_ok=True)
+    found = result["4 bits, full"]
+    ours = found["ours"]
+    for peer in ("peft_guide", "peft_best"):
+        assert found[peer]["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-2)
+    for side in ("ours", "peft_guide", "peft_best"):
+        assert found[side]["steps_bytes"] > found[side]["counted_bytes"] > 0
+        assert found[side]["step_s"] > found["floor_s"] > 0
+    assert result["measured"]["versions"]["torch"]

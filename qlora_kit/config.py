@@ -318,11 +318,31 @@ class LoRAConfig(Options):
         "dtype that adapters are computed and saved in (auto: the compute dtype); masters are fp32",
         check=one_of("auto", *DTYPES),
     )
+    adapter: str | None = option(
+        None,
+        "go on training this adapter, ours or PEFT's; rank, scale and targets are its own",
+        check=_not_empty,
+        metavar="DIR",
+    )
+    adapter_fingerprint: str | None = option(
+        None,
+        "SHA-256 that the weights of --adapter must have; a run's config.yaml holds it",
+        check=lambda value: None if re.fullmatch("[0-9a-f]{64}", value) else "64 hex digits",
+        metavar="SHA256",
+    )
+    allow_other_base: bool = option(False, OTHER_BASE_HELP)
 
     @property
     def scaling(self) -> float:
         """What the low-rank product is multiplied by."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.adapter is None:
+            if self.adapter_fingerprint is not None:
+                yield "adapter_fingerprint goes with adapter, which is not given"
+            if self.allow_other_base:
+                yield "allow_other_base goes with adapter, which is not given"
 
 
 @dataclass(frozen=True)

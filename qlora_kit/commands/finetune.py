@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from qlora_kit.errors import ConfigError, reports_errors
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
+    from qlora_kit.commands.continued import Start
     from qlora_kit.commands.display import Display
     from qlora_kit.commands.run import Plan
     from qlora_kit.data.prompt import EncodedRows
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from qlora_kit.base.source import resolve
     from qlora_kit.base.validate import look
+    from qlora_kit.commands.continued import start_from_adapter
     from qlora_kit.commands.display import Display
     from qlora_kit.data.read import load_rows
 
@@ -54,14 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         display.text_file(QUICKSTART, "no --model, --data or --config: running the quickstart")
     # What paths, headers and first rows show is refused before the libraries below are imported,
     # which takes longer than all of it.
-    rows = load_rows(config.data, config.training.seed)
+    rows, start = load_rows(config.data, config.training.seed), None
+    if config.lora.adapter is not None:
+        run_dir = _output_directory(config, config.base.bits)
+        config, start = start_from_adapter(parsed, config, run_dir)
     look(resolve(config.base.model, config.base.revision))
     from qlora_kit.commands.run import open_run
     from qlora_kit.training.guard import StopSignals
     from qlora_kit.training.loop import train
 
     with StopSignals() as signals:
-        plan = prepare(config, rows, display)
+        plan = prepare(config, rows, display, start)
         if plan is None:
             return 0
         with open_run(plan, display, signals) as run:
@@ -82,19 +87,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> Parsed:
     parsed = parse("qlora-kit finetune", SUMMARY, GROUPS, argv)
-    named = "model" in parsed.given[BaseConfig] or "data" in parsed.given[DataConfig]
-    if parsed.config_file is None and not named:
+    given = {name for group in GROUPS for name in parsed.given[group]}
+    if parsed.config_file is None and not given & {"model", "data", "adapter"}:
         parsed = parse("qlora-kit finetune", SUMMARY, GROUPS, ["--config", str(QUICKSTART), *argv])
     return parsed
 
 
-def prepare(config: RunConfig, rows: Rows, display: Display) -> Plan | None:
+def prepare(
+    config: RunConfig, rows: Rows, display: Display, start: Start | None = None
+) -> Plan | None:
     """Check everything that can be refused without the weights; None for a finished run.
 
     Nothing is written. Errors: those of the options, the base, the data and the checkpoint,
     `ResourceError` where there is no room for the results.
     """
     from qlora_kit.base.load import open_base
+    from qlora_kit.commands.continued import settle
     from qlora_kit.commands.resume import (
         check_resumed,
         find_checkpoint,
@@ -105,14 +113,18 @@ def prepare(config: RunConfig, rows: Rows, display: Display) -> Plan | None:
     from qlora_kit.data.batch import pack, padding_note
     from qlora_kit.data.template import use_template
 
-    target_dir = _output_directory(config)
     base = open_base(config.base)
+    target_dir = _output_directory(config, base.quantization.bits)
     if _is_finished(config, target_dir, base, display):
         return None
     overridden = overridden_options(config)
     resume = find_checkpoint(config, target_dir, display)
+    start_dir, ranks = None, None
+    if start is not None:
+        config, start_dir, ranks = settle(config, base, start, resume)
+        display.note(f"going on with the adapter {config.lora.adapter}")
     config = _resolved(config, base, target_dir)
-    _check_adapters(config, base, target_dir, display)
+    _check_adapters(config, base, target_dir, display, ranks)
     if config.data.chat_template is not None:
         use_template(base.tokenizer, config.data.chat_template)
     encoded, held_out = _encode(config, rows, base)
@@ -133,29 +145,39 @@ def prepare(config: RunConfig, rows: Rows, display: Display) -> Plan | None:
     if config.output.compare_bits:
         display.bits(_measure_bits(config.base))
     return Plan(
-        config, base, rows, encoded, held_out, packs, total_steps, target_dir, identity, resume
+        config,
+        base,
+        rows,
+        encoded,
+        held_out,
+        packs,
+        total_steps,
+        target_dir,
+        identity,
+        resume,
+        start_dir,
     )
 
 
-def _output_directory(config: RunConfig) -> Path:
+def _output_directory(config: RunConfig, bits: int | None) -> Path:
     """`--output_dir`, else where the checkpoint lies, else the next (or latest) default name."""
     output = config.output
     if output.output_dir is not None:
         return Path(output.output_dir)
-    names = _default_names(config)
+    names = _default_names(config, bits)
     if output.resume_from_checkpoint is None:
         return next(path for path in names if not path.exists())
     if output.resume_from_checkpoint != "auto":
         return Path(output.resume_from_checkpoint).parent
     taken = list(itertools.takewhile(Path.exists, names))
-    return taken[-1] if taken else next(_default_names(config))
+    return taken[-1] if taken else next(_default_names(config, bits))
 
 
-def _default_names(config: RunConfig) -> Iterator[Path]:
+def _default_names(config: RunConfig, bits: int | None) -> Iterator[Path]:
     """runs/<model>-<data>-<bits>bit, then -2, -3 ..."""
     model = Path(config.base.model.rstrip("/")).name
     data = Path(config.data.data.rstrip("/").replace(":", "-")).stem
-    name = f"runs/{model}-{data}-{config.base.bits}bit"
+    name = f"runs/{model}-{data}-{bits}bit"
     yield Path(name)
     for number in itertools.count(2):
         yield Path(f"{name}-{number}")
@@ -183,6 +205,8 @@ def _is_finished(config: RunConfig, target_dir: Path, base: OpenBase, display: D
         )
     goes_on = resume is not None and content is Content.INTERRUPTED
     read = [base.source.directory, *_data_files(config.data)]
+    if config.lora.adapter is not None:
+        read.append(Path(config.lora.adapter).expanduser())
     check_output(target_dir, config.output.overwrite or goes_on, read)
     return False
 
@@ -197,9 +221,16 @@ def _data_files(data: DataConfig) -> Iterator[Path]:
             yield path
 
 
-def _check_adapters(config: RunConfig, base: OpenBase, target_dir: Path, display: Display) -> None:
+def _check_adapters(
+    config: RunConfig,
+    base: OpenBase,
+    target_dir: Path,
+    display: Display,
+    ranks: Mapping[str, int] | None,
+) -> None:
     """Refuse targets, rank or a full disk; the base and its adapters are shown.
 
+    `ranks` are those of an adapter to go on with, by linear.
     Errors: `ConfigError`, `ResourceError`.
     """
     import warnings
@@ -211,12 +242,16 @@ def _check_adapters(config: RunConfig, base: OpenBase, target_dir: Path, display
 
     lora = config.lora
     targets = find_targets(base.model, lora.target_modules)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said once, when the adapters are made
-        check_rank(base.model, targets, lora.r)
+    if ranks is None:
+        ranks = dict.fromkeys(targets, lora.r)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said once, when the adapters are made
+            check_rank(base.model, targets, lora.r)
     display.base(base, targets, lora)
-    layers = [base.model.get_submodule(name) for name in targets]
-    parameters = sum(lora.r * (layer.in_features + layer.out_features) for layer in layers)
+    layers = {name: base.model.get_submodule(name) for name in ranks}
+    parameters = sum(
+        ranks[name] * (one.in_features + one.out_features) for name, one in layers.items()
+    )
     # The first checkpoint beside the result: masters, states, and the adapter twice.
     needed = int(parameters * (4 + state_bytes(config.training.optim) + 2 * 4)) + 2 * SLACK_BYTES
     check_room(target_dir, needed, "the first checkpoint with the result")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,24 @@ class Progress:
     @property
     def best(self) -> tuple[int, float] | None:
         """Step and loss of the lowest held-out loss after a step, the first one of equals."""
-        return min(self.history, key=lambda entry: entry[1], default=None)
+        # One that is not a number is lower than nothing, and nothing is lower than it.
+        finite = (entry for entry in self.history if math.isfinite(entry[1]))
+        return min(finite, key=lambda entry: entry[1], default=None)
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> Progress:
+        """What `asdict` made of one. Errors: `TypeError`, `ValueError` for anything else."""
+        found = cls(**saved)
+        for name in ("step", "tokens", "skipped_steps"):
+            if type(count := getattr(found, name)) is not int or count < 0:
+                raise ValueError(f"{name} {count!r}")
+        for name in ("seconds", "first_loss", "last_loss", "loss_before"):
+            value = getattr(found, name)
+            if type(value) not in (int, float) and (value is not None or name == "seconds"):
+                raise ValueError(f"{name} {value!r}")
+        found.history = tuple((int(at), float(loss)) for at, loss in found.history)
+        found.answers_before = tuple(map(str, found.answers_before))
+        return found
 
 
 class Memory:

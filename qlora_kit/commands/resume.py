@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 from qlora_kit.base.source import fingerprint
 from qlora_kit.config import RunConfig, flag_of, types_of
 from qlora_kit.errors import CheckpointError, ConfigError
-from qlora_kit.training.checkpoint import Checkpoint, digest, load_checkpoint, newest
+from qlora_kit.training.checkpoint import (
+    Checkpoint,
+    digest,
+    load_checkpoint,
+    newest,
+    numbered,
+)
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
@@ -22,20 +28,33 @@ FREE_ON_RESUME = {
     # The base and the data are compared by what they hold, the rest changes no number of a run.
     *("model", "revision", "data", "eval_data", "allow_longer_context", "gradient_checkpointing"),
     *("output_dir", "overwrite", "logging_steps", "report_to", "sample_prompts", "compare_bits"),
-    *("save_steps", "save_total_limit", "eval_steps", "load_best", "early_stopping"),
-    "token_cache",
+    *("save_steps", "save_total_limit", "eval_steps", "early_stopping"),
+    *("token_cache", "adapter", "allow_other_base"),
 }
-FIXED_ON_RESUME = ("lora_r", "target_modules", "optim", "eval_data")
+FIXED_ON_RESUME = (
+    *("lora_r", "target_modules", "optim", "eval_data", "load_best"),
+    "adapter_fingerprint",
+)
 """What a checkpoint's tensors, or its losses so far, have no other form for."""
 
 
 def find_checkpoint(config: RunConfig, target_dir: Path, display: Display) -> Checkpoint | None:
-    """The checkpoint to go on from, verified. Errors: `CheckpointError`, `UnsafeInputError`."""
+    """The checkpoint to go on from, verified.
+
+    Errors: `CheckpointError`, `UnsafeInputError`, `ConfigError` where another run's would be lost.
+    """
     name = config.output.resume_from_checkpoint
     if name is None:
         return None
     if name != "auto":
-        return load_checkpoint(Path(name).expanduser())
+        path = Path(name).expanduser()
+        elsewhere = path.parent.resolve() != target_dir.resolve()
+        if elsewhere and numbered(target_dir)[0]:
+            raise ConfigError(
+                f"--output_dir {target_dir} has checkpoints of its own, and {path} is none of them",
+                "go on from them with --resume_from_checkpoint auto, or choose another directory",
+            )
+        return load_checkpoint(path)
     found, notes = newest(target_dir)
     for note in notes:
         display.note(note)

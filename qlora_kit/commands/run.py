@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from qlora_kit.base.load import OpenBase, read_weights
@@ -28,9 +29,9 @@ from qlora_kit.data.template import SAVED
 from qlora_kit.errors import CheckpointError, QloraKitError, ResourceError, Stopped
 from qlora_kit.files import sync
 from qlora_kit.generation import generate_text
-from qlora_kit.lora.adapter import save_adapter
+from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.block import use_own_blocks
-from qlora_kit.lora.inject import inject_lora
+from qlora_kit.lora.inject import inject_lora, train_loaded
 from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.checkpoint import (
     Checkpoint,
@@ -41,7 +42,7 @@ from qlora_kit.training.checkpoint import (
     saved_bytes,
     take,
 )
-from qlora_kit.training.guard import Guard, StopSignals
+from qlora_kit.training.guard import Guard, StopSignals, is_out_of_memory
 from qlora_kit.training.loop import StepReport
 from qlora_kit.training.loss import Evaluation, evaluate
 from qlora_kit.training.optimizer import (
@@ -75,6 +76,7 @@ class Plan:
     """A run whose options, files and shapes were checked, before a weight is read.
 
     `identity` tells the base and the encoded rows apart from others, whatever they are called.
+    `start` is the directory of the adapter that the run goes on from, checked against the base.
     """
 
     config: RunConfig
@@ -87,6 +89,7 @@ class Plan:
     directory: Path
     identity: Mapping[str, str | None]
     resume: Checkpoint | None
+    start: Path | None = None
 
 
 @contextlib.contextmanager
@@ -126,7 +129,7 @@ class Run:
     ) -> None:
         config, training = plan.config, plan.config.training
         display.loading(plan.base)
-        self.model = inject_lora(read_weights(plan.base), config.lora, seed=training.seed)
+        self.model = _with_adapters(plan)
         set_packed_attention(self.model)
         if training.own_blocks and (left_alone := use_own_blocks(self.model)):
             display.note(left_alone)
@@ -150,6 +153,7 @@ class Run:
         self._questions = _questions(plan)
         self._best: dict[str, Tensor] = {}
         self._saved_step = -1
+        self._eval_rows = max(EVAL_ROWS, training.batch_size)
         if plan.resume is not None:
             self._restore(plan.resume)
 
@@ -238,7 +242,7 @@ class Run:
             try:
                 path = write()
             except (ResourceError, OSError):
-                if not prune(run, max(1, limit - 1)):
+                if not prune(run, max(1, limit - 1), self._saved_step):
                     raise
                 path = write()
         except OSError as error:
@@ -321,9 +325,28 @@ class Run:
         held_out = self._plan.held_out
         if held_out is None:
             return None
-        rows = max(EVAL_ROWS, self._plan.config.training.batch_size)
-        with self._signals.droppable():
-            return evaluate(self.model, eval_batches(held_out.rows, rows, self._pad_id))
+        while True:
+            rows = self._eval_rows
+            try:
+                with self._signals.droppable():
+                    return evaluate(self.model, eval_batches(held_out.rows, rows, self._pad_id))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if rows == 1:
+                    # Of a kind that lets the steps so far be saved.
+                    raise ResourceError(
+                        f"out of memory with one held-out row after step {self.progress.step}",
+                        "lower --max_length, use --bits 4, or --eval_fraction 0",
+                    ) from error
+            # Here, not above: the exception held the frames, and they the activations.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._eval_rows = -(-rows // 2)
+            self._display.note(
+                f"out of memory with {rows} held-out rows at a time: going on with "
+                f"{self._eval_rows}"
+            )
 
     def _answers(self) -> list[str]:
         tokenizer = self._plan.base.tokenizer
@@ -352,9 +375,7 @@ class Run:
         saved = _parts(checkpoint.tensors)
         try:
             numbers = dict(checkpoint.state["optimizer"])
-            progress = Progress(**checkpoint.state["progress"])
-            progress.history = tuple((int(at), float(loss)) for at, loss in progress.history)
-            progress.answers_before = tuple(progress.answers_before)
+            progress = Progress.read(checkpoint.state["progress"])
             self.guard.restore(checkpoint.state["guard"])
             if progress.step != checkpoint.step:
                 raise ValueError(f"step {progress.step}")
@@ -385,6 +406,16 @@ class Run:
             group_by_length=plan.config.data.group_by_length,
         )
         return ", ".join(map(str, rows))
+
+
+def _with_adapters(plan: Plan) -> Any:
+    """The base's model with new adapters, or with the one that the run goes on from."""
+    model, seed = read_weights(plan.base), plan.config.training.seed
+    if plan.start is None:
+        return inject_lora(model, plan.config.lora, seed=seed)
+    # The base was compared when the adapter's files were opened.
+    load_adapter(model, plan.start, allow_other_base=True, seed=seed)
+    return train_loaded(model, plan.config.lora, seed=seed)
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -31,6 +31,11 @@ def inject_lora(
     Errors: `ConfigError` for targets that match nothing or a rank that no target can use.
     """
     config = config or LoRAConfig()
+    if config.adapter is not None:
+        raise ConfigError(
+            f"adapter {config.adapter} is given, and new adapters are to be made",
+            "use load_adapter and train_loaded to go on with one",
+        )
     targets = find_targets(model, config.target_modules)
     check_rank(model, targets, config.r)
     dtype = _adapter_dtype(model, config)
@@ -42,6 +47,21 @@ def inject_lora(
             layer = lora_layer(model, name)
             dropout = KeyedDropout(config.dropout, seed, name)
             layer.add_adapter(adapter, config.r, config.scaling, dtype, dropout)
+    train_only(model, adapter)
+    model.lora_configs[adapter] = config
+    return model
+
+
+def train_loaded(model: Any, config: LoRAConfig, *, seed: int = 42, adapter: str = ADAPTER) -> Any:
+    """Make a loaded adapter of `model` trainable, and only it; its weights are the fp32 masters.
+
+    Dropout and adapter dtype are those of `config`; ranks and scales stay as they were loaded.
+    """
+    dtype = _adapter_dtype(model, config)
+    for name, layer in lora_layers(model).items():
+        if adapter in layer.lora_A:
+            layer.lora_dropout[adapter] = KeyedDropout(config.dropout, seed, name)
+            layer.adapter_dtypes[adapter] = dtype
     train_only(model, adapter)
     model.lora_configs[adapter] = config
     return model
@@ -119,6 +139,13 @@ def target_candidates(model: nn.Module) -> list[str]:
         )
         and not re.search(r"\.(base_layer|lora_[AB]\..*)$", name)
     ]
+
+
+def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The last parts of the names of `targets` where they select just these, else the names."""
+    short = sorted({name.rpartition(".")[2] for name in targets})
+    chosen = [name for name in target_candidates(model) if name.rpartition(".")[2] in short]
+    return short if set(chosen) == set(targets) else list(targets)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -90,9 +90,12 @@ def saved_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(sizes.values()) + adapter + SLACK_BYTES
 
 
-def prune(run: Path, limit: int) -> bool:
-    """Remove all but the `limit` newest checkpoints; whether there was one to remove."""
-    older = _own(run)[limit:]
+def prune(run: Path, limit: int, good: int | None = None) -> bool:
+    """Remove all but the `limit` newest checkpoints; whether there was one to remove.
+
+    That of step `good` stays: newer ones may be damaged, which nobody looked for.
+    """
+    older = [path for path in _own(run)[limit:] if path.name != f"{PREFIX}{good}"]
     for path in older:
         _discard(path)
     return bool(older)
@@ -145,11 +148,17 @@ def numbered(run: Path) -> tuple[dict[int, Path], list[str]]:
 def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint of a run, and notes on what was passed over."""
     found, notes = numbered(run)
-    for path in found.values():
+    for step, path in found.items():
         try:
-            return load_checkpoint(path), notes
+            checkpoint = load_checkpoint(path)
         except (CheckpointError, UnsafeInputError) as error:
             notes.append(f"going back before {path.name}: {error.problem}")
+        except OSError as error:  # a bad block, or a file that may not be read
+            notes.append(f"going back before {path.name}: {error.filename}: {error.strerror}")
+        else:
+            if checkpoint.step == step:
+                return checkpoint, notes
+            notes.append(f"{path} is ignored: it stands after step {checkpoint.step}")
     return None, notes
 
 

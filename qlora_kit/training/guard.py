@@ -191,8 +191,13 @@ class Guard:
         return {"bad_in_a_row": self.bad_in_a_row, "max_rows": self.max_rows}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as `state` says."""
-        self.bad_in_a_row, self.max_rows = state["bad_in_a_row"], state["max_rows"]
+        """Go on as `state` says. Errors: `KeyError`, `TypeError`, `ValueError` for any other."""
+        bad_in_a_row, max_rows = state["bad_in_a_row"], state["max_rows"]
+        if type(bad_in_a_row) is not int or not 0 <= bad_in_a_row < SKIP_LIMIT:
+            raise ValueError(f"bad_in_a_row {bad_in_a_row!r}")
+        if max_rows is not None and (type(max_rows) is not int or max_rows < 1):
+            raise ValueError(f"max_rows {max_rows!r}")
+        self.bad_in_a_row, self.max_rows = bad_in_a_row, max_rows
 
     def _halve(self, said: str) -> None:
         largest = max(batch["input_ids"].shape[0] for batch in self._window)

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_kit.errors import ResourceError
+from qlora_kit.errors import ResourceError, UnsafeInputError
 from qlora_kit.files import clear_stale, remove, sync
 from qlora_kit.training.checkpoint import numbered
 
@@ -57,6 +57,8 @@ def content_of(path: Path) -> Content:
 
 def _is_new_run(lock: Path) -> bool:
     """Whether a lock file says that all that lies beside it is a run's own."""
+    if lock.is_symlink() or not lock.is_file():  # reading a pipe would wait for ever
+        return False
     with contextlib.suppress(FileNotFoundError):
         return re.fullmatch(rb"\d+\n", lock.read_bytes()) is not None
     return False
@@ -75,7 +77,11 @@ def run_directory(path: Path, overwrite: bool) -> Iterator[RunDirectory]:
             # A run that was killed while it moved things aside is still to replace them.
             overwrite = overwrite or (path / REPLACING).exists()
             _recover(path)
-            directory = RunDirectory(path, overwrite)
+            try:
+                directory = RunDirectory(path, overwrite)
+            except BaseException:
+                _put_back(path)
+                raise
             try:
                 yield directory
             except BaseException:
@@ -146,7 +152,7 @@ def _make(path: Path) -> list[Path]:
 @contextlib.contextmanager
 def _lock(path: Path, does: str) -> Iterator[None]:
     while True:
-        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _open_lock(path / LOCK)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -160,6 +166,7 @@ def _lock(path: Path, does: str) -> Iterator[None]:
         except OSError as error:
             # A file system without locks: one writer is then the user's promise.
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                os.close(handle)
                 raise
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path / LOCK)):
@@ -172,8 +179,22 @@ def _lock(path: Path, does: str) -> Iterator[None]:
         os.ftruncate(handle, len(text))
         yield
     finally:
-        os.unlink(path / LOCK)
-        os.close(handle)
+        try:
+            with contextlib.suppress(FileNotFoundError):  # the directory was removed meanwhile
+                os.unlink(path / LOCK)
+        finally:
+            os.close(handle)
+
+
+def _open_lock(path: Path) -> int:
+    """A file is made or opened; what a link points to is not for us to write to.
+
+    Errors: `UnsafeInputError` for anything but a plain file.
+    """
+    if not path.is_symlink() and (path.is_file() or not path.exists()):
+        # Between the look and this call a link may come.
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    raise UnsafeInputError(f"{path}: is not a regular file", "choose another place")
 
 
 def _recover(path: Path) -> None:
@@ -205,6 +226,7 @@ def _put_back(path: Path) -> None:
     if (path / REPLACED).exists():
         # Under the first name again: a kill in the middle of moving goes on from there.
         os.rename(path / REPLACED, path / REPLACING)
+    if (path / REPLACING).exists():
         _move_back(path / REPLACING, path)
 
 

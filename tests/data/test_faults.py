@@ -74,6 +74,28 @@ FAULTS = {
 }
 
 
+def test_more_tokens_than_embedding_rows_are_refused(tmp_path, capsys):
+    """T3. Fewer are fine: every other base of these tests has more rows than tokens."""
+    from families import VOCABULARY, save_tokenizer
+
+    base, data = tmp_path / "base", tmp_path / "rows.jsonl"
+    save_checkpoint(base)
+    save_tokenizer(base, extra=VOCABULARY)
+    data.write_text(f"{GOOD}\n" * 9)
+    before = tree_hash(base)
+    began = time.thread_time()
+    arguments = ["--bits", "16", "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+    code = main(["--model", str(base), "--data", str(data), *arguments])
+    assert time.thread_time() - began < 10
+    *_, line = capsys.readouterr().err.splitlines()
+    assert code == 3
+    assert line.startswith("error: ")
+    assert f"{VOCABULARY + 260} tokens, {VOCABULARY} embedding rows" in line
+    assert "; " in line
+    assert tree_hash(base) == before
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
+import struct
 import time
 from typing import Any
 
@@ -111,6 +113,62 @@ def stop_in_save() -> None:
         real(*args, **options)
 
     run.save_adapter = save_adapter
+
+
+def stop_twice_in_save() -> None:
+    """Two SIGTERMs come while the second checkpoint is being written."""
+    real = run.save_adapter
+    saves = []
+
+    def save_adapter(*args: Any, **options: Any) -> None:
+        saves.append(1)
+        real(*args, **options)
+        for _ in range(2 if len(saves) == 2 else 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run.save_adapter = save_adapter
+
+
+def adapter_value_flips_at_3() -> None:
+    """One value of one adapter is not finite from step 3 on, as a broken memory cell makes it."""
+
+    def flip(step: int, model: Any) -> None:
+        if step == 3:
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            parameter.data.view(-1)[5] = float("inf")
+
+    _before_each_step(flip)
+
+
+def full_device_in_evaluation_above_one_row() -> None:
+    """Two held-out rows at a time do not fit."""
+    _full_evaluation(lambda calls, rows: rows > 1)
+
+
+def full_device_in_the_last_evaluation() -> None:
+    """Before the training the held-out rows fit; after it not even one does."""
+    _full_evaluation(lambda calls, rows: calls > 1)
+
+
+def without_privileges() -> None:
+    """As an ordinary user: permissions count, also where the tests run as root."""
+    header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    if ctypes.CDLL(None, use_errno=True).capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def _full_evaluation(too_much: Any) -> None:
+    real = run.evaluate
+    calls = []
+
+    def evaluate(model: Any, batches: Any) -> Any:
+        calls.append(1)
+        batches = list(batches)
+        if too_much(len(calls), max(batch["input_ids"].shape[0] for batch in batches)):
+            torch.empty(2**55, dtype=torch.uint8)
+        return real(model, batches)
+
+    run.evaluate = evaluate
 
 
 def _grace(seconds: float) -> None:

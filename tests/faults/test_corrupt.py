@@ -73,6 +73,38 @@ def test_auto_falls_back_and_says_so_and_a_path_fails(job, reference, run_dir):
     assert result_of(run_dir) == reference
 
 
+def test_a_file_that_cannot_be_read_is_passed_over(job, reference, run_dir):
+    path = run_dir / "checkpoint-4" / "training.safetensors"
+    path.chmod(0)
+    resume = ("--resume_from_checkpoint", "auto")
+    resumed = job.run(run_dir, *resume, inject="without_privileges")
+    assert resumed.code == 0, resumed.output
+    assert f"going back before checkpoint-4: {path}: Permission denied" in resumed.output
+    assert result_of(run_dir) == reference
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(job, reference, run_dir):
+    shutil.copytree(run_dir / "checkpoint-3", run_dir / "checkpoint-90")
+    found, notes = newest(run_dir)
+    assert found.path == run_dir / "checkpoint-4"
+    assert "checkpoint-90 is ignored: it stands after step 3" in notes[0]
+    resumed = job.run(run_dir, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert result_of(run_dir) == reference
+
+
+def test_a_full_disk_never_costs_the_checkpoint_that_a_run_stands_on(job, reference, run_dir):
+    """The newer one is damaged: room for a second try is not made by removing the older one."""
+    (run_dir / "checkpoint-4" / "state.json").write_bytes(b"{")
+    resume = ("--resume_from_checkpoint", "auto")
+    failed = job.run(run_dir, *resume, limits={"RLIMIT_FSIZE": 8192})
+    assert failed.code == 4, failed.output
+    assert newest(run_dir)[0].step == 3
+    resumed = job.run(run_dir, *resume)
+    assert resumed.code == 0, resumed.output
+    assert result_of(run_dir) == reference
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
@@ -143,7 +175,12 @@ def rewritten(run_dir, **changes):
         {"progress": {}},
         {"progress": None},
         {"progress": {"step": 4, "surprise": 1}},
+        {"progress": {"step": 4, "tokens": None}},
+        {"progress": {"step": 4, "first_loss": "low"}},
+        {"progress": {"step": 4, "history": [[1]]}},
         {"guard": None},
+        {"guard": {"bad_in_a_row": 0, "max_rows": 0}},
+        {"guard": {"bad_in_a_row": "0", "max_rows": None}},
         {"optimizer": None},
         {"optimizer": {"model.layers.0.self_attn.q_proj.lora_A.default.weight.step": 1}},
         {"config": None},
@@ -200,6 +237,12 @@ def test_other_data_and_another_base_are_refused_whatever_they_are_called(job, r
     refused = job.run(run_dir, "--data", str(data), "--resume_from_checkpoint", "auto")
     assert refused.code == 2
     assert "data: other contents" in refused.error
+    named = ("--resume_from_checkpoint", "auto", "--override")
+    other = run_dir.with_name("other-data")
+    shutil.copytree(run_dir, other)
+    overridden = job.run(other, "--data", str(data), *named, "data")
+    assert overridden.code == 0, overridden.output
+    assert "overridden: data: other contents" in overridden.output
     from families import edit_weights
 
     base = tmp_path / "base"
@@ -208,6 +251,9 @@ def test_other_data_and_another_base_are_refused_whatever_they_are_called(job, r
     refused = job.run(run_dir, "--model", str(base), "--resume_from_checkpoint", "auto")
     assert refused.code == 2
     assert "model: other contents" in refused.error
+    overridden = job.run(run_dir, "--model", str(base), *named, "model")
+    assert overridden.code == 0, overridden.output
+    assert "overridden: model: other contents" in overridden.output
 
 
 def test_a_checkpoint_can_be_gone_on_from_in_another_directory(job, reference, run_dir, tmp_path):

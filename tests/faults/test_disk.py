@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,19 @@ def test_a_directory_that_became_read_only_is_refused_at_the_start(job, tmp_path
     )
     assert said.startswith("4 error: ")
     assert "may not be written to" in said or "Read-only" in said
+
+
+def test_a_place_without_permission_is_refused_at_the_start(job, tmp_path):
+    place = tmp_path / "locked"
+    place.mkdir()
+    place.chmod(0o555)
+    began = time.monotonic()
+    refused = job.run(place / "run", inject="without_privileges")
+    assert time.monotonic() - began < 2
+    assert refused.code == 4, refused.output
+    assert "may not be written to" in refused.error
+    assert str(place) in refused.error
+    assert list(place.iterdir()) == []
 
 
 def test_a_file_that_may_not_grow_leaves_the_last_checkpoint(job, output):

@@ -120,6 +120,18 @@ def test_what_overwrite_replaces_is_there_until_there_is_something_better(job, o
     assert leftovers(output) == []
 
 
+def test_a_call_that_fails_while_it_replaces_puts_everything_back(job, output):
+    """Each call in turn: the lock, the folder aside, each move; the first finds its folder made."""
+    output.mkdir()
+    for name in ("a.txt", "b.txt", "run.json"):
+        (output / name).write_text("{}")
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    for at in range(2, 8):
+        failed = job.run(output, "--overwrite", fault=Fault(at, "fail", path=str(output)))
+        assert failed.code == 4, (at, failed.output)
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == before, at
+
+
 def test_killed_while_it_replaces_a_run_resumes_and_replaces(job, reference, tmp_path):
     refused = []
     for at in (3, 5, 6, 8, 40):

@@ -145,6 +145,54 @@ def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_a_run_whose_adapter_is_not_finite_keeps_the_checkpoint_before(job, output):
+    """N3 through the command: one value flips between two steps."""
+    outcome = job.run(output, inject="adapter_value_flips_at_3")
+    assert outcome.code == 5, outcome.output
+    assert "lora_A" in outcome.error
+    found, notes = newest(output)
+    assert (found.step, notes) == (2, [])
+    assert leftovers(output) == []
+    assert not (output / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_that_is_not_finite_is_no_result(job, output):
+    """Without checkpoints there is nothing to keep."""
+    settings = ("--save_steps", "0", "--max_steps", "4", "--eval_steps", "0")
+    outcome = job.having(*settings).run(output, inject="adapter_value_flips_at_3")
+    assert outcome.code == 5, outcome.output
+    assert not output.exists()
+
+
+def test_held_out_rows_that_do_not_fit_are_evaluated_in_smaller_batches(job, output):
+    outcome = job.run(output, inject="full_device_in_evaluation_above_one_row")
+    assert outcome.code == 0, outcome.output
+    said = [line for line in outcome.output.splitlines() if "out of memory" in line]
+    assert [line[line.index("going on") :] for line in said] == [
+        "going on with 4",
+        "going on with 2",
+        "going on with 1",
+    ]
+    assert job.run(output.with_name("whole")).code == 0
+    ours, whole = (
+        json.loads((o / "run.json").read_text()) for o in (output, output.parent / "whole")
+    )
+    for key in ("loss_before", "loss_after"):
+        assert ours["eval"][key] == pytest.approx(whole["eval"][key], rel=2e-6)
+
+
+def test_a_last_evaluation_that_does_not_fit_loses_no_step(job, reference, output):
+    """By default nothing is saved before the end: hours of training wait for this evaluation."""
+    settings = job.having("--save_steps", "0", "--eval_steps", "0")
+    failed = settings.run(output, inject="full_device_in_the_last_evaluation")
+    assert failed.code == 4, failed.output
+    assert "one held-out row" in failed.error
+    assert newest(output)[0].step == 5
+    resumed = settings.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert {name: (output / name).read_bytes() for name in reference} == reference
+
+
 def test_small_steps_move_every_entry(job, output):
     """N8: bf16 adapters with fp32 masters at a rate that pure bf16 would round away."""
     moving = job.having("--dtype", "bf16", "--learning_rate", "1e-5", "--max_steps", "60")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,14 +56,17 @@ def test_a_step_that_does_not_end_is_dropped_and_replayed(job, reference, output
     assert result_of(output) == reference
 
 
-def test_a_second_signal_leaves_at_once_without_harm(job, reference, output):
+@pytest.mark.parametrize("number", list(CODES))
+def test_a_second_signal_leaves_at_once_without_harm(job, reference, output, number):
     running = job.start(output, inject="endless_step_long_grace")
     running.wait_for("step 3 goes on and on")
-    running.signal(signal.SIGINT)
+    running.signal(number)
     time.sleep(0.3)
-    running.signal(signal.SIGINT)
+    began = time.monotonic()
+    running.signal(number)
     stopped = running.wait()
-    assert stopped.code == 130, stopped.output
+    assert time.monotonic() - began < 2
+    assert stopped.code == CODES[number], stopped.output
     assert "second signal" in stopped.error
     resumed = job.run(output, "--resume_from_checkpoint", "auto")
     assert resumed.code == 0, resumed.output
@@ -79,6 +83,18 @@ def test_a_signal_in_a_save_lets_it_end(job, reference, output):
     resumed = job.run(output, "--resume_from_checkpoint", "auto")
     assert resumed.code == 0, resumed.output
     assert result_of(output) == reference
+
+
+def test_a_second_signal_in_a_save_leaves_the_checkpoint_before_it(job, reference, output):
+    stopped = job.run(output, inject="stop_twice_in_save")
+    assert stopped.code == 143, stopped.output
+    assert "second signal" in stopped.error
+    found, notes = newest(output)
+    assert (found.step, notes) == (1, [])
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert result_of(output) == reference
+    assert leftovers(output) == []
 
 
 def test_a_signal_while_loading_leaves_nothing(job, output):
@@ -130,3 +146,34 @@ def test_a_lock_file_of_a_process_that_lives_but_does_not_hold_it_is_taken_over(
     resumed = job.run(output, "--resume_from_checkpoint", "auto")
     assert resumed.code == 0, resumed.output
     assert json.loads((output / "run.json").read_text())["train"]["steps"] == 5
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_lock_file_is_neither_waited_for_nor_written_to(job, output, tmp_path, kind):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("1234567\n")
+    output.mkdir()
+    lock = output / ".lock"
+    if kind == "link":
+        lock.symlink_to(precious)
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.mkdir()
+    for extra in ((), ("--resume_from_checkpoint", "auto"), ("--overwrite",)):
+        refused = job.run(output, *extra)
+        assert refused.code in (2, 3), (extra, refused.output)
+        assert precious.read_text() == "1234567\n"
+        assert [path.name for path in output.iterdir()] == [".lock"]
+
+
+def test_a_directory_that_is_removed_under_a_run_ends_it_with_an_error(job, output):
+    running = job.start(output, inject="endless_step")
+    running.wait_for("step 3 goes on and on")
+    shutil.rmtree(output)
+    running.signal(signal.SIGTERM)
+    stopped = running.wait()
+    assert stopped.code in (4, 143), stopped.output
+    assert stopped.error.startswith("error: ")
+    assert "unexpected" not in stopped.error
+    assert not output.exists()

@@ -28,6 +28,7 @@ from record import write_result
 COLUMNS = "question=prompt,answer=completion"
 LENGTH = 1024
 BATCH = 8
+PACKS = 2
 STEPS = 22
 
 
@@ -87,7 +88,7 @@ def encode_datasets(path: Path, data: Path) -> dict[str, float]:
 def train(level: str, data: Path) -> dict[str, Any]:
     """Real tokens and seconds of training GSM8K on the 60M shape in each order, step about.
 
-    LoRA on frozen bf16, as `finetune` trains; about as many real tokens in a step of each order.
+    LoRA on frozen bf16, as `finetune` trains. Two packs take about as many places as a padded batch.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -97,6 +98,7 @@ def train(level: str, data: Path) -> dict[str, Any]:
     from qlora_kit.data.order import make_packs
     from qlora_kit.data.prompt import encode_rows
     from qlora_kit.data.read import load_rows
+    from qlora_kit.lora.block import use_own_blocks
     from qlora_kit.lora.inject import inject_lora
     from qlora_kit.training.attention import set_packed_attention
     from qlora_kit.training.loop import train as run
@@ -116,6 +118,7 @@ def train(level: str, data: Path) -> dict[str, Any]:
     inject_lora(model, LoRAConfig(), seed=0)
     # Attends as the library does wherever a sequence holds one row.
     set_packed_attention(model)
+    assert use_own_blocks(model) is None
     set_recompute(model, level)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -124,7 +127,7 @@ def train(level: str, data: Path) -> dict[str, Any]:
     orders = {
         "random": steps(encoded.rows, batch_size=BATCH, **common),
         "grouped": steps(encoded.rows, batch_size=BATCH, group_by_length=True, **common),
-        "packed": steps(encoded.rows, batch_size=1, packs=packs, **common),
+        "packed": steps(encoded.rows, batch_size=PACKS, packs=packs, **common),
     }
     found = {order: {"tokens": 0, "seconds": 0.0, "slots": 0} for order in orders}
     for number, windows in enumerate(zip(*orders.values(), strict=True)):

@@ -95,24 +95,35 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        # One buffer for all chunks: on the CPU fresh memory of this size costs a chunk's time.
+        space = rows.new_empty(min(CHUNK_ROWS, rows.shape[0]), weight.shape[0], dtype=torch.float32)
+        product = (
+            space if rows.dtype is torch.float32 else torch.empty_like(space, dtype=rows.dtype)
+        )
         for start in range(0, rows.shape[0], CHUNK_ROWS):
-            chunk = slice(start, start + CHUNK_ROWS)
-            logits = F.linear(rows[chunk], weight, bias).float()
+            part = rows[start : start + CHUNK_ROWS]
+            count = part.shape[0]
+            raw, logits = product[:count], space[:count]
+            if bias is None:
+                torch.mm(part, weight.t(), out=raw)
+            else:
+                torch.addmm(bias, part, weight.t(), out=raw)
+            logits.copy_(raw)
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
-            index = targets[chunk].unsqueeze(1)
+            index = targets[start : start + count].unsqueeze(1)
             # d/dlogits of the sum is softmax - one_hot, through the soft cap where there is one.
             slope = None
             if softcap is not None and grad_rows is not None:
                 slope = (logits / softcap).square_().neg_().add_(1)
-            logits = logits.log_softmax(1)
+            torch.log_softmax(logits, 1, out=logits)
             total -= logits.gather(1, index).sum()
             if grad_rows is None:
                 continue
             logits.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=logits.dtype))
             if slope is not None:
                 logits.mul_(slope)
-            grad_rows[chunk] = logits.to(weight.dtype) @ weight
+            torch.mm(raw.copy_(logits), weight, out=grad_rows[start : start + count])
         ctx.save_for_backward(grad_rows)
         return total
 

@@ -127,7 +127,7 @@ class Run:
     def __init__(
         self, plan: Plan, place: RunDirectory, display: Display, signals: StopSignals
     ) -> None:
-        config, training = plan.config, plan.config.training
+        training = plan.config.training
         display.loading(plan.base)
         self.model = _with_adapters(plan)
         set_packed_attention(self.model)

@@ -88,7 +88,7 @@ def encode_datasets(path: Path, data: Path) -> dict[str, float]:
 def train(level: str, data: Path) -> dict[str, Any]:
     """Real tokens and seconds of training GSM8K on the 60M shape in each order, step about.
 
-    LoRA on frozen bf16, as `finetune` trains. Two packs take about as many places as a padded batch.
+    LoRA on frozen bf16, as `finetune` trains. Two packs take as many places as a padded batch.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -51,3 +51,33 @@ def test_speed_compares_the_same_computation(tmp_path):
         assert found[side]["steps_bytes"] > found[side]["counted_bytes"] > 0
         assert found[side]["step_s"] > found["floor_s"] > 0
     assert result["measured"]["versions"]["torch"]
+
+
+@pytest.mark.timeout(300)
+def test_quality_begins_every_side_with_the_same_model():
+    """The same bits and a B of zero: the losses differ by roundings to bf16, 2^-8 each at most."""
+    name = "quality_of_a_test"
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--data", "sample:query"]
+    command += ["--bits", "4", "--targets", "all-linear", "--seeds", "42", "--steps", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        done = subprocess.run(
+            [*command, "--result", name],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        result = json.loads(path.read_text())
+    finally:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".png").unlink(missing_ok=True)
+    ours, peft = sorted(result["runs"], key=lambda run: run["side"])
+    assert (ours["side"], peft["side"]) == ("ours", "peft")
+    assert ours["loss_before"] == pytest.approx(peft["loss_before"], rel=2**-8)
+    assert ours["loss"] < ours["loss_before"]
+    (row,) = result["table"]
+    assert row["mean"] == ours["loss"]
+    assert row["difference"] == pytest.approx(ours["loss"] - peft["loss"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 REENTRANT = {"use_reentrant": False}
+QUERY_AND_VALUE = ["q_proj", "v_proj"]
 
 
 def load(directory: Path, bits: int, device: str) -> Any:
@@ -41,19 +42,29 @@ class Peer:
 
     autocast = True
 
-    def __init__(self, directory: Path, bits: int, level: str, rank: int, device: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        bits: int,
+        level: str,
+        rank: int,
+        device: str,
+        *,
+        targets: str | list[str] = QUERY_AND_VALUE,
+        learning_rate: float = 1e-4,
+    ) -> None:
         self.device = device
         model = self.prepare(load(directory, bits, device), bits, level == "full")
         config = LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
-            target_modules=["q_proj", "v_proj"],
+            target_modules=targets,
             task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(model, config, autocast_adapter_dtype=self.autocast)
         self.model.config.use_cache = False
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=0.0)
         self.model.train()
 
     def prepare(self, model: Any, bits: int, recompute: bool) -> Any:
@@ -68,14 +79,20 @@ class Peer:
             model.gradient_checkpointing_enable(REENTRANT)
         return model
 
-    def step(self, ids: Tensor) -> Tensor:
-        """One optimizer step; its loss."""
-        ids = ids.to(self.device)
-        kind = torch.device(self.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
-            loss: Tensor = self.model(input_ids=ids, labels=ids).loss
+    def step(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """One optimizer step; its loss. Labels (B, T) are the ids where none are given."""
+        loss = self.loss(ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def loss(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The mean loss over the supervised tokens, in nats."""
+        ids = ids.to(self.device)
+        labels = ids if labels is None else labels.to(self.device)
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
+            found: Tensor = self.model(input_ids=ids, labels=labels).loss
+        return found

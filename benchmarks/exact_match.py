@@ -1,8 +1,8 @@
 """Answers that equal the completion, before and after training: the real commands, the tiny base.
 
-Trains the package's tiny base in 4 bits on each data set and lets `evaluate` answer held-out prompts
-greedily with the base alone and with the adapter. WikiSQL is read from QLORA_KIT_DATA, and its
-test rows are asked, which no choice was made on. About seven minutes on a core.
+Trains the package's tiny base in 4 bits on each data set and lets `evaluate` answer held-out
+prompts greedily with the base alone and with the adapter. WikiSQL is read from QLORA_KIT_DATA, and
+its test rows are asked, which no choice was made on. About seven minutes on a core.
 
     OMP_NUM_THREADS=1 python benchmarks/exact_match.py
 """

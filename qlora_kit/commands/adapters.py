@@ -19,8 +19,30 @@ from qlora_kit.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.source import Source
 
 RUN_GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
+
+
+def look_at(parsed: Parsed, adapter: str | None) -> Source | None:
+    """Refuse what paths, JSON and headers show of an adapter and a base; torch is not needed.
+
+    Returns the base, or None where the adapter is yet to be asked for it. Errors: those of the
+    files, `AdapterError`.
+    """
+    from qlora_kit.base.source import contained, resolve
+    from qlora_kit.base.validate import look, read_header
+    from qlora_kit.lora.peft_config import WEIGHTS_FILE, read_adapter_config
+
+    if adapter is not None:
+        read_adapter_config(adapter)
+        read_header(contained(Path(adapter), WEIGHTS_FILE), AdapterError)
+        if "model" not in parsed.given[BaseConfig]:
+            return None
+    base = parsed[BaseConfig]
+    source = resolve(base.model, base.revision)
+    look(source)
+    return source
 
 
 def open_with_adapter(

@@ -33,7 +33,7 @@ from qlora_kit.config import (
     flag_of,
     types_of,
 )
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, redacted
 
 GROUP_TITLES = {
     BaseConfig: "model",
@@ -92,6 +92,25 @@ def parse(
         where = f" (some may come from {config_file})" if config_file else ""
         raise ConfigError("; ".join(problems), f"correct the values named above{where}, see --help")
     return Parsed(made, given, config_file, debug)
+
+
+def refuse_tokens(parsed: Parsed) -> None:
+    """Refuse a value that holds a token, for commands that write their options down.
+
+    Errors: `ConfigError` naming the flag.
+    """
+    named = [
+        flag_of(field)
+        for group, options in parsed.groups.items()
+        for field in dataclasses.fields(typing.cast(Any, options))
+        if field.name in parsed.given[group]
+        and redacted(str(getattr(options, field.name))) != str(getattr(options, field.name))
+    ]
+    if named:
+        raise ConfigError(
+            ", ".join(f"--{name} holds a token" for name in named),
+            "name it otherwise: a token comes from the environment or the stored login alone",
+        )
 
 
 class _Parser(argparse.ArgumentParser):

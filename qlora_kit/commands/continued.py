@@ -35,6 +35,12 @@ class Start:
     targets_given: bool
 
 
+def is_gone(config: RunConfig) -> bool:
+    """Whether the adapter that a run to resume started from is no longer there."""
+    adapter, resumes = config.lora.adapter, config.output.resume_from_checkpoint is not None
+    return adapter is not None and resumes and not Path(adapter).exists()
+
+
 def start_from_adapter(parsed: Parsed, config: RunConfig, run: Path) -> tuple[RunConfig, Start]:
     """The options of a run with those that its `--adapter` decides; `run` is where it writes.
 
@@ -44,8 +50,8 @@ def start_from_adapter(parsed: Parsed, config: RunConfig, run: Path) -> tuple[Ru
     from qlora_kit.lora.peft_config import WEIGHTS_FILE, read_adapter_config
 
     assert config.lora.adapter is not None
-    directory, lora = Path(config.lora.adapter).expanduser(), config.lora
-    checkpoint = None if directory.exists() else _checkpoint(config, run)
+    directory, lora = Path(config.lora.adapter), config.lora
+    checkpoint = _checkpoint(config, run) if is_gone(config) else None
     if checkpoint is not None:
         directory = checkpoint.path
     described = read_adapter_config(directory)
@@ -72,9 +78,7 @@ def _checkpoint(config: RunConfig, run: Path) -> Checkpoint | None:
     """The checkpoint that is to be resumed, if there is one."""
     from qlora_kit.training.checkpoint import load_checkpoint, newest
 
-    name = config.output.resume_from_checkpoint
-    if name is None:
-        return None
+    name = str(config.output.resume_from_checkpoint)
     return newest(run)[0] if name == "auto" else load_checkpoint(Path(name).expanduser())
 
 
@@ -132,7 +136,7 @@ def settle(
         lora = replace(lora, target_modules=tuple(targets))
     if lora.adapter_dtype == "auto":
         lora = replace(lora, adapter_dtype=dtype_name(opened.dtype))
-    template = Path(str(lora.adapter)).expanduser() / SAVED
+    template = Path(str(lora.adapter)) / SAVED
     if data.chat_template is None and template.exists():
         data = replace(data, chat_template=str(template))
     ranks = {name: r for name, (r, _) in opened.modules.items()}

@@ -16,7 +16,7 @@ from qlora_kit.data.batch import lengths_of, padding_note, padding_share
 from qlora_kit.data.cache import cache_directory
 from qlora_kit.data.order import epoch_order, grouped_order, make_packs
 from qlora_kit.data.prompt import EncodedRows, encode, encode_rows, shared_rows
-from qlora_kit.data.read import Row, load_rows
+from qlora_kit.data.read import Row, Rows
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
 
 BINS = 20
@@ -99,10 +99,14 @@ class Report:
 
 
 def report_of(
-    config: DataConfig, max_length: int, options: ShowConfig, model: str, tokenizer: Any
+    rows: Rows,
+    config: DataConfig,
+    max_length: int,
+    options: ShowConfig,
+    model: str,
+    tokenizer: Any,
 ) -> Report:
-    """Read and encode a data set as a run would. Errors: those of reading and encoding."""
-    rows = load_rows(config, options.seed)
+    """Encode the rows of a data set as a run would. Errors: those of encoding."""
     cache, whole = cache_directory(config.token_cache), config.train_on_prompt
     encoded = encode_rows(rows.train, tokenizer, max_length, whole, cache)
     held_out = None

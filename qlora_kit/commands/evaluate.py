@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.adapters import open_with_adapter, run_data
+from qlora_kit.commands.adapters import look_at, open_with_adapter, run_data
 from qlora_kit.commands.arguments import Parsed, parse
 from qlora_kit.config import BaseConfig, DataConfig, EvaluateConfig
 from qlora_kit.errors import ConfigError, NumericError, reports_errors
@@ -43,16 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(parsed: Parsed) -> dict[str, Any]:
     """What `--json` prints."""
-    from qlora_kit.base.load import read_weights
-    from qlora_kit.base.tensors import dtype_name
-    from qlora_kit.data.batch import eval_batches, padding_id
-    from qlora_kit.data.prompt import encode_rows
     from qlora_kit.data.read import load_rows
-    from qlora_kit.data.template import use_template
-    from qlora_kit.lora.adapter import load_adapter
-    from qlora_kit.training.loss import evaluate
 
     options = parsed[EvaluateConfig]
+    look_at(parsed, options.adapter)
     data, seed = _data(parsed)
     found = load_rows(data, seed)
     rows, source = found.evaluation or found.train, found.eval_source
@@ -65,6 +59,14 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
             "completion to compare an answer with",
             "use rows of prompt and completion, or leave --generate out",
         )
+    from qlora_kit.base.load import read_weights
+    from qlora_kit.base.tensors import dtype_name
+    from qlora_kit.data.batch import eval_batches, padding_id
+    from qlora_kit.data.prompt import encode_rows
+    from qlora_kit.data.template import use_template
+    from qlora_kit.lora.adapter import load_adapter
+    from qlora_kit.training.loss import evaluate
+
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
     if "chat_template" in parsed.given[DataConfig] and data.chat_template is not None:
         use_template(base.tokenizer, data.chat_template)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.adapters import open_with_adapter, run_data
-from qlora_kit.commands.arguments import parse
+from qlora_kit.commands.adapters import look_at, open_with_adapter, run_data
+from qlora_kit.commands.arguments import parse, refuse_tokens
 from qlora_kit.config import BaseConfig, DataConfig, ExportConfig
 from qlora_kit.errors import ConfigError, DataError, NumericError, reports_errors
 
 if TYPE_CHECKING:
+    from qlora_kit.data.read import Rows
     from qlora_kit.data.tokens import Encoded
 
 SUMMARY = "Merge an adapter into its base and write a plain model, verified against training."
@@ -26,32 +27,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     # The export's own --dtype comes first: it is the dtype of what is written.
     parsed = parse("qlora-kit export", SUMMARY, (ExportConfig, BaseConfig), given)
+    refuse_tokens(parsed)
     options = parsed[ExportConfig]
     missing = [f"--{name}" for name in ("adapter", "output_dir") if not getattr(options, name)]
     if options.adapter is None or options.output_dir is None:
         raise ConfigError(f"{' and '.join(missing)} not given", "give both")
+    from qlora_kit.data.read import load_rows
+    from qlora_kit.files import check_output
+
+    target, adapter_dir = Path(options.output_dir), Path(options.adapter)
+    named = (options.adapter, options.verify, parsed.config_file)
+    read = [Path(path) for path in named if path is not None]
+    source = look_at(parsed, options.adapter)
+    if source is not None:
+        read.append(source.directory)
+    check_output(target, options.overwrite, read)
+    asked = None
+    if options.verify is not None:
+        asked = load_rows(DataConfig(data=options.verify, eval_fraction=0), 0)
     from qlora_kit.base.load import load_base, read_weights
     from qlora_kit.base.tensors import dtype_name
     from qlora_kit.data.batch import eval_batches, padding_id
     from qlora_kit.data.template import SAVED
     from qlora_kit.export.merge import export_model
     from qlora_kit.export.verify import verify
-    from qlora_kit.files import check_output
     from qlora_kit.lora.adapter import load_adapter
     from qlora_kit.training.record import versions, write_json, write_text
 
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base, as_trained=True)
-    target, adapter_dir = Path(options.output_dir), Path(options.adapter)
-    read = (options.adapter, options.verify, parsed.config_file)
-    check_output(
-        target,
-        options.overwrite,
-        [base.source.directory, *(Path(path) for path in read if path is not None)],
-    )
+    check_output(target, options.overwrite, [*read, base.source.directory])
     dtype = options.export_dtype
     if dtype == "auto":
         dtype = dtype_name(base.dtype)
-    rows, where = _verification_rows(options, base.tokenizer, base.context)
+    rows, where = _verification_rows(options.adapter, asked, base.tokenizer, base.context)
     model = read_weights(base)
     load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
 
@@ -98,21 +106,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verification_rows(
-    options: ExportConfig, tokenizer: Any, context: int
+    adapter: str, asked: Rows | None, tokenizer: Any, context: int
 ) -> tuple[Sequence[Encoded], str]:
     """The rows to compare on, and where they come from.
 
-    A named file; else what the run held out, where that is still here; else the package's sample.
+    Those that are asked for; else what the run held out, where that is still here; else the
+    package's sample.
     """
     from qlora_kit.data.prompt import encode_rows
     from qlora_kit.data.read import load_rows
 
-    assert options.adapter is not None
     length = min(context, VERIFY_LENGTH)
-    if options.verify is not None:
-        rows = load_rows(DataConfig(data=options.verify, eval_fraction=0), 0)
-        return encode_rows(rows.train, tokenizer, length).rows, rows.train_source
-    run = run_data(options.adapter)
+    if asked is not None:
+        return encode_rows(asked.train, tokenizer, length).rows, asked.train_source
+    run = run_data(adapter)
     if run is not None:
         try:
             rows = load_rows(*run)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.commands.arguments import Parsed, parse
+from qlora_kit.commands.arguments import Parsed, parse, refuse_tokens
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
@@ -38,6 +38,7 @@ FEW_STEPS, ENOUGH_STEPS = 20, 50
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parsed = _parse(sys.argv[1:] if argv is None else argv)
+    refuse_tokens(parsed)
     config = RunConfig(
         parsed[BaseConfig],
         parsed[DataConfig],
@@ -45,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed[TrainingConfig],
         parsed[OutputConfig],
     )
-    from qlora_kit.base.source import resolve
-    from qlora_kit.base.validate import look
-    from qlora_kit.commands.continued import start_from_adapter
+    from qlora_kit.commands.adapters import look_at
+    from qlora_kit.commands.continued import is_gone, start_from_adapter
     from qlora_kit.commands.display import Display
     from qlora_kit.data.read import load_rows
 
@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What paths, headers and first rows show is refused before the libraries below are imported,
     # which takes longer than all of it.
     rows, start = load_rows(config.data, config.training.seed), None
+    look_at(parsed, None if is_gone(config) else config.lora.adapter)
     if config.lora.adapter is not None:
         run_dir = _output_directory(config, config.base.bits)
         config, start = start_from_adapter(parsed, config, run_dir)
-    look(resolve(config.base.model, config.base.revision))
     from qlora_kit.commands.run import open_run
     from qlora_kit.training.guard import StopSignals
     from qlora_kit.training.loop import train
@@ -206,7 +206,7 @@ def _is_finished(config: RunConfig, target_dir: Path, base: OpenBase, display: D
     goes_on = resume is not None and content is Content.INTERRUPTED
     read = [base.source.directory, *_data_files(config.data)]
     if config.lora.adapter is not None:
-        read.append(Path(config.lora.adapter).expanduser())
+        read.append(Path(config.lora.adapter))
     check_output(target_dir, config.output.overwrite or goes_on, read)
     return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qlora_kit.commands.adapters import open_with_adapter
+from qlora_kit.commands.adapters import look_at, open_with_adapter
 from qlora_kit.commands.arguments import parse
 from qlora_kit.config import BaseConfig, GenerateConfig
 from qlora_kit.errors import ConfigError, reports_errors
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parsed[GenerateConfig]
     if options.prompt is None:
         raise ConfigError("no prompt is given", "give --prompt TEXT")
+    look_at(parsed, options.adapter)
     from qlora_kit.base.load import read_weights
     from qlora_kit.data.batch import padding_id
     from qlora_kit.data.prompt import prompt_ids

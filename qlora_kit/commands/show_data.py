@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.commands.arguments import Parsed, parse
+from qlora_kit.commands.arguments import Parsed, parse, refuse_tokens
 from qlora_kit.config import BaseConfig, DataConfig, ShowConfig
 from qlora_kit.errors import ConfigError, reports_errors
 
@@ -23,13 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     parsed = parse("qlora-kit show-data", SUMMARY, (BaseConfig, DataConfig, ShowConfig), given)
+    refuse_tokens(parsed)
     options = parsed[ShowConfig]
     page = None if options.html is None else _page_path(options.html)
+    report = _report(parsed)
     from qlora_kit.commands.data_page import page_of
     from qlora_kit.commands.data_text import print_report
     from qlora_kit.files import write_file
 
-    report = _report(parsed)
     if page is not None:
         write_file(page, page_of(report).encode())
     if options.json:
@@ -56,12 +57,13 @@ def _report(parsed: Parsed) -> Report:
     from qlora_kit.base.source import contained, resolve
     from qlora_kit.base.tokenizer import load_tokenizer
     from qlora_kit.base.validate import read_json
-    from qlora_kit.commands.data_report import report_of
     from qlora_kit.config import DEFAULT_LENGTH
+    from qlora_kit.data.read import load_rows
     from qlora_kit.data.template import use_template
 
-    base, data = parsed[BaseConfig], parsed[DataConfig]
+    base, data, options = parsed[BaseConfig], parsed[DataConfig], parsed[ShowConfig]
     source = resolve(base.model, base.revision, weights=False)
+    rows = load_rows(data, options.seed)
     tokenizer = load_tokenizer(source.directory)
     if data.chat_template is not None:
         use_template(tokenizer, data.chat_template)
@@ -69,4 +71,7 @@ def _report(parsed: Parsed) -> Report:
     if (source.directory / "config.json").exists():
         config = read_json(contained(source.directory, "config.json"))
         context = int(config.get("max_position_embeddings") or context)
-    return report_of(data, data.length_in(context), parsed[ShowConfig], source.name, tokenizer)
+    length = data.length_in(context)
+    from qlora_kit.commands.data_report import report_of
+
+    return report_of(rows, data, length, options, source.name, tokenizer)

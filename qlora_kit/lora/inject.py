@@ -1,4 +1,8 @@
-"""Which linears get an adapter, and the swap."""
+"""Which linears get an adapter, and the swap.
+
+torch and bitsandbytes, which take seconds to import, are imported by what needs them: PEFT's
+config is checked through this module before they are.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,20 @@ import collections
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError
-from qlora_kit.lora.layer import KeyedDropout, LoRALinear
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from qlora_kit.lora.layer import LoRALinear
 
 AUTO_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",))
 """Query and value, or the fused projection where a family has one."""
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ADAPTER = "default"
 
 
@@ -30,6 +35,10 @@ def inject_lora(
     Returns the model. The outputs do not change: B starts at zero. `seed` alone decides A.
     Errors: `ConfigError` for targets that match nothing or a rank that no target can use.
     """
+    import torch
+
+    from qlora_kit.lora.layer import KeyedDropout
+
     config = config or LoRAConfig()
     if config.adapter is not None:
         raise ConfigError(
@@ -57,6 +66,8 @@ def train_loaded(model: Any, config: LoRAConfig, *, seed: int = 42, adapter: str
 
     Dropout and adapter dtype are those of `config`; ranks and scales stay as they were loaded.
     """
+    from qlora_kit.lora.layer import KeyedDropout
+
     dtype = _adapter_dtype(model, config)
     for name, layer in lora_layers(model).items():
         if adapter in layer.lora_A:
@@ -130,6 +141,10 @@ def targets_by_regex(model: nn.Module, regex: str) -> list[str]:
 
 def target_candidates(model: nn.Module) -> list[str]:
     """Every linear that can carry an adapter: all but the output head."""
+    from torch import nn
+
+    from qlora_kit.lora.layer import LoRALinear
+
     head = model.get_output_embeddings()  # type: ignore[operator]
     return [
         name
@@ -150,11 +165,15 @@ def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The layers that carry adapters, by the name of the linear they replaced."""
+    from qlora_kit.lora.layer import LoRALinear
+
     return {name: one for name, one in model.named_modules() if isinstance(one, LoRALinear)}
 
 
 def lora_layer(model: nn.Module, name: str) -> LoRALinear:
     """The LoRALinear of that name, put around the linear where there is none yet."""
+    from qlora_kit.lora.layer import LoRALinear
+
     owner, _, leaf = name.rpartition(".")
     parent = model.get_submodule(owner)
     layer = getattr(parent, leaf)
@@ -274,6 +293,8 @@ def check_rank(model: nn.Module, targets: Sequence[str], r: int) -> None:
 
 
 def _adapter_dtype(model: nn.Module, config: LoRAConfig) -> torch.dtype:
+    from qlora_kit.base.tensors import DTYPES
+
     if config.adapter_dtype != "auto":
         return DTYPES[config.adapter_dtype]
     return model.get_input_embeddings().weight.dtype  # type: ignore[operator, no-any-return]

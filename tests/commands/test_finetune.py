@@ -6,13 +6,16 @@ import json
 import os
 import random
 import re
+import shutil
 import stat
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from families import save_checkpoint
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.commands.finetune import QUICKSTART, main
 
@@ -230,3 +233,26 @@ def test_without_a_flag_the_quickstart_is_shown_and_run(tmp_path, capsys, monkey
     (run,) = (tmp_path / "runs").iterdir()
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["model"], config["bits"], config["max_steps"]) == ("tiny", 4, 2)
+
+
+def test_the_default_name_has_the_bits_that_the_base_is_quantized_in(inputs, tmp_path, monkeypatch):
+    """Without --bits a checkpoint of 8 bits is held in 8."""
+    source = AutoModelForCausalLM.from_pretrained(
+        inputs[1], quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float16
+    )
+    source.save_pretrained(tmp_path / "stored")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(inputs[1]) / name, tmp_path / "stored")
+    monkeypatch.chdir(tmp_path)
+    more = [
+        "--dtype",
+        "fp32",
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "2",
+        "--gradient_accumulation_steps",
+        "1",
+    ]
+    assert main(["--model", "./stored", *inputs[2:4], *more]) == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["stored-data-8bit"]

@@ -145,10 +145,13 @@ def padding(data: Path) -> dict[str, float]:
     """The share of padding over a whole epoch, in each order."""
     from qlora_kit.commands.data_report import report_of
     from qlora_kit.config import DataConfig, ShowConfig
+    from qlora_kit.data.read import load_rows
 
     path = str(data / "text/gsm8k/train.jsonl")
     config = DataConfig(data=path, columns=COLUMNS, eval_fraction=0, token_cache="none")
-    return report_of(config, LENGTH, ShowConfig(rows=0), "gpt2", tokenizer(data)).padding
+    options = ShowConfig(rows=0)
+    rows = load_rows(config, options.seed)
+    return report_of(rows, config, LENGTH, options, "gpt2", tokenizer(data)).padding
 
 
 def memory(path: Path, _: Path) -> dict[str, float]:

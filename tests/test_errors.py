@@ -156,8 +156,10 @@ def test_memory_is_a_resource(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_gives_its_code_and_one_line(number: int, code: int) -> None:
     script = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
         "from qlora_kit.errors import reports_errors\n"
+        # A command in a shell's background starts with SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "@reports_errors\n"
         "def main(argv=None):\n"
         f"    os.kill(os.getpid(), {int(number)})\n"

@@ -36,6 +36,7 @@ FLOORS = {
     "training.causal": 1,
     "training.loss": 1,
     "training.optimizer": 1,
+    "lora.pattern": 1,
     "lora.inject": 2,
     "lora.adapter": 2,
     "lora.bank": 2,

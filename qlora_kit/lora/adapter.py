@@ -32,7 +32,7 @@ from qlora_kit.lora.inject import (
     clear_adapter,
     lora_layer,
     lora_layers,
-    target_candidates,
+    short_names,
 )
 from qlora_kit.lora.layer import KeyedDropout
 from qlora_kit.lora.peft_config import (
@@ -108,10 +108,9 @@ def adapter_tensors(model: Any, adapter: str = ADAPTER) -> dict[str, Tensor]:
 def adapter_config(model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
     """What PEFT's `adapter_config.json` says of it."""
     config: LoRAConfig = model.lora_configs[adapter]
+    adapted = {n: layer for n, layer in lora_layers(model).items() if adapter in layer.lora_A}
     ranks, alphas = {}, {}
-    for name, layer in lora_layers(model).items():
-        if adapter not in layer.lora_A:
-            continue
+    for name, layer in adapted.items():
         r = layer.weights(adapter)[0].shape[0]
         alpha = layer.scaling[adapter] * (math.sqrt(r) if config.use_rslora else r)
         if r != config.r:
@@ -127,7 +126,7 @@ def adapter_config(model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
         "r": config.r,
         "lora_alpha": _plain(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": _peft_targets(model, adapter),
+        "target_modules": short_names(model, list(adapted)),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "use_rslora": config.use_rslora,
@@ -141,14 +140,6 @@ def adapter_config(model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
 
 def _plain(number: float) -> float:
     return int(number) if float(number).is_integer() else number
-
-
-def _peft_targets(model: Any, adapter: str) -> list[str]:
-    """Last parts of the names where they select just these layers, else the whole names."""
-    adapted = [name for name, layer in lora_layers(model).items() if adapter in layer.lora_A]
-    short = sorted({name.rpartition(".")[2] for name in adapted})
-    selected = [name for name in target_candidates(model) if name.rpartition(".")[2] in short]
-    return short if selected == adapted else adapted
 
 
 def trained_on(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.lora.pattern import full_matches
 
 if TYPE_CHECKING:
     import torch
@@ -122,18 +123,12 @@ def targets_by_name(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 def targets_by_regex(model: nn.Module, regex: str) -> list[str]:
     """The linears whose whole name matches `regex`."""
-    try:
-        pattern = re.compile(regex)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(
-            f"target_modules {regex!r} is not a regex: {error}",
-            "give names separated by commas, or a valid regex",
-        ) from error
-    for end in _ends(model):
-        if pattern.fullmatch(end):
+    candidates, ends = target_candidates(model), list(_ends(model))
+    (matched,) = full_matches([regex], [*ends, *candidates])
+    for end in ends:
+        if end in matched:
             raise _refused_end(model, end)
-    candidates = target_candidates(model)
-    found = [one for one in candidates if pattern.fullmatch(one)]
+    found = [one for one in candidates if one in matched]
     if not found:
         raise _no_match(regex, candidates)
     return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from qlora_kit.base.source import contained
 from qlora_kit.base.validate import read_json
 from qlora_kit.errors import AdapterError, ConfigError, UnsafeInputError
 from qlora_kit.lora.inject import target_candidates, targets_by_name, targets_by_regex
+from qlora_kit.lora.pattern import full_matches
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -149,52 +149,61 @@ def adapted_modules(
     targets = config["target_modules"]
     try:
         if isinstance(targets, list):
-            names = [one for one in targets_by_name(model, targets) if _in_layers(config, one)]
+            names = _in_layers(config, targets_by_name(model, targets))
         elif targets.lower() == "all-linear":
             names = target_candidates(model)
         else:
             names = targets_by_regex(model, targets)
-        names = [name for name in names if not _excluded(config, name)]
-        ranks, alphas = (config.get(f"{kind}_pattern") or {} for kind in ("rank", "alpha"))
+        excluded = _excluded(config, names)
+        names = [name for name in names if name not in excluded]
+        ranks, alphas = (
+            _by_pattern(config.get(f"{kind}_pattern") or {}, names) for kind in ("rank", "alpha")
+        )
         modules = {
             name: (
-                int(_by_pattern(ranks, name, config["r"])),
-                float(_by_pattern(alphas, name, config["lora_alpha"])),
+                int(ranks.get(name, config["r"])),
+                float(alphas.get(name, config["lora_alpha"])),
             )
             for name in names
         }
     except ConfigError as error:
-        raise AdapterError(f"{path}: {error.problem}", f"use its base: {error.remedy}") from error
-    except re.error as error:
-        raise AdapterError(f"{path}: holds what is no regex: {error}", "correct it") from error
+        raise AdapterError(
+            f"{path}: {error.problem}", f"use its base, or correct it: {error.remedy}"
+        ) from error
     if not modules:
         raise AdapterError(f"{path}: selects no linear of this model", "use its base model")
     return modules
 
 
-def _in_layers(config: Mapping[str, Any], name: str) -> bool:
+def _in_layers(config: Mapping[str, Any], names: list[str]) -> list[str]:
     """PEFT's rule: the first number after a dot, or after one of `layers_pattern`."""
     layers = config.get("layers_to_transform")
-    if layers is None or layers == [] or name in config["target_modules"]:
-        return True
+    if layers is None or layers == []:
+        return names
+    chosen = layers if isinstance(layers, list) else [layers]
     patterns = config.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
-        if found:
-            return int(found["index"]) in (layers if isinstance(layers, list) else [layers])
-    return False
+    found: dict[str, str | None] = {}
+    for matches in full_matches(
+        [patterns] if isinstance(patterns, str) else patterns,
+        names,
+        r"(?:^|.*?\.){}\.(?P<index>\d+)\..*",
+    ):
+        found = {name: groups["index"] for name, groups in matches.items()} | found
+    selected = {name for name, index in found.items() if int(str(index)) in chosen}
+    return [name for name in names if name in selected or name in config["target_modules"]]
 
 
-def _excluded(config: Mapping[str, Any], name: str) -> bool:
+def _excluded(config: Mapping[str, Any], names: list[str]) -> set[str]:
     excluded = config.get("exclude_modules") or []
     if isinstance(excluded, str):
-        return re.fullmatch(excluded, name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in excluded)
+        return set(full_matches([excluded], names)[0])
+    return {name for name in names for one in excluded if name == one or name.endswith(f".{one}")}
 
 
-def _by_pattern(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """The value of the first key that matches the end of `name`, as PEFT looks it up."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+def _by_pattern(pattern: Mapping[str, float], names: list[str]) -> dict[str, float]:
+    """The value of the first key that matches the end of a name, as PEFT looks it up."""
+    values: dict[str, float] = {}
+    matches = full_matches(list(pattern), names, r"(.*\.)?({})")
+    for value, matched in zip(pattern.values(), matches, strict=True):
+        values = dict.fromkeys(matched, value) | values
+    return values

@@ -279,7 +279,7 @@ def test_what_we_lack_of_peft_is_refused_by_name(bases, spotless, tmp_path, sett
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "lacks 4 tensors"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern must map names to ranks"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj.lora_A.weight is [4, 64], expected [2, 64]"),
-        ({"rank_pattern": {"(q": 2}}, "holds what is no regex"),
+        ({"rank_pattern": {"(q": 2}}, "'(q' is not a regex"),
         ({"alpha_pattern": [1]}, "alpha_pattern must map names to alphas"),
         ({"layers_to_transform": "0"}, "layers_to_transform is 0"),
         ({"layers_to_transform": [7]}, "selects no linear"),

@@ -70,6 +70,14 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: model_type {kind!r} is not supported",
             f"supported families are {', '.join(FAMILIES)}",
         )
+    stored = config.get("quantization_config")
+    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else stored
+    if stored and (method != "bitsandbytes" or not isinstance(stored, dict)):
+        raise ModelError(
+            f"{path}: the weights are quantized by {str(method)[:60]!r}, which is not supported",
+            "give the original 16-bit model (--bits quantizes it), or one that bitsandbytes "
+            "quantized",
+        )
     for key, value in _numbers(config):
         if not math.isfinite(value) or abs(value) > LARGEST.get(key, LARGEST_NUMBER):
             raise ModelError(

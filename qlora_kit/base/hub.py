@@ -1,7 +1,8 @@
 """A hub id to a directory of the local hub cache: what is fetched, and what may go wrong.
 
 The hub is asked once what the repository holds. Its files are fetched where the cache lacks them,
-and where the disk has room for all of them; without an answer the cache alone is asked. Only
+and where the disk has room for all of them, config.json before the rest, so that gigabytes do not
+come before a refusal; without an answer the cache alone is asked. Only
 weights that hold no code and text files are fetched. The token is the environment's or the stored
 login's: it is huggingface_hub that reads it, and it is in no message of ours.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,18 @@ from qlora_kit.errors import (
 # What a base consists of: weights that hold no code, and text; not its copies in other layouts.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 EXCEPT = ["*/*", "consolidated*"]
+CONFIG = ["config.json"]
 
 
-def download(hub_id: str, revision: str | None, weights: bool = True) -> Path:
+def download(
+    hub_id: str,
+    revision: str | None,
+    weights: bool = True,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """The snapshot of a repository in the local hub cache, complete; or all but its weights.
 
+    `check` gets the directory while it may hold no more than config.json, and raises what it likes.
     Errors: `ModelError` for what the hub refuses, `UnsafeInputError` for a repository of pickles,
     `ResourceError` for a hub that cannot be reached, or too little room on the disk.
     """
@@ -66,6 +74,8 @@ def download(hub_id: str, revision: str | None, weights: bool = True) -> Path:
                 raise refused from None
         if weights:
             _check_files(info, called)
+        if check is not None:
+            check(Path(snapshot_download(hub_id, **wanted | {"allow_patterns": CONFIG})))
         return Path(snapshot_download(hub_id, **wanted))
     except QloraKitError:
         raise

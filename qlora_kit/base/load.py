@@ -125,7 +125,7 @@ class OpenBase:
 def open_base(config: BaseConfig) -> OpenBase:
     """Find a base and check its config, headers and tokenizer. Errors as `load_base`."""
     device = find_device(config.device)
-    source = resolve(config.model, config.revision)
+    source = resolve(config.model, config.revision, check=read_config)
     dtype = compute_dtype(config.dtype, device)
     described = read_config(source.directory)
     path = source.directory / "config.json"

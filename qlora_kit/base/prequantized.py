@@ -62,18 +62,11 @@ class StoredLinear:
 def stored_quantization(config: Mapping[str, Any], path: Path) -> Quantization | None:
     """How config.json (at `path`) says that its weights are quantized; None where they are not.
 
-    Errors: `ModelError` naming a method that is not bitsandbytes', or a setting of it.
+    `config` has passed `check_family`. Errors: `ModelError` naming a setting.
     """
     stored = config.get("quantization_config")
     if not stored:
         return None
-    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else stored
-    if method != "bitsandbytes":
-        raise ModelError(
-            f"{path}: the weights are quantized by {str(method)[:60]!r}, which is not supported",
-            "give the original 16-bit model (--bits quantizes it), or one that bitsandbytes "
-            "quantized",
-        )
     four, eight = stored.get("load_in_4bit") is True, stored.get("load_in_8bit") is True
     if four == eight:
         raise ModelError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,11 +58,17 @@ def is_path(name: str) -> bool:
     return os.path.isdir(first) and name not in SHORT_NAMES and name != "tiny"
 
 
-def resolve(name: str, revision: str | None = None, weights: bool = True) -> Source:
+def resolve(
+    name: str,
+    revision: str | None = None,
+    weights: bool = True,
+    check: Callable[[Path], object] | None = None,
+) -> Source:
     """The directory of a model, downloaded (`weights` or not) where the name is a hub id.
 
-    Errors: `ModelError` where there is none, `ResourceError` where the hub cannot be reached,
-    `ConfigError` for a revision of what has none.
+    `check` is called with the directory of a repository once config.json is there, before the
+    rest of it is fetched. Errors: its own, `ModelError` where there is no model, `ResourceError`
+    where the hub cannot be reached, `ConfigError` for a revision of what has none.
     """
     if revision is not None and (name == "tiny" or is_path(name)):
         raise ConfigError(
@@ -86,7 +92,7 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> Sou
             f"{name}: neither a directory here nor a known short name",
             f"use owner/name for a hub id, ./{name} for a directory, or one of {known}",
         )
-    directory = download(hub_id, revision, weights)
+    directory = download(hub_id, revision, weights, check)
     return Source(hub_id, directory.name, directory)
 
 

@@ -32,6 +32,7 @@ def look_at(parsed: Parsed, adapter: str | None) -> Source | None:
     """
     from qlora_kit.base.source import contained, resolve
     from qlora_kit.base.validate import look, read_header
+    from qlora_kit.base.validate import read_config as read_model_config
     from qlora_kit.lora.peft_config import WEIGHTS_FILE, read_adapter_config
 
     if adapter is not None:
@@ -40,7 +41,7 @@ def look_at(parsed: Parsed, adapter: str | None) -> Source | None:
         if "model" not in parsed.given[BaseConfig]:
             return None
     base = parsed[BaseConfig]
-    source = resolve(base.model, base.revision)
+    source = resolve(base.model, base.revision, check=read_model_config)
     look(source)
     return source
 

@@ -211,6 +211,23 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+COMMAND = """
+import sys
+from qlora_kit.commands.entry import main
+sys.exit(main(sys.argv[1:]))
+"""
+LOAD = """
+import sys
+from qlora_kit.errors import reports_errors
+@reports_errors
+def main(argv):
+    from qlora_kit.base.load import load_base
+    load_base(argv[0])
+    return 0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture
 def hub(files: dict[str, bytes], tmp_path: Path) -> Iterator[Hub]:
     repository = Repository(dict(files))
@@ -366,6 +383,33 @@ def test_a_repository_of_pickles_or_of_nothing_is_refused_before_a_download(hub:
     hub.repository.files = {"config.json": b"{}"}
     refused(hub.resolve(), 3, f"{ID}: holds no safetensors")
     assert not [line for line in hub.repository.asked if "/resolve/" in line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ({"num_local_experts": 8}, "is a mixture of experts"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "are quantized by 'gptq'"),
+        ({"auto_map": {"AutoConfig": "x.X"}, "model_type": "own"}, "remote code is never run"),
+        (None, "config.json: no such file"),
+    ],
+    ids=["family", "experts", "method", "code", "missing"],
+)
+def test_what_config_shows_is_refused_before_weights_are_fetched(
+    hub: Hub, changes: dict[str, Any] | None, words: str
+) -> None:
+    files = hub.repository.files
+    config = json.loads(files.pop("config.json"))
+    if changes is not None:
+        files["config.json"] = json.dumps(config | changes).encode()
+    command = ["generate", "--model", ID, "--prompt", "x"]
+    done = hub.python(COMMAND, *command)
+    refused(done, 3, words)
+    loaded = hub.python(LOAD, ID)
+    refused(loaded, 3, words)
+    fetched = {line.split("/")[-1] for line in hub.repository.asked if "/resolve/" in line}
+    assert fetched <= {"config.json"}
 
 
 def test_a_short_name_stands_for_a_hub_id(hub: Hub) -> None:

@@ -25,6 +25,7 @@ PACKAGE = ROOT / "qlora_kit"
 FLOORS = {
     "config": 0,
     "errors": 0,
+    "fakes": 0,
     "files": 0,
     "base": 1,
     "data": 1,

@@ -20,15 +20,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 # bitsandbytes prints a line about an optional package while it is imported.
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -36,6 +38,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     from bitsandbytes import cextension
 
 from qlora_kit.errors import NumericError
+from qlora_kit.fakes import device_type, has_values
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -257,20 +260,22 @@ def quantize_linear(
     """
     out_features, in_features = weight.shape
     if quantization.bits == 8:
-        largest = float(weight.abs().max())
-        if largest > INT8_LIMIT:
+        largest = weight.abs().max()
+        if has_values(largest) and float(largest) > INT8_LIMIT:
             raise NumericError(
-                f"{name} holds {largest:g}, and 8-bit quantization reaches {INT8_LIMIT:g}",
+                f"{name} holds {float(largest):g}, and 8-bit quantization reaches {INT8_LIMIT:g}",
                 "use --bits 4 or 16 for this model",
             )
         rows, row_absmax, _ = bnb.int8_vectorwise_quant(weight.half())
         return Linear8bit(in_features, out_features, rows, bias, row_absmax=row_absmax)
     assert quantization.quant_type is not None
-    packed, absmax = _encode_blocks(weight.reshape(-1), quantization.quant_type)
+    packed, absmax = encode_blocks(weight.reshape(-1), quantization.quant_type)
     nested = {}
     if quantization.double_quant:
         offset = absmax.mean()
-        absmax, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+        absmax, state = bnb.quantize_blockwise(
+            absmax - offset, _dynamic_map(absmax.device), blocksize=NESTED_BLOCKSIZE
+        )
         nested = {
             "nested_absmax": state.absmax,
             "nested_offset": offset,
@@ -285,6 +290,13 @@ def quantize_linear(
         absmax=absmax,
         **nested,
     )
+
+
+@functools.cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """The 256 values of double quant: one table for all layers on a device, and for plans."""
+    with unset_fake_temporarily():
+        return bnb.create_dynamic_map().to(device)  # type: ignore[no-any-return]
 
 
 def code_tables(quant_type: str) -> tuple[Tensor, Tensor]:
@@ -327,7 +339,8 @@ def quantized_bytes(layer: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def _encode_blocks(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("qlora_kit::encode_blocks", mutates_args=())
+def encode_blocks(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
     """Numbers (n,) to packed bytes (ceil(n/2), 1) and fp32 scales (ceil(n/64),).
 
     A part after the other: off CUDA bitsandbytes makes several fp32 copies of what it is given.
@@ -344,13 +357,19 @@ def _encode_blocks(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
+@encode_blocks.register_fake
+def _(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+    packed = flat.new_empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
+    return packed, flat.new_empty(-(-flat.numel() // BLOCKSIZE), dtype=torch.float32)
+
+
 def _multiply(rows: Tensor, scales: Tensor, out: Tensor) -> None:
     """16-bit `rows` (..., n) times fp32 `scales` (n,), rounded once, into `out`.
 
     Few rows at once on the CPU: torch makes fp32 copies of both sides, which then stay in cache.
     """
     rows, out = rows.reshape(-1, rows.shape[-1]), out.view(-1, rows.shape[-1])
-    step = SCALED_AT_ONCE if rows.device.type == "cpu" else max(1, rows.shape[0])
+    step = SCALED_AT_ONCE if device_type(rows) == "cpu" else max(1, rows.shape[0])
     for part, result in zip(torch.split(rows, step), torch.split(out, step), strict=True):
         torch.mul(part, scales, out=result)
 
@@ -378,6 +397,21 @@ class _Lent(threading.local):
 _LENT = _Lent()
 
 
+@contextlib.contextmanager
+def own_workspace() -> Iterator[None]:
+    """Inside, this thread begins without a workspace; what it grows to is dropped at the end."""
+    before, _LENT.held = _LENT.held, {}
+    try:
+        yield
+    finally:
+        _LENT.held = before
+
+
+def workspace() -> list[Tensor]:
+    """The memory that products of this thread share, which stays between them."""
+    return list(_LENT.held.values())
+
+
 def _workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """Memory (numel,) that the next call of this thread may hand out again.
 
@@ -385,7 +419,7 @@ def _workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     a fresh tensor of this size costs more than what is written to it: its pages come from the
     system one by one.
     """
-    if like.device.type != "cpu" or isinstance(like, FakeTensor):
+    if device_type(like) != "cpu":
         return torch.empty(numel, dtype=dtype, device=like.device)
     held = _LENT.held
     if dtype not in held or held[dtype].numel() < numel:
@@ -399,7 +433,7 @@ def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor)
     if scales.numel() == 0:
         return
     call = None
-    if out.device.type == "cpu" and not isinstance(out, FakeTensor):
+    if out.device.type == "cpu" and has_values(out):
         # The op of this name makes a new tensor on the CPU; what it calls writes where it is told.
         name = f"cdequantize_blockwise_cpu_{quant_type}_{KERNEL_DTYPES.get(out.dtype)}"
         call = getattr(cextension.lib, name, None)
@@ -415,7 +449,7 @@ def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor)
         return
     shape = (scales.numel(), BLOCKSIZE)
     arguments = (packed.view(-1, 1), scales, BLOCKSIZE, quant_type, shape, out.dtype)
-    if out.device.type == "cuda":
+    if out.device.type == "cuda" or not has_values(out):
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out.view(shape))
     else:
         out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*arguments).view(-1))

@@ -5,14 +5,14 @@ Plain reads are used because mapped files count as the process's own memory unti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from qlora_kit.base.validate import TensorEntry
 from qlora_kit.errors import ModelError, NumericError
+from qlora_kit.fakes import has_values
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The compute dtypes by their short names."""
@@ -24,34 +24,37 @@ def dtype_name(dtype: torch.dtype) -> str:
     return short.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def read_tensors(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+Read = Callable[[TensorEntry, Tensor], None]
+"""Fills a flat uint8 tensor with the bytes of an entry."""
+
+
+def read_bytes(entry: TensorEntry, into: Tensor) -> None:
+    """Read the bytes of an entry. Errors: `ModelError` where the file is too short."""
+    view, done = memoryview(into.numpy().data), 0
+    with open(entry.path, "rb", buffering=0) as file:
+        file.seek(entry.start)
+        while done < len(view) and (count := file.readinto(view[done:])):
+            done += count
+    if done != len(view):
+        raise ModelError(f"{entry.path}: ended early", "fetch the file again")
+
+
+def read_tensors(
+    entries: Mapping[str, TensorEntry], read: Read = read_bytes
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor on the CPU, in the files' order; each is valid until the next one is asked for.
 
     One buffer of the largest tensor's size is reused. Errors: `NumericError` with the tensor's
     name for a value that is not finite.
     """
     largest = max((entry.end - entry.start for entry in entries.values()), default=0)
-    buffer = bytearray(largest)
+    buffer = torch.empty(largest, dtype=torch.uint8)
     for entry in sorted(entries.values(), key=lambda entry: (str(entry.path), entry.start)):
-        view = memoryview(buffer)[: entry.end - entry.start]
-        with open(entry.path, "rb", buffering=0) as file:
-            file.seek(entry.start)
-            if _read_fully(file, view) != len(view):
-                raise ModelError(f"{entry.path}: ended early", "fetch the file again")
-        tensor = (
-            torch.frombuffer(view, dtype=entry.torch_dtype).view(entry.shape)
-            if len(view)
-            else torch.empty(entry.shape, dtype=entry.torch_dtype)
-        )
+        part = buffer[: entry.end - entry.start]
+        read(entry, part)
+        tensor = part.view(entry.torch_dtype).view(entry.shape)
         check_finite(tensor, f"{entry.path}: {entry.name}")
         yield entry.name, tensor
-
-
-def _read_fully(file: Any, view: memoryview) -> int:
-    done = 0
-    while done < len(view) and (count := file.readinto(view[done:])):
-        done += count
-    return done
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
@@ -59,7 +62,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
     # A sum is finite only if every value is; it makes no copy. Where it overflows, values decide.
-    if not torch.isfinite(tensor.sum()):
+    total = tensor.sum()
+    if has_values(total) and not torch.isfinite(total):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise NumericError(

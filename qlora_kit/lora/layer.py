@@ -97,7 +97,10 @@ class LoRALinear(nn.Module):
         up = nn.Linear(r, self.out_features, bias=False, device="cpu", dtype=torch.float32)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(up.weight)
-        self.lora_A[name], self.lora_B[name] = down.to(device), up.to(device)
+        for held, linear in ((self.lora_A, down), (self.lora_B, up)):
+            # Not Module.to, which refuses fake tensors (torch 2.13).
+            linear.weight = nn.Parameter(linear.weight.detach().to(device))
+            held[name] = linear
         self.lora_dropout[name] = dropout
         self.scaling[name], self.adapter_dtypes[name] = scaling, dtype
         self.active = name

@@ -9,11 +9,15 @@ Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.074
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from qlora_kit.fakes import has_values
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class FrozenNorm:
         weight = getattr(module, "weight", None)
         if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.dim() != 1:
             return None
+        if not has_values(weight):
+            # A plan has no numbers; which style it is depends on the code alone.
+            with unset_fake_temporarily():
+                like = copy.copy(module)
+                like._parameters = {"weight": nn.Parameter(torch.ones(weight.shape) + 0.5)}
+                like.to(weight.dtype)
+                found = cls.of(like)
+            return None if found is None else cls(module, found.eps, found.from_zero)
         drawn = torch.Generator().manual_seed(0)
         x = torch.randn(4, weight.numel(), generator=drawn).to(weight.device, weight.dtype)
         with torch.no_grad():

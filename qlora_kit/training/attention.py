@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora_kit.fakes import device_type, has_values
 from qlora_kit.training.causal import Stretch, causal_attention
 
 NAME = "sdpa_rows"
@@ -34,8 +34,8 @@ def set_packed_attention(model: Any) -> bool:
     config = model.config
     windowed = getattr(config, "sliding_window", None) is not None
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    device = model.get_input_embeddings().weight.device
-    if device.type != "cpu" or windowed or capped or config._attn_implementation != "sdpa":
+    kind = device_type(model.get_input_embeddings().weight)
+    if kind != "cpu" or windowed or capped or config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
@@ -103,7 +103,7 @@ def _rows(
     query: Tensor, key: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> list[list[int]] | None:
     """The lengths of each sequence's rows, or None where no sequence holds several."""
-    if attention_mask is not None or position_ids is None or isinstance(position_ids, FakeTensor):
+    if attention_mask is not None or position_ids is None or not has_values(position_ids):
         return None
     if query.shape[2] != key.shape[2] or position_ids.shape[0] != query.shape[0]:
         return None

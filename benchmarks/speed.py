@@ -30,7 +30,7 @@ from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import write_result
 from torch import Tensor
 
-from qlora_kit.memory.measure import StorageCounter
+from qlora_kit.memory.counter import StorageCounter
 
 SIDES = ("ours", "peft_guide", "peft_best")
 TINY = Path(__file__).resolve().parent.parent / "qlora_kit" / "assets" / "tiny"

@@ -10,6 +10,7 @@ Embeddings, norms and the output head are held in the compute dtype, never widen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,9 +32,23 @@ from qlora_kit.base.prequantized import (
     stored_layer,
     stored_quantization,
 )
-from qlora_kit.base.quantize import Quantization, quantize_linear
+from qlora_kit.base.quantize import (
+    Quantization,
+    quantize_linear,
+    quantized_tensors,
+    shared_tables,
+)
 from qlora_kit.base.source import Source, fingerprint, resolve
-from qlora_kit.base.tensors import DTYPES, check_finite, dtype_name, read_tensors
+from qlora_kit.base.tensors import (
+    DTYPES,
+    Read,
+    Tag,
+    check_finite,
+    dtype_name,
+    read_bytes,
+    read_tensors,
+    untagged,
+)
 from qlora_kit.base.tokenizer import load_tokenizer
 from qlora_kit.base.validate import (
     TensorEntry,
@@ -151,14 +166,14 @@ def open_base(config: BaseConfig) -> OpenBase:
     return OpenBase(source, entries, stored, model, tokenizer, quantization, dtype, device)
 
 
-def read_weights(base: OpenBase) -> Any:
-    """The frozen model of an opened base on its device; `base.model` itself, filled, once."""
-    model = base.model
+def read_weights(base: OpenBase, tag: Tag = untagged) -> Any:
+    """The frozen model of an opened base on its device; `base.model` itself, filled, once.
+
+    `tag` hears of every tensor that stays: `weights_quantized` or `weights_other`.
+    """
     info = open_info(base)
-    _fill(model, base)
+    model = fill(base, read_bytes, tag)
     _check_tied(model, base.entries, tied_names(model), base.dtype)
-    model.requires_grad_(False)
-    model.eval()
     model.base_info = info
     model.base_directory = base.source.directory
     model.name_or_path = base.source.name
@@ -182,18 +197,25 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+        # Where there is no GPU it is planned for one: all since 2020 have bf16.
+        found = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
+        return torch.bfloat16 if found else torch.float16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def _fill(model: nn.Module, base: OpenBase) -> None:
-    """Put every tensor in its place; a linear is quantized when its weight arrives."""
+def fill(base: OpenBase, read: Read, tag: Tag = untagged) -> Any:
+    """`base.model` frozen and in evaluation mode, every tensor in its place, as `read` gives it.
+
+    A linear is quantized when its weight arrives. Nothing but `read` touches a file.
+    """
+    model = base.model
     linears = decoder_linears(model)
     to_quantize = {} if base.stored or base.quantization.bits == 16 else linears
     for name, buffer in list(model.named_buffers()):
-        _place(model, name, buffer.to(base.device))
+        _place(model, name, moved := buffer.to(base.device))
+        tag("weights_other", (moved,))
     scratch = _Scratch(base.dtype, base.device)
-    for name, tensor in read_tensors(base.plain):
+    for name, tensor in read_tensors(base.plain, read):
         owner = name.removesuffix(".weight")
         moved = (
             scratch.cast(tensor)
@@ -203,17 +225,40 @@ def _fill(model: nn.Module, base: OpenBase) -> None:
         if moved.dtype != tensor.dtype:
             check_finite(moved, f"{name} in {dtype_name(base.dtype)}")
         if owner in to_quantize:
-            _replace(model, owner, quantize_linear(moved, None, base.quantization, name=name))
+            layer = quantize_linear(moved, None, base.quantization, name=name)
+            _replace(model, owner, layer)
+            tag_linear(layer, tag)
         else:
             _place(model, name, nn.Parameter(moved, requires_grad=False))
+            tag("weights_other", (moved,))
     for name, stored in base.stored.items():
         by_name = {entry.name: suffix for suffix, entry in stored.entries.items()}
         own = {entry.name: entry for entry in stored.entries.values()}
         # The reader lends one buffer, so what is kept is copied out of it.
-        parts = {by_name[key]: tensor.clone() for key, tensor in read_tensors(own)}
+        parts = {by_name[key]: tensor.clone() for key, tensor in read_tensors(own, read)}
         layer = stored_layer(linears[name], stored, base.quantization, parts, base.device)
         _replace(model, name, layer)
-    model.tie_weights()  # type: ignore[operator]
+        tag_linear(layer, tag)
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def tag_linear(layer: nn.Module, tag: Tag) -> None:
+    """Hand over the tensors of a quantized linear, its bias left out."""
+    tag("weights_quantized", quantized_tensors(layer))
+    tag("weights_other", shared_tables(layer))
+
+
+def tag_weights(model: nn.Module, tag: Tag) -> None:
+    """Hand over the tensors of a loaded base as `read_weights` does; adapters are left out."""
+    quantized = set()
+    for module in model.modules():
+        tag_linear(module, tag)
+        quantized |= {id(tensor) for tensor in quantized_tensors(module)}
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    others = [one for name, one in named if ".lora_" not in name and id(one) not in quantized]
+    tag("weights_other", others)
 
 
 class _Scratch:

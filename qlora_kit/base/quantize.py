@@ -37,6 +37,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     import bitsandbytes.functional as bnb
     from bitsandbytes import cextension
 
+from qlora_kit.base.tensors import Tag
 from qlora_kit.errors import NumericError
 from qlora_kit.fakes import device_type, has_values
 
@@ -273,13 +274,12 @@ def quantize_linear(
     nested = {}
     if quantization.double_quant:
         offset = absmax.mean()
-        absmax, state = bnb.quantize_blockwise(
-            absmax - offset, _dynamic_map(absmax.device), blocksize=NESTED_BLOCKSIZE
-        )
+        table = _dynamic_map(absmax.device)
+        absmax, state = bnb.quantize_blockwise(absmax - offset, table, blocksize=NESTED_BLOCKSIZE)
         nested = {
             "nested_absmax": state.absmax,
             "nested_offset": offset,
-            "nested_map": state.code,
+            "nested_map": table,  # bitsandbytes 0.50 hands out a copy for each layer
         }
     return Linear4bit(
         in_features,
@@ -333,10 +333,20 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
 
 def quantized_bytes(layer: nn.Module) -> int:
     """Bytes of a quantized layer's weight and scales; 0 for any other module."""
+    return sum(tensor.nbytes for tensor in quantized_tensors(layer))
+
+
+def quantized_tensors(layer: nn.Module) -> list[Tensor]:
+    """A quantized layer's weight and scales; none for any other module."""
     if not isinstance(layer, QuantizedLinear):
-        return 0
-    held = [layer.weight, *(b for n, b in layer.named_buffers() if n != "nested_map")]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return []
+    return [layer.weight, *(b for n, b in layer.named_buffers() if n != "nested_map")]
+
+
+def shared_tables(layer: nn.Module) -> list[Tensor]:
+    """The table of double quant, which layers may share."""
+    table = getattr(layer, "nested_map", None)
+    return [] if table is None else [table]
 
 
 @torch.library.custom_op("qlora_kit::encode_blocks", mutates_args=())
@@ -392,6 +402,7 @@ class _Lent(threading.local):
 
     def __init__(self) -> None:
         self.held: dict[torch.dtype, Tensor] = {}
+        self.tag: Tag | None = None
 
 
 _LENT = _Lent()
@@ -407,9 +418,15 @@ def own_workspace() -> Iterator[None]:
         _LENT.held = before
 
 
-def workspace() -> list[Tensor]:
-    """The memory that products of this thread share, which stays between them."""
-    return list(_LENT.held.values())
+@contextlib.contextmanager
+def tagged_workspace(tag: Tag) -> Iterator[None]:
+    """Inside, `tag` hears of the workspace of this thread: what is there, and what is made."""
+    tag("workspace", _LENT.held.values())
+    before, _LENT.tag = _LENT.tag, tag
+    try:
+        yield
+    finally:
+        _LENT.tag = before
 
 
 def _workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -419,13 +436,17 @@ def _workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     a fresh tensor of this size costs more than what is written to it: its pages come from the
     system one by one.
     """
-    if device_type(like) != "cpu":
-        return torch.empty(numel, dtype=dtype, device=like.device)
     held = _LENT.held
-    if dtype not in held or held[dtype].numel() < numel:
+    if device_type(like) != "cpu":
+        fresh = torch.empty(numel, dtype=dtype, device=like.device)
+    elif dtype not in held or held[dtype].numel() < numel:
         held.pop(dtype, None)  # the smaller one goes before the larger one comes
-        held[dtype] = torch.empty(numel, dtype=dtype)
-    return held[dtype][:numel]
+        fresh = held[dtype] = torch.empty(numel, dtype=dtype)
+    else:
+        return held[dtype][:numel]
+    if _LENT.tag is not None:
+        _LENT.tag("workspace", (fresh,))
+    return fresh[:numel]
 
 
 def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) -> None:

@@ -5,7 +5,7 @@ Plain reads are used because mapped files count as the process's own memory unti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,12 +18,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The compute dtypes by their short names."""
 
 
+def untagged(component: str, tensors: Iterable[Tensor]) -> None:
+    """The `Tag` where nobody counts."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`bf16`, `fp16` or `fp32`; torch's own name for any other."""
     short = {value: key for key, value in DTYPES.items()}
     return short.get(dtype, str(dtype).removeprefix("torch."))
 
 
+Tag = Callable[[str, Iterable[Tensor]], None]
+"""Hears which component of a run's memory some tensors are."""
 Read = Callable[[TensorEntry, Tensor], None]
 """Fills a flat uint8 tensor with the bytes of an entry."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import LoRAConfig
@@ -18,7 +18,7 @@ from qlora_kit.lora.pattern import full_matches
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from qlora_kit.lora.layer import LoRALinear
 
@@ -186,6 +186,11 @@ def train_only(model: nn.Module, adapter: str) -> None:
         if adapter in layer.lora_A:
             for weight in layer.weights(adapter):
                 weight.requires_grad_(True)
+
+
+def tag_adapters(model: nn.Module, tag: Callable[[str, Iterable[Tensor]], None]) -> None:
+    """Hand over the masters of all adapters as `adapters`."""
+    tag("adapters", [one for name, one in model.named_parameters() if ".lora_" in name])
 
 
 def adapter_names(model: nn.Module) -> list[str]:

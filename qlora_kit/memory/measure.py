@@ -2,43 +2,32 @@
 
 Components are sums over the tensors that a model and an optimizer hold. The peak is the caching
 allocator's on CUDA, and the process's resident set, imports and file pages included, on the CPU.
-`StorageCounter` sees every tensor of a step come and go; it slows the step down.
+What comes and goes within a step is counted by `memory/counter.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import resource
-import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from qlora_kit.base.quantize import quantized_bytes
+from qlora_kit.base.load import tag_weights
+from qlora_kit.base.tensors import Tag
+from qlora_kit.training.optimizer import tag_states
 
 
-def weight_bytes(model: Any) -> dict[str, int]:
+def weight_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of the frozen base: `weights_quantized`, `weights_other` and `weights`, their sum."""
-    quantized = sum(quantized_bytes(module) for module in model.modules())
-    counted = {id(p) for m in model.modules() if quantized_bytes(m) for p in m.parameters(False)}
-    other = sum(
-        tensor_bytes((parameter,))
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in counted and ".lora_" not in name
-    )
-    return {
-        "weights_quantized": quantized,
-        "weights_other": other,
-        "weights": quantized + other,
-    }
+    sizes = {"weights_quantized": 0, "weights_other": 0}
+    sizes |= held_bytes(lambda tag: tag_weights(model, tag))
+    return {**sizes, "weights": sum(sizes.values())}
 
 
-def adapter_bytes(model: Any) -> dict[str, int]:
+def adapter_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of the adapters' masters, and of the gradients that are there now."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in trained if p.grad is not None]
@@ -47,18 +36,27 @@ def adapter_bytes(model: Any) -> dict[str, int]:
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of the optimizer's states; `paged` are those in managed memory."""
-    sizes = {"optimizer": 0, "paged": 0}
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                where = "paged" if getattr(value, "is_paged", False) else "optimizer"
-                sizes[where] += tensor_bytes((value,))
+    return {"optimizer": 0, "paged": 0} | held_bytes(lambda tag: tag_states(optimizer, tag))
+
+
+def held_bytes(hand_over: Callable[[Tag], None]) -> dict[str, int]:
+    """Bytes by component of what is handed over, each storage once."""
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+
+    def tag(component: str, tensors: Iterable[Tensor]) -> None:
+        new = [one for one in tensors if one.untyped_storage()._cdata not in seen]
+        seen.update(one.untyped_storage()._cdata for one in new)
+        sizes[component] = sizes.get(component, 0) + tensor_bytes(new)
+
+    hand_over(tag)
     return sizes
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements of some tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes of what some tensors lie in, each storage once."""
+    storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -78,48 +76,3 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (peak: allocated by the process)"
     return "cpu (peak: resident set of the process, imports included)"
-
-
-class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of live tensors while it is entered, each storage once.
-
-    What `model` holds is there from the beginning. `peak` is the most that was alive at once,
-    `before` what was alive when counting began. Bytes inside kernels are not tensors.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._live: dict[int, int] = {}
-        self.current = self.peak = 0
-        self._model = model
-        self.before = 0
-
-    def __enter__(self) -> StorageCounter:
-        for tensor in (*self._model.parameters(), *self._model.buffers()):
-            self._add(tensor)
-        self.before = self.current
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves((args, kwargs, result)):
-            if isinstance(value, Tensor):
-                self._add(value)
-        self.peak = max(self.peak, self.current)
-        return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._live:
-            return
-        self._live[key] = storage.nbytes()
-        self.current += storage.nbytes()
-        # A storage keeps its Python object for as long as it lives.
-        weakref.finalize(storage, self._remove, key)
-
-    def _remove(self, key: int) -> None:
-        self.current -= self._live.pop(key)

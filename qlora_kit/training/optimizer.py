@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_kit.config import TrainingConfig
 from qlora_kit.errors import CheckpointError
+from qlora_kit.fakes import device_type, has_values
 
 PAGED_FROM_ELEMENTS = 100_000
 """bitsandbytes 0.50 pages the state of a parameter only from this size on."""
@@ -45,7 +46,7 @@ def make_optimizer(
         "lion_8bit": bnb.Lion8bit,
         "paged_lion_8bit": bnb.PagedLion8bit,
     }
-    if name.startswith("paged") and trained[0].device.type != "cuda":
+    if name.startswith("paged") and device_type(trained[0]) != "cuda":
         # The same arithmetic without the paging, which would only warn and do nothing here.
         classes["paged_adamw_8bit"], classes["paged_lion_8bit"] = bnb.AdamW8bit, bnb.Lion8bit
         classes["paged_adamw_32bit"] = bnb.AdamW32bit
@@ -74,6 +75,23 @@ def state_bytes(name: str) -> float:
     """Bytes of state for each trained element, at most; small parameters keep fp32 states."""
     per_state = 4.0
     return per_state * (1 if "lion" in name else 2)
+
+
+def tag_states(
+    optimizer: torch.optim.Optimizer, tag: Callable[[str, Iterable[Tensor]], None]
+) -> None:
+    """Hand over the states as `optimizer`, those in managed memory as `paged`."""
+    for parameter, state in optimizer.state.items():
+        # A plan's states stand for what bitsandbytes makes on a GPU.
+        planned = (
+            not has_values(parameter)
+            and getattr(optimizer, "is_paged", False)
+            and parameter.numel() >= PAGED_FROM_ELEMENTS
+        )
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                paged = getattr(value, "is_paged", False) or (planned and key.startswith("state"))
+                tag("paged" if paged else "optimizer", (value,))
 
 
 def optimizer_state(

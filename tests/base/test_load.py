@@ -28,7 +28,7 @@ from qlora_kit.base.tensors import read_tensors
 from qlora_kit.base.validate import read_entries
 from qlora_kit.errors import ModelError, NumericError, ResourceError, TokenizerError
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.memory.measure import StorageCounter
+from qlora_kit.memory.counter import StorageCounter
 
 KINDS = {
     "plain": ("llama2", {}),

@@ -1,0 +1,138 @@
+"""Live bytes of a process's tensors, by component and by stretch of time, each storage once.
+
+`StorageCounter` is entered around some work. Every operation's tensors are looked at; a storage
+that is new is counted until it dies. What it belongs to is a tag that was handed in (loading,
+injection, the optimizer), else the component that is being filled now (`filling`). Time is cut into
+stretches by `at`, each with its own peak, so that one run of a step says where each byte went and
+when. It counts real and fake tensors alike: a memory plan is this counter around fake ones.
+
+Left out: bytes inside kernels, which are not tensors. It slows the work down; without it nothing
+is slower.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Sizes = dict[str, int]
+"""Bytes by component."""
+
+
+@dataclass
+class Stretch:
+    """What was alive while a step was at one place: in `phase`, in `module`.
+
+    `peak` is the most at once, `at_peak` its components, `largest` the most of each component.
+    """
+
+    phase: str
+    module: str
+    start: Sizes
+    end: Sizes
+    at_peak: Sizes
+    largest: Sizes
+    peak: int = field(default=0)
+
+
+class StorageCounter(TorchDispatchMode):
+    """Counts the bytes of live tensors while it is entered.
+
+    What `model` holds is there from the beginning. `peak` is the most that was alive at once,
+    `before` what was alive when counting began; `stretches` are in the order of time. Components
+    that lie `apart`, in other memory, are counted by themselves and are in no sum.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        filling: str = "activations",
+        apart: Iterable[str] = ("paged",),
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._apart = frozenset(apart)
+        self._live: dict[int, tuple[int, str]] = {}
+        self._model = model
+        self.filling = filling
+        self.sizes: Sizes = {}
+        self.current = self.before = 0
+        self.stretches = [Stretch("", "", {}, {}, {}, {})]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at once, over all stretches."""
+        return max(stretch.peak for stretch in self.stretches)
+
+    def __enter__(self) -> StorageCounter:
+        if self._model is not None:
+            self.tag("model", (*self._model.parameters(), *self._model.buffers()))
+        self.before = self.current
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stretches[-1].end = dict(self.sizes)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def at(self, phase: str, module: str = "") -> None:
+        """A new stretch begins."""
+        now = dict(self.sizes)
+        self.stretches[-1].end = now
+        self.stretches.append(Stretch(phase, module, now, now, now, dict(now), peak=self.current))
+
+    def tag(self, component: str, tensors: Iterable[Tensor]) -> None:
+        """Count some tensors as `component` from here on."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            known = self._live.get(storage._cdata)
+            if known is None:
+                self._add(tensor, component)
+            elif known[1] != component:
+                self._change(known[1], -known[0])
+                self._live[storage._cdata] = (known[0], component)
+                self._change(component, known[0])
+        self._look()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            if isinstance(value, Tensor):
+                self._add(value, self.filling)
+        self._look()
+        return result
+
+    def _add(self, tensor: Tensor, component: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        size = storage.nbytes()
+        self._live[key] = (size, component)
+        self._change(component, size)
+        # A storage keeps its Python object for as long as it lives.
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        size, component = self._live.pop(key)
+        self._change(component, -size)
+
+    def _change(self, component: str, size: int) -> None:
+        if component not in self._apart:
+            self.current += size
+        now = self.sizes[component] = self.sizes.get(component, 0) + size
+        largest = self.stretches[-1].largest
+        if now > largest.get(component, 0):
+            largest[component] = now
+
+    def _look(self) -> None:
+        stretch = self.stretches[-1]
+        if self.current > stretch.peak:
+            stretch.peak, stretch.at_peak = self.current, dict(self.sizes)

@@ -20,7 +20,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from qlora_kit import errors
 from qlora_kit.errors import QloraKitError, error_line
@@ -88,6 +93,17 @@ TRAITS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(TRAITS)
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "nf4_double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+"""What transformers is asked for where it saves a quantized checkpoint."""
 
 
 def tiny_model(family: str = "llama2", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -115,6 +131,21 @@ def save_checkpoint(
     model = tiny_model(family, dtype, **changes)
     model.save_pretrained(directory, max_shard_size=shard_size)
     save_tokenizer(directory)
+    return model
+
+
+def save_quantized(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    skip: list[str] | None = None,
+    **kind: Any,
+) -> Any:
+    """Write transformers' own quantized save of `source`; `kind` is what `QUANTIZED` has."""
+    config = BitsAndBytesConfig(**kind, llm_int8_skip_modules=skip)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype)
+    model.save_pretrained(target)
+    save_tokenizer(target)
     return model
 
 

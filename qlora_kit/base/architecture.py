@@ -14,9 +14,10 @@ from torch import nn
 from qlora_kit.base.families import FAMILIES
 from qlora_kit.base.source import contained
 from qlora_kit.base.validate import read_json
-from qlora_kit.errors import ModelError, QloraKitError
+from qlora_kit.errors import ModelError
 
 DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}
+TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 IGNORED = ("quantization_config", "auto_map")
 
 
@@ -80,9 +81,14 @@ def take_generation_config(model: Any, directory: Path) -> None:
     from transformers import GenerationConfig
 
     path = contained(directory, "generation_config.json")
+    said = read_json(path)
+    for name in TOKENS & said.keys():
+        ids = said[name] if isinstance(said[name], list) else [said[name]]
+        if said[name] is not None and not all(type(one) is int for one in ids):
+            raise ModelError(
+                f"{path}: {name} is {str(said[name])[:60]}, not a token", "correct or remove it"
+            )
     try:
-        model.generation_config = GenerationConfig.from_dict(read_json(path))
-    except QloraKitError:
-        raise
+        model.generation_config = GenerationConfig.from_dict(said)
     except Exception as error:
         raise ModelError(f"{path}: {error}", "correct or remove the file") from error

@@ -7,7 +7,6 @@ a base that is called quantized and mostly is not would be a lie about memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,9 +78,9 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             "quantized",
         )
     for key, value in _numbers(config):
-        if not math.isfinite(value) or abs(value) > LARGEST.get(key, LARGEST_NUMBER):
+        if not abs(value) <= LARGEST.get(key, LARGEST_NUMBER):  # NaN is not
             raise ModelError(
-                f"{path}: {key} is {value}, above {LARGEST.get(key, LARGEST_NUMBER)}",
+                f"{path}: {key} is {str(value)[:60]}, above {LARGEST.get(key, LARGEST_NUMBER)}",
                 "correct the file",
             )
 

@@ -31,7 +31,7 @@ from qlora_kit.base.quantize import (
     QuantizedLinear,
     code_tables,
 )
-from qlora_kit.base.validate import TensorEntry
+from qlora_kit.base.validate import TensorEntry, is_deep
 from qlora_kit.config import QUANT_TYPES, BaseConfig
 from qlora_kit.errors import ConfigError, ModelError
 
@@ -44,6 +44,7 @@ SUFFIXES = (
     "weight_format",
 )
 STATE_LIMIT = 4096
+LARGEST_OFFSET = 1e38  # it is an fp32 number
 STATE_DTYPES = ("float16", "bfloat16", "float32")
 MAP_TOLERANCE = 1e-6  # bitsandbytes has computed its tables in more than one way
 
@@ -136,7 +137,7 @@ def split_stored(
         if stored.bits == 4:
             state = _read_state(name, group[STATE + str(stored.quant_type)], shape, stored)
             dtypes.add(state["dtype"])
-            offset = float(state.get("nested_offset", 0.0))
+            offset = float(state.get("nested_offset", 0.0)) if stored.double_quant else 0.0
         layers[name] = StoredLinear(group, offset)
     if len(dtypes) > 1:
         raise ModelError(
@@ -208,13 +209,15 @@ def _read_state(
     }
     if stored.double_quant:
         expected |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
-    found = state if isinstance(state, dict) else {}
+    found = state if isinstance(state, dict) and not is_deep(state) else {}
     wrong = [key for key, value in expected.items() if found.get(key) != value]
     if found.get("dtype") not in STATE_DTYPES:
         wrong.append("dtype")
         expected["dtype"] = " or ".join(STATE_DTYPES)
     offset = found.get("nested_offset", 0.0)
-    if stored.double_quant and not (isinstance(offset, (int, float)) and math.isfinite(offset)):
+    if stored.double_quant and not (
+        isinstance(offset, (int, float)) and abs(offset) < LARGEST_OFFSET
+    ):
         wrong.append("nested_offset")
         expected["nested_offset"] = "a number"
     if wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ TOKENIZER_FILES = (
 )
 VOCABULARY_LIMIT = 256 * 1024**2
 """Bytes; the vocabulary of 256,000 tokens that Gemma has takes 17 MB."""
+LARGEST_ID = 2**24
+"""tokenizers 0.23 makes a list as long as the largest id where it writes a vocabulary."""
 
 
 def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
@@ -55,18 +58,29 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
+        tokenizer.decode(tokenizer("a b")["input_ids"])
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        # A broken file gives bare exceptions of many kinds, and a panic of the Rust library is no
-        # Exception at all.
+        # A broken file gives bare exceptions of many kinds, some only in use, and a panic of the
+        # Rust library is no Exception at all.
+        alone = present == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None
         raise TokenizerError(
             f"{directory / present[0]}: cannot be read as a tokenizer: {error}",
-            "fetch the tokenizer's files again",
+            "install sentencepiece and protobuf, or put its tokenizer.json beside it"
+            if alone
+            else "fetch the tokenizer's files again",
         ) from error
-    if embedding_rows is not None and len(tokenizer) > embedding_rows:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest > LARGEST_ID:
         raise TokenizerError(
-            f"{directory / present[0]}: {len(tokenizer)} tokens, {embedding_rows} embedding rows",
+            f"{directory / present[0]}: has a token with the id {largest}",
+            "fetch the tokenizer's files again",
+        )
+    tokens = max(len(tokenizer), largest + 1)
+    if embedding_rows is not None and tokens > embedding_rows:
+        raise TokenizerError(
+            f"{directory / present[0]}: {tokens} tokens, {embedding_rows} embedding rows",
             "use the tokenizer that belongs to this model",
         )
     return tokenizer

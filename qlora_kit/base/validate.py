@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DEPTH_LIMIT = 64  # of objects and lists in each other
 JSON_LIMIT = 16 * 1024**2  # a config or an index; a large vocabulary has its own limit
 HEADER_LIMIT = 100 * 1000**2  # as the safetensors library has it
 DTYPES = {
@@ -95,7 +96,21 @@ def read_json(
         ) from bad
     if not isinstance(content, dict):
         raise error(f"{path}: holds {type(content).__name__}, not an object", "correct the file")
+    if is_deep(content):
+        raise error(f"{path}: is nested more than {DEPTH_LIMIT} levels deep", "correct it")
     return content
+
+
+def is_deep(content: Any) -> bool:
+    """Whether objects and lists of JSON stand in each other above `DEPTH_LIMIT`.
+
+    What `json` reads at the edge of the stack fails later, where it is shown or copied.
+    """
+    level: list[Any] = [content]
+    for _ in range(DEPTH_LIMIT):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [value for one in inner for value in one if isinstance(value, (dict, list))]
+    return bool(level)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -104,10 +119,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     `auto_map` alone is accepted: no file that it names is there, and transformers' own class of
     the family is used. Errors: `ModelError`, `UnsafeInputError`.
     """
-    path = contained(directory, "config.json")
+    return read_config_file(contained(directory, "config.json"))
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """As `read_config`, of a file of any name."""
     config = read_json(path)
     if "auto_map" in config and (
-        config.get("model_type") not in FAMILIES or any(directory.glob("*.py"))
+        config.get("model_type") not in FAMILIES or any(path.parent.glob("*.py"))
     ):
         raise UnsafeInputError(
             f"{path}: auto_map asks to run Python files of the model",
@@ -146,14 +165,13 @@ def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for file, keys in sorted(by_file.items()):
         try:
-            shard = read_header(contained(directory, file))
+            shard_path = contained(directory, file)
         except ModelError as error:
-            if (directory / file).exists():
-                raise
             raise ModelError(
                 f"{directory / file}: no such file; the index puts {len(keys)} tensors into it",
                 "fetch the missing shard",
             ) from error
+        shard = read_header(shard_path)
         absent = [name for name in keys if name not in shard]
         if absent:
             raise ModelError(
@@ -187,8 +205,8 @@ def read_header(path: Path, error: type[InputError] = ModelError) -> dict[str, T
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (UnicodeDecodeError, ValueError, RecursionError) as bad:
         raise corrupt(f"header: {bad}") from bad
-    if not isinstance(header, dict):
-        raise corrupt("header is no object")
+    if not isinstance(header, dict) or is_deep(header):
+        raise corrupt("header is no object, or is nested too deeply")
     begin, entries = 8 + length, []
     for name, described in header.items():
         if name == "__metadata__":

@@ -102,6 +102,12 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
                     f"leave --{name} out",
                 )
     known = {name: value for name, value in trained.items() if value is not None}
+    try:
+        BaseConfig(**known)
+    except ConfigError as error:
+        raise AdapterError(
+            f"{adapter}: says of its base: {error.problem}", "save the adapter again"
+        ) from error
     if given.get("bits", 4) != 4:
         known.pop("quant_type", None)
         known.pop("double_quant", None)

@@ -50,7 +50,14 @@ class Tokens:
         # Asked of the tokenizer, not of `bos_token`: GPT-2 has one that it never puts first.
         whole = list(self.tokenizer("a")["input_ids"])
         alone = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        place = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+        places = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+        place = next(places, None)
+        if not alone or place is None:
+            raise TokenizerError(
+                f"{tokenizer.name_or_path}: 'a' is encoded as {str(alone)[:60]}, and with special "
+                f"tokens as {str(whole)[:60]}",
+                "correct the post_processor of tokenizer.json, or fetch the file again",
+            )
         self.start = whole[:place]
         added = self.tokenizer.added_tokens_decoder.values()
         self.special = {token.content for token in added if token.special}

@@ -22,7 +22,7 @@ from torch import Tensor
 from qlora_kit.base.load import BaseInfo
 from qlora_kit.base.source import contained
 from qlora_kit.base.tensors import DTYPES, check_finite, read_tensors
-from qlora_kit.base.validate import TensorEntry, read_header
+from qlora_kit.base.validate import TensorEntry, is_deep, read_header
 from qlora_kit.config import LoRAConfig
 from qlora_kit.errors import AdapterError
 from qlora_kit.files import write_file
@@ -152,6 +152,8 @@ def trained_on(directory: str | os.PathLike[str]) -> dict[str, Any]:
     text = metadata.get(HEADER_KEY, "{}") if isinstance(metadata, dict) else "{}"
     try:
         said = dict(json.loads(text))
+        if is_deep(said):
+            raise ValueError("nested too deeply")
     except (ValueError, TypeError, RecursionError) as error:
         raise AdapterError(
             f"{path}: the header's {HEADER_KEY} is no JSON object", "save the adapter again"

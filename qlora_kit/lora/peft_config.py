@@ -8,7 +8,6 @@ arithmetic, or the base.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +49,9 @@ WITHOUT_EFFECT = {
     "ensure_weight_tying",
     "eva_config",
 }
+LARGEST_NUMBER = 10**9
+"""Above every rank, scale and rate."""
+
 UNUSED: tuple[Any, ...] = (None, False, "none", [], {})
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base as it is; others (pissa ...) change it."""
@@ -128,11 +130,13 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number of JSON may be too large for a float, and NaN is not below anything.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= LARGEST_NUMBER
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and _is_number(value) and value >= 1
 
 
 def _is_alpha(value: Any) -> bool:

@@ -12,16 +12,17 @@ import pytest
 import torch
 from families import (
     FAMILIES,
+    QUANTIZED,
     edit_config,
     edit_weights,
     refused,
     relative_error,
     save_checkpoint,
-    save_tokenizer,
+    save_quantized,
     token_ids,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from qlora_kit.base.load import load_base
 from qlora_kit.base.quantize import QuantizedLinear, dequantize
@@ -31,16 +32,6 @@ from qlora_kit.export.merge import export_model
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora
 
-KINDS = {
-    "nf4_double": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-    },
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    "int8": {"load_in_8bit": True},
-}
 OPTIONS = {
     "nf4_double": {},
     "nf4": {"double_quant": False},
@@ -51,21 +42,12 @@ NAME = "model.layers.1.self_attn.q_proj"
 UP = "model.layers.0.mlp.up_proj"
 
 
-def quantize(source, target, dtype=torch.bfloat16, skip=None, **kind):
-    """transformers' own quantized save of `source`."""
-    config = BitsAndBytesConfig(**kind, llm_int8_skip_modules=skip)
-    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype)
-    model.save_pretrained(target)
-    save_tokenizer(target)
-    return model
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("quantized")
     save_checkpoint(root / "plain", "llama_bias", torch.bfloat16)
-    for name, kind in KINDS.items():
-        quantize(root / "plain", root / name, **kind)
+    for name, kind in QUANTIZED.items():
+        save_quantized(root / "plain", root / name, **kind)
     return root
 
 
@@ -88,7 +70,7 @@ def logits(model):
         return model(input_ids=token_ids(), use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_quantized_checkpoint_is_what_quantizing_here_gives(checkpoints, kind):
     stored = load(checkpoints / kind, **OPTIONS[kind])
     made = load(checkpoints / "plain", **OPTIONS[kind])
@@ -109,7 +91,7 @@ def test_a_quantized_checkpoint_is_what_quantizing_here_gives(checkpoints, kind)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_its_logits_are_those_of_the_dequantized_model(checkpoints, kind, dtype):
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     ours = load(checkpoints / kind, dtype, **OPTIONS[kind])
@@ -127,8 +109,8 @@ def test_its_logits_are_those_of_the_dequantized_model(checkpoints, kind, dtype)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_read(tmp_path, family, bits):
     save_checkpoint(tmp_path / "plain", family, torch.bfloat16)
-    kind = KINDS["nf4_double" if bits == 4 else "int8"]
-    quantize(tmp_path / "plain", tmp_path / "quantized", **kind)
+    kind = QUANTIZED["nf4_double" if bits == 4 else "int8"]
+    save_quantized(tmp_path / "plain", tmp_path / "quantized", **kind)
     stored = load(tmp_path / "quantized", bits=bits)
     assert torch.equal(logits(stored), logits(load(tmp_path / "plain", bits=bits)))
 
@@ -154,7 +136,9 @@ def test_it_trains_exports_and_takes_its_adapter_again(checkpoints, tmp_path):
 
 
 def test_linears_that_were_left_in_16_bits_stay_so(checkpoints, tmp_path):
-    quantize(checkpoints / "plain", tmp_path, skip=["lm_head", "down_proj"], **KINDS["nf4_double"])
+    save_quantized(
+        checkpoints / "plain", tmp_path, skip=["lm_head", "down_proj"], **QUANTIZED["nf4_double"]
+    )
     model = load(tmp_path)
     for name, module in model.named_modules():
         if name.endswith("_proj"):
@@ -194,7 +178,7 @@ def test_other_bits_or_another_format_are_a_conflict(checkpoints, kind, options,
         load(checkpoints / kind, **options)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_what_is_not_asked_for_is_taken_from_the_checkpoint(checkpoints, kind):
     info = load(checkpoints / kind).base_info
     asked = {"bits": 4, "quant_type": "nf4", "double_quant": True} | OPTIONS[kind]
@@ -315,6 +299,7 @@ def test_a_broken_4_bit_state_is_named_before_bitsandbytes_sees_it(nested, case)
         ({"nested_dtype": "float64"}, "nested_dtype is float64, expected float32"),
         ({"nested_offset": "a"}, "nested_offset is a, expected a number"),
         ({"nested_offset": float("nan")}, "nested_offset is nan, expected a number"),
+        ({"nested_offset": 10**400}, "nested_offset is 1000"),
     ],
 )
 def test_a_state_that_was_altered_is_named(nested, changes, said):
@@ -323,7 +308,21 @@ def test_a_state_that_was_altered_is_named(nested, changes, said):
         load(nested)
 
 
-@pytest.mark.parametrize("content", [[], 3, None, "text"])
+def test_an_offset_means_nothing_without_double_quant(checkpoints, tmp_path):
+    plain = shutil.copytree(checkpoints / "nf4", tmp_path / "plain")
+    edit_state(plain, lambda state: state | {"nested_offset": "a"})
+    assert torch.equal(
+        logits(load(plain, double_quant=False)),
+        logits(load(checkpoints / "nf4", double_quant=False)),
+    )
+
+
+DEEP: list[object] = []
+for _ in range(900):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize("content", [[], 3, None, "text", {"a": DEEP}])
 def test_a_state_that_is_no_object_is_named(nested, content):
     edit_state(nested, lambda _: content)
     with refused(ModelError, f"{NAME}: quant_type is None, expected nf4", directory=nested):
@@ -378,6 +377,7 @@ def test_8_bit_scales_that_are_not_finite_are_named(rows):
         ({"bnb_4bit_quant_storage": "bfloat16"}, "in storage 'bfloat16' is not supported"),
         ({"quant_method": "gptq"}, "quantized by 'gptq'"),
         ({"quant_method": ["bitsandbytes"]}, "which is not supported"),
+        ({"bnb_4bit_quant_type": ["nf4"]}, "bnb_4bit_quant_type ['nf4']"),
         ({"bnb_4bit_use_double_quant": False}, "holds, against its config.json,"),
     ],
 )

@@ -6,6 +6,7 @@ exit code, two seconds, and to leaving the disk as it was.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pickle
@@ -74,6 +75,11 @@ def test_a_path_that_is_no_model_directory_is_said_to_be_what_it_is(tmp_path):
         ('{"model_type": "llama"}'.encode("utf-16"), "byte 0 is not UTF-8"),
         (b"", "config.json:1: not JSON"),
         (b'{"a": ' * 100_000, "nested too deeply"),
+        # What json still reads, and whatever goes down into it does not.
+        (b'{"model_type": "llama", "a": ' + b"[" * 900 + b"]" * 900 + b"}", "64 levels deep"),
+        (b'{"model_type": "llama", "vocab_size": ' + b"9" * 400 + b"}", "vocab_size is 999"),
+        (b'{"model_type": "llama", "vocab_size": NaN}', "vocab_size is nan"),
+        (b'{"model_type": "llama", "quantization_config": "bitsandbytes"}', "is not supported"),
         (b'{"vocab_size": ' + b"9" * 5000 + b"}", "a number too long"),
         (b'{"model_type": "no_such_family"}', "supported families are llama, mistral, qwen2"),
         (b'{"model_type": ["llama"]}', "is not supported"),
@@ -279,6 +285,12 @@ HEADERS = {
     "not_utf8": (b'{"\xff\xfe": 1}', b"", None, "header: 'utf-8'"),
     "deep": (b"[" * 100_000, b"", None, "header: "),
     "no_object": (b"[]", b"", None, "header is no object"),
+    "edge_of_the_stack": (
+        b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b"",
+        None,
+        "nested too deeply",
+    ),
     "duplicate": (
         b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, '
         b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}',
@@ -358,12 +370,18 @@ def test_headers_are_read_as_the_safetensors_library_reads_them(originals):
             )
 
 
-def test_a_hundred_thousand_tensors_are_judged_in_time(model):
+@pytest.mark.parametrize(
+    ("per_layer", "said"), [(10, "10000 layers"), (50_000, "holds 100000 tensors")]
+)
+def test_a_hundred_thousand_tensors_are_judged_in_time(model, per_layer, said):
+    """By the number of layers, and where that fits by every name; the data is a hole of 100 MB."""
     header = {
-        f"model.layers.{i // 10}.junk.{i}": tensor(4 * i, 4 * i + 4, [1]) for i in range(10**5)
+        f"model.layers.{i // per_layer}.junk.{i}": tensor(1024 * i, 1024 * i + 1024, [256])
+        for i in range(10**5)
     }
-    rewrite(model / WEIGHTS, header, bytes(4 * 10**5))
-    with refused(ModelError, "10000 layers", directory=model, seconds=5):
+    rewrite(model / WEIGHTS, header)
+    os.truncate(model / WEIGHTS, (model / WEIGHTS).stat().st_size + 1024 * 10**5)
+    with refused(ModelError, said, directory=model, seconds=5):
         check(model)
 
 
@@ -383,7 +401,62 @@ def test_the_architecture_is_compared_by_shape_and_name(originals):
     check_architecture(table, expected, {}, originals)
 
 
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", [1.5, "2", [None], {"a": 1}, True, [[2]]])
+def test_a_generation_config_without_tokens_is_named(model, key, value):
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with refused(ModelError, f"generation_config.json: {key} is", "not a token", directory=model):
+        check(model)
+    path.write_text(json.dumps({"eos_token_id": [2, 1], "pad_token_id": None}))
+    check(model)
+
+
 # Tokenizers
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (2**31, "tokenizer.json: has a token with the id 2147483648"),
+        (2**24, "16777217 tokens, 264 embedding rows"),
+        (264, "265 tokens, 264 embedding rows"),
+        (263, None),
+    ],
+)
+def test_an_id_that_the_model_does_not_have_is_named(model, number, said):
+    """Where such a vocabulary was written, tokenizers asked for memory up to it and aborted."""
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["\u0133"] = number
+    path.write_text(json.dumps(tokenizer))
+    if said is None:
+        check(model)
+        return
+    with refused(TokenizerError, said, directory=model):
+        check(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer_config.json", {"model_max_length": "many"}),
+        ("tokenizer.json", {"decoder": {"type": "Sequence", "decoders": [3]}}),
+    ],
+)
+def test_a_tokenizer_that_fails_in_use_is_named(model, file, changes):
+    path = model / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with refused(TokenizerError, "tokenizer.json: cannot be read as a", directory=model):
+        check(model)
+
+
+def test_a_sentencepiece_model_alone_says_what_it_needs(model):
+    if importlib.util.find_spec("sentencepiece"):
+        pytest.skip("it is installed")
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    with refused(TokenizerError, "tokenizer.model", "install sentencepiece", directory=model):
+        check(model)
 
 
 def test_a_missing_tokenizer_names_the_files(model):

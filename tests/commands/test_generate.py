@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 from families import tree_hash
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from trained import trained_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.config import BaseConfig, RunConfig, dump
+from qlora_kit.lora.adapter import trained_on
 
 Run = Callable[..., Any]
 
@@ -125,3 +128,17 @@ def test_what_cannot_be_generated_is_refused(run: Run, workshop: Any, tmp_path: 
         assert words in answer.line
         assert answer.out == ""
     assert tree_hash(workshop.base.parent) == before
+
+
+def test_an_adapter_that_was_made_with_impossible_options_is_named(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    weights = adapter / "adapter_model.safetensors"
+    said = {**trained_on(adapter), "name": str(workshop.base), "bits": 7}
+    save_file(load_file(weights), weights, {"qlora_kit": json.dumps(said)})
+    before = tree_hash(tmp_path)
+    answer = run("generate", "--adapter", adapter, "--prompt", "x")
+    assert answer.code == 3
+    assert f"{adapter}: says of its base: bits must be 4, 8 or 16, got 7" in answer.line
+    assert tree_hash(tmp_path) == before

@@ -698,3 +698,14 @@ def test_gpt2_has_no_bos_and_trains_its_end():
     assert result.input_ids.count(50256) == 1
     assert result.labels == [-100, *result.input_ids[1:]]
     assert prompt_ids("Hello", tokenizer) == [15496]
+
+
+@pytest.mark.parametrize("single", ["<s>", []])
+def test_a_tokenizer_whose_template_leaves_the_text_out_is_named(single):
+    tokenizer = make_tokenizer()
+    start = ("<s>", tokenizer.convert_tokens_to_ids("<s>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[start]
+    )
+    with pytest.raises(TokenizerError, match="correct the post_processor"):
+        prompt_ids("a day", tokenizer)

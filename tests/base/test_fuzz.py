@@ -1,0 +1,106 @@
+"""Laws of damaged files: whatever is done to one, it is accepted or refused, and nothing is hurt.
+
+A small part of `benchmarks/fuzz.py`, whose 10,000 mutants are in `benchmarks/results/fuzz.json`;
+and the error branches of `validate.py`, each of which damage reaches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import save_checkpoint, tree_hash
+from mutations import kinds_of
+from raises import raises_of, sites_of
+
+from qlora_kit.base.source import Source
+from qlora_kit.base.validate import (
+    check_architecture,
+    check_layers,
+    look,
+    read_config,
+    read_entries,
+    read_json,
+)
+from qlora_kit.errors import ModelError, QloraKitError
+
+ROOT = Path(__file__).resolve().parents[2]
+VALIDATED = {
+    "single": ("config.json", "model.safetensors"),
+    "sharded": ("model.safetensors.index.json", "model-00002-of-00004.safetensors"),
+}
+
+
+@pytest.mark.timeout(120)
+def test_damaged_files_of_every_kind_are_accepted_or_refused():
+    name = "fuzz_of_a_test"
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--count", "150"]
+    try:
+        done = subprocess.run(
+            [*command, "--result", name],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert path.exists(), done.stderr
+        result = json.loads(path.read_text())
+    finally:
+        path.unlink(missing_ok=True)
+    assert result["findings"] == []
+    assert done.returncode == 0
+    assert result["mutants"] == 150 == sum(result["outcomes"].values())
+    assert {"accepted", "ModelError", "AdapterError", "UnsafeInputError"} <= set(result["outcomes"])
+    assert len({kind for kinds in result["files"].values() for kind in kinds}) > 40
+    assert len(result["files"]) >= 14
+    assert result["slowest_s"] < 10
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("originals")
+    save_checkpoint(root / "single")
+    save_checkpoint(root / "sharded", shard_size="150KB")
+    return root
+
+
+def test_every_error_branch_of_validate_is_reached_by_damage(originals, tmp_path):
+    """All but the one of a file that vanishes between two looks, which a name gives."""
+    expected = {
+        name: torch.Size(entry.shape) for name, entry in read_entries(originals / "single").items()
+    }
+    errors, mutant = [], tmp_path / "mutant"
+    with pytest.raises(ModelError, match="no such file") as caught:
+        read_json(tmp_path / "missing.json")
+    errors.append(caught.value)
+    for directory, names in VALIDATED.items():
+        for name in names:
+            for kind in kinds_of(originals / directory / name):
+                for number in range(8):
+                    shutil.rmtree(mutant, ignore_errors=True)
+                    shutil.copytree(originals / directory, mutant)
+                    path = mutant / name
+                    kinds_of(path)[kind](path, random.Random(f"{kind} {number}"))
+                    before = tree_hash(mutant)
+                    try:
+                        look(Source("mutant", None, mutant))
+                        entries = read_entries(mutant)
+                        check_layers(entries, read_config(mutant), mutant / "config.json")
+                        check_architecture(entries, expected, {}, mutant)
+                    except QloraKitError as error:
+                        errors.append(error)
+                    assert tree_hash(mutant) == before
+    assert all(str(tmp_path) in error.problem and error.remedy for error in errors)
+    sites = set().union(*map(sites_of, errors))
+    reached = {line for module, line in sites if module == "base/validate"}
+    branches = raises_of("base/validate")
+    assert len(branches) > 15
+    assert [text for line, text in branches.items() if line not in reached] == []

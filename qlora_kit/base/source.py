@@ -58,6 +58,13 @@ def is_path(name: str) -> bool:
     return os.path.isdir(first) and name not in SHORT_NAMES and name != "tiny"
 
 
+def is_known(name: str) -> bool:
+    """Whether a name says where a model is: a short name, a hub id, or a path that exists."""
+    if is_path(name):
+        return Path(name).expanduser().exists()
+    return name == "tiny" or "/" in SHORT_NAMES.get(name, name)
+
+
 def resolve(
     name: str,
     revision: str | None = None,
@@ -86,7 +93,7 @@ def resolve(
             raise ModelError(f"{name}: is empty", "give the directory that holds config.json")
         return Source(directory.resolve().name, None, directory)
     hub_id = SHORT_NAMES.get(name, name)
-    if "/" not in hub_id:
+    if not is_known(name):
         known = ", ".join(("tiny", *SHORT_NAMES))
         raise ModelError(
             f"{name}: neither a directory here nor a known short name",

@@ -80,7 +80,7 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
     given = {name: getattr(parsed[BaseConfig], name) for name in parsed.given[BaseConfig]}
     if adapter is None:
         return parsed[BaseConfig]
-    from qlora_kit.base.source import is_path
+    from qlora_kit.base.source import is_known, is_path
     from qlora_kit.lora.adapter import trained_on
     from qlora_kit.lora.peft_config import read_adapter_config
 
@@ -117,16 +117,12 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
     options = {**known, **given}
     if "model" not in options:
         raise ConfigError(f"{adapter} does not say which base it belongs to", "give --model")
-    if "model" not in given and is_path(known["model"]) and not _exists(known["model"]):
+    if "model" not in given and not is_known(known["model"]):
         raise AdapterError(
             f"{adapter} belongs to the base {known['model']}, which is not here",
             "give its directory or hub id as --model",
         )
     return BaseConfig(**options)
-
-
-def _exists(path: str) -> bool:
-    return Path(path).expanduser().exists()
 
 
 def run_options(adapter: str) -> dict[str, Any]:

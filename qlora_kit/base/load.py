@@ -60,6 +60,7 @@ from qlora_kit.base.validate import (
 )
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import ModelError, ResourceError
+from qlora_kit.fakes import device_type
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,9 @@ class _Scratch:
 
     def cast(self, tensor: Tensor) -> Tensor:
         """The tensor on the device in the dtype; itself where it is that already."""
-        if tensor.dtype == self._held.dtype and tensor.device == self._held.device:
+        # A plan for CUDA has both on the CPU.
+        here = tensor.device.type == device_type(self._held)
+        if tensor.dtype == self._held.dtype and here:
             return tensor
         if self._held.numel() < tensor.numel():
             self._held = self._held.new_empty(tensor.numel())

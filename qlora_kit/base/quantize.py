@@ -409,9 +409,9 @@ _LENT = _Lent()
 
 
 @contextlib.contextmanager
-def own_workspace() -> Iterator[None]:
-    """Inside, this thread begins without a workspace; what it grows to is dropped at the end."""
-    before, _LENT.held = _LENT.held, {}
+def own_workspace(held: dict[torch.dtype, Tensor]) -> Iterator[None]:
+    """Inside, this thread has the workspace `held`, which may be empty and is kept up to date."""
+    before, _LENT.held = _LENT.held, held
     try:
         yield
     finally:
@@ -451,10 +451,10 @@ def _workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
 
 def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) -> None:
     """Whole blocks to numbers, flat, into `out`."""
-    if scales.numel() == 0:
-        return
+    if scales.numel() == 0 or not has_values(out):
+        return  # every way below writes into `out` and makes nothing
     call = None
-    if out.device.type == "cpu" and has_values(out):
+    if out.device.type == "cpu":
         # The op of this name makes a new tensor on the CPU; what it calls writes where it is told.
         name = f"cdequantize_blockwise_cpu_{quant_type}_{KERNEL_DTYPES.get(out.dtype)}"
         call = getattr(cextension.lib, name, None)
@@ -470,7 +470,7 @@ def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor)
         return
     shape = (scales.numel(), BLOCKSIZE)
     arguments = (packed.view(-1, 1), scales, BLOCKSIZE, quant_type, shape, out.dtype)
-    if out.device.type == "cuda" or not has_values(out):
+    if out.device.type == "cuda":
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out.view(shape))
     else:
         out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*arguments).view(-1))

@@ -30,9 +30,7 @@ from qlora_kit.errors import CheckpointError, QloraKitError, ResourceError, Stop
 from qlora_kit.files import sync
 from qlora_kit.generation import generate_text
 from qlora_kit.lora.adapter import load_adapter, save_adapter
-from qlora_kit.lora.block import use_own_blocks
 from qlora_kit.lora.inject import inject_lora, train_loaded
-from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.checkpoint import (
     Checkpoint,
     drop_after,
@@ -52,7 +50,7 @@ from qlora_kit.training.optimizer import (
     paging_note,
     restore_optimizer,
 )
-from qlora_kit.training.recompute import set_recompute
+from qlora_kit.training.prepare import prepare_model
 from qlora_kit.training.record import (
     METRICS_FILE,
     MetricsLog,
@@ -130,10 +128,8 @@ class Run:
         training = plan.config.training
         display.loading(plan.base)
         self.model = _with_adapters(plan)
-        set_packed_attention(self.model)
-        if training.own_blocks and (left_alone := use_own_blocks(self.model)):
+        if left_alone := prepare_model(self.model, training, training.gradient_checkpointing):
             display.note(left_alone)
-        set_recompute(self.model, training.gradient_checkpointing)
         self.optimizer = make_optimizer(
             training.optim, self.model.parameters(), training.learning_rate, training.weight_decay
         )

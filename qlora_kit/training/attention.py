@@ -10,13 +10,15 @@ Left out: windows shorter than a row, soft caps; such models keep transformers' 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -24,6 +26,7 @@ from qlora_kit.fakes import device_type, has_values
 from qlora_kit.training.causal import Stretch, causal_attention
 
 NAME = "sdpa_rows"
+PLANNED = "sdpa_planned"
 
 
 def set_packed_attention(model: Any) -> bool:
@@ -34,13 +37,61 @@ def set_packed_attention(model: Any) -> bool:
     config = model.config
     windowed = getattr(config, "sliding_window", None) is not None
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    kind = device_type(model.get_input_embeddings().weight)
-    if kind != "cpu" or windowed or capped or config._attn_implementation != "sdpa":
+    weight = model.get_input_embeddings().weight
+    if device_type(weight) == "cuda" and not has_values(weight):
+        _plan_cuda_attention(config)
+        return False
+    if weight.device.type != "cpu" or windowed or capped or config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     config._attn_implementation = NAME
     return True
+
+
+@contextlib.contextmanager
+def known_rows(packed: bool) -> Iterator[None]:
+    """Inside, positions without values are those of rows that begin at 0, or of packs.
+
+    transformers reads the values of positions to see whether a mask is needed, and makes one where
+    there are none to read (5.23): a plan would count what no run has.
+    """
+    real = masking_utils.find_packed_sequence_indices
+    if not packed:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = real
+
+
+def _plan_cuda_attention(config: Any) -> None:
+    """Let fake tensors on the CPU attend as `sdpa` does on CUDA."""
+    if config._attn_implementation == "sdpa":
+        AttentionInterface.register(PLANNED, _flash)
+        AttentionMaskInterface.register(PLANNED, sdpa_mask)
+        config._attn_implementation = PLANNED
+
+
+def _flash(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The kernel that torch takes on CUDA in 16 bits without a mask: keys are not repeated."""
+    if attention_mask is not None or query.dtype is torch.float32:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    output, *_ = attend(query, key, value, dropout, True, scale=scaling)
+    return output.transpose(1, 2), None
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

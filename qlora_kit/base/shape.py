@@ -1,0 +1,83 @@
+"""A base from its config.json alone: what a memory plan needs of it, without weights.
+
+The tensors' headers are the real ones where the weights are there, else those that the
+architecture asks for, in the dtype that config.json names. A base that is quantized already is then
+taken as if it came in that dtype and were quantized while it is loaded: it ends as the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_kit.base.architecture import build_on_meta, expected_shapes, tied_names
+from qlora_kit.base.load import OpenBase, compute_dtype
+from qlora_kit.base.prequantized import agree, stored_quantization
+from qlora_kit.base.source import Source, is_path, resolve
+from qlora_kit.base.validate import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorEntry,
+    check_architecture,
+    check_layers,
+    read_config,
+    read_config_file,
+    read_entries,
+)
+from qlora_kit.config import BaseConfig
+
+DEFAULT_DTYPE = "bfloat16"
+
+
+def open_shape(config: BaseConfig, device: torch.device) -> OpenBase:
+    """The base of a plan for `device`, on the meta device, without a tokenizer.
+
+    `config.model` may also be a file like config.json. Nothing but that file is read, or fetched
+    where it is a hub id. Errors: `ModelError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
+    """
+    source, path = _find(config)
+    described = read_config_file(path)
+    quantized = stored_quantization(described, path)
+    quantization = agree(config, quantized, path)
+    dtype = compute_dtype(config.dtype, device)
+    entries: dict[str, TensorEntry] | None = None
+    if quantized is None and any((path.parent / one).exists() for one in (SINGLE_FILE, INDEX_FILE)):
+        entries = read_entries(source.directory)
+        check_layers(entries, described, path)
+    model = build_on_meta(described, dtype, path)
+    if entries is None:
+        entries = _expected_entries(model, described, path)
+    else:
+        check_architecture(entries, expected_shapes(model), tied_names(model), source.directory)
+    return OpenBase(source, entries, {}, model, None, quantization, dtype, torch.device("cpu"))
+
+
+def _find(config: BaseConfig) -> tuple[Source, Path]:
+    """Where a model's config.json is: a file, a directory or the hub."""
+    file = Path(config.model).expanduser()
+    if is_path(config.model) and file.is_file() and config.revision is None:
+        name = file.resolve().parent.name if file.name == "config.json" else file.stem
+        return Source(name, None, file.parent), file
+    source = resolve(config.model, config.revision, weights=False, check=read_config)
+    return source, source.directory / "config.json"
+
+
+def _expected_entries(
+    model: Any, described: Mapping[str, Any], path: Path
+) -> dict[str, TensorEntry]:
+    """Headers as a checkpoint of this architecture would have them, one tensor after another."""
+    said = described.get("dtype") or described.get("torch_dtype") or DEFAULT_DTYPE
+    kinds = {name: (kind, size) for kind, (name, size) in DTYPES.items()}
+    kind, size = kinds.get(str(said).removeprefix("torch."), kinds[DEFAULT_DTYPE])
+    entries, start = {}, 0
+    for name, shape in expected_shapes(model).items():
+        if name not in tied_names(model):
+            end = start + size * math.prod(shape)
+            entries[name] = TensorEntry(name, kind, tuple(shape), path, start, end)
+            start = end
+    return entries

@@ -1,0 +1,181 @@
+"""A run's model, adapters and optimizer on fake tensors: loaded and stepped by the run's own code.
+
+Nothing is read and nothing is computed; each operation only says which tensors it would make, and
+a counter adds them up. The device that the run is meant for is data: it decides kernels, dtype and
+paging, while the tensors themselves are on the CPU (`fakes.py`).
+
+What a step holds before it begins is that of any step but the first: the optimizer has its states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qlora_kit.base.load import OpenBase, fill
+from qlora_kit.base.quantize import own_workspace, tagged_workspace
+from qlora_kit.base.validate import TensorEntry
+from qlora_kit.config import LoRAConfig, TrainingConfig
+from qlora_kit.data.batch import Batch, collate
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.fakes import planned_device
+from qlora_kit.lora.inject import inject_lora, tag_adapters
+from qlora_kit.memory.counter import StorageCounter, Stretch
+from qlora_kit.memory.places import follow
+from qlora_kit.training.attention import known_rows
+from qlora_kit.training.loop import Gradients, train_step
+from qlora_kit.training.optimizer import make_optimizer, optimizer_name, tag_states
+from qlora_kit.training.prepare import prepare_model
+from qlora_kit.training.recompute import set_recompute
+
+HOST = "host"
+"""The component of what lies in the host's memory where the device has its own."""
+
+
+class FakeRun:
+    """A model with adapters and its optimizer; `loading` are the stretches until they were there.
+
+    Errors of the constructor: `ConfigError` for targets or a rank that do not fit the base.
+    """
+
+    def __init__(
+        self,
+        base: OpenBase,
+        lora: LoRAConfig,
+        training: TrainingConfig,
+        device: torch.device,
+        packed: bool = False,
+    ) -> None:
+        self.device, self.packed = device, packed
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        apart = ("paged", HOST) if device.type == "cuda" else ("paged",)
+        self._counter = StorageCounter(apart=apart)
+        self._workspace: dict[torch.dtype, Tensor] = {}
+        with self._inside():
+            self._counter.at("load")
+            self._counter.filling = "loading"
+            self._on_fakes(base.model)
+            self.model = fill(base, self._read, self._counter.tag)
+            self._counter.at("inject")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a rank, which the run says itself
+                inject_lora(self.model, lora, seed=training.seed)
+            tag_adapters(self.model, self._counter.tag)
+            self.note = prepare_model(self.model, training, "none")
+        self.loading = self._taken(0)
+        self.layers = list(self.model.base_model.layers)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.train()
+        with planned_device(device.type):
+            name = optimizer_name(training.optim, device)
+            self._optimizer = make_optimizer(name, self._trained, 1e-4)
+        self.updates = self._update()
+
+    def window(self, rows: int, length: int, supervised: int, micro_steps: int) -> list[Batch]:
+        """Micro-batches of `rows` rows of `length` tokens, the last `supervised` trained on."""
+        ids = [1] * length
+        row = Encoded(ids, [-100] * (length - supervised) + ids[length - supervised :])
+        batch: dict[str, Any] = dict(collate([row] * rows, 0))
+        made = {
+            key: self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
+        return [made] * micro_steps  # type: ignore[list-item]
+
+    def passes(
+        self, window: Sequence[Batch], layers: Sequence[int], levels: Sequence[str]
+    ) -> list[Stretch]:
+        """The stretches of forward and backward of a window through some of the layers.
+
+        `levels` say how each of them is recomputed. The rest of the model is there, untouched.
+        """
+        with self._only(layers), self._inside():
+            # TODO levels
+            set_recompute(self.model, levels[0])
+            first = len(self._counter.stretches)
+            self._counter.filling = "activations"
+            with follow(self.model, self._counter):
+                self._step(window, lambda gradients, window: gradients(window), update=False)
+            return self._taken(first)
+
+    def _update(self) -> list[Stretch]:
+        """The stretch of clipping and of the optimizer's step, with states and all gradients."""
+
+        def given(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
+            for parameter in self._trained:
+                parameter.grad = torch.empty_like(parameter)
+                self._counter.tag("gradients", (parameter.grad,))
+            self._counter.at("step")
+            return torch.zeros(())
+
+        with self._inside(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of paging, which a CPU has not
+            for _ in range(2):
+                first = len(self._counter.stretches)
+                self._counter.at("")
+                self._counter.filling = "optimizer"
+                self._step([], given, update=True)
+                tag_states(self._optimizer, self._counter.tag)
+                taken = self._taken(first)
+        return [one for one in taken if one.phase == "step"]
+
+    def _step(self, window: Sequence[Batch], attempt: Any, *, update: bool) -> None:
+        train_step(
+            self.model,
+            window,
+            self._optimizer,
+            step=1,
+            max_grad_norm=1.0,
+            attempt=attempt,
+            check=lambda step, loss, norm: update,
+        )
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Fake tensors, counted, for the planned device; the workspace stays between calls."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._mode)
+            stack.enter_context(planned_device(self.device.type))
+            stack.enter_context(known_rows(self.packed))
+            stack.enter_context(own_workspace(self._workspace))
+            stack.enter_context(tagged_workspace(self._counter.tag))
+            stack.enter_context(self._counter)
+            yield
+
+    def _taken(self, first: int) -> list[Stretch]:
+        """The stretches since `first`; they are forgotten here."""
+        self._counter.at("")
+        taken = self._counter.stretches[first:-1]
+        return [one for one in taken if one.phase]
+
+    def _read(self, entry: TensorEntry, into: Tensor) -> None:
+        self._counter.tag(HOST if self.device.type == "cuda" else "loading", (into,))
+
+    def _on_fakes(self, model: nn.Module) -> None:
+        """Replace the buffers, which the architecture computes when it is built."""
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, self._mode.from_tensor(buffer))
+
+    @contextlib.contextmanager
+    def _only(self, chosen: Sequence[int]) -> Iterator[None]:
+        """Let the model have these of its layers meanwhile."""
+        body, config = self.model.base_model, self.model.config
+        kinds = getattr(config, "layer_types", None)
+        before = (body.layers, config.num_hidden_layers)
+        try:
+            body.layers = nn.ModuleList(self.layers[i] for i in chosen)
+            config.num_hidden_layers = len(chosen)
+            if kinds is not None:
+                config.layer_types = [kinds[i] for i in chosen]
+            yield
+        finally:
+            body.layers, config.num_hidden_layers = before
+            if kinds is not None:
+                config.layer_types = kinds

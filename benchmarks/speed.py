@@ -1,19 +1,22 @@
 """Speed and memory of a training step: ours against PEFT, by bits and recompute level.
 
-Tokens a second come from steps in turn in one process, so that other work on the machine falls on
-all sides. Peak memory over loading and over the steps comes from a process for each side. The floor
-is the time of the products alone: the seven linears of every layer and the head, forward and by
-the input, in bf16, best of 8, in the same run. Results are written after each setting.
+Each side has a process of its own and steps when it is its turn, so that other work on the machine
+falls on all sides and none lives in the heap of another. A process gives the seconds of its steps,
+its peak memory over loading and over the steps, and the counted bytes of one more step. Ratios are
+to PEFT as its guide says, which recomputes everything (`prepare_model_for_kbit_training` turns
+checkpointing on), and at each recompute level to PEFT as its guide says and at its best. The floor
+is the time of the products alone: the seven linears of every layer and the head, forward and by the
+input, in bf16, best of 8, in the same run. Results are written after each setting.
 
     python benchmarks/speed.py                      # the 1b shape, 1 x 512, all settings
-    python benchmarks/speed.py --bits 4 --level none --steps 10
+    python benchmarks/speed.py --bits 4 --steps 10
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-import itertools
 import json
 import os
 import statistics
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +37,112 @@ from torch import Tensor
 from qlora_kit.memory.counter import StorageCounter
 
 SIDES = ("ours", "peft_guide", "peft_best")
+LEVELS = ("none", "full")
+GUIDE = "peft_guide, full"
 TINY = Path(__file__).resolve().parent.parent / "qlora_kit" / "assets" / "tiny"
 WARM_UP = 2
 
 
-def make(side: str, directory: Path, bits: int, level: str, rank: int, device: str) -> Any:
-    """One side's model with its optimizer."""
-    peer = importlib.import_module(f"peers.{side}").Peer
-    return peer(directory, bits, level, rank, device)
+class Side:
+    """A peer at a recompute level, stepping in a process of its own."""
+
+    def __init__(self, name: str, level: str, directory: Path, bits: int, given: Any) -> None:
+        command = [
+            sys.executable,
+            __file__,
+            *("--side", name, "--directory", str(directory), "--bits", str(bits)),
+            *("--level", level, "--batch", str(given.batch), "--length", str(given.length)),
+            *("--rank", str(given.rank), "--device", given.device, "--steps", str(given.steps)),
+        ]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr, text=True
+        )
+        self.found: dict[str, Any] = self.ask("load")
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def ask(self, what: str) -> dict[str, Any]:
+        """Let the process do `what` (`load`, `step` or `end`); what it answers."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
+        return json.loads(answer)  # type: ignore[no-any-return]
+
+    def step(self) -> None:
+        """One optimizer step."""
+        answer = self.ask("step")
+        self.seconds.append(answer["seconds"])
+        self.losses.append(answer["loss"])
+
+    def end(self, tokens: int, floor_s: float) -> dict[str, Any]:
+        """All that was found of this side; the process ends."""
+        self.found |= self.ask("end")
+        self._process.wait()
+        taken = statistics.median(self.seconds[WARM_UP:])
+        return {
+            "step_s": taken,
+            "steps_s": self.seconds[WARM_UP:],
+            "tokens_per_s": tokens / taken,
+            "share_of_floor": floor_s / taken,
+            "first_loss": self.losses[0],
+            "last_loss": self.losses[-1],
+            **self.found,
+        }
+
+
+def serve(given: argparse.Namespace) -> None:
+    """What a process of a `Side` does: answer the lines of its standard input with JSON."""
+    (bits,), (level,) = given.bits, given.level
+    data = iter(batches(given.directory, given.batch, given.length, given.steps + WARM_UP + 1))
+    for line in sys.stdin:
+        answer: dict[str, Any] = {}
+        if line == "load\n":
+            answer["imports_bytes"] = peak(given.device)
+            peer = importlib.import_module(f"peers.{given.side}").Peer(
+                given.directory, bits, level, given.rank, given.device
+            )
+            wait(given.device)
+            answer["loading_bytes"] = peak(given.device)
+            reset_peak(given.device)
+        elif line == "step\n":
+            began = time.perf_counter()
+            loss = peer.step(next(data))
+            wait(given.device)
+            answer = {"seconds": time.perf_counter() - began, "loss": float(loss)}
+        else:
+            answer["steps_bytes"] = peak(given.device)
+            counter = StorageCounter(peer.model)
+            with counter:
+                peer.step(next(data))
+            answer |= {"counted_bytes": counter.peak, "counted_before_bytes": counter.before}
+        print(json.dumps(answer), flush=True)
+        if line == "end\n":
+            return
+
+
+def measure(directory: Path, bits: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Every side at every level in some bits, in turns."""
+    sides = {
+        f"{name}, {level}": Side(name, level, directory, bits, given)
+        for level in given.level
+        for name in SIDES
+    }
+    with floor_products(directory, given) as floor:
+        floors = []
+        for number in range(given.steps + WARM_UP):
+            for side in sides.values():
+                side.step()
+            if number < 8:
+                floors.append(floor())
+    tokens = given.batch * given.length
+    found: dict[str, Any] = {"floor_s": min(floors)}
+    found |= {name: side.end(tokens, min(floors)) for name, side in sides.items()}
+    found["ratios"] = ratios(found, given.level)
+    return found
 
 
 def batches(directory: Path, batch: int, length: int, count: int) -> list[Tensor]:
@@ -56,106 +158,37 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of_steps(
-    directory: Path, bits: int, level: str, given: argparse.Namespace
-) -> dict[str, Any]:
-    """Median seconds of each side's steps, in turn, and the first and last loss."""
-    sides = {side: make(side, directory, bits, level, given.rank, given.device) for side in SIDES}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    losses: dict[str, list[float]] = {side: [] for side in SIDES}
-    data = batches(directory, given.batch, given.length, given.steps + WARM_UP)
-    floors = []
-    for number, ids in enumerate(data):
-        for side, peer in sides.items():
-            began = time.perf_counter()
-            loss = peer.step(ids)
-            wait(given.device)
-            taken = time.perf_counter() - began
-            losses[side].append(float(loss))
-            if number >= WARM_UP:
-                seconds[side].append(taken)
-        if number < 8:
-            floors.append(floor(directory, given))
-    tokens, best = given.batch * given.length, min(floors)
-    return {
-        "floor_s": best,
-        **{
-            side: {
-                "step_s": statistics.median(taken),
-                "tokens_per_s": tokens / statistics.median(taken),
-                "share_of_floor": best / statistics.median(taken),
-                "first_loss": losses[side][0],
-                "last_loss": losses[side][-1],
-            }
-            for side, taken in seconds.items()
-        },
-    }
-
-
-def floor(directory: Path, given: argparse.Namespace) -> float:
-    """Seconds of a step's products by frozen weights, and nothing else."""
+@contextlib.contextmanager
+def floor_products(directory: Path, given: argparse.Namespace) -> Iterator[Any]:
+    """Hands over a function: the seconds of a step's products by frozen weights, nothing else."""
     config = json.loads((directory / "config.json").read_text())
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     kv = hidden * config.get("num_key_value_heads", heads) // heads
     shapes = [(hidden, hidden)] * 2 + [(hidden, kv)] * 2 + [(hidden, ffn)] * 2 + [(ffn, hidden)]
-    made = {shape: _random(shape[::-1], given.device) for shape in {*shapes}}
-    head = _random((config["vocab_size"], hidden), given.device)
+    made = {shape: _filled(shape[::-1], given.device) for shape in {*shapes}}
+    head = _filled((config["vocab_size"], hidden), given.device)
     tokens = given.batch * given.length
-    inputs = {size: _random((tokens, size), given.device) for size in {hidden, kv, ffn}}
+    inputs = {size: _filled((tokens, size), given.device) for size in {hidden, kv, ffn}}
     layers = shapes * config["num_hidden_layers"]
-    wait(given.device)
-    began = time.perf_counter()
-    for shape in layers:
-        F.linear(inputs[shape[0]], made[shape])
-    logits = F.linear(inputs[hidden], head)
-    logits @ head
-    for shape in layers:
-        inputs[shape[1]] @ made[shape]
-    wait(given.device)
-    return time.perf_counter() - began
+
+    def floor() -> float:
+        wait(given.device)
+        began = time.perf_counter()
+        for shape in layers:
+            F.linear(inputs[shape[0]], made[shape])
+        logits = F.linear(inputs[hidden], head)
+        logits @ head
+        for shape in layers:
+            inputs[shape[1]] @ made[shape]
+        wait(given.device)
+        return time.perf_counter() - began
+
+    yield floor
 
 
-def _random(shape: tuple[int, ...], device: str) -> Tensor:
+def _filled(shape: tuple[int, ...], device: str) -> Tensor:
     return torch.full(shape, 0.5, device=device, dtype=torch.bfloat16)
-
-
-def memory_of(
-    side: str, directory: Path, bits: int, level: str, given: argparse.Namespace
-) -> dict[str, float]:
-    """Peak bytes over loading and over the steps of one side, in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        *("--side", side, "--directory", str(directory), "--bits", str(bits), "--level", level),
-        *("--batch", str(given.batch), "--length", str(given.length), "--rank", str(given.rank)),
-        *("--device", given.device),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def measure_memory(given: argparse.Namespace, bits: int, level: str) -> dict[str, float]:
-    """What `memory_of` asks its process for."""
-    before = peak(given.device)
-    peer = make(given.side, given.directory, bits, level, given.rank, given.device)
-    wait(given.device)
-    found: dict[str, float] = {"imports_bytes": before, "loading_bytes": peak(given.device)}
-    reset_peak(given.device)
-    data = batches(given.directory, given.batch, given.length, 4)
-    for ids in data[:3]:
-        peer.step(ids)
-    wait(given.device)
-    found["steps_bytes"] = peak(given.device)
-    counter = StorageCounter(peer.model)
-    with counter:
-        peer.step(data[3])
-    found["counted_bytes"] = counter.peak
-    found["counted_before_bytes"] = counter.before
-    return found
 
 
 def peak(device: str) -> int:
@@ -174,15 +207,18 @@ def reset_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def ratios(found: dict[str, Any]) -> dict[str, float]:
-    """Ours over each peer: tokens a second, and bytes."""
+def ratios(found: dict[str, Any], levels: Sequence[str]) -> dict[str, float]:
+    """Ours over PEFT, tokens a second (medians) and bytes: its guide's way, and level by level."""
+    pairs = [(f"ours, {level}", GUIDE) for level in levels]
+    for level in levels:
+        pairs += [(f"ours, {level}", f"{side}, {level}") for side in SIDES[1:]]
     result = {}
-    for peer in SIDES[1:]:
-        result[f"tokens_per_s_over_{peer}"] = (
-            found["ours"]["tokens_per_s"] / found[peer]["tokens_per_s"]
-        )
-        for phase in ("loading_bytes", "steps_bytes", "counted_bytes"):
-            result[f"{phase}_over_{peer}"] = found["ours"][phase] / found[peer][phase]
+    for ours, peer in dict.fromkeys(pairs):
+        if peer not in found:
+            continue
+        for figure in ("tokens_per_s", "loading_bytes", "steps_bytes", "counted_bytes"):
+            key = f"{figure}: {ours} / {peer}"
+            result[key] = found[ours][figure] / found[peer][figure]
     return result
 
 
@@ -192,33 +228,30 @@ def main() -> None:
     shape = Path(data) / "configs/tinyllama_1b_chat_v1.0.json"
     parser.add_argument("--shape", type=Path, default=shape, help="a config.json")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--level", nargs="+", default=["none", "full"])
+    parser.add_argument("--level", nargs="+", default=list(LEVELS))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--result", default=None, help="name of the result; default: by device")
-    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help="of a checkpoint that is there already")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        print(json.dumps(measure_memory(given, given.bits[0], given.level[0])))
+        serve(given)
         return
     name = given.result or ("speed" if given.device == "cpu" else "speed_cuda")
     results: dict[str, Any] = {"shape": given.shape.stem}
     results |= {"batch": given.batch, "length": given.length, "rank": given.rank}
     with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "base"
-        make_checkpoint(given.shape, directory)
-        copy_tokenizer(TINY, directory)
-        for bits, level in itertools.product(given.bits, given.level):
-            found = seconds_of_steps(directory, bits, level, given)
-            for side in SIDES:
-                found[side] |= memory_of(side, directory, bits, level, given)
-            found["ratios"] = ratios(found)
-            results[f"{bits} bits, {level}"] = found
-            print(bits, level, json.dumps(found, indent=1), flush=True)
+        directory = given.directory or Path(folder) / "base"
+        if given.directory is None:
+            make_checkpoint(given.shape, directory)
+            copy_tokenizer(TINY, directory)
+        for bits in given.bits:
+            found = results[f"{bits} bits"] = measure(directory, bits, given)
+            print(bits, json.dumps(found["ratios"], indent=1), flush=True)
             path = write_result(name, results)
     print(path)
 

@@ -190,6 +190,11 @@ class BaseConfig(Options):
         check=one_of("auto", *DTYPES),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", check=_device)
+    resize_embeddings: bool = option(
+        False,
+        "where the tokenizer has more tokens than the embedding has rows, add rows: each the mean "
+        "of the others, and frozen like them",
+    )
 
     chosen: typing.ClassVar[frozenset[str]] = frozenset()
     """Of `bits`, `quant_type` and `double_quant` those that were given and not left alone."""

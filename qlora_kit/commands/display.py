@@ -51,6 +51,11 @@ class Display:
             held = "int8"
         dtype = str(base.dtype).removeprefix("torch.")
         self._line("base", f"{base.source.name}, {form.bits} bits ({held}), {dtype}, {base.device}")
+        if base.embedding_rows is not None:
+            self.note(
+                f"the embedding has {base.embedding_rows} rows, one for each token: new ones are "
+                "the mean of the others, and are not trained"
+            )
         kinds = sorted({name.rpartition(".")[2] for name in targets})
         self._line("adapters", f"r {lora.r} on {len(targets)} linears: {', '.join(kinds)}")
         if lora.target_modules == "all-linear":

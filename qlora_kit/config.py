@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, excerpt
 
 Check = Callable[[Any], str | None]
 """Gives None for a good value, else what is allowed: `at least 1`."""
@@ -656,12 +656,11 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _shown(value: Any, limit: int = 60) -> str:
+def _shown(value: Any) -> str:
     """`value` for an error; a container of a file may be of any size, so only its kind is said."""
     if isinstance(value, (list, tuple, dict, set)):
         return f"a {type(value).__name__} of {len(value)}"
-    text = str(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return excerpt(str(value))
 
 
 def _allows_none(annotation: Any) -> bool:

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qlora_kit.errors import redacted
+
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.config import LoRAConfig, RunConfig
@@ -33,7 +35,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """One line that the reader should not miss."""
-        self._console.print(f"[yellow]note:[/] {escape(text)}")
+        self._console.print(f"[yellow]note:[/] {escape(redacted(text))}")
 
     def text_file(self, path: Path, why: str) -> None:
         """A file, and why it is shown."""
@@ -187,7 +189,7 @@ class Display:
         )
 
     def _line(self, label: str, text: str) -> None:
-        self._console.print(f"[bold]{label:<9}[/] {escape(text)}")
+        self._console.print(f"[bold]{label:<9}[/] {escape(redacted(text))}")
 
 
 class TrainingProgress:

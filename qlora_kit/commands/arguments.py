@@ -208,7 +208,7 @@ def _with_known_names(
             parser.error(f"--{flag} takes no value, got {excerpt(value)!r}")
         if switch:
             tokens.append(f"--{name}")
-        elif equals or (rest and rest[0].replace("-", "_")[2:] not in spelling):
+        elif equals or (rest and not _is_flag(rest[0], spelling)):
             tokens.append(f"--{name}={value if equals else rest.pop(0)}")
         else:
             after = f", and {rest[0]} is a flag (write --{flag}={rest[0]})" if rest else ""
@@ -216,6 +216,10 @@ def _with_known_names(
     if unknown:
         parser.error("; ".join(f"unknown flag {flag}{closest(flag, spelling)}" for flag in unknown))
     return tokens
+
+
+def _is_flag(token: str, spelling: Mapping[str, str]) -> bool:
+    return token.startswith("--") and token[2:].replace("-", "_") in spelling
 
 
 def _is_switch(entry: tuple[type[Options], dataclasses.Field[Any]]) -> bool:

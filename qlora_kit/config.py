@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, excerpt
 
 Check = Callable[[Any], str | None]
 """Gives None for a good value, else what is allowed: `at least 1`."""
@@ -190,6 +190,11 @@ class BaseConfig(Options):
         check=one_of("auto", *DTYPES),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", check=_device)
+    resize_embeddings: bool = option(
+        False,
+        "where the tokenizer has more tokens than the embedding has rows, add rows: each the mean "
+        "of the others, and frozen like them",
+    )
 
     chosen: typing.ClassVar[frozenset[str]] = frozenset()
     """Of `bits`, `quant_type` and `double_quant` those that were given and not left alone."""
@@ -651,12 +656,11 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _shown(value: Any, limit: int = 60) -> str:
+def _shown(value: Any) -> str:
     """`value` for an error; a container of a file may be of any size, so only its kind is said."""
     if isinstance(value, (list, tuple, dict, set)):
         return f"a {type(value).__name__} of {len(value)}"
-    text = str(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return excerpt(str(value))
 
 
 def _allows_none(annotation: Any) -> bool:

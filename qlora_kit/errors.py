@@ -23,7 +23,7 @@ from typing import NoReturn
 
 ERROR_LINE_LIMIT = 400
 """Characters of the error line on stderr, `error: ` included."""
-SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "_PAT")
 """How the names of environment variables end whose values are never printed."""
 
 
@@ -124,11 +124,18 @@ def error_line(error: QloraKitError | Stopped) -> str:
 
 
 def redacted(text: str) -> str:
-    """`text` without the environment's secrets and without what looks like a token of the hub."""
+    """`text` without the environment's secrets, tokens of the hub, and logins in addresses."""
     for name, value in os.environ.items():
         if name.upper().endswith(SECRET_NAMES) and len(value) >= 8:
             text = text.replace(value, "***")
-    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_***", text)
+    text = re.sub(r"(hf|api_org)_[A-Za-z0-9]{16,}", r"\1_***", text)
+    return re.sub(r"://[^/\s@]+@", "://***@", text)
+
+
+def excerpt(text: str, limit: int = 60) -> str:
+    """The first characters of `text`, redacted before it is cut, for half a token is not seen."""
+    text = redacted(text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _plain(text: str) -> str:

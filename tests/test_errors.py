@@ -23,6 +23,7 @@ from qlora_kit.errors import (
     QloraKitError,
     ResourceError,
     error_line,
+    excerpt,
     from_os_error,
     redacted,
     reports_errors,
@@ -106,6 +107,12 @@ def test_no_token_is_printed(
         assert secret not in printed.err + printed.out
     # A word that only begins like one stays as it is.
     assert redacted("hf_models/llama") == "hf_models/llama"
+    # One within a word is one, and so is a login in an address, whatever it looks like.
+    assert redacted(f"my_{TOKEN}.jsonl") == "my_hf_***.jsonl"
+    assert redacted("see http://me:pass@proxy:80/x") == "see http://***@proxy:80/x"
+    # What is cut is redacted before: half a token is not known as one.
+    for length in range(50, 62):
+        assert "hf_s" not in excerpt("a" * length + "hf_secret_of_mine")
 
 
 def test_a_traceback_comes_with_debug_only(capsys: pytest.CaptureFixture[str]) -> None:

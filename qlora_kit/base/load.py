@@ -49,7 +49,7 @@ from qlora_kit.base.tensors import (
     read_tensors,
     untagged,
 )
-from qlora_kit.base.tokenizer import load_tokenizer
+from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.base.validate import (
     TensorEntry,
     check_architecture,
@@ -77,6 +77,8 @@ class BaseInfo:
     blocksize: int | None
     source_dtype: str
     compute_dtype: str
+    embedding_rows: int | None = None
+    """What the embedding was resized to; None where it is as in the files."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -92,6 +94,7 @@ def load_base(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    resize_embeddings: bool = False,
 ) -> tuple[Any, Any]:
     """A frozen base model and its tokenizer; the options are those of `BaseConfig`.
 
@@ -100,7 +103,11 @@ def load_base(
     linears quantized; `model.base_info` is a `BaseInfo`. Errors: `ConfigError`, `ModelError`,
     `TokenizerError`, `UnsafeInputError`, `NumericError`, `ResourceError`.
     """
-    base = open_base(BaseConfig(model, revision, bits, quant_type, double_quant, dtype, device))
+    base = open_base(
+        BaseConfig(
+            model, revision, bits, quant_type, double_quant, dtype, device, resize_embeddings
+        )
+    )
     return read_weights(base), base.tokenizer
 
 
@@ -110,7 +117,8 @@ class OpenBase:
 
     `model` has its architecture on the meta device, so that whatever depends on shapes alone
     (targets, rank, context, tokens) can be refused at once. `entries` are all tensors of the
-    files, `stored` the linears among them that are quantized already.
+    files, `stored` the linears among them that are quantized already. `embedding_rows` is what the
+    embedding (and the head) of `model` is resized to, None where the files have all of its rows.
     """
 
     source: Source
@@ -121,6 +129,7 @@ class OpenBase:
     quantization: Quantization
     dtype: torch.dtype
     device: torch.device
+    embedding_rows: int | None = None
 
     @property
     def plain(self) -> dict[str, TensorEntry]:
@@ -162,9 +171,13 @@ def open_base(config: BaseConfig) -> OpenBase:
             if name.removesuffix(".weight") not in stored
         }
     check_architecture(plain, expected, tied_names(model), source.directory)
-    tokenizer = load_tokenizer(source.directory, model.get_input_embeddings().num_embeddings)
+    rows, resized = model.get_input_embeddings().num_embeddings, None
+    tokenizer = load_tokenizer(source.directory, None if config.resize_embeddings else rows)
+    if needed_rows(tokenizer) > rows:
+        resized = needed_rows(tokenizer)
+        model = build_on_meta({**described, "vocab_size": resized}, dtype, path)
     take_generation_config(model, source.directory)
-    return OpenBase(source, entries, stored, model, tokenizer, quantization, dtype, device)
+    return OpenBase(source, entries, stored, model, tokenizer, quantization, dtype, device, resized)
 
 
 def read_weights(base: OpenBase, tag: Tag = untagged) -> Any:
@@ -211,6 +224,7 @@ def fill(base: OpenBase, read: Read, tag: Tag = untagged) -> Any:
     """
     model = base.model
     linears = decoder_linears(model)
+    by_token = {model.get_input_embeddings(), model.get_output_embeddings()}
     to_quantize = {} if base.stored or base.quantization.bits == 16 else linears
     for name, buffer in list(model.named_buffers()):
         _place(model, name, moved := buffer.to(base.device))
@@ -230,6 +244,8 @@ def fill(base: OpenBase, read: Read, tag: Tag = untagged) -> Any:
             _replace(model, owner, layer)
             tag_linear(layer, tag)
         else:
+            if base.embedding_rows and model.get_submodule(name.rpartition(".")[0]) in by_token:
+                moved = _with_rows(moved, base.embedding_rows)
             _place(model, name, nn.Parameter(moved, requires_grad=False))
             tag("weights_other", (moved,))
     for name, stored in base.stored.items():
@@ -283,6 +299,18 @@ class _Scratch:
         return self._held[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
+def _with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """A tensor of one row a token with so many rows, the new ones the mean of those it has."""
+    # Piece by piece, for an embedding in float64 is four times itself; in float64, so that the
+    # order of the additions does not show in the result.
+    pieces = torch.split(tensor, 4096)
+    total = torch.stack([piece.sum(0, dtype=torch.float64) for piece in pieces]).sum(0)
+    grown = tensor.new_empty((rows, *tensor.shape[1:]))
+    grown[: len(tensor)] = tensor
+    grown[len(tensor) :] = (total / len(tensor)).to(tensor.dtype)
+    return grown
+
+
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a parameter or a buffer where the architecture has it."""
     owner, _, leaf = name.rpartition(".")
@@ -308,7 +336,7 @@ def _check_tied(
         if name not in entries:
             continue
         for _, tensor in read_tensors({name: entries[name]}):
-            kept = model.get_parameter(shared)
+            kept = model.get_parameter(shared)[: len(tensor)]
             if not torch.equal(tensor.to(kept.device, dtype), kept):
                 raise ModelError(
                     f"{entries[name].path}: {name} differs from {shared}, to which config.json "
@@ -331,4 +359,5 @@ def open_info(base: OpenBase) -> BaseInfo:
         blocksize=base.quantization.blocksize,
         source_dtype="+".join(sorted(dtype_name(found) for found in dtypes)),
         compute_dtype=dtype_name(base.dtype),
+        embedding_rows=base.embedding_rows,
     )

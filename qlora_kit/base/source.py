@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.base.hub import download
-from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError
+from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError, redacted
 
 if TYPE_CHECKING:
     from qlora_kit.base.validate import TensorEntry
@@ -91,7 +91,7 @@ def resolve(
             raise ModelError(f"{name}: is a file", "give the directory that holds config.json")
         if not any(directory.iterdir()):
             raise ModelError(f"{name}: is empty", "give the directory that holds config.json")
-        return Source(directory.resolve().name, None, directory)
+        return Source(redacted(directory.resolve().name), None, directory)
     hub_id = SHORT_NAMES.get(name, name)
     if not is_known(name):
         known = ", ".join(("tiny", *SHORT_NAMES))

@@ -71,19 +71,23 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
             if alone
             else "fetch the tokenizer's files again",
         ) from error
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest > LARGEST_ID:
+    tokens = needed_rows(tokenizer)
+    if tokens > LARGEST_ID + 1:
         raise TokenizerError(
-            f"{directory / present[0]}: has a token with the id {largest}",
+            f"{directory / present[0]}: has a token with the id {tokens - 1}",
             "fetch the tokenizer's files again",
         )
-    tokens = max(len(tokenizer), largest + 1)
     if embedding_rows is not None and tokens > embedding_rows:
         raise TokenizerError(
             f"{directory / present[0]}: {tokens} tokens, {embedding_rows} embedding rows",
-            "use the tokenizer that belongs to this model",
+            "use the tokenizer that belongs to this model, or add rows with --resize_embeddings",
         )
     return tokenizer
+
+
+def needed_rows(tokenizer: Any) -> int:
+    """Rows that an embedding must have for every token; ids may have gaps."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
 def copy_tokenizer(directory: Path, target: Path) -> None:

@@ -85,13 +85,14 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
     from qlora_kit.lora.peft_config import read_adapter_config
 
     config, said, run = read_adapter_config(adapter), trained_on(adapter), run_options(adapter)
-    trained = {
+    trained: dict[str, Any] = {
         "model": run.get("model") or said.get("name") or config.get("base_model_name_or_path"),
         "revision": said.get("revision") or config.get("revision"),
         "bits": said.get("bits"),
         "quant_type": said.get("quant_type"),
         "double_quant": said.get("double_quant"),
         "dtype": said.get("compute_dtype"),
+        "resize_embeddings": True if said.get("embedding_rows") else None,
     }
     if as_trained and said:
         for name in ("bits", "quant_type", "double_quant"):

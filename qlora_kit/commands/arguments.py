@@ -33,7 +33,7 @@ from qlora_kit.config import (
     flag_of,
     types_of,
 )
-from qlora_kit.errors import ConfigError, redacted
+from qlora_kit.errors import ConfigError, excerpt, redacted
 
 GROUP_TITLES = {
     BaseConfig: "model",
@@ -191,7 +191,7 @@ def _with_known_names(
         if token in ("-h", "--help"):
             return ["--help"]
         if not token.startswith("--") or token == "--":
-            parser.error(f"unexpected argument {token[:60]!r}")
+            parser.error(f"unexpected argument {excerpt(token)!r}")
         flag, equals, value = token[2:].partition("=")
         flag = flag.replace("-", "_")
         known = spelling.get(flag) or spelling.get(flag.removeprefix("no_"))
@@ -205,10 +205,10 @@ def _with_known_names(
             continue
         name = ("no_" if flag not in spelling else "") + known
         if switch and equals:
-            parser.error(f"--{flag} takes no value, got {value[:60]!r}")
+            parser.error(f"--{flag} takes no value, got {excerpt(value)!r}")
         if switch:
             tokens.append(f"--{name}")
-        elif equals or (rest and rest[0].replace("-", "_")[2:] not in spelling):
+        elif equals or (rest and not _is_flag(rest[0], spelling)):
             tokens.append(f"--{name}={value if equals else rest.pop(0)}")
         else:
             after = f", and {rest[0]} is a flag (write --{flag}={rest[0]})" if rest else ""
@@ -216,6 +216,10 @@ def _with_known_names(
     if unknown:
         parser.error("; ".join(f"unknown flag {flag}{closest(flag, spelling)}" for flag in unknown))
     return tokens
+
+
+def _is_flag(token: str, spelling: Mapping[str, str]) -> bool:
+    return token.startswith("--") and token[2:].replace("-", "_") in spelling
 
 
 def _is_switch(entry: tuple[type[Options], dataclasses.Field[Any]]) -> bool:

@@ -17,7 +17,7 @@ import yaml
 
 from qlora_kit.commands.names import closest, fields_of, spellings_of
 from qlora_kit.config import Options
-from qlora_kit.errors import ConfigError, UnsafeInputError
+from qlora_kit.errors import ConfigError, UnsafeInputError, excerpt
 
 CONFIG_LIMIT = 1024**2
 """Bytes of a config file; an option's line has some fifty."""
@@ -50,7 +50,7 @@ def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
             name = spelling.get(word.replace("-", "_"))
             if name is None or name in ("config", "debug"):
                 problems.append(
-                    f"{path}:{line}: unknown key {word[:60]}{closest(word[:60], spelling)}"
+                    f"{path}:{line}: unknown key {excerpt(word)}{closest(word[:60], spelling)}"
                 )
             elif name in lines:
                 problems.append(f"{path}:{line}: {word} is set in line {lines[name]} already")
@@ -86,7 +86,8 @@ def _refuse_tags(root: yaml.Node, path: str) -> None:
         seen.add(id(node))
         if node.tag.removeprefix(YAML_TAG) not in PLAIN_TAGS:
             raise UnsafeInputError(
-                f"{path}:{node.start_mark.line + 1}: the tag {node.tag[:100]} would make an object",
+                f"{path}:{node.start_mark.line + 1}: the tag {excerpt(node.tag, 100)} would make "
+                "an object",
                 "a config file holds plain values only; remove the tag",
             )
         if isinstance(node, yaml.SequenceNode):

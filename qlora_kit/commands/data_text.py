@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from qlora_kit.commands.data_report import Part, Report, ShownRow
+from qlora_kit.errors import redacted
 
 BAR = 40
 SHOWN = 5
@@ -119,7 +120,7 @@ def _list(console: Console, lines: list[str]) -> None:
 
 
 def _line(console: Console, label: str, text: str) -> None:
-    console.print(f"[bold]{label:<9}[/] {escape(text)}")
+    console.print(f"[bold]{label:<9}[/] {escape(redacted(text))}")
 
 
 def _note(console: Console, text: str) -> None:

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qlora_kit.errors import redacted
+
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.config import LoRAConfig, RunConfig
@@ -33,7 +35,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """One line that the reader should not miss."""
-        self._console.print(f"[yellow]note:[/] {escape(text)}")
+        self._console.print(f"[yellow]note:[/] {escape(redacted(text))}")
 
     def text_file(self, path: Path, why: str) -> None:
         """A file, and why it is shown."""
@@ -51,6 +53,11 @@ class Display:
             held = "int8"
         dtype = str(base.dtype).removeprefix("torch.")
         self._line("base", f"{base.source.name}, {form.bits} bits ({held}), {dtype}, {base.device}")
+        if base.embedding_rows is not None:
+            self.note(
+                f"the embedding has {base.embedding_rows} rows, one for each token: new ones are "
+                "the mean of the others, and are not trained"
+            )
         kinds = sorted({name.rpartition(".")[2] for name in targets})
         self._line("adapters", f"r {lora.r} on {len(targets)} linears: {', '.join(kinds)}")
         if lora.target_modules == "all-linear":
@@ -182,7 +189,7 @@ class Display:
         )
 
     def _line(self, label: str, text: str) -> None:
-        self._console.print(f"[bold]{label:<9}[/] {escape(text)}")
+        self._console.print(f"[bold]{label:<9}[/] {escape(redacted(text))}")
 
 
 class TrainingProgress:

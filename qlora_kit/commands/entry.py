@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from qlora_kit.errors import ConfigError, reports_errors
+from qlora_kit.errors import ConfigError, excerpt, reports_errors
 
 COMMANDS = {
     "finetune": "load a base in 4, 8 or 16 bits, train LoRA adapters, save them",
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(USAGE, file=sys.stderr)
         near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
-        what = f"unknown command {given[0][:60]!r}" if given else "no command is given"
+        what = f"unknown command {excerpt(given[0])!r}" if given else "no command is given"
         guess = f", did you mean {near[0]}?" if near else ""
         raise ConfigError(what + guess, f"name one of {', '.join(known)}")
     module = importlib.import_module(f"qlora_kit.commands.{name}")

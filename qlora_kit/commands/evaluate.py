@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.commands.adapters import look_at, open_with_adapter, run_data
 from qlora_kit.commands.arguments import Parsed, parse
 from qlora_kit.config import BaseConfig, DataConfig, EvaluateConfig
-from qlora_kit.errors import ConfigError, NumericError, reports_errors
+from qlora_kit.errors import ConfigError, NumericError, redacted, reports_errors
 
 if TYPE_CHECKING:
     from qlora_kit.data.read import Row
@@ -89,8 +89,10 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
         "revision": base.source.revision,
         "bits": base.quantization.bits,
         "dtype": dtype_name(base.dtype),
-        "adapter": None if options.adapter is None else Path(options.adapter).resolve().name,
-        "data": source,
+        "adapter": None
+        if options.adapter is None
+        else redacted(Path(options.adapter).resolve().name),
+        "data": redacted(source),
         "rows": len(encoded.rows),
         "skipped": sum(encoded.skipped.values()),
         "tokens": result.tokens,
@@ -163,7 +165,7 @@ def _show(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
 
     def line(label: str, text: str) -> None:
-        console.print(f"[bold]{label:<10}[/] {escape(text)}")
+        console.print(f"[bold]{label:<10}[/] {escape(redacted(text))}")
 
     for answer in report["answers"]:
         console.print(escape(answer["prompt"].strip()), style="dim")

@@ -321,6 +321,7 @@ def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
             double_quant=base.quantization.double_quant,
             dtype=dtype,
             device=device,
+            resize_embeddings=base.embedding_rows is not None,
         ),
         data=replace(config.data, max_length=length),
         lora=replace(config.lora, adapter_dtype=adapter_dtype),

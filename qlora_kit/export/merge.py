@@ -187,6 +187,8 @@ def _write_settings(model: Any, directory: Path, dtype: torch.dtype) -> None:
             config[key] = long_name
     if "torch_dtype" not in config:
         config["dtype"] = long_name
+    if model.base_info.embedding_rows is not None:
+        config["vocab_size"] = model.base_info.embedding_rows
     config.pop("quantization_config", None)
     config.pop("auto_map", None)  # it names Python files that are not written
     write_file(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())

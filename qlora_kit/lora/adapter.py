@@ -55,6 +55,7 @@ TRAINED_ON = {
     "blocksize": int,
     "source_dtype": str,
     "compute_dtype": str,
+    "embedding_rows": int,
     "lora": dict,
 }
 SCALE_OPTIONS = ("r", "lora_alpha", "use_rslora")
@@ -258,6 +259,14 @@ def _check_base(base: BaseInfo | None, said: Mapping[str, Any], path: Path) -> N
         raise AdapterError(
             f"{path}: was trained on {said.get('name')} with other weights than {base.name}",
             "give the base that it was trained on, or --allow_other_base",
+        )
+    if said.get("embedding_rows") != base.embedding_rows:
+        shown = [
+            rows or "the base's own" for rows in (said.get("embedding_rows"), base.embedding_rows)
+        ]
+        raise AdapterError(
+            f"{path}: was trained with {shown[0]} embedding rows, and here are {shown[1]}",
+            "use the tokenizer that it was trained with, or --allow_other_base",
         )
 
 

@@ -26,7 +26,7 @@ from typing import Any, NotRequired, Protocol, Self, TypedDict
 import yaml
 
 from qlora_kit.base.source import is_path
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, redacted
 from qlora_kit.files import write_file
 
 METRICS_FILE = "metrics.jsonl"
@@ -344,20 +344,24 @@ def _lines_up_to(path: Path, step: int | None) -> str:
 
 
 def _json(value: object, indent: int | None = None) -> str:
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_written(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
-    """`value` with every number that is not finite replaced by None, and plain containers."""
+def _written(value: Any) -> Any:
+    """`value` in plain containers, a number that is not finite as None, texts without tokens."""
+    if isinstance(value, str):
+        return redacted(value)
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _written(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_written(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _public_name(name: str) -> str:
-    return os.path.basename(os.path.abspath(os.path.expanduser(name))) if is_path(name) else name
+    if is_path(name):
+        name = os.path.basename(os.path.abspath(os.path.expanduser(name)))
+    return redacted(name)
 
 
 def _code(text: str) -> str:

@@ -134,7 +134,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if error:
             self.send_header("X-Error-Code", error)
-            self.send_header("X-Error-Message", f"{error} of this test")
+            said = self.headers.get("authorization") or "of this test"
+            self.send_header("X-Error-Message", f"{error}: {said}")
+            content = json.dumps({"error": said}).encode()
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":

@@ -212,6 +212,8 @@ def test_missing_surplus_and_misshapen_tensors_are_named_at_once(checkpoint):
         tensors[down] = tensors[down].t().contiguous()
         up = "model.layers.1.mlp.up_proj.weight"
         tensors[up] = tensors[up][:127].clone()
+        norm = "model.layers.0.input_layernorm.weight"
+        tensors[norm] = tensors[norm].view(64, 1)
 
     edit_weights(checkpoint, spoil)
     with refused(
@@ -220,6 +222,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named_at_once(checkpoint):
         "holds model.layers.0.self_attn.q_proj.bias",
         "down_proj.weight is [173, 64], expected [64, 173]",
         "up_proj.weight is [127, 64], expected [173, 64]",
+        "input_layernorm.weight is [64, 1], expected [64]",
         directory=checkpoint,
         seconds=10,
     ):

@@ -83,6 +83,12 @@ def test_a_missing_value_is_not_taken_from_the_next_flag() -> None:
     assert "--model needs a value, and --bits is a flag" in problem("--model", "--bits", "4")
 
 
+def test_a_value_that_ends_like_a_flag_is_a_value() -> None:
+    for name in ("./model", "../adapter", "a_bits", "-_seed"):
+        groups = (BaseConfig,)
+        assert parse("finetune", "", groups, ["--model", name])[BaseConfig].model == name
+
+
 def test_what_is_no_flag_is_refused() -> None:
     for word in ("data.jsonl", "-m", "--", ""):
         assert f"unexpected argument {word!r}" in problem(word)

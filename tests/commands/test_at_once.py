@@ -1,10 +1,12 @@
 """What paths, JSON, headers and counts show is refused in two seconds, before torch is imported.
 
-Each case is a process of its own, as a user starts it.
+What needs the architecture is refused in ten, imports included, before weights are read. Each case
+is a process of its own, as a user starts it.
 """
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import tree_hash
+from families import edit_weights, save_tokenizer, tree_hash
 
-LIMIT_S = 2.0
+LIMIT_S, SHAPES_LIMIT_S = 2.0, 10.0
+ANY_COMMAND = """
+import sys
+from qlora_kit.commands.entry import main
+sys.exit(main(sys.argv[1:]))
+"""
 COMMAND = """
 import sys
 from qlora_kit.commands.entry import main
@@ -69,25 +76,37 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
 
 
-def refused(home: Path, command: str, code: int, *words: str) -> None:
-    """The command ends with that code and those words, in time, with nothing changed."""
+def refused(
+    home: Path, command: str, code: int, *words: str, how: str = COMMAND, limit_s: float = LIMIT_S
+) -> None:
+    """The command ends with that code and those words, in time, with nothing changed.
+
+    Ten seconds are the processor's: other work on the machine does not change them.
+    """
     before = tree_hash(home)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), _children_s()
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *command.split()],
+        [sys.executable, "-c", how, *command.split()],
         cwd=home,
         capture_output=True,
         text=True,
         check=False,
     )
     took = time.perf_counter() - began
+    if limit_s > LIMIT_S:
+        took = _children_s() - used
     assert done.returncode == code, done.stderr
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: ")
     for word in words:
         assert word in line
-    assert took < LIMIT_S
+    assert took < limit_s
     assert tree_hash(home) == before
+
+
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize("command", ADAPTER)
@@ -123,3 +142,40 @@ def test_a_base_without_a_tokenizer_file_to_show_data_with(home: Path) -> None:
 def test_an_export_into_a_place_that_is_taken(home: Path, place: str) -> None:
     said = "is not empty" if place == "used" else "overlaps with"
     refused(home, f"export --adapter adapter --model ./base --output_dir {place}", 2, said)
+
+
+TRAIN = "finetune --data rows.jsonl --output_dir out --model"
+SHAPES = {
+    f"{TRAIN} ./shape": (3, "q_proj.weight is [63, 64], expected [64, 64]"),
+    f"{TRAIN} ./lacking": (3, "lacks model.norm.weight"),
+    f"{TRAIN} ./tokens": (3, "tokens, 264 embedding rows"),
+    f"{TRAIN} ./nan --target_modules nope_proj": (2, "matches no linear of this model"),
+    f"{TRAIN} ./nan --lora_r 5000": (2, "lora_r 5000 is above the largest dimension"),
+    f"{TRAIN} ./nan --max_length 4000": (2, "max_length 4000 is above the model's context"),
+    "generate --prompt x --adapter ./adapter --model ./nan": (3, "with other weights than nan"),
+    "evaluate --data rows.jsonl --model ./shape": (3, "is [63, 64], expected [64, 64]"),
+    "export --output_dir out --adapter adapter --model ./lacking": (3, "lacks model.norm.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def shapes(home: Path) -> Path:
+    """Bases whose files are whole, and do not fit their architecture; `nan` must not be read."""
+    key = "model.layers.0.self_attn.q_proj.weight"
+    for name, change in {
+        "shape": lambda tensors: tensors.update({key: tensors[key][:63].clone()}),
+        "lacking": lambda tensors: tensors.pop("model.norm.weight"),
+        "nan": lambda tensors: tensors["lm_head.weight"].fill_(float("nan")),
+        "tokens": lambda tensors: None,
+    }.items():
+        shutil.copytree(home / "base", home / name)
+        edit_weights(home / name, change)
+    save_tokenizer(home / "tokens", extra=100)
+    return home
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("command", SHAPES)
+def test_what_the_architecture_shows(shapes: Path, command: str) -> None:
+    code, words = SHAPES[command]
+    refused(shapes, command, code, words, how=ANY_COMMAND, limit_s=SHAPES_LIMIT_S)

@@ -176,6 +176,12 @@ def test_the_adapter_names_its_base_and_its_held_out_rows(
     answer = run("export", "--adapter", "adapter", "--output_dir", "third")
     assert answer.code == 3
     assert "adapter belongs to the base ./base, which is not here; give" in answer.line
+    # Nor is a name that nobody knows taken for one that was given.
+    config = tmp_path / "adapter" / "config.yaml"
+    config.write_text(config.read_text().replace("model: ./base", "model: pnain"))
+    answer = run("export", "--adapter", "adapter", "--output_dir", "third")
+    assert answer.code == 3
+    assert "adapter belongs to the base pnain, which is not here; give" in answer.line
 
 
 def test_a_config_of_the_adapter_that_was_broken_is_named(

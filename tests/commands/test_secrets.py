@@ -92,6 +92,48 @@ def test_a_command_that_is_given_a_token_does_not_repeat_it(
         assert tree_hash(home) == before, more
 
 
+@pytest.mark.parametrize("secret", [TOKEN, MIRROR])
+@pytest.mark.parametrize("command", GOOD)
+def test_nor_is_half_of_one_repeated_where_a_value_is_cut(
+    run: Run, home: Path, command: str, secret: str
+) -> None:
+    for length in (0, 1, 30, 45, 55):
+        long = "x" * length + secret
+        (home / "key.yaml").write_text(f"{long}: 1\n")
+        (home / "tag.yaml").write_text(f"bits: !{long} 1\n")
+        (home / "broken.yaml").write_text(f"{long}: [\n")
+        for more in (
+            (long,), ("--bits", long), (f"--debug={long}",), ("--device", long),
+            ("--config", "key.yaml"), ("--config", "tag.yaml"), ("--config", "broken.yaml"),
+            ("--config", long), (f"--{long}", "1"), (f"--bits={long}",),
+        ):  # fmt: skip
+            answer = run(command, *GOOD[command].split(), *more, "--debug")
+            assert answer.code in (2, 3), (more, answer.err)
+            assert not any(one in answer.out + answer.err for one in (TOKEN[:10], MIRROR[:10]))
+
+
+@pytest.mark.parametrize("secret", [TOKEN, MIRROR])
+@pytest.mark.parametrize("command", GOOD)
+def test_a_directory_named_by_a_token_is_not_named_by_it(
+    run: Run, home: Path, command: str, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No option holds it: the base is `.`, whose name is written into results."""
+    (home / "base").rename(home / secret)
+    monkeypatch.chdir(home / secret)
+    for name in ("rows.jsonl", "adapter"):
+        (home / name).rename(home / f"near_{name}")
+    given = GOOD[command].replace("./base", ".")
+    for name in ("rows.jsonl", "adapter", "out", "merged", "page.html"):
+        given = given.replace(f" {name}", f" ../near_{name}")
+    before = set(home.rglob("*"))
+    answer = run(command, *given.split(), "--debug")
+    assert answer.code == 0, answer.err
+    assert is_free_of_tokens(answer.out + answer.err)
+    for path in set(home.rglob("*")) - before:
+        if path.is_file():
+            assert is_free_of_tokens(path.read_bytes().decode("latin-1")), path
+
+
 WRITTEN = {
     "finetune": ("--output_dir out-{}", "--data {}.jsonl", "--model ./{}", "--adapter {}"),
     "export": ("--output_dir out-{}", "--adapter {}", "--verify {}.jsonl", "--model ./{}"),

@@ -90,8 +90,8 @@ def test_more_tokens_than_embedding_rows_are_refused(tmp_path, capsys):
     *_, line = capsys.readouterr().err.splitlines()
     assert code == 3
     assert line.startswith("error: ")
-    assert f"{VOCABULARY + 260} tokens, {VOCABULARY} embedding rows" in line
-    assert "; " in line
+    assert f"{VOCABULARY + 260} tokens, {VOCABULARY} embedding rows; " in line
+    assert "--resize_embeddings" in line
     assert tree_hash(base) == before
     assert not (tmp_path / "out").exists()
 

@@ -102,9 +102,7 @@ def serve(given: argparse.Namespace) -> None:
         answer: dict[str, Any] = {}
         if line == "load\n":
             answer["imports_bytes"] = peak(given.device)
-            peer = importlib.import_module(f"peers.{given.side}").Peer(
-                given.directory, bits, level, given.rank, given.device
-            )
+            peer = make(given.side, given.directory, bits, level, given.rank, given.device)
             wait(given.device)
             answer["loading_bytes"] = peak(given.device)
             reset_peak(given.device)
@@ -122,6 +120,12 @@ def serve(given: argparse.Namespace) -> None:
         print(json.dumps(answer), flush=True)
         if line == "end\n":
             return
+
+
+def make(side: str, directory: Path, bits: int, level: str, rank: int, device: str) -> Any:
+    """One side's model with its optimizer."""
+    peer = importlib.import_module(f"peers.{side}").Peer
+    return peer(directory, bits, level, rank, device)
 
 
 def measure(directory: Path, bits: int, given: argparse.Namespace) -> dict[str, Any]:

@@ -85,10 +85,14 @@ class Memory:
         """The peak so far in bytes."""
         return peak_bytes(self._device)
 
-    def record(self) -> MemoryRecord:
+    def record(self, planned: Mapping[str, int]) -> MemoryRecord:
         """The `memory` part of run.json."""
         measured = {**self._measured, **optimizer_bytes(self._optimizer), "peak": self.peak()}
-        return {"device": describe_device(self._device), "measured": measured}
+        return {
+            "device": describe_device(self._device),
+            "planned": planned,
+            "measured": measured,
+        }
 
 
 def result_record(
@@ -121,7 +125,7 @@ def result_record(
         },
         train=_train_record(progress, max_rows, took_best),
         evaluation=_eval_record(progress, after),
-        memory=memory.record(),
+        memory=memory.record(plan.memory.planned),
     )
 
 

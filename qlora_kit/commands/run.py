@@ -31,6 +31,7 @@ from qlora_kit.files import sync
 from qlora_kit.generation import generate_text
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora, train_loaded
+from qlora_kit.memory.plan import MemoryPlan
 from qlora_kit.training.checkpoint import (
     Checkpoint,
     drop_after,
@@ -75,6 +76,7 @@ class Plan:
 
     `identity` tells the base and the encoded rows apart from others, whatever they are called.
     `start` is the directory of the adapter that the run goes on from, checked against the base.
+    `memory` says what it will take, and which layers recompute.
     """
 
     config: RunConfig
@@ -87,6 +89,7 @@ class Plan:
     directory: Path
     identity: Mapping[str, str | None]
     resume: Checkpoint | None
+    memory: MemoryPlan
     start: Path | None = None
 
 
@@ -128,7 +131,7 @@ class Run:
         training = plan.config.training
         display.loading(plan.base)
         self.model = _with_adapters(plan)
-        if left_alone := prepare_model(self.model, training, training.gradient_checkpointing):
+        if left_alone := prepare_model(self.model, training, plan.memory.levels):
             display.note(left_alone)
         self.optimizer = make_optimizer(
             training.optim, self.model.parameters(), training.learning_rate, training.weight_decay

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qlora_kit.errors import NumericError, ResourceError, Stopped
 from qlora_kit.lora.block import models_own_code
+from qlora_kit.memory.measure import free_bytes
 from qlora_kit.training.loss import supervised_loss, to_device
 
 if TYPE_CHECKING:
@@ -203,7 +204,10 @@ class Guard:
         largest = max(batch["input_ids"].shape[0] for batch in self._window)
         length = max(batch["input_ids"].shape[1] for batch in self._window)
         if largest == 1:
-            needed, free = _needed_bytes(said), free_bytes(self._model)
+            needed, free = (
+                _needed_bytes(said),
+                free_bytes(self._model.get_input_embeddings().weight.device),
+            )
             raise ResourceError(
                 f"out of memory with one row of {length} tokens: {needed} more needed, "
                 f"{free} bytes free",
@@ -239,22 +243,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch raises plain RuntimeErrors for the host.
     found = r"can't allocate memory|bad_alloc|out of memory|could not create a memory"
     return isinstance(error, RuntimeError) and re.search(found, str(error)) is not None
-
-
-def free_bytes(model: Any) -> int:
-    """What the model's device has left: of the GPU, or of the host within this process's limit."""
-    device = model.get_input_embeddings().weight.device
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import resource
-
-    page = os.sysconf("SC_PAGE_SIZE")
-    free = os.sysconf("SC_AVPHYS_PAGES") * page
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        with open("/proc/self/statm") as file:
-            free = min(free, limit - int(file.read().split()[0]) * page)
-    return free
 
 
 def first_non_finite(model: Any, window: Sequence[Batch], step: int) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from qlora_kit.base.load import OpenBase, read_weights
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.commands.result import Memory, Progress, result_record
+from qlora_kit.commands.trial import try_largest
 from qlora_kit.config import RunConfig, dump
 from qlora_kit.data.batch import Batch, eval_batches, padding_id, step_rows, steps
 from qlora_kit.data.order import Packs
@@ -157,6 +158,7 @@ class Run:
         """Measure what the run starts from, unless the checkpoint says it."""
         self._log, self._bar = log, bar
         progress = self.progress
+        try_largest(self._plan, self.model, self.optimizer, self.guard, progress.step)
         if self._plan.resume is None:
             before = self._held_out_loss()
             progress.loss_before = None if before is None else before.loss

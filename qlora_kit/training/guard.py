@@ -130,6 +130,8 @@ class Guard:
         """Skipped steps since the last one that was taken."""
         self.max_rows: int | None = None
         """Rows of a micro-batch that the device was found to hold; None: as configured."""
+        self.planned_bytes: Callable[[], int] | None = None
+        """Says what the largest batch takes by plan with all that is held; asked in an error."""
 
     def attempt(
         self, gradients: Callable[[Sequence[Batch]], Tensor], window: Sequence[Batch]
@@ -204,8 +206,11 @@ class Guard:
         length = max(batch["input_ids"].shape[1] for batch in self._window)
         if largest == 1:
             needed, free = _needed_bytes(said), free_bytes(self._model)
+            planned = ""
+            if self.planned_bytes is not None:
+                planned = f"{self.planned_bytes()} bytes planned, "
             raise ResourceError(
-                f"out of memory with one row of {length} tokens: {needed} more needed, "
+                f"out of memory with one row of {length} tokens: {planned}{needed} more needed, "
                 f"{free} bytes free",
                 f"lower --max_length below {length}, use --gradient_checkpointing full, "
                 "or --bits 4",

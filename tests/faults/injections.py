@@ -90,6 +90,22 @@ def tight_memory() -> None:
     _before_each_step(limit)
 
 
+def little_room() -> None:
+    """The process may grow by 500 MiB from its start on."""
+    _room(500)
+
+
+def little_room_without_preflight() -> None:
+    """The same, and nothing is tried before the first step."""
+    _room(500)
+    run.try_largest = lambda *args: None
+
+
+def room_for_half() -> None:
+    """The process may grow by 900 MiB from its start on."""
+    _room(900)
+
+
 def stop_in_load() -> None:
     """SIGTERM comes while weights are read."""
     real = run.read_weights
@@ -169,6 +185,12 @@ def _full_evaluation(too_much: Any) -> None:
         return real(model, batches)
 
     run.evaluate = evaluate
+
+
+def _room(mebibytes: int) -> None:
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + mebibytes * 1024**2,) * 2)
 
 
 def _grace(seconds: float) -> None:

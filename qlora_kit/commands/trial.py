@@ -32,10 +32,10 @@ BOUND_BYTES = 8
 
 def try_largest(
     plan: Plan, model: Any, optimizer: torch.optim.Optimizer, guard: Guard, start_step: int
-) -> None:
-    """Run the preflight of the steps after `start_step` where it is due.
+) -> int:
+    """Run the preflight of the steps after `start_step` where it is due; the largest batch's step.
 
-    Errors: `ResourceError` where the largest batch does not fit with one row at a time.
+    0 where there are no steps left. Errors: `ResourceError` where not even one of its rows fits.
     """
     training, rows = plan.config.training, plan.encoded.rows
     found = largest_batch(
@@ -49,7 +49,7 @@ def try_largest(
         group_by_length=plan.config.data.group_by_length,
     )
     if found is None:
-        return
+        return 0
     batch = found.batch(rows, padding_id(plan.base.tokenizer))
     accumulates = training.gradient_accumulation_steps > 1
     guard.planned_bytes = functools.cache(lambda: planned_bytes(plan, batch, accumulates))
@@ -57,11 +57,11 @@ def try_largest(
     if device.type != "cuda":
         held = weight_bytes(model)["weights"] + adapter_bytes(model)["adapters"]
         available = held + free_bytes(model)
-        if not is_due(device, held + _bound(model, batch), available):
-            return
-        if not is_due(device, guard.planned_bytes(), available):
-            return
+        near = is_due(device, held + _bound(model, batch), available)
+        if not near or not is_due(device, guard.planned_bytes(), available):
+            return found.step
     preflight(model, optimizer, batch, guard, accumulates=accumulates)
+    return found.step
 
 
 def planned_bytes(plan: Plan, batch: Batch, accumulates: bool) -> int:

@@ -39,7 +39,7 @@ OPTIMIZERS = (
 )
 SCHEDULES = ("cosine", "linear", "constant")
 DATA_FORMATS = ("auto", "text", "prompt", "instruction", "messages")
-RECOMPUTE_LEVELS = ("none", "full")
+RECOMPUTE_LEVELS = ("none", "selective", "full")
 DEFAULT_EVAL_FRACTION = 0.05
 DEFAULT_LENGTH = 1024
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"

@@ -57,7 +57,7 @@ CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
     (TrainingConfig, "gradient_accumulation_steps", [1], [0, 0.5]),
     (TrainingConfig, "num_train_epochs", [0.5, 3], [-1, "nan", "inf"]),
     (TrainingConfig, "max_steps", [1], [-1, 1.5, 0]),
-    (TrainingConfig, "gradient_checkpointing", ["none", "full"], ["some"]),
+    (TrainingConfig, "gradient_checkpointing", ["none", "selective", "full"], ["some"]),
     (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63, "x"]),
     (OutputConfig, "output_dir", ["out"], [""]),
     (OutputConfig, "logging_steps", [1], [0]),

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +89,23 @@ class Block:
         **options: Any,
     ) -> Tensor:
         """`hidden_states` (B, T, h) to the next layer's."""
-        x = hidden_states + self._attend(
-            hidden_states, position_embeddings, attention_mask, options
-        )
+        x = self.attention_half(hidden_states, position_embeddings, attention_mask, options)
+        return self.mlp_half(x)
+
+    def attention_half(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        options: dict[str, Any],
+        around: AbstractContextManager[Any] | None = None,
+    ) -> Tensor:
+        """The layer's input to the middle residual; attention itself runs inside `around`."""
+        around = around or contextlib.nullcontext()
+        return x + self._attend(x, position_embeddings, mask, options, around)
+
+    def mlp_half(self, x: Tensor) -> Tensor:
+        """The middle residual to the next layer's input."""
         return x + self._mlp(x)
 
     def _attend(
@@ -100,6 +114,7 @@ class Block:
         position_embeddings: tuple[Tensor, Tensor],
         mask: Tensor | None,
         options: dict[str, Any],
+        around: AbstractContextManager[Any],
     ) -> Tensor:
         attention = self.attention
         heads = (*x.shape[:-1], -1, attention.head_dim)
@@ -123,14 +138,15 @@ class Block:
             options = {**options, "softcap": attention.attn_logit_softcapping}
         if (window := _window(attention)) is not None:
             options = {**options, "sliding_window": window}
-        attended, _ = attend(
-            attention,
-            *(one.transpose(1, 2) for one in (q, k, v)),
-            mask,
-            dropout=attention.attention_dropout if attention.training else 0.0,
-            scaling=attention.scaling,
-            **options,
-        )
+        with around:
+            attended, _ = attend(
+                attention,
+                *(one.transpose(1, 2) for one in (q, k, v)),
+                mask,
+                dropout=attention.attention_dropout if attention.training else 0.0,
+                scaling=attention.scaling,
+                **options,
+            )
         y: Tensor = attention.o_proj(attended.reshape(*x.shape[:-1], -1))
         return y if self.after is None else normalize(self.after[0], y)
 
@@ -140,6 +156,28 @@ class Block:
         layers = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
         y: Tensor = mlp.down_proj(gated(self.activation, *linears(x, layers, self.before[1])))
         return y if self.after is None else normalize(self.after[1], y)
+
+
+@dataclass(frozen=True)
+class OwnForward:
+    """A decoder layer's forward: its block's, or the model's own code where that is asked for.
+
+    `run` takes the block and the arguments of `Block.forward`, and gives what that gives.
+    """
+
+    block: Block
+    original: Callable[..., Any]
+    run: Callable[..., Tensor] = Block.forward
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        """As the layer's own forward; a call with a cache goes through the model's code."""
+        positions = options.pop("position_embeddings", None)
+        cached = options.get("past_key_values") is not None
+        if args or positions is None or cached or _PLAIN.get():
+            return self.original(hidden_states, *args, position_embeddings=positions, **options)
+        for unused in ("past_key_values", "use_cache"):
+            options.pop(unused, None)
+        return self.run(self.block, hidden_states, positions, **options)
 
 
 def use_own_blocks(model: Any) -> str | None:
@@ -162,7 +200,7 @@ def use_own_blocks(model: Any) -> str | None:
                 return f"{name} stays as it is: ours differs by {error:.1e} on random input"
     for layer, block in zip(layers, blocks, strict=True):
         assert block is not None
-        layer.forward = functools.partial(_forward, block, layer.forward)
+        layer.forward = OwnForward(block, layer.forward)
     return None
 
 
@@ -174,16 +212,6 @@ def models_own_code() -> Iterator[None]:
         yield
     finally:
         _PLAIN.reset(before)
-
-
-def _forward(block: Block, original: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-    positions = options.pop("position_embeddings", None)
-    cached = options.get("past_key_values") is not None
-    if args or positions is None or cached or _PLAIN.get():
-        return original(hidden_states, *args, position_embeddings=positions, **options)
-    for unused in ("past_key_values", "use_cache"):
-        options.pop(unused, None)
-    return block.forward(hidden_states, positions, **options)
 
 
 def _difference(model: Any, layer: Any, block: Block) -> float:

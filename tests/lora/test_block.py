@@ -16,7 +16,6 @@ from qlora_kit.lora.elementwise import ACTIVATIONS, gated, rotate
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.lora.norm import FrozenNorm, normalize
 from qlora_kit.training.attention import set_packed_attention
-from qlora_kit.training.recompute import set_recompute
 
 RANK = 4
 BITS = {4: Quantization(4, "nf4", True), 8: Quantization(8), 16: Quantization(16)}
@@ -91,22 +90,6 @@ def test_bf16_is_as_near_to_fp32_as_transformers(family):
     assert ours <= 1.2 * theirs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_levels_of_recompute_are_equal(family, dtype):
-    ids, results = token_ids(2, 11), []
-    for level in ("none", "full"):
-        model = prepared(family, own=True, dtype=dtype, dropout=0.1, bits=4)
-        set_packed_attention(model)
-        set_recompute(model, level)
-        results.append(outputs_of(model, ids))
-    (hidden, gradients), (again, others) = results
-    assert torch.equal(hidden, again)
-    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
-    set_recompute(model, "none")
-    assert torch.equal(outputs_of(model, ids)[0], hidden)
-
-
 def kept_bytes(model, ids):
     """Bytes that each decoder layer's graph keeps, storages counted once, shared ones left out.
 
@@ -151,21 +134,6 @@ def test_a_layer_keeps_what_its_docstring_lists(family, heads, kv_heads, bits, d
     kv = hidden * kv_heads // heads
     expected = 2 * tokens * (3 * hidden + 2 * kv + 2 * ffn) + 2 * 4 * tokens + 2 * 2 * tokens * RANK
     assert totals[1] - totals[0] == expected
-
-
-def test_full_recompute_keeps_no_more_than_a_layers_input():
-    batch, length, totals = 2, 32, []
-    ids = token_ids(batch, length)
-    for layers in (2, 3):
-        model = tiny_model("llama2", torch.bfloat16, num_hidden_layers=layers)
-        model.set_attn_implementation("sdpa")
-        model.requires_grad_(False)
-        inject_lora(model, LoRAConfig(r=RANK), seed=0)
-        assert use_own_blocks(model) is None
-        set_packed_attention(model)
-        set_recompute(model, "full")
-        totals.append(kept_bytes(model.train(), ids))
-    assert totals[1] - totals[0] <= 2 * batch * length * 64
 
 
 def test_layers_below_the_first_adapter_have_no_graph():

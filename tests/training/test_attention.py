@@ -78,7 +78,7 @@ def assert_equal_up_to_rounding(ours, reference):
         assert error <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("level", ["none", "full"])
+@pytest.mark.parametrize("level", ["none", "selective", "full"])
 @pytest.mark.parametrize(("family", "path"), PATHS)
 def test_packed_rows_are_separate_rows(model_of, family, path, level):
     model = model_of(family, path)

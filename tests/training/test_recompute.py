@@ -1,0 +1,182 @@
+"""Laws of the recompute levels: the same bits (X15), and what each of them keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model, token_ids
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_kit.base.quantize import Quantization, quantize_linear
+from qlora_kit.config import LoRAConfig
+from qlora_kit.data.batch import collate, collate_packs
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.lora.block import models_own_code, use_own_blocks
+from qlora_kit.lora.inject import inject_lora
+from qlora_kit.memory.counter import StorageCounter
+from qlora_kit.training.attention import set_packed_attention
+from qlora_kit.training.loss import supervised_loss
+from qlora_kit.training.recompute import set_recompute
+
+RANK, LAYERS = 4, 3
+LEVELS = ("none", "selective", "full")
+MIX = ("full", "selective", "none")
+
+
+def prepared(family="llama2", dtype=torch.float32, *, own=True, dropout=0.0, **changes):
+    """A tiny 4-bit model with random adapters on all linears, or on `targets`, that trains."""
+    targets = changes.pop("targets", "all-linear")
+    model = tiny_model(family, dtype, **{"num_hidden_layers": LAYERS, **changes})
+    if family != "gemma2":  # sdpa has no soft cap of attention
+        model.set_attn_implementation("sdpa")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            owner, _, leaf = name.rpartition(".")
+            bias = None if module.bias is None else module.bias.data
+            layer = quantize_linear(module.weight.data, bias, Quantization(4, "nf4", True))
+            setattr(model.get_submodule(owner), leaf, layer)
+    model.requires_grad_(False)
+    inject_lora(model, LoRAConfig(r=RANK, target_modules=targets, dropout=dropout), seed=0)
+    drawn = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=drawn)
+    set_packed_attention(model)
+    if own:
+        assert use_own_blocks(model) is None
+    return model.train()
+
+
+def batch_of(packed, length=17):
+    rows = [token_ids(1, length, seed=number)[0].tolist() for number in range(4)]
+    encoded = [Encoded(row, [-100, *row[1:]]) for row in rows]
+    return collate_packs([encoded[:2], encoded[2:]], 0) if packed else collate(encoded, 0)
+
+
+def results_of(model, batch):
+    model.zero_grad(set_to_none=True)
+    loss = supervised_loss(model, batch)
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_level_and_mix_gives_the_same_bits(family, dtype, dropout, packed, own):
+    """X15."""
+    model, batch = prepared(family, dtype, own=own, dropout=dropout), batch_of(packed)
+    expected = results_of(model, batch)
+    assert len(expected) > 1
+    for levels in ("selective", "full", MIX, MIX[::-1], "none"):
+        set_recompute(model, levels)
+        found = results_of(model, batch)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), levels
+
+
+def test_the_models_own_code_is_recomputed_too():
+    model, batch = prepared(), batch_of(packed=False)
+    with models_own_code():
+        expected = results_of(model, batch)
+        for level in ("selective", "full"):
+            set_recompute(model, level)
+            found = results_of(model, batch)
+            assert all(torch.equal(found[name], expected[name]) for name in expected), level
+
+
+def test_wrong_counts_of_levels_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        set_recompute(tiny_model(), ["full"])
+
+
+def kept_by_a_layer(level, *, batch=2, length=32, **changes):
+    """Bytes that are alive after forward, of one layer more: kept for backward, or leaked."""
+    totals = []
+    for layers in (2, 3):
+        model = prepared(dtype=torch.bfloat16, num_hidden_layers=layers, **changes)
+        set_recompute(model, level)
+        ids = token_ids(batch, length)
+        positions = torch.arange(length).expand(ids.shape)
+        with StorageCounter(model) as counter:
+            hidden = model.base_model(
+                input_ids=ids, position_ids=positions, use_cache=False
+            ).last_hidden_state
+            totals.append(counter.current - counter.before)
+            hidden.sum().backward()
+    return totals[1] - totals[0]
+
+
+HIDDEN, HEADS, FFN = 64, 4, 160
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_layer_keeps_what_is_listed(own, kv_heads, targets):
+    """The formulas of the modules, in bytes; the copies of keys for query heads are their own."""
+    tokens = 2 * 32
+    row = 2 * tokens * HIDDEN
+    attended = row + 4 * tokens * HEADS
+    sizes = {"intermediate_size": FFN, "num_key_value_heads": kv_heads}
+    kept = {level: kept_by_a_layer(level, own=own, targets=targets, **sizes) for level in LEVELS}
+    assert kept["full"] == row
+    assert kept["selective"] == row + attended + (row if own else 0)
+    assert kept["none"] > kept["selective"]
+    if own and targets == "q_proj,v_proj":
+        kv = HIDDEN * kv_heads // HEADS
+        scales, low_rank = 2 * 4 * tokens, 2 * 2 * tokens * RANK
+        wide = 2 * tokens * (3 * HIDDEN + 2 * kv + 2 * FFN)
+        assert kept["none"] == wide + scales + low_rank
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of attention's kernel that are carried out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_selective_runs_attention_once(own):
+    """The kernel is called in forward alone; `full` calls it again."""
+    counts = {}
+    for level in LEVELS:
+        model, batch = prepared(dtype=torch.bfloat16, own=own), batch_of(packed=False)
+        set_recompute(model, level)
+        with Calls() as calls:
+            results_of(model, batch)
+        counts[level] = calls.count
+    assert counts == {"none": LAYERS, "selective": LAYERS, "full": 2 * LAYERS}
+
+
+def test_selective_ends_before_the_last_products():
+    """q, k, v, gate and up are decoded again, the output and down projections are not."""
+    model, batch = prepared(targets="q_proj,v_proj"), batch_of(packed=False)
+    counts = {}
+    layer = model.base_model.layers[1]
+    parts = {
+        "o": layer.self_attn.o_proj,
+        "down": layer.mlp.down_proj,
+        "q": layer.self_attn.q_proj.base_layer,
+    }
+    for level in LEVELS:
+        set_recompute(model, level)
+        seen = counts[level] = dict.fromkeys(parts, 0)
+        for name, part in parts.items():
+
+            def counted(x, name=name, part=part, seen=seen):
+                seen[name] += 1
+                return type(part).product(part, x)
+
+            part.product = counted
+        results_of(model, batch)
+    assert counts["none"] == {"o": 1, "down": 1, "q": 1}
+    assert counts["selective"] == {"o": 1, "down": 1, "q": 2}
+    assert counts["full"] == {"o": 2, "down": 1, "q": 2}

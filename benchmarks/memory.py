@@ -55,8 +55,7 @@ def planned(directory: Path, bits: int, level: str, given: argparse.Namespace) -
     lora = LoRAConfig(r=given.rank, alpha=2 * given.rank, target_modules="q_proj,v_proj")
     run = FakeRun(open_shape(base, device), lora, TrainingConfig(optim="adamw"), device)
     window = run.window(given.batch, given.length, given.length - 1, 1)
-    layers = range(len(run.layers))
-    return described([*run.passes(window, layers, [level] * len(layers)), *run.updates])
+    return described([*run.passes(window, [level] * len(run.layers)), *run.updates])
 
 
 def planned_full(directory: Path, level: str, given: argparse.Namespace) -> dict[str, Any]:

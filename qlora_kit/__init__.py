@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "BaseConfig": "config",
     "DataConfig": "config",
     "LoRAConfig": "config",
     "TrainingConfig": "config",
@@ -16,6 +17,7 @@ _HOMES = {
     "save_adapter": "lora.adapter",
     "export_model": "export.merge",
     "make_optimizer": "training.optimizer",
+    "plan_memory": "memory.plan",
     "train": "training.loop",
 }
 __all__ = list(_HOMES)

@@ -40,6 +40,11 @@ OPTIMIZERS = (
 SCHEDULES = ("cosine", "linear", "constant")
 DATA_FORMATS = ("auto", "text", "prompt", "instruction", "messages")
 RECOMPUTE_LEVELS = ("none", "selective", "full")
+SIZE_UNITS: dict[str, int] = {"": 1, "B": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for kind, base in (("iB", 1024), ("B", 1000))
+}
 DEFAULT_EVAL_FRACTION = 0.05
 DEFAULT_LENGTH = 1024
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
@@ -123,6 +128,23 @@ def _not_empty_names(value: str | tuple[str, ...]) -> str | None:
 
 def _device(value: str) -> str | None:
     return None if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value) else "auto, cpu, cuda or cuda:N"
+
+
+def size_bytes(text: str) -> int:
+    """Bytes of a size: `8GiB`, `8 GB`, `500MiB`, `1.5GiB` or plain bytes. Errors: `ValueError`."""
+    units = {unit.lower(): factor for unit, factor in SIZE_UNITS.items()}
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in units or not float(found[1]):
+        raise ValueError("a size above 0 as 8GiB, 8GB, 500MiB or a number of bytes")
+    return round(float(found[1]) * units[found[2]])
+
+
+def _size(value: str) -> str | None:
+    try:
+        size_bytes(value)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 class Options:
@@ -377,7 +399,16 @@ class TrainingConfig(Options):
     num_train_epochs: float = option(1.0, "passes over the data", check=between(0))
     max_steps: int | None = option(None, "stop after this many optimizer steps", check=between(0))
     gradient_checkpointing: str = option(
-        "full", "activations recomputed in the backward pass", check=one_of(*RECOMPUTE_LEVELS)
+        "auto",
+        "activations that backward recomputes; auto: as few as fit --memory_budget",
+        check=one_of("auto", *RECOMPUTE_LEVELS),
+    )
+    memory_budget: str | None = option(
+        None,
+        "bytes that the run may take of its device, such as 8GiB",
+        check=_size,
+        metavar="SIZE",
+        shown_default="the device's free memory",
     )
     own_blocks: bool = option(
         True, "norms, rotary turns and MLPs that keep less for the backward pass, same numbers"
@@ -385,6 +416,11 @@ class TrainingConfig(Options):
     seed: int = option(
         42, "of adapters, data order, dropout and sampling", check=between(0, 2**63 - 1)
     )
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`memory_budget` as a number, where it is given."""
+        return None if self.memory_budget is None else size_bytes(self.memory_budget)
 
     def _conflicts(self) -> typing.Iterator[str]:
         if self.num_train_epochs == 0 and not self.max_steps:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qlora_kit.data.order import Packs
     from qlora_kit.data.prompt import EncodedRows
     from qlora_kit.data.read import Row, Rows
+    from qlora_kit.memory.plan import MemoryPlan
     from qlora_kit.training.loop import StepReport
     from qlora_kit.training.loss import Evaluation
 
@@ -109,6 +110,20 @@ class Display:
                 f"{sizes['weights'] / measured[16]['weights']:.0%}",
             )
         self._console.print(table)
+
+    def memory(self, plan: MemoryPlan) -> None:
+        """What the run will take by component, and which layers recompute at what cost."""
+        names = ("weights", "adapters", "gradients", "optimizer", "paged", "activations", "loss")
+        parts = [f"{name} {size(plan.bytes[name])}" for name in names if plan.bytes[name]]
+        self._line("plan", f"{', '.join(parts)}; peak {size(plan.peak_bytes)} in {plan.place}")
+        again = f"{plan.recomputed:.0%} of a forward pass is done again"
+        budget = "" if plan.budget_bytes is None else f", {size(plan.budget_bytes)} to be had"
+        self._line("recompute", f"{plan.recompute}: {again}{budget}")
+        if not plan.fits:
+            self.note(
+                f"the plan is {size(plan.peak_bytes - (plan.budget_bytes or 0))} above what is to "
+                "be had; `qlora-kit plan` with the same options names what would fit"
+            )
 
     def loading(self, base: OpenBase) -> None:
         """That weights are being read now."""

@@ -142,6 +142,10 @@ def prepare(
             f"{resume.path} stands after step {resume.step}, and this run has {total_steps}",
             "raise --max_steps or --num_train_epochs",
         )
+    from qlora_kit.commands.planned import planned_run
+
+    memory = planned_run(config, base, encoded.rows, packs, ranks)
+    display.memory(memory)
     if config.output.compare_bits:
         display.bits(_measure_bits(config.base))
     return Plan(
@@ -155,6 +159,7 @@ def prepare(
         target_dir,
         identity,
         resume,
+        memory,
         start_dir,
     )
 

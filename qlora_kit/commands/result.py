@@ -102,7 +102,7 @@ class Memory:
         """The peak so far in bytes."""
         return max(peak_bytes(self._device), self._meter.highest)
 
-    def record(self) -> MemoryRecord:
+    def record(self, planned: Mapping[str, int]) -> MemoryRecord:
         """The `memory` part of run.json."""
         counted, phase, module = self._meter.peak
         on_gpu = self._device.type == "cuda"
@@ -111,6 +111,7 @@ class Memory:
         measured["peak"] = self.peak() if on_gpu else counted
         return {
             "device": describe_device(self._device),
+            "planned": planned,
             "measured": measured,
             "phases": self._meter.record(),
             "peak_at": " ".join(part for part in (phase, module) if part),
@@ -148,7 +149,7 @@ def result_record(
         },
         train=_train_record(progress, max_rows, took_best),
         evaluation=_eval_record(progress, after),
-        memory=memory.record(),
+        memory=memory.record(plan.memory.planned),
     )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FREE_ON_RESUME = {
     # The base and the data are compared by what they hold, the rest changes no number of a run.
     *("model", "revision", "data", "eval_data", "allow_longer_context", "gradient_checkpointing"),
+    "memory_budget",
     *("output_dir", "overwrite", "logging_steps", "report_to", "sample_prompts", "compare_bits"),
     *("save_steps", "save_total_limit", "eval_steps", "early_stopping"),
     *("token_cache", "adapter", "allow_other_base"),

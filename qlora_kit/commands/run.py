@@ -34,6 +34,7 @@ from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora, train_loaded
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.memory.meter import Meter
+from qlora_kit.memory.plan import MemoryPlan
 from qlora_kit.training.checkpoint import (
     Checkpoint,
     drop_after,
@@ -78,6 +79,7 @@ class Plan:
 
     `identity` tells the base and the encoded rows apart from others, whatever they are called.
     `start` is the directory of the adapter that the run goes on from, checked against the base.
+    `memory` says what it will take, and which layers recompute.
     """
 
     config: RunConfig
@@ -90,6 +92,7 @@ class Plan:
     directory: Path
     identity: Mapping[str, str | None]
     resume: Checkpoint | None
+    memory: MemoryPlan
     start: Path | None = None
 
 
@@ -134,7 +137,7 @@ class Run:
         meter = Meter(plan.base.device)
         with meter.loading() as counter:
             self.model = _with_adapters(plan, counter)
-        if left_alone := prepare_model(self.model, training, training.gradient_checkpointing):
+        if left_alone := prepare_model(self.model, training, plan.memory.levels):
             display.note(left_alone)
         self.optimizer = make_optimizer(
             training.optim, self.model.parameters(), training.learning_rate, training.weight_decay

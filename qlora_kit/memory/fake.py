@@ -10,8 +10,9 @@ What a step holds before it begins is that of any step but the first: the optimi
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from qlora_kit.data.batch import Batch, collate
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.fakes import planned_device
 from qlora_kit.lora.inject import inject_lora, tag_adapters
-from qlora_kit.memory.counter import StorageCounter, Stretch
+from qlora_kit.memory.counter import Sizes, StorageCounter, Stretch
+from qlora_kit.memory.extend import cut, extend
 from qlora_kit.memory.places import follow
 from qlora_kit.training.attention import known_rows
 from qlora_kit.training.loop import Gradients, train_step
@@ -41,6 +43,8 @@ HOST = "host"
 class FakeRun:
     """A model with adapters and its optimizer; `loading` are the stretches until they were there.
 
+    `updates` is that of the optimizer's step. `packed` says of what kind the next windows are.
+
     Errors of the constructor: `ConfigError` for targets or a rank that do not fit the base.
     """
 
@@ -50,12 +54,11 @@ class FakeRun:
         lora: LoRAConfig,
         training: TrainingConfig,
         device: torch.device,
-        packed: bool = False,
     ) -> None:
-        self.device, self.packed = device, packed
+        self.device, self.packed = device, False
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        apart = ("paged", HOST) if device.type == "cuda" else ("paged",)
-        self._counter = StorageCounter(apart=apart)
+        self.apart = ("paged", HOST) if device.type == "cuda" else ("paged",)
+        self._counter = StorageCounter(apart=self.apart)
         self._workspace: dict[torch.dtype, Tensor] = {}
         with self._inside():
             self._counter.at("load")
@@ -76,6 +79,12 @@ class FakeRun:
             name = optimizer_name(training.optim, device)
             self._optimizer = make_optimizer(name, self._trained, 1e-4)
         self.updates = self._update()
+        self.own = training.own_blocks and self.note is None
+        found = {id(module): name for name, module in self.model.named_modules()}
+        self.names = [found[id(layer)] for layer in self.layers]
+        self._kinds = [self._kind_of(layer) for layer in self.layers]
+        # The workspace that the CPU keeps: any step but the first finds it.
+        self.trace(self.window(1, 2, 1, 1), cut(self._kinds), ["none"] * len(self.layers))
 
     def window(self, rows: int, length: int, supervised: int, micro_steps: int) -> list[Batch]:
         """Micro-batches of `rows` rows of `length` tokens, the last `supervised` trained on."""
@@ -88,20 +97,31 @@ class FakeRun:
         }
         return [made] * micro_steps  # type: ignore[list-item]
 
-    def passes(
-        self, window: Sequence[Batch], layers: Sequence[int], levels: Sequence[str]
-    ) -> list[Stretch]:
-        """The stretches of forward and backward of a window through some of the layers.
+    def passes(self, window: Sequence[Batch], levels: Sequence[str]) -> list[Stretch]:
+        """The stretches of forward and backward of a window; `levels` has one for each layer."""
+        chosen = cut(list(zip(self._kinds, levels, strict=True)))
+        return extend(self.trace(window, chosen, levels), chosen, self.names, self.apart)
 
-        `levels` say how each of them is recomputed. The rest of the model is there, untouched.
-        """
-        with self._only(layers), self._inside():
-            # TODO levels
-            set_recompute(self.model, levels[0])
+    def total(self, sizes: Sizes) -> int:
+        """Their sum, what lies apart left out."""
+        return sum(size for name, size in sizes.items() if name not in self.apart)
+
+    def trace(
+        self, window: Sequence[Batch], chosen: Sequence[int], levels: Sequence[str]
+    ) -> list[Stretch]:
+        """As `passes`, through the `chosen` layers only; the other layers are there, untouched."""
+
+        def passes(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
+            loss = gradients(window)
+            self._counter.at("")
+            return loss
+
+        with self._only(chosen), self._inside():
+            set_recompute(self.model, [levels[i] for i in chosen])
             first = len(self._counter.stretches)
             self._counter.filling = "activations"
             with follow(self.model, self._counter):
-                self._step(window, lambda gradients, window: gradients(window), update=False)
+                self._step(window, passes, update=False)
             return self._taken(first)
 
     def _update(self) -> list[Stretch]:
@@ -153,6 +173,13 @@ class FakeRun:
         self._counter.at("")
         taken = self._counter.stretches[first:-1]
         return [one for one in taken if one.phase]
+
+    def _kind_of(self, layer: nn.Module) -> Hashable:
+        """What makes a layer the same as another one: code, settings and tensors."""
+        attention = getattr(layer, "self_attn", None)
+        named = itertools.chain(layer.named_parameters(), layer.named_buffers())
+        tensors = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in named)
+        return type(layer), getattr(attention, "sliding_window", None), tensors
 
     def _read(self, entry: TensorEntry, into: Tensor) -> None:
         self._counter.tag(HOST if self.device.type == "cuda" else "loading", (into,))

@@ -8,6 +8,7 @@ What comes and goes within a step is counted by `memory/counter.py`.
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -76,6 +77,22 @@ def reserved_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return peak_bytes(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is left: of the GPU, or of the host within this process's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * page
+    with contextlib.suppress(OSError, StopIteration):
+        # Pages of files are given back when they are needed; the system says how many.
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = int(next(one for one in lines if one.startswith("MemAvailable:")).split()[1]) * 1024
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free = min(free, limit - int(Path("/proc/self/statm").read_text().split()[0]) * page)
+    return free
 
 
 def describe_device(device: torch.device) -> str:

@@ -58,7 +58,7 @@ def draw_bars(path: Path, title: str, bars: Sequence[Bar]) -> None:
     from matplotlib.figure import Figure
 
     unit, name = _unit(max(sum(bar.at_peak.values()) for bar in bars))
-    figure = Figure(figsize=(1.6 + 0.62 * len(bars), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 1.6 + 0.62 * len(bars)), 4.8), layout="constrained")
     axes = figure.subplots()
     places = _places(bars)
     for place, bar in zip(places, bars, strict=True):

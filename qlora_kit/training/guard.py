@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qlora_kit.errors import NumericError, ResourceError, Stopped
 from qlora_kit.lora.block import models_own_code
+from qlora_kit.memory.measure import free_bytes
 from qlora_kit.training.loss import supervised_loss, to_device
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class Guard:
         rows_of: Callable[[int], str] = lambda step: "unknown",
     ) -> None:
         self._model, self._note, self._rows_of = model, note, rows_of
+        self._device = model.get_input_embeddings().weight.device
         self._signals = signals or StopSignals()
         self._checked_gradients = False
         self._window: Sequence[Batch] = ()
@@ -130,8 +132,8 @@ class Guard:
         """Skipped steps since the last one that was taken."""
         self.max_rows: int | None = None
         """Rows of a micro-batch that the device was found to hold; None: as configured."""
-        self.planned_bytes: Callable[[], int] | None = None
-        """Says what the largest batch takes by plan with all that is held; asked in an error."""
+        self.planned_bytes: int | None = None
+        """What the run takes at most by its plan, where there is one; said in an error."""
 
     def attempt(
         self, gradients: Callable[[Sequence[Batch]], Tensor], window: Sequence[Batch]
@@ -205,10 +207,10 @@ class Guard:
         largest = max(batch["input_ids"].shape[0] for batch in self._window)
         length = max(batch["input_ids"].shape[1] for batch in self._window)
         if largest == 1:
-            needed, free = _needed_bytes(said), free_bytes(self._model)
+            needed, free = _needed_bytes(said), free_bytes(self._device)
             planned = ""
             if self.planned_bytes is not None:
-                planned = f"{self.planned_bytes()} bytes planned, "
+                planned = f"{self.planned_bytes} bytes planned, "
             raise ResourceError(
                 f"out of memory with one row of {length} tokens: {planned}{needed} more needed, "
                 f"{free} bytes free",
@@ -244,22 +246,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch raises plain RuntimeErrors for the host.
     found = r"can't allocate memory|bad_alloc|out of memory|could not create a memory"
     return isinstance(error, RuntimeError) and re.search(found, str(error)) is not None
-
-
-def free_bytes(model: Any) -> int:
-    """What the model's device has left: of the GPU, or of the host within this process's limit."""
-    device = model.get_input_embeddings().weight.device
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import resource
-
-    page = os.sysconf("SC_PAGE_SIZE")
-    free = os.sysconf("SC_AVPHYS_PAGES") * page
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        with open("/proc/self/statm") as file:
-            free = min(free, limit - int(file.read().split()[0]) * page)
-    return free
 
 
 def first_non_finite(model: Any, window: Sequence[Batch], step: int) -> str:

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from qlora_kit.data.batch import Batch
 
 TIGHT = 0.9
-"""On the CPU a plan of less than this share of what is free needs no trial."""
+"""On the CPU a plan of less than this share of its budget needs no trial."""
 
 
-def is_due(device: torch.device, planned_bytes: int, available_bytes: int) -> bool:
-    """Whether a run that is planned to take so much more should be tried first."""
-    return device.type == "cuda" or planned_bytes > TIGHT * available_bytes
+def is_due(device: torch.device, planned_bytes: int, budget_bytes: int | None) -> bool:
+    """Whether a run of this plan should be tried first; without a budget, on CUDA only."""
+    near = budget_bytes is not None and planned_bytes > TIGHT * budget_bytes
+    return device.type == "cuda" or near
 
 
 def preflight(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qlora_kit.commands import run
+from qlora_kit.fakes import has_values
 from qlora_kit.training import loop
 
 
@@ -203,7 +204,9 @@ def _before_each_step(act: Any) -> None:
     real = loop._accumulate
 
     def accumulate(model: Any, window: Any, step: int) -> torch.Tensor:
-        act(step, model)
+        # The run's plan takes its steps on fake tensors, before there is a model.
+        if has_values(model.get_input_embeddings().weight):
+            act(step, model)
         return real(model, window, step)
 
     loop._accumulate = accumulate

@@ -84,7 +84,7 @@ def test_one_row_that_does_not_fit_is_refused_with_plan_and_ways_out(model):
     ours = model()
     full_above(ours, 0)
     guard = Guard(ours)
-    guard.planned_bytes = lambda: 123456789
+    guard.planned_bytes = 123456789
     optimizer = make_optimizer("adamw", ours.parameters(), 1e-2)
     rows = ragged_rows(8)
     batch = largest_batch(rows, **ORDER).batch(rows, 0)
@@ -100,3 +100,4 @@ def test_on_the_cpu_it_is_due_near_the_budget_alone():
     assert is_due(cuda, 1, 1000)
     assert not is_due(cpu, 899, 1000)
     assert is_due(cpu, 901, 1000)
+    assert not is_due(cpu, 901, None)

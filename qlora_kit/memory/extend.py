@@ -1,0 +1,77 @@
+"""The step of a deep model from a step through few of its layers.
+
+Layers that are equal, at the same level and neighbours, do the same between the first and the last
+of them: each begins with what the one before left. So of a run of equal layers three are traced,
+and what the middle one adds is repeated. That this equals the whole trace is tested; nothing else
+about a layer is assumed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Hashable, Mapping, Sequence
+
+from qlora_kit.memory.counter import Sizes, Stretch
+
+TRACED = 3
+"""Layers of a run: the first, one between, the last."""
+
+
+def cut(kinds: Sequence[Hashable]) -> list[int]:
+    """Which layers stand for all: of each run of equal kinds at most the first two and the last."""
+    chosen = []
+    for _, members in itertools.groupby(range(len(kinds)), key=kinds.__getitem__):
+        run = list(members)
+        chosen += run if len(run) <= TRACED else [run[0], run[1], run[-1]]
+    return chosen
+
+
+def extend(
+    traced: Sequence[Stretch],
+    chosen: Sequence[int],
+    names: Sequence[str],
+    apart: Collection[str],
+) -> list[Stretch]:
+    """The stretches of all layers, from those through `chosen` ones.
+
+    `names` are the modules' names of all layers; the traced ones are named after their places in
+    `chosen`. Components that lie `apart` are in no sum.
+    """
+    ends = [*chosen[1:], len(names)]
+    covered = {
+        names[place]: range(first, end)
+        for place, (first, end) in enumerate(zip(chosen, ends, strict=True))
+    }
+    result: list[Stretch] = []
+    now = dict(traced[0].start) if traced else {}
+    for stretch in traced:
+        layers = covered.get(stretch.module)
+        modules = [stretch.module] if layers is None else [names[i] for i in layers]
+        if stretch.phase == "backward":
+            modules.reverse()
+        for module in modules:
+            made = moved(stretch, module, now, apart)
+            result.append(made)
+            now = dict(made.end)
+    return result
+
+
+def moved(stretch: Stretch, module: str, start: Sizes, apart: Collection[str]) -> Stretch:
+    """The same stretch of another `module`, beginning with `start`."""
+    shift = {
+        name: start.get(name, 0) - stretch.start.get(name, 0) for name in {**stretch.start, **start}
+    }
+
+    def shifted(sizes: Mapping[str, int]) -> Sizes:
+        return {name: sizes.get(name, 0) + shift.get(name, 0) for name in {**sizes, **shift}}
+
+    at_peak = shifted(stretch.at_peak)
+    return Stretch(
+        stretch.phase,
+        module,
+        dict(start),
+        shifted(stretch.end),
+        at_peak,
+        shifted(stretch.largest),
+        peak=sum(size for name, size in at_peak.items() if name not in apart),
+    )

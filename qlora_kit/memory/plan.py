@@ -1,0 +1,213 @@
+"""What a run will take: its own loading and its own step, on fake tensors, before a byte is read.
+
+    plan = plan_memory(BaseConfig("llama-7b"), LoRAConfig(), TrainingConfig(), length=1024)
+
+There is no formula beside the code that trains: `memory/fake.py` runs it, a counter adds up what it
+makes. Only what lies outside tensors is a table (`memory/overhead.py`). `auto` takes the levels of
+recompute from `memory/choose.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qlora_kit.base.load import find_device
+from qlora_kit.base.shape import open_shape
+from qlora_kit.config import DEFAULT_LENGTH, BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.memory.choose import Chosen, choose_levels, recomputed_share
+from qlora_kit.memory.counter import Sizes, Stretch
+from qlora_kit.memory.fake import HOST, FakeRun
+from qlora_kit.memory.overhead import OVERHEADS, Overhead
+
+COMPONENTS = (
+    *("weights_quantized", "weights_other", "adapters", "gradients", "optimizer", "paged"),
+    *("activations", "loss", "workspace"),
+)
+"""What tensors are counted as; a plan also has `weights`, the first two together."""
+MICRO_STEPS = 2
+"""Of a window: from the second on each begins with all gradients there, and is like the others."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The largest micro-batch of a run: `rows` of `length` tokens, `supervised` of each trained on.
+
+    `packed` rows hold several shorter ones, isolated from each other.
+    """
+
+    rows: int
+    length: int
+    supervised: int
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a run on its device, and where in it they are reached.
+
+    `bytes` has the most of each component over a step (names of run.json's `memory`), `at_peak`
+    what is there at the peak: their sum, `paged` left out, is `peak_bytes`, which includes
+    `overhead`. `phases` has the peak of tensors in load, inject, forward, backward and step.
+    `levels` are those of the decoder layers, `recomputed` the share of a forward pass's work that
+    backward does again.
+    """
+
+    bytes: Sizes
+    peak_bytes: int
+    peak_phase: str
+    peak_module: str
+    at_peak: Sizes
+    phases: Sizes
+    host_peak_bytes: int
+    device: str
+    levels: tuple[str, ...]
+    recomputed: float
+    budget_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the budget; true where there is none."""
+        return self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
+
+    @property
+    def place(self) -> str:
+        """Where the peak is, in words."""
+        return f"{self.peak_phase}, {self.peak_module}" if self.peak_module else self.peak_phase
+
+    @property
+    def recompute(self) -> str:
+        """The levels in words: `full`, or `12 full, 4 selective, 16 none`."""
+        counts = {level: self.levels.count(level) for level in dict.fromkeys(self.levels)}
+        if len(counts) == 1:
+            return self.levels[0]
+        return ", ".join(f"{count} {level}" for level, count in counts.items())
+
+    @property
+    def planned(self) -> Sizes:
+        """The `planned` part of run.json's `memory`."""
+        return {**self.bytes, "peak": self.peak_bytes}
+
+    def as_json(self) -> dict[str, Any]:
+        """What `qlora-kit plan --json` prints of it."""
+        return {
+            "bytes": dict(self.bytes),
+            "peak_bytes": self.peak_bytes,
+            "peak": {"phase": self.peak_phase, "module": self.peak_module},
+            "at_peak": dict(self.at_peak),
+            "phases": dict(self.phases),
+            "host_peak_bytes": self.host_peak_bytes,
+            "budget_bytes": self.budget_bytes,
+            "fits": self.fits,
+            "device": self.device,
+            "gradient_checkpointing": self.recompute,
+            "levels": list(self.levels),
+            "recomputed": self.recomputed,
+        }
+
+
+def plan_memory(
+    base: BaseConfig | None = None,
+    lora: LoRAConfig | None = None,
+    training: TrainingConfig | None = None,
+    *,
+    length: int = DEFAULT_LENGTH,
+    packing: bool = False,
+    device: str | None = None,
+    budget_bytes: int | None = None,
+) -> MemoryPlan:
+    """What a run of these options takes, with rows of `length` tokens that are all trained on.
+
+    `base.model` may be a config.json alone; no weight is read. `device` (`cpu` or `cuda`) is that
+    of `base` unless given, and need not be here. Without a budget `auto` keeps everything.
+    Errors: `ConfigError`, `ModelError`, `UnsafeInputError`, `ResourceError`.
+    """
+    lora, training = lora or LoRAConfig(), training or TrainingConfig()
+    planner = Planner(base or BaseConfig(), lora, training, device)
+    window = Window(training.batch_size, length, length, packing)
+    budget = training.budget_bytes if budget_bytes is None else budget_bytes
+    return planner.plan(window, budget_bytes=budget)
+
+
+class Planner:
+    """Plans of one base, its adapters and its optimizer, for any window and any levels.
+
+    Errors of the constructor are those of `plan_memory`.
+    """
+
+    def __init__(
+        self,
+        base: BaseConfig,
+        lora: LoRAConfig,
+        training: TrainingConfig,
+        device: str | None = None,
+    ) -> None:
+        target = torch.device(device) if device else find_device(base.device)
+        self.device = target.type
+        self.training = training
+        # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
+        fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
+        self.run = FakeRun(open_shape(base, target), fresh, training, target)
+
+    def plan(
+        self, window: Window, level: str | None = None, budget_bytes: int | None = None
+    ) -> MemoryPlan:
+        """The plan of a window; `auto` takes the fastest levels whose peak is within the budget.
+
+        `level` is that of the options unless given.
+        """
+        level, layers = level or self.training.gradient_checkpointing, len(self.run.layers)
+        micro_steps = min(MICRO_STEPS, self.training.gradient_accumulation_steps)
+        batches = self.run.window(window.rows, window.length, window.supervised, micro_steps)
+        self.run.packed = window.packed
+        if level == "auto":
+            budget = None if budget_bytes is None else self._overhead.room(budget_bytes)
+            chosen = choose_levels(self.run, batches, budget)
+        else:
+            levels = (level,) * layers
+            chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
+        return self._plan_of(chosen, window.length, budget_bytes)
+
+    @property
+    def _overhead(self) -> Overhead:
+        return OVERHEADS[self.device]
+
+    def _plan_of(self, chosen: Chosen, length: int, budget_bytes: int | None) -> MemoryPlan:
+        run = self.run
+        step = (*chosen.stretches, *run.updates)
+        everything = (*run.loading, *step)
+        highest = max(everything, key=lambda stretch: stretch.peak)
+        overhead = self._overhead.of(highest.peak)
+        at_peak = {k: n for k, n in highest.at_peak.items() if n and k != HOST}
+        bytes_ = _most(step)
+        bytes_ = {name: bytes_.get(name, 0) for name in COMPONENTS}
+        bytes_["weights"] = bytes_["weights_quantized"] + bytes_["weights_other"]
+        phases: Sizes = {}
+        for stretch in everything:
+            phases[stretch.phase] = max(phases.get(stretch.phase, 0), stretch.peak)
+        on_host = self.device != "cpu"
+        return MemoryPlan(
+            bytes=bytes_,
+            peak_bytes=highest.peak + overhead,
+            peak_phase=highest.phase,
+            peak_module=highest.module,
+            at_peak={**at_peak, "overhead": overhead} if overhead else at_peak,
+            phases=phases,
+            host_peak_bytes=_most(run.loading).get(HOST, 0) if on_host else phases["load"],
+            device=self.device,
+            levels=chosen.levels,
+            recomputed=recomputed_share(run, chosen.levels, length),
+            budget_bytes=budget_bytes,
+        )
+
+
+def _most(stretches: Iterable[Stretch]) -> Sizes:
+    """The most of each component."""
+    most: Sizes = {}
+    for stretch in stretches:
+        for name, size in stretch.largest.items():
+            most[name] = max(most.get(name, 0), size)
+    return most

@@ -81,3 +81,36 @@ def test_quality_begins_every_side_with_the_same_model():
     (row,) = result["table"]
     assert row["mean"] == ours["loss"]
     assert row["difference"] == pytest.approx(ours["loss"] - peft["loss"])
+
+
+@pytest.mark.timeout(300)
+def test_memory_plans_what_it_measures(tmp_path):
+    """Components to the byte; the optimizer's step is planned with what comes and goes in it."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
+    name = "memory_of_a_test"
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--result", name]
+    command += ["--shape", str(tmp_path / "shape.json"), "--bits", "4", "--level", "full"]
+    command += ["--batch", "2", "--length", "32", "--rank", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pictures = [path.with_suffix(".png"), path.with_name(f"{name}_step.png")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        settings = json.loads(path.read_text())["settings"]
+        assert all(picture.stat().st_size > 10_000 for picture in pictures)
+    finally:
+        for one in (path, *pictures):
+            one.unlink(missing_ok=True)
+    sides = settings["4 bits, full"]
+    planned, measured, peft = (sides[side] for side in ("planned", "measured", "peft"))
+    for component in set(measured["bytes"]) - {"optimizer"}:
+        assert planned["bytes"][component] == measured["bytes"][component], component
+    assert planned["peak_at"] == measured["peak_at"]
+    # Two matrices of rank 4 on each of q and v: PEFT trains the same ones.
+    assert peft["bytes"]["adapters"] == measured["bytes"]["adapters"]
+    assert peft["peak"] > measured["peak"]
+    full = settings["full fine-tuning, full"]["planned"]["bytes"]
+    assert full["gradients"] == pytest.approx(full["weights_other"], rel=1e-3)
+    assert full["optimizer"] == pytest.approx(2 * full["weights_other"], rel=1e-2)

@@ -54,6 +54,7 @@ FLOORS = {
     "training.run_directory": 2,
     "training.loop": 3,
     "training.guard": 3,
+    "training.preflight": 3,
     "training.record": 3,
     "export": 3,
     "generation": 3,

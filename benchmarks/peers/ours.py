@@ -42,7 +42,7 @@ class Peer:
         window = {
             "input_ids": ids,
             "labels": ids,
-            "position_ids": torch.arange(length).expand(batch, length),
+            "position_ids": torch.arange(length).repeat(batch, 1),
             "supervised": supervised,
             "num_supervised": supervised.numel(),
             "lengths": [length] * batch,

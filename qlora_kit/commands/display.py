@@ -193,9 +193,10 @@ class Display:
                 f"loss {before:.3f} -> {after:.3f} ({(after - before) / before:+.0%}), "
                 f"{evaluation['tokens']} tokens",
             )
-        parts = ("weights", "adapters", "gradients", "optimizer", "peak")
-        listed = ", ".join(f"{part} {size(memory[part])}" for part in parts)
-        self._line("memory", f"{listed} [{run['memory']['device']}]")
+        parts = ("weights", "adapters", "gradients", "optimizer", "activations", "loss", "peak")
+        listed = ", ".join(f"{part} {size(memory[part])}" for part in parts if part in memory)
+        where = f"peak in {run['memory']['peak_at']}, process {size(run['memory']['process'])}"
+        self._line("memory", f"{listed} ({where}) [{run['memory']['device']}]")
         self._line("saved", str(directory))
         self._line(
             "try it",

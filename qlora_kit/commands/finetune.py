@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run.optimizer,
                 learning_rate=run.learning_rate,
                 max_grad_norm=config.training.max_grad_norm,
-                attempt=run.guard.attempt,
+                attempt=run.attempt,
                 check=run.check,
                 listen=run.listen,
                 start_step=run.progress.step,

@@ -14,8 +14,10 @@ from qlora_kit.memory.measure import (
     describe_device,
     optimizer_bytes,
     peak_bytes,
+    reserved_bytes,
     weight_bytes,
 )
+from qlora_kit.memory.meter import Meter
 from qlora_kit.training.loss import Evaluation
 from qlora_kit.training.record import (
     EvalRecord,
@@ -67,31 +69,53 @@ class Progress:
 
 
 class Memory:
-    """What a run measured of its memory: components while they are there, and the peak."""
+    """What a run measured of its memory: some of its steps are counted, tensor by tensor.
 
-    def __init__(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+    They are the first two, because only from the second on there are optimizer states, and the one
+    with the largest batch. `meter` has counted how the model was loaded.
+    """
+
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, meter: Meter) -> None:
+        self._model, self._optimizer, self._meter = model, optimizer, meter
         self._device = model.get_input_embeddings().weight.device
-        self._measured = {**weight_bytes(model), **adapter_bytes(model)}
-        self._has_gradients = False
+        self._held = {**weight_bytes(model), **adapter_bytes(model)}
+        self._counted: set[int] = set()
+
+    def choose(self, start_step: int, largest_step: int) -> None:
+        """Steps are counted from 1; `start_step` of them are done."""
+        self._counted = {start_step + 1, start_step + 2, largest_step}
+
+    def before_step(self, step: int) -> None:
+        """A step begins."""
+        if step in self._counted:
+            self._meter.begin(self._model, self._optimizer)
 
     def after_backward(self) -> None:
-        """Gradients exist only between backward and the optimizer: looked at once."""
-        if not self._has_gradients:
-            self._has_gradients = True
-            self._measured |= adapter_bytes(self._model)
+        """The optimizer's part of the step begins."""
+        self._meter.before_optimizer()
+
+    def after_step(self) -> None:
+        """The step is over, or given up."""
+        self._meter.end()
 
     def peak(self) -> int:
         """The peak so far in bytes."""
-        return peak_bytes(self._device)
+        return max(peak_bytes(self._device), self._meter.highest)
 
     def record(self, planned: Mapping[str, int]) -> MemoryRecord:
         """The `memory` part of run.json."""
-        measured = {**self._measured, **optimizer_bytes(self._optimizer), "peak": self.peak()}
+        counted, phase, module = self._meter.peak
+        on_gpu = self._device.type == "cuda"
+        measured = {**self._held, **self._meter.sizes, **optimizer_bytes(self._optimizer)}
+        measured["weights"] = self._held["weights"]
+        measured["peak"] = self.peak() if on_gpu else counted
         return {
             "device": describe_device(self._device),
             "planned": planned,
             "measured": measured,
+            "phases": self._meter.record(),
+            "peak_at": " ".join(part for part in (phase, module) if part),
+            "process": reserved_bytes(self._device),
         }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from qlora_kit.base.load import OpenBase, read_weights
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.commands.result import Memory, Progress, result_record
+from qlora_kit.commands.trial import try_largest
 from qlora_kit.config import RunConfig, dump
 from qlora_kit.data.batch import Batch, eval_batches, padding_id, step_rows, steps
 from qlora_kit.data.order import Packs
@@ -31,6 +32,8 @@ from qlora_kit.files import sync
 from qlora_kit.generation import generate_text
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora, train_loaded
+from qlora_kit.memory.counter import StorageCounter
+from qlora_kit.memory.meter import Meter
 from qlora_kit.memory.plan import MemoryPlan
 from qlora_kit.training.checkpoint import (
     Checkpoint,
@@ -42,7 +45,7 @@ from qlora_kit.training.checkpoint import (
     take,
 )
 from qlora_kit.training.guard import Guard, StopSignals, is_out_of_memory
-from qlora_kit.training.loop import StepReport
+from qlora_kit.training.loop import Gradients, StepReport
 from qlora_kit.training.loss import Evaluation, evaluate
 from qlora_kit.training.optimizer import (
     learning_rates,
@@ -114,9 +117,10 @@ def open_run(plan: Plan, display: Display, signals: StopSignals) -> Iterator[Run
                 run.begin(log, bar)
                 yield run
             except Stopped as stopped:
-                run.guard.drop_gradients()
+                run.leave_step()
                 raise run.stopped(stopped.signal_number) from None
             except (QloraKitError, OSError):
+                run.leave_step()
                 with contextlib.suppress(QloraKitError, OSError):
                     run.save()
                 raise
@@ -130,7 +134,9 @@ class Run:
     ) -> None:
         training = plan.config.training
         display.loading(plan.base)
-        self.model = _with_adapters(plan)
+        meter = Meter(plan.base.device)
+        with meter.loading() as counter:
+            self.model = _with_adapters(plan, counter)
         if left_alone := prepare_model(self.model, training, plan.memory.levels):
             display.note(left_alone)
         self.optimizer = make_optimizer(
@@ -145,7 +151,7 @@ class Run:
         self.progress = Progress()
         self._plan, self._place, self._display, self._signals = plan, place, display, signals
         self._pad_id = padding_id(plan.base.tokenizer)
-        self._memory = Memory(self.model, self.optimizer)
+        self._memory = Memory(self.model, self.optimizer, meter)
         self._names: dict[Tensor, str] = {
             p: name for name, p in self.model.named_parameters() if p.requires_grad
         }
@@ -160,6 +166,8 @@ class Run:
         """Measure what the run starts from, unless the checkpoint says it."""
         self._log, self._bar = log, bar
         progress = self.progress
+        largest = try_largest(self._plan, self.model, self.optimizer, self.guard, progress.step)
+        self._memory.choose(progress.step, largest)
         if self._plan.resume is None:
             before = self._held_out_loss()
             progress.loss_before = None if before is None else before.loss
@@ -191,6 +199,11 @@ class Run:
                 return
             yield window
 
+    def attempt(self, gradients: Gradients, window: Sequence[Batch]) -> Tensor:
+        """The passes of the next step. Errors: as the guard's."""
+        self._memory.before_step(self.progress.step + 1)
+        return self.guard.attempt(gradients, window)
+
     def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the optimizer may take this step. Errors: `NumericError`."""
         self._memory.after_backward()
@@ -198,6 +211,7 @@ class Run:
 
     def listen(self, report: StepReport) -> None:
         """A step is done: count, log, evaluate, save, stop, whatever of it is due."""
+        self._memory.after_step()
         progress, output = self.progress, self._plan.config.output
         progress.step = report.step
         progress.tokens += report.tokens
@@ -254,6 +268,11 @@ class Run:
         drop_after(run, step)
         prune(run, limit)
         return path
+
+    def leave_step(self) -> None:
+        """A step is given up: what it has made is forgotten."""
+        self._memory.after_step()
+        self.guard.drop_gradients()
 
     def stopped(self, signal_number: int) -> Stopped:
         """Save where the run stands; returns what to raise. Errors as `save`."""
@@ -407,9 +426,11 @@ class Run:
         return ", ".join(map(str, rows))
 
 
-def _with_adapters(plan: Plan) -> Any:
+def _with_adapters(plan: Plan, counter: StorageCounter) -> Any:
     """The base's model with new adapters, or with the one that the run goes on from."""
-    model, seed = read_weights(plan.base), plan.config.training.seed
+    counter.at("load")
+    model, seed = read_weights(plan.base, counter.tag), plan.config.training.seed
+    counter.at("inject")
     if plan.start is None:
         return inject_lora(model, plan.config.lora, seed=seed)
     # The base was compared when the adapter's files were opened.

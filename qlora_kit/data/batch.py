@@ -124,7 +124,7 @@ def steps(
 
     With `packs` a batch has `batch_size` packs. What is skipped is neither collated nor looked at.
     """
-    order = _Order(rows, batch_size, accumulation, seed, packs, group_by_length)
+    order = StepOrder(rows, batch_size, accumulation, seed, packs, group_by_length)
     for step in range(start_step, num_steps):
         groups = order.of_step(step)
         yield [
@@ -145,12 +145,16 @@ def step_rows(
     group_by_length: bool = False,
 ) -> list[int]:
     """Which rows the window of one step of `steps` holds, in their order."""
-    order = _Order(rows, batch_size, accumulation, seed, packs, group_by_length)
+    order = StepOrder(rows, batch_size, accumulation, seed, packs, group_by_length)
     return [row for group in order.of_step(step) for row in group]
 
 
-class _Order:
-    """Which rows share a sequence of a step, from its number alone; keeps the epoch's order."""
+class StepOrder:
+    """Which rows share a sequence of a step, from its number alone; keeps the epoch's order.
+
+    A sequence is a row or, with `packs`, a pack. A step has `window` sequences, an epoch `count`;
+    the last step of an epoch has what is left.
+    """
 
     def __init__(
         self,
@@ -163,20 +167,35 @@ class _Order:
     ) -> None:
         self._lengths = lengths_of(rows) if group_by_length else None
         self._packs, self._batch_size, self._seed = packs, batch_size, seed
-        self._window = batch_size * accumulation
-        self._count = len(rows) if packs is None else len(packs)
+        self.window = batch_size * accumulation
+        self.count = len(rows) if packs is None else len(packs)
         self._epoch, self._order = -1, np.empty(0, np.int32)
 
-    def of_step(self, step: int) -> list[list[int]]:
-        epoch, index = divmod(step, -(-self._count // self._window))
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every row once."""
+        return -(-self.count // self.window)
+
+    def of_epoch(self, epoch: int) -> np.ndarray:
+        """Every sequence of an epoch in its order; do not write to it."""
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = (
-                epoch_order(self._count, self._seed, epoch)
+                epoch_order(self.count, self._seed, epoch)
                 if self._lengths is None
-                else grouped_order(self._lengths, self._batch_size, self._window, self._seed, epoch)
+                else grouped_order(self._lengths, self._batch_size, self.window, self._seed, epoch)
             )
-        chosen = self._order[index * self._window : (index + 1) * self._window].tolist()
+        return self._order
+
+    def of_step(self, step: int) -> list[list[int]]:
+        """The rows of each sequence of a step, counted from 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        chosen = self.of_epoch(epoch)[index * self.window : (index + 1) * self.window]
+        return self.rows_of(chosen)
+
+    def rows_of(self, sequences: np.ndarray) -> list[list[int]]:
+        """The rows of each of some sequences."""
+        chosen: list[int] = sequences.tolist()
         return [[i] for i in chosen] if self._packs is None else [self._packs[i] for i in chosen]
 
 

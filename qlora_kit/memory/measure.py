@@ -72,6 +72,13 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def reserved_bytes(device: torch.device) -> int:
+    """The most that the process took from the system: the allocator's blocks, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return peak_bytes(device)
+
+
 def free_bytes(device: torch.device) -> int:
     """What is left: of the GPU, or of the host within this process's limit."""
     if device.type == "cuda":
@@ -92,4 +99,4 @@ def describe_device(device: torch.device) -> str:
     """The device in words, with what its peak means."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (peak: allocated by the process)"
-    return "cpu (peak: resident set of the process, imports included)"
+    return "cpu (peak: tensors of loading and of counted steps)"

@@ -124,6 +124,7 @@ class Guard:
         rows_of: Callable[[int], str] = lambda step: "unknown",
     ) -> None:
         self._model, self._note, self._rows_of = model, note, rows_of
+        self._device = model.get_input_embeddings().weight.device
         self._signals = signals or StopSignals()
         self._checked_gradients = False
         self._window: Sequence[Batch] = ()
@@ -131,6 +132,8 @@ class Guard:
         """Skipped steps since the last one that was taken."""
         self.max_rows: int | None = None
         """Rows of a micro-batch that the device was found to hold; None: as configured."""
+        self.planned_bytes: int | None = None
+        """What the run takes at most by its plan, where there is one; said in an error."""
 
     def attempt(
         self, gradients: Callable[[Sequence[Batch]], Tensor], window: Sequence[Batch]
@@ -204,12 +207,12 @@ class Guard:
         largest = max(batch["input_ids"].shape[0] for batch in self._window)
         length = max(batch["input_ids"].shape[1] for batch in self._window)
         if largest == 1:
-            needed, free = (
-                _needed_bytes(said),
-                free_bytes(self._model.get_input_embeddings().weight.device),
-            )
+            needed, free = _needed_bytes(said), free_bytes(self._device)
+            planned = ""
+            if self.planned_bytes is not None:
+                planned = f"{self.planned_bytes} bytes planned, "
             raise ResourceError(
-                f"out of memory with one row of {length} tokens: {needed} more needed, "
+                f"out of memory with one row of {length} tokens: {planned}{needed} more needed, "
                 f"{free} bytes free",
                 f"lower --max_length below {length}, use --gradient_checkpointing full, "
                 "or --bits 4",

@@ -152,12 +152,29 @@ def restore_optimizer(
     optimizer.state.update(made)
 
 
+def missing_states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """New tensors like the states that the next step will add to what the device holds.
+
+    The optimizer stays as it is. Left out is what is paged, in memory that is not the device's.
+    """
+    paged = getattr(optimizer, "is_paged", False)
+
+    def is_missing(parameter: nn.Parameter) -> bool:
+        is_paged = paged and parameter.numel() >= PAGED_FROM_ELEMENTS
+        return parameter not in optimizer.state and not is_paged
+
+    states = (state for _, state in _new_states(optimizer, is_missing))
+    return [one for state in states for one in state.values() if isinstance(one, Tensor)]
+
+
 def _new_states(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer, chosen: Callable[[nn.Parameter], bool] = lambda one: True
 ) -> Iterator[tuple[nn.Parameter, MutableMapping[str, Any]]]:
-    """Every parameter with the state that its first step would begin with."""
+    """The chosen parameters, each with the state that its first step would begin with."""
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
+            if not chosen(parameter):
+                continue
             if isinstance(optimizer, torch.optim.AdamW):
                 yield (
                     parameter,

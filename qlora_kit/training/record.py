@@ -84,11 +84,18 @@ class EvalRecord(TypedDict):
 
 
 class MemoryRecord(TypedDict):
-    """Bytes by component, `peak` among them; `planned` where there was a plan."""
+    """Bytes by component, `peak` among them; `planned` where there was a plan.
+
+    `phases` has the peak of each phase and its module, `peak_at` phase and module of the largest,
+    `process` the most that the whole process held: resident, or reserved on the GPU.
+    """
 
     device: str
     planned: NotRequired[Mapping[str, int]]
     measured: Mapping[str, int]
+    phases: NotRequired[Mapping[str, Mapping[str, Any]]]
+    peak_at: NotRequired[str]
+    process: NotRequired[int]
 
 
 class RunRecord(TypedDict):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qlora_kit.commands import run
+from qlora_kit.fakes import has_values
 from qlora_kit.training import loop
 
 
@@ -90,13 +91,29 @@ def tight_memory() -> None:
     _before_each_step(limit)
 
 
+def little_room() -> None:
+    """The process may grow by 500 MiB from its start on."""
+    _room(500)
+
+
+def little_room_without_preflight() -> None:
+    """The same, and nothing is tried before the first step."""
+    _room(500)
+    run.try_largest = lambda *args: 0
+
+
+def room_for_half() -> None:
+    """The process may grow by 900 MiB from its start on."""
+    _room(900)
+
+
 def stop_in_load() -> None:
     """SIGTERM comes while weights are read."""
     real = run.read_weights
 
-    def read_weights(base: Any) -> Any:
+    def read_weights(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(base)
+        return real(*args)
 
     run.read_weights = read_weights
 
@@ -171,6 +188,12 @@ def _full_evaluation(too_much: Any) -> None:
     run.evaluate = evaluate
 
 
+def _room(mebibytes: int) -> None:
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + mebibytes * 1024**2,) * 2)
+
+
 def _grace(seconds: float) -> None:
     from qlora_kit.training import guard
 
@@ -181,7 +204,9 @@ def _before_each_step(act: Any) -> None:
     real = loop._accumulate
 
     def accumulate(model: Any, window: Any, step: int) -> torch.Tensor:
-        act(step, model)
+        # The run's plan takes its steps on fake tensors, before there is a model.
+        if has_values(model.get_input_embeddings().weight):
+            act(step, model)
         return real(model, window, step)
 
     loop._accumulate = accumulate

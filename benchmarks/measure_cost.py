@@ -1,0 +1,76 @@
+"""What measuring costs a run while no step is counted: steps with and without its code, in turn.
+
+Both sides are the same model and optimizer; only the calls around the step differ. The whole cost
+is three calls that find nothing to do, so a ratio beyond 1 % is noise of the machine or a mistake.
+
+    python benchmarks/measure_cost.py               # 50 steps of each, the model that ships
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from record import write_result
+
+from qlora_kit.base.load import load_base
+from qlora_kit.commands.result import Memory
+from qlora_kit.data.batch import collate
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.lora.inject import inject_lora
+from qlora_kit.memory.meter import Meter
+from qlora_kit.training.loop import train_step
+from qlora_kit.training.optimizer import make_optimizer
+
+WARM_UP = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=50, help="of each side")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--result", default="measure_cost")
+    given = parser.parse_args()
+    model, _ = load_base(given.model, bits=given.bits)
+    inject_lora(model)
+    model.train()
+    optimizer = make_optimizer("adamw", model.parameters(), 1e-4)
+    device = model.get_input_embeddings().weight.device
+    memory = Memory(model, optimizer, Meter(device))
+    row = Encoded([5] * given.length, [5] * given.length)
+    window = [collate([row] * given.batch, 0)]
+
+    def attempt(gradients: Any, parts: Any) -> Any:
+        memory.before_step(1)
+        return gradients(parts)
+
+    def check(step: int, loss: Any, norm: Any) -> bool:
+        memory.after_backward()
+        return True
+
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    for number in range(WARM_UP + given.steps):
+        for side, taken in seconds.items():
+            hooks = {"attempt": attempt, "check": check} if side == "with" else {}
+            began = time.perf_counter()
+            train_step(model, window, optimizer, step=number + 1, max_grad_norm=1.0, **hooks)
+            if side == "with":
+                memory.after_step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= WARM_UP:
+                taken.append(time.perf_counter() - began)
+    medians = {side: statistics.median(taken) for side, taken in seconds.items()}
+    ratio = medians["with"] / medians["without"]
+    print(f"with {medians['with']:.5f} s, without {medians['without']:.5f} s, ratio {ratio:.4f}")
+    print(write_result(given.result, {**vars(given), "step_s": medians, "ratio": ratio}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Tries the largest batch of a run before its first step, so that what cannot fit fails at once.
+
+A data set may hide its one long row at its end, hours away. `preflight` sends the largest
+micro-batch through forward and backward by the training loop's own step, which then takes no
+optimizer step, beside as much memory as the run will hold at that place: the optimizer's states,
+and the gradients where a window has several micro-batches. Where the device is full, the guard
+does what it does in a step: halves, or refuses.
+
+Everything that a step depends on is as before: no parameter, gradient, optimizer state or random
+state changes, the places of dropout are those of a run that has not begun, and the order of rows
+is never touched. Only `max_rows` of the guard is kept where it was found to be needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.training.guard import Guard
+from qlora_kit.training.loop import Gradients, train_step
+from qlora_kit.training.optimizer import missing_states
+
+if TYPE_CHECKING:
+    from qlora_kit.data.batch import Batch
+
+TIGHT = 0.9
+"""On the CPU a plan of less than this share of its budget needs no trial."""
+
+
+def is_due(device: torch.device, planned_bytes: int, budget_bytes: int | None) -> bool:
+    """Whether a run of this plan should be tried first; without a budget, on CUDA only."""
+    near = budget_bytes is not None and planned_bytes > TIGHT * budget_bytes
+    return device.type == "cuda" or near
+
+
+def preflight(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    guard: Guard,
+    *,
+    accumulates: bool,
+) -> None:
+    """Run the passes of `batch` before the first step of this process; nothing else changes.
+
+    `accumulates` says that other micro-batches come before it in its step. Errors:
+    `ResourceError` where one row does not fit, `Stopped`.
+    """
+    device = model.get_input_embeddings().weight.device
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    held: list[Tensor] = []
+
+    def as_in_a_run(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
+        held[:] = missing_states(optimizer)
+        if accumulates:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+        return gradients(window)
+
+    def attempt(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
+        return guard.attempt(lambda parts: as_in_a_run(gradients, parts), window)
+
+    was_training = model.training
+    model.train()
+    # A base with dropout of its own draws from torch's generators.
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            train_step(
+                model,
+                [batch],
+                optimizer,
+                step=0,
+                max_grad_norm=1.0,
+                attempt=attempt,
+                check=lambda step, loss, norm: False,
+            )
+    finally:
+        guard.drop_gradients()
+        model.train(was_training)
+        for module in model.modules():
+            if hasattr(module, "seek"):
+                module.seek(0, 0)

@@ -1,0 +1,103 @@
+"""Laws of the preflight: it changes nothing, and it meets what the run will meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from windows import ragged_rows, trained
+
+from qlora_kit.data.batch import steps
+from qlora_kit.data.largest import largest_batch
+from qlora_kit.errors import ResourceError
+from qlora_kit.memory.measure import optimizer_bytes, tensor_bytes
+from qlora_kit.training.guard import Guard
+from qlora_kit.training.loop import train
+from qlora_kit.training.optimizer import make_optimizer, missing_states
+from qlora_kit.training.preflight import is_due, preflight
+
+ORDER = {"batch_size": 2, "accumulation": 3, "num_steps": 6, "seed": 3}
+
+
+def run(model, optim, rows, tried):
+    ours = model(dropout=0.3, r=16)
+    guard = Guard(ours)
+    optimizer = make_optimizer(optim, ours.parameters(), 1e-2)
+    torch.manual_seed(11)
+    state, before = torch.get_rng_state(), guard.state()
+    if tried:
+        batch = largest_batch(rows, **ORDER).batch(rows, 0)
+        preflight(ours, optimizer, batch, guard, accumulates=True)
+        assert not optimizer.state
+        assert all(parameter.grad is None for parameter in ours.parameters())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (guard.state(), guard.bad_in_a_row) == (before, 0)
+        assert {m._position for m in ours.modules() if hasattr(m, "seek")} == {(0, 0)}
+        assert not ours.training
+    windows = steps(rows, pad_id=0, **ORDER)
+    history = train(ours, windows, optimizer, attempt=guard.attempt, check=guard.check)
+    return trained(ours), [one.loss for one in history]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_a_run_is_the_same_bit_for_bit_with_and_without_it(model, optim):
+    """Six steps of three micro-batches with dropout, over two epochs."""
+    rows = ragged_rows(20)
+    (ours, losses), (plain, plain_losses) = (run(model, optim, rows, on) for on in (True, False))
+    assert losses == plain_losses
+    assert all(torch.equal(ours[name], tensor) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "lion_8bit"])
+def test_it_holds_the_states_that_the_first_step_makes(model, optim):
+    ours, rows = model(r=64), ragged_rows(6)
+    optimizer = make_optimizer(optim, ours.parameters(), 1e-2)
+    expected = tensor_bytes(missing_states(optimizer))
+    train(ours, steps(rows, pad_id=0, **ORDER), optimizer)
+    assert expected == optimizer_bytes(optimizer)["optimizer"] > 0
+    assert missing_states(optimizer) == []
+
+
+def full_above(ours, rows):
+    """A layer that asks for more than there is where it sees more rows at once."""
+
+    def look(module, args):
+        if args[0].shape[0] > rows:
+            torch.empty(2**55, dtype=torch.uint8)
+
+    ours.model.layers[1].register_forward_pre_hook(look)
+
+
+def test_where_half_fits_the_run_goes_on_with_half(model):
+    ours, notes = model(), []
+    full_above(ours, 1)
+    guard = Guard(ours, note=notes.append)
+    optimizer = make_optimizer("adamw", ours.parameters(), 1e-2)
+    rows = ragged_rows(8)
+    batch = largest_batch(rows, **ORDER).batch(rows, 0)
+    preflight(ours, optimizer, batch, guard, accumulates=False)
+    assert guard.max_rows == 1
+    assert [note.partition(":")[0] for note in notes] == ["out of memory with 2 rows at a time"]
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_one_row_that_does_not_fit_is_refused_with_plan_and_ways_out(model):
+    ours = model()
+    full_above(ours, 0)
+    guard = Guard(ours)
+    guard.planned_bytes = 123456789
+    optimizer = make_optimizer("adamw", ours.parameters(), 1e-2)
+    rows = ragged_rows(8)
+    batch = largest_batch(rows, **ORDER).batch(rows, 0)
+    with pytest.raises(ResourceError) as error:
+        preflight(ours, optimizer, batch, guard, accumulates=True)
+    for part in ("123456789 bytes planned", "bytes free", "--max_length", "full", "--bits 4"):
+        assert part in str(error.value), part
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_on_the_cpu_it_is_due_near_the_budget_alone():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert is_due(cuda, 1, 1000)
+    assert not is_due(cpu, 899, 1000)
+    assert is_due(cpu, 901, 1000)
+    assert not is_due(cpu, 901, None)

@@ -204,10 +204,8 @@ class Guard:
         largest = max(batch["input_ids"].shape[0] for batch in self._window)
         length = max(batch["input_ids"].shape[1] for batch in self._window)
         if largest == 1:
-            needed, free = (
-                _needed_bytes(said),
-                free_bytes(self._model.get_input_embeddings().weight.device),
-            )
+            device = self._model.get_input_embeddings().weight.device
+            needed, free = _needed_bytes(said), free_bytes(device)
             raise ResourceError(
                 f"out of memory with one row of {length} tokens: {needed} more needed, "
                 f"{free} bytes free",

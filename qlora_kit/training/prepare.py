@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qlora_kit.config import TrainingConfig
@@ -10,7 +11,7 @@ from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.recompute import set_recompute
 
 
-def prepare_model(model: Any, config: TrainingConfig, recompute: str) -> str | None:
+def prepare_model(model: Any, config: TrainingConfig, recompute: str | Sequence[str]) -> str | None:
     """Choose attention, blocks and recompute; None, or why its own blocks stay as they are."""
     set_packed_attention(model)
     note = use_own_blocks(model) if config.own_blocks else None

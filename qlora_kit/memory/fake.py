@@ -75,6 +75,7 @@ class FakeRun:
             tag_adapters(self.model, self._counter.tag)
             self.note = prepare_model(self.model, training, "none")
         self.loading = self._taken(0)
+        self.context = base.context
         self.layers = list(self.model.base_model.layers)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.model.train()

@@ -154,22 +154,26 @@ class Planner:
         self.run = FakeRun(open_shape(base, target), fresh, training, target)
 
     def plan(
-        self, window: Window, level: str | None = None, budget_bytes: int | None = None
+        self,
+        window: Window,
+        level: str | None = None,
+        budget_bytes: int | None = None,
+        micro_steps: int | None = None,
     ) -> MemoryPlan:
         """The plan of a window; `auto` takes the fastest levels whose peak is within the budget.
 
-        `level` is that of the options unless given.
+        `level` and the `micro_steps` of a step are those of the options unless given.
         """
         level, layers = level or self.training.gradient_checkpointing, len(self.run.layers)
         batches = self.run.window(
             window.rows,
             window.length,
             window.supervised,
-            self.training.gradient_accumulation_steps,
+            micro_steps or self.training.gradient_accumulation_steps,
         )
         self.run.packed = window.packed
         if level == "auto":
-            budget = None if budget_bytes is None else self._overhead.room(budget_bytes)
+            budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
             chosen = choose_levels(self.run, batches, budget)
         else:
             levels = (level,) * layers
@@ -177,7 +181,8 @@ class Planner:
         return self._plan_of(chosen, window.length, budget_bytes)
 
     @property
-    def _overhead(self) -> Overhead:
+    def overhead(self) -> Overhead:
+        """What lies outside tensors on the device."""
         return OVERHEADS[self.device]
 
     def _plan_of(self, chosen: Chosen, length: int, budget_bytes: int | None) -> MemoryPlan:
@@ -186,7 +191,7 @@ class Planner:
         updates = [moved(one, "", passed, run.apart) for one in run.updates]
         everything = (*run.loading, *chosen.stretches, *updates)
         highest = max(everything, key=lambda stretch: stretch.peak)
-        overhead = self._overhead.of(highest.peak)
+        overhead = self.overhead.of(highest.peak)
         at_peak = {k: n for k, n in highest.at_peak.items() if n and k != HOST}
         # What is held is what the passes find; the optimizer's step has more for a moment.
         sizes = _most(chosen.stretches) | {

@@ -629,6 +629,29 @@ class ShowConfig(Options):
     html: str | None = option(None, "also write a page to share", check=_not_empty, metavar="FILE")
 
 
+@dataclass(frozen=True)
+class PlanConfig(Options):
+    """What is planned for, and what is shown of it."""
+
+    max_length: int | None = option(
+        None,
+        "tokens per row, all trained on",
+        aliases=("max_seq_length",),
+        check=between(2, 10**7),
+        shown_default=f"{DEFAULT_LENGTH}, or the model's context where that is shorter",
+    )
+    packing: bool = option(False, "rows hold several shorter ones, isolated from each other")
+    device_memory: str | None = option(
+        None,
+        "memory of the card that is planned for, such as 8GiB",
+        check=_size,
+        metavar="SIZE",
+        shown_default="what is free here",
+    )
+    grid: bool = option(False, "also the peak over batch sizes and lengths")
+    json: bool = option(False, "print one JSON object and nothing else")
+
+
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """The name of an option outside Python."""
     return str(field.metadata["option"]["flag"] or field.name)

@@ -61,6 +61,7 @@ FLOORS = {
     "memory.meter": 3,
     "memory.fake": 4,
     "memory.choose": 4,
+    "memory.suggest": 4,
     "memory.plan": 4,
     "commands": 5,
     "": 5,

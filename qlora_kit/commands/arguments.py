@@ -27,6 +27,7 @@ from qlora_kit.config import (
     OneOf,
     Options,
     OutputConfig,
+    PlanConfig,
     ShowConfig,
     TrainingConfig,
     alternatives,
@@ -45,6 +46,7 @@ GROUP_TITLES = {
     GenerateConfig: "generation",
     EvaluateConfig: "evaluation",
     ShowConfig: "what is shown",
+    PlanConfig: "the plan",
 }
 Group = TypeVar("Group", bound=Options)
 

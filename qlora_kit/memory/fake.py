@@ -29,6 +29,7 @@ from qlora_kit.fakes import planned_device
 from qlora_kit.lora.inject import inject_lora, tag_adapters
 from qlora_kit.memory.counter import Sizes, StorageCounter, Stretch
 from qlora_kit.memory.extend import cut, extend
+from qlora_kit.memory.meter import batch_tensors
 from qlora_kit.memory.places import follow
 from qlora_kit.training.attention import known_rows
 from qlora_kit.training.loop import Gradients, train_step
@@ -36,6 +37,8 @@ from qlora_kit.training.optimizer import make_optimizer, optimizer_name, tag_sta
 from qlora_kit.training.prepare import prepare_model
 from qlora_kit.training.recompute import set_recompute
 
+TRACED_STEPS = 2
+"""Micro-batches of a window: from the second on each finds all gradients, as the others do."""
 HOST = "host"
 """The component of what lies in the host's memory where the device has its own."""
 
@@ -72,6 +75,7 @@ class FakeRun:
             tag_adapters(self.model, self._counter.tag)
             self.note = prepare_model(self.model, training, "none")
         self.loading = self._taken(0)
+        self.context = base.context
         self.layers = list(self.model.base_model.layers)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.model.train()
@@ -91,11 +95,14 @@ class FakeRun:
         ids = [1] * length
         row = Encoded(ids, [-100] * (length - supervised) + ids[length - supervised :])
         batch: dict[str, Any] = dict(collate([row] * rows, 0))
-        made = {
-            key: self._mode.from_tensor(value) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
-        return [made] * micro_steps  # type: ignore[list-item]
+        window = [
+            {
+                key: self._mode.from_tensor(value.clone()) if isinstance(value, Tensor) else value
+                for key, value in batch.items()
+            }
+            for _ in range(micro_steps)
+        ]
+        return window  # type: ignore[return-value]
 
     def passes(self, window: Sequence[Batch], levels: Sequence[str]) -> list[Stretch]:
         """The stretches of forward and backward of a window; `levels` has one for each layer."""
@@ -117,11 +124,13 @@ class FakeRun:
             return loss
 
         with self._only(chosen), self._inside():
+            if self.device.type == "cpu":  # elsewhere a batch is copied for its passes alone
+                self._counter.tag("activations", batch_tensors(window))
             set_recompute(self.model, [levels[i] for i in chosen])
             first = len(self._counter.stretches)
             self._counter.filling = "activations"
             with follow(self.model, self._counter):
-                self._step(window, passes, update=False)
+                self._step(window[-TRACED_STEPS:], passes, update=False)
             return self._taken(first)
 
     def _update(self) -> list[Stretch]:
@@ -131,8 +140,9 @@ class FakeRun:
             for parameter in self._trained:
                 parameter.grad = torch.empty_like(parameter)
                 self._counter.tag("gradients", (parameter.grad,))
+            loss = torch.zeros(())  # what the passes leave
             self._counter.at("step")
-            return torch.zeros(())
+            return loss
 
         with self._inside(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of paging, which a CPU has not

@@ -13,7 +13,7 @@ their sum is above the peak.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qlora_kit.base.load import tag_weights
 from qlora_kit.base.quantize import tagged_workspace
+from qlora_kit.data.batch import Batch
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Sizes, StorageCounter, Stretch
 from qlora_kit.memory.measure import optimizer_bytes, peak_bytes
@@ -175,13 +176,20 @@ class AllocatorCounter(StorageCounter):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def count_step(
-    model: Any, optimizer: torch.optim.Optimizer, counter: StorageCounter | None = None
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    counter: StorageCounter | None = None,
+    window: Sequence[Batch] = (),
 ) -> Iterator[StorageCounter]:
-    """Inside, the counter sees a step of `model` come and go; what is there already is tagged."""
+    """Inside, the counter sees a step of `model` come and go; what is there already is tagged.
+
+    The batches of `window` count as activations.
+    """
     counter = counter or StorageCounter()
     tag_weights(model, counter.tag)
     tag_adapters(model, counter.tag)
     tag_states(optimizer, counter.tag)
+    counter.tag("activations", batch_tensors(window))
     with tagged_workspace(counter.tag), counter, follow(model, counter):
         yield counter
 
@@ -193,3 +201,8 @@ def most_of_each(stretches: list[Stretch]) -> Sizes:
         for component, most in stretch.largest.items():
             found[component] = max(most, found.get(component, 0))
     return found
+
+
+def batch_tensors(window: Sequence[Batch]) -> list[Tensor]:
+    """The tensors of some batches."""
+    return [one for batch in window for one in batch.values() if isinstance(one, Tensor)]

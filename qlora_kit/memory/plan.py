@@ -20,6 +20,7 @@ from qlora_kit.base.shape import open_shape
 from qlora_kit.config import DEFAULT_LENGTH, BaseConfig, LoRAConfig, TrainingConfig
 from qlora_kit.memory.choose import Chosen, choose_levels, recomputed_share
 from qlora_kit.memory.counter import Sizes, Stretch
+from qlora_kit.memory.extend import moved
 from qlora_kit.memory.fake import HOST, FakeRun
 from qlora_kit.memory.overhead import OVERHEADS, Overhead
 
@@ -28,8 +29,8 @@ COMPONENTS = (
     *("activations", "loss", "workspace"),
 )
 """What tensors are counted as; a plan also has `weights`, the first two together."""
-MICRO_STEPS = 2
-"""Of a window: from the second on each begins with all gradients there, and is like the others."""
+HELD = ("weights_quantized", "weights_other", "adapters", "optimizer", "paged")
+"""Those that are there before a step and after it."""
 
 
 @dataclass(frozen=True)
@@ -153,18 +154,26 @@ class Planner:
         self.run = FakeRun(open_shape(base, target), fresh, training, target)
 
     def plan(
-        self, window: Window, level: str | None = None, budget_bytes: int | None = None
+        self,
+        window: Window,
+        level: str | None = None,
+        budget_bytes: int | None = None,
+        micro_steps: int | None = None,
     ) -> MemoryPlan:
         """The plan of a window; `auto` takes the fastest levels whose peak is within the budget.
 
-        `level` is that of the options unless given.
+        `level` and the `micro_steps` of a step are those of the options unless given.
         """
         level, layers = level or self.training.gradient_checkpointing, len(self.run.layers)
-        micro_steps = min(MICRO_STEPS, self.training.gradient_accumulation_steps)
-        batches = self.run.window(window.rows, window.length, window.supervised, micro_steps)
+        batches = self.run.window(
+            window.rows,
+            window.length,
+            window.supervised,
+            micro_steps or self.training.gradient_accumulation_steps,
+        )
         self.run.packed = window.packed
         if level == "auto":
-            budget = None if budget_bytes is None else self._overhead.room(budget_bytes)
+            budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
             chosen = choose_levels(self.run, batches, budget)
         else:
             levels = (level,) * layers
@@ -172,18 +181,23 @@ class Planner:
         return self._plan_of(chosen, window.length, budget_bytes)
 
     @property
-    def _overhead(self) -> Overhead:
+    def overhead(self) -> Overhead:
+        """What lies outside tensors on the device."""
         return OVERHEADS[self.device]
 
     def _plan_of(self, chosen: Chosen, length: int, budget_bytes: int | None) -> MemoryPlan:
         run = self.run
-        step = (*chosen.stretches, *run.updates)
-        everything = (*run.loading, *step)
+        passed = chosen.stretches[-1].end
+        updates = [moved(one, "", passed, run.apart) for one in run.updates]
+        everything = (*run.loading, *chosen.stretches, *updates)
         highest = max(everything, key=lambda stretch: stretch.peak)
-        overhead = self._overhead.of(highest.peak)
+        overhead = self.overhead.of(highest.peak)
         at_peak = {k: n for k, n in highest.at_peak.items() if n and k != HOST}
-        bytes_ = _most(step)
-        bytes_ = {name: bytes_.get(name, 0) for name in COMPONENTS}
+        # What is held is what the passes find; the optimizer's step has more for a moment.
+        sizes = _most(chosen.stretches) | {
+            name: size for name, size in chosen.stretches[0].start.items() if name in HELD
+        }
+        bytes_ = {name: sizes.get(name, 0) for name in COMPONENTS}
         bytes_["weights"] = bytes_["weights_quantized"] + bytes_["weights_other"]
         phases: Sizes = {}
         for stretch in everything:

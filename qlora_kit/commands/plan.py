@@ -1,0 +1,112 @@
+"""`qlora-kit plan`: what a run will take, by component, before a byte of weights is read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.commands.arguments import parse
+from qlora_kit.config import (
+    DEFAULT_LENGTH,
+    BaseConfig,
+    LoRAConfig,
+    PlanConfig,
+    TrainingConfig,
+    size_bytes,
+)
+from qlora_kit.errors import reports_errors
+
+if TYPE_CHECKING:
+    from qlora_kit.memory.plan import MemoryPlan, Planner
+    from qlora_kit.memory.suggest import Options, Suggestion
+
+SUMMARY = "Say what a run will take, by component, before a byte of weights is read or downloaded."
+GROUPS = (BaseConfig, LoRAConfig, TrainingConfig, PlanConfig)
+ROWS, LENGTHS = (1, 2, 4, 8), (512, 1024, 2048, 4096)
+"""Of the table that `--grid` makes."""
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parsed = parse("qlora-kit plan", SUMMARY, GROUPS, sys.argv[1:] if argv is None else argv)
+    asked = parsed[PlanConfig]
+    from qlora_kit.memory.plan import Planner
+    from qlora_kit.memory.suggest import Options, suggest
+
+    base, lora, training = parsed[BaseConfig], parsed[LoRAConfig], parsed[TrainingConfig]
+    device = _device(base, asked)
+    planner = Planner(base, lora, training, device)
+    length = asked.max_length or min(DEFAULT_LENGTH, planner.run.context)
+    options = Options(base, lora, training, length, asked.packing)
+    budget = _budget(device, training, asked)
+    plan = planner.plan(options.window, budget_bytes=budget)
+    suggestions = [] if plan.fits or budget is None else suggest(options, planner, device, budget)
+    grid = _grid(planner, options, budget) if asked.grid else None
+    if asked.json:
+        print(json.dumps(_as_json(plan, suggestions, grid)))
+    else:
+        from qlora_kit.commands.plan_text import print_plan
+
+        print_plan(options, planner, plan, suggestions, grid)
+    return 0
+
+
+def _device(base: BaseConfig, asked: PlanConfig) -> str:
+    """The kind of device that is planned for: a card's memory is that of a GPU."""
+    if base.device != "auto":
+        return base.device.partition(":")[0]
+    if asked.device_memory is not None:
+        return "cuda"
+    from qlora_kit.base.load import find_device
+
+    return find_device("auto").type
+
+
+def _budget(device: str, training: TrainingConfig, asked: PlanConfig) -> int | None:
+    """What the run may take: what is given, the smaller of both; else what this device has free."""
+    given = [size_bytes(one) for one in (training.memory_budget, asked.device_memory) if one]
+    if given:
+        return min(given)
+    import torch
+
+    from qlora_kit.commands.planned import available_bytes
+
+    here = device == "cpu" or torch.cuda.is_available()
+    return available_bytes(torch.device(device)) if here else None
+
+
+def _grid(planner: Planner, options: Options, budget: int | None) -> list[dict[str, Any]]:
+    """The plans of batches and lengths, up to the model's context."""
+    from qlora_kit.memory.plan import Window
+
+    cells = []
+    for length in (one for one in LENGTHS if one <= planner.run.context):
+        for rows in ROWS:
+            window = Window(rows, length, length, options.packing)
+            plan = planner.plan(window, budget_bytes=budget)
+            cells.append({"batch_size": rows, "max_length": length, "plan": plan})
+    return cells
+
+
+def _as_json(
+    plan: MemoryPlan, suggestions: Sequence[Suggestion], grid: Sequence[dict[str, Any]] | None
+) -> dict[str, Any]:
+    result = plan.as_json()
+    result["suggestions"] = [
+        {"change": one.change, "peak_bytes": one.plan.peak_bytes} for one in suggestions
+    ]
+    if grid is not None:
+        result["grid"] = [
+            {
+                "batch_size": cell["batch_size"],
+                "max_length": cell["max_length"],
+                "peak_bytes": cell["plan"].peak_bytes,
+                "gradient_checkpointing": cell["plan"].recompute,
+                "fits": cell["plan"].fits,
+            }
+            for cell in grid
+        ]
+    return result

@@ -1,0 +1,85 @@
+"""A memory plan on a terminal: by component, with its peak's place, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_kit.commands.display import size
+
+if TYPE_CHECKING:
+    from qlora_kit.memory.plan import MemoryPlan, Planner
+    from qlora_kit.memory.suggest import Options, Suggestion
+
+SHOWN = {
+    "weights_quantized": "quantized linears",
+    "weights_other": "embeddings, head, norms",
+    "adapters": "adapters (fp32 masters)",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "paged": "paged states, outside the card",
+    "activations": "activations",
+    "loss": "loss",
+    "workspace": "workspace",
+    "overhead": "outside tensors",
+}
+
+
+def print_plan(
+    options: Options,
+    planner: Planner,
+    plan: MemoryPlan,
+    suggestions: Sequence[Suggestion],
+    grid: Sequence[dict[str, Any]] | None,
+) -> None:
+    """Print all of it."""
+    console = Console(highlight=False, soft_wrap=True)
+    training = options.training
+    console.print(
+        f"[bold]{escape(options.base.model)}[/], {options.base.bits} bits, "
+        f"{training.batch_size} x {options.length} tokens, on {plan.device}"
+    )
+    table = Table(show_edge=False)
+    for title in ("component", "most in a step", "at the peak"):
+        table.add_column(title, justify="left" if title == "component" else "right")
+    for name, shown in SHOWN.items():
+        most, there = plan.bytes.get(name, 0), plan.at_peak.get(name, 0)
+        if most or there:
+            table.add_row(shown, size(most) if most else "", size(there) if there else "")
+    table.add_row("[bold]peak[/]", "", f"[bold]{size(plan.peak_bytes)}[/]")
+    console.print(table)
+    console.print(f"peak in {escape(plan.place)}")
+    again = f"{plan.recomputed:.0%} of a forward pass is done again"
+    console.print(f"gradient checkpointing: {plan.recompute}; {again}")
+    console.print(f"host memory of loading: {size(plan.host_peak_bytes)}")
+    console.print(f"outside tensors: {escape(planner.overhead.source)}")
+    if plan.budget_bytes is not None:
+        word = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
+        console.print(f"{word}: {size(plan.peak_bytes)} of {size(plan.budget_bytes)}")
+    for one in suggestions:
+        console.print(f"  {escape(one.change)}: {size(one.plan.peak_bytes)}")
+    if not plan.fits and not suggestions:
+        console.print("  no change of these options makes it fit: take a smaller base")
+    if grid is not None:
+        console.print(_grid_table(grid))
+
+
+def _grid_table(grid: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="peak by batch and length", title_justify="left", show_edge=False)
+    rows = sorted({cell["batch_size"] for cell in grid})
+    table.add_column("length", justify="right")
+    for count in rows:
+        table.add_column(f"batch {count}", justify="right")
+    for length in sorted({cell["max_length"] for cell in grid}):
+        cells = [cell["plan"] for cell in grid if cell["max_length"] == length]
+        colours = ("green" if plan.fits else "red" for plan in cells)
+        shown = (
+            f"[{colour}]{size(plan.peak_bytes)}[/]"
+            for colour, plan in zip(colours, cells, strict=True)
+        )
+        table.add_row(str(length), *shown)
+    return table

@@ -1,0 +1,3 @@
+from qlora_kit.commands.plan import main
+
+raise SystemExit(main())

@@ -3,7 +3,7 @@
     python benchmarks/plan_grid.py --shapes tiny stories shape --result plan_grid
 
 Each point loads the base, takes two real steps and counts the second one (memory/meter.py), and
-plans the same run. `stories` is stories260K of --data, `shape` a Llama of 160 M with random weights.
+plans the same run. `stories` is stories260K of --data, `shape` a random Llama of 160 M.
 Writes results/plan_grid.json.
 """
 
@@ -35,6 +35,7 @@ from qlora_kit.training.prepare import prepare_model
 
 MICRO_STEPS = 2
 LEVELS = ("none", "selective", "full")
+SHAPES = ("tiny", "stories", "shape")
 # A Llama of 160 M, by name and sizes of a common small model.
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],

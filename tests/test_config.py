@@ -57,7 +57,7 @@ CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
     (TrainingConfig, "gradient_accumulation_steps", [1], [0, 0.5]),
     (TrainingConfig, "num_train_epochs", [0.5, 3], [-1, "nan", "inf"]),
     (TrainingConfig, "max_steps", [1], [-1, 1.5, 0]),
-    (TrainingConfig, "gradient_checkpointing", ["none", "selective", "full"], ["some"]),
+    (TrainingConfig, "gradient_checkpointing", ["auto", "none", "selective", "full"], ["some"]),
     (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63, "x"]),
     (OutputConfig, "output_dir", ["out"], [""]),
     (OutputConfig, "logging_steps", [1], [0]),
@@ -267,3 +267,15 @@ def test_names_do_not_clash_within_a_command() -> None:
                 for name in {flag_of(field), field.name, *field.metadata["option"]["aliases"]}:
                     assert name not in seen, f"{name} of {group.__name__} and {seen[name]}"
                     seen[name] = group.__name__
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GiB", 8 * 2**30), ("8 gb", 8 * 10**9), ("500MiB", 500 * 2**20), ("1.5k B", None), ("7", 7)],
+)
+def test_sizes(text, expected):
+    if expected is None:
+        with pytest.raises(ConfigError, match="memory_budget must be a size"):
+            TrainingConfig(memory_budget=text)
+    else:
+        assert TrainingConfig(memory_budget=text).budget_bytes == expected

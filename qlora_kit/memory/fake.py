@@ -124,8 +124,10 @@ class FakeRun:
             return loss
 
         with self._only(chosen), self._inside():
-            if self.device.type == "cpu":  # elsewhere a batch is copied for its passes alone
-                self._counter.tag("activations", batch_tensors(window))
+            # On a GPU there is a copy of one batch, the others wait on the host.
+            waiting = window[:-1] if HOST in self.apart else []
+            self._counter.tag(HOST, batch_tensors(waiting))
+            self._counter.tag("activations", batch_tensors(window[len(waiting) :]))
             set_recompute(self.model, [levels[i] for i in chosen])
             first = len(self._counter.stretches)
             self._counter.filling = "activations"

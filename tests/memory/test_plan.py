@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from families import save_checkpoint
 
 from qlora_kit.base.load import open_base, read_weights
 from qlora_kit.base.quantize import own_workspace
+from qlora_kit.base.shape import open_shape
 from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
 from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.lora.inject import inject_lora
+from qlora_kit.memory.choose import choose_levels, layer_work
+from qlora_kit.memory.fake import FakeRun
 from qlora_kit.memory.meter import count_step
-from qlora_kit.memory.plan import COMPONENTS, plan_memory
+from qlora_kit.memory.plan import COMPONENTS, Planner, plan_memory
+from qlora_kit.memory.suggest import Options, suggest
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model
@@ -117,3 +125,130 @@ def test_planned_equals_counted(base_dir, model, bits, level, rows, length, targ
     )
     stretches = counted(base, lora, training, level, rows, length)
     assert_equal(plan_memory(base, lora, training, length=length), stretches)
+
+
+def run_of(base_dir, device="cpu", **options):
+    base = BaseConfig(base_dir, bits=4, dtype="bf16", device="cpu")
+    lora = LoRAConfig(r=4, **options)
+    target = torch.device(device)
+    return FakeRun(open_shape(base, target), lora, TrainingConfig(), target)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("targets", ["all-linear", r"model\.layers\.[2-5]\..*q_proj"])
+def test_an_extended_trace_is_the_whole_one(base_dir, device, targets):
+    """Every stretch with all its components, at single levels and at mixes."""
+    run = run_of(base_dir, device, target_modules=targets)
+    window = run.window(2, 64, 48, 3)
+    mixes = [[level] * 6 for level in LEVELS]
+    mixes += [["full", "full", "full", "full", "selective", "none"], ["none"] * 4 + ["full"] * 2]
+    for levels in mixes:
+        extended, whole = run.passes(window, levels), run.trace(window, range(6), levels)
+        assert extended == whole
+
+
+def test_auto_fills_the_budget_and_never_exceeds_it(base_dir):
+    """Within 90 % of it or all that `none` takes; more memory never means more work."""
+    run = run_of(base_dir)
+    window = run.window(4, 128, 128, 2)
+    peaks = {level: max(one.peak for one in run.passes(window, [level] * 6)) for level in LEVELS}
+    assert peaks["full"] < peaks["selective"] < peaks["none"]
+    before = None
+    for part in range(0, 11, 2):
+        budget = peaks["full"] + (peaks["none"] - peaks["full"]) * part // 10
+        found = choose_levels(run, window, budget)
+        assert found.peak == max(one.peak for one in run.passes(window, found.levels))
+        assert 0.9 * budget <= found.peak <= budget
+        work = sum(
+            layer_work(layer, level, 128, run.own)
+            for layer, level in zip(run.layers, found.levels, strict=True)
+        )
+        assert before is None or work <= before
+        before = work
+    assert set(found.levels) == {"none"}
+    assert set(choose_levels(run, window, None).levels) == {"none"}
+    assert set(choose_levels(run, window, peaks["full"] - 1).levels) == {"full"}
+
+
+def test_a_plan_sums_up(base_dir):
+    plan = plan_memory(BaseConfig(base_dir), length=64, device="cuda", budget_bytes=10**9)
+    assert sum(n for name, n in plan.at_peak.items() if name != "paged") == plan.peak_bytes
+    assert plan.bytes["weights"] == plan.bytes["weights_quantized"] + plan.bytes["weights_other"]
+    assert plan.fits
+    assert not plan_memory(BaseConfig(base_dir), length=64, device="cuda", budget_bytes=10**6).fits
+    assert json.loads(json.dumps(plan.as_json()))["peak_bytes"] == plan.peak_bytes
+
+
+def test_a_bare_config_is_enough_and_gives_the_same(base_dir, tmp_path):
+    alone = tmp_path / "config.json"
+    with open(f"{base_dir}/config.json") as file:
+        alone.write_text(file.read())
+    lora, training = LoRAConfig(target_modules="all-linear"), TrainingConfig()
+    options = {"length": 64, "device": "cuda"}
+    whole = plan_memory(BaseConfig(base_dir), lora, training, **options)
+    bare = plan_memory(BaseConfig(str(alone)), lora, training, **options)
+    assert (bare.bytes, bare.peak_bytes) == (whole.bytes, whole.peak_bytes)
+    with pytest.raises(ModelError):
+        plan_memory(BaseConfig(str(tmp_path / "missing.json")))
+    with pytest.raises(ConfigError, match="gate"):
+        plan_memory(BaseConfig(str(alone)), LoRAConfig(target_modules="gate"))
+
+
+def test_every_suggestion_is_the_plan_of_the_run_so_changed(base_dir):
+    base = BaseConfig(base_dir, bits=16)
+    lora = LoRAConfig(r=32, target_modules="all-linear")
+    training = TrainingConfig(batch_size=4, gradient_accumulation_steps=2)
+    options = Options(base, lora, training, 256)
+    planner = Planner(base, lora, training, "cuda")
+    least = planner.plan(options.window, "full").peak_bytes
+    found = suggest(options, planner, "cuda", least - 1)
+    assert len(found) > 2
+    assert found[0].change == "--batch_size 2 --gradient_accumulation_steps 4"
+    for one in found:
+        words = one.change.split()
+        changes = dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
+        length = int(changes.pop("max_length", 256))
+        groups = {
+            "base": {name: changes.pop(name) for name in ("bits",) if name in changes},
+            "lora": {
+                field: changes.pop(name)
+                for name, field in (("lora_r", "r"), ("target_modules", "target_modules"))
+                if name in changes
+            },
+        }
+        again = plan_memory(
+            replace(base, **groups["base"]),
+            replace(lora, **groups["lora"]),
+            replace(training, **changes),
+            length=length,
+            device="cuda",
+            budget_bytes=least - 1,
+        )
+        assert again.fits
+        assert again.peak_bytes == one.plan.peak_bytes, one.change
+
+
+def test_the_counter_agrees_with_the_profiler_on_a_real_step(base_dir):
+    """X25: the growth over a step, within 2 % or 1 MiB of torch's allocation events."""
+    model = inject_lora(read_weights(open_base(BaseConfig(base_dir, device="cpu"))), LoRAConfig())
+    training = TrainingConfig()
+    prepare_model(model, training, "none")
+    optimizer = make_optimizer("adamw", model.parameters(), 1e-3)
+    window = [batch_of(4, 256)]
+    model.train()
+
+    def step():
+        train_step(model, window, optimizer, step=1, max_grad_norm=1.0)
+
+    step()
+    with count_step(model, optimizer, window) as counter:
+        start = counter.current
+        step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    total = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total)
+    assert abs(counter.peak - start - peak) <= max(0.02 * peak, 2**20)

@@ -1,0 +1,166 @@
+"""Planned against counted bytes of a step on the CPU, over a grid, and the table of their errors.
+
+    python benchmarks/plan_grid.py --shapes tiny stories shape --result plan_grid
+
+Each point loads the base, takes two real steps and counts the second one (memory/meter.py), and
+plans the same run. `stories` is stories260K of --data, `shape` a random Llama of 160 M.
+Writes results/plan_grid.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import random_checkpoint
+import record
+import torch
+
+from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.base.quantize import own_workspace
+from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.data.batch import Batch, collate
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.lora.inject import inject_lora
+from qlora_kit.memory.counter import StorageCounter
+from qlora_kit.memory.meter import count_step
+from qlora_kit.memory.plan import COMPONENTS, Planner, Window
+from qlora_kit.training.loop import train_step
+from qlora_kit.training.optimizer import make_optimizer
+from qlora_kit.training.prepare import prepare_model
+
+MICRO_STEPS = 2
+LEVELS = ("none", "selective", "full")
+SHAPES = ("tiny", "stories", "shape")
+# A Llama of 160 M, by name and sizes of a common small model.
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def main() -> None:
+    """Count, plan, compare and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--shapes", nargs="+", default=["tiny"], choices=("tiny", "stories", "shape")
+    )
+    parser.add_argument("--data", type=Path, help="folder with models/stories260K")
+    parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer `shape` takes")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 8, 16])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--result", default="plan_grid")
+    asked = parser.parse_args()
+    points = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for shape in asked.shapes:
+            model = _model(shape, asked, Path(scratch))
+            for bits, targets, optim in itertools.product(
+                asked.bits, ("auto", "all-linear"), ("adamw", "paged_adamw_8bit")
+            ):
+                points += _points(shape, model, bits, targets, optim, asked)
+    largest = max(point["error_bytes"] for point in points)
+    print(f"{len(points)} points, the largest difference {largest} bytes")
+    print(record.write_result(asked.result, {"largest_error_bytes": largest, "points": points}))
+
+
+def _model(shape: str, asked: argparse.Namespace, scratch: Path) -> str:
+    """The directory of a base, or its name."""
+    if shape == "tiny":
+        return "tiny"
+    if shape == "stories":
+        return str(asked.data / "models" / "stories260K")
+    config = scratch / "config.json"
+    config.write_text(json.dumps(SHAPE))
+    random_checkpoint.make_checkpoint(config, scratch / "shape")
+    random_checkpoint.copy_tokenizer(asked.tokenizer, scratch / "shape")
+    return str(scratch / "shape")
+
+
+def _points(
+    shape: str, model: str, bits: int, targets: str, optim: str, asked: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """All levels, batches and lengths of one loaded base."""
+    base = BaseConfig(model, bits=bits, dtype="bf16", device="cpu")
+    lora = LoRAConfig(target_modules=targets)
+    training = TrainingConfig(optim=optim, gradient_accumulation_steps=MICRO_STEPS)
+    planner = Planner(base, lora, training)
+    points = []
+    for level, rows, length in itertools.product(LEVELS, asked.rows, asked.lengths):
+        if length > planner.run.context:
+            continue
+        plan = planner.plan(Window(rows, length, length), level)
+        with own_workspace({}):
+            counted = _counted(base, lora, training, level, rows, length)
+        planned = {**{name: plan.bytes[name] for name in COMPONENTS}, **plan.phases}
+        planned = {name: planned[name] for name in counted}
+        error = max(abs(planned[name] - counted[name]) for name in counted)
+        points.append(
+            {
+                "shape": shape,
+                "bits": bits,
+                "level": level,
+                "rows": rows,
+                "length": length,
+                "targets": targets,
+                "optim": optim,
+                "planned": planned,
+                "counted": counted,
+                "error_bytes": error,
+            }
+        )
+        print(f"{shape} {bits} {level} {rows} x {length} {targets} {optim}: {error} bytes off")
+    return points
+
+
+def _counted(
+    base: BaseConfig, lora: LoRAConfig, training: TrainingConfig, level: str, rows: int, length: int
+) -> dict[str, int]:
+    """Components and the peak of each phase of a real second step."""
+    model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
+    prepare_model(model, training, level)
+    optimizer = make_optimizer(training.optim, model.parameters(), 1e-4)
+    model.train()
+    window = [collate([Encoded([1] * length, [1] * length)] * rows, 0) for _ in range(MICRO_STEPS)]
+    _step(model, optimizer, window, None)
+    with count_step(model, optimizer, window) as counter:
+        _step(model, optimizer, window, counter)
+    stretches = [one for one in counter.stretches if one.phase]
+    passes = [one for one in stretches if one.phase != "step"]
+    sizes = {name: max(one.largest.get(name, 0) for one in passes) for name in COMPONENTS}
+    sizes["optimizer"] = passes[0].start["optimizer"]
+    for phase in ("forward", "backward", "step"):
+        sizes[phase] = max(one.peak for one in stretches if one.phase == phase)
+    return sizes
+
+
+def _step(model: Any, optimizer: Any, window: list[Batch], counter: StorageCounter | None) -> None:
+    def passes(gradients: Any, window: Any) -> torch.Tensor:
+        loss: torch.Tensor = gradients(window)
+        if counter is not None:
+            counter.at("step")
+            counter.filling = "optimizer"
+        return loss
+
+    train_step(model, window, optimizer, step=1, max_grad_norm=1.0, attempt=passes)
+
+
+if __name__ == "__main__":
+    main()

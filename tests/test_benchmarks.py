@@ -43,13 +43,17 @@ def test_speed_compares_the_same_computation(tmp_path):
         result = json.loads(path.read_text())
     finally:
         path.unlink(missing_ok=True)
-    found = result["4 bits, full"]
-    ours = found["ours"]
-    for peer in ("peft_guide", "peft_best"):
-        assert found[peer]["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-2)
-    for side in ("ours", "peft_guide", "peft_best"):
+    found = result["4 bits"]
+    sides = [f"{side}, full" for side in ("ours", "peft_guide", "peft_best")]
+    for side in sides:
+        assert found[side]["first_loss"] == pytest.approx(found[sides[0]]["first_loss"], rel=1e-2)
         assert found[side]["steps_bytes"] > found[side]["counted_bytes"] > 0
         assert found[side]["step_s"] > found["floor_s"] > 0
+    assert set(found["ratios"]) == {
+        f"{figure}: {sides[0]} / {peer}"
+        for figure in ("tokens_per_s", "loading_bytes", "steps_bytes", "counted_bytes")
+        for peer in sides[1:]
+    }
     assert result["measured"]["versions"]["torch"]
 
 

@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What paths, headers and first rows show is refused before the libraries below are imported,
     # which takes longer than all of it.
     rows, start = load_rows(config.data, config.training.seed), None
-    look_at(parsed, None if is_gone(config) else config.lora.adapter)
+    source = look_at(parsed, None if is_gone(config) else config.lora.adapter)
+    if config.output.output_dir is not None:
+        _check_place(
+            config, Path(config.output.output_dir), None if source is None else source.directory
+        )
     if config.lora.adapter is not None:
         run_dir = _output_directory(config, config.base.bits)
         config, start = start_from_adapter(parsed, config, run_dir)
@@ -189,31 +193,41 @@ def _default_names(config: RunConfig, bits: int | None) -> Iterator[Path]:
 
 
 def _is_finished(config: RunConfig, target_dir: Path, base: OpenBase, display: Display) -> bool:
-    """Whether the run to resume is finished, which is said.
-
-    Errors: `ConfigError` and `ResourceError` for a directory that cannot take the results.
-    """
-    from qlora_kit.files import check_output
+    """Whether the run to resume is finished, which is said. Errors: as `_check_place`."""
     from qlora_kit.training.run_directory import LOCK, Content, content_of, run_directory
 
-    resume, content = config.output.resume_from_checkpoint, content_of(target_dir)
-    if resume is not None and content is Content.FINISHED:
+    resume = config.output.resume_from_checkpoint
+    if resume is not None and content_of(target_dir) is Content.FINISHED:
         if (target_dir / LOCK).exists():  # killed after its last word: what it held is let go
             with run_directory(target_dir, overwrite=False):
                 pass
         display.note(f"{target_dir}: this run is finished; nothing was changed")
         return True
+    _check_place(config, target_dir, base.source.directory)
+    return False
+
+
+def _check_place(config: RunConfig, target_dir: Path, model: Path | None) -> None:
+    """Refuse a directory that cannot take the results; torch is not needed.
+
+    `model` is the base's directory, where it is known. Errors: `ConfigError`, `ResourceError`.
+    """
+    from qlora_kit.files import check_output
+    from qlora_kit.training.run_directory import Content, content_of
+
+    resume, content = config.output.resume_from_checkpoint, content_of(target_dir)
+    if resume is not None and content is Content.FINISHED:
+        return  # nothing will be written
     if resume is None and content is Content.INTERRUPTED and not config.output.overwrite:
         raise ConfigError(
             f"--output_dir {target_dir} holds a run that was interrupted",
             "go on with --resume_from_checkpoint auto, or give --overwrite",
         )
     goes_on = resume is not None and content is Content.INTERRUPTED
-    read = [base.source.directory, *_data_files(config.data)]
+    read = [*([] if model is None else [model]), *_data_files(config.data)]
     if config.lora.adapter is not None:
         read.append(Path(config.lora.adapter))
     check_output(target_dir, config.output.overwrite or goes_on, read)
-    return False
 
 
 def _data_files(data: DataConfig) -> Iterator[Path]:

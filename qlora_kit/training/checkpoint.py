@@ -24,14 +24,15 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from qlora_kit.base.tensors import check_finite, read_tensors
 from qlora_kit.base.validate import read_header, read_json
 from qlora_kit.errors import CheckpointError, UnsafeInputError
 from qlora_kit.files import check_room, new_directory, write_plain
+
+if TYPE_CHECKING:
+    # What a directory of a run holds is looked at before torch is imported.
+    from torch import Tensor
 
 FORMAT = 1
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
@@ -64,6 +65,8 @@ def save_checkpoint(
     (nothing is left of it then), `OSError`.
     """
     from safetensors.torch import save
+
+    from qlora_kit.base.tensors import check_finite
 
     for name, tensor in tensors.items():
         check_finite(tensor, f"{PREFIX}{step}: {name}")
@@ -168,6 +171,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Errors: `CheckpointError` with the file where one is missing, surplus or changed,
     `UnsafeInputError` for a manifest that names files elsewhere.
     """
+    from qlora_kit.base.tensors import read_tensors
+
     verify(path)
     state = read_json(path / STATE, CheckpointError, limit=64 * 1024**2)
     if state.get("format") != FORMAT:

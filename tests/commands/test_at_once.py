@@ -138,6 +138,29 @@ def test_a_base_without_a_tokenizer_file_to_show_data_with(home: Path) -> None:
     refused(home, f"{show} ./used", 3, "holds no tokenizer")
 
 
+PLACES = {
+    # A11, A12
+    "used": (2, "--output_dir used is not empty; choose another place, or give --overwrite"),
+    "used --resume_from_checkpoint auto": (2, "--output_dir used is not empty"),
+    "base/inside": (2, "--output_dir base/inside overlaps with"),
+    "base --overwrite": (2, "--output_dir base overlaps with"),
+    ". --overwrite": (2, "--output_dir . overlaps with"),
+    "adapter --overwrite --adapter adapter": (2, "--output_dir adapter overlaps with"),
+    "rows.jsonl --overwrite": (2, "--output_dir rows.jsonl overlaps with"),
+    "bad.jsonl": (2, "--output_dir bad.jsonl is a file; choose a directory"),
+    "bad.jsonl/inside": (4, "bad.jsonl is a file; choose another place"),
+    "stopped": (2, "--output_dir stopped holds a run that was interrupted; go on with"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_into_a_place_that_is_taken(home: Path, place: str) -> None:
+    (home / "stopped" / "checkpoint-3").mkdir(parents=True, exist_ok=True)
+    (home / "stopped" / "checkpoint-3" / "manifest.json").write_text("{}")
+    code, said = PLACES[place]
+    refused(home, f"finetune --model ./base --data rows.jsonl --output_dir {place}", code, said)
+
+
 @pytest.mark.parametrize("place", ["used", "adapter", "base/inside"])
 def test_an_export_into_a_place_that_is_taken(home: Path, place: str) -> None:
     said = "is not empty" if place == "used" else "overlaps with"

@@ -48,6 +48,8 @@ SIZE_UNITS: dict[str, int] = {"": 1, "B": 1} | {
 DEFAULT_EVAL_FRACTION = 0.05
 DEFAULT_LENGTH = 1024
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
+LARGEST_ALPHA = 1e9
+"""As `lora/peft_config.py` takes it from an adapter; far above it a scale is no fp32 number."""
 NUMBERS = ("a number", "a whole number")
 
 
@@ -118,7 +120,8 @@ def between(
 
 
 def _not_empty(value: str) -> str | None:
-    return None if value.strip() else "a name or a path"
+    # A config file can hold a NUL, which no path of the system can.
+    return None if value.strip() and "\0" not in value else "a name or a path"
 
 
 def _not_empty_names(value: str | tuple[str, ...]) -> str | None:
@@ -328,7 +331,7 @@ class LoRAConfig(Options):
         32.0,
         "the update is scaled by alpha / r",
         flag="lora_alpha",
-        check=between(0, open_low=True),
+        check=between(0, LARGEST_ALPHA, open_low=True),
     )
     dropout: float = option(
         0.0, "dropout before lora_A", flag="lora_dropout", check=between(0, 1, open_high=True)

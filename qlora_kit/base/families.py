@@ -37,6 +37,8 @@ LARGEST = {
     "partial_rotary_factor": 1,
 }
 LARGEST_NUMBER = 10**15
+COUNTS = {*LARGEST, "max_position_embeddings", "vocab_size"} - {"partial_rotary_factor"}
+"""Numbers of a config of which there is at least one."""
 
 
 def check_family(config: Mapping[str, Any], path: Path) -> None:
@@ -83,6 +85,8 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
                 f"{path}: {key} is {str(value)[:60]}, above {LARGEST.get(key, LARGEST_NUMBER)}",
                 "correct the file",
             )
+        if key in COUNTS and value < 1:
+            raise ModelError(f"{path}: {key} is {value}, below 1", "correct the file")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -63,7 +63,7 @@ def read_tensors(
         yield entry.name, tensor
 
 
-def check_finite(tensor: Tensor, name: str) -> None:
+def check_finite(tensor: Tensor, name: str, remedy: str = "fetch the file again") -> None:
     """Refuse a tensor with a NaN or an infinity. Errors: `NumericError` with their number."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
@@ -72,6 +72,4 @@ def check_finite(tensor: Tensor, name: str) -> None:
     if has_values(total) and not torch.isfinite(total):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            raise NumericError(
-                f"{name} holds {bad} values that are not finite", "fetch the file again"
-            )
+            raise NumericError(f"{name} holds {bad} values that are not finite", remedy)

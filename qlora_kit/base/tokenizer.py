@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_kit.base.source import contained
 from qlora_kit.base.validate import read_json
-from qlora_kit.errors import TokenizerError, UnsafeInputError
+from qlora_kit.errors import ModelError, TokenizerError, UnsafeInputError
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (
@@ -65,6 +65,8 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
         # A broken file gives bare exceptions of many kinds, some only in use, and a panic of the
         # Rust library is no Exception at all.
         alone = present == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None
+        if (directory / "config.json").exists():
+            read_model_settings(directory)  # transformers asks it for the tokenizer's class
         raise TokenizerError(
             f"{directory / present[0]}: cannot be read as a tokenizer: {error}",
             "install sentencepiece and protobuf, or put its tokenizer.json beside it"
@@ -83,6 +85,17 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
             "use the tokenizer that belongs to this model, or add rows with --resize_embeddings",
         )
     return tokenizer
+
+
+def read_model_settings(directory: Path) -> None:
+    """Refuse a config.json that transformers cannot read. Errors: `ModelError`."""
+    from transformers import AutoConfig
+
+    path = contained(directory, "config.json")
+    try:
+        AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{path}: describes no model: {error}", "correct the file") from error
 
 
 def needed_rows(tokenizer: Any) -> int:

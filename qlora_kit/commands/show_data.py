@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.commands.arguments import Parsed, parse, refuse_tokens
 from qlora_kit.config import BaseConfig, DataConfig, ShowConfig
-from qlora_kit.errors import ConfigError, reports_errors
+from qlora_kit.errors import ConfigError, ModelError, reports_errors
 
 if TYPE_CHECKING:
     from qlora_kit.commands.data_report import Report
@@ -69,8 +69,12 @@ def _report(parsed: Parsed) -> Report:
         use_template(tokenizer, data.chat_template)
     context = DEFAULT_LENGTH if data.max_length is None else data.max_length
     if (source.directory / "config.json").exists():
-        config = read_json(contained(source.directory, "config.json"))
-        context = int(config.get("max_position_embeddings") or context)
+        path = contained(source.directory, "config.json")
+        context = read_json(path).get("max_position_embeddings") or context
+        if type(context) is not int or context < 1:
+            raise ModelError(
+                f"{path}: max_position_embeddings is {str(context)[:60]}", "correct the file"
+            )
     length = data.length_in(context)
     from qlora_kit.commands.data_report import report_of
 

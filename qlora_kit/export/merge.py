@@ -156,7 +156,7 @@ def _write_shards(
         content = {}
         for tensor in shard:
             value = tensor.make().to("cpu", dtype)
-            check_finite(value, f"{tensor.name} of the export")
+            check_finite(value, f"{tensor.name} of the export", "use a wider --dtype")
             content[tensor.name] = value.contiguous()
             where[tensor.name] = file
         _save(content, directory / file)

@@ -74,7 +74,7 @@ def save_adapter(model: Any, directory: str | os.PathLike[str], adapter: str = A
     if not tensors:
         raise AdapterError(f"the model has no adapter {adapter!r}", "inject or load one first")
     for name, tensor in tensors.items():
-        check_finite(tensor, name)
+        check_finite(tensor, name, "train it again, with a lower --learning_rate or weight decay")
     described = adapter_config(model, adapter)
     info = model.base_info.as_dict() if hasattr(model, "base_info") else {}
     info["lora"] = {option: described[option] for option in SCALE_OPTIONS}

@@ -334,7 +334,7 @@ def test_no_file_is_mapped_and_the_reader_holds_one_tensor(checkpoints):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert largest <= counter.peak < largest + 64  # a sum, and whether it is finite
-    assert peak < 64 * 1024 < total  # names, paths and file objects
+    assert peak < 96 * 1024 < total  # names, paths and file objects
 
 
 def test_the_embedding_norms_and_head_stay_in_the_compute_dtype(checkpoints):

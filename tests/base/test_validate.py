@@ -19,6 +19,7 @@ import torch
 from families import edit_config, refused, save_checkpoint
 
 from qlora_kit.base.load import open_base
+from qlora_kit.base.tokenizer import load_tokenizer
 from qlora_kit.base.validate import check_architecture, read_config, read_entries, read_header
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import ModelError, TokenizerError, UnsafeInputError
@@ -79,6 +80,9 @@ def test_a_path_that_is_no_model_directory_is_said_to_be_what_it_is(tmp_path):
         (b'{"model_type": "llama", "a": ' + b"[" * 900 + b"]" * 900 + b"}", "64 levels deep"),
         (b'{"model_type": "llama", "vocab_size": ' + b"9" * 400 + b"}", "vocab_size is 999"),
         (b'{"model_type": "llama", "vocab_size": NaN}', "vocab_size is nan"),
+        (b'{"model_type": "llama", "max_position_embeddings": -5}', "embeddings is -5, below 1"),
+        (b'{"model_type": "llama", "max_position_embeddings": 0}', "embeddings is 0, below 1"),
+        (b'{"model_type": "llama", "num_attention_heads": 0}', "heads is 0, below 1"),
         (b'{"model_type": "llama", "quantization_config": "bitsandbytes"}', "is not supported"),
         (b'{"vocab_size": ' + b"9" * 5000 + b"}", "a number too long"),
         (b'{"model_type": "no_such_family"}', "supported families are llama, mistral, qwen2"),
@@ -471,6 +475,13 @@ def test_a_broken_tokenizer_is_named(model, file, content):
     (model / file).write_bytes(content)
     with refused(TokenizerError, file, directory=model):
         check(model)
+
+
+def test_a_config_that_the_tokenizer_is_asked_of_is_named_and_not_the_tokenizer(model):
+    """transformers reads config.json for the tokenizer's class."""
+    edit_config(model, attention_dropout="x")
+    with refused(ModelError, "config.json: describes no model", "'x'", directory=model):
+        load_tokenizer(model)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_value_may_look_like_a_number_or_a_flag_of_another_tool() -> None:
     assert options("--output_dir", "-x") == {"output_dir": "-x"}
     assert options("--output_dir", "--x") == {"output_dir": "--x"}
     assert options("--output_dir=--bits") == {"output_dir": "--bits"}
-    assert "lora_alpha must be above 0, got -1" in problem("--lora_alpha", "-1")
+    assert "lora_alpha must be above 0 and at most 1e+09, got -1" in problem("--lora_alpha", "-1")
     assert "learning_rate must be above 0" in problem("--learning_rate", "-1e-4")
 
 

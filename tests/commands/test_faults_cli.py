@@ -24,6 +24,7 @@ from qlora_kit.errors import (
     AdapterError,
     ConfigError,
     DataError,
+    NumericError,
     QloraKitError,
     ResourceError,
     UnsafeInputError,
@@ -126,10 +127,11 @@ BAD_VALUES = {
     "--lora_r 1.5": "lora_r must be a whole number (at least 1 and at most 65536), got 1.5",
     "--lora_r abc": "lora_r must be a whole number (at least 1 and at most 65536), got abc",
     "--lora_r 99999999": "lora_r must be at least 1 and at most 65536, got 99999999",
-    "--lora_alpha 0": "lora_alpha must be above 0, got 0",
-    "--lora_alpha nan": "lora_alpha must be above 0, got nan",
-    "--lora_alpha inf": "lora_alpha must be above 0, got inf",
-    "--lora_alpha -1": "lora_alpha must be above 0, got -1",
+    "--lora_alpha 0": "lora_alpha must be above 0 and at most 1e+09, got 0",
+    "--lora_alpha nan": "lora_alpha must be above 0 and at most 1e+09, got nan",
+    "--lora_alpha inf": "lora_alpha must be above 0 and at most 1e+09, got inf",
+    "--lora_alpha 1e300": "lora_alpha must be above 0 and at most 1e+09, got 1e+300",
+    "--lora_alpha -1": "lora_alpha must be above 0 and at most 1e+09, got -1",
     "--learning_rate 0": "learning_rate must be above 0 and at most 1000, got 0",
     "--learning_rate -1e-4": "learning_rate must be above 0 and at most 1000, got -0.0001",
     "--learning_rate nan": "learning_rate must be above 0 and at most 1000, got nan",
@@ -287,6 +289,7 @@ BAD_FILES = {
         "run.yaml:2: the tag tag:yaml.org,2002:python/object/apply:os.mkdir would make an object",
         "remove the tag",
     ),
+    'chat_template: "a\\0b"\n': (ConfigError, "chat_template must be a name or a path", "run.yaml"),
     "bits: 3\nlora_r: 0\n": (ConfigError, "bits must be 4, 8 or 16, got 3", "come from run.yaml"),
 }
 
@@ -297,6 +300,14 @@ def test_a16_a_bad_config_file(refused: Callable[..., str], home: Path, text: st
     (home / "run.yaml").write_text(text)
     refused(kind, *FINETUNE, "--config", "run.yaml", words=tuple(words), seconds=WEIGHTS)
     assert not (home / "canary").exists()
+
+
+def test_an_adapter_that_training_made_not_finite_is_no_broken_file(
+    refused: Callable[..., str], home: Path
+) -> None:
+    more = ("--weight_decay", "1e300", "--max_steps", "1", "--eval_fraction", "0")
+    words = ("values that are not finite; train it again", "--learning_rate or weight decay")
+    refused(NumericError, *FINETUNE, *more, words=words, seconds=SHAPES)
 
 
 @pytest.mark.parametrize("command", ["export", "generate", "evaluate"])

@@ -253,6 +253,18 @@ def test_a_broken_tokenizer_is_named(capsys, chats, tmp_path, damage):
     assert len(err.splitlines()[-1]) <= ERROR_LINE_LIMIT
 
 
+@pytest.mark.parametrize("context", ["many", -5, 2.5, [200]])
+def test_a_context_that_is_none_is_named(capsys, chats, tmp_path, context):
+    directory = tmp_path / "model"
+    chat_tokenizer().save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
+    before = tree_hash(tmp_path)
+    err = run(capsys, *arguments(directory, chats), code=3).err
+    said = f"config.json: max_position_embeddings is {context}; correct the file"
+    assert err.splitlines()[-1] == f"error: {directory}/{said}"
+    assert tree_hash(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "reason"),
     [

@@ -10,7 +10,7 @@ n heads, in 16 bits, in bytes:
 `full` runs the layer again in backward. `selective` runs its two halves again, each by itself and
 without attention: the replay of attention's half ends before its output projection, that of the
 MLP's before its last one, where these have no adapter. Attention that is not one kernel (soft caps)
-has nothing to keep and is made again.
+has nothing to keep and is made again; so is that of a base with dropout of its own.
 
 A layer that runs through the model's own code keeps 2Th at `full`, and its input with attention's
 output and statistics, 2Th + 2Ta + 4Tn, at `selective`.
@@ -22,7 +22,7 @@ Dropout of adapters is keyed, so nothing random has to be saved for the second r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -53,13 +53,17 @@ def set_recompute(model: Any, levels: str | Sequence[str]) -> None:
     """
     layers = list(model.base_model.layers)
     chosen = [levels] * len(layers) if isinstance(levels, str) else list(levels)
-    # A base with dropout in its attention draws from torch's own generator.
-    random = bool(getattr(model.config, "attention_dropout", 0))
     for layer, level in zip(layers, chosen, strict=True):
         forward = layer.forward
         if isinstance(forward, _Recomputed):
             forward = forward.kept
-        layer.forward = _at_level(layer, forward, level, random)
+        layer.forward = _at_level(layer, forward, level, _draws(model.config, layer))
+
+
+def _draws(config: Any, layer: nn.Module) -> bool:
+    """Whether a layer draws from torch's own generator: a base with dropout in it."""
+    dropouts = (one.p for one in layer.modules() if isinstance(one, nn.Dropout))
+    return any((getattr(config, "attention_dropout", 0), *dropouts))
 
 
 @dataclass(frozen=True)
@@ -83,19 +87,21 @@ def _at_level(
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
     if level == "full":
         return _Recomputed(layer, forward, partial(again, forward))
-    without_attention = partial(again, context_fn=_kept_attention)
+    # Attention that is not run again does not draw either, and what follows it would draw others.
+    without_attention = again if random else partial(again, context_fn=_kept_attention)
     if not isinstance(forward, OwnForward):
         return _Recomputed(layer, forward, partial(without_attention, forward))
     halves = replace(
         forward,
         original=partial(without_attention, forward.original),
-        run=partial(_halves, again),
+        run=partial(_halves, again, not random),
     )
     return _Recomputed(layer, forward, halves)
 
 
 def _halves(
     again: Callable[..., Any],
+    keeps_attention: bool,
     block: Block,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -104,7 +110,7 @@ def _halves(
 ) -> Tensor:
     """As `Block.forward`, each half to be run again by itself."""
     # Around attention alone: such a context looks at every operation inside, in Python.
-    keeping, kept = _kept_attention()
+    keeping, kept = _kept_attention() if keeps_attention else (nullcontext(), nullcontext())
     contexts = [keeping]
 
     def attention_half(x: Tensor) -> Tensor:

@@ -78,6 +78,23 @@ def test_every_level_and_mix_gives_the_same_bits(family, dtype, dropout, packed,
         assert all(torch.equal(found[name], expected[name]) for name in expected), levels
 
 
+@pytest.mark.parametrize(
+    ("family", "option"), [("llama2", "attention_dropout"), ("phi3", "resid_pdrop")]
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_base_with_dropout_draws_the_same_again(family, option, own):
+    own = own and family == "llama2"  # the other is no block of ours
+    model, batch = prepared(family, own=own, **{option: 0.2}), batch_of(packed=False)
+    results = []
+    for level in (*LEVELS, MIX):
+        set_recompute(model, level)
+        torch.manual_seed(5)
+        results.append(results_of(model, batch))
+    expected, *others = results
+    for found in others:
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_the_models_own_code_is_recomputed_too():
     model, batch = prepared(), batch_of(packed=False)
     with models_own_code():

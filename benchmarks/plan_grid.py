@@ -2,8 +2,8 @@
 
     python benchmarks/plan_grid.py --shapes tiny stories shape --result plan_grid
 
-Each point loads the base, takes two real steps and counts the second one (memory/meter.py), and
-plans the same run. `stories` is stories260K of --data, `shape` a random Llama of 160 M.
+Each base is loaded once for all its levels and windows; of each a real step is counted
+(memory/meter.py) and planned. `stories` is stories260K of --data, `shape` a random Llama of 160 M.
 Writes results/plan_grid.json.
 """
 
@@ -32,6 +32,7 @@ from qlora_kit.memory.plan import COMPONENTS, Planner, Window
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model
+from qlora_kit.training.recompute import set_recompute
 
 MICRO_STEPS = 2
 LEVELS = ("none", "selective", "full")
@@ -95,52 +96,55 @@ def _model(shape: str, asked: argparse.Namespace, scratch: Path) -> str:
 
 
 def _points(
-    shape: str, model: str, bits: int, targets: str, optim: str, asked: argparse.Namespace
+    shape: str, name: str, bits: int, targets: str, optim: str, asked: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """All levels, batches and lengths of one loaded base."""
-    base = BaseConfig(model, bits=bits, dtype="bf16", device="cpu")
+    base = BaseConfig(name, bits=bits, dtype="bf16", device="cpu")
     lora = LoRAConfig(target_modules=targets)
     training = TrainingConfig(optim=optim, gradient_accumulation_steps=MICRO_STEPS)
     planner = Planner(base, lora, training)
     points = []
-    for level, rows, length in itertools.product(LEVELS, asked.rows, asked.lengths):
-        if length > planner.run.context:
-            continue
-        plan = planner.plan(Window(rows, length, length), level)
-        with own_workspace({}):
-            counted = _counted(base, lora, training, level, rows, length)
-        planned = {**{name: plan.bytes[name] for name in COMPONENTS}, **plan.phases}
-        planned = {name: planned[name] for name in counted}
-        error = max(abs(planned[name] - counted[name]) for name in counted)
-        points.append(
-            {
-                "shape": shape,
-                "bits": bits,
-                "level": level,
-                "rows": rows,
-                "length": length,
-                "targets": targets,
-                "optim": optim,
-                "planned": planned,
-                "counted": counted,
-                "error_bytes": error,
-            }
-        )
-        print(f"{shape} {bits} {level} {rows} x {length} {targets} {optim}: {error} bytes off")
+    with own_workspace({}):
+        model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
+        prepare_model(model, training, "none")
+        optimizer = make_optimizer(training.optim, model.parameters(), 1e-4)
+        model.train()
+        _step(model, optimizer, _window(1, 16), None)  # makes the states, and the workspace
+        for level, rows, length in itertools.product(LEVELS, asked.rows, asked.lengths):
+            if length > planner.run.context:
+                continue
+            plan = planner.plan(Window(rows, length, length), level)
+            set_recompute(model, level)
+            counted = _counted(model, optimizer, _window(rows, length))
+            planned = {**{name: plan.bytes[name] for name in COMPONENTS}, **plan.phases}
+            planned = {name: planned[name] for name in counted}
+            error = max(abs(planned[name] - counted[name]) for name in counted)
+            points.append(
+                {
+                    "shape": shape,
+                    "bits": bits,
+                    "level": level,
+                    "rows": rows,
+                    "length": length,
+                    "targets": targets,
+                    "optim": optim,
+                    "planned": planned,
+                    "counted": counted,
+                    "error_bytes": error,
+                }
+            )
+            print(f"{shape} {bits} {level} {rows} x {length} {targets} {optim}: {error} bytes off")
     return points
 
 
-def _counted(
-    base: BaseConfig, lora: LoRAConfig, training: TrainingConfig, level: str, rows: int, length: int
-) -> dict[str, int]:
-    """Components and the peak of each phase of a real second step."""
-    model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
-    prepare_model(model, training, level)
-    optimizer = make_optimizer(training.optim, model.parameters(), 1e-4)
-    model.train()
-    window = [collate([Encoded([1] * length, [1] * length)] * rows, 0) for _ in range(MICRO_STEPS)]
-    _step(model, optimizer, window, None)
-    with count_step(model, optimizer, window) as counter:
+def _window(rows: int, length: int) -> list[Batch]:
+    """Micro-batches of whole rows, all trained on."""
+    return [collate([Encoded([1] * length, [1] * length)] * rows, 0) for _ in range(MICRO_STEPS)]
+
+
+def _counted(model: Any, optimizer: torch.optim.Optimizer, window: list[Batch]) -> dict[str, int]:
+    """Components and the peak of each phase of a real step, not the first one."""
+    with count_step(model, optimizer, window=window) as counter:
         _step(model, optimizer, window, counter)
     stretches = [one for one in counter.stretches if one.phase]
     passes = [one for one in stretches if one.phase != "step"]

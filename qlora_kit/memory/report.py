@@ -1,4 +1,4 @@
-"""Tables and pictures of bytes by component: bars of several settings, and one step over time.
+"""Tables and pictures of bytes by component: several settings, one step over time, many budgets.
 
 Pictures need matplotlib (the extra `plots`), which is imported where one is drawn. Components are
 stacked in the order of `ORDER`, what stays in memory the longest at the bottom, in colours that are
@@ -124,6 +124,41 @@ def draw_step(path: Path, title: str, stretches: Sequence[Mapping[str, Any]]) ->
     axes.set_xlabel("places of the step, in their order", labelpad=24)
     axes.set_title(title, fontsize=11)
     _finish(axes, {key for one in stretches for key, size in one["at_peak"].items() if size})
+    figure.savefig(path, dpi=150)
+
+
+def draw_budgets(path: Path, title: str, budgets: Sequence[Mapping[str, Any]]) -> None:
+    """What was used of each budget, above the tokens a second that it gave; refusals are crosses.
+
+    `budgets` have `budget_bytes` and `fits`; those that fit `counted_bytes` and `tokens_per_s`.
+    Errors: `ImportError` without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    unit, name = _unit(max(one["budget_bytes"] for one in budgets))
+    fitting = [one for one in budgets if one["fits"]]
+    refused = [one["budget_bytes"] / unit for one in budgets if not one["fits"]]
+    given = [one["budget_bytes"] / unit for one in fitting]
+    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    used, speed = figure.subplots(2, 1, sharex=True)
+    ends = [min(given + refused), max(given + refused)]
+    used.plot(ends, ends, color="black", linewidth=0.7, linestyle=":", label="the whole budget")
+    counted = [one["counted_bytes"] / unit for one in fitting]
+    used.plot(given, counted, "o-", color="#0072B2", label="counted in a step")
+    if refused:
+        height = [min(counted, default=0)] * len(refused)
+        used.plot(refused, height, "x", color="#D55E00", label="refused")
+    used.set_ylabel(f"peak of a step, {name}")
+    used.set_title(title, fontsize=11)
+    used.legend(frameon=False, fontsize=9)
+    speed.plot(given, [one["tokens_per_s"] for one in fitting], "o-", color="#009E73")
+    speed.set_ylabel("tokens a second")
+    speed.set_ylim(bottom=0)
+    speed.set_xlabel(f"memory budget, {name}")
+    for axes in (used, speed):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
     figure.savefig(path, dpi=150)
 
 

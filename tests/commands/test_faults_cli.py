@@ -101,7 +101,10 @@ def test_a1_no_or_an_unknown_command(refused: Callable[..., str], run: Run) -> N
     )
     for arguments, words in cases:
         refused(
-            ConfigError, *arguments, words=(words, "name one of finetune, export"), seconds=WEIGHTS
+            ConfigError,
+            *arguments,
+            words=(words, "name one of finetune, plan, export"),
+            seconds=WEIGHTS,
         )
         assert run(*arguments).err.startswith("usage: qlora-kit COMMAND")
 

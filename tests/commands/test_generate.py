@@ -86,7 +86,7 @@ def test_the_adapter_names_its_base(
     (tmp_path / "adapter" / "config.yaml").unlink()
     answer = run("generate", "--adapter", "adapter", *flags)
     assert answer.code == 3
-    assert answer.line.startswith("error: base: neither a directory here nor a known short name")
+    assert answer.line.startswith("error: adapter belongs to the base base, which is not here; ")
 
 
 def test_an_adapter_of_peft_says_its_base_and_not_its_bits(

@@ -326,14 +326,18 @@ def test_other_files_are_refused_by_name(write, suffix):
 
 
 @pytest.mark.parametrize(
-    "data",
-    ["missing.jsonl", "no/such/file.jsonl", "rows.jsonl/under", "a\0b.jsonl", "~nobody/x.jsonl"],
+    "data", ["missing.jsonl", "no/such/file.jsonl", "rows.jsonl/under", "~nobody/x.jsonl"]
 )
 def test_a_missing_file_is_an_error(write, data):
     base = write(TEXT).parent
     name = data if data.startswith("~") else f"{base}/{data}"
     with pytest.raises(DataError, match="no such file"):
         load_rows(DataConfig(data=name), 0)
+
+
+def test_a_name_with_a_nul_is_no_path():
+    with pytest.raises(ConfigError, match="data must be a name or a path"):
+        DataConfig(data="a\0b.jsonl")
 
 
 @pytest.mark.timeout(10)

@@ -134,8 +134,9 @@ def run_of(base_dir, device="cpu", **options):
     return FakeRun(open_shape(base, target), lora, TrainingConfig(), target)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("targets", ["all-linear", r"model\.layers\.[2-5]\..*q_proj"])
+@pytest.mark.parametrize(
+    ("device", "targets"), [("cuda", "all-linear"), ("cpu", r"model\.layers\.[2-5]\..*q_proj")]
+)
 def test_an_extended_trace_is_the_whole_one(base_dir, device, targets):
     """Every stretch with all its components, at single levels and at mixes."""
     run = run_of(base_dir, device, target_modules=targets)
@@ -154,7 +155,7 @@ def test_auto_fills_the_budget_and_never_exceeds_it(base_dir):
     peaks = {level: max(one.peak for one in run.passes(window, [level] * 6)) for level in LEVELS}
     assert peaks["full"] < peaks["selective"] < peaks["none"]
     before = None
-    for part in range(0, 11, 2):
+    for part in (0, 3, 7, 10):
         budget = peaks["full"] + (peaks["none"] - peaks["full"]) * part // 10
         found = choose_levels(run, window, budget)
         assert found.peak == max(one.peak for one in run.passes(window, found.levels))
@@ -196,14 +197,14 @@ def test_a_bare_config_is_enough_and_gives_the_same(base_dir, tmp_path):
 
 def test_every_suggestion_is_the_plan_of_the_run_so_changed(base_dir):
     base = BaseConfig(base_dir, bits=16)
-    lora = LoRAConfig(r=32, target_modules="all-linear")
-    training = TrainingConfig(batch_size=4, gradient_accumulation_steps=2)
+    lora = LoRAConfig(r=16, target_modules="all-linear")
+    training = TrainingConfig(batch_size=2, gradient_accumulation_steps=2)
     options = Options(base, lora, training, 256)
     planner = Planner(base, lora, training, "cuda")
     least = planner.plan(options.window, "full").peak_bytes
     found = suggest(options, planner, "cuda", least - 1)
     assert len(found) > 2
-    assert found[0].change == "--batch_size 2 --gradient_accumulation_steps 4"
+    assert found[0].change == "--batch_size 1 --gradient_accumulation_steps 4"
     for one in found:
         words = one.change.split()
         changes = dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
@@ -241,7 +242,7 @@ def test_the_counter_agrees_with_the_profiler_on_a_real_step(base_dir):
         train_step(model, window, optimizer, step=1, max_grad_norm=1.0)
 
     step()
-    with count_step(model, optimizer, window) as counter:
+    with count_step(model, optimizer, window=window) as counter:
         start = counter.current
         step()
     with torch.profiler.profile(profile_memory=True) as profile:

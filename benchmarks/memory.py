@@ -35,10 +35,10 @@ from qlora_kit.base.quantize import tagged_workspace
 from qlora_kit.base.shape import open_shape
 from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
 from qlora_kit.lora.inject import tag_adapters
-from qlora_kit.memory.counter import StorageCounter, Stretch
+from qlora_kit.memory.counter import StorageCounter, Stretch, most_of_each
 from qlora_kit.memory.fake import FakeRun
 from qlora_kit.memory.measure import peak_bytes
-from qlora_kit.memory.meter import AllocatorCounter, most_of_each
+from qlora_kit.memory.meter import AllocatorCounter
 from qlora_kit.memory.places import follow
 from qlora_kit.memory.report import GIB, Bar, draw_bars, draw_step, table
 from qlora_kit.training.attention import known_rows

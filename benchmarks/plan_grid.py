@@ -26,9 +26,9 @@ from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
 from qlora_kit.data.batch import Batch, collate
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.memory.counter import StorageCounter
+from qlora_kit.memory.counter import COMPONENTS, StorageCounter
 from qlora_kit.memory.meter import count_step
-from qlora_kit.memory.plan import COMPONENTS, Planner, Window
+from qlora_kit.memory.plan import Planner, Window
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model

@@ -23,6 +23,18 @@ from torch.utils._pytree import tree_leaves
 
 Sizes = dict[str, int]
 """Bytes by component."""
+COMPONENTS = (
+    "weights_quantized",
+    "weights_other",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "paged",
+    "activations",
+    "loss",
+    "workspace",
+)
+"""Of a step, in the order in which they are shown."""
 
 
 @dataclass
@@ -136,3 +148,12 @@ class StorageCounter(TorchDispatchMode):
         stretch = self.stretches[-1]
         if self.current > stretch.peak:
             stretch.peak, stretch.at_peak = self.current, dict(self.sizes)
+
+
+def most_of_each(stretches: Iterable[Stretch]) -> Sizes:
+    """The most bytes of each component over some stretches, all of `COMPONENTS` among them."""
+    found = dict.fromkeys(COMPONENTS, 0)
+    for stretch in stretches:
+        for component, most in stretch.largest.items():
+            found[component] = max(most, found.get(component, 0))
+    return found

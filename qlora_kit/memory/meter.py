@@ -24,23 +24,10 @@ from qlora_kit.base.load import tag_weights
 from qlora_kit.base.quantize import tagged_workspace
 from qlora_kit.data.batch import Batch
 from qlora_kit.lora.inject import tag_adapters
-from qlora_kit.memory.counter import Sizes, StorageCounter, Stretch
+from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each
 from qlora_kit.memory.measure import optimizer_bytes, peak_bytes
 from qlora_kit.memory.places import follow
 from qlora_kit.training.optimizer import tag_states
-
-COMPONENTS = (
-    "weights_quantized",
-    "weights_other",
-    "adapters",
-    "gradients",
-    "optimizer",
-    "paged",
-    "activations",
-    "loss",
-    "workspace",
-)
-"""Of a step, in the order in which they are shown."""
 
 
 @dataclass
@@ -192,15 +179,6 @@ def count_step(
     counter.tag("activations", batch_tensors(window))
     with tagged_workspace(counter.tag), counter, follow(model, counter):
         yield counter
-
-
-def most_of_each(stretches: list[Stretch]) -> Sizes:
-    """The most bytes of each component over some stretches, all of `COMPONENTS` among them."""
-    found = dict.fromkeys(COMPONENTS, 0)
-    for stretch in stretches:
-        for component, most in stretch.largest.items():
-            found[component] = max(most, found.get(component, 0))
-    return found
 
 
 def batch_tensors(window: Sequence[Batch]) -> list[Tensor]:

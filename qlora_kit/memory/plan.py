@@ -9,7 +9,6 @@ recompute from `memory/choose.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,16 +18,11 @@ from qlora_kit.base.load import find_device
 from qlora_kit.base.shape import open_shape
 from qlora_kit.config import DEFAULT_LENGTH, BaseConfig, LoRAConfig, TrainingConfig
 from qlora_kit.memory.choose import Chosen, choose_levels, recomputed_share
-from qlora_kit.memory.counter import Sizes, Stretch
+from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
 from qlora_kit.memory.extend import moved
 from qlora_kit.memory.fake import HOST, FakeRun
 from qlora_kit.memory.overhead import OVERHEADS, Overhead
 
-COMPONENTS = (
-    *("weights_quantized", "weights_other", "adapters", "gradients", "optimizer", "paged"),
-    *("activations", "loss", "workspace"),
-)
-"""What tensors are counted as; a plan also has `weights`, the first two together."""
 HELD = ("weights_quantized", "weights_other", "adapters", "optimizer", "paged")
 """Those that are there before a step and after it."""
 
@@ -194,7 +188,7 @@ class Planner:
         overhead = self.overhead.of(highest.peak)
         at_peak = {k: n for k, n in highest.at_peak.items() if n and k != HOST}
         # What is held is what the passes find; the optimizer's step has more for a moment.
-        sizes = _most(chosen.stretches) | {
+        sizes = most_of_each(chosen.stretches) | {
             name: size for name, size in chosen.stretches[0].start.items() if name in HELD
         }
         bytes_ = {name: sizes.get(name, 0) for name in COMPONENTS}
@@ -210,18 +204,9 @@ class Planner:
             peak_module=highest.module,
             at_peak={**at_peak, "overhead": overhead} if overhead else at_peak,
             phases=phases,
-            host_peak_bytes=_most(run.loading).get(HOST, 0) if on_host else phases["load"],
+            host_peak_bytes=most_of_each(run.loading).get(HOST, 0) if on_host else phases["load"],
             device=self.device,
             levels=chosen.levels,
             recomputed=recomputed_share(run, chosen.levels, length),
             budget_bytes=budget_bytes,
         )
-
-
-def _most(stretches: Iterable[Stretch]) -> Sizes:
-    """The most of each component."""
-    most: Sizes = {}
-    for stretch in stretches:
-        for name, size in stretch.largest.items():
-            most[name] = max(most.get(name, 0), size)
-    return most

@@ -10,8 +10,9 @@ from windows import trained, windows
 from qlora_kit.base.load import load_base, tag_weights
 from qlora_kit.config import LoRAConfig
 from qlora_kit.lora.inject import inject_lora
+from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.measure import adapter_bytes, optimizer_bytes, weight_bytes
-from qlora_kit.memory.meter import COMPONENTS, Meter
+from qlora_kit.memory.meter import Meter
 from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.recompute import set_recompute

@@ -18,9 +18,10 @@ from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.choose import choose_levels, layer_work
+from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.fake import FakeRun
 from qlora_kit.memory.meter import count_step
-from qlora_kit.memory.plan import COMPONENTS, Planner, plan_memory
+from qlora_kit.memory.plan import Planner, plan_memory
 from qlora_kit.memory.suggest import Options, suggest
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer

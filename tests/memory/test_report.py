@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_kit.memory.meter import COMPONENTS
+from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.report import ORDER, Bar, draw_bars, draw_step, table
 
 

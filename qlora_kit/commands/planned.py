@@ -58,5 +58,4 @@ def planned_run(
 
 def available_bytes(device: torch.device) -> int:
     """What a process may take of a device: what is free, and what it has taken already."""
-    taken = OVERHEADS[device.type].fixed if device.type == "cuda" else 0
-    return free_bytes(device) + taken
+    return free_bytes(device) + OVERHEADS[device.type].fixed

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import io
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,14 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-# bitsandbytes prints a line about an optional package while it is imported.
-with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    import bitsandbytes.functional as bnb
-    from bitsandbytes import cextension
-
+from qlora_kit.base.imports import quiet_import
 from qlora_kit.base.tensors import Tag
 from qlora_kit.errors import NumericError
 from qlora_kit.fakes import device_type, has_values
+
+with quiet_import():
+    import bitsandbytes.functional as bnb
+    from bitsandbytes import cextension
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256

@@ -205,10 +205,7 @@ def test_rows_that_are_no_multiple_of_a_block_decode_right():
     assert (ours - weight).norm() / weight.norm() < 0.1
 
 
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not HAS_AVX512,
-    reason="needs a CPU with AVX512 and bf16",
-)
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
 def test_evaluation_without_gradients_does_not_repack_the_weight():
     weight, x = random_weight((64, 64), torch.bfloat16), random_weight((3, 64), torch.bfloat16)
     upstream = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")

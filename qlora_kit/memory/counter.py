@@ -19,7 +19,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Sizes = dict[str, int]
 """Bytes by component."""
@@ -114,12 +113,25 @@ class StorageCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves((args, kwargs, result)):
-            if isinstance(value, Tensor):
-                self._add(value, self.filling)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for given in (args, kwargs.values(), (result,)):
+            self._add_all(given)
         self._look()
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch's compiler is not asked to leave every operation alone, which takes its time.
+        return False
+
+    def _add_all(self, values: Iterable[Any]) -> None:
+        """Count the tensors among the arguments or results of an operation."""
+        for value in values:
+            if isinstance(value, Tensor):
+                self._add(value, self.filling)
+            elif isinstance(value, (list, tuple)):
+                self._add_all(value)
 
     def _add(self, tensor: Tensor, component: str) -> None:
         storage = tensor.untyped_storage()

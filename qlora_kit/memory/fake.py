@@ -33,6 +33,7 @@ from qlora_kit.memory.meter import batch_tensors
 from qlora_kit.memory.places import follow
 from qlora_kit.training.attention import known_rows
 from qlora_kit.training.loop import Gradients, train_step
+from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.optimizer import make_optimizer, optimizer_name, tag_states
 from qlora_kit.training.prepare import prepare_model
 from qlora_kit.training.recompute import set_recompute
@@ -87,8 +88,11 @@ class FakeRun:
         found = {id(module): name for name, module in self.model.named_modules()}
         self.names = [found[id(layer)] for layer in self.layers]
         self._kinds = [self._kind_of(layer) for layer in self.layers]
-        # The workspace that the CPU keeps: any step but the first finds it.
-        self.trace(self.window(1, 2, 1, 1), cut(self._kinds), ["none"] * len(self.layers))
+        # The workspace that the CPU keeps: any step but the first finds it, and a forward pass
+        # takes all of it.
+        (batch,) = self.window(1, 2, 1, 1)
+        with self._only(cut(self._kinds)), self._inside(), torch.no_grad():
+            supervised_loss(self.model, batch)
 
     def window(self, rows: int, length: int, supervised: int, micro_steps: int) -> list[Batch]:
         """Micro-batches of `rows` rows of `length` tokens, the last `supervised` trained on."""

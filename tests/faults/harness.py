@@ -1,7 +1,7 @@
 """Runs of the real command in processes of their own that are killed or failed at a chosen call.
 
-A server process imports everything once, on one thread, and forks for each run, so that a run of a
-tiny model takes a fraction of a second. In the child the functions of `os` that change the disk
+A server process imports everything and makes a run once, on one thread, and forks for each run, so
+that a run of a tiny model takes a fraction of a second. In the child the functions of `os` that change the disk
 are counted; at the chosen one the process is killed (before it, after it, or in the middle of a
 write), or the call fails as a full disk does.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -289,9 +291,7 @@ def damages(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def serve() -> None:
     """Fork a run for each request, and say how it ended when asked."""
-    import qlora_kit.commands.finetune
-    import qlora_kit.commands.run  # noqa: F401
-
+    _warm_up()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -302,6 +302,16 @@ def serve() -> None:
                 _child(request)
             reply = {"pid": pid}
         print(json.dumps(reply), flush=True)
+
+
+def _warm_up() -> None:
+    """What a process does at its first run only, such as torch's tables of operations."""
+    from qlora_kit.commands.finetune import main
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        job = Job(Path(folder), None).prepare()  # type: ignore[arg-type]
+        with contextlib.redirect_stderr(io.StringIO()):
+            assert main(job.command(Path(folder) / "run")) == 0
 
 
 def _child(request: dict[str, Any]) -> None:

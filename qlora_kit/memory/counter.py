@@ -71,7 +71,7 @@ class StorageCounter(TorchDispatchMode):
         self._live: dict[int, tuple[int, str]] = {}
         self._model = model
         self.filling = filling
-        self.sizes: Sizes = {}
+        self.sizes: Sizes = dict.fromkeys(COMPONENTS, 0)
         self.current = self.before = 0
         self.stretches = [Stretch("", "", {}, {}, {}, {})]
 

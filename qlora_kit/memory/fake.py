@@ -38,8 +38,6 @@ from qlora_kit.training.optimizer import make_optimizer, optimizer_name, tag_sta
 from qlora_kit.training.prepare import prepare_model
 from qlora_kit.training.recompute import set_recompute
 
-TRACED_STEPS = 2
-"""Micro-batches of a window: from the second on each finds all gradients, as the others do."""
 HOST = "host"
 """The component of what lies in the host's memory where the device has its own."""
 
@@ -120,10 +118,15 @@ class FakeRun:
     def trace(
         self, window: Sequence[Batch], chosen: Sequence[int], levels: Sequence[str]
     ) -> list[Stretch]:
-        """As `passes`, through the `chosen` layers only; the other layers are there, untouched."""
+        """As `passes`, through the `chosen` layers only; the other layers are there, untouched.
 
-        def passes(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
-            loss = gradients(window)
+        Of a window the last micro-batch is traced: it finds the gradients of those before it.
+        """
+
+        def passes(gradients: Gradients, last: Sequence[Batch]) -> Tensor:
+            if len(window) > 1:
+                self._make_gradients()
+            loss = gradients(last)
             self._counter.at("")
             return loss
 
@@ -136,16 +139,14 @@ class FakeRun:
             first = len(self._counter.stretches)
             self._counter.filling = "activations"
             with follow(self.model, self._counter):
-                self._step(window[-TRACED_STEPS:], passes, update=False)
+                self._step(window[-1:], passes, update=False)
             return self._taken(first)
 
     def _update(self) -> list[Stretch]:
         """The stretch of clipping and of the optimizer's step, with states and all gradients."""
 
         def given(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
-            for parameter in self._trained:
-                parameter.grad = torch.empty_like(parameter)
-                self._counter.tag("gradients", (parameter.grad,))
+            self._make_gradients()
             loss = torch.zeros(())  # what the passes leave
             self._counter.at("step")
             return loss
@@ -160,6 +161,11 @@ class FakeRun:
                 tag_states(self._optimizer, self._counter.tag)
                 taken = self._taken(first)
         return [one for one in taken if one.phase == "step"]
+
+    def _make_gradients(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = torch.empty_like(parameter)
+            self._counter.tag("gradients", (parameter.grad,))
 
     def _step(self, window: Sequence[Batch], attempt: Any, *, update: bool) -> None:
         train_step(

@@ -147,4 +147,5 @@ def _accumulate(model: Any, window: Sequence[Batch], step: int) -> Tensor:
         loss = supervised_loss(model, to_device(batch, weight.device)) / tokens
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+        del loss  # nothing of a micro-batch is there when the next one begins
     return total

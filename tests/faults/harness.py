@@ -1,9 +1,9 @@
 """Runs of the real command in processes of their own that are killed or failed at a chosen call.
 
 A server process imports everything and makes a run once, on one thread, and forks for each run, so
-that a run of a tiny model takes a fraction of a second. In the child the functions of `os` that change the disk
-are counted; at the chosen one the process is killed (before it, after it, or in the middle of a
-write), or the call fails as a full disk does.
+that a run of a tiny model takes a fraction of a second. In the child the functions of `os` that
+change the disk are counted; at the chosen one the process is killed (before it, after it, or in the
+middle of a write), or the call fails as a full disk does.
 
 Run as a script, this file is that server: one JSON object a line in, one out.
 """

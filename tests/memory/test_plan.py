@@ -70,8 +70,8 @@ def _counted(base, lora, training, levels, rows, length, micro_steps):
 
         train_step(model, window, optimizer, step=1, max_grad_norm=1.0, attempt=passes)
 
+    step([batch_of(1, 16)])  # makes the states
     window = [batch_of(rows, length, seed) for seed in range(micro_steps)]
-    step(window)
     with count_step(model, optimizer, window=window) as counter:
         step(window, counter)
     return [one for one in counter.stretches if one.phase]

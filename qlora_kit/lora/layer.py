@@ -2,7 +2,7 @@
 
     y = W x + b + scaling * B (A dropout(x))
 
-One autograd function computes the products of all linears that read the same rows (q, k and v; gate
+Two nodes of the graph compute the products of all linears that read the same rows (q, k and v; gate
 and up), with their adapters and with the norm in front of them. The low-rank part comes first, and
 the update is added into the base product in place. For backward it keeps the input once, A x of
 each adapter, nothing of W; normalized and dropped-out rows are made again. `lora_A` and `lora_B`
@@ -145,7 +145,9 @@ def linears(
     """
     parts = tuple(_Part.of(layer) for layer in layers)
     weights = [weight for part in parts for weight in part.weights]
-    return _Linears.apply(x, norm, parts, *weights)  # type: ignore[no-any-return, no-untyped-call]
+    read = _Read(parts, norm)
+    kept = _Keep.apply(read, x, *weights)  # type: ignore[no-untyped-call]
+    return _Linears.apply(read, kept, x, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -174,45 +176,83 @@ class _Part:
         return x if self.dropout is None else self.dropout.at(self.position, x)
 
 
+@dataclass
+class _Read:
+    """What linears that read the same rows share: `node` keeps for backward what `_Keep` gave it.
+
+    `rows` and `low_rank` are handed from one forward to the other.
+    """
+
+    parts: tuple[_Part, ...]
+    norm: FrozenNorm | None
+    node: Any = None
+    rows: Tensor | None = None
+    low_rank: Sequence[Tensor] = ()
+
+
+class _Keep(torch.autograd.Function):
+    """Low-rank products, and all that backward needs, before any base product is made.
+
+    A node by itself, for tensors are kept when a forward ends: so a replay that wants them back
+    ends here, and the last product of what is replayed is not made again. Its result is empty; it
+    only ties `_Linears` to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, read: _Read, x: Tensor, *weights: Tensor) -> Tensor:
+        rows, scale = (x, None) if read.norm is None else read.norm.apply(x)
+        low_rank = []
+        for part in read.parts:
+            if part.weights:
+                lora_a = part.weights[0].to(part.dtype)
+                low_rank.append(F.linear(part.dropped(rows).to(part.dtype), lora_a))
+        ctx.save_for_backward(x, scale, *low_rank, *weights)
+        ctx.set_materialize_grads(False)
+        read.node, read.rows, read.low_rank = ctx, rows, low_rank
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
 class _Linears(torch.autograd.Function):
     """`W_i n + b_i + scaling_i * B_i A_i n` for n = norm(x), as one node."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: FrozenNorm | None, parts: tuple[_Part, ...], *weights: Tensor
+        ctx: Any, read: _Read, kept: Tensor, x: Tensor, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        rows, scale = (x, None) if norm is None else norm.apply(x)
-        outputs, low_rank = [], []
-        for part in parts:
-            hidden = None
-            if part.weights:
-                lora_a, lora_b = (weight.to(part.dtype) for weight in part.weights)
-                hidden = F.linear(part.dropped(rows).to(part.dtype), lora_a)
-                low_rank.append(hidden)
+        rows, low_rank = read.rows, iter(read.low_rank)
+        assert rows is not None
+        outputs = []
+        for part in read.parts:
             y = product(part.base, rows)
-            if hidden is not None:
-                _add_product(y, hidden, lora_b.t(), part.scaling)
+            if part.weights:
+                lora_b = part.weights[1].to(part.dtype)
+                _add_product(y, next(low_rank), lora_b.t(), part.scaling)
             outputs.append(y)
-        ctx.save_for_backward(x, scale, *low_rank, *weights)
-        ctx.norm, ctx.parts = norm, parts
+        read.rows, read.low_rank = None, ()
+        ctx.read = read
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, scale, *kept = ctx.saved_tensors
-        adapted = sum(bool(part.weights) for part in ctx.parts)
+        parts, norm = ctx.read.parts, ctx.read.norm
+        x, scale, *kept = ctx.read.node.saved_tensors
+        adapted = sum(bool(part.weights) for part in parts)
         low_rank, weights = iter(kept[:adapted]), iter(kept[adapted:])
-        rows = x if ctx.norm is None or not adapted else ctx.norm.again(x, scale)
+        rows = x if norm is None or not adapted else norm.again(x, scale)
         grad_rows: Tensor | None = None
         grad_weights: list[Tensor | None] = []
-        for part, grad in zip(ctx.parts, grads, strict=True):
+        for part, grad in zip(parts, grads, strict=True):
             if part.weights:
                 hidden, lora_a, lora_b = next(low_rank), next(weights), next(weights)
             if grad is None:
                 grad_weights += [None] * len(part.weights)
                 continue
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[2]:
                 grad_rows = product_grad(part.base, grad, grad_rows)
             if not part.weights:
                 continue
@@ -230,9 +270,9 @@ class _Linears(torch.autograd.Function):
             else:
                 grad_low = (grad_hidden @ lora_a.to(part.dtype)).view(grad_rows.shape)
                 grad_rows.add_(part.dropped(grad_low))
-        if grad_rows is not None and ctx.norm is not None:
-            grad_rows = ctx.norm.backward(grad_rows, x, scale)
-        return grad_rows, None, None, *grad_weights
+        if grad_rows is not None and norm is not None:
+            grad_rows = norm.backward(grad_rows, x, scale)
+        return None, None, grad_rows, *grad_weights
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

@@ -83,9 +83,9 @@ def layer_work(layer: nn.Module, level: str, length: int, own: bool) -> int:
     """
     if level == "none":
         return 0
-    left_out = _without_adapter(layer, "down_proj")
+    left_out = _left_out(layer, "down_proj")
     if level == "selective" and own:
-        left_out += _without_adapter(layer, "o_proj")
+        left_out += _left_out(layer, "o_proj")
     attention = 0 if level == "selective" else _attention_work(layer, length)
     return _products(layer) - left_out + attention
 
@@ -148,13 +148,13 @@ def _size(linear: nn.Linear) -> int:
     return linear.in_features * linear.out_features
 
 
-def _without_adapter(layer: nn.Module, name: str) -> int:
-    """The weights of a linear that nothing after its input needs again; 0 where an adapter does."""
-    return sum(
-        _size(module)
-        for found, module in layer.named_modules()
-        if found.rpartition(".")[2] == name and isinstance(module, nn.Linear)
-    )
+def _left_out(layer: nn.Module, name: str) -> int:
+    """The weights of a linear that ends what is replayed; 0 where a norm reads its output."""
+    if hasattr(layer, "post_feedforward_layernorm"):
+        return 0
+    linear = next((m for found, m in layer.named_modules() if found.endswith(f".{name}")), None)
+    base = getattr(linear, "base_layer", linear)
+    return _size(base) if isinstance(base, nn.Linear) else 0
 
 
 def _attention_work(layer: Any, length: int) -> int:

@@ -7,12 +7,13 @@ import torch
 from families import FAMILIES, tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kit.base.quantize import Quantization, quantize_linear
+from qlora_kit.base.quantize import Quantization, QuantizedLinear, quantize_linear
 from qlora_kit.config import LoRAConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.block import models_own_code, use_own_blocks
 from qlora_kit.lora.inject import inject_lora
+from qlora_kit.memory.choose import layer_work
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.loss import supervised_loss
@@ -172,27 +173,49 @@ def test_selective_runs_attention_once(own):
     assert counts == {"none": LAYERS, "selective": LAYERS, "full": 2 * LAYERS}
 
 
-def test_selective_ends_before_the_last_products():
+def count_products(layer):
+    """The frozen linears of a layer by name, with how often each is multiplied by from now on."""
+    found, counts = {}, {}
+    for name, module in layer.named_modules():
+        if not isinstance(module, QuantizedLinear):
+            continue
+        found[name], counts[name] = module, 0
+
+        def counted(x, name=name, module=module):
+            counts[name] += 1
+            return type(module).product(module, x)
+
+        module.product = counted
+    return found, counts
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
+def test_selective_ends_before_the_last_products(targets):
     """q, k, v, gate and up are decoded again, the output and down projections are not."""
-    model, batch = prepared(targets="q_proj,v_proj"), batch_of(packed=False)
-    counts = {}
-    layer = model.base_model.layers[1]
-    parts = {
-        "o": layer.self_attn.o_proj,
-        "down": layer.mlp.down_proj,
-        "q": layer.self_attn.q_proj.base_layer,
-    }
+    model, batch = prepared(targets=targets), batch_of(packed=False)
+    again = {}
     for level in LEVELS:
         set_recompute(model, level)
-        seen = counts[level] = dict.fromkeys(parts, 0)
-        for name, part in parts.items():
-
-            def counted(x, name=name, part=part, seen=seen):
-                seen[name] += 1
-                return type(part).product(part, x)
-
-            part.product = counted
+        _, counts = count_products(model.base_model.layers[1])
         results_of(model, batch)
-    assert counts["none"] == {"o": 1, "down": 1, "q": 1}
-    assert counts["selective"] == {"o": 1, "down": 1, "q": 2}
-    assert counts["full"] == {"o": 2, "down": 1, "q": 2}
+        parts = {name.removesuffix(".base_layer"): count for name, count in counts.items()}
+        again[level] = {name.rpartition(".")[2] for name, count in parts.items() if count == 2}
+    inner = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert again == {"none": set(), "selective": inner, "full": inner | {"o_proj"}}
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_work_of_a_level_is_what_is_done_again(family, targets, own):
+    """What `auto` weighs levels by, attention left out."""
+    model, batch = prepared(family, targets=targets, own=own), batch_of(packed=False)
+    layer = model.base_model.layers[1]
+    for level in LEVELS:
+        set_recompute(model, level)
+        found, counts = count_products(layer)
+        results_of(model, batch)
+        again = sum(
+            (counts[name] - 1) * one.in_features * one.out_features for name, one in found.items()
+        )
+        assert again == layer_work(layer, level, 0, own), level

@@ -34,11 +34,14 @@ from qlora_kit.config import BaseConfig
 DEFAULT_DTYPE = "bfloat16"
 
 
-def open_shape(config: BaseConfig, device: torch.device) -> OpenBase:
+def open_shape(
+    config: BaseConfig, device: torch.device, embedding_rows: int | None = None
+) -> OpenBase:
     """The base of a plan for `device`, on the meta device, without a tokenizer.
 
     `config.model` may also be a file like config.json. Nothing but that file is read, or fetched
-    where it is a hub id. Errors: `ModelError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
+    where it is a hub id. `embedding_rows` is what the embedding is resized to, which only the
+    tokenizer of a run tells. Errors: `ModelError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
     """
     source, path = _find(config)
     described = read_config_file(path)
@@ -54,7 +57,10 @@ def open_shape(config: BaseConfig, device: torch.device) -> OpenBase:
         entries = _expected_entries(model, described, path)
     else:
         check_architecture(entries, expected_shapes(model), tied_names(model), source.directory)
-    return OpenBase(source, entries, {}, model, None, quantization, dtype, torch.device("cpu"))
+    if embedding_rows is not None:
+        model = build_on_meta({**described, "vocab_size": embedding_rows}, dtype, path)
+    cpu = torch.device("cpu")
+    return OpenBase(source, entries, {}, model, None, quantization, dtype, cpu, embedding_rows)
 
 
 def _find(config: BaseConfig) -> tuple[Source, Path]:

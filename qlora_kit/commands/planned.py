@@ -42,7 +42,7 @@ def planned_run(
         lora = replace(lora, r=max(ranks.values()))
     # The files are the ones that were checked, wherever the name came from.
     where = replace(config.base, model=str(base.source.directory), revision=None)
-    planner = Planner(where, lora, training)
+    planner = Planner(where, lora, training, embedding_rows=base.embedding_rows)
     window = Window(min(training.batch_size, count), longest, longest, packs is not None)
     budget = training.budget_bytes
     plan = planner.plan(window, budget_bytes=budget or available_bytes(base.device))

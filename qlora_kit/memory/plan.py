@@ -130,6 +130,8 @@ def plan_memory(
 class Planner:
     """Plans of one base, its adapters and its optimizer, for any window and any levels.
 
+    `embedding_rows` is what a run resizes the base's embedding to.
+
     Errors of the constructor are those of `plan_memory`.
     """
 
@@ -139,13 +141,14 @@ class Planner:
         lora: LoRAConfig,
         training: TrainingConfig,
         device: str | None = None,
+        embedding_rows: int | None = None,
     ) -> None:
         target = torch.device(device) if device else find_device(base.device)
         self.device = target.type
         self.training = training
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
-        self.run = FakeRun(open_shape(base, target), fresh, training, target)
+        self.run = FakeRun(open_shape(base, target, embedding_rows), fresh, training, target)
 
     def plan(
         self,

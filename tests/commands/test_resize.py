@@ -113,6 +113,8 @@ def test_an_adapter_finds_the_rows_it_was_trained_with(run: Run, home: Path) -> 
     with safe_open(home / "out" / "adapter_model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["qlora_kit"])["embedding_rows"] == TOKENS
     record = json.loads((home / "out" / "run.json").read_text())
+    memory = record["memory"]
+    assert memory["measured"]["weights_other"] == memory["planned"]["weights_other"]
 
     # Nothing below is given the flag: the adapter says it.
     evaluated = run("evaluate", "--adapter", "out", "--no_exact_match", "--json")

@@ -25,6 +25,8 @@ ERROR_LINE_LIMIT = 400
 """Characters of the error line on stderr, `error: ` included."""
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "_PAT")
 """How the names of environment variables end whose values are never printed."""
+SECRET_LENGTH, SECRET_LIMIT = 8, 1000
+"""Characters from which on a value is taken for a secret, and that are read of one at most."""
 
 
 class QloraKitError(Exception):
@@ -124,12 +126,32 @@ def error_line(error: QloraKitError | Stopped) -> str:
 
 
 def redacted(text: str) -> str:
-    """`text` without the environment's secrets, tokens of the hub, and logins in addresses."""
+    """`text` without secrets: the environment's, the hub's tokens, a stored login, an address's."""
     for name, value in os.environ.items():
-        if name.upper().endswith(SECRET_NAMES) and len(value) >= 8:
+        if name.upper().endswith(SECRET_NAMES) and len(value) >= SECRET_LENGTH:
             text = text.replace(value, "***")
+    login = _stored_login()
+    if len(login) >= SECRET_LENGTH:
+        text = text.replace(login, "***")
     text = re.sub(r"(hf|api_org)_[A-Za-z0-9]{16,}", r"\1_***", text)
     return re.sub(r"://[^/\s@]+@", "://***@", text)
+
+
+def _stored_login() -> str:
+    """The token that `hf auth login` stored, where the hub's client looks for it; else nothing."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    path = os.environ.get("HF_TOKEN_PATH") or f"{home}/token"
+    return _first_line(os.path.expanduser(os.path.expandvars(path)))
+
+
+@functools.cache
+def _first_line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.readline(SECRET_LIMIT).strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def excerpt(text: str, limit: int = 60) -> str:

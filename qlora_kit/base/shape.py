@@ -41,7 +41,8 @@ def open_shape(
 
     `config.model` may also be a file like config.json. Nothing but that file is read, or fetched
     where it is a hub id. `embedding_rows` is what the embedding is resized to, which only the
-    tokenizer of a run tells. Errors: `ModelError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
+    tokenizer of a run tells.
+    Errors: `ModelError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
     """
     source, path = _find(config)
     described = read_config_file(path)

@@ -18,6 +18,7 @@ TOKEN = "hf_" + "secretSecretSecret" * 2
 URL = f"https://user:{TOKEN}@example.invalid/owner/model"
 MIRROR = "my-own-secret-of-a-mirror"
 """One that looks like none of the hub's."""
+LOGIN = "what-hf-auth-login-has-stored"
 SHORT = "--max_steps 1 --eval_fraction 0 --token_cache none"
 GOOD = {
     "finetune": f"--model ./base --data rows.jsonl --output_dir out {SHORT}",
@@ -37,13 +38,16 @@ def home(tmp_path: Path, workshop: Any, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("MIRROR_API_KEY", MIRROR)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "token").write_text(LOGIN + "\n")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
 
 
 def is_free_of_tokens(text: str) -> bool:
     # Nor is a part of one that could be completed by trying.
-    return not any(secret in text for secret in (TOKEN, TOKEN[3:20], MIRROR))
+    return not any(secret in text for secret in (TOKEN, TOKEN[3:20], MIRROR, LOGIN))
 
 
 @pytest.mark.parametrize("command", GOOD)
@@ -58,7 +62,7 @@ def test_a_command_that_works_writes_no_token(run: Run, home: Path, command: str
         assert is_free_of_tokens(path.read_bytes().decode("latin-1")), path
 
 
-@pytest.mark.parametrize("secret", [TOKEN, MIRROR])
+@pytest.mark.parametrize("secret", [TOKEN, MIRROR, LOGIN])
 @pytest.mark.parametrize("command", GOOD)
 def test_a_command_that_is_given_a_token_does_not_repeat_it(
     run: Run, home: Path, command: str, secret: str
@@ -92,7 +96,7 @@ def test_a_command_that_is_given_a_token_does_not_repeat_it(
         assert tree_hash(home) == before, more
 
 
-@pytest.mark.parametrize("secret", [TOKEN, MIRROR])
+@pytest.mark.parametrize("secret", [TOKEN, MIRROR, LOGIN])
 @pytest.mark.parametrize("command", GOOD)
 def test_nor_is_half_of_one_repeated_where_a_value_is_cut(
     run: Run, home: Path, command: str, secret: str
@@ -109,10 +113,12 @@ def test_nor_is_half_of_one_repeated_where_a_value_is_cut(
         ):  # fmt: skip
             answer = run(command, *GOOD[command].split(), *more, "--debug")
             assert answer.code in (2, 3), (more, answer.err)
-            assert not any(one in answer.out + answer.err for one in (TOKEN[:10], MIRROR[:10]))
+            assert not any(
+                one in answer.out + answer.err for one in (TOKEN[:10], MIRROR[:10], LOGIN[:10])
+            )
 
 
-@pytest.mark.parametrize("secret", [TOKEN, MIRROR])
+@pytest.mark.parametrize("secret", [TOKEN, MIRROR, LOGIN])
 @pytest.mark.parametrize("command", GOOD)
 def test_a_directory_named_by_a_token_is_not_named_by_it(
     run: Run, home: Path, command: str, secret: str, monkeypatch: pytest.MonkeyPatch
@@ -141,7 +147,7 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("secret", [TOKEN, MIRROR])
+@pytest.mark.parametrize("secret", [TOKEN, MIRROR, LOGIN])
 @pytest.mark.parametrize("command", WRITTEN)
 def test_a_token_in_a_name_that_would_be_written_down_is_refused(
     run: Run, home: Path, command: str, secret: str

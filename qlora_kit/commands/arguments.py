@@ -65,10 +65,15 @@ class Parsed:
 
 
 def parse(
-    command: str, summary: str, groups: Sequence[type[Options]], argv: Sequence[str]
+    command: str,
+    summary: str,
+    groups: Sequence[type[Options]],
+    argv: Sequence[str],
+    beside: Sequence[type[Options]] = (),
 ) -> Parsed:
     """Read flags, and the `--config` file below them, into `groups`.
 
+    The file may also hold options of the groups `beside`, which another command takes from it.
     Everything that is wrong with values is reported at once.
     """
     fields = fields_of(groups)
@@ -77,7 +82,8 @@ def parse(
     tokens = _with_known_names(argv, spelling, fields, parser)
     arguments = vars(parser.parse_args(tokens))
     config_file, debug = arguments.pop("config", None), arguments.pop("debug", False)
-    values = {**(read_config(config_file, groups) if config_file else {}), **arguments}
+    stored = read_config(config_file, [*groups, *beside]) if config_file else {}
+    values = {**stored, **arguments}
     made, given, problems = {}, {}, []
     for group in groups:
         own = {

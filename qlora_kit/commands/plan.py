@@ -11,7 +11,9 @@ from qlora_kit.commands.arguments import parse
 from qlora_kit.config import (
     DEFAULT_LENGTH,
     BaseConfig,
+    DataConfig,
     LoRAConfig,
+    OutputConfig,
     PlanConfig,
     TrainingConfig,
     size_bytes,
@@ -31,7 +33,8 @@ ROWS, LENGTHS = (1, 2, 4, 8), (512, 1024, 2048, 4096)
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parsed = parse("qlora-kit plan", SUMMARY, GROUPS, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parsed = parse("qlora-kit plan", SUMMARY, GROUPS, argv, beside=(DataConfig, OutputConfig))
     asked = parsed[PlanConfig]
     from qlora_kit.memory.plan import Planner
     from qlora_kit.memory.suggest import Options, suggest

@@ -33,3 +33,21 @@ def test_what_does_not_fit_comes_with_changes(capsys):
     assert not found["fits"]
     assert found["suggestions"]
     assert all(one["peak_bytes"] < peak for one in found["suggestions"])
+
+
+def test_the_config_of_a_run_is_planned_as_it_stands(capsys, tmp_path):
+    """What only a run asks is left alone there; a key that nobody knows is not."""
+    config = tmp_path / "config.yaml"
+    given = "model: tiny\ndevice: cpu\nmax_length: 64\nlora_r: 8\n"
+    config.write_text(given + "data: rows.jsonl\noutput_dir: out\npacking: false\n")
+    assert main(["--config", str(config), "--json"]) == 0
+    found = capsys.readouterr().out
+    assert main([*OPTIONS, "--json"]) == 0
+    expected = capsys.readouterr().out
+    plans = [json.loads(one) for one in (found, expected)]
+    for plan in plans:
+        del plan["budget_bytes"]  # what is free just now
+    assert plans[0] == plans[1]
+    config.write_text(given + "dta: rows.jsonl\n")
+    assert main(["--config", str(config)]) == 2
+    assert f"{config}:5: unknown key dta, did you mean data?" in capsys.readouterr().err

@@ -34,6 +34,7 @@ from qlora_kit.base.prequantized import (
 )
 from qlora_kit.base.quantize import (
     Quantization,
+    Quantize,
     quantize_linear,
     quantized_tensors,
     shared_tables,
@@ -217,10 +218,13 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def fill(base: OpenBase, read: Read, tag: Tag = untagged) -> Any:
+def fill(
+    base: OpenBase, read: Read, tag: Tag = untagged, quantize: Quantize = quantize_linear
+) -> Any:
     """`base.model` frozen and in evaluation mode, every tensor in its place, as `read` gives it.
 
-    A linear is quantized when its weight arrives. Nothing but `read` touches a file.
+    A linear is quantized when its weight arrives. Nothing but `read` touches a file. A plan has a
+    `quantize` of its own.
     """
     model = base.model
     linears = decoder_linears(model)
@@ -240,7 +244,7 @@ def fill(base: OpenBase, read: Read, tag: Tag = untagged) -> Any:
         if moved.dtype != tensor.dtype:
             check_finite(moved, f"{name} in {dtype_name(base.dtype)}")
         if owner in to_quantize:
-            layer = quantize_linear(moved, None, base.quantization, name=name)
+            layer = quantize(moved, None, base.quantization, name=name)
             _replace(model, owner, layer)
             tag_linear(layer, tag)
         else:

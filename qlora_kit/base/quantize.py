@@ -22,7 +22,7 @@ import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,9 @@ class Linear4bit(QuantizedLinear):
         """The fp32 scale of every block, (ceil(n/64),)."""
         if self.nested_absmax is None:
             return self.absmax
+        if not has_values(self.absmax):
+            # What the call below gives; a plan makes it a thousand times.
+            return torch.empty_like(self.absmax, dtype=torch.float32)
         decoded = torch.ops.bitsandbytes.dequantize_blockwise.default(
             self.absmax, self.nested_absmax, self.nested_map, NESTED_BLOCKSIZE, torch.float32
         )
@@ -160,12 +163,13 @@ class Linear4bit(QuantizedLinear):
         full = numel // BLOCKSIZE
         # bitsandbytes 0.50 on AVX512 CPUs is silently wrong where a row is not a multiple of the
         # block, so the kernel always gets rows that are one block, whatever the layer's shape.
-        _decode_blocks(
-            packed[: full * BLOCKSIZE // 2],
-            scales[:full],
-            self.quant_type,
-            space[: full * BLOCKSIZE],
-        )
+        if has_values(space):  # else nothing would be made
+            _decode_blocks(
+                packed[: full * BLOCKSIZE // 2],
+                scales[:full],
+                self.quant_type,
+                space[: full * BLOCKSIZE],
+            )
         if full * BLOCKSIZE < numel:
             rest = packed[full * BLOCKSIZE // 2 :]
             rest = F.pad(rest, (0, BLOCKSIZE // 2 - rest.numel()))
@@ -289,6 +293,10 @@ def quantize_linear(
         absmax=absmax,
         **nested,
     )
+
+
+Quantize = Callable[..., QuantizedLinear]
+"""`quantize_linear`, or what does the same in a plan."""
 
 
 @functools.cache

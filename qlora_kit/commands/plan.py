@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "Say what a run will take, by component, before a byte of weights is read or downloaded."
 GROUPS = (BaseConfig, LoRAConfig, TrainingConfig, PlanConfig)
-ROWS, LENGTHS = (1, 2, 4, 8), (512, 1024, 2048, 4096)
-"""Of the table that `--grid` makes."""
+ROWS, LONGEST, PARTS = (1, 2, 4, 8), 4096, (8, 4, 2, 1)
+"""Of the table that `--grid` makes: its lengths are parts of the longest, or of the context."""
 
 
 @reports_errors
@@ -85,8 +85,8 @@ def _grid(planner: Planner, options: Options, budget: int | None) -> list[dict[s
     """The plans of batches and lengths, up to the model's context."""
     from qlora_kit.memory.plan import Window
 
-    cells = []
-    for length in (one for one in LENGTHS if one <= planner.run.context):
+    cells, longest = [], min(LONGEST, planner.run.context)
+    for length in (longest // part for part in PARTS):
         for rows in ROWS:
             window = Window(rows, length, length, options.packing)
             plan = planner.plan(window, budget_bytes=budget)

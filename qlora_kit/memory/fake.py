@@ -31,10 +31,16 @@ from qlora_kit.memory.counter import Sizes, StorageCounter, Stretch
 from qlora_kit.memory.extend import cut, extend
 from qlora_kit.memory.meter import batch_tensors
 from qlora_kit.memory.places import follow
+from qlora_kit.memory.repeat import RepeatedQuantize
 from qlora_kit.training.attention import known_rows
 from qlora_kit.training.loop import Gradients, train_step
 from qlora_kit.training.loss import supervised_loss
-from qlora_kit.training.optimizer import make_optimizer, optimizer_name, tag_states
+from qlora_kit.training.optimizer import (
+    make_optimizer,
+    make_states,
+    optimizer_name,
+    tag_states,
+)
 from qlora_kit.training.prepare import prepare_model
 from qlora_kit.training.recompute import set_recompute
 
@@ -66,7 +72,8 @@ class FakeRun:
             self._counter.at("load")
             self._counter.filling = "loading"
             self._on_fakes(base.model)
-            self.model = fill(base, self._read, self._counter.tag)
+            quantize = RepeatedQuantize(self._counter, self.apart)
+            self.model = fill(base, self._read, self._counter.tag, quantize)
             self._counter.at("inject")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a rank, which the run says itself
@@ -153,13 +160,13 @@ class FakeRun:
 
         with self._inside(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of paging, which a CPU has not
-            for _ in range(2):
-                first = len(self._counter.stretches)
-                self._counter.at("")
-                self._counter.filling = "optimizer"
-                self._step([], given, update=True)
-                tag_states(self._optimizer, self._counter.tag)
-                taken = self._taken(first)
+            self._counter.filling = "optimizer"
+            make_states(self._optimizer)
+            tag_states(self._optimizer, self._counter.tag)
+            first = len(self._counter.stretches)
+            self._counter.at("")
+            self._step([], given, update=True)
+            taken = self._taken(first)
         return [one for one in taken if one.phase == "step"]
 
     def _make_gradients(self) -> None:

@@ -167,6 +167,11 @@ def missing_states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [one for state in states for one in state.values() if isinstance(one, Tensor)]
 
 
+def make_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the state that its first step would begin with."""
+    optimizer.state.update(dict(_new_states(optimizer)))
+
+
 def _new_states(
     optimizer: torch.optim.Optimizer, chosen: Callable[[nn.Parameter], bool] = lambda one: True
 ) -> Iterator[tuple[nn.Parameter, MutableMapping[str, Any]]]:

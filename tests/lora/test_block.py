@@ -6,44 +6,15 @@ import itertools
 
 import pytest
 import torch
+from adapted import RANK, adapted_model
 from families import FAMILIES, tiny_model, token_ids
 from torch.autograd.graph import saved_tensors_hooks
 
-from qlora_kit.base.quantize import Quantization, quantize_linear
 from qlora_kit.config import LoRAConfig
 from qlora_kit.lora.block import use_own_blocks
 from qlora_kit.lora.elementwise import ACTIVATIONS, gated, rotate
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.lora.norm import FrozenNorm, normalize
-from qlora_kit.training.attention import set_packed_attention
-
-RANK = 4
-BITS = {4: Quantization(4, "nf4", True), 8: Quantization(8), 16: Quantization(16)}
-
-
-def quantized(model, bits):
-    for name, module in list(model.named_modules()):
-        if bits < 16 and isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-            owner, _, leaf = name.rpartition(".")
-            bias = None if module.bias is None else module.bias.data
-            layer = quantize_linear(module.weight.data, bias, BITS[bits])
-            setattr(model.get_submodule(owner), leaf, layer)
-    return model
-
-
-def prepared(family, *, own, dtype=torch.float32, bits=16, dropout=0.0, targets="auto"):
-    model = quantized(tiny_model(family, dtype), bits)
-    if family != "gemma2":  # sdpa has no soft cap of attention
-        model.set_attn_implementation("sdpa")
-    model.requires_grad_(False)
-    inject_lora(model, LoRAConfig(r=RANK, target_modules=targets, dropout=dropout), seed=0)
-    drawn = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=drawn)
-    if own:
-        assert use_own_blocks(model) is None
-    return model.train()
 
 
 def outputs_of(model, ids):
@@ -59,13 +30,13 @@ def outputs_of(model, ids):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_numbers_are_those_of_transformers(family, bits, targets, dropout):
     """Outputs bit for bit; gradients are summed in another order."""
     ids, results = token_ids(2, 11), []
     for own in (False, True):
-        model = prepared(family, own=own, bits=bits, targets=targets, dropout=dropout)
+        model = adapted_model(family, own=own, bits=bits, targets=targets, dropout=dropout)
         results.append(outputs_of(model, ids))
     (expected, gradients), (found, ours) = results
     assert torch.equal(found, expected)
@@ -78,9 +49,9 @@ def test_numbers_are_those_of_transformers(family, bits, targets, dropout):
 def test_bf16_is_as_near_to_fp32_as_transformers(family):
     """Outputs bit for bit; of the gradients none is further from fp32 than twice the other way."""
     ids = token_ids(2, 11)
-    exact = outputs_of(prepared(family, own=False), ids)[1]
+    exact = outputs_of(adapted_model(family, own=False), ids)[1]
     results = [
-        outputs_of(prepared(family, own=own, dtype=torch.bfloat16), ids) for own in (False, True)
+        outputs_of(adapted_model(family, torch.bfloat16, own=own), ids) for own in (False, True)
     ]
     assert torch.equal(results[0][0], results[1][0])
     theirs, ours = (
@@ -122,14 +93,9 @@ def test_a_layer_keeps_what_its_docstring_lists(family, heads, kv_heads, bits, d
     ids = token_ids(batch, length)
     totals = []
     for layers in (2, 3):
-        model = tiny_model(family, dtype, num_hidden_layers=layers, intermediate_size=160)
-        model = quantized(model, bits)
-        model.set_attn_implementation("sdpa")
-        model.requires_grad_(False)
-        inject_lora(model, LoRAConfig(r=RANK), seed=0)
-        assert use_own_blocks(model) is None
-        assert set_packed_attention(model)
-        totals.append(kept_bytes(model.train(), ids))
+        sizes = {"num_hidden_layers": layers, "intermediate_size": 160}
+        model = adapted_model(family, dtype, bits=bits, packed=True, **sizes)
+        totals.append(kept_bytes(model, ids))
     tokens, hidden, ffn = batch * length, 64, 160
     kv = hidden * kv_heads // heads
     expected = 2 * tokens * (3 * hidden + 2 * kv + 2 * ffn) + 2 * 4 * tokens + 2 * 2 * tokens * RANK
@@ -175,7 +141,7 @@ def test_generation_with_a_cache_goes_through_the_models_own_code():
     ids = token_ids(1, 6)
     texts = []
     for own in (False, True):
-        model = prepared("llama2", own=own).eval()
+        model = adapted_model("llama2", own=own).eval()
         with torch.no_grad():
             texts.append(model.generate(ids, max_new_tokens=8, do_sample=False))
     assert torch.equal(*texts)

@@ -10,13 +10,14 @@ import torch
 from families import save_checkpoint
 
 from qlora_kit.base.load import open_base, read_weights
-from qlora_kit.base.quantize import own_workspace
+from qlora_kit.base.quantize import own_workspace, quantize_linear
 from qlora_kit.base.shape import open_shape
 from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
 from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.lora.inject import inject_lora
+from qlora_kit.memory import fake
 from qlora_kit.memory.choose import choose_levels, layer_work
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.fake import FakeRun
@@ -254,3 +255,20 @@ def test_the_counter_agrees_with_the_profiler_on_a_real_step(base_dir):
             total += event.nbytes()
             peak = max(peak, total)
     assert abs(counter.peak - start - peak) <= max(0.02 * peak, 2**20)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantizing_once_for_each_shape_takes_what_all_of_it_takes(
+    base_dir, bits, device, monkeypatch
+):
+    def loading():
+        target = torch.device(device)
+        base = open_shape(BaseConfig(base_dir, bits=bits, dtype="bf16"), target)
+        stretches = FakeRun(base, LoRAConfig(), TrainingConfig(), target).loading
+        highest = max(stretches, key=lambda one: one.peak)
+        return highest.peak, highest.at_peak, sizes_of(stretches), stretches[-1].end
+
+    repeated = loading()
+    monkeypatch.setattr(fake, "RepeatedQuantize", lambda counter, apart: quantize_linear)
+    assert repeated == loading()

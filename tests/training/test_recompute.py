@@ -4,48 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapted import RANK, adapted_model
 from families import FAMILIES, tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kit.base.quantize import Quantization, QuantizedLinear, quantize_linear
-from qlora_kit.config import LoRAConfig
+from qlora_kit.base.quantize import QuantizedLinear
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.lora.block import models_own_code, use_own_blocks
-from qlora_kit.lora.inject import inject_lora
+from qlora_kit.lora.block import models_own_code
 from qlora_kit.memory.choose import layer_work
 from qlora_kit.memory.counter import StorageCounter
-from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.recompute import set_recompute
 
-RANK, LAYERS = 4, 3
+LAYERS = 3
 LEVELS = ("none", "selective", "full")
 MIX = ("full", "selective", "none")
 
 
-def prepared(family="llama2", dtype=torch.float32, *, own=True, dropout=0.0, **changes):
-    """A tiny 4-bit model with random adapters on all linears, or on `targets`, that trains."""
-    targets = changes.pop("targets", "all-linear")
-    model = tiny_model(family, dtype, **{"num_hidden_layers": LAYERS, **changes})
-    if family != "gemma2":  # sdpa has no soft cap of attention
-        model.set_attn_implementation("sdpa")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-            owner, _, leaf = name.rpartition(".")
-            bias = None if module.bias is None else module.bias.data
-            layer = quantize_linear(module.weight.data, bias, Quantization(4, "nf4", True))
-            setattr(model.get_submodule(owner), leaf, layer)
-    model.requires_grad_(False)
-    inject_lora(model, LoRAConfig(r=RANK, target_modules=targets, dropout=dropout), seed=0)
-    drawn = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=drawn)
-    set_packed_attention(model)
-    if own:
-        assert use_own_blocks(model) is None
-    return model.train()
+def prepared(family="llama2", dtype=torch.float32, *, targets="all-linear", **changes):
+    """A tiny 4-bit model with random adapters that trains."""
+    settings = {"num_hidden_layers": LAYERS, **changes}
+    return adapted_model(family, dtype, bits=4, packed=True, targets=targets, **settings)
 
 
 def batch_of(packed, length=17):

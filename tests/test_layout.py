@@ -47,6 +47,7 @@ FLOORS = {
     "memory.overhead": 2,
     "memory.measure": 2,
     "memory.places": 2,
+    "memory.repeat": 2,
     "memory.report": 2,
     "training.recompute": 2,
     "training.prepare": 3,

@@ -14,6 +14,7 @@ import functools
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import traceback
@@ -25,8 +26,8 @@ ERROR_LINE_LIMIT = 400
 """Characters of the error line on stderr, `error: ` included."""
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "_PAT")
 """How the names of environment variables end whose values are never printed."""
-SECRET_LENGTH, SECRET_LIMIT = 8, 1000
-"""Characters from which on a value is taken for a secret, and that are read of one at most."""
+SECRET_LENGTH, SECRET_LIMIT = 8, 2**16
+"""Characters from which on a value is taken for a secret, and of a file that is read for some."""
 
 
 class QloraKitError(Exception):
@@ -130,28 +131,37 @@ def redacted(text: str) -> str:
     for name, value in os.environ.items():
         if name.upper().endswith(SECRET_NAMES) and len(value) >= SECRET_LENGTH:
             text = text.replace(value, "***")
-    login = _stored_login()
-    if len(login) >= SECRET_LENGTH:
+    for login in _stored_logins():
         text = text.replace(login, "***")
     text = re.sub(r"(hf|api_org)_[A-Za-z0-9]{16,}", r"\1_***", text)
     return re.sub(r"://[^/\s@]+@", "://***@", text)
 
 
-def _stored_login() -> str:
-    """The token that `hf auth login` stored, where the hub's client looks for it; else nothing."""
+def _stored_logins() -> tuple[str, ...]:
+    """The tokens that `hf auth login` stored, where the hub's client looks for them."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    path = os.environ.get("HF_TOKEN_PATH") or f"{home}/token"
-    return _first_line(os.path.expanduser(os.path.expandvars(path)))
+    found: tuple[str, ...] = ()
+    for variable, name in (("HF_TOKEN_PATH", "token"), ("HF_STORED_TOKENS_PATH", "stored_tokens")):
+        path = os.path.expanduser(os.path.expandvars(os.environ.get(variable) or f"{home}/{name}"))
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode):  # a FIFO would wait for a writer
+                found += _secrets_in(path, status.st_mtime_ns)
+    return found
 
 
 @functools.cache
-def _first_line(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.readline(SECRET_LIMIT).strip()
-    except (OSError, ValueError):
-        return ""
+def _secrets_in(path: str, changed: int) -> tuple[str, ...]:
+    """The lines of a file (`changed` at that time), their names left out, and all of it as one."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read(SECRET_LIMIT)
+    lines = [
+        line.rpartition("=")[2].strip() for line in text.splitlines() if not line.startswith("[")
+    ]
+    # Longest first: a part that is replaced before would hide the whole.
+    secrets = sorted({"".join(lines), *lines}, key=len, reverse=True)
+    return tuple(one for one in secrets if len(one) >= SECRET_LENGTH)
 
 
 def excerpt(text: str, limit: int = 60) -> str:

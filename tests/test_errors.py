@@ -222,3 +222,31 @@ def test_every_error_of_the_package_has_two_halves() -> None:
     assert (error.problem, error.remedy) == ("loss is nan", "lower --learning_rate")
     assert str(error) == "loss is nan; lower --learning_rate"
     assert issubclass(errors.UnsafeInputError, errors.InputError)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "secrets"),
+    [
+        ("token", "what-is-stored\n", ["what-is-stored"]),
+        ("token", "\nbehind-an-empty-line\n", ["behind-an-empty-line"]),
+        ("token", "the-first-half\nthe-second-half\n", ["the-first-halfthe-second-half"]),
+        ("stored_tokens", "[mine]\nhf_token = of-one-login\n\n[b]\nhf_token=of-another\n",
+         ["of-one-login", "of-another"]),
+    ],
+)  # fmt: skip
+def test_stored_logins_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, secrets: list[str]
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert redacted(f"with {secrets[0]}") == f"with {secrets[0]}"
+    (tmp_path / name).write_text(text)  # after the first look
+    for secret in secrets:
+        assert redacted(f"with {secret} in it") == "with *** in it"
+
+
+def test_a_login_that_is_no_file_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "token")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert redacted("as it is") == "as it is"

@@ -28,17 +28,17 @@ def quiet_import() -> Iterator[None]:
 
 
 def _compiled_when_called(
-    compile_now: Callable[..., Any], function: Callable[..., Any] | None = None, **options: Any
+    compile_now: Callable[..., Any], model: Callable[..., Any] | None = None, **options: Any
 ) -> Callable[..., Any]:
-    """`torch.compile(function, **options)`, or the decorator where there is no function yet."""
-    if function is None:
+    """`torch.compile(model, **options)`, or the decorator where there is no function yet."""
+    if model is None:
         return functools.partial(_compiled_when_called, compile_now, **options)
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        return compile_now(function, **options)  # type: ignore[no-any-return]
+        return compile_now(model, **options)  # type: ignore[no-any-return]
 
-    @functools.wraps(function)
+    @functools.wraps(model)
     def call(*args: Any, **kwargs: Any) -> Any:
         return compiled()(*args, **kwargs)
 

@@ -18,6 +18,7 @@ from qlora_kit.base.architecture import build_on_meta, expected_shapes, tied_nam
 from qlora_kit.base.load import OpenBase, compute_dtype
 from qlora_kit.base.prequantized import agree, stored_quantization
 from qlora_kit.base.source import Source, is_path, resolve
+from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.base.validate import (
     DTYPES,
     INDEX_FILE,
@@ -40,9 +41,9 @@ def open_shape(
     """The base of a plan for `device`, on the meta device, without a tokenizer.
 
     `config.model` may also be a file like config.json. Nothing but that file is read, or fetched
-    where it is a hub id. `embedding_rows` is what the embedding is resized to, which only the
-    tokenizer of a run tells.
-    Errors: `ModelError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
+    where it is a hub id. `embedding_rows` is what the embedding is resized to; with
+    `--resize_embeddings` the tokenizer beside config.json says it.
+    Errors: `ModelError`, `TokenizerError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
     """
     source, path = _find(config)
     described = read_config_file(path)
@@ -58,6 +59,9 @@ def open_shape(
         entries = _expected_entries(model, described, path)
     else:
         check_architecture(entries, expected_shapes(model), tied_names(model), source.directory)
+    if embedding_rows is None and config.resize_embeddings:
+        needed = needed_rows(load_tokenizer(source.directory))
+        embedding_rows = needed if needed > model.get_input_embeddings().num_embeddings else None
     if embedding_rows is not None:
         model = build_on_meta({**described, "vocab_size": embedding_rows}, dtype, path)
     cpu = torch.device("cpu")

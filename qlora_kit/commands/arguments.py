@@ -73,10 +73,10 @@ def parse(
 ) -> Parsed:
     """Read flags, and the `--config` file below them, into `groups`.
 
-    The file may also hold options of the groups `beside`, which another command takes from it.
-    Everything that is wrong with values is reported at once.
+    The file may also hold options of the groups `beside`, which another command takes from it;
+    they are checked alike. Everything that is wrong with values is reported at once.
     """
-    fields = fields_of(groups)
+    fields, others = fields_of(groups), fields_of([*groups, *beside])
     spelling = spellings_of(fields)
     parser = _parser(command, summary, groups)
     tokens = _with_known_names(argv, spelling, fields, parser)
@@ -85,10 +85,10 @@ def parse(
     stored = read_config(config_file, [*groups, *beside]) if config_file else {}
     values = {**stored, **arguments}
     made, given, problems = {}, {}, []
-    for group in groups:
+    for group in (*groups, *beside):
         own = {
             field.name: values[name]
-            for name, (owner, field) in fields.items()
+            for name, (owner, field) in others.items()
             if owner is group and name in values
         }
         given[group] = frozenset(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 PLAIN_LINES = 10
 """Progress lines of a run whose output is not a terminal."""
+SHOWN_PROMPT = 400
+"""Characters of a prompt that is shown as a command, at most."""
 
 
 class Display:
@@ -176,8 +179,10 @@ class Display:
             f"{right[1]} of {len(questions)} after"
         )
 
-    def result(self, run: Mapping[str, Any], directory: Path, config: RunConfig) -> None:
-        """What the run gave, and how to go on."""
+    def result(
+        self, run: Mapping[str, Any], directory: Path, config: RunConfig, prompts: Sequence[str]
+    ) -> None:
+        """What the run gave, and how to go on: with one of the held-out prompts that is short."""
         self._console.print()
         train, evaluation, memory = run["train"], run["eval"], run["memory"]["measured"]
         self._line(
@@ -201,7 +206,8 @@ class Display:
         self._line(
             "try it",
             f"qlora-kit generate --model {config.base.model} --bits {config.base.bits} "
-            f"--adapter {directory} --prompt '...'",
+            f"--adapter {directory} --prompt "
+            + next((shell_word(one) for one in prompts if len(one) <= SHOWN_PROMPT), "'...'"),
         )
 
     def _line(self, label: str, text: str) -> None:
@@ -231,6 +237,15 @@ class TrainingProgress:
         every = max(1, self._total // PLAIN_LINES)
         if not self._live and (report.step % every == 0 or report.step == self._total):
             self._console.print(f"step {report.step}/{self._total}  {status}")
+
+
+def shell_word(text: str) -> str:
+    """`text` as one word of a shell; a line's end, which a prompt may need, stays on the line."""
+    if text.isprintable():
+        return shlex.quote(text)
+    known = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}
+    shown = (known.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text)
+    return f"$'{''.join(shown)}'"
 
 
 def size(n: int) -> str:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 SUMMARY = "Load a base in 4, 8 or 16 bits, train LoRA adapters on it, save them."
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 QUICKSTART = Path(__file__).resolve().parent.parent / "assets" / "quickstart.yaml"
-DEFAULT_LENGTH = 1024
 FEW_STEPS, ENOUGH_STEPS = 20, 50
 
 
@@ -283,7 +282,7 @@ def _encode(
     from qlora_kit.data.cache import cache_directory
     from qlora_kit.data.prompt import encode_rows
 
-    length, on_prompt = config.data.max_length or DEFAULT_LENGTH, config.data.train_on_prompt
+    length, on_prompt = config.data.length_in(base.context), config.data.train_on_prompt
     cache = cache_directory(config.data.token_cache)
     encoded = encode_rows(rows.train, base.tokenizer, length, on_prompt, cache)
     if rows.evaluation:
@@ -322,12 +321,7 @@ def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
     from qlora_kit.base.tensors import dtype_name
     from qlora_kit.training.optimizer import optimizer_name
 
-    length = config.data.max_length or min(DEFAULT_LENGTH, base.context)
-    if length > base.context and not config.data.allow_longer_context:
-        raise ConfigError(
-            f"max_length {length} is above the model's context of {base.context} tokens",
-            "lower it, or give --allow_longer_context",
-        )
+    length = config.data.length_in(base.context)
     dtype, device = dtype_name(base.dtype), str(base.device)
     adapter_dtype = dtype if config.lora.adapter_dtype == "auto" else config.lora.adapter_dtype
     optim = optimizer_name(config.training.optim, base.device)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.arguments import parse
 from qlora_kit.config import (
-    DEFAULT_LENGTH,
     BaseConfig,
     DataConfig,
     LoRAConfig,
@@ -18,7 +18,7 @@ from qlora_kit.config import (
     TrainingConfig,
     size_bytes,
 )
-from qlora_kit.errors import reports_errors
+from qlora_kit.errors import ConfigError, reports_errors
 
 if TYPE_CHECKING:
     from qlora_kit.memory.plan import MemoryPlan, Planner
@@ -36,13 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parsed = parse("qlora-kit plan", SUMMARY, GROUPS, argv, beside=(DataConfig, OutputConfig))
     asked = parsed[PlanConfig]
+    given = parsed.given[LoRAConfig]
+    if "adapter" in given and not given >= {"r", "target_modules"}:
+        raise ConfigError(
+            f"--adapter {parsed[LoRAConfig].adapter}: a plan does not read adapters",
+            "give its --lora_r and --target_modules too, or --config with its run's config.yaml",
+        )
     from qlora_kit.memory.plan import Planner
     from qlora_kit.memory.suggest import Options, suggest
 
     base, lora, training = parsed[BaseConfig], parsed[LoRAConfig], parsed[TrainingConfig]
     device = _device(base, asked)
     planner = Planner(base, lora, training, device)
-    length = asked.max_length or min(DEFAULT_LENGTH, planner.run.context)
+    # Both groups have the option, and the first one of them is given it.
+    data = replace(parsed[DataConfig], max_length=asked.max_length)
+    length = data.length_in(planner.run.context)
     options = Options(base, lora, training, length, asked.packing)
     budget = _budget(device, training, asked)
     plan = planner.plan(options.window, budget_bytes=budget)

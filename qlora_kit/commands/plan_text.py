@@ -57,6 +57,11 @@ def print_plan(
     console.print(f"gradient checkpointing: {plan.recompute}; {again}")
     console.print(f"host memory of loading: {size(plan.host_peak_bytes)}")
     console.print(f"outside tensors: {escape(planner.overhead.source)}")
+    if plan.device == "cpu" and options.base.device == "auto":
+        console.print(
+            "planned for the CPU, for no GPU is here: --device cuda or --device_memory SIZE plans "
+            "for a card"
+        )
     if plan.budget_bytes is not None:
         word = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
         console.print(f"{word}: {size(plan.peak_bytes)} of {size(plan.budget_bytes)}")

@@ -317,7 +317,8 @@ class Run:
         self._place.keep()
         prune_unplanned(self._place.path, config.output.save_steps)
         self._display.answers(self._questions, answers)
-        self._display.result(record, plan.directory, config)
+        prompts = [row.content["prompt"] for row in self._questions]
+        self._display.result(record, plan.directory, config, prompts)
 
     def _stops_early(self) -> bool:
         patience, best = self._plan.config.output.early_stopping, self.progress.best

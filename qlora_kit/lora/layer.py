@@ -261,7 +261,7 @@ class _Linears(torch.autograd.Function):
             grad_hidden = (flat @ lora_b.to(part.dtype)).mul_(part.scaling)
             low = part.dropped(rows).reshape(-1, rows.shape[-1]).to(part.dtype)
             grad_a = grad_hidden.t().mm(low).to(lora_a.dtype)
-            grad_b = flat.t().mm(hidden.reshape(flat.shape[0], -1)).to(lora_b.dtype)
+            grad_b = flat.t().mm(hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
             grad_weights += [grad_a, grad_b.mul_(part.scaling)]
             if grad_rows is None:
                 continue
@@ -278,7 +278,7 @@ class _Linears(torch.autograd.Function):
 def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """`y += alpha * left @ right` in place; `y` (..., n), `left` (..., r), `right` (r, n)."""
     rows = y.view(-1, y.shape[-1])
-    left = left.reshape(rows.shape[0], -1)
+    left = left.reshape(-1, left.shape[-1])
     if left.dtype == y.dtype:
         rows.addmm_(left, right, alpha=alpha)
     else:

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import stat
+import subprocess
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import yaml
 from families import save_checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_kit.commands.display import shell_word
 from qlora_kit.commands.finetune import QUICKSTART, main
 
 SETTINGS = "--bits 16 --dtype fp32 --lora_r 4 --batch_size 2 --gradient_accumulation_steps 2"
@@ -256,3 +258,11 @@ def test_the_default_name_has_the_bits_that_the_base_is_quantized_in(inputs, tmp
     ]
     assert main(["--model", "./stored", *inputs[2:4], *more]) == 0
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["stored-data-8bit"]
+
+
+@pytest.mark.parametrize("text", ["plain", "two words", "it's\n", "a\\b\n\tc", "$HOME `x`\n", "\x1b[2J", ""])
+def test_a_prompt_is_one_word_of_a_shell(text: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"printf %s. {shell_word(text)}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{text}."

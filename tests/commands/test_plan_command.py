@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import torch
+from families import SIZES, VOCABULARY, save_checkpoint, save_tokenizer
+
 from qlora_kit.commands.display import size
 from qlora_kit.commands.plan import main
 
@@ -51,3 +54,30 @@ def test_the_config_of_a_run_is_planned_as_it_stands(capsys, tmp_path):
     config.write_text(given + "dta: rows.jsonl\n")
     assert main(["--config", str(config)]) == 2
     assert f"{config}:5: unknown key dta, did you mean data?" in capsys.readouterr().err
+
+
+def test_what_a_run_refuses_is_not_planned(capsys, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("model: tiny\ndevice: cpu\nsave_steps: banana\neval_fraction: 7\n")
+    cases = {
+        ("--config", str(config)): ("save_steps", "banana", "eval_fraction", "7"),
+        (*OPTIONS[:4], "--max_length", "100000"): ("100000", "context of 1024"),
+        (*OPTIONS, "--adapter", "runs/some"): ("runs/some", "--target_modules"),
+    }
+    for options, words in cases.items():
+        assert main(options) == 2, options
+        line = capsys.readouterr().err
+        assert all(word in line for word in words), line
+
+
+def test_rows_that_are_added_are_planned(capsys, tmp_path):
+    save_checkpoint(tmp_path / "base", "llama2", torch.bfloat16)
+    save_tokenizer(tmp_path / "base", extra=50)
+    options = ["--model", str(tmp_path / "base"), "--device", "cpu", "--bits", "16", "--json"]
+    sizes = []
+    for more in ([], ["--resize_embeddings"]):
+        assert main([*options, *more]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["bytes"]["weights_other"])
+    added = 4 + 256 + 50 - VOCABULARY
+    # A row of the embedding and one of the head, in bf16.
+    assert sizes[1] - sizes[0] == added * 2 * SIZES["hidden_size"] * 2

@@ -260,7 +260,9 @@ def test_the_default_name_has_the_bits_that_the_base_is_quantized_in(inputs, tmp
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["stored-data-8bit"]
 
 
-@pytest.mark.parametrize("text", ["plain", "two words", "it's\n", "a\\b\n\tc", "$HOME `x`\n", "\x1b[2J", ""])
+@pytest.mark.parametrize(
+    "text", ["plain", "two words", "it's\n", "a\\b\n\tc", "$HOME `x`\n", "\x1b[2J", ""]
+)
 def test_a_prompt_is_one_word_of_a_shell(text: str) -> None:
     done = subprocess.run(
         ["bash", "-c", f"printf %s. {shell_word(text)}"], capture_output=True, text=True, check=True

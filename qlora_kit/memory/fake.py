@@ -44,8 +44,8 @@ from qlora_kit.training.optimizer import (
 from qlora_kit.training.prepare import prepare_model
 from qlora_kit.training.recompute import set_recompute
 
-HOST = "host"
-"""The component of what lies in the host's memory where the device has its own."""
+HOST, IDLE = "host", "idle"
+"""What lies in the host's memory where the device has its own; what is kept for another trace."""
 
 
 class FakeRun:
@@ -65,7 +65,7 @@ class FakeRun:
     ) -> None:
         self.device, self.packed = device, False
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.apart = ("paged", HOST) if device.type == "cuda" else ("paged",)
+        self.apart = ("paged", IDLE, HOST) if device.type == "cuda" else ("paged", IDLE)
         self._counter = StorageCounter(apart=self.apart)
         self._workspace: dict[torch.dtype, Tensor] = {}
         with self._inside():
@@ -132,7 +132,7 @@ class FakeRun:
 
         def passes(gradients: Gradients, last: Sequence[Batch]) -> Tensor:
             if len(window) > 1:
-                self._make_gradients()
+                self._take_gradients()
             loss = gradients(last)
             self._counter.at("")
             return loss
@@ -147,13 +147,14 @@ class FakeRun:
             self._counter.filling = "activations"
             with follow(self.model, self._counter):
                 self._step(window[-1:], passes, update=False)
+            self._counter.tag(IDLE, self._gradients)
             return self._taken(first)
 
     def _update(self) -> list[Stretch]:
         """The stretch of clipping and of the optimizer's step, with states and all gradients."""
 
         def given(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
-            self._make_gradients()
+            self._take_gradients()
             loss = torch.zeros(())  # what the passes leave
             self._counter.at("step")
             return loss
@@ -161,18 +162,21 @@ class FakeRun:
         with self._inside(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of paging, which a CPU has not
             self._counter.filling = "optimizer"
+            self._gradients = [torch.empty_like(parameter) for parameter in self._trained]
             make_states(self._optimizer)
             tag_states(self._optimizer, self._counter.tag)
             first = len(self._counter.stretches)
             self._counter.at("")
             self._step([], given, update=True)
             taken = self._taken(first)
+            self._counter.tag(IDLE, self._gradients)
         return [one for one in taken if one.phase == "step"]
 
-    def _make_gradients(self) -> None:
-        for parameter in self._trained:
-            parameter.grad = torch.empty_like(parameter)
-            self._counter.tag("gradients", (parameter.grad,))
+    def _take_gradients(self) -> None:
+        """All gradients are there, as the micro-batches before have left them."""
+        self._counter.tag("gradients", self._gradients)
+        for parameter, gradient in zip(self._trained, self._gradients, strict=True):
+            parameter.grad = gradient
 
     def _step(self, window: Sequence[Batch], attempt: Any, *, update: bool) -> None:
         train_step(

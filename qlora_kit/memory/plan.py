@@ -20,7 +20,7 @@ from qlora_kit.config import DEFAULT_LENGTH, BaseConfig, LoRAConfig, TrainingCon
 from qlora_kit.memory.choose import Chosen, choose_levels, recomputed_share
 from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
 from qlora_kit.memory.extend import moved
-from qlora_kit.memory.fake import HOST, FakeRun
+from qlora_kit.memory.fake import HOST, IDLE, FakeRun
 from qlora_kit.memory.overhead import OVERHEADS, Overhead
 
 HELD = ("weights_quantized", "weights_other", "adapters", "optimizer", "paged")
@@ -189,7 +189,7 @@ class Planner:
         everything = (*run.loading, *chosen.stretches, *updates)
         highest = max(everything, key=lambda stretch: stretch.peak)
         overhead = self.overhead.of(highest.peak)
-        at_peak = {k: n for k, n in highest.at_peak.items() if n and k != HOST}
+        at_peak = {k: n for k, n in highest.at_peak.items() if n and k not in (HOST, IDLE)}
         # What is held is what the passes find; the optimizer's step has more for a moment.
         sizes = most_of_each(chosen.stretches) | {
             name: size for name, size in chosen.stretches[0].start.items() if name in HELD

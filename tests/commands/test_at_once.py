@@ -1,9 +1,9 @@
 """What paths, JSON, headers and counts show is refused in two seconds, before torch is imported.
 
-What needs the architecture is refused in ten, imports included, before weights are read: four of
-them import torch and transformers where that was measured first, and the other six are asked for
-here, whatever a machine needs for its imports. Each case is a process of its own, as a user starts
-it.
+What needs the architecture is refused before weights are read, in ten seconds with the imports. On
+some machines importing torch and transformers takes ten by itself, so these are measured, and four
+seconds beyond them are allowed: less than ten in all where they take less than six. Each case is a
+process of its own, as a user starts it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from families import edit_weights, save_tokenizer, tree_hash
 
-LIMIT_S, BEYOND_IMPORTS_S = 2.0, 6.0
+LIMIT_S, BEYOND_IMPORTS_S = 2.0, 4.0
 IMPORTS = "import torch, transformers.modeling_utils"
 ANY_COMMAND = """
 import sys

@@ -224,10 +224,9 @@ def test_without_a_flag_the_quickstart_is_shown_and_run(tmp_path, capsys, monkey
     """Its file is an ordinary config; a flag beats it."""
     monkeypatch.chdir(tmp_path)
     arguments = ["--max_steps", "2", "--batch_size", "1", "--gradient_accumulation_steps", "1"]
-    began = time.process_time()
+    began = time.monotonic()
     assert main(arguments) == 0
-    # Ninety seconds of two cores, whatever else they do meanwhile.
-    assert time.process_time() - began < 2 * 90
+    assert time.monotonic() - began < 90
     said = capsys.readouterr().out
     for line in QUICKSTART.read_text().splitlines():
         assert line in said

@@ -3,7 +3,7 @@
 Each command is a process of its own, imports included; the seconds of importing alone stand beside
 them. One plan, and one with levels chosen by budget, suggestions and the table of batch and length.
 
-    python benchmarks/plan_time.py --model llama2_70b.json
+    python benchmarks/plan_time.py                  # Llama 2 70B, from QLORA_KIT_DATA
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from record import write_result
 
-ENTRY = "import sys; from qlora_kit.commands.entry import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = str(Path(__file__).resolve().parent.parent / "scripts" / "plan.py")
 IMPORTS = "import torch, transformers.modeling_utils, bitsandbytes"
 PLAN = "--bits 4 --device_memory 48GB --max_length 512 --gradient_checkpointing full --json"
 ALL = "--bits 4 --device_memory 48GB --max_length 2048 --batch_size 4 --grid --json"
@@ -46,7 +46,7 @@ def main() -> None:
     timed("-c", IMPORTS)  # from here on the files are in the page cache
     results: dict[str, Any] = {"model": given.model.stem, "imports": timed("-c", IMPORTS)}
     for name, options in (("plan", PLAN), ("auto, suggestions, grid", ALL)):
-        taken = timed("-c", ENTRY, "plan", "--model", str(given.model), *options.split())
+        taken = timed(COMMAND, "--model", str(given.model), *options.split())
         found = taken.pop("found")
         results[name] = {
             **taken,

@@ -88,6 +88,9 @@ class FakeRun:
         with planned_device(device.type):
             name = optimizer_name(training.optim, device)
             self._optimizer = make_optimizer(name, self._trained, 1e-4)
+        with self._inside():
+            self._gradients = [torch.empty_like(parameter) for parameter in self._trained]
+            self._counter.tag(IDLE, self._gradients)
         self.updates = self._update()
         self.own = training.own_blocks and self.note is None
         found = {id(module): name for name, module in self.model.named_modules()}
@@ -147,7 +150,6 @@ class FakeRun:
             self._counter.filling = "activations"
             with follow(self.model, self._counter):
                 self._step(window[-1:], passes, update=False)
-            self._counter.tag(IDLE, self._gradients)
             return self._taken(first)
 
     def _update(self) -> list[Stretch]:
@@ -162,14 +164,12 @@ class FakeRun:
         with self._inside(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of paging, which a CPU has not
             self._counter.filling = "optimizer"
-            self._gradients = [torch.empty_like(parameter) for parameter in self._trained]
             make_states(self._optimizer)
             tag_states(self._optimizer, self._counter.tag)
             first = len(self._counter.stretches)
             self._counter.at("")
             self._step([], given, update=True)
             taken = self._taken(first)
-            self._counter.tag(IDLE, self._gradients)
         return [one for one in taken if one.phase == "step"]
 
     def _take_gradients(self) -> None:
@@ -188,6 +188,7 @@ class FakeRun:
             attempt=attempt,
             check=lambda step, loss, norm: update,
         )
+        self._counter.tag(IDLE, self._gradients)
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:

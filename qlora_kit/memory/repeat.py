@@ -2,8 +2,8 @@
 
 Linears of one shape and dtype are quantized by the same operations, which make the same tensors
 beside whatever is there. So of those of a shape the first is traced; for each other one its result
-is made at once, and what the first took in between is noted again. The layers of a large base have
-seven shapes, and seven linears each.
+is made at once, and what the first took in between is noted again. A large base has hundreds of
+linears, and a handful of shapes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class RepeatedQuantize:
     ) -> QuantizedLinear:
         """A layer as `quantize_linear` gives it, with fake tensors of its own."""
         phase, key = self._counter.stretches[-1].phase, (weight.shape, weight.dtype)
-        before = dict(self._counter.sizes)
         if key not in self._known:
             self._counter.at(phase)
             layer = quantize_linear(weight, bias, quantization, name=name)
@@ -45,6 +44,7 @@ class RepeatedQuantize:
             self._known[key] = layer, self._counter.stretches[-2]
             return layer
         first, stretch = self._known[key]
+        before = dict(self._counter.sizes)
         layer = _like(first)
         self._counter.at(phase)
         self._counter.stretches[-1] = moved(stretch, "", before, self._apart)

@@ -64,8 +64,8 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, error: BaseExc
         replace_file(tmp_path / "file", fail)
     with pytest.raises(type(error)):
         replace_file(tmp_path / "new", fail)
+    assert (tmp_path / "file").stat() == before  # first: reading moves the time of access
     assert contents(tmp_path) == {"file": b"old"}
-    assert (tmp_path / "file").stat() == before
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:

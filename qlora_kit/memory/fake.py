@@ -138,6 +138,8 @@ class FakeRun:
                 self._take_gradients()
             loss = gradients(last)
             self._counter.at("")
+            for parameter in self._trained[1:]:
+                parameter.grad = None  # a norm of all is no part of the passes: see `_update`
             return loss
 
         with self._only(chosen), self._inside():
@@ -173,10 +175,15 @@ class FakeRun:
         return [one for one in taken if one.phase == "step"]
 
     def _take_gradients(self) -> None:
-        """All gradients are there, as the micro-batches before have left them."""
+        """All gradients are there, as the micro-batches before have left them.
+
+        Parameters that are not traced are not handed theirs: nobody asks for them.
+        """
         self._counter.tag("gradients", self._gradients)
+        traced = set(self.model.parameters())
         for parameter, gradient in zip(self._trained, self._gradients, strict=True):
-            parameter.grad = gradient
+            if parameter in traced:
+                parameter.grad = gradient
 
     def _step(self, window: Sequence[Batch], attempt: Any, *, update: bool) -> None:
         train_step(

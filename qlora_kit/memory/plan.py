@@ -148,6 +148,7 @@ class Planner:
         self.training = training
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
+        self._made: dict[Any, MemoryPlan] = {}
         self._full_first = False  # plans often come by size: begin where the last one ended
         self.run = FakeRun(open_shape(base, target, embedding_rows), fresh, training, target)
 
@@ -162,20 +163,24 @@ class Planner:
 
         `level` and the `micro_steps` of a step are those of the options unless given.
         """
-        level, layers = level or self.training.gradient_checkpointing, len(self.run.layers)
-        batches = self.run.window(
-            window.rows,
-            window.length,
-            window.supervised,
-            micro_steps or self.training.gradient_accumulation_steps,
-        )
+        level = level or self.training.gradient_checkpointing
+        micro_steps = micro_steps or self.training.gradient_accumulation_steps
+        asked = window, level, budget_bytes, micro_steps
+        if asked not in self._made:
+            self._made[asked] = self._plan(*asked)
+        return self._made[asked]
+
+    def _plan(
+        self, window: Window, level: str, budget_bytes: int | None, micro_steps: int
+    ) -> MemoryPlan:
+        batches = self.run.window(window.rows, window.length, window.supervised, micro_steps)
         self.run.packed = window.packed
         if level == "auto":
             budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
             chosen = choose_levels(self.run, batches, budget, self._full_first)
             self._full_first = chosen.levels[0] != "none"
         else:
-            levels = (level,) * layers
+            levels = (level,) * len(self.run.layers)
             chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
         return self._plan_of(chosen, window.length, budget_bytes)
 

@@ -37,7 +37,7 @@ COMPONENTS = (
 """Of a step, in the order in which they are shown."""
 
 ASKS_DEVICE = torch.ops.prim.device.default
-"""What every look at the device of a fake tensor is, more often than all else: no tensor is new."""
+"""Every look at the device of a fake tensor, more often than all else; nothing is made."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class StorageCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is ASKS_DEVICE:
-            return func(*args)
+            return args[0].fake_device  # real ones are not asked in this way
         result = func(*args, **kwargs)
         for given in (args, kwargs.values(), (result,)):
             self._add_all(given)

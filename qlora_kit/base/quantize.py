@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.imports import quiet_import
 from qlora_kit.base.tensors import Tag
@@ -248,6 +249,7 @@ class _FrozenProduct(torch.autograd.Function):
         return layer.product(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None

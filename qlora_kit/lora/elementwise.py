@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -36,6 +37,7 @@ class _Rotate(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = (one.unsqueeze(2) for one in ctx.saved_tensors)
         (grad,) = grads
@@ -72,6 +74,7 @@ class _Gated(torch.autograd.Function):
         return ACTIVATIONS[kind][0](gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         kept, up = ctx.saved_tensors
         gate, up_values = kept.chunk(2, dim=-1) if up is None else (kept, up)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.quantize import product, product_grad
 from qlora_kit.lora.norm import FrozenNorm
@@ -212,6 +213,7 @@ class _Keep(torch.autograd.Function):
         return x.new_empty(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
         return (None,) * len(ctx.needs_input_grad)
 
@@ -238,6 +240,7 @@ class _Linears(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         parts, norm = ctx.read.parts, ctx.read.norm
         x, scale, *kept = ctx.read.node.saved_tensors

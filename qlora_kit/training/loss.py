@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Batch
@@ -127,6 +128,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_rows,) = ctx.saved_tensors
         return grad_rows * grads[0].to(grad_rows.dtype), None, None, None, None

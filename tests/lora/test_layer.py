@@ -175,6 +175,17 @@ def test_backward_keeps_the_input_and_the_low_rank_product_only():
     assert shapes == [(6, R), (6, IN)]
 
 
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_second_derivative_is_refused(adapted):
+    """Backward knows no graph of its own: what came of one would be wrong."""
+    layer = make(Quantization(4, "nf4", True), torch.float32)
+    layer.active = "a" if adapted else None
+    x = drawn(6, IN, seed=5).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
 # Dropout
 
 

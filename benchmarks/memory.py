@@ -185,15 +185,16 @@ def described(stretches: list[Stretch]) -> dict[str, Any]:
 
 
 def rows_of(found: dict[str, Any]) -> list[list[str]]:
-    """A line for each setting; reductions are against the same level, `selective` against `full`.
+    """A line for each setting; reductions are against the same level.
 
-    So they are what bits and adapters give, and not what recomputing gives.
+    So they are what bits and adapters give, and not what recomputing gives. Full fine-tuning has
+    no `selective`: beside that stands its `full`.
     """
     lines = []
     for name, sides in found.items():
         same = "none" if name.endswith("none") else "full"
         trained = found[f"full fine-tuning, {same}"]["planned"]["peak"]
-        lora = found.get(f"16 bits, {same}", {}).get("measured")
+        lora = found.get(f"16 bits, {name.partition(', ')[2]}", {}).get("measured")
         plan, ours, peft = (sides.get(side) for side in ("planned", "measured", "peft"))
         lines.append(
             [

@@ -37,30 +37,26 @@ class Chosen:
         return max(stretch.peak for stretch in self.stretches)
 
 
-def choose_levels(
-    run: FakeRun, window: Sequence[Batch], budget: int | None, full_first: bool = False
-) -> Chosen:
+def choose_levels(run: FakeRun, window: Sequence[Batch], budget: int | None) -> Chosen:
     """The levels with the least work whose passes stay within `budget` bytes of tensors.
 
-    Without a budget all layers keep everything; where `full` does not fit all are `full`.
-    `full_first` says which end is looked at first, where the other would be traced in vain; the
-    result is the same where `full` takes the least. On very short rows with large adapters and no
-    accumulation it takes some kilobytes more than `none`, some megabytes more than `selective`.
+    Without a budget all layers keep everything; where `full` does not fit all are `full`. On very
+    short rows with large adapters and no accumulation that is not the least: `selective` may take
+    some megabytes less.
     """
     count = len(run.layers)
 
     def traced(levels: Sequence[str]) -> Chosen:
         return Chosen(tuple(levels), tuple(run.passes(window, levels)))
 
-    ends: dict[str, Chosen] = {}
-    for level in ("full", "none") if full_first else ("none", "full"):
-        ends[level] = traced([level] * count)
-        over = budget is not None and ends[level].peak > budget
-        if over == (level == "full"):
-            return ends[level]
-    assert budget is not None
+    least = traced(["none"] * count)
+    if budget is None or least.peak <= budget:
+        return least
+    most = traced(["full"] * count)
+    if most.peak > budget:
+        return most
     between = traced(["selective"] * count)
-    ledger = _Ledger(run, {"none": ends["none"], "selective": between, "full": ends["full"]})
+    ledger = _Ledger(run, {"none": least, "selective": between, "full": most})
     length = int(window[0]["input_ids"].shape[1])
     work = {level: layer_work(run.layers[-1], level, length, run.own) for level in RECOMPUTE_LEVELS}
     mixes = []
@@ -79,7 +75,7 @@ def choose_levels(
         found = traced(_levels(count, selective, keeping))
         if found.peak <= budget:
             return found
-    return ends["full"]
+    return most
 
 
 def layer_work(layer: nn.Module, level: str, length: int, own: bool) -> int:

@@ -138,8 +138,10 @@ class FakeRun:
                 self._take_gradients()
             loss = gradients(last)
             self._counter.at("")
+            # The norm of all gradients is no part of the passes (see `_update`); that of one has to
+            # be, for what scales fp16 gradients takes no empty list.
             for parameter in self._trained[1:]:
-                parameter.grad = None  # a norm of all is no part of the passes: see `_update`
+                parameter.grad = None
             return loss
 
         with self._only(chosen), self._inside():

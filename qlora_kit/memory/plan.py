@@ -149,7 +149,6 @@ class Planner:
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._made: dict[Any, MemoryPlan] = {}
-        self._full_first = False  # plans often come by size: begin where the last one ended
         self.run = FakeRun(open_shape(base, target, embedding_rows), fresh, training, target)
 
     def plan(
@@ -177,8 +176,7 @@ class Planner:
         self.run.packed = window.packed
         if level == "auto":
             budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
-            chosen = choose_levels(self.run, batches, budget, self._full_first)
-            self._full_first = chosen.levels[0] != "none"
+            chosen = choose_levels(self.run, batches, budget)
         else:
             levels = (level,) * len(self.run.layers)
             chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))

@@ -160,7 +160,6 @@ def test_auto_fills_the_budget_and_never_exceeds_it(base_dir):
     for part in (0, 3, 7, 10):
         budget = peaks["full"] + (peaks["none"] - peaks["full"]) * part // 10
         found = choose_levels(run, window, budget)
-        assert found == choose_levels(run, window, budget, full_first=True)
         assert found.peak == max(one.peak for one in run.passes(window, found.levels))
         assert 0.9 * budget <= found.peak <= budget
         work = sum(
@@ -171,8 +170,7 @@ def test_auto_fills_the_budget_and_never_exceeds_it(base_dir):
         before = work
     assert set(found.levels) == {"none"}
     assert set(choose_levels(run, window, None).levels) == {"none"}
-    for first in (False, True):
-        assert set(choose_levels(run, window, peaks["full"] - 1, first).levels) == {"full"}
+    assert set(choose_levels(run, window, peaks["full"] - 1).levels) == {"full"}
 
 
 def test_a_plan_sums_up(base_dir):

@@ -2,10 +2,11 @@
 
 Kept without recompute, for T tokens, hidden h, kv = kv heads x head size, ffn f, rank r:
 
-    x (T, h) and its norm's scale; low-rank products of q, k, v (T, r each, where adapted);
-    q (T, h), k, v (T, kv each) after the rotary turn; attention's output (T, h) where its backward
-    or an adapter on the output projection reads it; the middle residual (T, h) and its norm's
-    scale; gate and up (T, f each).
+    x (T, h) and its norm's scale; q (T, h), k, v (T, kv each) after the rotary turn; attention's
+    output (T, h) where its backward or an adapter on the output projection reads it, and where its
+    backward does, a statistic (4 bytes) of every row and head; the middle residual (T, h) and its
+    norm's scale; gate and up (T, f each); the low-rank product (T, r) of every adapted linear;
+    what further norms read (of heads, behind attention and MLP), with their scales.
 
 Normalized rows, the activation and all dequantized weights are made again in backward. A model's
 block is taken up by its structure, after one comparison of its output with ours on random input,
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.fakes import has_values
-from qlora_kit.lora.elementwise import ACTIVATIONS, gated, rotate
+from qlora_kit.lora.elementwise import ACTIVATIONS, Gate, rotate
 from qlora_kit.lora.layer import linears
 from qlora_kit.lora.norm import FrozenNorm, normalize
 
@@ -47,7 +48,7 @@ class Block:
     before: tuple[FrozenNorm, FrozenNorm]
     after: tuple[FrozenNorm, FrozenNorm] | None
     head_norms: tuple[FrozenNorm, FrozenNorm] | None
-    activation: str
+    gate: Gate
 
     @classmethod
     def of(cls, layer: Any) -> Block | None:
@@ -78,7 +79,7 @@ class Block:
             (found[0], found[1]),
             (found[2], found[3]) if len(norms) == 4 else None,
             (found[-2], found[-1]) if heads else None,
-            activation,
+            Gate(activation),
         )
 
     def forward(
@@ -119,13 +120,15 @@ class Block:
         attention = self.attention
         heads = (*x.shape[:-1], -1, attention.head_dim)
         if hasattr(attention, "qkv_proj"):
-            (fused,) = linears(x, [attention.qkv_proj], self.before[0])
+            (fused,) = linears((x,), [attention.qkv_proj], self.before[0])
             groups = attention.num_key_value_groups
             kv = fused.shape[-1] // (groups + 2)
-            parts = torch.split(fused, [groups * kv, kv, kv], dim=-1)
+            queries, keys, values = torch.split(fused, [groups * kv, kv, kv], dim=-1)
+            # A view would keep all of `fused` for backward; the other two are turned into copies.
+            parts: tuple[Tensor, ...] = (queries, keys, values.contiguous())
         else:
             layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-            parts = linears(x, layers, self.before[0])
+            parts = linears((x,), layers, self.before[0])
         q, k, v = (part.view(heads) for part in parts)
         if self.head_norms is not None:
             q, k = normalize(self.head_norms[0], q), normalize(self.head_norms[1], k)
@@ -154,7 +157,7 @@ class Block:
         mlp = self.layer.mlp
         fused = hasattr(mlp, "gate_up_proj")
         layers = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
-        y: Tensor = mlp.down_proj(gated(self.activation, *linears(x, layers, self.before[1])))
+        (y,) = linears(linears((x,), layers, self.before[1]), [mlp.down_proj], self.gate)
         return y if self.after is None else normalize(self.after[1], y)
 
 
@@ -193,10 +196,11 @@ def use_own_blocks(model: Any) -> str | None:
     compared = set()
     for layer, block in zip(layers, blocks, strict=True):
         assert block is not None
-        kind = (type(layer), _window(block.attention))
+        kind = (_code(layer), _window(block.attention))
         if kind not in compared:
             compared.add(kind)
-            if (error := _difference(model, layer, block)) > TOLERANCE[_dtype(model)]:
+            # Not `>`: NaN is no agreement.
+            if not (error := _difference(model, layer, block)) <= TOLERANCE[_dtype(model)]:
                 return f"{name} stays as it is: ours differs by {error:.1e} on random input"
     for layer, block in zip(layers, blocks, strict=True):
         assert block is not None
@@ -212,6 +216,13 @@ def models_own_code() -> Iterator[None]:
         yield
     finally:
         _PLAIN.reset(before)
+
+
+def _code(layer: nn.Module) -> tuple[object, ...]:
+    """What a layer runs, weights apart: its modules' classes, and forwards that were put on one."""
+    return tuple(
+        (name, type(module), vars(module).get("forward")) for name, module in layer.named_modules()
+    )
 
 
 def _difference(model: Any, layer: Any, block: Block) -> float:

@@ -1,14 +1,15 @@
 """What a block does between its products, as nodes of the graph that keep the least.
 
-Rotary positions keep cos and sin, which all layers share; the gated activation keeps gate and up
-and makes their product again. Forward does the operations of transformers in their order, so that
-the numbers are the same.
+Rotary positions keep cos and sin, which all layers share. The gated activation is what the MLP's
+last linear reads: gate and up are kept, and their product is made again. Forward does the
+operations of transformers in their order, so that the numbers are the same.
 Sources: Su et al., RoFormer (arXiv 2104.09864); Shazeer, GLU Variants (arXiv 2002.05202).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,33 +58,33 @@ def _scaled(x: Tensor, cos: Tensor) -> Tensor:
     return torch.cat((x[..., :width] * cos, x[..., width:]), dim=-1)
 
 
-def gated(kind: str, gate: Tensor, up: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Gate:
     """`act(gate) * up`, (..., f); without `up`, `gate` (..., 2f) holds both, one behind the other.
 
-    `kind` is one of `ACTIVATIONS`.
+    `activation` is one of `ACTIVATIONS`. Nothing but its inputs is kept for backward.
     """
-    return _Gated.apply(gate, up, kind)  # type: ignore[no-any-return, no-untyped-call]
 
+    activation: str
 
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.kind = kind
+    def apply(self, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, None]:
+        """The product; nothing besides."""
+        return self.again(gate, up), None
+
+    def again(self, gate: Tensor, up: Tensor | None = None, *, kept: None = None) -> Tensor:
+        """The product, a second time as the first."""
         gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
-        return ACTIVATIONS[kind][0](gate).mul_(up)
+        return ACTIVATIONS[self.activation][0](gate).mul_(up)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        kept, up = ctx.saved_tensors
-        gate, up_values = kept.chunk(2, dim=-1) if up is None else (kept, up)
-        forward, backward = ACTIVATIONS[ctx.kind]
-        grad_up = forward(gate).mul_(grads[0])
-        grad_gate = backward(grads[0] * up_values, gate)
-        if up is None:
-            return torch.cat((grad_gate, grad_up), dim=-1), None, None
-        return grad_gate, grad_up, None
+    def backward(
+        self, grad: Tensor, gate: Tensor, up: Tensor | None = None, *, kept: None = None
+    ) -> tuple[Tensor, ...]:
+        """The gradients by the inputs, from that by the product, which is overwritten."""
+        forward, backward = ACTIVATIONS[self.activation]
+        values, factors = gate.chunk(2, dim=-1) if up is None else (gate, up)
+        grad_up = forward(values).mul_(grad)
+        grad_gate = backward(grad.mul_(factors), values)
+        return (torch.cat((grad_gate, grad_up), dim=-1),) if up is None else (grad_gate, grad_up)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
     y = W x + b + scaling * B (A dropout(x))
 
 Two nodes of the graph compute the products of all linears that read the same rows (q, k and v; gate
-and up), with their adapters and with the norm in front of them. The low-rank part comes first, and
-the update is added into the base product in place. For backward it keeps the input once, A x of
-each adapter, nothing of W; normalized and dropped-out rows are made again. `lora_A` and `lora_B`
-are fp32 masters; the copies that compute are in the adapter dtype.
+and up), with their adapters and with the norm or the gated activation in front of them. The
+low-rank part comes first, and the update is added into the base product in place. For backward it
+keeps the input once, A x of each adapter, nothing of W; normalized, gated and dropped-out rows are
+made again. `lora_A` and `lora_B` are fp32 masters; copies in the adapter dtype compute, made where
+they are read. One pass over the 1b shape casts for 0.5 ms; copies kept through a step would hold 2
+bytes a parameter, and an optimizer that writes past torch would leave them stale.
 
 Module and parameter names are PEFT's: `base_layer`, `lora_A.<adapter>.weight` (r, in_features),
 `lora_B.<adapter>.weight` (out_features, r).
@@ -27,7 +29,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.quantize import product, product_grad
+from qlora_kit.lora.elementwise import Gate
 from qlora_kit.lora.norm import FrozenNorm
+
+Before = FrozenNorm | Gate
+"""What stands in front of linears, and is made again in backward."""
 
 
 class KeyedDropout(nn.Module):
@@ -122,7 +128,7 @@ class LoRALinear(nn.Module):
         """`x` (..., in_features) to (..., out_features) in the dtype of `x`."""
         if self.active is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        return linears(x, [self])[0]
+        return linears((x,), [self])[0]
 
 
 def delta_weight(layer: LoRALinear, name: str) -> Tensor:
@@ -137,18 +143,18 @@ def delta_weight(layer: LoRALinear, name: str) -> Tensor:
 
 
 def linears(
-    x: Tensor, layers: Sequence[nn.Module], norm: FrozenNorm | None = None
+    inputs: Sequence[Tensor], layers: Sequence[nn.Module], before: Before | None = None
 ) -> tuple[Tensor, ...]:
-    """The outputs (..., out_features) of linears that read the same `x` (..., in_features).
+    """The outputs (..., out_features) of linears that read the same rows (..., in_features).
 
-    With `norm` they read `norm(x)`, which is not kept. The layers are frozen linears in any number
-    of bits, with or without an adapter.
+    The rows are the one input, or what `before` makes of the inputs, which is not kept. The layers
+    are frozen linears in any number of bits, with or without an adapter.
     """
     parts = tuple(_Part.of(layer) for layer in layers)
     weights = [weight for part in parts for weight in part.weights]
-    read = _Read(parts, norm)
-    kept = _Keep.apply(read, x, *weights)  # type: ignore[no-untyped-call]
-    return _Linears.apply(read, kept, x, *weights)  # type: ignore[no-any-return, no-untyped-call]
+    read = _Read(parts, before, len(inputs))
+    tie = _Keep.apply(read, *inputs, *weights)  # type: ignore[no-untyped-call]
+    return _Linears.apply(read, tie, *inputs, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -181,11 +187,12 @@ class _Part:
 class _Read:
     """What linears that read the same rows share: `node` keeps for backward what `_Keep` gave it.
 
-    `rows` and `low_rank` are handed from one forward to the other.
+    The rows come of `count` inputs; `rows` and `low_rank` are handed from one forward to the other.
     """
 
     parts: tuple[_Part, ...]
-    norm: FrozenNorm | None
+    before: Before | None
+    count: int
     node: Any = None
     rows: Tensor | None = None
     low_rank: Sequence[Tensor] = ()
@@ -200,17 +207,18 @@ class _Keep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, read: _Read, x: Tensor, *weights: Tensor) -> Tensor:
-        rows, scale = (x, None) if read.norm is None else read.norm.apply(x)
+    def forward(ctx: Any, read: _Read, *tensors: Tensor) -> Tensor:
+        inputs = tensors[: read.count]
+        rows, kept = (inputs[0], None) if read.before is None else read.before.apply(*inputs)
         low_rank = []
         for part in read.parts:
             if part.weights:
                 lora_a = part.weights[0].to(part.dtype)
                 low_rank.append(F.linear(part.dropped(rows).to(part.dtype), lora_a))
-        ctx.save_for_backward(x, scale, *low_rank, *weights)
+        ctx.save_for_backward(kept, *inputs, *low_rank, *tensors[read.count :])
         ctx.set_materialize_grads(False)
         read.node, read.rows, read.low_rank = ctx, rows, low_rank
-        return x.new_empty(0)
+        return rows.new_empty(0)
 
     @staticmethod
     @once_differentiable
@@ -219,12 +227,10 @@ class _Keep(torch.autograd.Function):
 
 
 class _Linears(torch.autograd.Function):
-    """`W_i n + b_i + scaling_i * B_i A_i n` for n = norm(x), as one node."""
+    """`W_i n + b_i + scaling_i * B_i A_i n` for n = before(*inputs), as one node."""
 
     @staticmethod
-    def forward(
-        ctx: Any, read: _Read, kept: Tensor, x: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, read: _Read, tie: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         rows, low_rank = read.rows, iter(read.low_rank)
         assert rows is not None
         outputs = []
@@ -242,11 +248,15 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        parts, norm = ctx.read.parts, ctx.read.norm
-        x, scale, *kept = ctx.read.node.saved_tensors
+        read: _Read = ctx.read
+        parts, before = read.parts, read.before
+        kept, *saved = read.node.saved_tensors
+        inputs, saved = saved[: read.count], saved[read.count :]
         adapted = sum(bool(part.weights) for part in parts)
-        low_rank, weights = iter(kept[:adapted]), iter(kept[adapted:])
-        rows = x if norm is None or not adapted else norm.again(x, scale)
+        low_rank, weights = iter(saved[:adapted]), iter(saved[adapted:])
+        rows = inputs[0]
+        if before is not None and adapted:
+            rows = before.again(*inputs, kept=kept)
         grad_rows: Tensor | None = None
         grad_weights: list[Tensor | None] = []
         for part, grad in zip(parts, grads, strict=True):
@@ -255,7 +265,7 @@ class _Linears(torch.autograd.Function):
             if grad is None:
                 grad_weights += [None] * len(part.weights)
                 continue
-            if ctx.needs_input_grad[2]:
+            if any(ctx.needs_input_grad[2 : 2 + read.count]):
                 grad_rows = product_grad(part.base, grad, grad_rows)
             if not part.weights:
                 continue
@@ -273,9 +283,12 @@ class _Linears(torch.autograd.Function):
             else:
                 grad_low = (grad_hidden @ lora_a.to(part.dtype)).view(grad_rows.shape)
                 grad_rows.add_(part.dropped(grad_low))
-        if grad_rows is not None and norm is not None:
-            grad_rows = norm.backward(grad_rows, x, scale)
-        return None, None, grad_rows, *grad_weights
+        grad_inputs: Sequence[Tensor | None] = (grad_rows,)
+        if before is not None:
+            grad_inputs = [None] * read.count
+            if grad_rows is not None:
+                grad_inputs = before.backward(grad_rows, *inputs, kept=kept)
+        return None, None, *grad_inputs, *grad_weights
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

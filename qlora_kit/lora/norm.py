@@ -60,18 +60,18 @@ class FrozenNorm:
         scale = rows.pow(2).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         return self._weighed(rows * scale, x.dtype), scale
 
-    def again(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The normalized rows a second time."""
+    def again(self, x: Tensor, *, kept: Tensor) -> Tensor:
+        """The normalized rows a second time, from what `apply` gave besides."""
         # The product of bf16 rows and their fp32 scale is fp32.
-        return self._weighed(x * scale, x.dtype)
+        return self._weighed(x * kept, x.dtype)
 
-    def backward(self, grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    def backward(self, grad: Tensor, x: Tensor, *, kept: Tensor) -> tuple[Tensor]:
         """The gradient by `x`, from that by the normalized rows."""
         weight = self._weight()
         grad = grad.float() * (weight.float() + 1 if self.from_zero else weight.float())
-        rows = x * scale
+        rows = x * kept
         along = (grad * rows).mean(-1, keepdim=True)
-        return grad.addcmul_(rows, along, value=-1).mul_(scale).to(x.dtype)
+        return (grad.addcmul_(rows, along, value=-1).mul_(kept).to(x.dtype),)
 
     def _weight(self) -> Tensor:
         return self.module.weight  # type: ignore[return-value]
@@ -98,4 +98,5 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.norm.backward(grads[0], *ctx.saved_tensors), None
+        x, scale = ctx.saved_tensors
+        return *ctx.norm.backward(grads[0], x, kept=scale), None

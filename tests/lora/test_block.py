@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from adapted import RANK, adapted_model
@@ -12,8 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_kit.config import LoRAConfig
 from qlora_kit.lora.block import use_own_blocks
-from qlora_kit.lora.elementwise import ACTIVATIONS, gated, rotate
+from qlora_kit.lora.elementwise import ACTIVATIONS, Gate, rotate
 from qlora_kit.lora.inject import inject_lora
+from qlora_kit.lora.layer import linears
 from qlora_kit.lora.norm import FrozenNorm, normalize
 
 
@@ -82,24 +81,53 @@ def kept_bytes(model, ids):
     return sum(total.values())
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.bfloat16), (8, torch.bfloat16)])
-@pytest.mark.parametrize(("family", "heads", "kv_heads"), [("llama2", 4, 4), ("qwen2", 4, 2)])
-def test_a_layer_keeps_what_its_docstring_lists(family, heads, kv_heads, bits, dtype):
-    """2T(4h + 2kv + 2f) of limits.md less attention's output, which is made again, and
+SHAPES = {
+    # heads, heads of keys, width of a head; what sets the family's list apart
+    "llama2": (4, 4, 16),
+    "llama_bias": (4, 2, 16),
+    "qwen2": (4, 2, 16),
+    "qwen3": (4, 2, 32),  # norms of heads, and queries wider than the hidden state
+    "phi3": (4, 2, 16),  # fused projections
+    "mistral": (2, 1, 128),  # wide heads: attention's output and statistics are kept
+}
 
-    the scales of both norms (4 bytes a row each) and the low-rank products of q and v.
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_layer_keeps_what_its_docstring_lists(family, bits, targets, dropout):
+    """2T(4h + 2kv + 2f) of limits.md, queries of width a; less attention's output where it is made
+
+    again, and the scales of norms (4 bytes a row each) and low-rank products of adapted linears.
     """
-    batch, length = 2, 32
-    ids = token_ids(batch, length)
+    batch, length, hidden, ffn = 2, 32, 64, 160
+    heads, kv_heads, width = SHAPES[family]
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width}
     totals = []
     for layers in (2, 3):
-        sizes = {"num_hidden_layers": layers, "intermediate_size": 160}
-        model = adapted_model(family, dtype, bits=bits, packed=True, **sizes)
-        totals.append(kept_bytes(model, ids))
-    tokens, hidden, ffn = batch * length, 64, 160
-    kv = hidden * kv_heads // heads
-    expected = 2 * tokens * (3 * hidden + 2 * kv + 2 * ffn) + 2 * 4 * tokens + 2 * 2 * tokens * RANK
-    assert totals[1] - totals[0] == expected
+        model = adapted_model(
+            family,
+            torch.bfloat16,
+            bits=bits,
+            packed=True,
+            targets=targets,
+            dropout=dropout,
+            num_hidden_layers=layers,
+            intermediate_size=ffn,
+            sliding_window=None,
+            **sizes,
+        )
+        totals.append(kept_bytes(model, token_ids(batch, length)))
+    tokens, every, fused = batch * length, targets == "all-linear", family == "phi3"
+    a, kv, wide = heads * width, kv_heads * width, width > 64
+    numbers = hidden + a + 2 * kv + hidden + 2 * ffn
+    numbers += a if every or wide else 0
+    numbers += RANK * (4 if fused else 7) if every else RANK * (1 if fused else 2)
+    scales = 2 + (heads if wide else 0)
+    if family == "qwen3":
+        numbers, scales = numbers + a + kv, scales + heads + kv_heads
+    assert totals[1] - totals[0] == tokens * (2 * numbers + 4 * scales)
 
 
 def test_layers_below_the_first_adapter_have_no_graph():
@@ -117,7 +145,9 @@ def test_layers_below_the_first_adapter_have_no_graph():
     assert len(gradients) == 2
 
 
-def test_a_layer_that_computes_something_else_is_left_alone():
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_layer_that_computes_something_else_is_left_alone(number):
+    """Whichever layer it is, by its class or by a forward of its own."""
     model = tiny_model("llama2")
     model.set_attn_implementation("sdpa")
     layers = model.base_model.layers
@@ -127,10 +157,16 @@ def test_a_layer_that_computes_something_else_is_left_alone():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    layers[0].mlp.__class__ = Doubled
-    note = use_own_blocks(model)
-    assert "stays as it is: ours differs by" in note
-    layers[0].mlp.__class__ = type(layers[1].mlp)
+    plain = type(layers[number].mlp)
+    layers[number].mlp.__class__ = Doubled
+    assert "stays as it is: ours differs by" in use_own_blocks(model)
+    layers[number].mlp.__class__ = plain
+    layers[number].mlp.forward = lambda x: 2 * plain.forward(layers[number].mlp, x)
+    assert "stays as it is: ours differs by" in use_own_blocks(model)
+    del layers[number].mlp.forward
+    layers[number].mlp.forward = lambda x: torch.full_like(x, torch.nan)
+    assert "stays as it is: ours differs by nan" in use_own_blocks(model)
+    del layers[number].mlp.forward
     layers[1].input_layernorm = torch.nn.LayerNorm(64)
     assert "its parts are not those" in use_own_blocks(model)
     assert [layer.forward for layer in layers] == before
@@ -192,7 +228,8 @@ def test_rotation_and_its_gradient(width):
     assert torch.autograd.gradcheck(rotate, (x, cos, sin))
 
 
-@pytest.mark.parametrize(("kind", "fused"), itertools.product(ACTIVATIONS, (False, True)))
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_a_gated_activation_and_its_gradient(kind, fused):
     drawn = torch.Generator().manual_seed(0)
     gate, up = (torch.randn(3, 6, generator=drawn, dtype=torch.float64) for _ in "gu")
@@ -201,5 +238,11 @@ def test_a_gated_activation_and_its_gradient(kind, fused):
         part.requires_grad_()
     if fused:
         gate, up = parts[0].chunk(2, -1)
-    assert torch.equal(gated(kind, *parts), ACTIVATIONS[kind][0](gate) * up)
-    assert torch.autograd.gradcheck(lambda *p: gated(kind, *p), parts)
+    identity = torch.nn.Linear(6, 6, bias=False, dtype=torch.float64).requires_grad_(False)
+    identity.weight.copy_(torch.eye(6))
+
+    def gated(*inputs):
+        return linears(inputs, [identity], Gate(kind))[0]
+
+    assert torch.equal(gated(*parts), ACTIVATIONS[kind][0](gate) * up)
+    assert torch.autograd.gradcheck(gated, parts)

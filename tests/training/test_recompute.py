@@ -123,10 +123,10 @@ def test_a_layer_keeps_what_is_listed(own, kv_heads, targets):
     assert kept["full"] == row
     assert kept["selective"] == row + attended + (row if own else 0)
     assert kept["none"] > kept["selective"]
-    if own and targets == "q_proj,v_proj":
-        kv = HIDDEN * kv_heads // HEADS
-        scales, low_rank = 2 * 4 * tokens, 2 * 2 * tokens * RANK
-        wide = 2 * tokens * (3 * HIDDEN + 2 * kv + 2 * FFN)
+    if own:
+        kv, adapted = HIDDEN * kv_heads // HEADS, 2 if targets == "q_proj,v_proj" else 7
+        scales, low_rank = 2 * 4 * tokens, adapted * 2 * tokens * RANK
+        wide = 2 * tokens * ((3 if adapted == 2 else 4) * HIDDEN + 2 * kv + 2 * FFN)
         assert kept["none"] == wide + scales + low_rank
 
 

@@ -9,8 +9,9 @@ n heads, in 16 bits, in bytes:
 
 `full` runs the layer again in backward. `selective` runs its two halves again, each by itself and
 without attention: the replay of attention's half ends before its output projection, that of the
-MLP's before its last one, where no norm reads what these give. Attention that is not one kernel
-(soft caps) has nothing to keep and is made again; so is that of a base with dropout of its own.
+MLP's before its last one, where no norm reads what these give. Our own forward of attention
+(`training/causal.py`) has no statistics. Attention that is not one kernel (soft caps) has nothing
+to keep and is made again; so is that of a base with dropout of its own.
 
 A layer that runs through the model's own code keeps 2Th at `full`, and its input with attention's
 output and statistics, 2Th + 2Ta + 4Tn, at `selective`.
@@ -42,6 +43,7 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.qlora_kit.attend_in_blocks.default,
 }
 """The kernels whose results `selective` keeps."""
 

@@ -14,6 +14,7 @@ from qlora_kit.lora.elementwise import ACTIVATIONS, Gate, rotate
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.lora.layer import linears
 from qlora_kit.lora.norm import FrozenNorm, normalize
+from qlora_kit.training import causal
 
 
 def outputs_of(model, ids):
@@ -88,19 +89,22 @@ SHAPES = {
     "qwen2": (4, 2, 16),
     "qwen3": (4, 2, 32),  # norms of heads, and queries wider than the hidden state
     "phi3": (4, 2, 16),  # fused projections
-    "mistral": (2, 1, 128),  # wide heads: attention's output and statistics are kept
+    "mistral": (2, 1, 128),  # wide heads: with tiles attention's output and statistics are kept
 }
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("family", SHAPES)
-def test_a_layer_keeps_what_its_docstring_lists(family, bits, targets, dropout):
+@pytest.mark.parametrize(
+    ("family", "tiles"), [*((family, True) for family in SHAPES), ("mistral", False)]
+)
+def test_a_layer_keeps_what_its_docstring_lists(family, tiles, bits, targets, dropout, monkeypatch):
     """2T(4h + 2kv + 2f) of limits.md, queries of width a; less attention's output where it is made
 
     again, and the scales of norms (4 bytes a row each) and low-rank products of adapted linears.
     """
+    monkeypatch.setattr(causal, "TILES", tiles)
     batch, length, hidden, ffn = 2, 32, 64, 160
     heads, kv_heads, width = SHAPES[family]
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width}
@@ -120,7 +124,7 @@ def test_a_layer_keeps_what_its_docstring_lists(family, bits, targets, dropout):
         )
         totals.append(kept_bytes(model, token_ids(batch, length)))
     tokens, every, fused = batch * length, targets == "all-linear", family == "phi3"
-    a, kv, wide = heads * width, kv_heads * width, width > 64
+    a, kv, wide = heads * width, kv_heads * width, tiles and width > causal.NARROW
     numbers = hidden + a + 2 * kv + hidden + 2 * ffn
     numbers += a if every or wide else 0
     numbers += RANK * (4 if fused else 7) if every else RANK * (1 if fused else 2)

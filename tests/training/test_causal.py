@@ -8,12 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qlora_kit.training import causal
 from qlora_kit.training.causal import Stretch, causal_attention
 
-SHAPES = [(1, 4, 4, 300, 16), (2, 8, 2, 40, 64), (1, 6, 2, 130, 96), (3, 2, 1, 1, 16)]
+SHAPES = [
+    (1, 4, 4, 300, 16),
+    (2, 8, 2, 40, 64),
+    (1, 6, 2, 130, 96),
+    (3, 2, 1, 1, 16),
+    (1, 12, 3, 2100, 8),  # keys a part after the other
+]
 """Batch, heads, key heads, length, width: on both sides of the width that takes our backward."""
 LIMIT = 1e-2
 """Twice the library's own distance from double precision in bf16 (5e-3 on these shapes)."""
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["tiles", "no_tiles"])
+def processor(request, monkeypatch):
+    """Both ways, whatever the processor."""
+    monkeypatch.setattr(causal, "TILES", request.param)
 
 
 def drawn(batch, heads, kv_heads, length, width, dtype):

@@ -14,6 +14,7 @@ from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.block import models_own_code
 from qlora_kit.memory.choose import layer_work
 from qlora_kit.memory.counter import StorageCounter
+from qlora_kit.training import causal
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.recompute import set_recompute
 
@@ -113,11 +114,13 @@ HIDDEN, HEADS, FFN = 64, 4, 160
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("own", [True, False])
-def test_a_layer_keeps_what_is_listed(own, kv_heads, targets):
+@pytest.mark.parametrize("tiles", [True, False])
+def test_a_layer_keeps_what_is_listed(tiles, own, kv_heads, targets, monkeypatch):
     """The formulas of the modules, in bytes; the copies of keys for query heads are their own."""
+    monkeypatch.setattr(causal, "TILES", tiles)
     tokens = 2 * 32
     row = 2 * tokens * HIDDEN
-    attended = row + 4 * tokens * HEADS
+    attended = row + (4 * tokens * HEADS if tiles else 0)
     sizes = {"intermediate_size": FFN, "num_key_value_heads": kv_heads}
     kept = {level: kept_by_a_layer(level, own=own, targets=targets, **sizes) for level in LEVELS}
     assert kept["full"] == row
@@ -136,13 +139,18 @@ class Calls(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        self.count += func in (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+            torch.ops.qlora_kit.attend_in_blocks.default,
+        )
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_selective_runs_attention_once(own):
+@pytest.mark.parametrize("tiles", [True, False])
+def test_selective_runs_attention_once(tiles, own, monkeypatch):
     """The kernel is called in forward alone; `full` calls it again."""
+    monkeypatch.setattr(causal, "TILES", tiles)
     counts = {}
     for level in LEVELS:
         model, batch = prepared(dtype=torch.bfloat16, own=own), batch_of(packed=False)

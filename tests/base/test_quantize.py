@@ -13,11 +13,15 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bf
 import pytest
 import torch
+from adapted import adapted_model
+from families import tiny_model, token_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.base.quantize import (
     Quantization,
     dequantize,
+    own_workspace,
     product,
     product_grad,
     quantize_linear,
@@ -80,6 +84,38 @@ def decode(layer, form):
         scales = coded * layer.nested_absmax[groups] + layer.nested_offset
     values = torch.tensor(TABLES[form.quant_type])[codes]
     return (values * scales[torch.arange(numel) // 64]).view(out_features, in_features)
+
+
+class Made(TorchDispatchMode):
+    """Keeps what every operation gives, so that no address comes twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.results.append(result)
+        return result
+
+    def of_size(self, numel):
+        """The floating tensors with at least that many elements."""
+        tensors = (one for one in self.results if isinstance(one, torch.Tensor))
+        return [one for one in tensors if one.numel() >= numel and one.is_floating_point()]
+
+
+def upstream_4bit(weight):
+    layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    return layer.to("cpu")
+
+
+def upstream_8bit(weight):
+    layer = bnb.nn.Linear8bitLt(
+        weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False
+    )
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    return layer.to("cpu").train()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,6 +227,59 @@ def test_double_quant_is_exact_over_several_groups_of_scales():
     assert torch.allclose(dequantize(layer, torch.float32), decode(layer, form), rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_counts_is_the_numbers_that_were_quantized_not_their_dtype(form):
+    weight = random_weight((32, 64), torch.bfloat16)
+    assert torch.equal(weight.half().bfloat16(), weight)
+    first, *others = (quantize_linear(weight.to(dtype), None, form) for dtype in DTYPES)
+    held = first.state_dict()
+    for layer in others:
+        assert all(torch.equal(held[name], one) for name, one in layer.state_dict().items())
+    for dtype in DTYPES:
+        x, grad = random_weight((3, 64), dtype, 1), random_weight((3, 32), dtype, 2)
+        for layer in others:
+            assert torch.equal(product(layer, x), product(first, x))
+            assert torch.equal(product_grad(layer, grad), product_grad(first, grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_share_one_workspace_that_grows_once(dtype):
+    # From the smallest to the largest; each is larger than all that comes out of a product.
+    layers = [
+        quantize_linear(random_weight(shape), None, form)
+        for shape, form in (
+            ((48, 64), FORMATS[0]),
+            ((64, 96), FORMATS[-1]),
+            ((96, 130), FORMATS[1]),
+        )
+    ]
+    inputs = [
+        (random_weight((3, one.in_features), dtype), random_weight((3, one.out_features), dtype))
+        for one in layers
+    ]
+    held = {}
+
+    def multiply(index):
+        x, grad = inputs[index]
+        return product(layers[index], x), product_grad(layers[index], grad)
+
+    with own_workspace(held):
+        expected = [multiply(index) for index in range(3)]
+        space = held[dtype]
+        assert held.keys() == {dtype}
+        assert space.numel() == 96 * 130
+        with Made() as made:
+            again = [multiply(index) for index in (0, 2, 1, 0)]
+        assert held[dtype] is space
+    dense = made.of_size(layers[0].weight.numel())
+    assert dense
+    assert {one.untyped_storage().data_ptr() for one in dense} == {space.data_ptr()}
+    for index, found in zip((0, 2, 1, 0), again, strict=True):
+        assert all(
+            torch.equal(one, other) for one, other in zip(found, expected[index], strict=True)
+        )
+
+
 # Traps of bitsandbytes 0.50. Each shows first that the usual way still fails: when that part turns
 # red, the way around it is no longer needed.
 
@@ -208,9 +297,7 @@ def test_rows_that_are_no_multiple_of_a_block_decode_right():
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
 def test_evaluation_without_gradients_does_not_repack_the_weight():
     weight, x = random_weight((64, 64), torch.bfloat16), random_weight((3, 64), torch.bfloat16)
-    upstream = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
-    upstream.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-    upstream = upstream.to("cpu").eval()
+    upstream = upstream_4bit(weight).eval()
     before = upstream.weight.data.clone()
     with torch.no_grad():
         upstream(x)
@@ -223,11 +310,55 @@ def test_evaluation_without_gradients_does_not_repack_the_weight():
     assert all(torch.equal(held[name], tensor) for name, tensor in layer.state_dict().items())
 
 
+def around_an_evaluation(model):
+    """Loss and adapter gradients of the same step before and after an evaluation."""
+    ids, results = token_ids(2, 11), []
+    for _ in range(2):
+        model.train().zero_grad()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        results.append((loss.detach(), gradients))
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+    return results
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_goes_on_alike_after_an_evaluation(dtype, bits, own):
+    model = adapted_model(dtype=dtype, bits=bits, own=own, targets="all-linear")
+    (loss, gradients), (later, again) = around_an_evaluation(model)
+    assert torch.equal(later, loss)
+    assert len(gradients) == 28
+    assert all(torch.equal(again[name], one) for name, one in gradients.items())
+
+
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
+def test_bitsandbytes_own_layers_train_wrong_after_an_evaluation():
+    from peft import LoraConfig, get_peft_model
+
+    # Widths that are multiples of a block: there bitsandbytes decodes right.
+    model = tiny_model(dtype=torch.bfloat16, intermediate_size=192)
+    for name, module in list(model.base_model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.base_model.set_submodule(name, upstream_4bit(module.weight.data))
+    model.is_loaded_in_4bit = True  # what PEFT asks
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(1)
+    (loss, gradients), (later, again) = around_an_evaluation(get_peft_model(model, lora))
+    # The loss hides it: the same but for rounding (parity.md X3).
+    assert float(later) == pytest.approx(float(loss), rel=PRODUCT_TOLERANCE[torch.bfloat16])
+    errors = [float((again[n] - one).norm() / one.norm()) for n, one in gradients.items()]
+    # Right are only the two that no repacked layer lies above: those of the last down_proj.
+    assert len(errors) == 28
+    assert sum(error > 0.5 for error in errors) == 26
+
+
 def test_8bit_inputs_are_freed_under_checkpointing():
     weight, x = random_weight((64, 64)), random_weight((4, 64)).requires_grad_()
-    upstream = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
-    upstream.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    upstream = upstream.to("cpu").train()
+    upstream = upstream_8bit(weight)
     ours = quantize_linear(weight, None, Quantization(8))
     kept = {}
 
@@ -259,19 +390,102 @@ def test_8bit_refuses_what_bitsandbytes_turns_into_zeros():
 
 def test_products_are_made_in_the_dtype_of_the_input_whatever_was_quantized():
     weight = random_weight((32, 64))
-    upstream = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
-    # bitsandbytes' backward dequantizes to this, so a bf16 run would be multiplied in fp32.
-    assert upstream.quant_state.dtype is torch.float32
-    layer = quantize_linear(weight, None, Quantization(4, "nf4", True))
     grad = random_weight((3, 32), torch.bfloat16)
+
+    def decoded_in_backward(layer):
+        """The dtypes of all tensors as large as the weight."""
+        y = layer(random_weight((3, 64), torch.bfloat16).requires_grad_())
+        with own_workspace({}), Made() as made:
+            y.backward(grad)
+        return {one.dtype for one in made.of_size(weight.numel())}
+
+    # bitsandbytes' backward dequantizes to the dtype that was quantized, and rounds that.
+    upstream = upstream_4bit(weight)
+    assert upstream.weight.quant_state.dtype is torch.float32
+    assert decoded_in_backward(upstream) == {torch.float32, torch.bfloat16}
+    assert decoded_in_backward(upstream_4bit(weight.bfloat16())) == {torch.bfloat16}
+    for form in FORMATS:
+        layer = quantize_linear(weight, None, form)
+        assert decoded_in_backward(layer) == {torch.bfloat16}
+    layer = quantize_linear(weight, None, Quantization(4, "nf4", True))
     assert product_grad(layer, grad).dtype is torch.bfloat16
     assert torch.equal(product_grad(layer, grad), grad @ dequantize(layer, torch.bfloat16))
 
 
-def test_8bit_scales_fold_out_of_both_products():
-    # The dense weight is never made: at most one copy of it in the compute dtype is.
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_8bit_scales_fold_out_of_both_products(dtype):
+    # In 16 bits the scale never touches the weight, which the next test shows; in fp32 it does.
     layer = quantize_linear(random_weight((96, 80)), None, Quantization(8))
-    x, grad = random_weight((5, 80), seed=1), random_weight((5, 96), seed=2)
+    x, grad = random_weight((5, 80), dtype, seed=1), random_weight((5, 96), dtype, seed=2)
     dense = bf.int8_vectorwise_dequant(layer.weight, layer.row_absmax)
-    assert torch.allclose(product(layer, x), x @ dense.t(), rtol=1e-5, atol=1e-5)
-    assert torch.allclose(product_grad(layer, grad), grad @ dense, rtol=1e-5, atol=1e-5)
+    ours, references = (product(layer, x), product_grad(layer, grad)), []
+    for rows, weight in ((x, dense.t()), (grad, dense)):
+        references.append(rows.double() @ weight.double())
+    if dtype is torch.float32:
+        assert torch.allclose(ours[0], x @ dense.t(), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(ours[1], grad @ dense, rtol=1e-5, atol=1e-5)
+    for one, exact in zip(ours, references, strict=True):
+        # bitsandbytes multiplies by a rounded 1/127: at most two ulp of fp32 apart.
+        assert (one.double() - exact).norm() <= PRODUCT_TOLERANCE[dtype] * exact.norm()
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 1), (torch.float16, 128)])
+def test_8bit_products_make_no_weight_but_the_whole_numbers(dtype, unit):
+    layer = quantize_linear(random_weight((96, 80)), random_weight((96,), dtype), Quantization(8))
+    inputs = (
+        (product, random_weight((5, 80), dtype)),
+        (product_grad, random_weight((5, 96), dtype)),
+    )
+    for multiply, rows in inputs:
+        held = {}
+        with own_workspace(held), Made() as made:
+            multiply(layer, rows)
+        assert held.keys() == {dtype}
+        assert torch.equal(held[dtype].view(96, 80) * unit, layer.weight.to(dtype))
+        places = {one.untyped_storage().data_ptr() for one in made.of_size(layer.weight.numel())}
+        assert places == {held[dtype].data_ptr()}
+
+
+def test_8bit_products_need_no_fp32_memory_of_the_size_of_the_weight():
+    weight = random_weight((256, 512), torch.bfloat16)
+    layers = {
+        "upstream": upstream_8bit(weight),
+        "ours": quantize_linear(weight, None, Quantization(8)),
+    }
+    x = random_weight((4, 512), torch.bfloat16).requires_grad_()
+    for name, layer in layers.items():
+        layer(x).sum().backward()  # the workspace is there from now on
+        with torch.profiler.profile(profile_memory=True) as profile:
+            layer(x).sum().backward()
+        total = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                total += event.nbytes()
+                peak = max(peak, total)
+        if name == "upstream":
+            # A copy in bf16 that is scaled in place by fp32: torch makes fp32 of it and rounds.
+            assert peak >= (2 + 4 + 4) * weight.numel()
+        else:
+            assert peak < weight.numel()
+
+
+def test_odd_shapes_compile_nothing():
+    asked = []
+
+    def compiler(graph, inputs):
+        asked.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.compiler.set_stance(force_backend=compiler):
+        for form in FORMATS:
+            for shape in SHAPES:
+                layer = quantize_linear(random_weight(shape), None, form)
+                for dtype in DTYPES:
+                    x = random_weight((3, shape[1]), dtype).requires_grad_()
+                    layer(x).sum().backward()
+                    dequantize(layer, dtype)
+        assert asked == []
+        packed, state = bf.quantize_4bit(random_weight((5, 7)), blocksize=64, quant_type="nf4")
+        bf.dequantize_4bit(packed, state)
+    assert len(asked) == 1

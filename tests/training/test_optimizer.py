@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 
+import bitsandbytes.optim as bnb
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.config import OPTIMIZERS, SCHEDULES, TrainingConfig
 from qlora_kit.errors import CheckpointError
+from qlora_kit.fakes import planned_device
 from qlora_kit.training.optimizer import (
     learning_rates,
     make_optimizer,
@@ -50,6 +54,44 @@ def test_every_optimizer_steps_against_the_gradient(name):
         # Adam and Lion move every element by the rate in their first step, within 8-bit rounding.
         assert torch.allclose(start[key] - parameter, torch.tensor(1e-2), rtol=0.02), key
     assert (paging_note(name, own.values(), CPU) is not None) == name.startswith("paged")
+
+
+def test_adamw_is_torchs_fused_one():
+    """Facts 8: on the CPU it is a kernel, bitsandbytes' are passes of torch's operations."""
+    optimizer = make_optimizer("adamw", parameters().values(), 1e-2)
+    assert type(optimizer) is torch.optim.AdamW
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("name", "on_cuda", "on_cpu", "bits"),
+    [
+        ("adamw_8bit", bnb.AdamW8bit, bnb.AdamW8bit, 8),
+        ("paged_adamw_8bit", bnb.PagedAdamW8bit, bnb.AdamW8bit, 8),
+        ("paged_adamw_32bit", bnb.PagedAdamW32bit, bnb.AdamW32bit, 32),
+        ("lion_8bit", bnb.Lion8bit, bnb.Lion8bit, 8),
+        ("paged_lion_8bit", bnb.PagedLion8bit, bnb.Lion8bit, 8),
+    ],
+)
+def test_the_others_are_bitsandbytes_own(name, on_cuda, on_cpu, bits):
+    """Where paging does nothing but warn, the class without it."""
+    with FakeTensorMode():
+        planned = nn.Parameter(torch.empty(400, 400))
+    with planned_device("cuda"):
+        optimizer = make_optimizer(name, [planned], 1e-2)
+    assert type(optimizer) is on_cuda
+    assert optimizer.is_paged == name.startswith("paged")
+    own = {"large": nn.Parameter(torch.zeros(400, 400))}
+    if on_cpu is not on_cuda:
+        with pytest.warns(UserWarning, match="not supported on CPU"):
+            descend(own, on_cuda(own.values(), lr=1e-2), 1)
+    optimizer = make_optimizer(name, own.values(), 1e-2, weight_decay=0.3)
+    assert type(optimizer) is on_cpu
+    assert optimizer.args.optim_bits == bits
+    assert [(one["lr"], one["weight_decay"]) for one in optimizer.param_groups] == [(1e-2, 0.3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        descend(own, optimizer, 1)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

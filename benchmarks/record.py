@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -30,10 +31,18 @@ def provenance() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "gpu": _gpu()},
-        "versions": versions(),
+        "versions": versions() | _peer_versions(),
         "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
     }
+
+
+def _peer_versions() -> dict[str, str]:
+    """What the package does without, and is compared with."""
+    try:
+        return {"peft": importlib.metadata.version("peft")}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
 
 
 def _processor() -> str:

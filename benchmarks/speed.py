@@ -2,11 +2,15 @@
 
 Each side has a process of its own and steps when it is its turn, so that other work on the machine
 falls on all sides and none lives in the heap of another. A process gives the seconds of its steps,
-its peak memory over loading and over the steps, and the counted bytes of one more step. Ratios are
-to PEFT as its guide says, which recomputes everything (`prepare_model_for_kbit_training` turns
-checkpointing on), and at each recompute level to PEFT as its guide says and at its best. The floor
-is the time of the products alone: the seven linears of every layer and the head, forward and by the
-input, in bf16, best of 8, in the same run. Results are written after each setting.
+its peak memory over loading and over the steps, the counted bytes of one more step, and where the
+time of a last one goes. Ratios of speed are medians over the rounds, of bytes of the peaks. They
+are to PEFT as its guide says, which recomputes everything (`prepare_model_for_kbit_training` turns
+checkpointing on), and at each recompute level to PEFT as its guide says and at its best.
+
+The floor is the time of the products alone: the seven linears of every layer and the head, forward
+and by the input, in bf16, best of 8, in the same run. `most` is PEFT's step over the floor, with
+full recompute over the floor and the products that ours makes again: the ratio of a step that did
+nothing else. Results are written after each setting.
 
     python benchmarks/speed.py                      # the 1b shape, 1 x 512, all settings
     python benchmarks/speed.py --bits 4 --steps 10
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import statistics
@@ -39,6 +44,8 @@ from qlora_kit.memory.counter import StorageCounter
 SIDES = ("ours", "peft_guide", "peft_best")
 LEVELS = ("none", "full")
 GUIDE = "peft_guide, full"
+FLOORS = 8
+PROFILED = 20
 TINY = Path(__file__).resolve().parent.parent / "qlora_kit" / "assets" / "tiny"
 WARM_UP = 2
 
@@ -93,11 +100,16 @@ class Side:
             **self.found,
         }
 
+    def over(self, other: Side) -> float:
+        """How many times as fast as another side: the median over the rounds."""
+        rounds = zip(self.seconds[WARM_UP:], other.seconds[WARM_UP:], strict=True)
+        return statistics.median(theirs / ours for ours, theirs in rounds)
+
 
 def serve(given: argparse.Namespace) -> None:
     """What a process of a `Side` does: answer the lines of its standard input with JSON."""
     (bits,), (level,) = given.bits, given.level
-    data = iter(batches(given.directory, given.batch, given.length, given.steps + WARM_UP + 1))
+    data = iter(batches(given.directory, given.batch, given.length, given.steps + WARM_UP + 2))
     for line in sys.stdin:
         answer: dict[str, Any] = {}
         if line == "load\n":
@@ -117,9 +129,24 @@ def serve(given: argparse.Namespace) -> None:
             with counter:
                 peer.step(next(data))
             answer |= {"counted_bytes": counter.peak, "counted_before_bytes": counter.before}
+            answer["profile_s"] = profile(peer, next(data), given.device)
         print(json.dumps(answer), flush=True)
         if line == "end\n":
             return
+
+
+def profile(peer: Any, ids: Tensor, device: str) -> dict[str, float]:
+    """Seconds of a step by operation, its own part; decoding is within ours and bitsandbytes'."""
+    kinds = torch.profiler.ProfilerActivity
+    cuda = device.startswith("cuda")
+    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]) as found:
+        peer.step(ids)
+        wait(device)
+    own = "self_device_time_total" if cuda else "self_cpu_time_total"
+    spent = {event.key: getattr(event, own) / 1e6 for event in found.key_averages()}
+    largest = sorted(spent, key=spent.__getitem__, reverse=True)
+    rest = sum(spent[name] for name in largest[PROFILED:])
+    return {name: spent[name] for name in largest[:PROFILED]} | {"all others": rest}
 
 
 def make(side: str, directory: Path, bits: int, level: str, rank: int, device: str) -> Any:
@@ -136,17 +163,37 @@ def measure(directory: Path, bits: int, given: argparse.Namespace) -> dict[str, 
         for name in SIDES
     }
     with floor_products(directory, given) as floor:
-        floors = []
-        for number in range(given.steps + WARM_UP):
-            for side in sides.values():
-                side.step()
-            if number < 8:
-                floors.append(floor())
+        floors: dict[str, list[float]] = {level: [] for level in LEVELS}
+        for number in range(max(given.steps + WARM_UP, FLOORS)):
+            if number < given.steps + WARM_UP:
+                turns = list(sides.values())
+                first = number % len(turns)  # no side always follows the same one
+                for side in turns[first:] + turns[:first]:
+                    side.step()
+            if number < FLOORS:
+                for level, taken in floors.items():
+                    taken.append(floor(level))
     tokens = given.batch * given.length
-    found: dict[str, Any] = {"floor_s": min(floors)}
-    found |= {name: side.end(tokens, min(floors)) for name, side in sides.items()}
-    found["ratios"] = ratios(found, given.level)
+    least = {level: min(taken) for level, taken in floors.items()}
+    found: dict[str, Any] = {"floor_s": least["none"], "floor_full_s": least["full"]}
+    found |= {name: side.end(tokens, least["none"]) for name, side in sides.items()}
+    found["ratios"] = ratios(found, sides, given.level)
+    if GUIDE in found:
+        found["most"] = {level: found[GUIDE]["step_s"] / least[level] for level in given.level}
     return found
+
+
+def between_bits(results: dict[str, Any], levels: Sequence[str]) -> dict[str, float]:
+    """Our quantized steps over our own in 16 bits; seconds each against the floor of its run."""
+    plain, result = results["16 bits"], {}
+    for bits, level in itertools.product((4, 8), levels):
+        if (found := results.get(f"{bits} bits")) is None:
+            continue
+        quantized, other = (one[f"ours, {level}"] for one in (found, plain))
+        at = f"ours, {level}, {bits} bits / 16 bits"
+        result[f"step_s: {at}"] = other["share_of_floor"] / quantized["share_of_floor"]
+        result[f"counted_bytes: {at}"] = quantized["counted_bytes"] / other["counted_bytes"]
+    return result
 
 
 def batches(directory: Path, batch: int, length: int, count: int) -> list[Tensor]:
@@ -164,7 +211,10 @@ def wait(device: str) -> None:
 
 @contextlib.contextmanager
 def floor_products(directory: Path, given: argparse.Namespace) -> Iterator[Any]:
-    """Hands over a function: the seconds of a step's products by frozen weights, nothing else."""
+    """Hands over a function of a level: the seconds of a step's products by frozen weights alone.
+
+    Full recompute makes those of a layer's forward again, but for the last.
+    """
     config = json.loads((directory / "config.json").read_text())
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
@@ -176,10 +226,11 @@ def floor_products(directory: Path, given: argparse.Namespace) -> Iterator[Any]:
     inputs = {size: _filled((tokens, size), given.device) for size in {hidden, kv, ffn}}
     layers = shapes * config["num_hidden_layers"]
 
-    def floor() -> float:
+    def floor(level: str) -> float:
         wait(given.device)
         began = time.perf_counter()
-        for shape in layers:
+        again = shapes[:-1] * config["num_hidden_layers"] if level == "full" else []
+        for shape in layers + again:
             F.linear(inputs[shape[0]], made[shape])
         logits = F.linear(inputs[hidden], head)
         logits @ head
@@ -211,8 +262,10 @@ def reset_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def ratios(found: dict[str, Any], levels: Sequence[str]) -> dict[str, float]:
-    """Ours over PEFT, tokens a second (medians) and bytes: its guide's way, and level by level."""
+def ratios(
+    found: dict[str, Any], sides: dict[str, Side], levels: Sequence[str]
+) -> dict[str, float]:
+    """Ours over PEFT, tokens a second and bytes: its guide's way, and level by level."""
     pairs = [(f"ours, {level}", GUIDE) for level in levels]
     for level in levels:
         pairs += [(f"ours, {level}", f"{side}, {level}") for side in SIDES[1:]]
@@ -220,9 +273,9 @@ def ratios(found: dict[str, Any], levels: Sequence[str]) -> dict[str, float]:
     for ours, peer in dict.fromkeys(pairs):
         if peer not in found:
             continue
-        for figure in ("tokens_per_s", "loading_bytes", "steps_bytes", "counted_bytes"):
-            key = f"{figure}: {ours} / {peer}"
-            result[key] = found[ours][figure] / found[peer][figure]
+        result[f"tokens_per_s: {ours} / {peer}"] = sides[ours].over(sides[peer])
+        for figure in ("loading_bytes", "steps_bytes", "counted_bytes"):
+            result[f"{figure}: {ours} / {peer}"] = found[ours][figure] / found[peer][figure]
     return result
 
 
@@ -256,6 +309,8 @@ def main() -> None:
         for bits in given.bits:
             found = results[f"{bits} bits"] = measure(directory, bits, given)
             print(bits, json.dumps(found["ratios"], indent=1), flush=True)
+            if "16 bits" in results:
+                results["between bits"] = between_bits(results, given.level)
             path = write_result(name, results)
     print(path)
 

@@ -41,6 +41,7 @@ class Peer:
     """A model with its optimizer; `step` trains on ids (B, T), every token supervised."""
 
     autocast = True
+    fused = False  # of the guide's optimizer nothing more is said
 
     def __init__(
         self,
@@ -64,7 +65,9 @@ class Peer:
         self.model = get_peft_model(model, config, autocast_adapter_dtype=self.autocast)
         self.model.config.use_cache = False
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=learning_rate, weight_decay=0.0, fused=self.fused or None
+        )
         self.model.train()
 
     def prepare(self, model: Any, bits: int, recompute: bool) -> Any:

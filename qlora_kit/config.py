@@ -45,6 +45,7 @@ SIZE_UNITS: dict[str, int] = {"": 1, "B": 1} | {
     for power, letter in enumerate("KMGT", start=1)
     for kind, base in (("iB", 1024), ("B", 1000))
 }
+SMALLEST_SIZE = 2**20
 DEFAULT_EVAL_FRACTION = 0.05
 DEFAULT_LENGTH = 1024
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
@@ -134,12 +135,16 @@ def _device(value: str) -> str | None:
 
 
 def size_bytes(text: str) -> int:
-    """Bytes of a size: `8GiB`, `8 GB`, `500MiB`, `1.5GiB` or plain bytes. Errors: `ValueError`."""
+    """Bytes of a size: `8GiB`, `8 GB`, `500MiB`, `1.5GiB` or plain bytes. Errors: `ValueError`.
+
+    Less than 1 MiB is refused: who writes 8 means GB.
+    """
     units = {unit.lower(): factor for unit, factor in SIZE_UNITS.items()}
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in units or not float(found[1]):
-        raise ValueError("a size above 0 as 8GiB, 8GB, 500MiB or a number of bytes")
-    return round(float(found[1]) * units[found[2]])
+    size = round(float(found[1]) * units.get(found[2], 0)) if found else 0
+    if size < SMALLEST_SIZE:
+        raise ValueError("a size of 1 MiB or more as 8GiB, 8GB, 500MiB or a number of bytes")
+    return size
 
 
 def _size(value: str) -> str | None:

@@ -271,7 +271,15 @@ def test_names_do_not_clash_within_a_command() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("8GiB", 8 * 2**30), ("8 gb", 8 * 10**9), ("500MiB", 500 * 2**20), ("1.5k B", None), ("7", 7)],
+    [
+        ("8GiB", 8 * 2**30),
+        ("8 gb", 8 * 10**9),
+        ("500MiB", 500 * 2**20),
+        ("1048576", 2**20),
+        ("1.5k B", None),
+        ("8", None),  # GB are meant, and bytes would fit nothing
+        ("0.9MiB", None),
+    ],
 )
 def test_sizes(text, expected):
     if expected is None:

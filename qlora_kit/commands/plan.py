@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from qlora_kit.memory.plan import MemoryPlan, Planner
     from qlora_kit.memory.suggest import Options, Suggestion
 
-SUMMARY = "Say what a run will take, by component, before a byte of weights is read or downloaded."
+SUMMARY = (
+    "Say what a run will take, by component, before a byte of weights is read or downloaded; of a "
+    "model that is not here config.json is fetched. The exit code is 0 whether or not it fits: "
+    "--json says so under `fits`."
+)
 GROUPS = (BaseConfig, LoRAConfig, TrainingConfig, PlanConfig)
 ROWS, LONGEST, PARTS = (1, 2, 4, 8), 4096, (8, 4, 2, 1)
 """Of the table that `--grid` makes: its lengths are parts of the longest, or of the context."""

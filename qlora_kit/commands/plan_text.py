@@ -27,6 +27,7 @@ SHOWN = {
     "workspace": "workspace",
     "overhead": "outside tensors",
 }
+OVER = "!"
 
 
 def print_plan(
@@ -71,6 +72,8 @@ def print_plan(
         console.print("  no change of these options makes it fit: take a smaller base")
     if grid is not None:
         console.print(_grid_table(grid))
+        if not all(cell["plan"].fits for cell in grid):
+            console.print(f"{OVER} does not fit {size(grid[0]['plan'].budget_bytes)}")
 
 
 def _grid_table(grid: Sequence[dict[str, Any]]) -> Table:
@@ -81,10 +84,12 @@ def _grid_table(grid: Sequence[dict[str, Any]]) -> Table:
         table.add_column(f"batch {count}", justify="right")
     for length in sorted({cell["max_length"] for cell in grid}):
         cells = [cell["plan"] for cell in grid if cell["max_length"] == length]
-        colours = ("green" if plan.fits else "red" for plan in cells)
+        # A mark as well as a colour, which not every terminal and no file has.
         shown = (
-            f"[{colour}]{size(plan.peak_bytes)}[/]"
-            for colour, plan in zip(colours, cells, strict=True)
+            f"[green]{size(plan.peak_bytes)}[/]"
+            if plan.fits
+            else f"[red]{OVER} {size(plan.peak_bytes)}[/]"
+            for plan in cells
         )
         table.add_row(str(length), *shown)
     return table

@@ -36,6 +36,13 @@ def test_what_does_not_fit_comes_with_changes(capsys):
     assert not found["fits"]
     assert found["suggestions"]
     assert all(one["peak_bytes"] < peak for one in found["suggestions"])
+    assert main([*options, "--device_memory", str(peak - 1), "--grid", "--json"]) == 0
+    grid = json.loads(capsys.readouterr().out)["grid"]
+    assert {cell["fits"] for cell in grid} == {True, False}
+    assert main([*options, "--device_memory", str(peak - 1), "--grid"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("! ") == 1 + sum(not cell["fits"] for cell in grid)
+    assert f"! does not fit {size(peak - 1)}" in shown
 
 
 def test_the_config_of_a_run_is_planned_as_it_stands(capsys, tmp_path):

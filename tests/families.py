@@ -91,6 +91,14 @@ TRAITS: dict[str, dict[str, Any]] = {
         "rope_scaling": LONG_ROPE,
         "original_max_position_embeddings": 16,
     },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 0.7,
+        "tie_word_embeddings": True,
+    },
 }
 FAMILIES = tuple(TRAITS)
 QUANTIZED: dict[str, dict[str, Any]] = {

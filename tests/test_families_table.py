@@ -34,6 +34,7 @@ TITLES = {
     "qwen3": "Qwen 3",
     "gemma2": "Gemma 2",
     "phi3": "Phi-3",
+    "granite": "Granite",
 }
 BITS = (4, 8, 16)
 TOLERANCE = 1e-5

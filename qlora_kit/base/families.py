@@ -21,6 +21,7 @@ FAMILIES = {
     "qwen3": "sdpa",
     "gemma2": "eager",
     "phi3": "sdpa",
+    "granite": "sdpa",
 }
 CONV1D = ("gpt2", "openai-gpt")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -87,6 +88,12 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             )
         if key in COUNTS and value < 1:
             raise ModelError(f"{path}: {key} is {value}, below 1", "correct the file")
+    divisor = config.get("logits_scaling", 1)
+    if not isinstance(divisor, (int, float)) or not divisor > 0:
+        raise ModelError(
+            f"{path}: logits_scaling is {str(divisor)[:60]!r}, not a number above 0",
+            "correct the file",
+        )
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -49,6 +49,7 @@ class Block:
     after: tuple[FrozenNorm, FrozenNorm] | None
     head_norms: tuple[FrozenNorm, FrozenNorm] | None
     gate: Gate
+    residual_scale: float
 
     @classmethod
     def of(cls, layer: Any) -> Block | None:
@@ -80,6 +81,7 @@ class Block:
             (found[2], found[3]) if len(norms) == 4 else None,
             (found[-2], found[-1]) if heads else None,
             Gate(activation),
+            getattr(layer, "residual_multiplier", 1.0),
         )
 
     def forward(
@@ -103,11 +105,14 @@ class Block:
     ) -> Tensor:
         """The layer's input to the middle residual; attention itself runs inside `around`."""
         around = around or contextlib.nullcontext()
-        return x + self._attend(x, position_embeddings, mask, options, around)
+        return self._added(x, self._attend(x, position_embeddings, mask, options, around))
 
     def mlp_half(self, x: Tensor) -> Tensor:
         """The middle residual to the next layer's input."""
-        return x + self._mlp(x)
+        return self._added(x, self._mlp(x))
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + (y if self.residual_scale == 1.0 else y * self.residual_scale)
 
     def _attend(
         self,

@@ -155,6 +155,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return _like_heads(query)
 
 
+ATTEND_IN_BLOCKS = torch.ops.qlora_kit.attend_in_blocks.default
+
+
 def _hide_later(scores: Tensor) -> None:
     """Scores (..., count, end) of the last `count` queries: what comes after each becomes -inf."""
     count = scores.shape[-2]

@@ -39,7 +39,8 @@ def supervised_loss(model: Any, batch: Batch) -> Tensor:
     # `supervised` points at the position that predicts; its target is the next token of the row.
     targets = batch["labels"].reshape(-1).index_select(0, batch["supervised"] + 1)
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    return cross_entropy_sum(rows, model.get_output_embeddings(), targets, softcap)
+    scale = 1 / getattr(model.config, "logits_scaling", 1.0)
+    return cross_entropy_sum(rows, model.get_output_embeddings(), targets, softcap, scale)
 
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
@@ -72,13 +73,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def cross_entropy_sum(
-    rows: Tensor, head: nn.Linear, targets: Tensor, softcap: float | None = None
+    rows: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Sum of -log softmax(head(rows))[targets]; `rows` (N, h), `targets` (N,), frozen `head`.
+    """Sum of -log softmax(scale * head(rows))[targets]; `rows` (N, h), `targets` (N,).
 
-    With `softcap` c the logits are c * tanh(logits / c). Backward reaches `rows` only.
+    The `head` is frozen: backward reaches `rows` only. With `softcap` c the scaled logits are
+    c * tanh(logits / c).
     """
-    return _CrossEntropySum.apply(rows, head.weight, head.bias, targets, softcap)  # type: ignore[no-any-return, no-untyped-call]
+    return _CrossEntropySum.apply(rows, head.weight, head.bias, targets, softcap, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -92,6 +98,7 @@ class _CrossEntropySum(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         softcap: float | None,
+        scale: float,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
@@ -109,6 +116,8 @@ class _CrossEntropySum(torch.autograd.Function):
             else:
                 torch.addmm(bias, part, weight.t(), out=raw)
             logits.copy_(raw)
+            if scale != 1.0:
+                logits.mul_(scale)
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
             index = targets[start : start + count].unsqueeze(1)
@@ -123,6 +132,8 @@ class _CrossEntropySum(torch.autograd.Function):
             logits.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=logits.dtype))
             if slope is not None:
                 logits.mul_(slope)
+            if scale != 1.0:
+                logits.mul_(scale)
             torch.mm(raw.copy_(logits), weight, out=grad_rows[start : start + count])
         ctx.save_for_backward(grad_rows)
         return total
@@ -131,4 +142,4 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_rows,) = ctx.saved_tensors
-        return grad_rows * grads[0].to(grad_rows.dtype), None, None, None, None
+        return grad_rows * grads[0].to(grad_rows.dtype), None, None, None, None, None

@@ -37,13 +37,14 @@ from torch.utils.checkpoint import (
 )
 
 from qlora_kit.lora.block import Block, OwnForward
+from qlora_kit.training.causal import ATTEND_IN_BLOCKS
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.qlora_kit.attend_in_blocks.default,
+    ATTEND_IN_BLOCKS,
 }
 """The kernels whose results `selective` keeps."""
 

@@ -101,6 +101,12 @@ def test_traits_of_the_family_are_in_the_checkpoint(bases, family):
         and f"{layer}pre_feedforward_layernorm.weight" in names
         and "lm_head.weight" not in names,
         "phi3": {f"{layer}self_attn.qkv_proj.weight", f"{layer}mlp.gate_up_proj.weight"} <= names,
+        "granite": all(
+            config.get(f"{name}_multiplier", 1) != 1
+            for name in ("embedding", "residual", "attention")
+        )
+        and config.get("logits_scaling", 1) != 1
+        and "lm_head.weight" not in names,
     }
     assert traits[family]
     assert config["intermediate_size"] % 2 == 1
@@ -123,7 +129,7 @@ def test_auto_targets_are_the_query_and_value_projections(bases, family):
     assert found == ({"qkv_proj"} if family == "phi3" else {"q_proj", "v_proj"})
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "gemma2", "granite"])
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "q_proj,lm_head", ".*(head|tokens)"])
 def test_tied_heads_take_no_adapter_and_that_is_said_before_weights_are_read(bases, family, target):
     base = open_base(BaseConfig(str(bases / family)))

@@ -11,7 +11,7 @@ from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.recompute import set_recompute
 
 LENGTHS = [[9, 5, 23, 2], [17, 30], [3]]
-OURS = ("llama2", "llama3", "llama_bias", "qwen2", "qwen3", "phi3")
+OURS = ("llama2", "llama3", "llama_bias", "qwen2", "qwen3", "phi3", "granite")
 """Families without windows and soft caps."""
 
 PATHS = [

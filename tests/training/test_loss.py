@@ -10,17 +10,18 @@ from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.training.loss import CHUNK_ROWS, cross_entropy_sum
 
 
-def reference(rows, head, targets, softcap):
+def reference(rows, head, targets, softcap, scale=1.0):
     """All logits at once, in double."""
     logits = rows.double() @ head.weight.double().t()
     if head.bias is not None:
         logits = logits + head.bias.double()
+    logits = scale * logits
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 1.0), (None, 0.4), (3.0, 0.4)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("count", [1, CHUNK_ROWS, 2 * CHUNK_ROWS + 7])
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def reference(rows, head, targets, softcap):
     # fp16 has three bits more than bf16, which the parity table has the figure of.
     [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 5e-3 / 8)],
 )
-def test_chunks_equal_the_whole(softcap, bias, count, dtype, tolerance):
+def test_chunks_equal_the_whole(softcap, scale, bias, count, dtype, tolerance):
     """X23. In 16 bits both start from the same rounded inputs; the logits are rounded once more."""
     generator = torch.Generator().manual_seed(count)
     rows = torch.randn(count, 32, generator=generator).to(dtype).requires_grad_()
@@ -38,10 +39,10 @@ def test_chunks_equal_the_whole(softcap, bias, count, dtype, tolerance):
         nn.init.normal_(head.bias, generator=generator)
     head = head.to(dtype)
     targets = torch.randint(0, 211, (count,), generator=generator)
-    loss = cross_entropy_sum(rows, head, targets, softcap)
+    loss = cross_entropy_sum(rows, head, targets, softcap, scale)
     (3 * loss).backward()
     exact = rows.detach().double().requires_grad_()
-    expected = reference(exact, head, targets, softcap)
+    expected = reference(exact, head, targets, softcap, scale)
     (3 * expected).backward()
     assert float(loss) == pytest.approx(float(expected), rel=tolerance)
     difference = rows.grad.double() - exact.grad

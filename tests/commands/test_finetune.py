@@ -219,6 +219,40 @@ def test_prompts_are_answered_before_and_after_within_the_context(inputs, tmp_pa
     assert re.search(r"right answers: \d of 2 before, \d of 2 after", said)
 
 
+def losses_of(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()]
+
+
+def test_without_own_blocks_a_run_has_the_same_losses_and_takes_more(inputs, tmp_path, capsys):
+    """The first is equal bit for bit, the figure of the others is that of X12."""
+    settings = ["--bits", "4", "--max_steps", "4", "--gradient_checkpointing", "none"]
+    runs = []
+    for flag in ("--own_blocks", "--no_own_blocks"):
+        output = tmp_path / flag
+        assert main([*inputs, *settings, flag, "--output_dir", str(output)]) == 0
+        assert "stays as it is" not in capsys.readouterr().out
+        record = json.loads((output / "run.json").read_text())
+        runs.append((losses_of(output), record["memory"]))
+    (ours, memory), (theirs, other_memory) = runs
+    assert ours[0] == theirs[0]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    for of in ("planned", "measured"):
+        assert memory[of]["peak"] < other_memory[of]["peak"]
+
+
+def test_a_base_whose_layers_are_not_ours_keeps_its_own_and_that_is_said(inputs, tmp_path, capsys):
+    save_checkpoint(tmp_path / "base", hidden_act="relu")
+    command = ["--model", str(tmp_path / "base"), *inputs[2:], "--max_steps", "2"]
+    note = "note: LlamaDecoderLayer stays as it is: its parts are not those of a known block"
+    runs = []
+    for flag, said in (("--own_blocks", 1), ("--no_own_blocks", 0)):
+        output = tmp_path / flag
+        assert main([*command, flag, "--output_dir", str(output)]) == 0
+        assert " ".join(capsys.readouterr().out.split()).count(note) == said
+        runs.append(losses_of(output))
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.skipif(not QUICKSTART.exists(), reason="no quickstart.yaml yet")
 def test_without_a_flag_the_quickstart_is_shown_and_run(tmp_path, capsys, monkeypatch):
     """Its file is an ordinary config; a flag beats it."""

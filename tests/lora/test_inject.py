@@ -7,15 +7,15 @@ import statistics
 
 import pytest
 import torch
+from exact import adapter_gradients, exact_gradients, gradient_errors
 from families import randomize_adapter, relative_error, save_checkpoint, token_ids
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
-from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.base.load import load_base
 from qlora_kit.base.quantize import dequantize
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config import LoRAConfig, TrainingConfig
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.inject import (
     activate,
@@ -26,6 +26,7 @@ from qlora_kit.lora.inject import (
     remove_adapter,
 )
 from qlora_kit.lora.layer import KeyedDropout
+from qlora_kit.training.prepare import prepare_model
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -188,41 +189,6 @@ def test_injecting_again_replaces_the_adapter_everywhere(directory):
 # Gradients of a whole model
 
 
-def gradient_errors(gradients, model, directory, ids):
-    """Relative distance of each adapter gradient from autograd in fp64 on the same weights.
-
-    The base counts as dequantized to the compute dtype (8-bit weights are never rounded), the
-    adapters as rounded to their dtype.
-    """
-    compute = model.get_input_embeddings().weight.dtype
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).train()
-    weights = {name: tensor.to(compute).double() for name, tensor in reference.state_dict().items()}
-    bits, exact = model.base_info.bits, torch.float64
-    leaves = {}
-    for name, layer in lora_layers(model).items():
-        a, b = (w.detach().to(compute).double().requires_grad_() for w in layer.weights("default"))
-        leaves[name] = (a, b)
-        dense = dequantize(layer.base_layer, exact if bits == 8 else compute).double()
-        weights[f"{name}.weight"] = dense + layer.scaling["default"] * b @ a
-
-    def run(**inputs):
-        return functional_call(reference, weights, kwargs=inputs, tie_weights=False)
-
-    loss(run, ids).backward()
-    return [
-        float((ours.double() - leaf.grad).norm() / leaf.grad.norm())
-        for name, pair in leaves.items()
-        for ours, leaf in zip(gradients[name], pair, strict=True)
-    ]
-
-
-def adapter_gradients(model):
-    return {
-        name: [weight.grad for weight in layer.weights("default")]
-        for name, layer in lora_layers(model).items()
-    }
-
-
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_adapter_gradients_equal_double_precision(data_dir, bits):
     directory = data_dir / "models" / "stories260K"
@@ -230,15 +196,19 @@ def test_adapter_gradients_equal_double_precision(data_dir, bits):
     randomize_adapter(model, scale=0.02)
     ids = story(data_dir)
     loss(model.train(), ids).backward()
-    assert max(gradient_errors(adapter_gradients(model), model, directory, ids)) <= 1e-5
+    exact = exact_gradients(model, lambda reference: loss(reference, ids))
+    assert max(gradient_errors(adapter_gradients(model), exact)) <= 1e-5
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_bf16_gradients_are_no_noisier_than_those_of_peft(data_dir, bits):
+def test_bf16_gradients_are_no_noisier_than_those_of_peft(data_dir, bits, prepared):
     # Five layers of bf16 activations put 5 % of noise on a gradient, whoever computes it. (A single
     # layer is held to 3e-2 in test_layer.py.)
     directory = data_dir / "models" / "stories260K"
     model = inject_lora(load(directory, bits, "bf16"), LoRAConfig(r=4, target_modules="all-linear"))
+    if prepared:
+        assert prepare_model(model, TrainingConfig(), "full") is None
     randomize_adapter(model, scale=0.02)
     ids = story(data_dir)
     loss(model.train(), ids).backward()
@@ -256,8 +226,9 @@ def test_bf16_gradients_are_no_noisier_than_those_of_peft(data_dir, bits):
             weight.data.copy_(value.data)
     loss(theirs, ids).backward()
     peft_gradients = {name: [weight.grad for weight in pair] for name, pair in pairs.items()}
-    ours = gradient_errors(adapter_gradients(model), model, directory, ids)
-    peft = gradient_errors(peft_gradients, model, directory, ids)
+    exact = exact_gradients(model, lambda reference: loss(reference, ids))
+    ours = gradient_errors(adapter_gradients(model), exact)
+    peft = gradient_errors(peft_gradients, exact)
     assert statistics.mean(ours) <= 1.2 * statistics.mean(peft)
     assert statistics.median(ours) <= 0.1
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model, token_ids
+from adapted import adapted_model
+from families import FAMILIES, VOCABULARY, relative_error, tiny_model, token_ids
 
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
@@ -22,6 +23,8 @@ PATHS = [
 ]
 TOLERANCE = 1e-5
 """Of the parity table, in fp32: the two sides sum in another order."""
+CHANGES = {"phi3": {"original_max_position_embeddings": 64}}
+"""Long rope takes other factors for a whole batch once one position is beyond this."""
 
 
 def packs_of(lengths=LENGTHS):
@@ -43,9 +46,7 @@ def model_of():
 
     def get(family, path):
         if (family, path) not in models:
-            # Long rope takes other factors for a whole batch once one position is beyond this.
-            changes = {"original_max_position_embeddings": 64} if family == "phi3" else {}
-            model = tiny_model(family, **changes)
+            model = tiny_model(family, **CHANGES.get(family, {}))
             model.requires_grad_(False)
             for parameter in model.base_model.layers.parameters():
                 parameter.requires_grad_(parameter.dim() == 2)
@@ -140,23 +141,36 @@ def test_without_packs_both_attentions_are_one(model_of, family):
         assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_left_right_and_no_padding_are_one(model_of, family):
-    # X18
-    model = model_of(family, "eager").eval()
+def test_left_right_and_no_padding_are_one(model_of, family, own):
+    """X18, outputs and gradients; `own` is our block in 4 bits, recomputed, with its attention."""
+    if own:
+        changes = CHANGES.get(family, {})
+        model = adapted_model(family, bits=4, packed=True, targets="all-linear", **changes)
+        set_recompute(model, ("full", "selective"))
+    else:
+        model = model_of(family, "eager").eval()
     ids = token_ids(1, 13)
     pad = torch.zeros(1, 6, dtype=torch.int64)
-    ones, zeros = torch.ones_like(ids), torch.zeros_like(pad)
-    with torch.no_grad():
-        alone = model(ids, use_cache=False).logits
-        right = model(torch.cat([ids, pad], 1), use_cache=False).logits[:, :13]
-        mask = torch.cat([zeros, ones], 1)
-        left = model(
-            torch.cat([pad, ids], 1),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).logits[:, 6:]
-    scale = alone.abs().max()
-    assert (right - alone).abs().max() <= TOLERANCE * scale
-    assert (left - alone).abs().max() <= TOLERANCE * scale
+    mask = torch.cat([torch.zeros_like(pad), torch.ones_like(ids)], 1)
+    weights = torch.randn(13, VOCABULARY, generator=torch.Generator().manual_seed(4))
+
+    def results(tokens, place, **inputs):
+        model.zero_grad(set_to_none=True)
+        logits = model(tokens, use_cache=False, **inputs).logits[:, place]
+        (logits * weights).sum().backward()
+        return logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+    alone, gradients = results(ids, slice(None))
+    right = results(torch.cat([ids, pad], 1), slice(13))
+    # Not 0 for padding: each would be a row of its own, and the mask would not matter.
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    left = results(
+        torch.cat([pad, ids], 1), slice(6, None), attention_mask=mask, position_ids=positions
+    )
+    assert len(gradients) > 1
+    for logits, found in (right, left):
+        assert (logits - alone).abs().max() <= TOLERANCE * alone.abs().max()
+        for ours, reference in zip(found, gradients, strict=True):
+            assert relative_error(ours, reference) <= TOLERANCE

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from families import randomize_adapter, relative_error
 from windows import ragged_rows, trained, windows
 
-from qlora_kit.data.batch import collate, eval_batches
+from qlora_kit.data.batch import collate, collate_packs, eval_batches
 from qlora_kit.training.loop import train, train_step
 from qlora_kit.training.loss import evaluate
 from qlora_kit.training.optimizer import make_optimizer
@@ -16,7 +17,11 @@ from qlora_kit.training.recompute import set_recompute
 
 
 def peft_losses(base_dir, start, steps, bits, dtype, rate, max_norm):
-    """A loop by hand: PEFT's layers, torch's AdamW, the mean over supervised tokens."""
+    """A loop by hand: PEFT's layers, torch's AdamW, the mean over supervised tokens.
+
+    It trains what `start` holds. In 8 bits bitsandbytes' training forward is weight-only here
+    (facts.md 29).
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -28,6 +33,8 @@ def peft_losses(base_dir, start, steps, bits, dtype, rate, max_norm):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    elif bits == 8:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
     base = AutoModelForCausalLM.from_pretrained(
         base_dir, dtype=dtype, quantization_config=quantization, attn_implementation="sdpa"
     )
@@ -35,12 +42,15 @@ def peft_losses(base_dir, start, steps, bits, dtype, rate, max_norm):
         # bitsandbytes 0.50 repacks weights in place in its evaluation forward on such CPUs.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in start})
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.0)
     model = get_peft_model(base, config).train()
-    model.load_state_dict(
+    loaded = model.load_state_dict(
         {f"base_model.model.{name}": tensor for name, tensor in start.items()}, strict=False
     )
+    assert not loaded.unexpected_keys
     parameters = [p for p in model.parameters() if p.requires_grad]
+    assert len(parameters) == len(start)
     assert all(p.dtype is torch.float32 for p in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     losses = []
@@ -62,22 +72,34 @@ def peft_losses(base_dir, start, steps, bits, dtype, rate, max_norm):
     return losses
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
 @pytest.mark.parametrize(
-    ("bits", "dtype", "tolerance"),
-    [(16, "fp32", 1e-5), (4, "fp32", 1e-5), (16, "bf16", 5e-3), (4, "bf16", 5e-3)],
+    ("family", "bits", "level"),
+    [
+        ("llama2", 16, None),
+        ("llama2", 4, None),
+        ("qwen2", 16, "full"),
+        ("qwen2", 8, "full"),
+        ("qwen2", 4, "full"),
+    ],
 )
-def test_fifty_losses_equal_those_of_peft_by_hand(model, base_dir, bits, dtype, tolerance):
+def test_fifty_losses_equal_those_of_peft_by_hand(
+    model, base_of, family, bits, level, dtype, tolerance
+):
     """X12. Figures of parity.md; the 4-bit weights are dequantized alike on both sides.
 
     Hidden sizes that are a multiple of the block: bitsandbytes is silently wrong on others.
     """
     steps = windows(5) * 10  # random rows can only be learnt by heart
-    ours = model(bits, dtype, target_modules=("q_proj", "v_proj"))
+    # In bf16 on all linears PEFT's own sdpa and eager attention are 3.8e-3 apart.
+    everywhere = family == "qwen2" and dtype == "fp32"
+    targets = "all-linear" if everywhere else ("q_proj", "v_proj")
+    ours = model(bits, dtype, family=family, recompute=level, target_modules=targets)
     start = trained(ours)
     optimizer = make_optimizer("adamw", ours.parameters(), 1e-3)
     history = train(ours, steps, optimizer, max_grad_norm=1.0)
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    theirs = peft_losses(base_dir, start, steps, bits, torch_dtype, 1e-3, 1.0)
+    theirs = peft_losses(base_of(family), start, steps, bits, torch_dtype, 1e-3, 1.0)
     assert theirs[-1] < theirs[0]
     for report, reference in zip(history, theirs, strict=True):
         assert report.loss == pytest.approx(reference, rel=tolerance), report.step
@@ -97,36 +119,53 @@ def gradients(model, window):
     return kept["loss"], kept["grads"]
 
 
-def test_micro_batches_equal_one_batch(model):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("family", "bits", "level"),
+    [
+        ("llama2", 16, None),
+        ("qwen2", 4, "full"),
+        ("gemma2", 8, "full"),
+        ("llama_bias", 4, ("selective", "full")),
+    ],
+)
+def test_micro_batches_equal_one_batch(model, family, bits, level, packed):
     """X16: ragged, and one micro-batch without any supervised token. fp32 sums in another order."""
     rows = ragged_rows(9)
     masked = ragged_rows(2, seed=5)
     for row in masked:
         row.labels[:] = [-100] * len(row.labels)
-    one = [collate([*rows, *masked], 0)]
-    cut = [collate(part, 0) for part in (rows[:1], rows[1:4], masked, rows[4:6], rows[6:])]
-    ours = model(dropout=0.0)
-    for parameter in ours.parameters():
-        if parameter.requires_grad:  # lora_B starts at zero, and would hide lora_A
-            torch.nn.init.normal_(parameter, std=0.05)
+    cuts = [rows[:1], rows[1:4], masked, rows[4:6], rows[6:]]
+    if packed:
+        one, cut = [collate_packs(cuts, 0)], [collate_packs([part], 0) for part in cuts]
+    else:
+        one, cut = [collate([*rows, *masked], 0)], [collate(part, 0) for part in cuts]
+    ours = model(bits, family=family, ffn=173, recompute=level, target_modules="all-linear")
+    randomize_adapter(ours, scale=0.05)  # lora_B starts at zero, and would hide lora_A
     loss, whole = gradients(ours, one)
     cut_loss, parts = gradients(ours, cut)
     assert cut_loss == pytest.approx(loss, rel=1e-6)
     for name, grad in whole.items():
+        assert relative_error(parts[name], grad) <= 1e-6, name
         error = (parts[name] - grad).abs().max() / grad.abs().max()
-        assert error < 1e-6 * 4, (name, error)  # five sums of up to 200 tokens
+        assert error <= (2e-6 if packed else 1e-6), name  # the worst of thousands of entries
     # The mean of the micro-batches' means is something else: the weighting matters.
     means = [gradients(ours, [batch])[0] for batch in cut if batch["num_supervised"]]
     assert abs(sum(means) / len(means) - loss) > 1e-3
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("bits", [16, 4])
-def test_recomputation_changes_no_bit(model, dropout, bits):
+@pytest.mark.parametrize(
+    ("bits", "dropout", "prepared"),
+    [
+        *((bits, dropout, False) for bits in (16, 4) for dropout in (0.0, 0.1)),
+        *((bits, 0.1, True) for bits in (16, 8, 4)),
+    ],
+)
+def test_recomputation_changes_no_bit(model, bits, dropout, prepared):
     """X15."""
-    results = []
+    results, first = [], "none" if prepared else None
     for level in ("none", "full", "selective", ("selective", "none")):
-        ours = model(bits, "bf16", dropout=dropout, target_modules="all-linear")
+        ours = model(bits, "bf16", recompute=first, dropout=dropout, target_modules="all-linear")
         set_recompute(ours, level)
         history = train(ours, windows(4), make_optimizer("adamw", ours.parameters(), 1e-2))
         results.append((trained(ours), [report.loss for report in history]))
@@ -136,12 +175,16 @@ def test_recomputation_changes_no_bit(model, dropout, bits):
         assert all(torch.equal(none[name], found[name]) for name in none)
 
 
-def test_evaluation_between_steps_changes_nothing(model):
+@pytest.mark.parametrize(
+    ("family", "bits", "dtype"),
+    [("llama2", 16, "fp32"), ("qwen2", 4, "bf16"), ("phi3", 8, "bf16")],
+)
+def test_evaluation_between_steps_changes_nothing(model, family, bits, dtype):
     """X20."""
     held_out = ragged_rows(5, seed=9)
 
     def run(evaluating):
-        ours = model(dropout=0.1)
+        ours = model(bits, dtype, family=family, ffn=173, dropout=0.1, target_modules="all-linear")
         losses = []
 
         def listen(report):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +62,11 @@ def _scaled(x: Tensor, cos: Tensor) -> Tensor:
 class Gate:
     """`act(gate) * up`, (..., f); without `up`, `gate` (..., 2f) holds both, one behind the other.
 
-    `activation` is one of `ACTIVATIONS`. Nothing but its inputs is kept for backward.
+    `activation` is one of `ACTIVATIONS`. Nothing besides its inputs is kept for backward (`keeps`).
     """
 
     activation: str
+    keeps: ClassVar[bool] = False
 
     def apply(self, gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, None]:
         """The product; nothing besides."""

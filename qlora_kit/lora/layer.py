@@ -209,16 +209,20 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, read: _Read, *tensors: Tensor) -> Tensor:
         inputs = tensors[: read.count]
-        rows, kept = (inputs[0], None) if read.before is None else read.before.apply(*inputs)
+        rows, kept = (inputs[0] if read.before is None else None), None
+        if read.before is not None and (read.before.keeps or any(p.weights for p in read.parts)):
+            rows, kept = read.before.apply(*inputs)
+        # Else the product makes the rows, which a replay that ends here does not come to.
         low_rank = []
         for part in read.parts:
             if part.weights:
+                assert rows is not None
                 lora_a = part.weights[0].to(part.dtype)
                 low_rank.append(F.linear(part.dropped(rows).to(part.dtype), lora_a))
         ctx.save_for_backward(kept, *inputs, *low_rank, *tensors[read.count :])
         ctx.set_materialize_grads(False)
         read.node, read.rows, read.low_rank = ctx, rows, low_rank
-        return rows.new_empty(0)
+        return inputs[0].new_empty(0)
 
     @staticmethod
     @once_differentiable
@@ -232,7 +236,9 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, read: _Read, tie: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         rows, low_rank = read.rows, iter(read.low_rank)
-        assert rows is not None
+        if rows is None:
+            assert read.before is not None
+            rows, _ = read.before.apply(*tensors[: read.count])
         outputs = []
         for part in read.parts:
             y = product(part.base, rows)

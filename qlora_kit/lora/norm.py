@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,15 @@ from qlora_kit.fakes import has_values
 
 @dataclass(frozen=True)
 class FrozenNorm:
-    """RMSNorm over the last dimension; `module` holds the weight, `from_zero` means 1 + weight."""
+    """RMSNorm over the last dimension; `module` holds the weight, `from_zero` means 1 + weight.
+
+    Besides its input the scale of every row is kept for backward (`keeps`).
+    """
 
     module: nn.Module
     eps: float
     from_zero: bool
+    keeps: ClassVar[bool] = True
 
     @classmethod
     def of(cls, module: nn.Module) -> FrozenNorm | None:

@@ -10,6 +10,7 @@ Source: Dao et al., FlashAttention (arXiv 2205.14135), for recomputing scores in
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,34 +120,33 @@ class _CausalAttention(torch.autograd.Function):
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Queries (B, H, T, d), keys and values (B, H / n, T, d) of one stretch to (B, H, T, d).
 
-    One operation, so that a level of recompute can keep its result.
+    One operation, so that a level of recompute can keep its result. No plan sees what it takes
+    inside: `FORWARD_SCORES` in fp32 and in 16 bits, 6 MiB, and keys and queries of such a part.
     """
     batch, heads, length, width = key.shape
     shared, result = query.shape[1] // heads, _like_heads(query)
-    step = min(length, FORWARD_QUERIES)
-    at_once = min(heads, max(1, FORWARD_SCORES // (batch * shared * step * length)))
+    step = max(1, min(length, FORWARD_QUERIES, FORWARD_SCORES // (shared * length)))
+    parts = max(1, FORWARD_SCORES // (shared * step * length))  # keys of one head of one sequence
+    some_heads, some_rows = min(heads, parts), max(1, parts // heads)
     # The same memory for all blocks: fresh pages would cost more than what is written to them.
-    held = batch * at_once * shared * step * length
+    held = min(some_rows, batch) * some_heads * shared * step * length
     space = torch.empty(held, dtype=torch.float32, device=query.device)
     rounded = torch.empty(held, dtype=query.dtype, device=query.device)
-    for first in range(0, heads, at_once):
-        count = min(at_once, heads - first)
-        groups = batch * count
-        keys = key[:, first : first + count].reshape(groups, length, width).float()
-        values = value[:, first : first + count].reshape(groups, length, width)
-        queries = slice(first * shared, (first + count) * shared)
+    for row, head in itertools.product(range(0, batch, some_rows), range(0, heads, some_heads)):
+        of = (slice(row, row + some_rows), slice(head, head + some_heads))
+        queries = (of[0], slice(head * shared, (head + some_heads) * shared))
+        keys, values = key[of].flatten(0, 1).float(), value[of].flatten(0, 1)
         for start in range(0, length, step):
             end = min(start + step, length)
-            # Queries that share a key follow one another: (groups, shared * rows, d).
-            rows = end - start
-            q = (query[:, queries, start:end].float() * scale).reshape(groups, -1, width)
-            shape = (groups, shared * rows, end)
+            q = query[queries][:, :, start:end]
+            # Queries that share a key follow one another: (keys, shared * rows, d).
+            rows = (q.float() * scale).reshape(keys.shape[0], -1, width)
+            shape = (*rows.shape[:2], end)
             scores, share = (x[: math.prod(shape)].view(shape) for x in (space, rounded))
-            torch.bmm(q, keys[:, :end].transpose(1, 2), out=scores)
-            _hide_later(scores.view(groups, shared, rows, end))
+            torch.bmm(rows, keys[:, :end].transpose(1, 2), out=scores)
+            _hide_later(scores.view(len(keys), shared, -1, end))
             share.copy_(torch.softmax(scores, -1, out=scores))
-            block = (share @ values[:, :end]).view(batch, -1, rows, width)
-            result[:, queries, start:end].copy_(block)
+            result[queries][:, :, start:end].copy_((share @ values[:, :end]).view(q.shape))
     return result
 
 

@@ -92,13 +92,13 @@ def tight_memory() -> None:
 
 
 def little_room() -> None:
-    """The process may grow by 500 MiB from its start on."""
-    _room(500)
+    """The process may grow by 400 MiB from its start on."""
+    _room(400)
 
 
 def little_room_without_preflight() -> None:
     """The same, and nothing is tried before the first step."""
-    _room(500)
+    _room(400)
     run.try_largest = lambda *args: 0
 
 
@@ -215,7 +215,7 @@ def _before_each_step(act: Any) -> None:
 def _poison_output(steps: set[int]) -> None:
     """A forward hook on one module, in the passes of these steps and when they are looked into.
 
-    A down projection is called as a module; linears that read the same rows are called together.
+    An output projection is called as a module; what reads norms or gates is called with them.
     """
     state = {"step": 0, "hooked": False}
 
@@ -226,7 +226,7 @@ def _poison_output(steps: set[int]) -> None:
         state["step"] = step
         if not state["hooked"]:
             state["hooked"] = True
-            model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(hook)
+            model.get_submodule("model.layers.1.self_attn.o_proj").register_forward_hook(hook)
 
     _before_each_step(act)
 

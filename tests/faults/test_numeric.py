@@ -30,7 +30,7 @@ def test_a_step_that_is_not_finite_changes_nothing(job, output, inject):
     assert (after.state["guard"]["bad_in_a_row"], later.state["guard"]["bad_in_a_row"]) == (1, 0)
     line = next(line for line in outcome.output.splitlines() if "skipped" in line)
     where = (
-        "model.layers.1.mlp.down_proj"
+        "model.layers.1.self_attn.o_proj"
         if inject == "nan_loss_at_2"
         else "the gradient of model.layers.1.self_attn.v_proj.lora_B.default.weight"
     )

@@ -33,8 +33,13 @@ def provenance() -> dict[str, Any]:
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "gpu": _gpu()},
         "versions": versions() | _peer_versions(),
         "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *map(_named, sys.argv[1:])]),
     }
+
+
+def _named(argument: str) -> str:
+    """An argument; of an absolute path its name alone, for the rest is this machine's."""
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def _peer_versions() -> dict[str, str]:

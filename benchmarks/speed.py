@@ -167,7 +167,7 @@ def measure(directory: Path, bits: int, given: argparse.Namespace) -> dict[str, 
         for number in range(max(given.steps + WARM_UP, FLOORS)):
             if number < given.steps + WARM_UP:
                 turns = list(sides.values())
-                first = number % len(turns)  # no side always follows the same one
+                first = number % len(turns)  # none is always the first
                 for side in turns[first:] + turns[:first]:
                     side.step()
             if number < FLOORS:
@@ -285,7 +285,7 @@ def main() -> None:
     shape = Path(data) / "configs/tinyllama_1b_chat_v1.0.json"
     parser.add_argument("--shape", type=Path, default=shape, help="a config.json")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--level", nargs="+", default=list(LEVELS))
+    parser.add_argument("--level", nargs="+", default=list(LEVELS), choices=LEVELS)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)

@@ -48,6 +48,23 @@ def test_the_quality_table_is_what_was_measured():
     assert found == expected
 
 
+def test_the_speed_table_is_what_was_measured():
+    measured = json.loads((RESULTS / "speed.json").read_text())
+    rows = table_rows(section("How fast, and how much memory"))
+    assert [(bits, level) for bits, level, *_ in rows] == [
+        (bits, level) for bits in ("4", "8", "16") for level in ("none", "full")
+    ]
+    for bits, level, *cells, times in rows:
+        found, ours = measured[f"{bits} bits"], f"ours, {level}"
+        sides = (ours, "peft_guide, full", f"peft_best, {level}")
+        assert cells == [
+            f"{found[side]['tokens_per_s']:.1f}, {found[side]['steps_bytes'] / 2**30:.2f} GiB"
+            for side in sides
+        ]
+        faster = (found["ratios"][f"tokens_per_s: {ours} / {side}"] for side in sides[1:])
+        assert times == ", ".join(f"{one:.2f}" for one in faster)
+
+
 def test_the_loading_figures_are_what_was_measured():
     measured = json.loads((RESULTS / "loading.json").read_text())["table"]
     one_file = {row["bits"]: row for row in measured if row["files"] == 1}

@@ -89,7 +89,7 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
         if key in COUNTS and value < 1:
             raise ModelError(f"{path}: {key} is {value}, below 1", "correct the file")
     divisor = config.get("logits_scaling", 1)
-    if not isinstance(divisor, (int, float)) or not divisor > 0:
+    if kind == "granite" and not (isinstance(divisor, (int, float)) and divisor > 0):
         raise ModelError(
             f"{path}: logits_scaling is {str(divisor)[:60]!r}, not a number above 0",
             "correct the file",

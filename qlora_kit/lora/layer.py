@@ -267,34 +267,48 @@ class _Linears(torch.autograd.Function):
         grad_weights: list[Tensor | None] = []
         for part, grad in zip(parts, grads, strict=True):
             if part.weights:
-                hidden, lora_a, lora_b = next(low_rank), next(weights), next(weights)
+                hidden, matrices = next(low_rank), (next(weights), next(weights))
             if grad is None:
                 grad_weights += [None] * len(part.weights)
                 continue
             if any(ctx.needs_input_grad[2 : 2 + read.count]):
                 grad_rows = product_grad(part.base, grad, grad_rows)
-            if not part.weights:
-                continue
-            # (..., out) to (N, out): the products below sum over every token.
-            flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
-            grad_hidden = (flat @ lora_b.to(part.dtype)).mul_(part.scaling)
-            low = part.dropped(rows).reshape(-1, rows.shape[-1]).to(part.dtype)
-            grad_a = grad_hidden.t().mm(low).to(lora_a.dtype)
-            grad_b = flat.t().mm(hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
-            grad_weights += [grad_a, grad_b.mul_(part.scaling)]
-            if grad_rows is None:
-                continue
-            if part.position is None:
-                _add_product(grad_rows, grad_hidden, lora_a.to(part.dtype), 1.0)
-            else:
-                grad_low = (grad_hidden @ lora_a.to(part.dtype)).view(grad_rows.shape)
-                grad_rows.add_(part.dropped(grad_low))
+            if part.weights:
+                grad_weights += _adapter_grads(part, grad, rows, hidden, matrices, grad_rows)
         grad_inputs: Sequence[Tensor | None] = (grad_rows,)
         if before is not None:
+            del rows  # before the gradients by the inputs come
             grad_inputs = [None] * read.count
             if grad_rows is not None:
                 grad_inputs = before.backward(grad_rows, *inputs, kept=kept)
         return None, None, *grad_inputs, *grad_weights
+
+
+def _adapter_grads(
+    part: _Part,
+    grad: Tensor,
+    rows: Tensor,
+    hidden: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    grad_rows: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients by A and B from that by the output; what A sends back joins `grad_rows`.
+
+    `rows` (..., in_features) went in, `hidden` (..., r) is their product with A.
+    """
+    lora_a, lora_b = matrices
+    # (..., out) to (N, out): the products below sum over every token.
+    flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
+    grad_hidden = (flat @ lora_b.to(part.dtype)).mul_(part.scaling)
+    low = part.dropped(rows).reshape(-1, rows.shape[-1]).to(part.dtype)
+    grad_a = grad_hidden.t().mm(low).to(lora_a.dtype)
+    grad_b = flat.t().mm(hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
+    if grad_rows is not None and part.position is None:
+        _add_product(grad_rows, grad_hidden, lora_a.to(part.dtype), 1.0)
+    elif grad_rows is not None:
+        grad_low = (grad_hidden @ lora_a.to(part.dtype)).view(grad_rows.shape)
+        grad_rows.add_(part.dropped(grad_low))
+    return grad_a, grad_b.mul_(part.scaling)
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

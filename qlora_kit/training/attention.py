@@ -1,4 +1,4 @@
-"""Attention on the CPU: each row by itself, no mask, in 16 bits with our own backward.
+"""Attention on the CPU: each row by itself, no mask, in 16 bits by our own code.
 
 transformers isolates the rows of a pack by `position_ids` too, through a mask of (T, T) that makes
 attention compute everything and throw most of it away. Here each stretch of positions that begins

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILES = torch.cpu._is_amx_tile_supported()
-"""Without, a layer of the 1b shape takes 8.1 ms and 17.6 backward, the library 15.4 and 34.6."""
+TILES = torch.cpu._is_amx_tile_supported()  # torch 2.13 has no public name for it
+"""Without, a layer of the 1b shape takes 8.1 ms and 17.6 backward, the library 15.4 and 34.6, on an
+AMD EPYC with AVX512-BF16. Processors with less were not measured."""
 NARROW = 64
 """With tiles, head widths up to here take our backward: 11.6 against 18.5 ms a layer of the 1b
 shape; at width 128 the library's takes 13 against 25 ms. Forward takes 3.9 ms in the library."""
@@ -121,7 +122,8 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     """Queries (B, H, T, d), keys and values (B, H / n, T, d) of one stretch to (B, H, T, d).
 
     One operation, so that a level of recompute can keep its result. No plan sees what it takes
-    inside: `FORWARD_SCORES` in fp32 and in 16 bits, 6 MiB, and keys and queries of such a part.
+    inside: `FORWARD_SCORES` in fp32 and in 16 bits (6 MiB; more once n * T is above that number),
+    and the part's keys in fp32 and its block of queries.
     """
     batch, heads, length, width = key.shape
     shared, result = query.shape[1] // heads, _like_heads(query)

@@ -38,9 +38,17 @@ def supervised_loss(model: Any, batch: Batch) -> Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["supervised"])
     # `supervised` points at the position that predicts; its target is the next token of the row.
     targets = batch["labels"].reshape(-1).index_select(0, batch["supervised"] + 1)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    scale = 1 / getattr(model.config, "logits_scaling", 1.0)
+    scale, softcap = behind_the_head(model.config)
     return cross_entropy_sum(rows, model.get_output_embeddings(), targets, softcap, scale)
+
+
+def behind_the_head(config: Any) -> tuple[float, float | None]:
+    """The factor on a head's logits, and their soft cap, where the family's own forward has them.
+
+    In the config.json of another family the same keys mean nothing.
+    """
+    scale = 1 / config.logits_scaling if config.model_type == "granite" else 1.0
+    return scale, config.final_logit_softcapping if config.model_type == "gemma2" else None
 
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:

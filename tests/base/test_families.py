@@ -153,6 +153,17 @@ def batch(ids, prompt=4):
     }
 
 
+def test_keys_of_another_family_mean_nothing_to_the_loss(bases):
+    plain, edited = bases / "llama2", bases.parent / "stray"
+    shutil.copytree(plain, edited, dirs_exist_ok=True)
+    edit_config(edited, final_logit_softcapping=3.0, logits_scaling=0.25)
+    data = batch(token_ids(2, 20))
+    with torch.no_grad():
+        assert torch.equal(
+            *(supervised_loss(load(directory), data) for directory in (plain, edited))
+        )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_and_its_gradient_are_those_of_transformers_logits(bases, family):
     ours = inject_lora(load(bases / family), LoRAConfig(r=2, target_modules="all-linear")).train()

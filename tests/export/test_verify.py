@@ -30,7 +30,7 @@ BATCHES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama2", "gemma2", "granite"])
 def test_figures_equal_those_of_all_logits_in_double(family: str) -> None:
     ours = tiny_model(family)
     theirs = moved(ours)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_kit.training import causal
-from qlora_kit.training.causal import Stretch, causal_attention
+from qlora_kit.training.causal import ATTEND_IN_BLOCKS, Stretch, causal_attention
 
 SHAPES = [
     (1, 4, 4, 300, 16),
@@ -97,6 +97,13 @@ def test_rows_of_a_pack_are_what_each_is_alone(width):
             torch.autograd.grad(part, alone, stretch.of(grad)), found[1:], strict=True
         ):
             assert torch.equal(mine, stretch.of(theirs))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_the_operation_and_its_fake_agree(shape):
+    query, key, value, _ = drawn(*shape, torch.bfloat16)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ATTEND_IN_BLOCKS, (query, key, value, 0.3), test_utils=checks)
 
 
 def test_keys_are_kept_once_a_group():

@@ -56,6 +56,7 @@ def plain_loss(model, batch):
         ("qwen3", 4, ("full", "none"), 0.1, False),
         ("mistral", 8, ("none", "selective"), 0.1, True),
         ("llama_bias", 4, ("selective", "full"), 0.1, False),
+        ("granite", 8, ("full", "selective"), 0.1, True),
     ],
 )
 def test_gradients_equal_double_precision(model, family, bits, level, dropout, packed):

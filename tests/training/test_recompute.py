@@ -12,6 +12,7 @@ from qlora_kit.base.quantize import QuantizedLinear
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.block import models_own_code
+from qlora_kit.lora.elementwise import Gate
 from qlora_kit.memory.choose import layer_work
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.training import causal
@@ -64,6 +65,7 @@ def test_every_level_and_mix_gives_the_same_bits(family, dtype, dropout, packed,
     check_levels(prepared(family, dtype, own=own, dropout=dropout), batch_of(packed))
 
 
+@pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize(("packed", "dropout"), [(False, 0.1), (True, 0.0)])
 @pytest.mark.parametrize(
     ("bits", "dtype"),
@@ -77,8 +79,9 @@ def test_every_level_and_mix_gives_the_same_bits(family, dtype, dropout, packed,
         (16, torch.float16),
     ],
 )
-def test_so_it_does_in_every_number_of_bits(bits, dtype, dropout, packed):
-    """X15, with our blocks; what the test above leaves out."""
+def test_so_it_does_in_every_number_of_bits(bits, dtype, dropout, packed, tiles, monkeypatch):
+    """X15, with our blocks and either attention; what the test above leaves out."""
+    monkeypatch.setattr(causal, "TILES", tiles)
     check_levels(prepared(dtype=dtype, bits=bits, dropout=dropout), batch_of(packed))
 
 
@@ -213,6 +216,23 @@ def test_selective_ends_before_the_last_products(targets):
         again[level] = {name.rpartition(".")[2] for name, count in parts.items() if count == 2}
     inner = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     assert again == {"none": set(), "selective": inner, "full": inner | {"o_proj"}}
+
+
+@pytest.mark.parametrize(
+    ("targets", "made"), [("q_proj,v_proj", [1, 1, 1]), ("all-linear", [2, 3, 3])]
+)
+def test_rows_of_the_last_product_are_made_where_they_are_read(targets, made, monkeypatch):
+    """In forward, and for an adapter's gradients; a replay hands them to the adapter alone."""
+    real, calls = Gate.again, []
+    monkeypatch.setattr(Gate, "again", lambda *args, **kept: calls.append(1) or real(*args, **kept))
+    model, batch = prepared(targets=targets), batch_of(packed=False)
+    found = []
+    for level in ("none", "selective", "full"):
+        set_recompute(model, level)
+        calls.clear()
+        results_of(model, batch)
+        found.append(len(calls) / LAYERS)
+    assert found == made
 
 
 @pytest.mark.parametrize("own", [True, False])

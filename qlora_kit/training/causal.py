@@ -199,13 +199,21 @@ def _library_backward(
 def _backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query (B, H, T, d), key and value (B, H / n, T, d) of one stretch."""
+    """Gradients by query (B, H, T, d), key and value (B, H / n, T, d) of one stretch.
+
+    Of wide heads the scores are made in fp32. Those of narrow ones are rounded to 16 bits, as
+    transformers' eager attention does; their product takes 1.7 against 3.5 ms a layer of the 1b
+    shape. So bf16 gradients of narrow heads are 0.4 % from exact with scores around 1 and 2 % around
+    8, where the library's are 0.4 and 0.5 %.
+    """
     batch, heads, length, width = key.shape
     groups, shared = batch * heads, query.shape[1] // heads
     keys, values = (x.reshape(groups, length, width) for x in (key, value))
     grad_query = torch.empty_like(query)
     # The same memory for all blocks, as in forward.
     space = query.new_empty(2, groups * shared * min(BLOCK_QUERIES, length) * length)
+    exact = torch.float32 if width > NARROW else query.dtype
+    raw = space[0] if exact is query.dtype else torch.empty_like(space[0], dtype=exact)
     grad_key, grad_value = (
         torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (keys, values)
     )
@@ -214,13 +222,16 @@ def _backward(
         count = end - start
         # Queries that share a key follow one another: (groups, shared * count, d).
         rows = (groups, shared * count, width)
-        q = (query[:, :, start:end] * scale).reshape(rows)
+        q = (query[:, :, start:end].to(exact) * scale).reshape(rows)
         g = grad[:, :, start:end].reshape(rows)
         shape = (groups, shared * count, end)
-        scores, grad_share = (x[: math.prod(shape)].view(shape) for x in space)
-        torch.bmm(q, keys[:, :end].transpose(1, 2), out=scores)
+        scores, share, grad_share = (x[: math.prod(shape)].view(shape) for x in (raw, *space))
+        torch.bmm(q, keys[:, :end].to(exact).transpose(1, 2), out=scores)
         _hide_later(scores.view(groups, shared, count, end))
-        share = torch.softmax(scores, -1, out=scores)
+        torch.softmax(scores, -1, out=scores)
+        if exact is not query.dtype:
+            share.copy_(scores)
+            q = q.to(query.dtype)
         grad_value[:, :end] += share.transpose(1, 2) @ g
         torch.bmm(g, values[:, :end].transpose(1, 2), out=grad_share)
         grad_scores = torch._softmax_backward_data(

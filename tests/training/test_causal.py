@@ -74,6 +74,18 @@ def test_output_and_gradients_are_near_double_precision(shape, dtype):
     assert close(found, exact(*inputs, grad, 0.3, stretches))
 
 
+def test_gradients_of_wide_heads_stay_exact_where_scores_are_large():
+    """Scores around 8: the figure is twice the library's distance, as above."""
+    *inputs, grad = drawn(1, 4, 2, 200, 128, torch.bfloat16)
+    inputs[0] = inputs[0] * 8
+    for x in inputs:
+        x.requires_grad_()
+    stretches = [Stretch(slice(None), 0, 200)]
+    output = causal_attention(*inputs, 128**-0.5, stretches)
+    found = (output, *torch.autograd.grad(output, inputs, grad))
+    assert close(found, exact(*inputs, grad, 128**-0.5, stretches))
+
+
 @pytest.mark.parametrize("width", [32, 80])
 def test_rows_of_a_pack_are_what_each_is_alone(width):
     *inputs, grad = drawn(2, 4, 2, 30, width, torch.bfloat16)

@@ -203,8 +203,8 @@ def _backward(
 
     Of wide heads the scores are made in fp32. Those of narrow ones are rounded to 16 bits, as
     transformers' eager attention does; their product takes 1.7 against 3.5 ms a layer of the 1b
-    shape. So bf16 gradients of narrow heads are 0.4 % from exact with scores around 1 and 2 % around
-    8, where the library's are 0.4 and 0.5 %.
+    shape. So bf16 gradients of narrow heads are 0.4 % from exact with scores around 1 and 2 %
+    around 8, where the library's are 0.4 and 0.5 %.
     """
     batch, heads, length, width = key.shape
     groups, shared = batch * heads, query.shape[1] // heads

@@ -214,6 +214,7 @@ def _backward(
     space = query.new_empty(2, groups * shared * min(BLOCK_QUERIES, length) * length)
     exact = torch.float32 if width > NARROW else query.dtype
     raw = space[0] if exact is query.dtype else torch.empty_like(space[0], dtype=exact)
+    exact_keys = keys.to(exact)
     grad_key, grad_value = (
         torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (keys, values)
     )
@@ -226,7 +227,7 @@ def _backward(
         g = grad[:, :, start:end].reshape(rows)
         shape = (groups, shared * count, end)
         scores, share, grad_share = (x[: math.prod(shape)].view(shape) for x in (raw, *space))
-        torch.bmm(q, keys[:, :end].to(exact).transpose(1, 2), out=scores)
+        torch.bmm(q, exact_keys[:, :end].transpose(1, 2), out=scores)
         _hide_later(scores.view(groups, shared, count, end))
         torch.softmax(scores, -1, out=scores)
         if exact is not query.dtype:

@@ -22,6 +22,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
+from qlora_kit.streams import Stream, guarded, plain
+
 ERROR_LINE_LIMIT = 400
 """Characters of the error line on stderr, `error: ` included."""
 SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "_PAT")
@@ -172,8 +174,7 @@ def excerpt(text: str, limit: int = 60) -> str:
 
 def _plain(text: str) -> str:
     """One line that a terminal shows as it stands: control characters are escaped."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return plain(" ".join(text.split()))
 
 
 def from_os_error(error: OSError) -> ResourceError:
@@ -190,46 +191,55 @@ def from_os_error(error: OSError) -> ResourceError:
 
 
 def reports_errors(
-    main: Callable[[Sequence[str] | None], int],
+    main: Callable[[Sequence[str] | None], int], *, output_is_product: bool = True
 ) -> Callable[[Sequence[str] | None], int]:
     """Wrap a command's `main`: an error becomes its line on stderr and its exit code.
 
-    With `--debug` among the arguments the traceback is printed before the line.
+    With `--debug` among the arguments the traceback is printed before the line. A command whose
+    product is what it prints ends where that cannot be written: with an error, or well where its
+    reader left. One that leaves files goes on without (`output_is_product=False`).
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if argv is None else list(argv)
-        try:
-            with _terminates(), _short_warnings():
-                return main(arguments)
-        except QloraKitError as error:
-            failure = error
-        except KeyboardInterrupt as interrupt:
-            stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
-            print(error_line(stopped), file=sys.stderr)
-            return stopped.exit_code
-        except BrokenPipeError:
-            # The reader of our output left (`| head`): point stdout at nothing and go quietly.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except OSError as error:
-            failure = from_os_error(error)
-            failure.__cause__ = error
-        except MemoryError as error:
-            failure = ResourceError(
-                "the host's memory is used up", "use a smaller batch, length or model"
-            )
-            failure.__cause__ = error
-        except Exception as error:
-            failure = _stands_for(error)
-            failure.__cause__ = error
-        if "--debug" in arguments:
-            print(redacted("".join(traceback.format_exception(failure))), file=sys.stderr)
-        print(error_line(failure), file=sys.stderr)
-        return failure.exit_code
+        required = output_is_product or not {"-h", "--help"}.isdisjoint(arguments)
+        with guarded(required) as output:
+            try:
+                try:
+                    with _terminates(), _short_warnings():
+                        code = main(arguments)
+                finally:
+                    output.flush()
+                # A library may have caught what a write raised.
+                if required and output.lost is not None and not output.settled:
+                    raise output.lost
+                return code
+            except BaseException as error:
+                if isinstance(error, BrokenPipeError) and error is output.lost:
+                    return 0  # `| head` has what it wanted
+                return _report(error, output, "--debug" in arguments)
 
     return wrapped
+
+
+def _report(error: BaseException, output: Stream, debug: bool) -> int:
+    """Print the line of an error; returns its exit code. The end of `--help` is raised again."""
+    if isinstance(error, KeyboardInterrupt):
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        print(error_line(stopped), file=sys.stderr)
+        return stopped.exit_code
+    if not isinstance(error, Exception):
+        raise error
+    failure = error if isinstance(error, QloraKitError) else _stands_for(error)
+    if error is output.lost:
+        failure = ResourceError(output.problem, "free some space, or send the output elsewhere")
+    if failure is not error:
+        failure.__cause__ = error
+    if debug:
+        print(plain(redacted("".join(traceback.format_exception(failure)))), file=sys.stderr)
+    print(error_line(failure), file=sys.stderr)
+    return failure.exit_code
 
 
 @contextlib.contextmanager
@@ -264,7 +274,11 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _stands_for(error: Exception) -> QloraKitError:
-    """Name what torch raises when a device is full; everything else is called a bug of ours."""
+    """Name what the system or torch raise; everything else is called a bug of ours."""
+    if isinstance(error, OSError):
+        return from_os_error(error)
+    if isinstance(error, MemoryError):
+        return ResourceError("the host's memory is used up", "use a smaller batch, length or model")
     # torch is not imported for this: `--help` and bad flags must answer without it.
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return ResourceError(

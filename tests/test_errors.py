@@ -200,7 +200,7 @@ def test_a_reader_that_left_is_no_error(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert done.stdout == "a line of text\n141\n"
+    assert done.stdout == "a line of text\n0\n"
     assert done.stderr == ""
 
 

@@ -27,6 +27,7 @@ FLOORS = {
     "errors": 0,
     "fakes": 0,
     "files": 0,
+    "streams": 0,
     "base": 1,
     "data": 1,
     "lora.norm": 1,
@@ -73,7 +74,7 @@ SIDEWAYS = {("lora.layer", "base.quantize")}
 """The one step between folders of a floor: the layer is where both meet."""
 
 BITSANDBYTES = {"base.quantize", "training.optimizer"}
-LIGHT = ("config", "errors", "files", *(f"commands.{name}" for name in COMMANDS))
+LIGHT = ("config", "errors", "files", "streams", *(f"commands.{name}" for name in COMMANDS))
 LIGHT = (*LIGHT, "commands.entry", "commands.arguments", "commands.adapters")
 LIGHT = (*LIGHT, "commands.config_file", "commands.names")
 """Modules whose top imports the standard library, yaml and each other only."""

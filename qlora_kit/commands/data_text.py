@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from qlora_kit.commands.data_report import Part, Report, ShownRow
-from qlora_kit.errors import redacted
+from qlora_kit.commands.terminal import Terminal
+from qlora_kit.streams import plain
 
 BAR = 40
 SHOWN = 5
 """Skipped and truncated rows that are listed."""
+NOTE = " " * 10
+"""In front of a note."""
 
 STYLES = {
     (True, False): "white on dark_green",
@@ -25,103 +26,93 @@ OPEN, CLOSE = "⟦", "⟧"
 """Around what is trained on, where there is no colour."""
 
 
-def print_report(report: Report) -> None:
+def print_report(report: Report, terminal: Terminal) -> None:
     """Rows first, then counts, lengths and padding, so that the summary is what stays on screen."""
-    console = Console(highlight=False, soft_wrap=True)
-    coloured = console.is_terminal and not console.no_color
+    coloured = terminal.has_colour
     for row in report.rows:
-        _print_row(console, row, coloured)
+        _print_row(terminal, row, coloured)
     legend = Text().append("trained on", STYLES[True, False])
     legend.append("its end", STYLES[True, True])
     legend.append("  not trained on  ").append("control tokens", STYLES[False, True])
-    console.print(legend if coloured else f"{OPEN}trained on{CLOSE}  not trained on")
-    console.print()
-    _line(
-        console, "data", f"{report.train.source} ({report.format}), max_length {report.max_length}"
+    terminal.show(legend if coloured else Text(f"{OPEN}trained on{CLOSE}  not trained on"))
+    terminal.print()
+    terminal.line(
+        "data", f"{report.train.source} ({report.format}), max_length {report.max_length}"
     )
-    _print_part(console, report.train)
+    _print_part(terminal, report.train)
     if report.held_out is None:
-        _line(console, "held out", report.held_out_source)
+        terminal.line("held out", report.held_out_source)
     else:
-        _line(console, "held out", report.held_out.source)
-        _print_part(console, report.held_out)
+        terminal.line("held out", report.held_out.source)
+        _print_part(terminal, report.held_out)
         if report.shared:
-            _note(console, f"{report.shared} held-out rows are also trained on")
-    _line(
-        console,
+            terminal.note(f"{report.shared} held-out rows are also trained on", NOTE)
+    terminal.line(
         "padding",
         f"batches of {report.batch_size}: {report.padding['random']:.1%} in random order, "
         f"{report.padding['by length']:.1%} with --group_by_length, "
         f"{report.padding['packed']:.1%} with --packing ({report.packs:,} packs)",
     )
     if report.padding_note:
-        _note(console, report.padding_note)
-    _print_lengths(console, report)
+        terminal.note(report.padding_note, NOTE)
+    _print_lengths(terminal, report)
 
 
-def _print_row(console: Console, row: ShownRow, coloured: bool) -> None:
+def _print_row(terminal: Terminal, row: ShownRow, coloured: bool) -> None:
     title = row.where
     if row.parts > 1:
         title += f" (part {row.part} of {row.parts})"
-    console.print(f"[bold]── {escape(title)} ──[/]")
+    terminal.print((f"── {title} ──", "bold"))
     if row.skipped is not None:
-        console.print(f"[red]skipped: {escape(row.skipped)}[/]")
+        terminal.print((f"skipped: {row.skipped}", "red"))
     else:
         cut = ", truncated" if row.truncated and row.parts == 1 else ""
-        console.print(f"{row.tokens} tokens, {row.trained_tokens} trained on{cut}", style="dim")
+        terminal.print((f"{row.tokens} tokens, {row.trained_tokens} trained on{cut}", "dim"))
     text = Text()
     for piece in row.pieces:
-        shown = piece.text.replace("\n", "⏎\n") if piece.trained else piece.text
+        content = plain(piece.text)
+        shown = content.replace("\n", "⏎\n") if piece.trained else content
         if coloured:
             text.append(shown, STYLES[piece.trained, piece.special])
         else:
-            text.append(f"{OPEN}{piece.text}{CLOSE}" if piece.trained else piece.text)
+            text.append(f"{OPEN}{content}{CLOSE}" if piece.trained else content)
     if not coloured:
         text = Text(text.plain.replace(CLOSE + OPEN, ""))
-    console.print(text)
+    terminal.show(text)
 
 
-def _print_part(console: Console, part: Part) -> None:
-    _line(
-        console,
+def _print_part(terminal: Terminal, part: Part) -> None:
+    terminal.line(
         "",
         f"{part.rows:,} rows, {part.tokens:,} tokens, {part.supervised_tokens:,} trained on "
         f"({part.supervised_share:.1%})",
     )
     for reason, count in part.skipped.items():
-        _note(console, f"{count} rows skipped: {reason}")
-    _list(console, [f"{where}: {reason}" for where, reason in part.skipped_rows])
+        terminal.note(f"{count} rows skipped: {reason}", NOTE)
+    _list(terminal, [f"{where}: {reason}" for where, reason in part.skipped_rows])
     if part.truncated:
-        _note(console, f"{part.truncated} rows truncated, {part.cut_tokens:,} tokens lost")
+        terminal.note(f"{part.truncated} rows truncated, {part.cut_tokens:,} tokens lost", NOTE)
         lost = [
             f"{where}: {f'{cut} tokens lost' if cut else 'cut into several rows'}"
             for where, cut in part.truncated_rows
         ]
-        _list(console, lost)
+        _list(terminal, lost)
     if part.duplicates:
-        _note(console, f"{part.duplicates} rows are the same as an earlier one")
+        terminal.note(f"{part.duplicates} rows are the same as an earlier one", NOTE)
 
 
-def _print_lengths(console: Console, report: Report) -> None:
-    _line(console, "lengths", "tokens of a row, and how many rows have them")
+def _print_lengths(terminal: Terminal, report: Report) -> None:
+    terminal.line("lengths", "tokens of a row, and how many rows have them")
     most = max(count for _, _, count in report.bins)
     width = len(str(report.bins[-1][1]))
     for first, last, count in report.bins:
         eighths = round(8 * BAR * count / most)
         bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-        console.print(f"  {first:>{width}}-{last:<{width}} [green]{bar}[/] {count:,}")
+        terminal.print(f"  {first:>{width}}-{last:<{width}} ", (bar, "green"), f" {count:,}")
 
 
-def _list(console: Console, lines: list[str]) -> None:
+def _list(terminal: Terminal, lines: list[str]) -> None:
     for line in lines[:SHOWN]:
-        console.print(f"            {escape(line)}", style="dim")
+        terminal.print((f"            {line}", "dim"))
     if len(lines) > SHOWN:
-        console.print("            ...", style="dim")
-
-
-def _line(console: Console, label: str, text: str) -> None:
-    console.print(f"[bold]{label:<9}[/] {escape(redacted(text))}")
-
-
-def _note(console: Console, text: str) -> None:
-    console.print(f"{'':<9} [yellow]note:[/] {escape(text)}")
+        terminal.print(("            ...", "dim"))

@@ -8,12 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qlora_kit.errors import redacted
+from qlora_kit.commands.terminal import Terminal
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
@@ -35,17 +33,17 @@ class Display:
     """Prints a run as it goes; one method for each thing that there is to say."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._terminal = Terminal()
 
     def note(self, text: str) -> None:
         """One line that the reader should not miss."""
-        self._console.print(f"[yellow]note:[/] {escape(redacted(text))}")
+        self._terminal.note(text)
 
     def text_file(self, path: Path, why: str) -> None:
         """A file, and why it is shown."""
-        self._console.print(f"[bold]{escape(why)}[/] ({escape(path.name)})")
+        self._terminal.print((why, "bold"), f" ({path.name})")
         for line in path.read_text(encoding="utf-8").splitlines():
-            self._console.print(f"  [dim]{escape(line)}[/]")
+            self._terminal.print("  ", (line, "dim"))
 
     def base(self, base: OpenBase, targets: Sequence[str], lora: LoRAConfig) -> None:
         """Which base, in which form, and where the adapters go."""
@@ -119,7 +117,7 @@ class Display:
                 size(sizes["weights"]),
                 f"{sizes['weights'] / measured[16]['weights']:.0%}",
             )
-        self._console.print(table)
+        self._terminal.show(table)
 
     def memory(self, plan: MemoryPlan) -> None:
         """What the run will take by component, and which layers recompute at what cost."""
@@ -141,7 +139,7 @@ class Display:
 
     def evaluation(self, step: int, found: Evaluation) -> None:
         """The held-out loss in the middle of a run."""
-        self._console.print(f"held-out loss after step {step}: {found.loss:.3f}")
+        self._terminal.print(f"held-out loss after step {step}: {found.loss:.3f}")
 
     @contextlib.contextmanager
     def progress(self, total_steps: int) -> Iterator[TrainingProgress]:
@@ -153,9 +151,9 @@ class Display:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
         )
-        live = self._console.is_terminal
-        with Progress(*columns, console=self._console, disable=not live) as bar:
-            yield TrainingProgress(bar, self._console, total_steps, live)
+        live = self._terminal.is_live
+        with Progress(*columns, console=self._terminal.console, disable=not live) as bar:
+            yield TrainingProgress(bar, self._terminal, total_steps, live)
 
     def answers(self, questions: Sequence[Row], answers: Sequence[Sequence[str]]) -> None:
         """Held-out prompts with the answers before and after training."""
@@ -164,17 +162,17 @@ class Display:
         right = [0, 0]
         for number, row in enumerate(questions):
             expected = row.content["completion"].strip()
-            self._console.print(f"\n[bold]held-out prompt {number + 1}[/]")
-            self._console.print(escape(row.content["prompt"].strip()), style="dim")
+            self._terminal.print("\n", (f"held-out prompt {number + 1}", "bold"))
+            self._terminal.print((row.content["prompt"].strip(), "dim"))
             for when, texts in enumerate(answers):
                 text = texts[number].strip()
                 good = text == expected
                 right[when] += good
                 label = ("before", "after ")[when]
-                mark = "[green]right[/]" if good else "[red]wrong[/]"
-                self._console.print(f"  [bold]{label}[/] {mark}: {escape(_one_line(text))}")
-            self._console.print(f"  [bold]expected[/]    : {escape(_one_line(expected))}")
-        self._console.print(
+                mark = ("right", "green") if good else ("wrong", "red")
+                self._terminal.print("  ", (label, "bold"), " ", mark, f": {_one_line(text)}")
+            self._terminal.print("  ", ("expected", "bold"), f"    : {_one_line(expected)}")
+        self._terminal.print(
             f"\nright answers: {right[0]} of {len(questions)} before, "
             f"{right[1]} of {len(questions)} after"
         )
@@ -183,7 +181,7 @@ class Display:
         self, run: Mapping[str, Any], directory: Path, config: RunConfig, prompts: Sequence[str]
     ) -> None:
         """What the run gave, and how to go on: with one of the held-out prompts that is short."""
-        self._console.print()
+        self._terminal.print()
         train, evaluation, memory = run["train"], run["eval"], run["memory"]["measured"]
         self._line(
             "trained",
@@ -211,20 +209,20 @@ class Display:
         )
 
     def _line(self, label: str, text: str) -> None:
-        self._console.print(f"[bold]{label:<9}[/] {escape(redacted(text))}")
+        self._terminal.line(label, text)
 
 
 class TrainingProgress:
     """The bar of a run, or a few plain lines where the output is not a terminal."""
 
-    def __init__(self, bar: Progress, console: Console, total_steps: int, live: bool) -> None:
-        self._bar, self._console, self._total, self._live = bar, console, total_steps, live
+    def __init__(self, bar: Progress, terminal: Terminal, total_steps: int, live: bool) -> None:
+        self._bar, self._terminal, self._total, self._live = bar, terminal, total_steps, live
         self._task = bar.add_task("", total=total_steps, status="")
 
     def start(self, before: Evaluation | None) -> None:
         """Say the loss before the first step."""
         if before is not None:
-            self._console.print(f"held-out loss before training: {before.loss:.3f}")
+            self._terminal.print(f"held-out loss before training: {before.loss:.3f}")
 
     def step(self, report: StepReport, peak: int) -> None:
         """One step is done."""
@@ -236,7 +234,7 @@ class TrainingProgress:
             self._bar.update(self._task, completed=report.step, status=status)
         every = max(1, self._total // PLAIN_LINES)
         if not self._live and (report.step % every == 0 or report.step == self._total):
-            self._console.print(f"step {report.step}/{self._total}  {status}")
+            self._terminal.print(f"step {report.step}/{self._total}  {status}")
 
 
 def shell_word(text: str) -> str:

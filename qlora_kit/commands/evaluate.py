@@ -8,7 +8,6 @@ what the adapter's own run held out, so that the loss is the one in its run.json
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ from qlora_kit.config import BaseConfig, DataConfig, EvaluateConfig
 from qlora_kit.errors import ConfigError, NumericError, redacted, reports_errors
 
 if TYPE_CHECKING:
+    from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.read import Row
 
 SUMMARY = "Evaluate a base, an adapter or an export on a file: loss, perplexity, exact match."
@@ -34,10 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parsed = parse("qlora-kit evaluate", SUMMARY, (BaseConfig, DataConfig, EvaluateConfig), given)
     report = _evaluate(parsed)
+    from qlora_kit.commands.terminal import Terminal
+
+    terminal = Terminal()
     if parsed[EvaluateConfig].json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        terminal.json(report, indent=2)
     else:
-        _show(report)
+        _show(report, terminal)
     return 0
 
 
@@ -158,17 +161,12 @@ def _compared(row: Row, answer: str) -> dict[str, Any]:
     }
 
 
-def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False, soft_wrap=True)
-
+def _show(report: dict[str, Any], terminal: Terminal) -> None:
     def line(label: str, text: str) -> None:
-        console.print(f"[bold]{label:<10}[/] {escape(redacted(text))}")
+        terminal.line(label, text, width=10)
 
     for answer in report["answers"]:
-        console.print(escape(answer["prompt"].strip()), style="dim")
+        terminal.print((answer["prompt"].strip(), "dim"))
         line("  expected", answer["expected"])
         line("  answer", f"{answer['answer']}  ({'right' if answer['right'] else 'wrong'})")
     line("model", f"{report['model']}, {report['bits']} bits, {report['dtype']}")

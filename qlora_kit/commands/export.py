@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from qlora_kit.config import BaseConfig, DataConfig, ExportConfig
 from qlora_kit.errors import ConfigError, DataError, NumericError, reports_errors
 
 if TYPE_CHECKING:
+    from qlora_kit.base.load import OpenBase
+    from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.read import Rows
     from qlora_kit.data.tokens import Encoded
 
@@ -21,7 +24,7 @@ VERIFY_LENGTH = 512
 VERIFY_BATCH = 8
 
 
-@reports_errors
+@partial(reports_errors, output_is_product=False)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = load_rows(DataConfig(data=options.verify, eval_fraction=0), 0)
     from qlora_kit.base.load import load_base, read_weights
     from qlora_kit.base.tensors import dtype_name
+    from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.batch import eval_batches, padding_id
     from qlora_kit.data.template import SAVED
     from qlora_kit.export.merge import export_model
@@ -54,12 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.lora.adapter import load_adapter
     from qlora_kit.training.record import versions, write_json, write_text
 
+    terminal = Terminal()
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base, as_trained=True)
     check_output(target, options.overwrite, [*read, base.source.directory])
     dtype = options.export_dtype
     if dtype == "auto":
         dtype = dtype_name(base.dtype)
-    rows, where = _verification_rows(options.adapter, asked, base.tokenizer, base.context)
+    rows, where = _verification_rows(options.adapter, asked, base, terminal)
     model = read_weights(base)
     load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
 
@@ -96,17 +101,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         overwrite=options.overwrite,
         inspect=inspect,
     )
-    print(f"exported   {target}")
-    print(
-        f"verified   on {report['tokens']} tokens of {where}: KL {report['kl']:.2e}, "
+    terminal.line("exported", str(target), width=10)
+    terminal.line(
+        "verified",
+        f"on {report['tokens']} tokens of {where}: KL {report['kl']:.2e}, "
         f"top-1 agreement {report['top1_agreement']:.1%}, "
-        f"largest logit difference {report['max_logit_difference']:.3g}"
+        f"largest logit difference {report['max_logit_difference']:.3g}",
+        width=10,
     )
     return 0
 
 
 def _verification_rows(
-    adapter: str, asked: Rows | None, tokenizer: Any, context: int
+    adapter: str, asked: Rows | None, base: OpenBase, terminal: Terminal
 ) -> tuple[Sequence[Encoded], str]:
     """The rows to compare on, and where they come from.
 
@@ -116,7 +123,7 @@ def _verification_rows(
     from qlora_kit.data.prompt import encode_rows
     from qlora_kit.data.read import load_rows
 
-    length = min(context, VERIFY_LENGTH)
+    tokenizer, length = base.tokenizer, min(base.context, VERIFY_LENGTH)
     if asked is not None:
         return encode_rows(asked.train, tokenizer, length).rows, asked.train_source
     run = run_data(adapter)
@@ -125,6 +132,6 @@ def _verification_rows(
             rows = load_rows(*run)
             return encode_rows(rows.evaluation, tokenizer, length).rows, rows.eval_source
         except DataError as error:
-            print(f"note: the run's held-out rows cannot be read: {error.problem}")
+            terminal.note(f"the run's held-out rows cannot be read: {error.problem}")
     rows = load_rows(DataConfig(), 0)
     return encode_rows(rows.evaluation, tokenizer, length).rows, rows.eval_source

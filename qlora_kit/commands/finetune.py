@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ QUICKSTART = Path(__file__).resolve().parent.parent / "assets" / "quickstart.yam
 FEW_STEPS, ENOUGH_STEPS = 20, 50
 
 
-@reports_errors
+@partial(reports_errors, output_is_product=False)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parsed = _parse(sys.argv[1:] if argv is None else argv)

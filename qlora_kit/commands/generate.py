@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("no prompt is given", "give --prompt TEXT")
     look_at(parsed, options.adapter)
     from qlora_kit.base.load import read_weights
+    from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.batch import padding_id
     from qlora_kit.data.prompt import prompt_ids
     from qlora_kit.generation import end_ids, generate_ids, stream_text
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=options.seed,
     )
     drawn = (step[0] for step in steps)
+    terminal = Terminal()
     for piece in stream_text(base.tokenizer, drawn, after=ids):
-        print(piece, end="", flush=True)
-    print()
+        terminal.stream(piece)
+    terminal.stream("\n")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     suggestions = [] if plan.fits or budget is None else suggest(options, planner, device, budget)
     grid = _grid(planner, options, budget) if asked.grid else None
     if asked.json:
-        print(json.dumps(_as_json(plan, suggestions, grid)))
+        from qlora_kit.commands.terminal import Terminal
+
+        Terminal().json(_as_json(plan, suggestions, grid))
     else:
         from qlora_kit.commands.plan_text import print_plan
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from qlora_kit.commands.display import size
+from qlora_kit.commands.terminal import Terminal, styled
 
 if TYPE_CHECKING:
     from qlora_kit.memory.plan import MemoryPlan, Planner
@@ -38,11 +37,12 @@ def print_plan(
     grid: Sequence[dict[str, Any]] | None,
 ) -> None:
     """Print all of it."""
-    console = Console(highlight=False, soft_wrap=True)
+    terminal = Terminal()
     training = options.training
-    console.print(
-        f"[bold]{escape(options.base.model)}[/], {options.base.bits} bits, "
-        f"{training.batch_size} x {options.length} tokens, on {plan.device}"
+    terminal.print(
+        (options.base.model, "bold"),
+        f", {options.base.bits} bits, "
+        f"{training.batch_size} x {options.length} tokens, on {plan.device}",
     )
     table = Table(show_edge=False)
     for title in ("component", "most in a step", "at the peak"):
@@ -51,29 +51,29 @@ def print_plan(
         most, there = plan.bytes.get(name, 0), plan.at_peak.get(name, 0)
         if most or there:
             table.add_row(shown, size(most) if most else "", size(there) if there else "")
-    table.add_row("[bold]peak[/]", "", f"[bold]{size(plan.peak_bytes)}[/]")
-    console.print(table)
-    console.print(f"peak in {escape(plan.place)}")
+    table.add_row("peak", "", size(plan.peak_bytes), style="bold")
+    terminal.show(table)
+    terminal.print(f"peak in {plan.place}")
     again = f"{plan.recomputed:.0%} of a forward pass is done again"
-    console.print(f"gradient checkpointing: {plan.recompute}; {again}")
-    console.print(f"host memory of loading: {size(plan.host_peak_bytes)}")
-    console.print(f"outside tensors: {escape(planner.overhead.source)}")
+    terminal.print(f"gradient checkpointing: {plan.recompute}; {again}")
+    terminal.print(f"host memory of loading: {size(plan.host_peak_bytes)}")
+    terminal.print(f"outside tensors: {planner.overhead.source}")
     if plan.device == "cpu" and options.base.device == "auto":
-        console.print(
+        terminal.print(
             "planned for the CPU, for no GPU is here: --device cuda or --device_memory SIZE plans "
             "for a card"
         )
     if plan.budget_bytes is not None:
-        word = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
-        console.print(f"{word}: {size(plan.peak_bytes)} of {size(plan.budget_bytes)}")
+        word = ("fits", "green") if plan.fits else ("does not fit", "red")
+        terminal.print(word, f": {size(plan.peak_bytes)} of {size(plan.budget_bytes)}")
     for one in suggestions:
-        console.print(f"  {escape(one.change)}: {size(one.plan.peak_bytes)}")
+        terminal.print(f"  {one.change}: {size(one.plan.peak_bytes)}")
     if not plan.fits and not suggestions:
-        console.print("  no change of these options makes it fit: take a smaller base")
+        terminal.print("  no change of these options makes it fit: take a smaller base")
     if grid is not None:
-        console.print(_grid_table(grid))
+        terminal.show(_grid_table(grid))
         if not all(cell["plan"].fits for cell in grid):
-            console.print(f"{OVER} does not fit {size(grid[0]['plan'].budget_bytes)}")
+            terminal.print(f"{OVER} does not fit {size(grid[0]['plan'].budget_bytes)}")
 
 
 def _grid_table(grid: Sequence[dict[str, Any]]) -> Table:
@@ -86,9 +86,9 @@ def _grid_table(grid: Sequence[dict[str, Any]]) -> Table:
         cells = [cell["plan"] for cell in grid if cell["max_length"] == length]
         # A mark as well as a colour, which not every terminal and no file has.
         shown = (
-            f"[green]{size(plan.peak_bytes)}[/]"
+            styled((size(plan.peak_bytes), "green"))
             if plan.fits
-            else f"[red]{OVER} {size(plan.peak_bytes)}[/]"
+            else styled((f"{OVER} {size(plan.peak_bytes)}", "red"))
             for plan in cells
         )
         table.add_row(str(length), *shown)

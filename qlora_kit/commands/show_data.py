@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,16 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = _report(parsed)
     from qlora_kit.commands.data_page import page_of
     from qlora_kit.commands.data_text import print_report
+    from qlora_kit.commands.terminal import Terminal
     from qlora_kit.files import write_file
 
     if page is not None:
         write_file(page, page_of(report).encode())
+    terminal = Terminal()
     if options.json:
-        print(json.dumps(report.as_json(), ensure_ascii=False))
+        terminal.json(report.as_json())
     else:
-        print_report(report)
+        print_report(report, terminal)
         if page is not None:
-            print(f"page: {page}")
+            terminal.print(f"page: {page}")
     return 0
 
 

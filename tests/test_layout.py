@@ -26,6 +26,7 @@ FLOORS = {
     "config": 0,
     "errors": 0,
     "fakes": 0,
+    "file_kind": 0,
     "files": 0,
     "streams": 0,
     "base": 1,

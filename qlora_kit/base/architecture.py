@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,43 +12,81 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_kit.base.contents import find
 from qlora_kit.base.families import FAMILIES
-from qlora_kit.base.source import contained
-from qlora_kit.base.validate import read_json
+from qlora_kit.base.fields import MODEL_FIELDS
+from qlora_kit.base.json_file import read_json
 from qlora_kit.errors import ModelError
 
 DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}
 TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
-IGNORED = ("quantization_config", "auto_map")
+UNDECLARED = {
+    # What the classes of some families read or convert without declaring it.
+    "head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+}
 
 
 def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> Any:
     """The architecture of `config` (read from `path`) on the meta device: shapes, no storage.
 
-    The dropout that the base was pretrained with is off: it does not train here, and its masks
-    are not keyed to the step. Errors: `ModelError`.
+    Only fields whose values were checked reach the family's class, and of those only what it
+    declares. The dropout that the base was pretrained with is off: it does not train here, and its
+    masks are not keyed to the step. Errors: `ModelError`.
     """
     from accelerate import init_empty_weights
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    described = {name: copy.deepcopy(config[name]) for name in config if name not in IGNORED}
-    described |= dict.fromkeys(DROPOUTS & config.keys(), 0.0)
+    family = CONFIG_MAPPING[config["model_type"]]
+    declared = {field.name for field in dataclasses.fields(family)} | UNDECLARED
+    described = {
+        name: copy.deepcopy(config[name])
+        for name in config
+        if name in MODEL_FIELDS and name in declared
+    }
+    described |= dict.fromkeys(DROPOUTS & described.keys(), 0.0)
     try:
-        settings = CONFIG_MAPPING[config["model_type"]].from_dict(described)
+        settings = family.from_dict(described)
+        _check_heads(settings)
         # Buffers are real: rotary tables are computed when the modules are made.
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 settings,
                 dtype=dtype,
                 attn_implementation=FAMILIES[config["model_type"]],
                 trust_remote_code=False,
             )
+        for name, table in model.named_buffers():
+            if not table.isfinite().all():
+                raise ValueError(f"{name} is not finite: its rope fields do not go together")
     except Exception as error:
         # transformers raises what its own validation and arithmetic happen to raise.
         raise ModelError(
             f"{path}: describes no model that can be built: {error}", "correct the file"
         ) from error
+    return model
+
+
+def _check_heads(settings: Any) -> None:
+    """Refuse heads that a rotary embedding cannot turn. Errors: `ValueError`."""
+    head_dim = getattr(settings, "head_dim", None)
+    head_dim = head_dim or settings.hidden_size // settings.num_attention_heads
+    rope = settings.rope_parameters or {}
+    turned = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
+    if turned < 2 or turned % 2:
+        raise ValueError(
+            f"{settings.num_attention_heads} heads of {head_dim} elements, of which {turned} are "
+            "turned by the rotary embedding: an even number from 2 on"
+        )
+    for name in ("short_factor", "long_factor"):
+        if name in rope and len(rope[name]) != turned // 2:
+            raise ValueError(
+                f"{name} has {len(rope[name])} numbers for {turned // 2} rotary frequencies"
+            )
 
 
 def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -76,11 +115,11 @@ def tied_names(model: Any) -> dict[str, str]:
 
 def take_generation_config(model: Any, directory: Path) -> None:
     """Give `model` the generation settings of its directory. Errors: `ModelError`."""
-    if not (directory / "generation_config.json").exists():
+    path = find(directory, "generation_config.json")
+    if path is None:
         return
     from transformers import GenerationConfig
 
-    path = contained(directory, "generation_config.json")
     said = read_json(path)
     for name in TOKENS & said.keys():
         ids = said[name] if isinstance(said[name], list) else [said[name]]

@@ -7,11 +7,12 @@ a base that is called quantized and mostly is not would be a lie about memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.errors import ModelError
+from qlora_kit.base.fields import LARGEST, asks_for_code, problems
+from qlora_kit.errors import ModelError, UnsafeInputError
 
 FAMILIES = {
     # How attention is computed: torch's fused product has no soft cap of the scores.
@@ -27,27 +28,18 @@ CONV1D = ("gpt2", "openai-gpt")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOWERS = ("vision_config", "vision_tower", "audio_config", "vision_model", "mm_vision_tower")
 
-# Far above every known model. What is larger would take minutes to build before it is refused.
-LARGEST = {
-    "num_hidden_layers": 1000,
-    "hidden_size": 2**17,
-    "intermediate_size": 2**20,
-    "num_attention_heads": 2**12,
-    "num_key_value_heads": 2**12,
-    "head_dim": 2**13,
-    "partial_rotary_factor": 1,
-}
-LARGEST_NUMBER = 10**15
-COUNTS = {*LARGEST, "max_position_embeddings", "vocab_size"} - {"partial_rotary_factor"}
-"""Numbers of a config of which there is at least one."""
-
 
 def check_family(config: Mapping[str, Any], path: Path) -> None:
     """Refuse a `config` (from `path`) of a model that cannot be quantized and trained whole.
 
-    Errors: `ModelError`.
+    Errors: `ModelError`, `UnsafeInputError`.
     """
     kind = config.get("model_type")
+    if asked := asks_for_code(config):
+        raise UnsafeInputError(
+            f"{path}: {asked[0]} is {str(asked[1])[:60]!r}, which transformers would fetch or run",
+            "remove it from the file: nothing that a model names is fetched or run",
+        )
     towers = [key for key in TOWERS if config.get(key)]
     if towers:
         raise ModelError(
@@ -80,32 +72,9 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             "give the original 16-bit model (--bits quantizes it), or one that bitsandbytes "
             "quantized",
         )
-    for key, value in _numbers(config):
-        if not abs(value) <= LARGEST.get(key, LARGEST_NUMBER):  # NaN is not
-            raise ModelError(
-                f"{path}: {key} is {str(value)[:60]}, above {LARGEST.get(key, LARGEST_NUMBER)}",
-                "correct the file",
-            )
-        if key in COUNTS and value < 1:
-            raise ModelError(f"{path}: {key} is {value}, below 1", "correct the file")
-    divisor = config.get("logits_scaling", 1)
-    if kind == "granite" and not (isinstance(divisor, (int, float)) and divisor > 0):
-        raise ModelError(
-            f"{path}: logits_scaling is {str(divisor)[:60]!r}, not a number above 0",
-            "correct the file",
-        )
-
-
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a config with its nearest key."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _numbers(inner, name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _numbers(inner, key)
-    elif isinstance(value, (int, float)):
-        yield key, value
+    wrong = list(problems(config))
+    if wrong:
+        raise ModelError(f"{path}: {'; '.join(wrong)}", "correct the file")
 
 
 def _expert_bytes(config: Mapping[str, Any]) -> int:
@@ -126,7 +95,7 @@ def _conv1d_bytes(config: Mapping[str, Any]) -> int:
 
 def _whole(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    return value if isinstance(value, int) and value > 0 else 0
+    return min(value, LARGEST) if isinstance(value, int) and value > 0 else 0
 
 
 def _size(count: int) -> str:

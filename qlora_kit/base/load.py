@@ -191,7 +191,7 @@ def read_weights(base: OpenBase, tag: Tag = untagged) -> Any:
     _check_tied(model, base.entries, tied_names(model), base.dtype)
     model.base_info = info
     model.base_directory = base.source.directory
-    model.name_or_path = base.source.name
+    model.name_or_path = base.source.reference
     return model
 
 

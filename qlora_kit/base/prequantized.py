@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.json_file import is_deep
 from qlora_kit.base.quantize import (
     BLOCKSIZE,
     NESTED_BLOCKSIZE,
@@ -31,7 +32,7 @@ from qlora_kit.base.quantize import (
     QuantizedLinear,
     code_tables,
 )
-from qlora_kit.base.validate import TensorEntry, is_deep
+from qlora_kit.base.validate import TensorEntry
 from qlora_kit.config import QUANT_TYPES, BaseConfig
 from qlora_kit.errors import ConfigError, ModelError
 

@@ -8,6 +8,7 @@ taken as if it came in that dtype and were quantized while it is loaded: it ends
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from qlora_kit.base.architecture import build_on_meta, expected_shapes, tied_names
+from qlora_kit.base.contents import find
 from qlora_kit.base.load import OpenBase, compute_dtype
 from qlora_kit.base.prequantized import agree, stored_quantization
 from qlora_kit.base.source import Source, is_path, resolve
@@ -51,7 +53,7 @@ def open_shape(
     quantization = agree(config, quantized, path)
     dtype = compute_dtype(config.dtype, device)
     entries: dict[str, TensorEntry] | None = None
-    if quantized is None and any((path.parent / one).exists() for one in (SINGLE_FILE, INDEX_FILE)):
+    if quantized is None and any(find(path.parent, one) for one in (SINGLE_FILE, INDEX_FILE)):
         entries = read_entries(source.directory)
         check_layers(entries, described, path)
     model = build_on_meta(described, dtype, path)
@@ -70,7 +72,7 @@ def open_shape(
 
 def _find(config: BaseConfig) -> tuple[Source, Path]:
     """Where a model's config.json is: a file, a directory or the hub."""
-    file = Path(config.model).expanduser()
+    file = Path(os.path.expanduser(config.model))
     if is_path(config.model) and file.is_file() and config.revision is None:
         name = file.resolve().parent.name if file.name == "config.json" else file.stem
         return Source(name, None, file.parent), file

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.base.hub import download
-from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError, redacted
+from qlora_kit.errors import ConfigError, InputError, ModelError, UnsafeInputError, redacted
 
 if TYPE_CHECKING:
     from qlora_kit.base.validate import TensorEntry
@@ -49,6 +49,15 @@ class Source:
     revision: str | None
     directory: Path
 
+    @property
+    def reference(self) -> str:
+        """What finds the base again from any folder: its hub id, or its directory's whole path.
+
+        The last part of a path, or a path from here, would be a hub id somewhere else, and anybody
+        may own that name. The package's own base is where it is installed.
+        """
+        return self.name if self.revision is not None else str(self.directory.resolve())
+
 
 def is_path(name: str) -> bool:
     """Whether a model's name means a local path; it is then never looked up on the hub."""
@@ -61,7 +70,7 @@ def is_path(name: str) -> bool:
 def is_known(name: str) -> bool:
     """Whether a name says where a model is: a short name, a hub id, or a path that exists."""
     if is_path(name):
-        return Path(name).expanduser().exists()
+        return _path(name).exists()
     return name == "tiny" or "/" in SHORT_NAMES.get(name, name)
 
 
@@ -84,9 +93,15 @@ def resolve(
     if name == "tiny":
         return Source("tiny", None, TINY)
     if is_path(name):
-        directory = Path(name).expanduser()
+        directory = _path(name)
         if not directory.exists():
-            raise ModelError(f"{name}: no such directory", "give a model directory or a hub id")
+            broken = broken_link(directory)
+            raise ModelError(
+                f"{name}: no such directory"
+                if broken is None
+                else f"{name}: is a link to {broken}, where nothing is",
+                "give a model directory or a hub id",
+            )
         if not directory.is_dir():
             raise ModelError(f"{name}: is a file", "give the directory that holds config.json")
         if not any(directory.iterdir()):
@@ -103,11 +118,27 @@ def resolve(
     return Source(hub_id, directory.name, directory)
 
 
-def contained(directory: Path, relative: str) -> Path:
+def _path(name: str) -> Path:
+    """A name as a path; `~nobody`, which stands for nobody's home, stays as it is."""
+    return Path(os.path.expanduser(name))
+
+
+def broken_link(path: Path) -> Path | None:
+    """Where a link that leads to nothing points to; None for what is no link or leads somewhere.
+
+    The link may be the file, or a folder on the way to it.
+    """
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            return place.readlink()
+    return None
+
+
+def contained(directory: Path, relative: str, error: type[InputError] = ModelError) -> Path:
     """The regular file `relative` of `directory`.
 
     Errors: `UnsafeInputError` for a path that leaves the directory or is no regular file (nothing
-    is opened), `ModelError` where there is no such file.
+    is opened), `error` where there is no such file, or a link to nothing.
     """
     parts = Path(relative).parts
     if not parts or Path(relative).is_absolute() or ".." in parts or "\0" in relative:
@@ -118,14 +149,20 @@ def contained(directory: Path, relative: str) -> Path:
     path = directory / relative
     try:
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ModelError(f"{path}: no such file", "complete the model directory") from error
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError) as missing:
+        broken = broken_link(path)
+        if broken is not None:
+            raise error(
+                f"{path}: is a link to {broken}, where nothing is",
+                "fetch the file again, or remove the link",
+            ) from missing
+        raise error(f"{path}: no such file", "complete the directory") from missing
+    except (OSError, ValueError) as bad:
         # A loop of links, a name too long, a name that is no text.
         raise UnsafeInputError(
             f"{directory}: the path {relative[:200]!r} cannot be followed",
             "replace it by the real file",
-        ) from error
+        ) from bad
     real, roots = path.resolve(), [directory.resolve()]
     if directory.resolve().parent.name == "snapshots":
         # The hub's cache keeps a snapshot as links into the repository's own blobs.

@@ -7,22 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.source import contained
-from qlora_kit.base.validate import read_json
-from qlora_kit.errors import ModelError, TokenizerError, UnsafeInputError
-
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+from qlora_kit.base.contents import (
+    VOCABULARY_FILES,
+    VOCABULARY_LIMIT,
+    find,
+    staged,
+    tokenizer_files,
 )
-VOCABULARY_LIMIT = 256 * 1024**2
-"""Bytes; the vocabulary of 256,000 tokens that Gemma has takes 17 MB."""
+from qlora_kit.base.json_file import read_json
+from qlora_kit.errors import ModelError, ResourceError, TokenizerError, UnsafeInputError
+
 LARGEST_ID = 2**24
 """tokenizers 0.23 makes a list as long as the largest id where it writes a vocabulary."""
 
@@ -32,16 +26,14 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
 
     Errors: `TokenizerError` where it is missing, broken, or has more tokens than `embedding_rows`.
     """
-    present = [name for name in VOCABULARY_FILES if (directory / name).exists()]
+    files = tokenizer_files(directory)
+    present = [name for name in VOCABULARY_FILES if name in files]
     if not present:
         raise TokenizerError(
             f"{directory}: holds no tokenizer ({', '.join(VOCABULARY_FILES)})",
             "copy the tokenizer's files into the model directory",
         )
-    for name in TOKENIZER_FILES:
-        if not (directory / name).exists():
-            continue
-        path = contained(directory, name)
+    for path in files.values():
         if path.suffix != ".json":
             continue
         if "auto_map" in read_json(path, TokenizerError, VOCABULARY_LIMIT) and any(
@@ -52,21 +44,24 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
                 "remote code is never run: use a tokenizer that transformers supports by itself, "
                 "without Python files in its directory",
             )
+    config = find(directory, "config.json")
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), trust_remote_code=False, local_files_only=True
-        )
+        with staged(files | ({"config.json": config} if config else {})) as place:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(place), trust_remote_code=False, local_files_only=True
+            )
+        tokenizer.name_or_path = str(directory)
         tokenizer.decode(tokenizer("a b")["input_ids"])
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, ResourceError):
         raise
     except BaseException as error:
         # A broken file gives bare exceptions of many kinds, some only in use, and a panic of the
         # Rust library is no Exception at all.
         alone = present == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None
-        if (directory / "config.json").exists():
-            read_model_settings(directory)  # transformers asks it for the tokenizer's class
+        if config is not None:
+            read_model_settings(config)  # transformers asks it for the tokenizer's class
         raise TokenizerError(
             f"{directory / present[0]}: cannot be read as a tokenizer: {error}",
             "install sentencepiece and protobuf, or put its tokenizer.json beside it"
@@ -87,13 +82,13 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
     return tokenizer
 
 
-def read_model_settings(directory: Path) -> None:
+def read_model_settings(path: Path) -> None:
     """Refuse a config.json that transformers cannot read. Errors: `ModelError`."""
     from transformers import AutoConfig
 
-    path = contained(directory, "config.json")
     try:
-        AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        with staged({"config.json": path}) as place:
+            AutoConfig.from_pretrained(str(place), trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(f"{path}: describes no model: {error}", "correct the file") from error
 
@@ -105,6 +100,6 @@ def needed_rows(tokenizer: Any) -> int:
 
 def copy_tokenizer(directory: Path, target: Path) -> None:
     """Copy the tokenizer's files, chat template included, byte by byte."""
-    for name in TOKENIZER_FILES:
-        if (directory / name).exists():
-            shutil.copyfile(contained(directory, name), target / name)
+    for name, path in tokenizer_files(directory).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / name)

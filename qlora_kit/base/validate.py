@@ -19,17 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.base.contents import LIMITS, find
 from qlora_kit.base.families import FAMILIES, check_family
+from qlora_kit.base.json_file import is_deep, read_json, unique
 from qlora_kit.base.source import Source, contained
 from qlora_kit.errors import InputError, ModelError, UnsafeInputError
+from qlora_kit.file_kind import SAFETENSORS, refuse_kind
 
 if TYPE_CHECKING:
     import torch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DEPTH_LIMIT = 64  # of objects and lists in each other
-JSON_LIMIT = 16 * 1024**2  # a config or an index; a large vocabulary has its own limit
 HEADER_LIMIT = 100 * 1000**2  # as the safetensors library has it
 DTYPES = {
     # safetensors' name: torch's name and bytes; torch itself takes a second to import.
@@ -69,50 +70,6 @@ class TensorEntry:
         return found
 
 
-def read_json(
-    path: Path, error: type[InputError] = ModelError, limit: int = JSON_LIMIT
-) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes.
-
-    Errors: `error` with the file and the place for anything else.
-    """
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise error(f"{path}: has {size} bytes", f"a file like this has below {limit}")
-        content = json.loads(path.read_bytes().decode())
-    except FileNotFoundError as missing:
-        raise error(f"{path}: no such file", "complete the directory") from missing
-    except UnicodeDecodeError as bad:
-        raise error(f"{path}: byte {bad.start} is not UTF-8", "save the file as UTF-8") from bad
-    except json.JSONDecodeError as bad:
-        raise error(
-            f"{path}:{bad.lineno}: not JSON: {bad.msg} (column {bad.colno})",
-            "fetch the file again or correct it",
-        ) from bad
-    except (RecursionError, ValueError) as bad:
-        raise error(
-            f"{path}: is nested too deeply or holds a number too long", "correct it"
-        ) from bad
-    if not isinstance(content, dict):
-        raise error(f"{path}: holds {type(content).__name__}, not an object", "correct the file")
-    if is_deep(content):
-        raise error(f"{path}: is nested more than {DEPTH_LIMIT} levels deep", "correct it")
-    return content
-
-
-def is_deep(content: Any) -> bool:
-    """Whether objects and lists of JSON stand in each other above `DEPTH_LIMIT`.
-
-    What `json` reads at the edge of the stack fails later, where it is shown or copied.
-    """
-    level: list[Any] = [content]
-    for _ in range(DEPTH_LIMIT):
-        inner = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [value for one in inner for value in one if isinstance(value, (dict, list))]
-    return bool(level)
-
-
 def read_config(directory: Path) -> dict[str, Any]:
     """The config.json of a directory: a supported family, without code of its own.
 
@@ -139,10 +96,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 def read_entries(directory: Path) -> dict[str, TensorEntry]:
     """Every tensor of a directory by name, from the headers of its safetensors files."""
-    if (directory / INDEX_FILE).exists() and not (directory / SINGLE_FILE).exists():
-        return _read_sharded(directory)
-    if (directory / SINGLE_FILE).exists():
-        return read_header(contained(directory, SINGLE_FILE))
+    if single := find(directory, SINGLE_FILE):
+        return read_header(single)
+    if index := find(directory, INDEX_FILE):
+        return _read_sharded(directory, index)
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise UnsafeInputError(
@@ -154,9 +111,8 @@ def read_entries(directory: Path) -> dict[str, TensorEntry]:
     )
 
 
-def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
-    path = contained(directory, INDEX_FILE)
-    listed = read_json(path).get("weight_map")
+def _read_sharded(directory: Path, path: Path) -> dict[str, TensorEntry]:
+    listed = read_json(path, limit=LIMITS[INDEX_FILE]).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
         raise ModelError(f"{path}: has no weight_map of names to files", "fetch the index again")
     by_file: dict[str, list[str]] = {}
@@ -168,7 +124,7 @@ def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
             shard_path = contained(directory, file)
         except ModelError as error:
             raise ModelError(
-                f"{directory / file}: no such file; the index puts {len(keys)} tensors into it",
+                f"{error.problem}; the index puts {len(keys)} tensors into it",
                 "fetch the missing shard",
             ) from error
         shard = read_header(shard_path)
@@ -193,6 +149,7 @@ def read_header(path: Path, error: type[InputError] = ModelError) -> dict[str, T
     """The tensors of one safetensors file; offsets cover the data without overlap or hole."""
 
     def corrupt(reason: str) -> InputError:
+        refuse_kind(path, error, SAFETENSORS)
         return error(f"{path}: corrupt safetensors: {reason}", "fetch the file again")
 
     size = path.stat().st_size
@@ -202,7 +159,7 @@ def read_header(path: Path, error: type[InputError] = ModelError) -> dict[str, T
             raise corrupt(f"header of {length} bytes in a file of {size}")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (UnicodeDecodeError, ValueError, RecursionError) as bad:
         raise corrupt(f"header: {bad}") from bad
     if not isinstance(header, dict) or is_deep(header):
@@ -224,13 +181,6 @@ def read_header(path: Path, error: type[InputError] = ModelError) -> dict[str, T
     if position != size:
         raise corrupt(f"tensors end at byte {position}, the file at {size}")
     return {entry.name: entry for entry in entries}
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        raise ValueError("a key stands twice")
-    return unique
 
 
 def _entry(name: str, described: Any, path: Path, begin: int) -> TensorEntry | str:

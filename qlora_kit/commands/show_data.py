@@ -55,9 +55,10 @@ def _page_path(name: str) -> Path:
 
 def _report(parsed: Parsed) -> Report:
     """What is shown: the tokenizer alone is read, no weight."""
-    from qlora_kit.base.source import contained, resolve
+    from qlora_kit.base.contents import find
+    from qlora_kit.base.json_file import read_json
+    from qlora_kit.base.source import resolve
     from qlora_kit.base.tokenizer import load_tokenizer
-    from qlora_kit.base.validate import read_json
     from qlora_kit.config import DEFAULT_LENGTH
     from qlora_kit.data.read import load_rows
     from qlora_kit.data.template import use_template
@@ -69,8 +70,7 @@ def _report(parsed: Parsed) -> Report:
     if data.chat_template is not None:
         use_template(tokenizer, data.chat_template)
     context = DEFAULT_LENGTH if data.max_length is None else data.max_length
-    if (source.directory / "config.json").exists():
-        path = contained(source.directory, "config.json")
+    if path := find(source.directory, "config.json"):
         context = read_json(path).get("max_position_embeddings") or context
         if type(context) is not int or context < 1:
             raise ModelError(

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.contents import find
 from qlora_kit.base.quantize import dequantize
-from qlora_kit.base.source import contained
 from qlora_kit.base.tensors import DTYPES, check_finite, dtype_name, read_tensors
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.base.validate import INDEX_FILE, SINGLE_FILE, read_entries
@@ -193,10 +193,8 @@ def _write_settings(model: Any, directory: Path, dtype: torch.dtype) -> None:
     config.pop("auto_map", None)  # it names Python files that are not written
     write_file(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     copy_tokenizer(source, directory)
-    if (source / "generation_config.json").exists():
-        shutil.copyfile(
-            contained(source, "generation_config.json"), directory / "generation_config.json"
-        )
+    if settings := find(source, "generation_config.json"):
+        shutil.copyfile(settings, directory / "generation_config.json")
 
 
 def _check_room(target: Path, size: int) -> None:

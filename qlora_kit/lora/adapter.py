@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_kit.base.json_file import is_deep
 from qlora_kit.base.load import BaseInfo
 from qlora_kit.base.source import contained
 from qlora_kit.base.tensors import DTYPES, check_finite, read_tensors
-from qlora_kit.base.validate import TensorEntry, is_deep, read_header
+from qlora_kit.base.validate import TensorEntry, read_header
 from qlora_kit.config import LoRAConfig
 from qlora_kit.errors import AdapterError
 from qlora_kit.files import write_file
@@ -145,7 +146,7 @@ def _plain(number: float) -> float:
 
 def trained_on(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What an adapter's header says of its base; empty for one that does not say (PEFT's)."""
-    path = contained(Path(directory), WEIGHTS_FILE)
+    path = contained(Path(directory), WEIGHTS_FILE, AdapterError)
     read_header(path, AdapterError)
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -231,7 +232,7 @@ def open_adapter(
     Errors: `AdapterError` where files, shapes, targets or the base do not fit.
     """
     config = read_adapter_config(directory)
-    path = contained(Path(directory), WEIGHTS_FILE)
+    path = contained(Path(directory), WEIGHTS_FILE, AdapterError)
     entries = read_header(path, AdapterError)
     said = trained_on(directory)
     _check_base(base, said, path)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.source import contained
-from qlora_kit.base.validate import read_json
+from qlora_kit.base.contents import find
+from qlora_kit.base.json_file import read_json
 from qlora_kit.errors import AdapterError, ConfigError, UnsafeInputError
 from qlora_kit.lora.inject import target_candidates, targets_by_name, targets_by_regex
 from qlora_kit.lora.pattern import full_matches
@@ -65,12 +65,12 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(directory)
     if not path.is_dir():
         raise AdapterError(f"{path}: no such directory", "give the directory of a saved adapter")
-    where = path / CONFIG_FILE
-    if not where.exists():
+    where = find(path, CONFIG_FILE, AdapterError)
+    if where is None:
         raise AdapterError(f"{path}: holds no {CONFIG_FILE}", "give the directory of an adapter")
-    config = read_json(contained(path, CONFIG_FILE), AdapterError)
-    if not (path / WEIGHTS_FILE).exists():
-        if (path / "adapter_model.bin").exists():
+    config = read_json(where, AdapterError)
+    if find(path, WEIGHTS_FILE, AdapterError) is None:
+        if os.path.lexists(path / "adapter_model.bin"):
             raise UnsafeInputError(
                 f"{path / 'adapter_model.bin'}: is a pickle, which can run code when it is read",
                 f"convert it to {WEIGHTS_FILE} where you trust it",

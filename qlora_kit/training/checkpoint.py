@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.base.validate import read_header, read_json
+from qlora_kit.base.json_file import read_json
+from qlora_kit.base.validate import read_header
 from qlora_kit.errors import CheckpointError, UnsafeInputError
 from qlora_kit.files import check_room, new_directory, write_plain
 

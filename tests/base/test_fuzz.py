@@ -20,6 +20,7 @@ from families import save_checkpoint
 from mutations import kinds_of
 from raises import raises_of, sites_of
 
+from qlora_kit.base.json_file import read_json
 from qlora_kit.base.source import Source
 from qlora_kit.base.validate import (
     check_architecture,
@@ -27,7 +28,6 @@ from qlora_kit.base.validate import (
     look,
     read_config,
     read_entries,
-    read_json,
 )
 from qlora_kit.errors import ModelError, QloraKitError
 

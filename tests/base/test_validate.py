@@ -79,10 +79,19 @@ def test_a_path_that_is_no_model_directory_is_said_to_be_what_it_is(tmp_path):
         # What json still reads, and whatever goes down into it does not.
         (b'{"model_type": "llama", "a": ' + b"[" * 900 + b"]" * 900 + b"}", "64 levels deep"),
         (b'{"model_type": "llama", "vocab_size": ' + b"9" * 400 + b"}", "vocab_size is 999"),
-        (b'{"model_type": "llama", "vocab_size": NaN}', "vocab_size is nan"),
-        (b'{"model_type": "llama", "max_position_embeddings": -5}', "embeddings is -5, below 1"),
-        (b'{"model_type": "llama", "max_position_embeddings": 0}', "embeddings is 0, below 1"),
-        (b'{"model_type": "llama", "num_attention_heads": 0}', "heads is 0, below 1"),
+        (b'{"model_type": "llama", "vocab_size": NaN}', "holds NaN, which is no finite number"),
+        (
+            b'{"model_type": "llama", "max_position_embeddings": -5}',
+            "embeddings is -5, not a whole number from 1",
+        ),
+        (
+            b'{"model_type": "llama", "max_position_embeddings": 0}',
+            "embeddings is 0, not a whole number from 1",
+        ),
+        (
+            b'{"model_type": "llama", "num_attention_heads": 0}',
+            "heads is 0, not a whole number from 1 to 4096",
+        ),
         (b'{"model_type": "llama", "quantization_config": "bitsandbytes"}', "is not supported"),
         (b'{"vocab_size": ' + b"9" * 5000 + b"}", "a number too long"),
         (b'{"model_type": "no_such_family"}', "supported families are llama, mistral, qwen2"),
@@ -300,7 +309,7 @@ HEADERS = {
         b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}',
         b"x",
         None,
-        "a key stands twice",
+        "the key 'a' stands twice",
     ),
     "overlap": (
         {"a": tensor(0, 8, [2]), "b": tensor(4, 12, [2])},

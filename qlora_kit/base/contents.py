@@ -1,0 +1,148 @@
+"""Every file of a model's or an adapter's directory that may be opened, checked before it is.
+
+This is the one list. A file on it lies in the directory, is a regular file, is not larger than a
+file of its name can be, and is not something else under that name; a link to nothing is a broken
+directory and not an absent file. What is not on it is not opened: transformers, which looks for
+many more names and follows those that it finds inside its files, reads a tokenizer from a private
+directory of links to the checked files (`staged`) and never from the one that was handed in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from qlora_kit.base.json_file import SETTINGS_LIMIT, read_json
+from qlora_kit.base.source import broken_link, contained
+from qlora_kit.errors import InputError, ModelError, ResourceError, TokenizerError
+from qlora_kit.file_kind import refuse_kind
+
+MIB = 1024**2
+TEMPLATES = "additional_chat_templates"
+"""The folder of named chat templates beside the default one."""
+VOCABULARY_LIMIT = 128 * MIB  # the largest, of a million tokens, take half of it
+TEMPLATE_LIMIT = MIB
+VOCABULARY_FILES = {
+    "tokenizer.json": VOCABULARY_LIMIT,
+    "tokenizer.model": VOCABULARY_LIMIT,
+    "vocab.json": VOCABULARY_LIMIT,
+}
+TOKENIZER_FILES = {
+    **VOCABULARY_FILES,
+    "merges.txt": VOCABULARY_LIMIT,
+    "tokenizer_config.json": SETTINGS_LIMIT,
+    "special_tokens_map.json": SETTINGS_LIMIT,
+    "added_tokens.json": SETTINGS_LIMIT,
+    "chat_template.jinja": TEMPLATE_LIMIT,
+    "chat_template.json": TEMPLATE_LIMIT,
+}
+"""Name to the most bytes it may have."""
+LIMITS = {
+    **TOKENIZER_FILES,
+    "config.json": SETTINGS_LIMIT,
+    "generation_config.json": SETTINGS_LIMIT,
+    "adapter_config.json": SETTINGS_LIMIT,
+    "config.yaml": SETTINGS_LIMIT,
+    "model.safetensors.index.json": 8 * SETTINGS_LIMIT,
+}
+TEMPLATES_LIMIT = 100
+"""Named templates of one tokenizer."""
+
+
+def find(directory: Path, name: str, error: type[InputError] = ModelError) -> Path | None:
+    """The checked file `name` of a directory; None where there is no entry of that name.
+
+    Weights (names that are not in the list) may have any size.
+    Errors: `UnsafeInputError` as `contained`; `error` for a link to nothing, a file that is too
+    large, or one that is something else under this name.
+    """
+    if not os.path.lexists(directory / name) and broken_link(directory / name) is None:
+        return None
+    path = contained(directory, name, error)
+    check_size(
+        path, LIMITS.get(name, TEMPLATE_LIMIT if name.startswith(TEMPLATES) else None), error
+    )
+    if path.suffix != ".safetensors":
+        refuse_kind(path, error)
+    return path
+
+
+def check_size(path: Path, limit: int | None, error: type[InputError]) -> None:
+    """Refuse a file of more bytes than one of its name can have. Errors: `error`."""
+    size = path.stat().st_size
+    if limit is not None and size > limit:
+        raise error(f"{path}: has {size} bytes", f"a file like this has at most {limit}")
+
+
+def tokenizer_files(directory: Path) -> dict[str, Path]:
+    """The files of a directory's tokenizer by their names in it, each checked.
+
+    Beside the known names these are `additional_chat_templates/*.jinja` and the versions of
+    tokenizer.json that `fast_tokenizer_files` of tokenizer_config.json names.
+    Errors: `TokenizerError`, `UnsafeInputError`.
+    """
+    names = [*TOKENIZER_FILES, *_named_templates(directory)]
+    found = {name: path for name in names if (path := find(directory, name, TokenizerError))}
+    if settings := found.get("tokenizer_config.json"):
+        for name in _versions(read_json(settings, TokenizerError), settings):
+            path = contained(directory, name, TokenizerError)
+            check_size(path, VOCABULARY_LIMIT, TokenizerError)
+            refuse_kind(path, TokenizerError)
+            found[name] = path
+    return found
+
+
+def _named_templates(directory: Path) -> list[str]:
+    folder = directory / TEMPLATES
+    if not folder.is_dir():
+        if broken_link(folder) or folder.exists():
+            raise TokenizerError(
+                f"{folder}: is no folder of chat templates", "remove it, or fetch it again"
+            )
+        return []
+    names = sorted(path.name for path in folder.glob("*.jinja"))
+    if len(names) > TEMPLATES_LIMIT:
+        raise TokenizerError(
+            f"{folder}: holds {len(names)} templates", f"leave at most {TEMPLATES_LIMIT}"
+        )
+    return [f"{TEMPLATES}/{name}" for name in names]
+
+
+def _versions(settings: Mapping[str, object], path: Path) -> list[str]:
+    """The files that `fast_tokenizer_files` names."""
+    named = settings.get("fast_tokenizer_files", [])
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise TokenizerError(
+            f"{path}: fast_tokenizer_files is {str(named)[:60]!r}, not a list of names",
+            "correct or remove it",
+        )
+    if len(named) > TEMPLATES_LIMIT:
+        raise TokenizerError(
+            f"{path}: fast_tokenizer_files names {len(named)} files", "correct or remove it"
+        )
+    return [name for name in named if name not in TOKENIZER_FILES]
+
+
+@contextlib.contextmanager
+def staged(files: Mapping[str, Path]) -> Iterator[Path]:
+    """A private directory that holds these files, as links, under these names and nothing else.
+
+    Errors: `ResourceError` where there is no place for temporary files.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="qlora-kit-"))
+            for name, path in files.items():
+                link = Path(made) / name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+        except OSError as error:
+            raise ResourceError(
+                f"{tempfile.gettempdir()}: no room for links to {len(files)} files: "
+                f"{error.strerror}",
+                "set TMPDIR to a place that can be written to",
+            ) from error
+        yield Path(made)

@@ -1,0 +1,215 @@
+"""What the fields of a config.json may hold: each that reaches a model has its type and bounds.
+
+Bounds are far above every known model and far below what would take minutes or gigabytes before a
+plan refuses it. A field that is not here does not reach the model (`MODEL_FIELDS` is what
+transformers is given), so that no file sets an attribute of a class that it should not know of.
+Fields that ask for code or for a download are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+LARGEST = 10**15
+LARGEST_ID = 2**24
+TOKENS_LIMIT = 1000
+"""Tokens in a list that end a text."""
+HEAD_DIM_LIMIT = 2**13
+PLAIN_ATTENTION = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+)
+"""Names that transformers knows by itself; how attention is computed here is not the file's say."""
+ASKS_FOR_CODE = (
+    # Each makes transformers import, fetch or run what a file names.
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
+ASKS_FOR_MORE = (
+    "trust_remote_code",
+    "custom_pipelines",
+    "custom_generate",
+    "use_kernels",
+    "kernel_config",
+    "compression_config",
+    "configuration_files",
+    "per_layer_config",
+)
+
+
+class Field(NamedTuple):
+    """Whether a value will do, and what will, in words."""
+
+    accepts: Callable[[Any], bool]
+    allowed: str
+
+
+def whole(low: int, high: int = LARGEST) -> Field:
+    """A whole number within bounds."""
+    return Field(lambda value: type(value) is int and low <= value <= high, _range(low, high))
+
+
+def number(low: float, high: float = LARGEST, *, above: bool = False) -> Field:
+    """A number within bounds; with `above` not the lower one itself."""
+
+    def accepts(value: Any) -> bool:
+        is_number = type(value) in (int, float) and low <= value <= high
+        return is_number and not (above and value == low)
+
+    shown = f"a number above {low:g} and at most {high:g}" if above else _range(low, high, "number")
+    return Field(accepts, shown)
+
+
+def or_null(field: Field) -> Field:
+    """What another field takes, or null."""
+    return Field(lambda value: value is None or field.accepts(value), f"{field.allowed} or null")
+
+
+def list_of(field: Field, limit: int) -> Field:
+    """A list of up to so many values of a field."""
+    return Field(
+        lambda value: (
+            isinstance(value, list) and len(value) <= limit and all(map(field.accepts, value))
+        ),
+        f"a list of at most {limit}, each {field.allowed}",
+    )
+
+
+def one_of(*values: str) -> Field:
+    """One of some texts."""
+    return Field(
+        lambda value: isinstance(value, str) and value in values, f"one of {', '.join(values)}"
+    )
+
+
+def either(first: Field, second: Field) -> Field:
+    """What one of two fields takes."""
+    return Field(
+        lambda value: first.accepts(value) or second.accepts(value),
+        f"{first.allowed}, or {second.allowed}",
+    )
+
+
+def _range(low: float, high: float, what: str = "whole number") -> str:
+    return f"a {what} from {low:g} to {high:g}"
+
+
+FLAG = Field(lambda value: isinstance(value, bool), "true or false")
+# A config may name a token that is no token (`pad_token_id` -1): it is not used then.
+TOKEN = whole(-1, LARGEST_ID)
+TOKENS = or_null(either(TOKEN, list_of(TOKEN, TOKENS_LIMIT)))
+ACTIVATION = one_of(
+    "silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu"
+)
+RATE = number(0, 1)
+FACTOR = number(0, 10**6, above=True)
+ROPE_FIELDS = {
+    "type": one_of("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3"),
+    "rope_type": one_of("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3"),
+    "rope_theta": number(0, above=True),
+    "factor": FACTOR,
+    "original_max_position_embeddings": whole(1),
+    "low_freq_factor": FACTOR,
+    "high_freq_factor": FACTOR,
+    "attention_factor": or_null(FACTOR),
+    "beta_fast": or_null(FACTOR),
+    "beta_slow": or_null(FACTOR),
+    "mscale": FACTOR,
+    "mscale_all_dim": number(0, 10**6),
+    "short_factor": list_of(FACTOR, HEAD_DIM_LIMIT),
+    "long_factor": list_of(FACTOR, HEAD_DIM_LIMIT),
+    "short_mscale": FACTOR,
+    "long_mscale": FACTOR,
+    "partial_rotary_factor": number(0, 1, above=True),
+    "truncate": FLAG,
+    "finetuned": FLAG,
+}
+ROPE = or_null(Field(lambda value: isinstance(value, dict), "an object"))
+MODEL_FIELDS = {
+    "vocab_size": whole(1, LARGEST_ID),
+    "hidden_size": whole(1, 2**17),
+    "intermediate_size": whole(1, 2**20),
+    "num_hidden_layers": whole(1, 1000),
+    "num_attention_heads": whole(1, 2**12),
+    "num_key_value_heads": or_null(whole(1, 2**12)),
+    "head_dim": or_null(whole(2, HEAD_DIM_LIMIT)),
+    "max_position_embeddings": whole(1),
+    "original_max_position_embeddings": whole(1),
+    "sliding_window": or_null(whole(1)),
+    "max_window_layers": whole(0, 1000),
+    "use_sliding_window": FLAG,
+    "layer_types": or_null(list_of(one_of("full_attention", "sliding_attention"), 1000)),
+    "hidden_act": ACTIVATION,
+    "hidden_activation": or_null(ACTIVATION),
+    "rms_norm_eps": number(0, 1),
+    "initializer_range": number(0, 10**3),
+    "rope_theta": number(0, above=True),
+    "rope_scaling": ROPE,
+    "rope_parameters": ROPE,
+    "partial_rotary_factor": number(0, 1, above=True),
+    "attention_bias": FLAG,
+    "mlp_bias": FLAG,
+    "tie_word_embeddings": FLAG,
+    "use_cache": FLAG,
+    "attention_dropout": or_null(RATE),
+    "resid_pdrop": RATE,
+    "embd_pdrop": RATE,
+    "bos_token_id": TOKENS,
+    "eos_token_id": TOKENS,
+    "pad_token_id": or_null(TOKEN),
+    "query_pre_attn_scalar": number(0, above=True),
+    "final_logit_softcapping": or_null(number(0, 10**6, above=True)),
+    "attn_logit_softcapping": or_null(number(0, 10**6, above=True)),
+    "embedding_multiplier": number(-(10**6), 10**6),
+    "residual_multiplier": number(-(10**6), 10**6),
+    "attention_multiplier": number(-(10**6), 10**6),
+    "logits_scaling": number(0, 10**6, above=True),
+}
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+SAID_FIELDS = {
+    # What is read here and not handed on.
+    "dtype": or_null(one_of(*DTYPES, *(f"torch.{name}" for name in DTYPES))),
+    "torch_dtype": or_null(one_of(*DTYPES, *(f"torch.{name}" for name in DTYPES))),
+    "use_bidirectional_attention": or_null(Field(lambda value: value is False, "false")),
+}
+
+
+def asks_for_code(config: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The first field by which a config would have something fetched or run, and its value."""
+    for key in ASKS_FOR_CODE:
+        value = config.get(key)
+        names = list(value.values()) if isinstance(value, dict) else [value]
+        if not all(name is None or name in PLAIN_ATTENTION for name in names):
+            return key, value
+    return next(((key, config[key]) for key in ASKS_FOR_MORE if config.get(key)), None)
+
+
+def problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the fields of a config, each with its value and what is allowed."""
+    yield from _wrong(config, {**MODEL_FIELDS, **SAID_FIELDS})
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(config.get(key), dict):
+            for problem in _wrong(config[key], ROPE_FIELDS):
+                yield f"{key}: {problem}"
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if type(heads) is int and heads > 0:
+        grouped = config.get("num_key_value_heads")
+        if type(grouped) is int and grouped > 0 and heads % grouped:
+            yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {grouped}"
+        if config.get("head_dim") is None and type(width) is int and width % heads:
+            yield f"hidden_size {width} is no multiple of num_attention_heads {heads}"
+
+
+def _wrong(said: Mapping[str, Any], fields: Mapping[str, Field]) -> Iterator[str]:
+    for key, field in fields.items():
+        if key in said and not field.accepts(said[key]):
+            yield f"{key} is {repr(said[key])[:60]}, not {field.allowed}"

@@ -1,12 +1,8 @@
 """What a run is: frozen dataclasses, and the one place where an option is written.
 
-A field made by `option` carries its default, its help, its check, its flag and its other
-spellings. The command line, a YAML file, `--help`, the saved `config.yaml` and the constructors'
-checks are all read off these fields. A check here needs no model; what needs one is checked when
-the model's headers are known. A constructor reports everything that is wrong at once.
-
-Left out: reading flags and files, which `commands/arguments.py` does. Imports the standard library
-and yaml only, so that `--help` and a misspelt flag answer at once.
+How one is declared stands in `options.py`. A check here needs no model; what needs one is checked
+when the model's headers are known. Every number has a largest value here, whatever a run could do
+with a larger one.
 """
 
 from __future__ import annotations
@@ -14,18 +10,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from qlora_kit.errors import ConfigError, excerpt
-
-Check = Callable[[Any], str | None]
-"""Gives None for a good value, else what is allowed: `at least 1`."""
+from qlora_kit.errors import ConfigError
+from qlora_kit.options import (
+    FALSE,
+    TRUE,
+    Options,
+    a_name,
+    a_size,
+    also,
+    as_flat,
+    between,
+    joined,
+    one_of,
+    option,
+    size_bytes,
+)
 
 QUANT_TYPES = ("nf4", "fp4")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -40,89 +43,18 @@ OPTIMIZERS = (
 SCHEDULES = ("cosine", "linear", "constant")
 DATA_FORMATS = ("auto", "text", "prompt", "instruction", "messages")
 RECOMPUTE_LEVELS = ("none", "selective", "full")
-SIZE_UNITS: dict[str, int] = {"": 1, "B": 1} | {
-    f"{letter}{kind}": base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for kind, base in (("iB", 1024), ("B", 1000))
-}
-SMALLEST_SIZE = 2**20
 DEFAULT_EVAL_FRACTION = 0.05
 DEFAULT_LENGTH = 1024
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
 LARGEST_ALPHA = 1e9
 """As `lora/peft_config.py` takes it from an adapter; far above it a scale is no fp32 number."""
-NUMBERS = ("a number", "a whole number")
+MOST_ROWS, MOST_STEPS, MOST_TOKENS = 2**16, 10**9, 10**7
+"""Of rows at a time, of steps of a run, and of tokens in a row: far above what any run has."""
+MOST_DRAWN = 10**6
+"""Of tokens that are generated."""
+SEEDS = between(0, 2**63 - 1)
 
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    flag: str | None = None,
-    aliases: Sequence[str] = (),
-    check: Check | None = None,
-    metavar: str | None = None,
-    shown_default: str | None = None,
-) -> Any:
-    """A dataclass field that is also a flag and a key of the config file.
-
-    `flag` is the name outside Python where it differs from the field's; `shown_default` is what
-    `--help` says where the default is worked out later.
-    """
-    details = {
-        "help": help,
-        "flag": flag,
-        "aliases": tuple(aliases),
-        "check": check,
-        "metavar": metavar,
-        "shown_default": shown_default,
-    }
-    return dataclasses.field(default=default, metadata={"option": details})
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """A check for a closed list of values; `--help` lists them."""
-
-    allowed: tuple[object, ...]
-
-    def __call__(self, value: Any) -> str | None:
-        """As every check: None, or what is allowed."""
-        return None if value in self.allowed else str(self)
-
-    def __str__(self) -> str:
-        *others, last = map(str, self.allowed)
-        return f"{', '.join(others)} or {last}" if others else last
-
-
-def one_of(*allowed: object) -> OneOf:
-    """A check for a closed list of values."""
-    return OneOf(allowed)
-
-
-def between(
-    low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
-) -> Check:
-    """A check for a finite number in a range; an open end is not part of it."""
-    allowed = f"{'above' if open_low else 'at least'} {low:g}"
-    if high != math.inf:
-        allowed += f" and {'below' if open_high else 'at most'} {high:g}"
-
-    def check(value: float) -> str | None:
-        # Compared, not asked of math.isfinite: a whole number may be too long for a float.
-        good = (
-            -math.inf < value < math.inf
-            and (low < value if open_low else low <= value)
-            and (value < high if open_high else value <= high)
-        )
-        return None if good else allowed
-
-    return check
-
-
-def _not_empty(value: str) -> str | None:
-    # A config file can hold a NUL, which no path of the system can.
-    return None if value.strip() and "\0" not in value else "a name or a path"
+_not_empty = a_name()
 
 
 def _not_empty_names(value: str | tuple[str, ...]) -> str | None:
@@ -131,62 +63,9 @@ def _not_empty_names(value: str | tuple[str, ...]) -> str | None:
 
 
 def _device(value: str) -> str | None:
-    return None if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value) else "auto, cpu, cuda or cuda:N"
-
-
-def size_bytes(text: str) -> int:
-    """Bytes of a size: `8GiB`, `8 GB`, `500MiB`, `1.5GiB` or plain bytes. Errors: `ValueError`.
-
-    Less than 1 MiB is refused: who writes 8 means GB.
-    """
-    units = {unit.lower(): factor for unit, factor in SIZE_UNITS.items()}
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)", text.strip().lower())
-    size = round(float(found[1]) * units.get(found[2], 0)) if found else 0
-    if size < SMALLEST_SIZE:
-        raise ValueError("a size of 1 MiB or more as 8GiB, 8GB, 500MiB or a number of bytes")
-    return size
-
-
-def _size(value: str) -> str | None:
-    try:
-        size_bytes(value)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-class Options:
-    """Base of the option groups: types and checks are applied when one is made."""
-
-    def __post_init__(self) -> None:
-        problems = list(self._problems())
-        if not problems:
-            problems = list(self._conflicts())
-        if problems:
-            raise ConfigError("; ".join(problems), "correct the values named above (see --help)")
-
-    def _problems(self) -> typing.Iterator[str]:
-        for field in dataclasses.fields(typing.cast(Any, self)):
-            name, value = flag_of(field), getattr(self, field.name)
-            if value is None and _allows_none(types_of(type(self))[field.name]):
-                continue
-            check = field.metadata["option"]["check"]
-            try:
-                value = convert(value, types_of(type(self))[field.name])
-            except ValueError as error:
-                # A word where a number belongs: say what would be right, range included.
-                allowed = check(math.nan) if check and str(error) in NUMBERS else None
-                wanted = f"{error} ({allowed})" if allowed else error
-                yield f"{name} must be {wanted}, got {_shown(value)}"
-                continue
-            object.__setattr__(self, field.name, value)
-            allowed = check(value) if check else None
-            if allowed:
-                yield f"{name} must be {allowed}, got {_shown(value)}"
-
-    def _conflicts(self) -> typing.Iterator[str]:
-        """Combinations that cannot work; looked at once every value is good by itself."""
-        return iter(())
+    return (
+        None if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value) else "auto, cpu, cuda or cuda:N"
+    )
 
 
 @dataclass(frozen=True)
@@ -199,9 +78,15 @@ class BaseConfig(Options):
         "llama3.1-8b, mistral-7b, ... stand for hub ids)",
         aliases=("model_name_or_path",),
         check=_not_empty,
+        path=True,
         metavar="NAME|DIR",
     )
-    revision: str | None = option(None, "hub revision: branch, tag or commit", metavar="REV")
+    revision: str | None = option(
+        None,
+        "hub revision: branch, tag or commit",
+        check=a_name("a branch, tag or commit"),
+        metavar="REV",
+    )
     bits: int | None = option(
         None,
         "bits of the base's linear layers; 16: not quantized",
@@ -256,11 +141,14 @@ class DataConfig(Options):
         "(owner/name or owner/name:subset), or sample:NAME from the package",
         aliases=("dataset",),
         check=_not_empty,
+        path=True,
         metavar="FILE|DIR",
     )
     eval_data: str | None = option(
         None,
         "held-out rows; else the directory's valid.*, else its test.*, else a share",
+        check=_not_empty,
+        path=True,
         metavar="FILE",
     )
     eval_fraction: float | None = option(
@@ -281,6 +169,7 @@ class DataConfig(Options):
         "chat template for rows of messages: chatml, llama-2, llama-3, alpaca, plain, or a file; "
         "saved with the adapter",
         check=_not_empty,
+        path=True,
         metavar="NAME|FILE",
         shown_default="the model's own",
     )
@@ -289,7 +178,7 @@ class DataConfig(Options):
         None,
         "tokens per row",
         aliases=("max_seq_length",),
-        check=between(2),
+        check=between(2, MOST_TOKENS),
         shown_default=f"{DEFAULT_LENGTH}, or the model's context where that is shorter",
     )
     allow_longer_context: bool = option(False, "let --max_length exceed the model's context")
@@ -303,6 +192,7 @@ class DataConfig(Options):
         None,
         "where tokens are kept between runs; none: nowhere",
         check=_not_empty,
+        path=True,
         shown_default="~/.cache/qlora_kit/tokens",
         metavar="DIR|none",
     )
@@ -336,7 +226,7 @@ class LoRAConfig(Options):
         32.0,
         "the update is scaled by alpha / r",
         flag="lora_alpha",
-        check=between(0, LARGEST_ALPHA, open_low=True),
+        check=between(0, LARGEST_ALPHA, open_low=True, tiny=1e-6),
     )
     dropout: float = option(
         0.0, "dropout before lora_A", flag="lora_dropout", check=between(0, 1, open_high=True)
@@ -357,6 +247,7 @@ class LoRAConfig(Options):
         None,
         "go on training this adapter, ours or PEFT's; rank, scale and targets are its own",
         check=_not_empty,
+        path=True,
         metavar="DIR",
     )
     adapter_fingerprint: str | None = option(
@@ -384,17 +275,19 @@ class LoRAConfig(Options):
 class TrainingConfig(Options):
     """The optimization."""
 
-    learning_rate: float = option(2e-4, "peak learning rate", check=between(0, 1e3, open_low=True))
+    learning_rate: float = option(
+        2e-4, "peak learning rate", check=between(0, 1e3, open_low=True, tiny=1e-12)
+    )
     lr_scheduler_type: str = option("cosine", "after the warm-up", check=one_of(*SCHEDULES))
     warmup_steps: float = option(
         0.03,
         "steps of linear warm-up; below 1: a share of all steps",
         aliases=("warmup_ratio",),
-        check=between(0),
+        check=between(0, MOST_STEPS),
     )
-    weight_decay: float = option(0.0, "decoupled weight decay", check=between(0))
+    weight_decay: float = option(0.0, "decoupled weight decay", check=between(0, 1e3))
     max_grad_norm: float = option(
-        1.0, "gradients are clipped to this norm", check=between(0, open_low=True)
+        1.0, "gradients are clipped to this norm", check=between(0, 1e9, open_low=True, tiny=1e-9)
     )
     optim: str = option(
         "auto",
@@ -406,29 +299,35 @@ class TrainingConfig(Options):
         "rows of a micro-batch",
         flag="per_device_train_batch_size",
         aliases=("batch_size",),
-        check=between(1),
+        check=between(1, MOST_ROWS),
     )
-    gradient_accumulation_steps: int = option(16, "micro-batches of a step", check=between(1))
-    num_train_epochs: float = option(1.0, "passes over the data", check=between(0))
-    max_steps: int | None = option(None, "stop after this many optimizer steps", check=between(0))
+    gradient_accumulation_steps: int = option(
+        16, "micro-batches of a step", check=between(1, MOST_ROWS)
+    )
+    num_train_epochs: float = option(1.0, "passes over the data", check=between(0, 1e6))
+    max_steps: int | None = option(
+        None,
+        "stop after this many optimizer steps",
+        check=between(0, MOST_STEPS),
+        reads=also({"-1": None}),
+    )
     gradient_checkpointing: str = option(
         "auto",
         "activations that backward recomputes; auto: as few as fit --memory_budget",
         check=one_of("auto", *RECOMPUTE_LEVELS),
+        reads=also(dict.fromkeys(FALSE, "none")),
     )
     memory_budget: str | None = option(
         None,
         "bytes that the run may take of its device, such as 8GiB",
-        check=_size,
+        check=a_size,
         metavar="SIZE",
         shown_default="the device's free memory",
     )
     own_blocks: bool = option(
         True, "norms, rotary turns and MLPs that keep less for the backward pass, same numbers"
     )
-    seed: int = option(
-        42, "of adapters, data order, dropout and sampling", check=between(0, 2**63 - 1)
-    )
+    seed: int = option(42, "of adapters, data order, dropout and sampling", check=SEEDS)
 
     @property
     def budget_bytes(self) -> int | None:
@@ -452,6 +351,7 @@ class OutputConfig(Options):
         None,
         "new or empty directory for the results",
         check=_not_empty,
+        path=True,
         shown_default="runs/<model>-<data>-<bits>bit, then -2, -3 ...",
         metavar="DIR",
     )
@@ -461,25 +361,31 @@ class OutputConfig(Options):
     save_steps: int = option(
         0,
         "write a checkpoint every so many steps",
-        check=between(0),
+        check=between(0, MOST_STEPS),
         shown_default="0: only when a signal or an error stops the run",
     )
-    save_total_limit: int = option(2, "checkpoints that are kept", check=between(1))
+    save_total_limit: int = option(2, "checkpoints that are kept", check=between(1, MOST_STEPS))
     eval_steps: int = option(
         0,
         "held-out loss every so many steps",
-        check=between(0),
+        check=between(0, MOST_STEPS),
         shown_default="0: at the start and the end",
     )
-    logging_steps: int = option(1, "a line in metrics.jsonl every so many steps", check=between(1))
+    logging_steps: int = option(
+        1, "a line in metrics.jsonl every so many steps", check=between(1, MOST_STEPS)
+    )
     load_best: bool = option(False, "save the adapter of the lowest held-out loss, not the last")
     early_stopping: int | None = option(
-        None, "stop after this many evaluations without a lower held-out loss", check=between(1)
+        None,
+        "stop after this many evaluations without a lower held-out loss",
+        check=between(1, MOST_STEPS),
     )
     resume_from_checkpoint: str | None = option(
         None,
         "auto (the newest whole checkpoint of --output_dir) or the directory of a checkpoint",
-        check=_not_empty,
+        check=a_name("auto or the directory of a checkpoint"),
+        path=True,
+        reads=also(dict.fromkeys(TRUE, "auto") | dict.fromkeys(FALSE)),
         metavar="auto|DIR",
     )
     override: str | tuple[str, ...] | None = option(
@@ -489,7 +395,11 @@ class OutputConfig(Options):
         metavar="NAMES",
     )
     report_to: str = option(
-        "none", "trackers of accelerate: tensorboard, wandb, ... (comma-separated)", metavar="NAMES"
+        "none",
+        "trackers of accelerate: tensorboard, wandb, ... (comma-separated)",
+        check=a_name("none, or names of trackers with commas between them"),
+        reads=joined,
+        metavar="NAMES",
     )
     sample_prompts: int = option(
         0, "answer this many held-out prompts before and after training", check=between(0, 100)
@@ -542,10 +452,12 @@ class RunConfig:
 class ExportConfig(Options):
     """What to export, in which form, and how it is verified."""
 
-    adapter: str | None = option(None, "directory of the adapter", check=_not_empty, metavar="DIR")
+    adapter: str | None = option(
+        None, "directory of the adapter", check=_not_empty, path=True, metavar="DIR"
+    )
     allow_other_base: bool = option(False, OTHER_BASE_HELP)
     output_dir: str | None = option(
-        None, "new or empty directory for the model", check=_not_empty, metavar="DIR"
+        None, "new or empty directory for the model", check=_not_empty, path=True, metavar="DIR"
     )
     overwrite: bool = option(False, "replace what is in --output_dir")
     format: str = option("hf", "what to write", check=one_of("hf"))
@@ -561,17 +473,21 @@ class ExportConfig(Options):
         check=one_of("auto", *DTYPES),
     )
     shard_size: int = option(
-        4 * 1024**3, "largest size of one file in bytes", check=between(1024**2), metavar="BYTES"
+        4 * 1024**3,
+        "largest size of one file in bytes",
+        check=between(1024**2, 1024**5),
+        metavar="BYTES",
     )
     verify: str | None = option(
         None,
         "file to verify on",
         shown_default="the run's own held-out rows, else the sample",
         check=_not_empty,
+        path=True,
         metavar="FILE",
     )
     max_kl: float | None = option(
-        None, "a larger divergence from the model as trained is an error", check=between(0)
+        None, "a larger divergence from the model as trained is an error", check=between(0, 1e6)
     )
 
 
@@ -579,17 +495,21 @@ class ExportConfig(Options):
 class GenerateConfig(Options):
     """What to generate from, and how tokens are drawn."""
 
-    adapter: str | None = option(None, "directory of an adapter", check=_not_empty, metavar="DIR")
+    adapter: str | None = option(
+        None, "directory of an adapter", check=_not_empty, path=True, metavar="DIR"
+    )
     allow_other_base: bool = option(False, OTHER_BASE_HELP)
     prompt: str | None = option(None, "the text to go on from", metavar="TEXT")
-    max_new_tokens: int = option(128, "stop after this many tokens", check=between(1))
-    temperature: float = option(0.0, "0: always the likeliest token", check=between(0, 100))
+    max_new_tokens: int = option(128, "stop after this many tokens", check=between(1, MOST_DRAWN))
+    temperature: float = option(
+        0.0, "0: always the likeliest token", check=between(0, 100, tiny=1e-6)
+    )
     top_p: float = option(
         1.0,
         "draw from the likeliest tokens that make up this share",
-        check=between(0, 1, open_low=True),
+        check=between(0, 1, open_low=True, tiny=1e-6),
     )
-    seed: int = option(42, "of the drawing", check=between(0, 2**63 - 1))
+    seed: int = option(42, "of the drawing", check=SEEDS)
     chat: bool = option(False, "put the prompt into the model's chat template")
 
 
@@ -597,7 +517,9 @@ class GenerateConfig(Options):
 class EvaluateConfig(Options):
     """What to evaluate, and what is shown of it."""
 
-    adapter: str | None = option(None, "directory of an adapter", check=_not_empty, metavar="DIR")
+    adapter: str | None = option(
+        None, "directory of an adapter", check=_not_empty, path=True, metavar="DIR"
+    )
     allow_other_base: bool = option(False, OTHER_BASE_HELP)
     exact_match: bool = option(
         True, "answer every prompt greedily, and count the answers that equal the completion"
@@ -605,13 +527,11 @@ class EvaluateConfig(Options):
     generate: int = option(
         0, "show this many answers beside the expected ones", check=between(0, 10**6)
     )
-    max_new_tokens: int = option(128, "longest answer in tokens", check=between(1))
+    max_new_tokens: int = option(128, "longest answer in tokens", check=between(1, MOST_DRAWN))
     batch_size: int = option(
-        8, "rows at a time", aliases=("per_device_eval_batch_size",), check=between(1)
+        8, "rows at a time", aliases=("per_device_eval_batch_size",), check=between(1, MOST_ROWS)
     )
-    seed: int = option(
-        42, "of the share that --eval_fraction draws, as in finetune", check=between(0, 2**63 - 1)
-    )
+    seed: int = option(42, "of the share that --eval_fraction draws, as in finetune", check=SEEDS)
     json: bool = option(False, "print one JSON object and nothing else")
 
     def _conflicts(self) -> typing.Iterator[str]:
@@ -628,13 +548,13 @@ class ShowConfig(Options):
         8,
         "rows of a batch, for the share of padding",
         aliases=("per_device_train_batch_size",),
-        check=between(1, 10**6),
+        check=between(1, MOST_ROWS),
     )
-    seed: int = option(
-        42, "of the order and of the share held out, as in finetune", check=between(0, 2**63 - 1)
-    )
+    seed: int = option(42, "of the order and of the share held out, as in finetune", check=SEEDS)
     json: bool = option(False, "print one JSON object and nothing else")
-    html: str | None = option(None, "also write a page to share", check=_not_empty, metavar="FILE")
+    html: str | None = option(
+        None, "also write a page to share", check=_not_empty, path=True, metavar="FILE"
+    )
 
 
 @dataclass(frozen=True)
@@ -645,95 +565,16 @@ class PlanConfig(Options):
         None,
         "tokens per row, all trained on",
         aliases=("max_seq_length",),
-        check=between(2, 10**7),
+        check=between(2, MOST_TOKENS),
         shown_default=f"{DEFAULT_LENGTH}, or the model's context where that is shorter",
     )
     packing: bool = option(False, "rows hold several shorter ones, isolated from each other")
     device_memory: str | None = option(
         None,
         "memory of the card that is planned for, such as 8GiB",
-        check=_size,
+        check=a_size,
         metavar="SIZE",
         shown_default="what is free here",
     )
     grid: bool = option(False, "also the peak over batch sizes and lengths")
     json: bool = option(False, "print one JSON object and nothing else")
-
-
-def flag_of(field: dataclasses.Field[Any]) -> str:
-    """The name of an option outside Python."""
-    return str(field.metadata["option"]["flag"] or field.name)
-
-
-def as_flat(group: Options) -> dict[str, Any]:
-    """`{option name: value}` of one group; what has no value is left out."""
-    flat = {}
-    for field in dataclasses.fields(typing.cast(Any, group)):
-        value = getattr(group, field.name)
-        if value is not None:
-            flat[flag_of(field)] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def convert(value: Any, annotation: Any) -> Any:
-    """`value` as the annotated type; `ValueError` with what is allowed where it is none."""
-    kinds = [kind for kind in alternatives(annotation) if kind is not type(None)]
-    if any(typing.get_origin(kind) is tuple for kind in kinds):
-        if isinstance(value, (list, tuple)):
-            if all(isinstance(item, str) for item in value):
-                return tuple(value)
-            raise ValueError("a list of names")
-        if str not in kinds:
-            raise ValueError("a list of names")
-    kind = kinds[0]
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in ("true", "on", "yes", "false", "off", "no"):
-            return value.lower() in ("true", "on", "yes")
-        raise ValueError("true or false")
-    if kind is int:
-        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,20}", value.strip()):
-            return int(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        raise ValueError("a whole number")
-    if kind is float:
-        # YAML 1.1 reads 2e-4 as text, so text is taken as a number here.
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except (ValueError, OverflowError):
-                pass
-        raise ValueError("a number")
-    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise ValueError("text")
-
-
-def dump(values: Mapping[str, Any]) -> str:
-    """The text of a config file that `--config` accepts."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
-
-
-def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The types that a field may have: `int | None` gives (int, NoneType)."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
-def _shown(value: Any) -> str:
-    """`value` for an error; a container of a file may be of any size, so only its kind is said."""
-    if isinstance(value, (list, tuple, dict, set)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return excerpt(str(value))
-
-
-def _allows_none(annotation: Any) -> bool:
-    return type(None) in alternatives(annotation)
-
-
-def types_of(group: type) -> dict[str, Any]:
-    """The resolved annotation of every field."""
-    return typing.get_type_hints(group)

@@ -18,15 +18,12 @@ from qlora_kit.config import (
     ExportConfig,
     GenerateConfig,
     LoRAConfig,
-    Options,
     OutputConfig,
     RunConfig,
     TrainingConfig,
-    as_flat,
-    dump,
-    flag_of,
 )
 from qlora_kit.errors import ConfigError
+from qlora_kit.options import Options, as_flat, dump, flag_of
 
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 ALL = (*GROUPS, ExportConfig, GenerateConfig, EvaluateConfig)
@@ -56,7 +53,7 @@ CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
     (TrainingConfig, "batch_size", [1, "8"], [0, -1, "two"]),
     (TrainingConfig, "gradient_accumulation_steps", [1], [0, 0.5]),
     (TrainingConfig, "num_train_epochs", [0.5, 3], [-1, "nan", "inf"]),
-    (TrainingConfig, "max_steps", [1], [-1, 1.5, 0]),
+    (TrainingConfig, "max_steps", [1, -1], [-2, 1.5, 0, 10**10]),
     (TrainingConfig, "gradient_checkpointing", ["auto", "none", "selective", "full"], ["some"]),
     (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63, "x"]),
     (OutputConfig, "output_dir", ["out"], [""]),

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qlora_kit"
 FLOORS = {
     "config": 0,
+    "options": 0,
     "errors": 0,
     "fakes": 0,
     "file_kind": 0,
@@ -75,7 +76,8 @@ SIDEWAYS = {("lora.layer", "base.quantize")}
 """The one step between folders of a floor: the layer is where both meet."""
 
 BITSANDBYTES = {"base.quantize", "training.optimizer"}
-LIGHT = ("config", "errors", "files", "streams", *(f"commands.{name}" for name in COMMANDS))
+LIGHT = ("config", "options", "errors", "files", "streams")
+LIGHT = (*LIGHT, *(f"commands.{name}" for name in COMMANDS))
 LIGHT = (*LIGHT, "commands.entry", "commands.arguments", "commands.adapters")
 LIGHT = (*LIGHT, "commands.config_file", "commands.names")
 """Modules whose top imports the standard library, yaml and each other only."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qlora_kit.commands.config_file import read_config
-from qlora_kit.commands.names import closest, fields_of, spellings_of
+from qlora_kit.commands.names import closest, fields_of, spellings_of, version_line
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
@@ -24,17 +25,21 @@ from qlora_kit.config import (
     ExportConfig,
     GenerateConfig,
     LoRAConfig,
-    OneOf,
-    Options,
     OutputConfig,
     PlanConfig,
     ShowConfig,
     TrainingConfig,
+)
+from qlora_kit.errors import ConfigError, excerpt, redacted
+from qlora_kit.options import (
+    FALSE,
+    TRUE,
+    OneOf,
+    Options,
     alternatives,
     flag_of,
     types_of,
 )
-from qlora_kit.errors import ConfigError, excerpt, redacted
 
 GROUP_TITLES = {
     BaseConfig: "model",
@@ -82,6 +87,8 @@ def parse(
     tokens = _with_known_names(argv, spelling, fields, parser)
     arguments = vars(parser.parse_args(tokens))
     config_file, debug = arguments.pop("config", None), arguments.pop("debug", False)
+    if config_file is not None:
+        config_file = os.path.expanduser(config_file)
     stored = read_config(config_file, [*groups, *beside]) if config_file else {}
     values = {**stored, **arguments}
     made, given, problems = {}, {}, []
@@ -145,6 +152,7 @@ def _parser(command: str, summary: str, groups: Sequence[type[Options]]) -> _Par
     general = parser.add_argument_group("general")
     general.add_argument("--config", metavar="FILE", help="YAML file with the same names")
     general.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    general.add_argument("--version", action="store_true", help="show the version")
     return parser
 
 
@@ -198,6 +206,9 @@ def _with_known_names(
         token = rest.pop(0)
         if token in ("-h", "--help"):
             return ["--help"]
+        if token == "--version":
+            print(version_line())
+            raise SystemExit(0)
         if not token.startswith("--") or token == "--":
             parser.error(f"unexpected argument {excerpt(token)!r}")
         flag, equals, value = token[2:].partition("=")
@@ -212,10 +223,18 @@ def _with_known_names(
                 rest.pop(0)
             continue
         name = ("no_" if flag not in spelling else "") + known
-        if switch and equals:
-            parser.error(f"--{flag} takes no value, got {excerpt(value)!r}")
         if switch:
-            tokens.append(f"--{name}")
+            negated = flag not in spelling
+            if not equals and not negated and rest and rest[0].lower() in (*TRUE, *FALSE):
+                equals, value = "=", rest.pop(0)
+            if equals and negated:
+                parser.error(f"--{flag} takes no value, got {excerpt(value)!r}")
+            if equals and value.lower() not in (*TRUE, *FALSE):
+                parser.error(f"--{flag} must be true or false, got {excerpt(value)!r}")
+            if value.lower() in FALSE:
+                name = f"no_{name}"
+            if name != "no_debug":
+                tokens.append(f"--{name}")
         elif equals or (rest and not _is_flag(rest[0], spelling)):
             tokens.append(f"--{name}={value if equals else rest.pop(0)}")
         else:

@@ -1,12 +1,15 @@
 """A config file to the values of options.
 
-The file is YAML (or JSON, which is YAML) of one level: names and values, or lists of names. Its
-nodes are looked at before anything is made of them, so that every problem has its line, no tag
-makes an object, and a few lines that stand for a huge value stay a few lines.
+The file is YAML (or JSON, which is YAML) of one level: names and values, or lists of names. Of a
+value its source text is taken, and the option says what it is: `042` is 42 where a number belongs
+and a name where a name does, and so are `1.10`, `off` and a date. Its nodes are looked at before
+anything is made of them, so that every problem has its line, no tag makes an object, and a few
+lines that stand for a huge value stay a few lines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
@@ -16,13 +19,23 @@ from typing import Any
 import yaml
 
 from qlora_kit.commands.names import closest, fields_of, spellings_of
-from qlora_kit.config import Options
 from qlora_kit.errors import ConfigError, UnsafeInputError, excerpt
+from qlora_kit.options import Options, convert, types_of
 
-CONFIG_LIMIT = 1024**2
-"""Bytes of a config file; an option's line has some fifty."""
+CONFIG_LIMIT = 128 * 1024
+"""Bytes of a config file, which take up to two seconds; an option's line has some fifty."""
 YAML_TAG = "tag:yaml.org,2002:"
+NULL = f"{YAML_TAG}null"
 PLAIN_TAGS = {"null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp"}
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes every plain value but null for text: what it is, the option knows."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == NULL]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
@@ -30,16 +43,17 @@ def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
 
     Errors: `ConfigError` with the file and the line, `UnsafeInputError` for a tag.
     """
-    spelling = spellings_of(fields_of(groups))
+    fields = fields_of(groups)
+    spelling = spellings_of(fields)
     text = _config_text(path)
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     problems = []
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         loader.name = path
         root = loader.get_single_node()
-        if root is None or root.tag == f"{YAML_TAG}null":
+        if root is None or root.tag == NULL:
             return {}
         _refuse_tags(root, path)
         if not isinstance(root, yaml.MappingNode):
@@ -59,8 +73,12 @@ def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
                 problems.append(f"{path}:{line}: {word} is not a value or a list of names")
             else:
                 lines[name] = line
-                value = loader.construct_object(node, deep=True)
+                group, field = fields[name]
+                value = _value_of(node)
                 if value is not None:
+                    # What is of no such type is refused with its range where the option is made.
+                    with contextlib.suppress(ValueError):
+                        value = convert(value, types_of(group)[field.name])
                     values[name] = value
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -122,3 +140,10 @@ def _is_plain(node: yaml.Node) -> bool:
     if isinstance(node, yaml.SequenceNode):
         return all(isinstance(item, yaml.ScalarNode) for item in node.value)
     return isinstance(node, yaml.ScalarNode)
+
+
+def _value_of(node: yaml.Node) -> str | list[str | None] | None:
+    """The text of a value, or of each value of a list; None for null."""
+    if isinstance(node, yaml.SequenceNode):
+        return [None if item.tag == NULL else item.value for item in node.value]
+    return None if node.tag == NULL else str(node.value)

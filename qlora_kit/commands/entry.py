@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from qlora_kit.commands.names import version_line
 from qlora_kit.errors import ConfigError, excerpt, reports_errors
 
 COMMANDS = {
@@ -17,7 +18,7 @@ COMMANDS = {
     "show_data": "show, in colour, which tokens are trained on",
     "evaluate": "loss, perplexity and exact match of a base, an adapter or an export",
 }
-USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...]"
+USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...] | --version"
 
 
 @reports_errors
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     name = given[0].replace("-", "_") if given else ""
     known = {command.replace("_", "-"): what for command, what in COMMANDS.items()}
+    if name in ("__version", "version"):
+        print(version_line())
+        return 0
     if name in ("__help", "_h", "help"):
         print(USAGE, "", *(f"  {one:<10} {what}" for one, what in known.items()), sep="\n")
         return 0

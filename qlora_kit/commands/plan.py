@@ -15,9 +15,9 @@ from qlora_kit.config import (
     OutputConfig,
     PlanConfig,
     TrainingConfig,
-    size_bytes,
 )
 from qlora_kit.errors import ConfigError, reports_errors
+from qlora_kit.options import size_bytes
 
 if TYPE_CHECKING:
     from qlora_kit.memory.plan import MemoryPlan, Planner

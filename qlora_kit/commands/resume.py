@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.base.source import fingerprint
-from qlora_kit.config import RunConfig, flag_of, types_of
+from qlora_kit.config import RunConfig
 from qlora_kit.errors import CheckpointError, ConfigError
+from qlora_kit.options import flag_of, types_of
 from qlora_kit.training.checkpoint import (
     Checkpoint,
     digest,

@@ -21,7 +21,7 @@ from qlora_kit.base.load import OpenBase, read_weights
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.commands.result import Memory, Progress, result_record
 from qlora_kit.commands.trial import try_largest
-from qlora_kit.config import RunConfig, dump
+from qlora_kit.config import RunConfig
 from qlora_kit.data.batch import Batch, eval_batches, padding_id, step_rows, steps
 from qlora_kit.data.order import Packs
 from qlora_kit.data.prompt import EncodedRows, prompt_ids
@@ -35,6 +35,7 @@ from qlora_kit.lora.inject import inject_lora, train_loaded
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.memory.meter import Meter
 from qlora_kit.memory.plan import MemoryPlan
+from qlora_kit.options import dump
 from qlora_kit.training.checkpoint import (
     Checkpoint,
     drop_after,

@@ -15,7 +15,8 @@ from families import tree_hash
 from trained import trained_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig, dump
+from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig
+from qlora_kit.options import dump
 
 Run = Callable[..., Any]
 

@@ -13,7 +13,8 @@ import pytest
 
 from qlora_kit.commands.arguments import parse
 from qlora_kit.commands.finetune import GROUPS
-from qlora_kit.config import BaseConfig, DataConfig, LoRAConfig, TrainingConfig, size_bytes
+from qlora_kit.config import BaseConfig, DataConfig, LoRAConfig, TrainingConfig
+from qlora_kit.options import size_bytes
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 SHAPES = {

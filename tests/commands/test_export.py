@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from trained import save_trained, write_rows
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig, dump
+from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig
+from qlora_kit.options import dump
 
 Run = Callable[..., Any]
 

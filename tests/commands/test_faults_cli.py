@@ -148,9 +148,10 @@ BAD_VALUES = {
     "or off), not with bits 8",
     "--no_double_quant --bits 16": "double_quant False goes with bits 4",
     "--quant_type nf4 --bits 8": "quant_type nf4 goes with bits 4",
-    "--max_length 0": "max_length must be at least 2, got 0",
-    "--batch_size 0": "per_device_train_batch_size must be at least 1, got 0",
-    "--gradient_accumulation_steps 0": "gradient_accumulation_steps must be at least 1, got 0",
+    "--max_length 0": "max_length must be at least 2 and at most 10000000, got 0",
+    "--batch_size 0": "per_device_train_batch_size must be at least 1 and at most 65536, got 0",
+    "--gradient_accumulation_steps 0": "gradient_accumulation_steps must be at least 1 and at "
+    "most 65536, got 0",
     "--num_train_epochs 0 --max_steps 0": "num_train_epochs 0 with max_steps 0 leaves no step",
     "--device gpu": "device must be auto, cpu, cuda or cuda:N, got gpu",
     "--optim sgd": "optim must be auto, adamw,",
@@ -308,7 +309,10 @@ def test_a16_a_bad_config_file(refused: Callable[..., str], home: Path, text: st
 def test_an_adapter_that_training_made_not_finite_is_no_broken_file(
     refused: Callable[..., str], home: Path
 ) -> None:
-    more = ("--weight_decay", "1e300", "--max_steps", "1", "--eval_fraction", "0")
+    # One step of this decay makes every value of A a million times as large: no fp16 number.
+    more = ("--weight_decay", "1e3", "--learning_rate", "1e3", "--adapter_dtype", "fp16")
+    more += ("--lr_scheduler_type", "constant", "--warmup_steps", "0")
+    more += ("--max_steps", "1", "--eval_fraction", "0")
     words = ("values that are not finite; train it again", "--learning_rate or weight decay")
     refused(NumericError, *FINETUNE, *more, words=words, seconds=SHAPES)
 

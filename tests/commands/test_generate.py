@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from trained import trained_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_kit.config import BaseConfig, RunConfig, dump
+from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.lora.adapter import trained_on
+from qlora_kit.options import dump
 
 Run = Callable[..., Any]
 

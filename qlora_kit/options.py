@@ -1,0 +1,344 @@
+"""How an option is declared, read, checked and spelt: written once, used by every command.
+
+A field made by `option` carries its default, its help, its check, its flag and its other
+spellings. The command line, a YAML file, `--help`, the saved `config.yaml` and the constructors'
+checks are all read off these fields. Values come as text, as Python's values, or as lists of text;
+`convert` makes the field's type of them, and a constructor reports everything that is wrong at
+once.
+
+Left out: the options themselves (`config.py`), and reading flags and files (`commands/`). Imports
+the standard library and yaml only, so that `--help` and a misspelt flag answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from qlora_kit.errors import ConfigError, excerpt
+
+Check = Callable[[Any], str | None]
+"""Gives None for a good value, else what is allowed: `at least 1`."""
+
+SIZE_UNITS: dict[str, int] = {"": 1, "B": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for kind, base in (("iB", 1024), ("B", 1000))
+}
+SMALLEST_SIZE, LARGEST_SIZE = 2**20, 2**50
+LONGEST_NAME = 4096
+"""Characters of a name or a path: the system takes no longer one."""
+TRUE, FALSE = ("true", "on", "yes"), ("false", "off", "no")
+"""How a switch is spelt where it has a value; YAML reads all of them so."""
+NUMBERS = ("a number", "a whole number")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    aliases: Sequence[str] = (),
+    check: Check | None = None,
+    path: bool = False,
+    reads: Callable[[Any], Any] | None = None,
+    metavar: str | None = None,
+    shown_default: str | None = None,
+) -> Any:
+    """A dataclass field that is also a flag and a key of the config file.
+
+    `flag` is the name outside Python where it differs from the field's; `shown_default` is what
+    `--help` says where the default is worked out later. The value of a `path` may start with `~`.
+    `reads` is called with what was given, and gives what it means where another tool spells it so.
+    """
+    details = {
+        "help": help,
+        "flag": flag,
+        "aliases": tuple(aliases),
+        "check": check,
+        "path": path,
+        "reads": reads,
+        "metavar": metavar,
+        "shown_default": shown_default,
+    }
+    return dataclasses.field(default=default, metadata={"option": details})
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A check for a closed list of values; `--help` lists them."""
+
+    allowed: tuple[object, ...]
+
+    def __call__(self, value: Any) -> str | None:
+        """As every check: None, or what is allowed."""
+        return None if value in self.allowed else str(self)
+
+    def __str__(self) -> str:
+        *others, last = map(str, self.allowed)
+        return f"{', '.join(others)} or {last}" if others else last
+
+
+def one_of(*allowed: object) -> OneOf:
+    """A check for a closed list of values."""
+    return OneOf(allowed)
+
+
+def between(
+    low: float, high: float, *, open_low: bool = False, open_high: bool = False, tiny: float = 0
+) -> Check:
+    """A check for a number in a range; an open end is not part of it.
+
+    Every number has a largest value: beyond it lie loops that do not end and sizes that fit
+    nowhere. What is closer to 0 than `tiny`, and not 0, has no effect in the arithmetic it enters.
+    """
+    allowed = f"{'above' if open_low else 'at least'} {_plain(low)}"
+    allowed += f" and {'below' if open_high else 'at most'} {_plain(high)}"
+
+    def check(value: float) -> str | None:
+        if 0 < abs(value) < tiny:
+            zero = "" if open_low else "0, or "
+            return f"{zero}at least {_plain(tiny)} and at most {_plain(high)}"
+        good = (low < value if open_low else low <= value) and (
+            value < high if open_high else value <= high
+        )
+        return None if good else allowed
+
+    return check
+
+
+def a_name(what: str = "a name or a path") -> Check:
+    """A check for a text that names something: not blank, and no longer than a path may be."""
+
+    def check(value: str) -> str | None:
+        if len(value) > LONGEST_NAME:
+            return f"{what} of at most {LONGEST_NAME} characters"
+        return None if value.strip() else what
+
+    return check
+
+
+def also(meanings: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """A reading of single values: `{"false": "none"}` takes false, in any case, for none."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, (bool, int, str)):
+            # A whole number may have more digits than Python turns into text.
+            key = str(value).strip().lower() if not _is_long(value) else ""
+            return meanings.get(key, value)
+        return value
+
+    return read
+
+
+def joined(value: Any) -> Any:
+    """A reading of a list of names as the text that has commas between them; of none, as `none`."""
+    if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+        return ",".join(value) or "none"
+    return value
+
+
+def size_bytes(text: str) -> int:
+    """Bytes of a size: `8GiB`, `8 GB`, `500MiB`, `1.5GiB` or plain bytes. Errors: `ValueError`.
+
+    Less than 1 MiB is refused: who writes 8 means GB.
+    """
+    units = {unit.lower(): factor for unit, factor in SIZE_UNITS.items()}
+    found = re.fullmatch(r"([0-9]{1,16}(?:\.[0-9]{1,9})?)\s*([a-z]*)", text.strip().lower())
+    size = round(float(found[1]) * units.get(found[2], 0)) if found else 0
+    if not SMALLEST_SIZE <= size <= LARGEST_SIZE:
+        raise ValueError(
+            "a size of 1 MiB or more, and 1024 TiB at most, as 8GiB, 8GB, 500MiB or a number of "
+            "bytes"
+        )
+    return size
+
+
+def a_size(value: str) -> str | None:
+    """A check for what `size_bytes` reads."""
+    try:
+        size_bytes(value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+class Options:
+    """Base of the option groups: types and checks are applied when one is made."""
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if not problems:
+            problems = list(self._conflicts())
+        if problems:
+            raise ConfigError("; ".join(problems), "correct the values named above (see --help)")
+
+    def _problems(self) -> typing.Iterator[str]:
+        annotations = types_of(type(self))
+        for field in dataclasses.fields(typing.cast(Any, self)):
+            details, annotation = field.metadata["option"], annotations[field.name]
+            value = getattr(self, field.name)
+            if details["reads"] is not None:
+                value = details["reads"](value)
+            allowed = None
+            if value is not None or not _allows_none(annotation):
+                value, allowed = _checked(value, annotation, details)
+            if allowed is not None:
+                yield f"{flag_of(field)} must be {allowed}, got {_shown(value)}"
+                continue
+            object.__setattr__(self, field.name, value)
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        """Combinations that cannot work; looked at once every value is good by itself."""
+        return iter(())
+
+
+def _checked(value: Any, annotation: Any, details: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """A value as an option holds it, and None; or the value, and what is allowed instead."""
+    check: Check | None = details["check"]
+    try:
+        value = convert(value, annotation)
+        if details["path"] and isinstance(value, str):
+            value = _at_home(value)
+    except ValueError as error:
+        wanted = str(error)
+        if check is None or not wanted.startswith(("text", *NUMBERS)):
+            return value, wanted
+        # What is of another type is told what would be right, range included.
+        is_text = wanted.startswith("text")
+        allowed = check("" if is_text else math.nan)
+        if allowed is None or isinstance(check, OneOf):
+            return value, allowed or wanted
+        # "a name or a path", and what `wanted` says of its characters
+        return value, allowed + wanted[4:] if is_text else f"{wanted} ({allowed})"
+    return value, check(value) if check else None
+
+
+def _at_home(path: str) -> str:
+    """A path with its `~` or `~user` replaced. Errors: `ValueError` where no home is known."""
+    if not path.startswith("~"):
+        return path
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise ValueError("a path, and the home of ~user that of a known one (./~ is a file here)")
+    return whole
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The name of an option outside Python."""
+    return str(field.metadata["option"]["flag"] or field.name)
+
+
+def as_flat(group: Options) -> dict[str, Any]:
+    """`{option name: value}` of one group; what has no value is left out."""
+    flat = {}
+    for field in dataclasses.fields(typing.cast(Any, group)):
+        value = getattr(group, field.name)
+        if value is not None:
+            flat[flag_of(field)] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def convert(value: Any, annotation: Any) -> Any:
+    """`value` as the annotated type; `ValueError` with what is allowed where it is none."""
+    kinds = [kind for kind in alternatives(annotation) if kind is not type(None)]
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        if isinstance(value, (list, tuple)):
+            if all(isinstance(item, str) for item in value):
+                return tuple(map(_as_text, value))
+            raise ValueError("a list of names")
+        if str not in kinds:
+            raise ValueError("a list of names")
+    kind = kinds[0]
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.strip().lower() in (*TRUE, *FALSE):
+            return value.strip().lower() in TRUE
+        raise ValueError("true or false")
+    if kind is int:
+        # A leading zero is no octal, and 1_000 is 1000; what is far too long for any range is cut.
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", value.strip()):
+            return int(value.strip()[:1000])
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        raise ValueError("a whole number")
+    if kind is float:
+        # YAML 1.1 reads 2e-4 as text, and Python takes the digits of every script for ours.
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number or (isinstance(value, str) and value.isascii()):
+            try:
+                return float(value)
+            except OverflowError:
+                return math.inf
+            except ValueError:
+                pass
+        raise ValueError("a number")
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return _as_text(value)
+    raise ValueError("text")
+
+
+def _as_text(value: str | float) -> str:
+    """A text that can be written, sent and handed to the system. Errors: `ValueError`."""
+    if _is_long(value):
+        raise ValueError("text")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("text in UTF-8") from None
+    if "\0" in text:
+        raise ValueError("text without NUL characters")
+    return text
+
+
+def _is_long(value: Any) -> bool:
+    """Whether a whole number has more digits than Python makes text of."""
+    return isinstance(value, int) and value.bit_length() > 10_000
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """The text of a config file that `--config` accepts."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types that a field may have: `int | None` gives (int, NoneType)."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def types_of(group: type) -> dict[str, Any]:
+    """The resolved annotation of every field."""
+    return typing.get_type_hints(group)
+
+
+def _allows_none(annotation: Any) -> bool:
+    return type(None) in alternatives(annotation)
+
+
+def _shown(value: Any) -> str:
+    """`value` for an error; a container of a file may be of any size, so only its kind is said."""
+    if isinstance(value, (list, tuple, dict, set)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if _is_long(value):
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return excerpt(str(value)) if value != "" else "nothing"
+
+
+def _plain(number: float) -> str:
+    """A bound as one writes it."""
+    return str(number) if isinstance(number, int) else f"{number:g}"

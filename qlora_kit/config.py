@@ -42,6 +42,7 @@ OPTIMIZERS = (
 )
 SCHEDULES = ("cosine", "linear", "constant")
 DATA_FORMATS = ("auto", "text", "prompt", "instruction", "messages")
+LONG_ROWS = ("truncate", "drop", "error")
 RECOMPUTE_LEVELS = ("none", "selective", "full")
 DEFAULT_EVAL_FRACTION = 0.05
 DEFAULT_LENGTH = 1024
@@ -174,6 +175,16 @@ class DataConfig(Options):
         shown_default="the model's own",
     )
     train_on_prompt: bool = option(False, "supervise the prompt as well")
+    literal_control_tokens: bool = option(
+        False,
+        "control tokens spelled in rows of text, prompt and completion are characters, not tokens",
+    )
+    long_rows: str = option(
+        "truncate",
+        "rows of more than --max_length tokens: truncate (a prompt loses its beginning, a chat its "
+        "last turns, a text becomes several rows), drop, or error",
+        check=one_of(*LONG_ROWS),
+    )
     max_length: int | None = option(
         None,
         "tokens per row",

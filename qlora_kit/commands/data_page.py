@@ -85,8 +85,10 @@ def _left_out(report: Report) -> str:
         for part in parts
         for where, cut in part.truncated_rows
     ]
+    notes = "".join(f"<li>{escape(note)}</li>" for part in parts for note in part.notes)
+    notes = f"<ul>{notes}</ul>" if notes else ""
     if not lines:
-        return ""
+        return f"<h2>Notes</h2>{notes}\n" if notes else ""
     listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
     table = (
         f"<table><tr><th>reason</th><th>rows</th><th>of</th></tr>{reasons}</table>"
@@ -94,8 +96,8 @@ def _left_out(report: Report) -> str:
         else ""
     )
     return (
-        f"<h2>Skipped and truncated</h2>{table}<details><summary>the first {len(lines)} of them"
-        f"</summary><ul>{listed}</ul></details>\n"
+        f"<h2>Notes</h2>{notes}<h2>Skipped and truncated</h2>{table}"
+        f"<details><summary>the first {len(lines)} of them</summary><ul>{listed}</ul></details>\n"
     )
 
 
@@ -113,7 +115,7 @@ def _padding(report: Report) -> str:
 
 
 def _lengths(report: Report) -> str:
-    most = max(count for _, _, count in report.bins)
+    most = max((count for _, _, count in report.bins), default=0)
     bars = "".join(
         f'<span>{first:,}-{last:,}</span><i style="width:{100 * count / most:.2f}%;'
         f'min-width:{min(count, 1)}px"></i>'

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.config import DataConfig, ShowConfig
 from qlora_kit.data.batch import lengths_of, padding_note, padding_share
 from qlora_kit.data.cache import cache_directory
 from qlora_kit.data.order import epoch_order, grouped_order, make_packs
+from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.prompt import EncodedRows, encode, encode_rows, shared_rows
 from qlora_kit.data.read import Row, Rows
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
+from qlora_kit.errors import DataError
 
 BINS = 20
 """Bars of the histogram of lengths."""
@@ -44,6 +47,7 @@ class ShownRow:
     skipped: str | None
     tokens: int
     trained_tokens: int
+    control_tokens: int
     pieces: tuple[Piece, ...]
 
 
@@ -57,7 +61,18 @@ class Part:
     supervised_tokens: int
     truncated: int
     cut_tokens: int
+    cut: tuple[tuple[str, int, int], ...]
+    """what truncation took away, from how many rows, how many tokens"""
     duplicates: int
+    unused: dict[str, int]
+    """fields that nothing reads, and how many rows have them"""
+    control_tokens: int
+    """spelled in texts and read as tokens"""
+    doubled: int
+    """starts and ends that rows spell and that are written once"""
+    unknown_share: float
+    """of the tokens, those that stand for what the tokenizer does not know"""
+    notes: tuple[str, ...]
     skipped: dict[str, int]
     skipped_rows: tuple[tuple[str, str], ...]
     truncated_rows: tuple[tuple[str, int], ...]
@@ -65,7 +80,7 @@ class Part:
     @property
     def supervised_share(self) -> float:
         """Of the tokens, those that are trained on."""
-        return self.supervised_tokens / self.tokens
+        return self.supervised_tokens / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -88,10 +103,13 @@ class Report:
     bins: tuple[tuple[int, int, int], ...]
     """first length, last length and rows of each bar of the histogram"""
     rows: tuple[ShownRow, ...]
+    refusal: DataError | None
+    """why a run would refuse these rows"""
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
-        flat = asdict(self)
+        flat = asdict(replace(self, refusal=None))
+        flat["refusal"] = None if self.refusal is None else str(self.refusal)
         for name, part in (("train", self.train), ("held_out", self.held_out)):
             if part is not None:
                 flat[name]["supervised_share"] = part.supervised_share
@@ -107,11 +125,11 @@ def report_of(
     tokenizer: Any,
 ) -> Report:
     """Encode the rows of a data set as a run would. Errors: those of encoding."""
-    cache, whole = cache_directory(config.token_cache), config.train_on_prompt
-    encoded = encode_rows(rows.train, tokenizer, max_length, whole, cache)
+    cache, rules = cache_directory(config.token_cache), EncodeRules.of(config)
+    encoded = encode_rows(rows.train, tokenizer, max_length, rules, cache, refuse=False)
     held_out = None
     if rows.evaluation:
-        held_out = encode_rows(rows.evaluation, tokenizer, max_length, whole, cache)
+        held_out = encode_rows(rows.evaluation, tokenizer, max_length, rules, cache, refuse=False)
     lengths, batch = lengths_of(encoded.rows), options.batch_size
     packs = make_packs(lengths, max_length, options.seed)
     filled = [int(lengths[packs[i]].sum()) for i in epoch_order(len(packs), options.seed, 0)]
@@ -123,7 +141,7 @@ def report_of(
     shown = [
         one
         for row in itertools.islice(rows.train, options.rows)
-        for one in _shown(row, encode(row, tokenizer, max_length, whole), tokenizer)
+        for one in _shown(row, encode(row, tokenizer, max_length, rules), tokenizer)
     ]
     return Report(
         model=model,
@@ -131,8 +149,10 @@ def report_of(
         max_length=max_length,
         chat_template=tokenizer.chat_template if rows.format == "messages" else None,
         batch_size=batch,
-        train=_part(encoded, rows.train_source),
-        held_out=None if held_out is None else _part(held_out, rows.eval_source),
+        train=_part(encoded, rows.train_source, notes_of(encoded)),
+        held_out=None
+        if held_out is None
+        else _part(held_out, rows.eval_source, notes_of(held_out, held_out=True)),
         held_out_source=rows.eval_source,
         shared=0 if held_out is None else shared_rows(held_out, encoded),
         padding={name: padding_share(order, batch) for name, order in orders.items()},
@@ -140,10 +160,11 @@ def report_of(
         padding_note=padding_note(tokenizer),
         bins=_bins(lengths.tolist()),
         rows=tuple(shown[: options.rows]),
+        refusal=encoded.refusal or (held_out.refusal if held_out else None),
     )
 
 
-def _part(encoded: EncodedRows, source: str) -> Part:
+def _part(encoded: EncodedRows, source: str, notes: Sequence[str]) -> Part:
     return Part(
         source=source,
         rows=len(encoded.rows),
@@ -151,7 +172,13 @@ def _part(encoded: EncodedRows, source: str) -> Part:
         supervised_tokens=encoded.supervised_tokens,
         truncated=encoded.truncated,
         cut_tokens=encoded.cut_tokens,
+        cut=encoded.cut,
         duplicates=encoded.duplicates,
+        unused=dict(encoded.unused),
+        control_tokens=encoded.controls,
+        doubled=encoded.doubled,
+        unknown_share=encoded.unknown_tokens / max(1, encoded.tokens),
+        notes=tuple(notes),
         skipped=encoded.skipped,
         skipped_rows=encoded.lost,
         truncated_rows=encoded.shortened,
@@ -160,6 +187,8 @@ def _part(encoded: EncodedRows, source: str) -> Part:
 
 def _bins(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
     """Rows by length, in at most `BINS` bars of equal width."""
+    if not lengths:
+        return ()
     low, high = min(lengths), max(lengths)
     width = -(-(high - low + 1) // BINS)
     counts = [0] * -(-(high - low + 1) // width)
@@ -172,7 +201,7 @@ def _bins(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
 
 def _shown(row: Row, outcome: list[Encoded] | Skipped, tokenizer: Any) -> list[ShownRow]:
     if isinstance(outcome, Skipped):
-        return [ShownRow(row.where, 1, 1, False, outcome.reason, 0, 0, (_text_of(row),))]
+        return [ShownRow(row.where, 1, 1, False, outcome.reason, 0, 0, 0, (_text_of(row),))]
     return [
         ShownRow(
             where=row.where,
@@ -182,9 +211,11 @@ def _shown(row: Row, outcome: list[Encoded] | Skipped, tokenizer: Any) -> list[S
             skipped=None,
             tokens=len(one.input_ids),
             trained_tokens=len(one.labels) - one.labels.count(IGNORE),
-            pieces=tuple(_pieces(one, tokenizer)),
+            control_tokens=sum(piece.tokens for piece in pieces if piece.special),
+            pieces=pieces,
         )
         for number, one in enumerate(outcome, 1)
+        for pieces in [tuple(_pieces(one, tokenizer))]
     ]
 
 

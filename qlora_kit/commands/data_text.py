@@ -67,7 +67,9 @@ def _print_row(terminal: Terminal, row: ShownRow, coloured: bool) -> None:
         terminal.print((f"skipped: {row.skipped}", "red"))
     else:
         cut = ", truncated" if row.truncated and row.parts == 1 else ""
-        terminal.print((f"{row.tokens} tokens, {row.trained_tokens} trained on{cut}", "dim"))
+        control = f", {row.control_tokens} control tokens" if row.control_tokens else ""
+        counts = f"{row.tokens} tokens, {row.trained_tokens} trained on{cut}{control}"
+        terminal.print((counts, "dim"))
     text = Text()
     for piece in row.pieces:
         content = plain(piece.text)
@@ -87,21 +89,19 @@ def _print_part(terminal: Terminal, part: Part) -> None:
         f"{part.rows:,} rows, {part.tokens:,} tokens, {part.supervised_tokens:,} trained on "
         f"({part.supervised_share:.1%})",
     )
-    for reason, count in part.skipped.items():
-        terminal.note(f"{count} rows skipped: {reason}", NOTE)
+    for note in part.notes:
+        terminal.note(note, NOTE)
     _list(terminal, [f"{where}: {reason}" for where, reason in part.skipped_rows])
-    if part.truncated:
-        terminal.note(f"{part.truncated} rows truncated, {part.cut_tokens:,} tokens lost", NOTE)
-        lost = [
-            f"{where}: {f'{cut} tokens lost' if cut else 'cut into several rows'}"
-            for where, cut in part.truncated_rows
-        ]
-        _list(terminal, lost)
-    if part.duplicates:
-        terminal.note(f"{part.duplicates} rows are the same as an earlier one", NOTE)
+    lost = [
+        f"{where}: {f'{cut} tokens lost' if cut else 'cut into several rows'}"
+        for where, cut in part.truncated_rows
+    ]
+    _list(terminal, lost)
 
 
 def _print_lengths(terminal: Terminal, report: Report) -> None:
+    if not report.bins:
+        return
     terminal.line("lengths", "tokens of a row, and how many rows have them")
     most = max(count for _, _, count in report.bins)
     width = len(str(report.bins[-1][1]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.commands.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -81,17 +82,12 @@ class Display:
             self._line("held out", "none: no evaluation")
         else:
             self._line("held out", f"{rows.eval_source}: {_counts(held_out)}")
-        for part in (encoded, held_out):
-            for reason, count in (part.skipped if part else {}).items():
-                self.note(f"{count} rows skipped: {reason}")
-            if part and part.truncated:
-                self.note(
-                    f"{part.truncated} rows cut at --max_length, {part.cut_tokens} tokens lost"
-                )
+        for note in notes_of(encoded):
+            self.note(note)
+        for note in notes_of(held_out, held_out=True) if held_out else ():
+            self.note(note)
         if packs is not None:
             self._line("packing", f"{len(encoded.rows)} rows in {len(packs)} packs")
-        if encoded.duplicates:
-            self.note(f"{encoded.duplicates} rows are the same as an earlier one")
         from qlora_kit.data.prompt import shared_rows
 
         shared = shared_rows(held_out, encoded) if held_out else 0

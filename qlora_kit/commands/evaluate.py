@@ -65,6 +65,7 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
     from qlora_kit.base.load import read_weights
     from qlora_kit.base.tensors import dtype_name
     from qlora_kit.data.batch import eval_batches, padding_id
+    from qlora_kit.data.outcome import EncodeRules
     from qlora_kit.data.prompt import encode_rows
     from qlora_kit.data.template import use_template
     from qlora_kit.lora.adapter import load_adapter
@@ -73,7 +74,8 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
     if "chat_template" in parsed.given[DataConfig] and data.chat_template is not None:
         use_template(base.tokenizer, data.chat_template)
-    encoded = encode_rows(rows, base.tokenizer, data.length_in(base.context), data.train_on_prompt)
+    length = data.length_in(base.context)
+    encoded = encode_rows(rows, base.tokenizer, length, EncodeRules.of(data))
     model = read_weights(base)
     if options.adapter is not None:
         load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
@@ -124,13 +126,17 @@ def _data(parsed: Parsed) -> tuple[DataConfig, int]:
 
 
 def _answers(
-    model: Any, tokenizer: Any, rows: Sequence[Row], options: EvaluateConfig, context: int
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    options: EvaluateConfig,
+    context: int,
 ) -> list[str]:
     """The greedy answer to each row's prompt; none for a prompt that fills the model's context."""
     from qlora_kit.data.prompt import prompt_ids
     from qlora_kit.generation import generate_text
 
-    prompts = [prompt_ids(row.content["prompt"], tokenizer) for row in rows]
+    prompts = [prompt_ids(row.content["prompt"], tokenizer, literal=row.literal) for row in rows]
     room = [min(options.max_new_tokens, context - len(prompt)) for prompt in prompts]
     # Prompts of like length share a batch, and only those that have the same room.
     order = sorted(range(len(rows)), key=lambda index: (room[index], len(prompts[index])))

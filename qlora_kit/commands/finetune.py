@@ -281,13 +281,14 @@ def _encode(
 ) -> tuple[EncodedRows, EncodedRows | None]:
     """The rows that are trained on and held out, as tokens. Errors: `DataError`, `ConfigError`."""
     from qlora_kit.data.cache import cache_directory
+    from qlora_kit.data.outcome import EncodeRules
     from qlora_kit.data.prompt import encode_rows
 
-    length, on_prompt = config.data.length_in(base.context), config.data.train_on_prompt
+    length, rules = config.data.length_in(base.context), EncodeRules.of(config.data)
     cache = cache_directory(config.data.token_cache)
-    encoded = encode_rows(rows.train, base.tokenizer, length, on_prompt, cache)
+    encoded = encode_rows(rows.train, base.tokenizer, length, rules, cache)
     if rows.evaluation:
-        return encoded, encode_rows(rows.evaluation, base.tokenizer, length, on_prompt, cache)
+        return encoded, encode_rows(rows.evaluation, base.tokenizer, length, rules, cache)
     if config.output.eval_steps:
         raise ConfigError(
             f"eval_steps {config.output.eval_steps} is given, and nothing is held out",

@@ -370,7 +370,10 @@ class Run:
 
     def _answers(self) -> list[str]:
         tokenizer = self._plan.base.tokenizer
-        prompts = [prompt_ids(row.content["prompt"], tokenizer) for row in self._questions]
+        prompts = [
+            prompt_ids(row.content["prompt"], tokenizer, literal=row.literal)
+            for row in self._questions
+        ]
         limit = _answer_tokens(self._plan.base.context)
         return generate_text(self.model, tokenizer, prompts, max_new_tokens=limit)
 
@@ -460,7 +463,7 @@ def _questions(plan: Plan) -> list[Row]:
         if len(found) == count:
             break
         if "completion" in row.content:
-            ids = prompt_ids(row.content["prompt"], plan.base.tokenizer)
+            ids = prompt_ids(row.content["prompt"], plan.base.tokenizer, literal=row.literal)
             if 0 < len(ids) <= room:
                 found.append(row)
     return found

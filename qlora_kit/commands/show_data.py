@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_report(report, terminal)
         if page is not None:
             terminal.print(f"page: {page}")
+    if report.refusal is not None:
+        # Shown all the same: this is what a run would say.
+        raise report.refusal
     return 0
 
 

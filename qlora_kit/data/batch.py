@@ -244,7 +244,7 @@ def padding_share(sequences: Sequence[int], batch_size: int) -> float:
         for first in range(0, len(sequences), batch_size)
         if (part := sequences[first : first + batch_size])
     )
-    return 1 - sum(sequences) / total
+    return 1 - sum(sequences) / total if total else 0.0
 
 
 def steps_per_epoch(num_rows: int, batch_size: int, accumulation: int) -> int:

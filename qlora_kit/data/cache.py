@@ -21,7 +21,6 @@ import shutil
 import tempfile
 import zlib
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from qlora_kit.data.outcome import EncodeRules, Outcome, Tally
 from qlora_kit.data.read import Row, Table
-from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
+from qlora_kit.data.tokens import IGNORE, Encoded
 from qlora_kit.files import new_directory
 
 if TYPE_CHECKING:
@@ -41,17 +41,11 @@ CHUNK = 1024**2
 CACHE_BYTES = 20 * 1024**3
 """Older entries of the default cache are removed beyond this."""
 
-LOST_SHOWN = 50
-"""Rows that are kept by name, of the skipped and of the truncated ones."""
-
 STRIDE = 512
 """Rows between two whose places in the file are kept in memory."""
 
 RELEASE_ROWS = 256
 """The map's pages are given back after so many rows, of which each touches 64 KiB or its length."""
-
-Outcome = tuple[Row, list[Encoded] | Skipped, int]
-"""A row, its encodings or why it is skipped, and how many of its tokens were cut."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +105,20 @@ class TokenRows(Sequence[Encoded]):
         return np.fromfile(self._digests, np.uint64)
 
 
-def cached(cache: Path | None, key: str | None, make: Callable[[], Iterable[Outcome]]) -> Stored:
-    """The rows stored under a key, or those that `make` gives, which are then stored there."""
+def cached(
+    cache: Path | None,
+    key: str | None,
+    make: Callable[[], Iterable[Outcome]],
+    unknown_id: int | None = None,
+) -> Stored:
+    """The rows stored under a key, or those that `make` gives, which are then stored there.
+
+    `unknown_id` is the token for what the tokenizer does not know; it is counted.
+    """
     if cache is None or key is None:
         temporary = tempfile.TemporaryDirectory(prefix="qlora-kit-tokens-")
         directory = Path(temporary.name)
-        facts = _write(directory, make())
+        facts = _write(directory, make(), unknown_id)
         return Stored(TokenRows(directory, temporary), facts)
     entry = cache / key
     found = _verified(entry)
@@ -125,9 +127,9 @@ def cached(cache: Path | None, key: str | None, make: Callable[[], Iterable[Outc
             cache.mkdir(parents=True, exist_ok=True)
         except OSError:
             # A home that cannot be written to is no reason not to train.
-            return cached(None, None, make)
+            return cached(None, None, make, unknown_id)
         with new_directory(entry) as aside:
-            found = _write(aside, make())
+            found = _write(aside, make(), unknown_id)
         _prune(cache, keep=entry)
     os.utime(entry)
     return Stored(TokenRows(entry), found)
@@ -150,7 +152,7 @@ def encoding_key(
     rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    train_on_prompt: bool,
+    rules: EncodeRules,
 ) -> str | None:
     """A hash of all that encoded rows depend on; None for rows that come from no file."""
     if not isinstance(rows, Table):
@@ -160,7 +162,7 @@ def encoding_key(
         rows.fingerprint,
         _tokenizer_text(tokenizer),
         str(tokenizer.chat_template),
-        f"{max_length} {train_on_prompt}",
+        f"{max_length} {rules}",
     ]
     digests = [hashlib.blake2b(part.encode(), digest_size=32).hexdigest() for part in parts]
     return hashlib.blake2b(json.dumps(digests).encode(), digest_size=20).hexdigest()
@@ -182,44 +184,15 @@ def _tokenizer_text(tokenizer: Any) -> str:
     return special + json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
-def _write(directory: Path, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+def _write(directory: Path, outcomes: Iterable[Outcome], unknown_id: int | None) -> dict[str, Any]:
     """Store the rows of `outcomes`; returns the facts about them."""
-    skipped: Counter[str] = Counter()
-    lost: list[tuple[str, str]] = []
-    shortened: list[tuple[str, int]] = []
-    source_rows = num_rows = truncated = cut_tokens = tokens = supervised = 0
+    tally = Tally(unknown_id)
     with _columns(directory) as add:
-        for row, outcome, cut in outcomes:
-            source_rows += 1
-            if isinstance(outcome, Skipped):
-                skipped[outcome.reason] += 1
-                if len(lost) < LOST_SHOWN:
-                    lost.append((row.where, outcome.reason))
-                continue
-            if any(encoded.truncated for encoded in outcome):
-                truncated += 1
-                cut_tokens += cut
-                if len(shortened) < LOST_SHOWN:
-                    shortened.append((row.where, cut))
-            for encoded in outcome:
-                stored = [
-                    token if label != IGNORE else ~token
-                    for token, label in zip(encoded.input_ids, encoded.labels, strict=True)
-                ]
-                num_rows += 1
-                tokens += len(stored)
-                supervised += len(stored) - encoded.labels.count(IGNORE)
+        for outcome in outcomes:
+            for stored in tally.stored(outcome):
                 add(stored)
     facts = {
-        "source_rows": source_rows,
-        "rows": num_rows,
-        "skipped": dict(skipped),
-        "lost": lost,
-        "truncated": truncated,
-        "shortened": shortened,
-        "cut_tokens": cut_tokens,
-        "tokens": tokens,
-        "supervised_tokens": supervised,
+        **tally.facts(),
         "duplicates": _duplicates(directory / "digests"),
         "checksums": {name: _checksum(directory / name) for name in FILES},
     }

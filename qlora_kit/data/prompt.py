@@ -4,6 +4,9 @@ Every sequence starts with what the tokenizer puts before a text (one BOS, or no
 the token itself where it is trained on, else -100; the first token has nothing before it that
 could predict it, so its label is always -100.
 
+Control tokens that rows of text, prompt and completion spell are read as tokens, for such rows were
+often written by a chat template; a start or an end that a row spells is not written again.
+
 - text: start + text + EOS, all of it trained on. A longer one becomes several rows, each with the
   start (or, where there is none, with the last token of the row before), so that every token is
   trained on once.
@@ -23,14 +26,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora_kit.data.cache import Outcome, TokenRows, cached, encoding_key
+from qlora_kit.data.cache import TokenRows, cached, encoding_key
 from qlora_kit.data.mask import LEFT_OUT, NO_TURN, Chat, chats, header_text
+from qlora_kit.data.outcome import DEFAULT_RULES, EncodeRules, Outcome
 from qlora_kit.data.read import Row
-from qlora_kit.data.tokens import IGNORE, Encoded, Skipped, Tokens
+from qlora_kit.data.tokens import IGNORE, PIECE, Encoded, Ids, Skipped, Tokens
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,12 +42,15 @@ if TYPE_CHECKING:
 
 TOO_LONG = "prompt longer than max_length"
 TOO_LONG_ANSWER = "completion longer than max_length"
+DROPPED = "longer than max_length"
 ONE_TOKEN = "a single token"
 CONTROL = "a control token that cannot be taken apart"
 INSIDE = "a turn begins or ends inside a token"
+LONGER = "raise --max_length (beyond the model's context with --allow_longer_context)"
 REMEDIES = {
-    TOO_LONG: "raise --max_length or shorten the prompts",
-    TOO_LONG_ANSWER: "raise --max_length or shorten the completions",
+    TOO_LONG: f"{LONGER} or shorten the prompts",
+    TOO_LONG_ANSWER: f"{LONGER} or shorten the completions",
+    DROPPED: f"{LONGER}, or give --long_rows truncate",
     NO_TURN: "give every conversation an assistant turn of weight 1",
     ONE_TOKEN: "give longer rows",
     CONTROL: "take the control tokens out of the messages' text",
@@ -51,6 +58,11 @@ REMEDIES = {
     LEFT_OUT: "use a template (--chat_template) that writes all of the rows' roles and fields",
 }
 """What to do about each reason for skipping a row."""
+
+CUT_PROMPT = "the beginning of the prompt"
+CUT_TURNS = "the last turns"
+CUT_TEXT = "nothing: the text is cut into several rows"
+"""What truncation takes from a row."""
 
 BATCH_ROWS, BATCH_CHARACTERS = 1000, 1024**2
 """Rows that are tokenized together; the fewer, the longer their texts."""
@@ -67,51 +79,79 @@ class EncodedRows:
     supervised_tokens: int
     cut_tokens: int = 0
     """tokens that truncation took away"""
+    cut: tuple[tuple[str, int, int], ...] = ()
+    """what truncation took away, from how many rows, how many tokens"""
     duplicates: int = 0
     """rows that are equal to an earlier one"""
+    unused: tuple[tuple[str, int], ...] = ()
+    """fields of rows that nothing reads, and how many rows have them"""
+    controls: int = 0
+    """control tokens that texts spell and that are read as such"""
+    doubled: int = 0
+    """starts and ends that rows spell themselves and that are written once"""
+    unknown_tokens: int = 0
+    """tokens that stand for what the tokenizer does not know"""
     lost: tuple[tuple[str, str], ...] = ()
     """`file:line` and reason of the first skipped rows"""
     shortened: tuple[tuple[str, int], ...] = ()
     """`file:line` of the first truncated rows, and how many tokens each lost; 0: cut in rows"""
+    refusal: DataError | None = None
+    """why these rows cannot be trained on, where they were encoded to be shown only"""
 
 
 def encode_rows(
     rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    train_on_prompt: bool = False,
+    rules: EncodeRules = DEFAULT_RULES,
     cache: Path | None = None,
+    refuse: bool = True,
 ) -> EncodedRows:
     """Every row encoded, in order; `DataError` where more than half of them are lost.
 
     The tokens are kept on disk: in `cache`, where the same rows, tokenizer and settings find them
-    again, or else in a file that goes with the result.
+    again, or else in a file that goes with the result. Without `refuse` a loss of rows is no error.
     """
     tokens = Tokens(tokenizer)
-    key = encoding_key(rows, tokenizer, max_length, train_on_prompt) if cache else None
-    kept = cached(cache, key, lambda: _outcomes(rows, tokens, max_length, train_on_prompt))
+    key = encoding_key(rows, tokenizer, max_length, rules) if cache else None
+    make = lambda: _outcomes(rows, tokens, max_length, rules)  # noqa: E731
+    kept = cached(cache, key, make, tokens.unknown)
     facts = kept.facts
     if not facts["source_rows"]:
         raise DataError("there are no rows to encode", "give at least one row")
-    skipped = Counter(facts["skipped"])
-    num_lost = sum(skipped.values())
-    if not len(kept.rows) or num_lost > facts["source_rows"] / 2:
-        counts = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
-        raise DataError(
-            f"{facts['lost'][0][0]}: {num_lost} of {facts['source_rows']} rows, from here on, "
-            f"cannot be trained on ({counts}; max_length {max_length})",
-            REMEDIES[skipped.most_common(1)[0][0]],
-        )
-    return EncodedRows(
+    names = ("skipped", "truncated", "tokens", "supervised_tokens", "cut_tokens", "duplicates")
+    encoded = EncodedRows(
         rows=kept.rows,
-        skipped=dict(skipped),
-        truncated=facts["truncated"],
-        tokens=facts["tokens"],
-        supervised_tokens=facts["supervised_tokens"],
-        cut_tokens=facts["cut_tokens"],
-        duplicates=facts["duplicates"],
+        **{name: facts[name] for name in (*names, "controls", "doubled", "unknown_tokens")},
+        cut=tuple((what, *counts) for what, counts in facts["cut"].items()),
+        unused=tuple(facts["unused"].items()),
         lost=tuple((where, reason) for where, reason in facts["lost"]),
         shortened=tuple((where, cut) for where, cut in facts["shortened"]),
+        refusal=_refusal(facts, max_length),
+    )
+    if refuse and encoded.refusal is not None:
+        raise encoded.refusal
+    return encoded
+
+
+def _refusal(facts: dict[str, Any], max_length: int) -> DataError | None:
+    """Why rows of which so many are lost are not trained on."""
+    skipped, source_rows = Counter(facts["skipped"]), facts["source_rows"]
+    num_lost = skipped.total()
+    # Who asks for long rows to be dropped knows that they are.
+    unasked = num_lost - skipped[DROPPED]
+    if facts["rows"] and unasked <= source_rows / 2:
+        return None
+    ((reason, _),) = skipped.most_common(1)
+    counts = ", ".join(f"{why}: {count}" for why, count in skipped.most_common())
+    remedy = REMEDIES[reason]
+    whole = source_rows - num_lost - facts["truncated"]
+    if reason in (TOO_LONG, TOO_LONG_ANSWER) and whole:
+        remedy = f"{remedy}, or train on the others with --long_rows drop"
+    return DataError(
+        f"{facts['lost'][0][0]}: {num_lost} of {source_rows} rows, from here on, cannot be trained "
+        f"on ({counts}; max_length {max_length})",
+        remedy,
     )
 
 
@@ -123,22 +163,31 @@ def shared_rows(one: EncodedRows, other: EncodedRows) -> int:
 
 
 def encode(
-    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int, train_on_prompt: bool = False
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    rules: EncodeRules = DEFAULT_RULES,
 ) -> list[Encoded] | Skipped:
     """One row as ids and labels of at most `max_length` tokens, at least one of them trained on.
 
     Most rows give one; a long text and a chat whose template rewrites earlier turns give several.
     `TokenizerError` where the tokenizer cannot say where a row or a turn ends.
     """
-    ((_, outcome, _),) = _outcomes([row], Tokens(tokenizer), max_length, train_on_prompt)
-    return outcome
+    (outcome,) = _outcomes([row], Tokens(tokenizer), max_length, rules)
+    return list(outcome.encodings) if outcome.skipped is None else Skipped(outcome.skipped)
 
 
-def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> list[int]:
-    """The ids that training puts before a completion, or before the answer to a first message."""
+def prompt_ids(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool = False, literal: bool = False
+) -> list[int]:
+    """The ids that training puts before a completion, or before the answer to a first message.
+
+    `literal` as in `Tokens.read_many`; a chat's message is always literal.
+    """
     tokens = Tokens(tokenizer)
     if not chat:
-        return [*tokens.start, *tokens.plain(prompt)]
+        (ids,) = tokens.read_many([prompt], literal)
+        return [*tokens.start, *tokens.without_start(ids)[0]]
     encoded = tokens.chat(*header_text(prompt, tokens))
     if encoded is None:
         raise DataError(f"prompt: {CONTROL}", "leave the control token out")
@@ -146,29 +195,22 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool = Fal
 
 
 def _outcomes(
-    rows: Iterable[Row], tokens: Tokens, max_length: int, train_on_prompt: bool
+    rows: Iterable[Row], tokens: Tokens, max_length: int, rules: EncodeRules
 ) -> Iterator[Outcome]:
-    """`(row, its encodings or why it is skipped, tokens cut)` of each row, in order."""
+    """What becomes of each row, in order."""
     for batch in _batches(rows):
-        # Texts are tokenized many at a time; rows of chats need the places of their tokens.
-        texts = [
-            text
-            for row in batch
-            for text in (row.content.get("prompt"), row.content.get("completion"))
-            if text is not None
-        ] + [row.content["text"] for row in batch if "text" in row.content]
-        ids = dict(zip(texts, tokens.plain_many(texts), strict=True))
+        ids = _texts(batch, tokens, max_length)
         for row in batch:
-            content = row.content
-            if "messages" in content:
-                yield row, *_messages(row, tokens, max_length, train_on_prompt)
-            elif "text" in content:
-                end = [] if content.get("goes_on") else [tokens.eos]
-                yield row, _text([*ids[content["text"]], *end], tokens.start, max_length), 0
+            if "messages" in row.content:
+                yield _messages(row, tokens, max_length, rules)
+            elif "text" in row.content:
+                yield _text(row, ids[row.content["text"], row.literal], tokens, max_length, rules)
             else:
-                answer = [*ids[content["completion"]], tokens.eos]
-                prompt = ids[content["prompt"]]
-                yield row, *_pair(prompt, answer, tokens.start, max_length, train_on_prompt)
+                literal = row.literal
+                prompt, answer = (
+                    ids[row.content[name], literal] for name in ("prompt", "completion")
+                )
+                yield _pair(row, prompt, answer, tokens, max_length, rules)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -185,63 +227,121 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _text(ids: list[int], start: list[int], max_length: int) -> list[Encoded] | Skipped:
+def _texts(rows: Sequence[Row], tokens: Tokens, max_length: int) -> dict[tuple[str, bool], Ids]:
+    """Ids of the texts of some rows; of a prompt or a completion that is too long, not all.
+
+    Short texts are tokenized many at a time; a long one comes in pieces.
+    """
+    ids: dict[tuple[str, bool], Ids] = {}
+    for literal in (False, True):
+        alike = [row for row in rows if row.literal == literal]
+        parts = {row.content.get(name) for row in alike for name in ("prompt", "completion")}
+        texts = {row.content.get("text") for row in alike}
+        short = [text for text in texts | parts if text is not None and len(text) <= PIECE]
+        for text, found in zip(short, tokens.read_many(short, literal), strict=True):
+            ids[text, literal] = found
+        for text in texts | parts:
+            if text is not None and len(text) > PIECE:
+                # One token more than fits is enough to know that it does not.
+                limit = None if text in texts else max_length + 1
+                ids[text, literal] = tokens.read_long(text, literal, limit)
+    return ids
+
+
+def _text(row: Row, ids: Ids, tokens: Tokens, max_length: int, rules: EncodeRules) -> Outcome:
     """All of a text in rows of at most `max_length`; each token is trained on once."""
-    if len(start) + len(ids) < 2:
-        return Skipped(ONE_TOKEN)
-    rows: list[Encoded] = []
+    controls = tokens.count_controls(ids)
+    ids, doubled = tokens.without_start(ids)
+    if not row.content.get("goes_on"):
+        ids, again = tokens.with_end(ids, row.content["text"])
+        doubled += again
+    start = tokens.start
+    length = len(start) + len(ids)
+    if length < 2:
+        return Outcome(row, skipped=ONE_TOKEN)
+    # A document is cut into rows by what it is.
+    if (
+        length > max_length
+        and not row.source.endswith(".txt")
+        and _drops(row, length, max_length, rules)
+    ):
+        return Outcome(row, skipped=DROPPED)
+    cut = CUT_TEXT if length > max_length else None
+    rows = _parts(ids, start, max_length)
+    return Outcome(row, rows, cut=cut, controls=controls, doubled=doubled)
+
+
+def _parts(ids: Ids, start: list[int], max_length: int) -> Iterator[Encoded]:
     cut = len(start) + len(ids) > max_length
     # Without a start, the last token of one row is the first of the next, which it predicts.
     done = 0 if start else 1
     while done < len(ids):
-        context = start or ids[done - 1 : done]
-        part = ids[done : done + max(1, max_length - len(context))]
+        context = start or list(ids[done - 1 : done])
+        part = list(ids[done : done + max(1, max_length - len(context))])
         done += len(part)
-        rows.append(Encoded([*context, *part], [IGNORE] * len(context) + part, cut))
-    return rows
+        yield Encoded([*context, *part], [IGNORE] * len(context) + part, cut)
 
 
 def _pair(
-    prompt: list[int], answer: list[int], start: list[int], max_length: int, train_on_prompt: bool
-) -> tuple[list[Encoded] | Skipped, int]:
-    """A prompt and what follows it, and how many tokens of the prompt were cut."""
-    fixed = max(1, len(start))
+    row: Row,
+    prompt: Ids,
+    answer: Ids,
+    tokens: Tokens,
+    max_length: int,
+    rules: EncodeRules,
+) -> Outcome:
+    """A prompt and what follows it; where both are too long, the prompt loses its beginning."""
+    start, fixed = tokens.start, max(1, len(tokens.start))
+    controls = tokens.count_controls(prompt) + tokens.count_controls(answer)
+    prompt, doubled = tokens.without_start(prompt)
+    if not prompt:
+        answer, again = tokens.without_start(answer)
+        doubled += again
+    answer, again = tokens.with_end(answer, row.content["completion"])
     length = len(start) + len(prompt) + len(answer)
     if length < 2:
-        return Skipped(ONE_TOKEN), 0
+        return Outcome(row, skipped=ONE_TOKEN)
+    if length > max_length and _drops(row, length, max_length, rules):
+        return Outcome(row, skipped=DROPPED)
     if len(start) + len(prompt) >= max_length:
-        return Skipped(TOO_LONG), 0
+        return Outcome(row, skipped=TOO_LONG)
     surplus = max(0, length - max_length)
     # The completion must keep something of its prompt, where there is one.
     if surplus and surplus >= len(prompt):
-        return Skipped(TOO_LONG_ANSWER), 0
+        return Outcome(row, skipped=TOO_LONG_ANSWER)
     ids = [*start, *prompt[surplus:], *answer]
-    untrained = fixed if train_on_prompt else max(fixed, len(ids) - len(answer))
+    untrained = fixed if rules.train_on_prompt else max(fixed, len(ids) - len(answer))
     labels = [IGNORE] * untrained + ids[untrained:]
-    return [Encoded(ids, labels, surplus > 0)], surplus
+    return Outcome(
+        row,
+        [Encoded(ids, labels, surplus > 0)],
+        cut=CUT_PROMPT if surplus else None,
+        cut_tokens=surplus,
+        controls=controls,
+        doubled=doubled + again,
+    )
 
 
-def _messages(
-    row: Row, tokens: Tokens, max_length: int, train_on_prompt: bool
-) -> tuple[list[Encoded] | Skipped, int]:
-    """A chat, or the several that a template makes of it, and how many tokens were cut."""
+def _messages(row: Row, tokens: Tokens, max_length: int, rules: EncodeRules) -> Outcome:
+    """A chat, or the several that a template makes of it."""
     found = chats(row, tokens)
     if isinstance(found, Skipped):
-        return found, 0
-    results = [_chat(chat, tokens, max_length, train_on_prompt) for chat in found]
+        return Outcome(row, skipped=found.reason)
+    results = [_chat(row, chat, tokens, max_length, rules) for chat in found]
     rows = [result for result, _ in results if isinstance(result, Encoded)]
-    cut = sum(tokens_cut for _, tokens_cut in results)
-    reasons = [result for result, _ in results if isinstance(result, Skipped)]
-    if not rows:
-        return reasons[0], 0
-    if reasons:
-        # Later turns of a chat that was taken apart: the row as a whole is a truncated one.
-        rows = [Encoded(row.input_ids, row.labels, True) for row in rows]
-    return rows, cut
+    reasons = [result.reason for result, _ in results if isinstance(result, Skipped)]
+    if not rows or DROPPED in reasons:
+        return Outcome(row, skipped=DROPPED if DROPPED in reasons else reasons[0])
+    # Where later turns of a chat that was taken apart are lost, the row as a whole is truncated.
+    cut = bool(reasons) or any(one.truncated for one in rows)
+    if cut:
+        rows = [Encoded(one.input_ids, one.labels, True) for one in rows]
+    cut_tokens = sum(tokens_cut for _, tokens_cut in results)
+    return Outcome(row, rows, cut=CUT_TURNS if cut else None, cut_tokens=cut_tokens)
 
 
 def _chat(
-    chat: Chat, tokens: Tokens, max_length: int, train_on_prompt: bool
+    row: Row, chat: Chat, tokens: Tokens, max_length: int, rules: EncodeRules
 ) -> tuple[Encoded | Skipped, int]:
     """One rendered chat, cut behind the last turn that fits, and how many tokens that took away."""
     encoded = tokens.chat(chat.text, chat.literals)
@@ -265,15 +365,27 @@ def _chat(
     shift = len(ids) - before
     length = len(ids)
     if length > max_length:
+        if _drops(row, length, max_length, rules):
+            return Skipped(DROPPED), 0
         length = max((end + shift for end in ends if end + shift <= max_length), default=0)
         if not length:
             begins = trained.index(True) if True in trained else len(ids)
             return Skipped(TOO_LONG if begins >= max_length else TOO_LONG_ANSWER), 0
     fixed = max(1, len(tokens.start))
     labels = [
-        token if (train_on_prompt or learn) and place >= fixed else IGNORE
+        token if (rules.train_on_prompt or learn) and place >= fixed else IGNORE
         for place, (token, learn) in enumerate(zip(ids[:length], trained[:length], strict=True))
     ]
     if labels.count(IGNORE) == len(labels):
         return Skipped(ONE_TOKEN), 0
     return Encoded(ids[:length], labels, length < len(ids)), len(ids) - length
+
+
+def _drops(row: Row, length: int, max_length: int, rules: EncodeRules) -> bool:
+    """Whether a row that is too long is left out. Errors: `DataError` where none may be."""
+    if rules.long_rows == "error":
+        raise DataError(
+            f"{row.where}: the row has {length} tokens or more, max_length is {max_length}",
+            f"{LONGER}, or give --long_rows truncate or drop",
+        )
+    return rules.long_rows == "drop"

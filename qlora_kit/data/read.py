@@ -36,6 +36,10 @@ class Row:
     content: dict[str, Any]
     source: str
     line: int
+    literal: bool = False
+    """whether control tokens that its text spells are text, as in Alpaca's fields"""
+    unused: tuple[str, ...] = ()
+    """names of its fields that nothing reads"""
 
     @property
     def where(self) -> str:
@@ -54,6 +58,8 @@ class Table:
     format: str
     columns: tuple[tuple[str, str], ...] = ()
     chosen: np.ndarray | None = None
+    literal: bool = False
+    """whether control tokens that rows spell are text, whatever the rows' shape"""
 
     def __iter__(self) -> Iterator[Row]:
         name, columns = str(self.source), dict(self.columns)
@@ -62,7 +68,7 @@ class Table:
             if columns:
                 content = rename(content, columns, where)
             for row in normalise(content, self.format, where):
-                yield Row(row, name, line)
+                yield Row(row, name, line, self.literal or self.format == "instruction")
 
     def __bool__(self) -> bool:
         """Whether there are rows; no source is without any."""
@@ -73,7 +79,9 @@ class Table:
         """A hash of everything that the rows depend on."""
         digest = hashlib.blake2b(fingerprint(self.source).encode())
         # The name is part of what is kept: rows are shown with their `file:line`.
-        digest.update(json.dumps([str(self.source), self.format, self.columns]).encode())
+        digest.update(
+            json.dumps([str(self.source), self.format, self.columns, self.literal]).encode()
+        )
         if self.chosen is not None:
             digest.update(np.packbits(self.chosen).tobytes())
         return digest.hexdigest()
@@ -97,7 +105,7 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     `DataError` or `UnsafeInputError` for a file, `ConfigError` for options that disagree,
     `ResourceError` for a package or a network that is missing.
     """
-    columns = tuple(parse_columns(config.columns).items())
+    columns, literal = tuple(parse_columns(config.columns).items()), config.literal_control_tokens
     train_source, eval_source = find(config.data)
     if isinstance(train_source, HubSplit):
         eval_source = _held_out_split(train_source)
@@ -121,10 +129,10 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
         line, content = next(records(train_source))
         where = f"{train_source}:{line}"
         format = recognise(rename(content, dict(columns), where), where)
-    train = Table(train_source, format, columns)
+    train = Table(train_source, format, columns, literal=literal)
     next(iter(train))
     if eval_source:
-        evaluation = Table(eval_source, format, columns)
+        evaluation = Table(eval_source, format, columns, literal=literal)
         next(iter(evaluation))
         return Rows(train, evaluation, format, words(train_source), words(eval_source))
     fraction = DEFAULT_EVAL_FRACTION if config.eval_fraction is None else config.eval_fraction
@@ -136,8 +144,8 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
         return Rows(train, (), format, words(train_source), single)
     held_out = draw(num_records, fraction, seed)
     return Rows(
-        Table(train_source, format, columns, ~held_out),
-        Table(train_source, format, columns, held_out),
+        Table(train_source, format, columns, ~held_out, literal),
+        Table(train_source, format, columns, held_out, literal),
         format,
         words(train_source),
         f"{100 * fraction:g} % of {words(train_source)}, drawn by seed {seed}",

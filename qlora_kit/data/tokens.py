@@ -9,9 +9,10 @@ Sources: transformers' `encode_marked_chat` (5.x), for encoding a piece behind a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlora_kit.data.sandbox import literal_text
 from qlora_kit.errors import TokenizerError
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 """The label of a token that is not trained on; torch's own choice."""
+
+BLANKS = 16
+"""Tokens of blanks that may stand behind an end that a text spells."""
+
+PIECE = 2**18
+"""Characters that are tokenized at a time: a tokenizer takes some hundred bytes for each."""
+
+Ids: TypeAlias = "list[int] | array[int]"
+"""Token ids; an array where they are many."""
 
 Span = tuple[int, int]
 """A half-open range of characters."""
@@ -42,6 +52,25 @@ class Skipped:
     reason: str
 
 
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most `PIECE` characters, cut where that changes no token.
+
+    That is between lines of text: tokens hold a line end with what is before it, or runs of blank
+    lines, but no tokenizer joins a line end to the next word. Else it is before a single blank,
+    and in text without any (of `PIECE` characters) anywhere.
+    """
+    done = 0
+    while len(text) - done > PIECE:
+        part = text[done : done + PIECE]
+        cuts = [match.start() + 1 for match in re.finditer(r"(?<=\S)\n(?=\S)", part[PIECE // 2 :])]
+        if not cuts:
+            cuts = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", part[PIECE // 2 :])]
+        size = PIECE // 2 + cuts[-1] if cuts else PIECE
+        yield part[:size]
+        done += size
+    yield text[done:]
+
+
 class Tokens:
     """What a tokenizer does with texts, read off once for many rows."""
 
@@ -61,6 +90,9 @@ class Tokens:
         self.start = whole[:place]
         added = self.tokenizer.added_tokens_decoder.values()
         self.special = {token.content for token in added if token.special}
+        self.special_ids = {
+            index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        } - {self.tokenizer.unk_token_id}
         self._added = {token.content for token in added}
         self._controls: dict[str, re.Pattern[str]] = {}
 
@@ -76,23 +108,77 @@ class Tokens:
 
     def plain(self, text: str) -> list[int]:
         """Ids of the text alone; `</s>` in it is four characters, not the end."""
-        return self.plain_many([text])[0]
+        return self.read_many([text], literal=True)[0]
 
-    def plain_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`plain` of many texts, which a fast tokenizer does in parallel."""
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    def read_many(self, texts: Sequence[str], literal: bool) -> list[list[int]]:
+        """Ids of many texts, which a fast tokenizer does in parallel, no special token added.
+
+        A control token that a text spells is that token or, where `literal`, its characters.
+        """
+        options = {"add_special_tokens": False, "split_special_tokens": literal, "verbose": False}
         if not self.tokenizer.is_fast:
             return [list(self.tokenizer(text, **options)["input_ids"]) for text in texts]
         backend = self.tokenizer.backend_tokenizer
         before = backend.encode_special_tokens
-        # This call puts the library below into the state (control tokens are text, no padding,
-        # no truncation) in which it is then asked directly: it also works out places otherwise.
+        # This call puts the library below into the state (control tokens as asked, no padding, no
+        # truncation) in which it is then asked directly: it also works out places otherwise.
         self.tokenizer("", **options)
         try:
             encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         finally:
             backend.encode_special_tokens = before
         return [one.ids for one in encoded]
+
+    def read_long(self, text: str, literal: bool, limit: int | None = None) -> Ids:
+        """`read_many` of one text in bounded memory; of more than `limit` ids perhaps not all."""
+        ids = array("i")
+        for piece in pieces(text):
+            ids.extend(self.read_many([piece], literal)[0])
+            if limit is not None and len(ids) > limit:
+                break
+        return ids
+
+    @property
+    def unknown(self) -> int | None:
+        """The token for what the tokenizer does not know, where it is that and nothing else."""
+        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        unknown: int | None = self.tokenizer.unk_token_id
+        return None if unknown in (*known, self.tokenizer.pad_token_id) else unknown
+
+    def count_controls(self, ids: Ids) -> int:
+        """How many control tokens a text spells."""
+        return sum(ids.count(index) for index in self.special_ids.intersection(ids))
+
+    def without_start(self, ids: Ids) -> tuple[Ids, int]:
+        """A text's ids without a start that it spells itself, and how many of them that were.
+
+        One is put before every text by the tokenizer, where it does so at all.
+        """
+        start, done = self.start, 0
+        while start and list(ids[done : done + len(start)]) == start:
+            done += len(start)
+        bos = self.tokenizer.bos_token_id
+        while len(ids) > done + 1 and ids[done] == ids[done + 1] == bos:
+            done += 1
+        return ids[done:], done
+
+    def with_end(self, ids: Ids, text: str) -> tuple[Ids, int]:
+        """A text's ids with EOS at the end, and how often the text itself spells it there.
+
+        Blanks may stand behind it.
+        """
+        eos, result = self.eos, ids[:]
+        if not text.rstrip().endswith(self.tokenizer.eos_token) or eos not in ids[-BLANKS:]:
+            result.append(eos)
+            return result, 0
+        last = len(ids) - 1
+        while ids[last] != eos:
+            last -= 1
+        first = last
+        while first and ids[first - 1] == eos:
+            first -= 1
+        del result[first:last]
+        return result, last - first + 1
 
     def controls(self, template: str, of_assistant: bool) -> re.Pattern[str]:
         """What may not be read as a token in a message.

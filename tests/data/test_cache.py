@@ -14,6 +14,7 @@ from qlora_kit.data import cache as cache_module
 from qlora_kit.data import prompt
 from qlora_kit.data.batch import lengths_of
 from qlora_kit.data.cache import default_cache
+from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.prompt import encode, encode_rows
 from qlora_kit.data.read import load_rows
 from qlora_kit.data.template import use_template
@@ -99,7 +100,9 @@ def test_anything_else_is_encoded_anew(tmp_path, encodings):
 
     def count(rows, tokenizer=None, max_length=40, whole=False):
         before = len(encodings)
-        encode_rows(rows, tokenizer or chat_tokenizer(), max_length, whole, cache=cache)
+        encode_rows(
+            rows, tokenizer or chat_tokenizer(), max_length, EncodeRules(whole), cache=cache
+        )
         return len(encodings) - before
 
     assert count(table(path)) == 1

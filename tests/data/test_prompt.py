@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.data import prompt as prompt_module
 from qlora_kit.data.mask import LEFT_OUT, NO_TURN
+from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.prompt import (
     CONTROL,
+    DROPPED,
     INSIDE,
     ONE_TOKEN,
     REMEDIES,
@@ -171,7 +174,7 @@ def test_text_and_prompt_rows_equal_a_masker_written_apart(name, prompt, complet
         {"prompt": prompt, "completion": completion},
         {"prompt": "", "completion": completion},
     ):
-        result = encode(row(**content), tokenizer, 1000, whole)
+        result = encode(replace(row(**content), literal=True), tokenizer, 1000, EncodeRules(whole))
         assert isinstance(result, Encoded)
         assert (result.input_ids, result.labels) == reference(
             tokenizer, content, "no BOS" not in name, whole
@@ -180,7 +183,7 @@ def test_text_and_prompt_rows_equal_a_masker_written_apart(name, prompt, complet
         # The end is trained on, also where it is what rows are padded with.
         assert result.labels[-1] == tokenizer.eos_token_id
         if "prompt" in content:
-            before = prompt_ids(content["prompt"], tokenizer)
+            before = prompt_ids(content["prompt"], tokenizer, literal=True)
             assert result.input_ids[: len(before)] == before
             answer = result.input_ids[len(before) : -1]
             assert tokenizer.decode(answer, clean_up_tokenization_spaces=False) == completion
@@ -195,7 +198,7 @@ turns = st.text(st.sampled_from("heo nl:q\né😀"), max_size=10).filter(lambda 
 def test_chats_equal_a_masker_written_apart_and_the_template(name, texts, whole):
     # X24, T4, T7, T9
     tokenizer = CHATS[name]
-    result = encode(chat(*texts), tokenizer, 1000, whole)
+    result = encode(chat(*texts), tokenizer, 1000, EncodeRules(whole))
     assert isinstance(result, Encoded)
     messages = chat(*texts).content["messages"]
     assert (result.input_ids, result.labels) == reference(
@@ -270,13 +273,13 @@ def test_gpt2_like_rows_begin_without_bos_and_end_with_it():
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_control_tokens_in_text_stay_text(name):
+def test_control_tokens_in_text_stay_text_where_asked(name):
     tokenizer = TOKENIZERS[name]
     text = "".join(SPECIAL)
     control = set(tokenizer.convert_tokens_to_ids(SPECIAL))
     start = 0 if "no BOS" in name else 1
     for content in ({"text": text}, {"prompt": text, "completion": text}):
-        ids = encode(row(**content), tokenizer, 1000).input_ids
+        ids = encode(replace(row(**content), literal=True), tokenizer, 1000).input_ids
         assert not control.intersection(ids[start:-1])
         expected = text * len(content)
         assert tokenizer.decode(ids[start:-1]).replace(" ", "") == expected
@@ -364,8 +367,10 @@ def test_a_cut_prompt_loses_its_beginning_and_the_completion_nothing(
     prompt, completion, max_length, whole
 ):
     tokenizer = TOKENIZERS["bytes, BOS"]
-    full = encode(row(prompt=prompt, completion=completion), tokenizer, 1000, whole)
-    cut = encode(row(prompt=prompt, completion=completion), tokenizer, max_length, whole)
+    full = encode(row(prompt=prompt, completion=completion), tokenizer, 1000, EncodeRules(whole))
+    cut = encode(
+        row(prompt=prompt, completion=completion), tokenizer, max_length, EncodeRules(whole)
+    )
     before, length = len(prompt_ids(prompt, tokenizer)), len(full.input_ids)
     answer = full.input_ids[before:]
     if length <= max_length:
@@ -412,6 +417,7 @@ def test_what_cannot_be_trained_on_is_skipped_with_its_reason():
     assert set(REMEDIES) == {
         TOO_LONG,
         TOO_LONG_ANSWER,
+        DROPPED,
         NO_TURN,
         ONE_TOKEN,
         CONTROL,

@@ -16,12 +16,11 @@ import re
 import signal
 import stat
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
 
+from qlora_kit.signals import Stopped, StopSignals
 from qlora_kit.streams import Stream, guarded, plain
 
 ERROR_LINE_LIMIT = 400
@@ -98,22 +97,6 @@ class NumericError(QloraKitError):
     """A number is not finite, diverges, or no gradient arrives."""
 
     exit_code = 5
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the command to stop; like ^C, it passes every `except Exception`."""
-
-    def __init__(
-        self,
-        signal_number: int,
-        problem: str = "nothing more was written",
-        remedy: str = "run the command again",
-    ) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
-        self.exit_code = 128 + signal_number
-        self.problem = f"stopped by {signal.Signals(signal_number).name}: {problem}"
-        self.remedy = remedy
 
 
 def error_line(error: QloraKitError | Stopped) -> str:
@@ -204,21 +187,20 @@ def reports_errors(
     def wrapped(argv: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if argv is None else list(argv)
         required = output_is_product or not {"-h", "--help"}.isdisjoint(arguments)
+        code, failure = 0, None
         with guarded(required) as output:
             try:
-                try:
-                    with _terminates(), _short_warnings():
-                        code = main(arguments)
-                finally:
+                with StopSignals(), _short_warnings():
+                    code = main(arguments)
                     output.flush()
-                # A library may have caught what a write raised.
-                if required and output.lost is not None and not output.settled:
-                    raise output.lost
-                return code
             except BaseException as error:
-                if isinstance(error, BrokenPipeError) and error is output.lost:
-                    return 0  # `| head` has what it wanted
-                return _report(error, output, "--debug" in arguments)
+                failure = error
+            good = failure is None or isinstance(failure, SystemExit)
+            if good and required and output.lost is not None and not output.settled:
+                failure = output.lost  # others may have caught it, as argparse does
+            if isinstance(failure, BrokenPipeError) and failure is output.lost:
+                return 0  # `| head` has what it wanted
+            return code if failure is None else _report(failure, output, "--debug" in arguments)
 
     return wrapped
 
@@ -240,23 +222,6 @@ def _report(error: BaseException, output: Stream, debug: bool) -> int:
         print(plain(redacted("".join(traceback.format_exception(failure)))), file=sys.stderr)
     print(error_line(failure), file=sys.stderr)
     return failure.exit_code
-
-
-@contextlib.contextmanager
-def _terminates() -> Iterator[None]:
-    """Let SIGTERM raise `Stopped`, as ^C raises, so that what is half done is undone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> NoReturn:
-        raise Stopped(number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_dir = _output_directory(config, config.base.bits)
         config, start = start_from_adapter(parsed, config, run_dir)
     from qlora_kit.commands.run import open_run
-    from qlora_kit.training.guard import StopSignals
+    from qlora_kit.signals import StopSignals
     from qlora_kit.training.loop import train
 
     with StopSignals() as signals:

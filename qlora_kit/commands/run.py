@@ -27,7 +27,7 @@ from qlora_kit.data.order import Packs
 from qlora_kit.data.prompt import EncodedRows, prompt_ids
 from qlora_kit.data.read import Row, Rows
 from qlora_kit.data.template import SAVED
-from qlora_kit.errors import CheckpointError, QloraKitError, ResourceError, Stopped
+from qlora_kit.errors import CheckpointError, QloraKitError, ResourceError
 from qlora_kit.files import sync
 from qlora_kit.generation import generate_text
 from qlora_kit.lora.adapter import load_adapter, save_adapter
@@ -36,6 +36,7 @@ from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.memory.meter import Meter
 from qlora_kit.memory.plan import MemoryPlan
 from qlora_kit.options import dump
+from qlora_kit.signals import Stopped, StopSignals
 from qlora_kit.training.checkpoint import (
     Checkpoint,
     drop_after,
@@ -45,7 +46,7 @@ from qlora_kit.training.checkpoint import (
     saved_bytes,
     take,
 )
-from qlora_kit.training.guard import Guard, StopSignals, is_out_of_memory
+from qlora_kit.training.guard import Guard, is_out_of_memory
 from qlora_kit.training.loop import Gradients, StepReport
 from qlora_kit.training.loss import Evaluation, evaluate
 from qlora_kit.training.optimizer import (
@@ -172,7 +173,7 @@ class Run:
         if self._plan.resume is None:
             before = self._held_out_loss()
             progress.loss_before = None if before is None else before.loss
-            with self._signals.droppable():
+            with self._signals.droppable(at_once=True):
                 progress.answers_before = tuple(self._answers())
             bar.start(before)
         else:
@@ -295,7 +296,7 @@ class Run:
             assert progress.best is not None
             self._display.note(f"taking the adapter of step {progress.best[0]}, the best one")
         after = self._held_out_loss()
-        with self._signals.droppable():
+        with self._signals.droppable(at_once=True):
             answers = [list(progress.answers_before), self._answers()]
         record = result_record(
             plan,
@@ -348,7 +349,7 @@ class Run:
         while True:
             rows = self._eval_rows
             try:
-                with self._signals.droppable():
+                with self._signals.droppable(at_once=True):
                     return evaluate(self.model, eval_batches(held_out.rows, rows, self._pad_id))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):

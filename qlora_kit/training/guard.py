@@ -1,31 +1,27 @@
-"""Keeps a bad step, a full device and a signal from harming a run.
+"""Keeps a bad step and a full device from harming a run.
 
 `Guard` stands around each step. `attempt` runs its forward and backward passes; where the device
 is full it drops the gradients, halves the micro-batches and tries again: the same step, because a
 window is weighted by tokens. `check` looks at the loss and the gradient norm before the optimizer
 does: a step that is not finite is skipped, and the third in a row raises.
 
-`StopSignals` turns SIGTERM and SIGINT into `Stopped`: at once where nothing is at stake, and inside
-`between_steps` only where it leaves whole steps: after the step, or, when that takes longer than
-the grace, in the middle of its gradients, which are then dropped.
+A signal's `Stopped` comes out of `attempt` as well: the window is dropped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.errors import NumericError, ResourceError, Stopped
+from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.lora.block import models_own_code
 from qlora_kit.memory.measure import free_bytes
+from qlora_kit.signals import StopSignals
 from qlora_kit.training.loss import supervised_loss, to_device
 
 if TYPE_CHECKING:
@@ -33,79 +29,6 @@ if TYPE_CHECKING:
 
 SKIP_LIMIT = 3
 """A run stops at this many non-finite steps in a row."""
-GRACE_S = 20.0
-"""How long a step may go on after a signal; schedulers often kill after 30 s."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class StopSignals:
-    """SIGTERM and SIGINT while a command runs; a second one ends the process at once."""
-
-    def __init__(self, grace_s: float = GRACE_S) -> None:
-        self._grace_s = grace_s
-        self._deferred = self._droppable = self._overdue = False
-        self.received: int | None = None
-        """The signal that came, if one did."""
-
-    def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def between_steps(self) -> Iterator[None]:
-        """Inside, a signal waits for `raise_if_received` or for a droppable part."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
-    @contextlib.contextmanager
-    def droppable(self) -> Iterator[None]:
-        """Inside, nothing is lost by stopping once the grace is over."""
-        self._droppable = True
-        try:
-            if self._overdue:
-                self._stop()
-            yield
-        finally:
-            self._droppable = False
-
-    def raise_if_received(self) -> None:
-        """Stop here if a signal came. Errors: `Stopped`."""
-        if self.received is not None:
-            self._stop()
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.received is not None:
-            # Whatever is being written is written aside: leaving now harms nothing.
-            if os.isatty(1):
-                os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
-            os.write(2, b"error: stopped at once by a second signal; run the command again\n")
-            os._exit(128 + number)
-        self.received = number
-        if not self._deferred:
-            self._stop()
-        # Again and again: an exception that is raised inside a destructor is lost.
-        signal.setitimer(signal.ITIMER_REAL, self._grace_s, 0.2)
-
-    def _on_alarm(self, number: int, frame: object) -> None:
-        self._overdue = True
-        if self._droppable:
-            self._stop()
-
-    def _stop(self) -> NoReturn:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        self._droppable = False
-        assert self.received is not None
-        raise Stopped(self.received)
 
 
 class Guard:
@@ -146,7 +69,7 @@ class Guard:
             self._window = _split(window, self.max_rows)
             try:
                 with self._signals.droppable():
-                    return gradients(self._window)
+                    return gradients(_Stoppable(self._window, self._signals))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -237,6 +160,24 @@ class Guard:
                 f"no gradient reaches {len(dead)} adapters ({dead[0]} ...)",
                 "choose other --target_modules; these layers take no part in the loss",
             )
+
+
+class _Stoppable(Sequence["Batch"]):
+    """A window between whose micro-batches a signal may end the step."""
+
+    def __init__(self, window: Sequence[Batch], signals: StopSignals) -> None:
+        self._window, self._signals = window, signals
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._window[index]
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._window:
+            self._signals.between_micro_batches()
+            yield batch
 
 
 def is_out_of_memory(error: BaseException) -> bool:

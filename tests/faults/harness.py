@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import qlora_kit
+from qlora_kit.signals import SIGNALS
 
 WRITES = ("write", "pwrite")
 CALLS = ("open", *WRITES, "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
@@ -321,6 +322,9 @@ def _child(request: dict[str, Any]) -> None:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        for number in SIGNALS:  # a shell starts what it puts into the background without some
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(request["cwd"])
         for name, limit in request["limits"].items():
             number = getattr(resource, name)

@@ -133,17 +133,71 @@ def stop_in_save() -> None:
 
 
 def stop_twice_in_save() -> None:
-    """Two SIGTERMs come while the second checkpoint is being written."""
+    """Two SIGTERMs come at once while the second checkpoint is being written."""
+    _signals_in_save(signal.SIGTERM, 0)
+
+
+def stop_in_save_and_later_again() -> None:
+    """The second one comes when it is no longer the same request."""
+    _signals_in_save(signal.SIGTERM, 1.1)
+
+
+def time_is_up_in_save() -> None:
+    """SIGXCPU comes while the second checkpoint is being written, and again a second later."""
+    _signals_in_save(signal.SIGXCPU, 1.1)
+
+
+def _signals_in_save(number: signal.Signals, later_s: float) -> None:
     real = run.save_adapter
     saves = []
 
     def save_adapter(*args: Any, **options: Any) -> None:
         saves.append(1)
         real(*args, **options)
-        for _ in range(2 if len(saves) == 2 else 0):
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(saves) == 2:
+            os.kill(os.getpid(), number)
+            time.sleep(later_s)
+            os.kill(os.getpid(), number)
 
     run.save_adapter = save_adapter
+
+
+def interrupt_once() -> None:
+    """SIGINT comes in the second micro-batch of the third step, which then goes on for a while."""
+    real = loop.supervised_loss
+    seen: list[int] = []
+
+    def supervised_loss(model: Any, batch: Any) -> torch.Tensor:
+        if seen and has_values(batch["input_ids"]):
+            seen.append(3)
+            print("micro-batch of step 3")
+            if len(seen) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.3)
+        return real(model, batch)
+
+    loop.supervised_loss = supervised_loss
+    _before_each_step(lambda step, model: seen.append(step) if step == 3 else None)
+
+
+def ignored_SIGHUP() -> None:  # noqa: N802
+    """It is ignored, and comes in every step."""
+    _ignored(signal.SIGHUP)
+
+
+def ignored_SIGINT() -> None:  # noqa: N802
+    """So with this one."""
+    _ignored(signal.SIGINT)
+
+
+def ignored_SIGUSR1() -> None:  # noqa: N802
+    """And this one."""
+    _ignored(signal.SIGUSR1)
+
+
+def _ignored(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    _before_each_step(lambda step, model: os.kill(os.getpid(), number))
 
 
 def adapter_value_flips_at_3() -> None:
@@ -195,9 +249,9 @@ def _room(mebibytes: int) -> None:
 
 
 def _grace(seconds: float) -> None:
-    from qlora_kit.training import guard
+    from qlora_kit import signals
 
-    guard.StopSignals.__init__.__defaults__ = (seconds,)
+    signals.StopSignals.__init__.__defaults__ = (seconds,)
 
 
 def _before_each_step(act: Any) -> None:

@@ -16,15 +16,22 @@ from faults.harness import Fault, leftovers, result_of
 from qlora_kit.training.checkpoint import newest, numbered
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+ALL_CODES = CODES | {
+    signal.SIGHUP: 129,
+    signal.SIGQUIT: 131,
+    signal.SIGUSR1: 138,
+    signal.SIGUSR2: 140,
+    signal.SIGXCPU: 152,
+}
 
 
-@pytest.mark.parametrize("number", list(CODES))
+@pytest.mark.parametrize("number", list(ALL_CODES))
 def test_a_signal_ends_the_step_saves_and_leaves(job, reference, output, number):
     running = job.having("--save_steps", "0").start(output, inject="slow_steps")
     running.wait_for("step 2/5")
     running.signal(number)
     stopped = running.wait()
-    assert stopped.code == CODES[number], stopped.output
+    assert stopped.code == ALL_CODES[number], stopped.output
     assert stopped.error.startswith(f"error: stopped by {number.name}: after step ")
     assert "--resume_from_checkpoint auto" in stopped.error
     found, notes = newest(output)
@@ -57,7 +64,7 @@ def test_a_step_that_does_not_end_is_dropped_and_replayed(job, reference, output
 
 
 @pytest.mark.parametrize("number", list(CODES))
-def test_a_second_signal_leaves_at_once_without_harm(job, reference, output, number):
+def test_a_second_signal_leaves_the_step_at_once_and_saves(job, reference, output, number):
     running = job.start(output, inject="endless_step_long_grace")
     running.wait_for("step 3 goes on and on")
     running.signal(number)
@@ -67,7 +74,10 @@ def test_a_second_signal_leaves_at_once_without_harm(job, reference, output, num
     stopped = running.wait()
     assert time.monotonic() - began < 2
     assert stopped.code == CODES[number], stopped.output
-    assert "second signal" in stopped.error
+    assert "after step 2 of 5, saved in " in stopped.error
+    found, _ = newest(output)
+    assert found is not None
+    assert found.step == 2
     resumed = job.run(output, "--resume_from_checkpoint", "auto")
     assert resumed.code == 0, resumed.output
     assert result_of(output) == reference
@@ -85,8 +95,18 @@ def test_a_signal_in_a_save_lets_it_end(job, reference, output):
     assert result_of(output) == reference
 
 
-def test_a_second_signal_in_a_save_leaves_the_checkpoint_before_it(job, reference, output):
+def test_a_second_signal_at_once_lets_a_save_end(job, reference, output):
     stopped = job.run(output, inject="stop_twice_in_save")
+    assert stopped.code == 143, stopped.output
+    found, notes = newest(output)
+    assert (found.step, notes) == (2, [])
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert result_of(output) == reference
+
+
+def test_a_second_signal_in_a_save_leaves_the_checkpoint_before_it(job, reference, output):
+    stopped = job.run(output, inject="stop_in_save_and_later_again")
     assert stopped.code == 143, stopped.output
     assert "second signal" in stopped.error
     found, notes = newest(output)
@@ -177,3 +197,64 @@ def test_a_directory_that_is_removed_under_a_run_ends_it_with_an_error(job, outp
     assert stopped.error.startswith("error: ")
     assert "unexpected" not in stopped.error
     assert not output.exists()
+
+
+def test_interrupt_waits_for_the_micro_batch_and_not_for_the_step(job, output):
+    """As ^C: it comes in the second of several micro-batches of the third step, the last then."""
+    job = job.having("--batch_size", "1", "--gradient_accumulation_steps", "7")
+    stopped = job.run(output, inject="interrupt_once")
+    assert stopped.code == 130, stopped.output
+    assert "stopping after this micro-batch\n" in stopped.output
+    assert stopped.output.count("micro-batch of step 3\n") == 2
+    assert "after step 2 of 5, saved in " in stopped.error
+    found, _ = newest(output)
+    assert found is not None
+    assert found.step == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_that_is_ignored_stays_ignored(job, reference, output, number):
+    """As nohup ignores SIGHUP, and a shell SIGINT of what it puts into the background."""
+    done = job.run(output, inject=f"ignored_{number.name}")
+    assert done.code == 0, done.output
+    assert result_of(output) == reference
+
+
+def test_the_kernel_repeating_that_time_is_up_does_not_break_a_save(job, output):
+    stopped = job.run(output, inject="time_is_up_in_save")
+    assert stopped.code == 152, stopped.output
+    found, notes = newest(output)
+    assert (found.step, notes) == (2, [])
+
+
+def test_a_signal_while_something_is_imported_waits_for_the_import(tmp_path):
+    """An exception in the middle of torch's import ends in SIGABRT."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "try:\n"
+        "    time.sleep(0.3)\n"
+        "except BaseException:\n"
+        "    os.abort()\n"
+        "print('imported', flush=True)\n"
+    )
+    code = (
+        "import sys\n"
+        "from qlora_kit.errors import reports_errors\n"
+        "def main(argv):\n"
+        "    import slow, time\n"
+        "    time.sleep(10)\n"
+        "    return 0\n"
+        "sys.exit(reports_errors(main)([]))\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert (done.returncode, done.stdout) == (143, "imported\n")
+    assert done.stderr.startswith("error: stopped by SIGTERM")
+    assert time.monotonic() - began < 8

@@ -48,6 +48,7 @@ DEFAULT_EVAL_FRACTION = 0.05
 DEFAULT_LENGTH = 1024
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
 LARGEST_ALPHA = 1e9
+LARGEST_RANK = 2**16
 """As `lora/peft_config.py` takes it from an adapter; far above it a scale is no fp32 number."""
 MOST_ROWS, MOST_STEPS, MOST_TOKENS = 2**16, 10**9, 10**7
 """Of rows at a time, of steps of a run, and of tokens in a row: far above what any run has."""
@@ -232,7 +233,7 @@ class DataConfig(Options):
 class LoRAConfig(Options):
     """The adapters: rank, scale and place."""
 
-    r: int = option(16, "rank", flag="lora_r", check=between(1, 65536))
+    r: int = option(16, "rank", flag="lora_r", check=between(1, LARGEST_RANK))
     alpha: float = option(
         32.0,
         "the update is scaled by alpha / r",

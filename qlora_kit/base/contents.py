@@ -116,7 +116,7 @@ def _versions(settings: Mapping[str, object], path: Path) -> list[str]:
     named = settings.get("fast_tokenizer_files", [])
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise TokenizerError(
-            f"{path}: fast_tokenizer_files is {str(named)[:60]!r}, not a list of names",
+            f"{path}: fast_tokenizer_files is {repr(named)[:60]}, not a list of names",
             "correct or remove it",
         )
     if len(named) > TEMPLATES_LIMIT:

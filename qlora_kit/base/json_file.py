@@ -32,7 +32,7 @@ def read_json(
     try:
         size = path.stat().st_size
         if size > limit:
-            raise error(f"{path}: has {size} bytes", f"a file like this has below {limit}")
+            raise error(f"{path}: has {size} bytes", f"a file like this has at most {limit}")
         refuse_kind(path, error)
         content = json.loads(
             path.read_bytes().decode(),

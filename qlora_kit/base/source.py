@@ -50,13 +50,18 @@ class Source:
     directory: Path
 
     @property
+    def is_portable(self) -> bool:
+        """Whether the name that was given means the same base in every folder."""
+        return self.revision is not None or self.directory == TINY
+
+    @property
     def reference(self) -> str:
         """What finds the base again from any folder: its hub id, or its directory's whole path.
 
         The last part of a path, or a path from here, would be a hub id somewhere else, and anybody
         may own that name. The package's own base is where it is installed.
         """
-        return self.name if self.revision is not None else str(self.directory.resolve())
+        return self.name if self.revision is not None else redacted(str(self.directory.resolve()))
 
 
 def is_path(name: str) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.base.contents import LIMITS, find
+from qlora_kit.base.contents import LIMITS, find, tokenizer_files
 from qlora_kit.base.families import FAMILIES, check_family
 from qlora_kit.base.json_file import is_deep, read_json, unique
 from qlora_kit.base.source import Source, contained
@@ -273,6 +273,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def look(source: Source) -> None:
-    """Refuse what config.json and the tensors' headers show, in a second: torch is not needed."""
+    """Refuse what all files of a directory show but the tensors, in a second: without torch."""
     read_config(source.directory)
     read_entries(source.directory)
+    find(source.directory, "generation_config.json")
+    tokenizer_files(source.directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +81,13 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
     given = {name: getattr(parsed[BaseConfig], name) for name in parsed.given[BaseConfig]}
     if adapter is None:
         return parsed[BaseConfig]
-    from qlora_kit.base.source import is_known, is_path
+    from qlora_kit.base.source import is_path
     from qlora_kit.lora.adapter import trained_on
     from qlora_kit.lora.peft_config import read_adapter_config
 
     config, said, run = read_adapter_config(adapter), trained_on(adapter), run_options(adapter)
     trained: dict[str, Any] = {
-        "model": run.get("model") or said.get("name") or config.get("base_model_name_or_path"),
+        "model": None if "model" in given else _named_base(adapter, config, said, run),
         "revision": said.get("revision") or config.get("revision"),
         "bits": said.get("bits"),
         "quant_type": said.get("quant_type"),
@@ -118,12 +119,38 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
     options = {**known, **given}
     if "model" not in options:
         raise ConfigError(f"{adapter} does not say which base it belongs to", "give --model")
-    if "model" not in given and not is_known(known["model"]):
-        raise AdapterError(
-            f"{adapter} belongs to the base {known['model']}, which is not here",
-            "give its directory or hub id as --model",
-        )
     return BaseConfig(**options)
+
+
+def _named_base(
+    adapter: str, config: Mapping[str, Any], said: Mapping[str, Any], run: Mapping[str, Any]
+) -> str | None:
+    """The base that an adapter names; None where it names none.
+
+    PEFT's config is asked first, for it is what people correct when a base has moved, then the
+    run's config.yaml. A path has to be there. A bare name is no hub id: it may be the last part of
+    somebody's path, and on the hub another model. The package's own base is where it is now,
+    wherever it was installed for training. Errors: `AdapterError`.
+    """
+    from qlora_kit.base.source import TINY, is_known, is_path
+
+    named = config.get("base_model_name_or_path")
+    for name in (named, run.get("model")):
+        if not name:
+            continue
+        if is_path(name) and Path(name).resolve() == TINY:
+            return "tiny"
+        if is_known(name) and (is_path(name) or "/" in name or name == run.get("model")):
+            return str(name)
+    if said.get("name") == "tiny":
+        return "tiny"
+    for name in (named, run.get("model"), said.get("name")):
+        if name:
+            raise AdapterError(
+                f"{adapter} belongs to the base {name}, which is not here",
+                "give its directory or hub id as --model",
+            )
+    return None
 
 
 def run_options(adapter: str) -> dict[str, Any]:
@@ -131,10 +158,11 @@ def run_options(adapter: str) -> dict[str, Any]:
 
     Another tool's adapter may hold a config.yaml of its own: it is not read.
     """
+    from qlora_kit.base.contents import find
     from qlora_kit.lora.adapter import trained_on
 
-    path = Path(adapter) / "config.yaml"
-    if not path.is_file() or not trained_on(adapter):
+    path = find(Path(adapter), "config.yaml", AdapterError)
+    if path is None or not trained_on(adapter):
         return {}
     try:
         return read_config(str(path), RUN_GROUPS)

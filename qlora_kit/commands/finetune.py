@@ -331,6 +331,7 @@ def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
         config,
         base=replace(
             config.base,
+            model=config.base.model if base.source.is_portable else base.source.reference,
             bits=base.quantization.bits,
             quant_type=base.quantization.quant_type,
             double_quant=base.quantization.double_quant,

@@ -30,6 +30,7 @@ from qlora_kit.files import write_file
 from qlora_kit.lora.inject import (
     ADAPTER,
     activate,
+    check_name,
     clear_adapter,
     lora_layer,
     lora_layers,
@@ -183,6 +184,7 @@ def load_adapter(
     Returns the model; nothing is trainable. Everything is checked before the model is touched.
     Errors: `AdapterError` where files, shapes, targets or the base do not fit, `NumericError`.
     """
+    check_name(adapter)
     path, config, entries, modules, dtype = open_adapter(
         model, directory, None if allow_other_base else getattr(model, "base_info", None)
     )

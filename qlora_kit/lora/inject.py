@@ -26,6 +26,8 @@ AUTO_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",))
 """Query and value, or the fused projection where a family has one."""
 
 ADAPTER = "default"
+NAME_LIMIT = 200
+"""Characters of an adapter's name."""
 
 
 def inject_lora(
@@ -41,6 +43,7 @@ def inject_lora(
     from qlora_kit.lora.layer import KeyedDropout
 
     config = config or LoRAConfig()
+    check_name(adapter)
     if config.adapter is not None:
         raise ConfigError(
             f"adapter {config.adapter} is given, and new adapters are to be made",
@@ -218,6 +221,22 @@ def remove_adapter(model: Any, adapter: str) -> None:
     if any(layer.active == adapter for layer in layers):
         raise AdapterError(f"adapter {adapter!r} is active", "switch to another one first")
     clear_adapter(model, adapter)
+
+
+def check_name(adapter: object) -> None:
+    """Refuse a name that no adapter can have. Errors: `AdapterError`.
+
+    Adapters are modules by name, and part of the names of their weights: a dot would divide it,
+    and a name that the container itself has (`keys`, `forward` ...) is taken.
+    """
+    from torch import nn
+
+    plain = isinstance(adapter, str) and adapter.isprintable() and len(adapter) <= NAME_LIMIT
+    if not plain or not adapter or "." in str(adapter) or hasattr(nn.ModuleDict(), str(adapter)):
+        raise AdapterError(
+            f"{repr(adapter)[:60]} cannot be the name of an adapter",
+            "give letters, digits, - and _, such as my_adapter",
+        )
 
 
 def clear_adapter(model: Any, adapter: str) -> None:

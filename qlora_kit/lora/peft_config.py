@@ -15,6 +15,7 @@ from typing import Any
 
 from qlora_kit.base.contents import find
 from qlora_kit.base.json_file import read_json
+from qlora_kit.config import LARGEST_ALPHA, LARGEST_RANK
 from qlora_kit.errors import AdapterError, ConfigError, UnsafeInputError
 from qlora_kit.lora.inject import target_candidates, targets_by_name, targets_by_regex
 from qlora_kit.lora.pattern import full_matches
@@ -49,8 +50,10 @@ WITHOUT_EFFECT = {
     "ensure_weight_tying",
     "eva_config",
 }
-LARGEST_NUMBER = 10**9
-"""Above every rank, scale and rate."""
+NAMES_LIMIT = 10_000
+"""Names, patterns or layers of one option: each is compared with every linear of a model."""
+TEXT_LIMIT = 4096
+"""Characters of a name: a path has no more."""
 
 UNUSED: tuple[Any, ...] = (None, False, "none", [], {})
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -97,9 +100,11 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     ranks, alphas = (config.get(f"{kind}_pattern") or {} for kind in ("rank", "alpha"))
     if not _is_rank(config.get("r")):
-        problems.append(f"r must be at least 1, got {config.get('r')!r}")
+        problems.append(
+            f"r must be at least 1 and at most {LARGEST_RANK}, got {repr(config.get('r'))[:60]}"
+        )
     if not _is_alpha(config.get("lora_alpha")):
-        problems.append(f"lora_alpha must be above 0, got {config.get('lora_alpha')!r}")
+        problems.append(f"lora_alpha must be above 0, got {repr(config.get('lora_alpha'))[:60]}")
     dropout = config.get("lora_dropout") or 0.0
     if not (_is_number(dropout) and 0 <= dropout < 1):
         problems.append(f"lora_dropout must be at least 0 and below 1, got {dropout!r}")
@@ -111,32 +116,44 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"alpha_pattern must map names to alphas, got {str(alphas)[:100]}")
     if not (config.get("target_modules") and _is_names(config["target_modules"])):
         problems.append(f"target_modules is {str(config.get('target_modules'))[:100]}")
+    for option in ("base_model_name_or_path", "revision"):
+        if not _is_name(config.get(option)):
+            problems.append(f"{option} must be a name, got {repr(config[option])[:100]}")
     for option in ("exclude_modules", "layers_pattern"):
         if not _is_names(config.get(option) or []):
             problems.append(f"{option} is {str(config[option])[:100]}")
     layers = config.get("layers_to_transform")
     indices = layers if isinstance(layers, list) else [0 if layers is None else layers]
-    if not all(isinstance(index, int) for index in indices):
+    if len(indices) > NAMES_LIMIT or not all(type(index) is int for index in indices):
         problems.append(f"layers_to_transform is {str(layers)[:100]}")
     if layers is not None and isinstance(config.get("target_modules"), str):
         problems.append("layers_to_transform needs target_modules to be a list")
     return problems
 
 
+def _is_name(value: Any) -> bool:
+    """A text that may be a path or a hub id, or null."""
+    return value is None or (
+        isinstance(value, str) and len(value) <= TEXT_LIMIT and "\0" not in value
+    )
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(name, str) for name in value)
+        isinstance(value, list)
+        and len(value) <= NAMES_LIMIT
+        and all(isinstance(name, str) for name in value)
     )
 
 
 def _is_number(value: Any) -> bool:
     # A whole number of JSON may be too large for a float, and NaN is not below anything.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= LARGEST_NUMBER
+    return is_number and abs(value) <= LARGEST_ALPHA
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and _is_number(value) and value >= 1
+    return type(value) is int and 1 <= value <= LARGEST_RANK
 
 
 def _is_alpha(value: Any) -> bool:

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, Self, TypedDict
@@ -303,16 +302,19 @@ rows a step
 ## Use
 `ADAPTER` is the directory of this file.
 ```
-qlora-kit generate --model {shlex.quote(base)} --bits {bits} --adapter ADAPTER --prompt TEXT
+qlora-kit generate --adapter ADAPTER --prompt TEXT
 ```
 ```python
-{_peft_example(base, config)}
+{_peft_example(config)}
 ```
 """
 
 
-def _peft_example(base: str, config: Mapping[str, Any]) -> str:
-    """The lines that put the adapter on a base quantized as it was in training."""
+def _peft_example(config: Mapping[str, Any]) -> str:
+    """The lines that put the adapter on its base, quantized as it was in training.
+
+    Where the base is says the adapter's own config: the card itself holds no path.
+    """
     compute = {"bf16": "bfloat16", "fp16": "float16"}.get(config.get("dtype", ""), "float32")
     settings = {
         4: f"load_in_4bit=True, bnb_4bit_quant_type={config.get('quant_type')!r}, "
@@ -321,12 +323,13 @@ def _peft_example(base: str, config: Mapping[str, Any]) -> str:
         8: "load_in_8bit=True",
     }.get(config.get("bits", 4))
     lines = [
-        "from peft import PeftModel",
+        "from peft import PeftConfig, PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
         "",
         f"quantization = {f'BitsAndBytesConfig({settings})' if settings else None}",
+        'name = PeftConfig.from_pretrained("ADAPTER").base_model_name_or_path',
         "base = AutoModelForCausalLM.from_pretrained(",
-        f'    {json.dumps(base)}, dtype="auto", quantization_config=quantization',
+        '    name, dtype="auto", quantization_config=quantization',
         ")",
         'model = PeftModel.from_pretrained(base, "ADAPTER")',
         'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',

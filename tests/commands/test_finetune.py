@@ -11,13 +11,16 @@ import stat
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from families import save_checkpoint
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_kit.commands import generate
 from qlora_kit.commands.display import shell_word
 from qlora_kit.commands.finetune import QUICKSTART, main
 
@@ -115,6 +118,50 @@ def test_config_yaml_is_resolved_and_the_card_names_the_base(finished):
     assert config["max_length"] == 128  # the base's context, which is below 1024
     assert "quant_type" not in config  # does not apply at 16 bits
     assert "`base`" in (finished / "README.md").read_text()
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[1, 5, 9, 7]])).logits
+
+
+def test_peft_and_transformers_find_the_base_of_an_adapter_and_the_cards_lines_run(
+    inputs, finished, tmp_path, monkeypatch
+):
+    """From another folder and without a network, on a base that lies in a directory."""
+    monkeypatch.chdir(tmp_path)
+    said = json.loads((finished / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == inputs[1]
+    card = (finished / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    done: dict[str, Any] = {}
+    exec(code.replace("ADAPTER", str(finished)), done)
+    plain = AutoModelForCausalLM.from_pretrained(inputs[1], dtype=torch.float32)
+    expected = logits_of(done["model"])
+    assert done["tokenizer"]("count 1")["input_ids"]
+    assert not torch.equal(expected, logits_of(plain))
+    for loader in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        loaded = loader.from_pretrained(str(finished), dtype=torch.float32)
+        width = min(expected.shape[-1], loaded.get_output_embeddings().out_features)
+        found = logits_of(loaded)[..., :width]
+        torch.testing.assert_close(found, expected[..., :width], rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_in_a_folder_is_the_same_base_from_every_folder(inputs, tmp_path, monkeypatch):
+    """`models/base` is a path where `models` is, and somebody's hub id where it is not."""
+    place = tmp_path / "place"
+    shutil.copytree(inputs[1], place / "models" / "base")
+    monkeypatch.chdir(place)
+    rest = [*inputs[2:], "--max_steps", "1", "--eval_fraction", "0", "--token_cache", "none"]
+    rest[1] = str(Path(rest[1]) / "train.jsonl")
+    assert main(["--model", "models/base", *rest, "--output_dir", "out"]) == 0
+    config = yaml.safe_load((place / "out" / "config.yaml").read_text())
+    assert config["model"] == str(place / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    for missing in ("none", "config.yaml"):
+        (place / "out" / missing).unlink(missing_ok=True)
+        arguments = ["--adapter", str(place / "out"), "--prompt", "a", "--max_new_tokens", "1"]
+        assert generate.main(arguments) == 0
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,22 @@ def test_the_adapter_names_its_base(
     flags = ("--prompt", "Once", "--max_new_tokens", 8)
     named = run("generate", "--adapter", workshop.adapter, "--model", workshop.base, *flags)
     assert run("generate", "--adapter", tmp_path / "adapter", *flags).out == named.out
-    # Without a config.yaml the header has a name, which is no path and no short name.
+    # PEFT's config has the whole path, so that it is found from any folder.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter" / "config.yaml").unlink()
-    answer = run("generate", "--adapter", "adapter", *flags)
+    assert run("generate", "--adapter", "adapter", *flags).out == named.out
+
+
+@pytest.mark.parametrize("name", ["base", "llama-7b", "/nowhere/base", "./base"])
+def test_a_base_that_is_not_where_its_adapter_says_is_never_looked_up_on_the_hub(
+    run: Run, workshop: Any, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}))
+    answer = run("generate", "--adapter", tmp_path / "adapter", "--prompt", "Once")
     assert answer.code == 3
-    assert answer.line.startswith("error: adapter belongs to the base base, which is not here; ")
+    assert f"belongs to the base {name}, which is not here; give its directory" in answer.line
 
 
 def test_an_adapter_of_peft_says_its_base_and_not_its_bits(

@@ -261,15 +261,15 @@ def test_what_we_lack_of_peft_is_refused_by_name(bases, spotless, tmp_path, sett
         ({"use_rslora": True}, "use_rslora is True, and the weights were saved with False"),
         ({"lora_alpha": 9}, "lora_alpha is 9, and the weights were saved with 8"),
         ({"use_rslora": 3}, "use_rslora must be true or false, got 3"),
-        ({"r": 0}, "r must be at least 1, got 0"),
-        ({"r": -4}, "r must be at least 1, got -4"),
-        ({"r": True}, "r must be at least 1, got True"),
-        ({"r": "4"}, "r must be at least 1, got '4'"),
+        ({"r": 0}, "r must be at least 1 and at most 65536, got 0"),
+        ({"r": -4}, "r must be at least 1 and at most 65536, got -4"),
+        ({"r": True}, "r must be at least 1 and at most 65536, got True"),
+        ({"r": "4"}, "r must be at least 1 and at most 65536, got '4'"),
         ({"r": 5}, "r is 5, and the weights were saved with 4"),
         ({"lora_alpha": 0}, "lora_alpha must be above 0, got 0"),
         ({"lora_alpha": 10**400}, "lora_alpha must be above 0, got 1000"),
         ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern must map names to alphas"),
-        ({"r": 10**400}, "r must be at least 1, got 1000"),
+        ({"r": 10**400}, "r must be at least 1 and at most 65536, got 1000"),
         ({"lora_alpha": float("nan")}, "holds NaN, which is no finite number"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, got 1.0"),
         ({"target_modules": []}, "target_modules is []"),
@@ -287,6 +287,17 @@ def test_what_we_lack_of_peft_is_refused_by_name(bases, spotless, tmp_path, sett
         ({"layers_to_transform": [7]}, "selects no linear"),
         ({"target_modules": "all-linear", "layers_to_transform": 0}, "to be a list"),
         ({"exclude_modules": 5}, "exclude_modules is 5"),
+        (
+            {"r": 100_000, "rank_pattern": {"q_proj": 4, "v_proj": 4}},
+            "r must be at least 1 and at most 65536, got 100000",
+        ),
+        ({"rank_pattern": {"q_proj": True}}, "rank_pattern must map names to ranks"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a name, got 5"),
+        ({"base_model_name_or_path": "a\0b"}, "base_model_name_or_path must be a name"),
+        ({"revision": ["main"]}, "revision must be a name, got ['main']"),
+        ({"target_modules": ["q_proj"] * 20_000}, "target_modules is ['q_proj'"),
+        ({"layers_to_transform": [0] * 20_000}, "layers_to_transform is [0"),
+        ({"layers_to_transform": [True]}, "layers_to_transform is [True]"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
@@ -294,6 +305,28 @@ def test_a_config_that_does_not_fit_is_named(spotless, adapter, changes, said):
     edit(adapter / CONFIG, **changes)
     with refused(AdapterError, said, directory=adapter):
         load_adapter(spotless, adapter)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "a.b", "keys", "pop", "forward", "training", "_modules", "a\nb", None, 5],
+)
+def test_a_name_that_no_adapter_can_have_is_refused_before_anything_is_read(spotless, name):
+    for use in (lambda: load_adapter(spotless, "nowhere", name), lambda: inject(spotless, name)):
+        with pytest.raises(AdapterError, match="cannot be the name of an adapter; give letters"):
+            use()
+
+
+def inject(model, name):
+    inject_lora(model, LoRAConfig(r=2), adapter=name)
+
+
+def test_any_other_name_can_be_loaded_switched_to_and_saved(bases, adapter, tmp_path):
+    model = load(bases / "llama2")
+    for name in ("default", "my-adapter_2", "Größe", "a b", "q_proj"):
+        load_adapter(model, adapter, name)
+        save_adapter(model, tmp_path / name, name)
+        assert load_file(tmp_path / name / WEIGHTS).keys() == load_file(adapter / WEIGHTS).keys()
 
 
 # Files

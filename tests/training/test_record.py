@@ -287,7 +287,7 @@ def test_the_card_says_what_was_trained_on_what(tmp_path):
         *("`rows.jsonl`, 950 rows", "81,234 tokens", "12,345 of them supervised"),
         *("4 bits, nf4, double quantization", "r 16, alpha 32.0", "`q_proj, v_proj`"),
         *("59 steps", "0.0002", "seed 42", "7.3000 before, 2.2000 after", "1321 tokens/s"),
-        *("1.00 GiB measured, 1.50 GiB planned", "--model 'my base' --bits 4"),
+        *("1.00 GiB measured, 1.50 GiB planned", "generate --adapter ADAPTER"),
     ):
         assert part in card
     assert "someone" not in card
@@ -316,11 +316,8 @@ def test_a_path_is_shown_by_its_last_part_and_a_hub_id_whole(tmp_path, monkeypat
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_the_cards_python_is_python(bits):
     run = a_run(config={"bits": bits})
-    run["model"]["name"] = '/models/a "quoted" \\ name'
     [code] = re.findall(r"```python\n(.*?)```", model_card(run), flags=re.DOTALL)
-    tree = ast.parse(code)
-    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    assert 'a "quoted" \\ name' in strings
+    ast.parse(code)
     assert (f"load_in_{bits}bit=True" in code) == (bits != 16)
 
 

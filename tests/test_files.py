@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.errors import ConfigError, ResourceError
-from qlora_kit.files import check_output, new_directory, replace_file, write_file
+from qlora_kit.files import check_output, replace_file, write_file
+from qlora_kit.lock import locked
 
 
 class Stop(BaseException):
@@ -111,54 +112,6 @@ def test_a_device_or_a_directory_is_never_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "null", "pipe"]
 
 
-def test_a_directory_appears_when_it_is_whole(tmp_path: Path, umask: None) -> None:
-    target = tmp_path / "a" / "b" / "out"
-    with new_directory(target) as aside:
-        (aside / "one").write_bytes(b"1")
-        assert aside.parent == target.parent
-        assert not target.exists()
-    assert contents(tmp_path) == {"a": None, "a/b": None, "a/b/out": None, "a/b/out/one": b"1"}
-    assert stat.S_IMODE(target.stat().st_mode) == 0o750
-
-
-def test_a_directory_is_replaced_and_nothing_of_the_old_one_is_left(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    (target / "deep").mkdir(parents=True)
-    (target / "deep" / "old").write_bytes(b"old")
-    with new_directory(target) as aside:
-        (aside / "new").write_bytes(b"new")
-        assert (target / "deep" / "old").exists()
-    assert contents(tmp_path) == {"out": None, "out/new": b"new"}
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), Stop()])
-def test_a_failed_directory_leaves_everything_as_it_was(
-    tmp_path: Path, error: BaseException
-) -> None:
-    (tmp_path / "out" / "deep").mkdir(parents=True)
-    (tmp_path / "out" / "deep" / "old").write_bytes(b"old")
-    before = contents(tmp_path)
-
-    def fail(target: Path) -> None:
-        with new_directory(target) as aside:
-            (aside / "half").write_bytes(b"x")
-            raise error
-
-    for target in (tmp_path / "out", tmp_path / "new", tmp_path / "runs" / "of" / "today"):
-        with pytest.raises(type(error)):
-            fail(target)
-        assert contents(tmp_path) == before
-
-
-def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
-    stale = tmp_path / f".out.{os.getpid()}.tmp"
-    stale.mkdir()
-    (stale / "half").write_bytes(b"x")
-    with new_directory(tmp_path / "out") as aside:
-        (aside / "one").write_bytes(b"1")
-    assert contents(tmp_path) == {"out": None, "out/one": b"1"}
-
-
 def test_an_empty_or_new_place_is_fine(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "base").mkdir()
@@ -169,11 +122,116 @@ def test_an_empty_or_new_place_is_fine(tmp_path: Path) -> None:
 
 def test_a_used_place_needs_overwrite(tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "file").touch()
+    (tmp_path / "used" / "export.json").write_text('{"merge_base": "original", "dtype": "bf16"}')
     with pytest.raises(ConfigError, match="used is not empty") as caught:
         check_output(tmp_path / "used", overwrite=False)
     assert "--overwrite" in caught.value.remedy
     check_output(tmp_path / "used", overwrite=True)
+
+
+RUN = '{"config": {}, "versions": {}, "train": {}}'
+MADE: dict[str, dict[str, str]] = {
+    "an export": {
+        "export.json": '{"merge_base": "original", "dtype": "bf16", "kl": 0}',
+        "config.json": "{}",
+        "model-00001-of-00002.safetensors": "",
+        "model.safetensors.index.json": "",
+        "tokenizer.json": "",
+        "tokenizer_config.json": "",
+        "special_tokens_map.json": "",
+        "generation_config.json": "",
+        "chat_template.jinja": "",
+    },
+    "a run": {
+        "run.json": RUN,
+        "config.yaml": "",
+        "metrics.jsonl": "",
+        "README.md": "",
+        "adapter_config.json": "",
+        "adapter_model.safetensors": "",
+        "checkpoint-12/state.json": "",
+        "wandb/x": "",
+    },
+    "a killed run": {".lock": "12\n", "metrics.jsonl": ""},
+    "a killed run that replaces": {".lock": "12 replaces\n", ".replaced.part/run.json": ""},
+    "a run killed at a checkpoint": {"checkpoint-3/manifest.json": "{}", "checkpoint-3/x": ""},
+    "an export in an ext4 volume": {"export.json": '{"merge_base": "", "dtype": ""}'},
+}
+OTHERS: dict[str, dict[str, str]] = {
+    "a file of one's own beside a run": {"run.json": RUN, "notes.txt": ""},
+    "a folder of one's own beside a run": {"run.json": RUN, "mine/precious": ""},
+    "another model": {"config.json": "{}", "model.safetensors": "", "tokenizer.json": ""},
+    "another adapter": {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
+    "a run.json of another program": {"run.json": '{"steps": 3}'},
+    "a run.json that is none": {"run.json": "{" * 100_000},
+    "a lock of another program": {".lock": "held by nobody\n", "metrics.jsonl": ""},
+    "a git checkout": {"export.json": '{"merge_base": "", "dtype": ""}', ".git/HEAD": ""},
+    "an empty folder": {"folder/": ""},
+}
+
+
+def lay(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("what", MADE)
+def test_what_a_run_or_an_export_made_may_be_replaced(tmp_path: Path, what: str) -> None:
+    check_output(lay(tmp_path / "used", MADE[what]), overwrite=True)
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_nothing_else_may(tmp_path: Path, what: str) -> None:
+    place = lay(tmp_path / "used", OTHERS[what])
+    before = contents(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"no run and no export made|neither a run|a git checkout"
+    ):
+        check_output(place, overwrite=True)
+    assert contents(tmp_path) == before
+    check_output(place, overwrite=False, goes_on=True)
+
+
+def test_neither_home_nor_the_working_directory_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay(tmp_path / "a", MADE["an export"])
+    (tmp_path / "a" / "checkpoint-1").mkdir()
+    for place in (tmp_path / "a", tmp_path / "a" / "checkpoint-1"):
+        monkeypatch.setenv("HOME", str(place))
+        with pytest.raises(ConfigError, match="is or holds the home directory"):
+            check_output(tmp_path / "a", overwrite=True)
+        monkeypatch.setenv("HOME", "/nowhere")
+        monkeypatch.chdir(place)
+        with pytest.raises(ConfigError, match="is or holds the working directory"):
+            check_output(tmp_path / "a", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    check_output(tmp_path / "a", overwrite=True)
+
+
+def test_a_place_that_somebody_writes_to_is_not_replaced(tmp_path: Path) -> None:
+    place = lay(tmp_path / "used", MADE["an export"])
+    with locked(place), pytest.raises(ResourceError, match=f"in use by process {os.getpid()}"):
+        check_output(place, overwrite=True)
+    check_output(place, overwrite=True)
+
+
+def test_a_new_volume_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    if os.getuid() == 0:
+        check_output(tmp_path, overwrite=False)
+        os.chown(tmp_path / "lost+found", 65534, 65534)
+    with pytest.raises(ConfigError, match="is not empty"):
+        check_output(tmp_path, overwrite=False)
+
+
+def test_a_loop_of_links_is_called_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(ConfigError, match="is a loop of links"):
+        check_output(tmp_path / "a", overwrite=True)
 
 
 @pytest.mark.parametrize("target", ["base", "base/out", "base/../base/out", ".", "link", "link/x"])

@@ -29,6 +29,8 @@ FLOORS = {
     "fakes": 0,
     "file_kind": 0,
     "files": 0,
+    "lock": 0,
+    "publish": 0,
     "signals": 0,
     "streams": 0,
     "base": 1,
@@ -77,7 +79,7 @@ SIDEWAYS = {("lora.layer", "base.quantize")}
 """The one step between folders of a floor: the layer is where both meet."""
 
 BITSANDBYTES = {"base.quantize", "training.optimizer"}
-LIGHT = ("config", "options", "errors", "files", "signals", "streams")
+LIGHT = ("config", "options", "errors", "files", "lock", "publish", "signals", "streams")
 LIGHT = (*LIGHT, *(f"commands.{name}" for name in COMMANDS))
 LIGHT = (*LIGHT, "commands.entry", "commands.arguments", "commands.adapters")
 LIGHT = (*LIGHT, "commands.config_file", "commands.names")

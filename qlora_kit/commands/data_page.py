@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from html import escape
+from typing import TYPE_CHECKING
 
-from qlora_kit.commands.data_report import Part, Report, ShownRow
+if TYPE_CHECKING:
+    from qlora_kit.commands.data_report import Part, Report, ShownRow
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60646c; --line: #d9d9e0;
@@ -35,12 +37,18 @@ pre { margin: 0; padding: .8rem .9rem; white-space: pre-wrap; overflow-wrap: any
 """
 
 
+HEAD = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="generator" content="qlora-kit show-data">'
+)
+"""How a page of ours begins, by which it is known to be one."""
+
+
 def page_of(report: Report) -> str:
     """The whole page."""
     title = f"{report.train.source} for {report.model}"
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'{HEAD}<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
         f"<h1>{escape(title)}</h1>\n"
         f'<p class="soft">rows of {report.format}, at most {report.max_length:,} tokens each</p>\n'

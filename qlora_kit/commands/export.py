@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"{' and '.join(missing)} not given", "give both")
     from qlora_kit.data.read import load_rows
     from qlora_kit.files import check_output
+    from qlora_kit.publish import mend
 
     target, adapter_dir = Path(options.output_dir), Path(options.adapter)
     named = (options.adapter, options.verify, parsed.config_file)
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = look_at(parsed, options.adapter)
     if source is not None:
         read.append(source.directory)
+    mend(target)  # what a killed export left: the old one is in its place again
     check_output(target, options.overwrite, read)
     asked = None
     if options.verify is not None:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.batch import eval_batches, padding_id
     from qlora_kit.data.template import SAVED
-    from qlora_kit.export.merge import export_model
+    from qlora_kit.export.merge import REPORT, export_model
     from qlora_kit.export.verify import verify
     from qlora_kit.lora.adapter import load_adapter
     from qlora_kit.training.record import versions, write_json, write_text
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--max_kl {options.max_kl:g}; nothing was written",
                 "use --merge_base dequantized, or a wider --dtype",
             )
-        write_json(directory / "export.json", report)
+        write_json(directory / REPORT, report)
 
     export_model(
         model,

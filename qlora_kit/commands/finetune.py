@@ -194,7 +194,8 @@ def _default_names(config: RunConfig, bits: int | None) -> Iterator[Path]:
 
 def _is_finished(config: RunConfig, target_dir: Path, base: OpenBase, display: Display) -> bool:
     """Whether the run to resume is finished, which is said. Errors: as `_check_place`."""
-    from qlora_kit.training.run_directory import LOCK, Content, content_of, run_directory
+    from qlora_kit.lock import LOCK
+    from qlora_kit.training.run_directory import Content, content_of, run_directory
 
     resume = config.output.resume_from_checkpoint
     if resume is not None and content_of(target_dir) is Content.FINISHED:
@@ -227,7 +228,7 @@ def _check_place(config: RunConfig, target_dir: Path, model: Path | None) -> Non
     read = [*([] if model is None else [model]), *_data_files(config.data)]
     if config.lora.adapter is not None:
         read.append(Path(config.lora.adapter))
-    check_output(target_dir, config.output.overwrite or goes_on, read)
+    check_output(target_dir, config.output.overwrite, read, goes_on)
 
 
 def _data_files(data: DataConfig) -> Iterator[Path]:

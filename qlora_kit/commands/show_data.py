@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parse("qlora-kit show-data", SUMMARY, (BaseConfig, DataConfig, ShowConfig), given)
     refuse_tokens(parsed)
     options = parsed[ShowConfig]
-    page = None if options.html is None else _page_path(options.html)
+    page = None if options.html is None else _page_path(options.html, parsed)
     report = _report(parsed)
     from qlora_kit.commands.data_page import page_of
     from qlora_kit.commands.data_text import print_report
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.files import write_file
 
     if page is not None:
+        _page_path(str(page), parsed)  # what came there meanwhile is not lost
         write_file(page, page_of(report).encode())
     terminal = Terminal()
     if options.json:
@@ -46,13 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _page_path(name: str) -> Path:
-    """Where the page goes. Errors: `ConfigError`, before anything is read."""
+def _page_path(name: str, parsed: Parsed) -> Path:
+    """Where the page goes: a new file, or in the place of an earlier page that is not read here.
+
+    Errors: `ConfigError`, before anything is read.
+    """
+    from qlora_kit.commands.data_page import HEAD
+
     path = Path(name).expanduser()
     if path.is_dir():
         raise ConfigError(f"--html {name}: is a directory", "name a file")
     if not path.parent.is_dir():
         raise ConfigError(f"--html {name}: {path.parent} is no directory", "make it first")
+    if not os.path.lexists(path):
+        return path
+    if not path.is_file():
+        raise ConfigError(f"--html {name}: is not a regular file", "name a new file")
+    with open(path, "rb") as file:
+        if file.read(len(HEAD)) != HEAD.encode():
+            raise ConfigError(
+                f"--html {name}: is there, and is no page of show-data", "name a new file"
+            )
+    data = parsed[DataConfig]
+    named = (data.data, data.eval_data, data.chat_template, parsed.config_file)
+    for read in (Path(os.path.expanduser(one)) for one in named if one is not None):
+        if read.exists() and path.samefile(read):
+            raise ConfigError(f"--html {name}: is read here", "name a new file")
     return path
 
 

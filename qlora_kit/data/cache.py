@@ -31,7 +31,7 @@ import numpy as np
 from qlora_kit.data.outcome import EncodeRules, Outcome, Tally
 from qlora_kit.data.read import Row, Table
 from qlora_kit.data.tokens import IGNORE, Encoded
-from qlora_kit.files import new_directory
+from qlora_kit.publish import new_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -26,11 +26,14 @@ from qlora_kit.base.tensors import DTYPES, check_finite, dtype_name, read_tensor
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.base.validate import INDEX_FILE, SINGLE_FILE, read_entries
 from qlora_kit.errors import AdapterError, ConfigError, ExportError
-from qlora_kit.files import check_output, new_directory, replace_file, write_file
+from qlora_kit.files import check_output, check_room, replace_file, write_file
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 from qlora_kit.lora.layer import LoRALinear, delta_weight
+from qlora_kit.publish import publish
 
 SHARD_SIZE = 4 * 1024**3
+REPORT = "export.json"
+"""What an export says of itself; by it, too, a later one knows what it may replace."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,14 @@ def export_model(
     export_dtype = run_dtype if dtype == "auto" else DTYPES[dtype]
     tensors = export_tensors(model, adapter, merge_base)
     size = sum(tensor.shape.numel() for tensor in tensors) * export_dtype.itemsize
-    _check_room(target, size)
-    with new_directory(target) as directory:
+    check_room(target, size, "the export")
+    with publish(target) as directory:
         _write_shards(tensors, directory, export_dtype, shard_size)
         _write_settings(model, directory, export_dtype)
+        said = {"merge_base": merge_base, "dtype": dtype_name(export_dtype)}
+        write_file(
+            directory / REPORT, json.dumps(said | {"base": model.base_info.as_dict()}).encode()
+        )
         if inspect is not None:
             inspect(directory)
     return target
@@ -195,15 +202,3 @@ def _write_settings(model: Any, directory: Path, dtype: torch.dtype) -> None:
     copy_tokenizer(source, directory)
     if settings := find(source, "generation_config.json"):
         shutil.copyfile(settings, directory / "generation_config.json")
-
-
-def _check_room(target: Path, size: int) -> None:
-    parent = target.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < size:
-        raise ExportError(
-            f"{target}: the export needs {size} bytes, and {free} are free",
-            "free some space or choose another --output_dir",
-        )

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import errno
-import fcntl
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_kit.errors import ResourceError, UnsafeInputError
 from qlora_kit.files import clear_stale, remove, sync
+from qlora_kit.lock import LOCK, locked
 from qlora_kit.training.checkpoint import numbered
 
-LOCK = ".lock"
 RESULT = "run.json"
 """Written last: where it is, the run is finished."""
 REPLACED, REPLACING = ".replaced", ".replaced.part"
@@ -73,7 +70,7 @@ def run_directory(path: Path, overwrite: bool) -> Iterator[RunDirectory]:
     """
     made = _make(path)
     try:
-        with _lock(path, " replaces" if overwrite else ""):
+        with locked(path, " replaces" if overwrite else ""):
             # A run that was killed while it moved things aside is still to replace them.
             overwrite = overwrite or (path / REPLACING).exists()
             _recover(path)
@@ -147,54 +144,6 @@ def _make(path: Path) -> list[Path]:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     return missing
-
-
-@contextlib.contextmanager
-def _lock(path: Path, does: str) -> Iterator[None]:
-    while True:
-        handle = _open_lock(path / LOCK)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(handle, 40).split()
-            os.close(handle)
-            process = holder[0].decode(errors="replace") if holder else "(starting)"
-            raise ResourceError(
-                f"--output_dir {path} is in use by process {process}",
-                "wait until it ends, or choose another place",
-            ) from error
-        except OSError as error:
-            # A file system without locks: one writer is then the user's promise.
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                os.close(handle)
-                raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path / LOCK)):
-                break
-        os.close(handle)  # its holder removed it between our two calls
-    try:
-        # Over the old text and then cut: a kill in between never leaves an empty file here.
-        text = f"{os.getpid()}{does}\n".encode()
-        os.pwrite(handle, text, 0)
-        os.ftruncate(handle, len(text))
-        yield
-    finally:
-        try:
-            with contextlib.suppress(FileNotFoundError):  # the directory was removed meanwhile
-                os.unlink(path / LOCK)
-        finally:
-            os.close(handle)
-
-
-def _open_lock(path: Path) -> int:
-    """A file is made or opened; what a link points to is not for us to write to.
-
-    Errors: `UnsafeInputError` for anything but a plain file.
-    """
-    if not path.is_symlink() and (path.is_file() or not path.exists()):
-        # Between the look and this call a link may come.
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    raise UnsafeInputError(f"{path}: is not a regular file", "choose another place")
 
 
 def _recover(path: Path) -> None:

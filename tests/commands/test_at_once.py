@@ -67,7 +67,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, workshop: Any) -> Path:
     for file in ("cut_weights_base/model", "cut_weights_adapter/adapter_model"):
         cut(folder / f"{file}.safetensors")
     (folder / "used").mkdir()
-    (folder / "used" / "mine").write_text("mine")
+    (folder / "used" / "export.json").write_text('{"merge_base": "original", "dtype": "bf16"}')
     shutil.copy(workshop.rows, folder / "rows.jsonl")
     (folder / "bad.jsonl").write_text('\n{"prompt": "a"\n')
     (folder / "empty.jsonl").write_text("\n\n")

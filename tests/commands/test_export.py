@@ -81,7 +81,7 @@ def test_a_divergence_above_max_kl_is_an_error_and_leaves_nothing(
     run: Run, workshop: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("mine")
+    (tmp_path / "out" / "export.json").write_text('{"merge_base": "original", "dtype": "bf16"}')
     before = tree_hash(tmp_path)
     answer = run(
         "export", "--adapter", workshop.adapter, "--model", workshop.base, "--output_dir",
@@ -97,6 +97,7 @@ def test_a_divergence_above_max_kl_is_an_error_and_leaves_nothing(
 def test_an_old_export_is_replaced_whole(run: Run, workshop: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("stale")
+    (tmp_path / "out" / "export.json").write_text('{"merge_base": "original", "dtype": "bf16"}')
     answer = run(
         "export", "--adapter", workshop.adapter, "--model", workshop.base,
         "--output_dir", tmp_path / "out", "--verify", workshop.rows,

@@ -43,7 +43,7 @@ def home(tmp_path: Path, workshop: Any, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(workshop.adapter, tmp_path / "adapter")
     shutil.copy(workshop.rows, tmp_path / "rows.jsonl")
     (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "mine").write_text("mine")
+    (tmp_path / "used" / "export.json").write_text('{"merge_base": "original", "dtype": "bf16"}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -240,7 +240,7 @@ def test_a12_overwrite_replaces_what_was_there_or_leaves_it_all(run: Run, home: 
     assert tree_hash(home) == spoilt != before
     edit_weights(home / "base", lambda tensors: tensors["lm_head.weight"].fill_(0.01))
     assert run(*command, "--data", "rows.jsonl", *short).code == 0
-    assert not (home / "used" / "mine").exists()
+    assert not (home / "used" / "export.json").exists()
     assert (home / "used" / "adapter_model.safetensors").exists()
     assert {path.name for path in home.iterdir()} == {"base", "adapter", "rows.jsonl", "used"}
 

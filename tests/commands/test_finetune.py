@@ -207,14 +207,20 @@ def test_a_directory_that_is_not_empty_is_refused_and_overwrite_replaces_it(
 ):
     output = tmp_path / "run"
     output.mkdir()
-    (output / "mine.txt").write_text("mine")
+    (output / "export.json").write_text('{"merge_base": "original", "dtype": "bf16"}')
     assert main([*inputs, "--max_steps", "1", "--output_dir", str(output)]) == 2
-    assert "is not empty" in error_of(capsys)
+    assert "is not empty; choose another place, or give --overwrite" in error_of(capsys)
     assert main([*inputs, "--output_dir", str(output), "--resume_from_checkpoint", "auto"]) == 2
     assert "is not empty" in error_of(capsys)
-    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+    (output / "mine.txt").write_text("mine")
+    for more in ((), ("--overwrite",)):
+        assert main([*inputs, "--max_steps", "1", "--output_dir", str(output), *more]) == 2
+        error = error_of(capsys)
+        assert ("or give --overwrite" in error, "holds mine.txt" in error) == (False, bool(more))
+    assert sorted(path.name for path in output.iterdir()) == ["export.json", "mine.txt"]
+    (output / "mine.txt").unlink()
     assert main([*inputs, "--max_steps", "1", "--output_dir", str(output), "--overwrite"]) == 0
-    assert not (output / "mine.txt").exists()
+    assert not (output / "export.json").exists()
     assert (output / "run.json").exists()
 
 

@@ -2,7 +2,9 @@
 
 import html.parser
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -12,6 +14,7 @@ from chat_tokenizer import chat_tokenizer
 from families import tree_hash
 
 from qlora_kit.commands import data_report
+from qlora_kit.commands.data_page import HEAD
 from qlora_kit.commands.show_data import main
 from qlora_kit.data.batch import collate_packs, padding_id, steps
 from qlora_kit.data.order import make_packs
@@ -225,7 +228,7 @@ def test_nothing_changes_on_disk_and_nothing_is_written_for_an_error(
     run(capsys, *arguments(model, chats, "--eval_fraction", 0))
     assert (tree_hash(model), tree_hash(tmp_path)) == before
     page = tmp_path / "page.html"
-    page.write_text("old")
+    page.write_text(f"{HEAD}old")
     before = tree_hash(tmp_path)
     chats_gone = tmp_path / "gone.jsonl"
     done = run(capsys, *arguments(model, chats_gone, "--html", page), code=3)
@@ -291,3 +294,35 @@ def test_bars_hold_every_length_once():
         assert len(bins) <= data_report.BINS
         assert sum(count for _, _, count in bins) == len(lengths)
         assert all(a[1] + 1 == b[0] for a, b in pairwise(bins))
+
+
+def test_a_page_replaces_a_page_and_nothing_else(capsys, model, chats, tmp_path):
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
+    shutil.copy(chats, rows)
+    shutil.copytree(model, tmp_path / "base")
+    (tmp_path / "my.html").write_text('<!doctype html>\n<html lang="en"><p>mine</p></html>')
+    (tmp_path / "link.html").symlink_to(rows)
+    (tmp_path / "nothing.html").symlink_to("not_there")
+    (tmp_path / "empty.yaml").write_text("rows: 1\n")
+    os.mkfifo(tmp_path / "pipe.html")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    base = tmp_path / "base"
+    for name in ("rows.jsonl", "link.html", "base/config.json", "my.html", "empty.yaml"):
+        more = ("--html", tmp_path / name, "--config", tmp_path / "empty.yaml")
+        err = run(capsys, *arguments(base, rows, *more), code=2).err
+        assert "is there, and is no page of show-data; name a new file" in err
+    for name in ("pipe.html", "nothing.html"):
+        err = run(capsys, *arguments(base, rows, "--html", tmp_path / name), code=2).err
+        assert "is not a regular file" in err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for count in (1, 2):
+        run(capsys, *arguments(base, rows, "--rows", count, "--html", page))
+    assert page.read_text().count('<section class="row">') == 2
+    # A page may itself be what is read.
+    shutil.copy(page, tmp_path / "page.txt")
+    text = (tmp_path / "page.txt").read_bytes()
+    err = run(
+        capsys, *arguments(base, tmp_path / "page.txt", "--html", tmp_path / "page.txt"), code=2
+    ).err
+    assert "is read here" in err
+    assert (tmp_path / "page.txt").read_bytes() == text

@@ -366,7 +366,7 @@ def test_shards_hold_the_same_tensors(all_made: dict[str, Made], tmp_path: Path)
 def test_settings_and_tokenizer_go_along(all_made: dict[str, Made]) -> None:
     made = all_made["int8"]
     names = {path.name for path in made.base.iterdir()}
-    assert {path.name for path in made.export.iterdir()} == names
+    assert {path.name for path in made.export.iterdir()} == names | {"export.json"}
     for name in names - {"config.json", "model.safetensors"}:
         assert (made.export / name).read_bytes() == (made.base / name).read_bytes()
     before, after = (
@@ -409,7 +409,7 @@ def test_a_file_that_may_not_grow_leaves_what_was_there(
     all_made: dict[str, Made], tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "export.json").write_text('{"merge_base": "original", "dtype": "bf16"}')
     before = tree_hash(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))

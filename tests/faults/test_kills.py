@@ -97,9 +97,9 @@ def test_what_overwrite_replaces_is_there_until_there_is_something_better(job, o
         return {p.relative_to(output): p.read_bytes() for p in output.rglob("*") if p.is_file()}
 
     output.mkdir()
-    (output / "folder").mkdir()
-    (output / "folder" / "precious.txt").write_text("old")
-    (output / "run.json").write_text("{}")
+    (output / "wandb").mkdir()
+    (output / "wandb" / "precious.txt").write_text("old")
+    (output / "run.json").write_text('{"config": {}, "versions": {}, "train": {}}')
     before = content()
     failed = job.run(output, "--overwrite", inject="nan_loss_from_1")
     assert failed.code == 5, failed.output
@@ -116,15 +116,15 @@ def test_what_overwrite_replaces_is_there_until_there_is_something_better(job, o
         assert content() == before, at
     done = job.run(output, "--overwrite")
     assert done.code == 0
-    assert not (output / "folder").exists()
+    assert not (output / "wandb").exists()
     assert leftovers(output) == []
 
 
 def test_a_call_that_fails_while_it_replaces_puts_everything_back(job, output):
     """Each call in turn: the lock, the folder aside, each move; the first finds its folder made."""
     output.mkdir()
-    for name in ("a.txt", "b.txt", "run.json"):
-        (output / name).write_text("{}")
+    for name in ("config.json", "merges.txt", "export.json"):
+        (output / name).write_text('{"merge_base": "original", "dtype": "bf16"}')
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     for at in range(2, 8):
         failed = job.run(output, "--overwrite", fault=Fault(at, "fail", path=str(output)))
@@ -137,17 +137,17 @@ def test_killed_while_it_replaces_a_run_resumes_and_replaces(job, reference, tmp
     for at in (3, 5, 6, 8, 40):
         output = tmp_path / f"{at}"
         output.mkdir()
-        (output / "precious.txt").write_text("old")
+        (output / "export.json").write_text('{"merge_base": "original", "dtype": "bf16"}')
         killed = job.run(output, "--overwrite", fault=Fault(at))
         assert killed.code == -signal.SIGKILL
         resumed = job.run(output, "--resume_from_checkpoint", "auto")
         if resumed.code == 2:  # before anything was moved: it is still another's directory
-            assert (output / "precious.txt").read_text() == "old"
+            assert "merge_base" in (output / "export.json").read_text()
             refused.append(at)
             continue
         assert resumed.code == 0, (at, resumed.output)
         assert result_of(output) == reference
-        assert not (output / "precious.txt").exists()
+        assert not (output / "export.json").exists()
     assert 0 < len(refused) < 4
 
 

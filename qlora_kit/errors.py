@@ -8,27 +8,25 @@ What is printed holds no token of the environment and no control character out o
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import functools
-import os
 import re
 import signal
-import stat
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
+from qlora_kit.redact import known_secrets
 from qlora_kit.signals import Stopped, StopSignals
 from qlora_kit.streams import Stream, guarded, plain
 
 ERROR_LINE_LIMIT = 400
 """Characters of the error line on stderr, `error: ` included."""
-SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "_PAT")
-"""How the names of environment variables end whose values are never printed."""
-SECRET_LENGTH, SECRET_LIMIT = 8, 2**16
-"""Characters from which on a value is taken for a secret, and of a file that is read for some."""
+SHORTEST_WORD = 48
+"""Characters that are left of a long value in a line that is too long."""
 
 
 class QloraKitError(Exception):
@@ -100,59 +98,56 @@ class NumericError(QloraKitError):
 
 
 def error_line(error: QloraKitError | Stopped) -> str:
-    """`error: problem; remedy` on one line of at most `ERROR_LINE_LIMIT` characters."""
+    """`error: problem; remedy` on one line of at most `ERROR_LINE_LIMIT` characters.
+
+    Where it is longer, long values lose their middles first, so that the reason behind a path
+    stays; then the problem loses its end, and the remedy does last.
+    """
     problem, remedy = (_plain(redacted(part)) for part in (error.problem, error.remedy))
-    room = ERROR_LINE_LIMIT - len("error: ; ") - len(remedy)
-    if room < 40:
-        remedy = remedy[: len(remedy) - (40 - room)]
-        room = 40
-    if len(problem) > room:
-        problem = problem[: room - 3] + "..."
-    return f"error: {problem}; {remedy}"
+    room = ERROR_LINE_LIMIT - len("error: ; ")
+    problem = _shorter(problem, room - len(remedy))
+    remedy = _shorter(remedy, room - len(problem))
+    problem = _cut(problem, max(40, room - len(remedy)))
+    return f"error: {problem}; {remedy[: room - len(problem)]}"
+
+
+def _shorter(text: str, limit: int) -> str:
+    """`text` with the middles of its longest words left out, as far as it is above `limit`."""
+    words = text.split(" ")
+    if len(text) <= limit or len(words) == 1:  # of one word there is no reason behind it
+        return text
+
+    def fits(length: int) -> bool:
+        return sum(min(len(word), length) + 1 for word in words) - 1 <= limit
+
+    lengths = range(SHORTEST_WORD, max(limit, SHORTEST_WORD) + 1)
+    length = lengths[max(0, bisect.bisect_left(lengths, True, key=lambda n: not fits(n)) - 1)]
+    return " ".join(middle_out(word, length) for word in words)
+
+
+def middle_out(text: str, limit: int) -> str:
+    """`text` in at most `limit` characters, its beginning and its end."""
+    if len(text) <= limit:
+        return text
+    head = (limit - 3) // 2
+    return f"{text[:head]}...{text[len(text) - (limit - 3 - head) :]}"
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def redacted(text: str) -> str:
     """`text` without secrets: the environment's, the hub's tokens, a stored login, an address's."""
-    for name, value in os.environ.items():
-        if name.upper().endswith(SECRET_NAMES) and len(value) >= SECRET_LENGTH:
-            text = text.replace(value, "***")
-    for login in _stored_logins():
-        text = text.replace(login, "***")
+    for secret in known_secrets():
+        text = text.replace(secret, "***")
     text = re.sub(r"(hf|api_org)_[A-Za-z0-9]{16,}", r"\1_***", text)
     return re.sub(r"://[^/\s@]+@", "://***@", text)
 
 
-def _stored_logins() -> tuple[str, ...]:
-    """The tokens that `hf auth login` stored, where the hub's client looks for them."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    found: tuple[str, ...] = ()
-    for variable, name in (("HF_TOKEN_PATH", "token"), ("HF_STORED_TOKENS_PATH", "stored_tokens")):
-        path = os.path.expanduser(os.path.expandvars(os.environ.get(variable) or f"{home}/{name}"))
-        with contextlib.suppress(OSError, ValueError):
-            status = os.stat(path)
-            if stat.S_ISREG(status.st_mode):  # a FIFO would wait for a writer
-                found += _secrets_in(path, status.st_mtime_ns)
-    return found
-
-
-@functools.cache
-def _secrets_in(path: str, changed: int) -> tuple[str, ...]:
-    """The lines of a file (`changed` at that time), their names left out, and all of it as one."""
-    with open(path, encoding="utf-8") as file:
-        text = file.read(SECRET_LIMIT)
-    lines = [
-        line.rpartition("=")[2].strip() for line in text.splitlines() if not line.startswith("[")
-    ]
-    # Longest first: a part that is replaced before would hide the whole.
-    secrets = sorted({"".join(lines), *lines}, key=len, reverse=True)
-    return tuple(one for one in secrets if len(one) >= SECRET_LENGTH)
-
-
 def excerpt(text: str, limit: int = 60) -> str:
-    """The first characters of `text`, redacted before it is cut, for half a token is not seen."""
-    text = redacted(text)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """`text` without its middle, redacted before it is cut, for half a token is not seen."""
+    return middle_out(redacted(text), limit)
 
 
 def _plain(text: str) -> str:

@@ -49,7 +49,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     A link at `path` stays, and what it points to is replaced. A failure leaves what was there,
     and no temporary file. Errors: `ResourceError` where something else than a file is there.
     """
-    path = path.resolve()
+    path = real_path(path)
     if path.exists() and not path.is_file():
         raise ResourceError(f"{path}: is not a regular file", "choose another place")
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -63,6 +63,12 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside)
+
+
+def real_path(path: Path) -> Path:
+    """The place that a path leads to, whole, and its links followed; a loop of links stays one."""
+    # `Path.resolve` raises for a loop, and what it raises has changed between versions of Python.
+    return Path(os.path.realpath(path))
 
 
 def write_plain(path: Path, content: bytes) -> None:
@@ -86,10 +92,10 @@ def check_output(
     leaves what is there. Errors: `ConfigError`, and `ResourceError` for a place that cannot be
     written to, or that somebody writes to.
     """
-    real = Path(os.path.realpath(path))
-    if real.is_symlink():
+    real = real_path(path)
+    if any(part.is_symlink() for part in (real, *real.parents)):
         raise ConfigError(f"--output_dir {path} is a loop of links", "choose another place")
-    for read in (read.resolve() for read in inputs):
+    for read in map(real_path, inputs):
         if real.is_relative_to(read) or read.is_relative_to(real):
             raise ConfigError(
                 f"--output_dir {path} overlaps with {read}, which is read", "choose another place"

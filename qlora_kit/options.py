@@ -229,7 +229,7 @@ def _at_home(path: str) -> str:
         return path
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
-        raise ValueError("a path, and the home of ~user that of a known one (./~ is a file here)")
+        raise ValueError("a path, and ~name the home of a user here (./~name is a file)")
     return whole
 
 

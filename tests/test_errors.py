@@ -88,6 +88,26 @@ def test_the_line_is_one_line_of_at_most_400_characters(problem: str, remedy: st
     assert "\n" not in line
 
 
+def test_a_long_path_leaves_the_reason_in_the_line() -> None:
+    path = "./" + "y" * 250 + "/" + "z" * 200
+    line = error_line(ModelError(f"{path}: no such directory", f"use owner/name, not {path}"))
+    assert len(line) <= 400
+    assert ": no such directory; use owner/name, not ./yy" in line
+    assert line.startswith("error: ./yyyy")
+    assert line.endswith("zzz")
+    # Two of them keep their ends each, and short values all of theirs.
+    both = f"--output_dir {'a' * 300}/b overlaps with {'c' * 900}/d, which is read"
+    line = error_line(ConfigError(both, "choose another place"))
+    for part in ("--output_dir aaa", "a/b overlaps with ccc", "c/d, which is read; choose another"):
+        assert part in line
+    assert 390 <= len(line) <= 400
+    short = error_line(ConfigError(f"{'p/' * 100} {'word ' * 30}end", "do this"))
+    assert "p/" * 100 in short  # what fits stands as it is
+    # What has no long value loses its end.
+    many = error_line(ConfigError("wrong " * 200, "correct it"))
+    assert many.endswith("...; correct it")
+
+
 def test_control_characters_of_a_file_do_not_reach_the_terminal() -> None:
     line = error_line(ModelError("tensor '\x1b[2J\x07evil\r\nname\udcff'", "fetch it again"))
     assert line == r"error: tensor '\x1b[2J\x07evil name\udcff'; fetch it again"
@@ -113,6 +133,31 @@ def test_no_token_is_printed(
     # What is cut is redacted before: half a token is not known as one.
     for length in range(50, 62):
         assert "hf_s" not in excerpt("a" * length + "hf_secret_of_mine")
+
+
+WORDS = (
+    *("changeme", "production", "/home/me/runs", "runs/first", "~/keys/id_rsa", "wikisql"),
+    *("a sentence of several words", "http://localhost:8080/path", "internationalization"),
+    *("Qwen2.5-7B-Instruct", "./data/train-2024-01-01.jsonl", "data/Llama3/checkpoint-100"),
+)
+TOKENS = (
+    *("hf_" + "abcDEF123" * 4, "sk-proj-" + "x9" * 20, "0123456789abcdef", "ghp_" + "A1b2" * 9),
+    *("wJalrXUtnFEMI/K7MDENG/bPxRfiCYz3XAMp1eK", "AKIAIOSFODNN7EXAMPLE", "eyJhbGciOiJIUzI1NiJ9"),
+    *("550e8400-e29b-41d4-a716-446655440000", "Zm9vYmFyYmF6cXV4cXV1eA=="),
+    *("qWeRtYuIoPaSdFgHjKlZxCvBnM", "my-own-secret-of-a-mirror"),
+)
+
+
+@pytest.mark.parametrize("name", ["DB_PASSWORD", "CACHE_KEY", "SERVICE_TOKEN", "MY_SECRET"])
+def test_a_word_or_a_path_in_a_variable_is_no_secret(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in WORDS:
+        monkeypatch.setenv(name, value)
+        assert redacted(f"--output_dir {value}-run") == f"--output_dir {value}-run"
+    for value in TOKENS:
+        monkeypatch.setenv(name, value)
+        assert value not in redacted(f"--output_dir {value}-run")
 
 
 def test_a_traceback_comes_with_debug_only(capsys: pytest.CaptureFixture[str]) -> None:

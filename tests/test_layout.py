@@ -25,6 +25,7 @@ PACKAGE = ROOT / "qlora_kit"
 FLOORS = {
     "config": 0,
     "options": 0,
+    "redact": 0,
     "errors": 0,
     "fakes": 0,
     "file_kind": 0,
@@ -79,8 +80,8 @@ SIDEWAYS = {("lora.layer", "base.quantize")}
 """The one step between folders of a floor: the layer is where both meet."""
 
 BITSANDBYTES = {"base.quantize", "training.optimizer"}
-LIGHT = ("config", "options", "errors", "files", "lock", "publish", "signals", "streams")
-LIGHT = (*LIGHT, *(f"commands.{name}" for name in COMMANDS))
+LIGHT = ("config", "options", "errors", "redact", "files", "lock", "publish", "signals")
+LIGHT = (*LIGHT, "streams", *(f"commands.{name}" for name in COMMANDS))
 LIGHT = (*LIGHT, "commands.entry", "commands.arguments", "commands.adapters")
 LIGHT = (*LIGHT, "commands.config_file", "commands.names")
 """Modules whose top imports the standard library, yaml and each other only."""

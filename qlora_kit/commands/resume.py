@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.base.source import fingerprint
 from qlora_kit.config import RunConfig
 from qlora_kit.errors import CheckpointError, ConfigError
+from qlora_kit.files import real_path
 from qlora_kit.options import flag_of, types_of
 from qlora_kit.training.checkpoint import (
     Checkpoint,
@@ -50,7 +51,7 @@ def find_checkpoint(config: RunConfig, target_dir: Path, display: Display) -> Ch
         return None
     if name != "auto":
         path = Path(name).expanduser()
-        elsewhere = path.parent.resolve() != target_dir.resolve()
+        elsewhere = real_path(path.parent) != real_path(target_dir)
         if elsewhere and numbered(target_dir)[0]:
             raise ConfigError(
                 f"--output_dir {target_dir} has checkpoints of its own, and {path} is none of them",

@@ -374,7 +374,13 @@ class OutputConfig(Options):
         0,
         "write a checkpoint every so many steps",
         check=between(0, MOST_STEPS),
-        shown_default="0: only when a signal or an error stops the run",
+        shown_default="0: by the clock alone, and when a signal or an error stops the run",
+    )
+    save_minutes: float = option(
+        10.0,
+        "write a checkpoint after so many minutes without one; a finished run keeps none of them; "
+        "0: none",
+        check=between(0, 10**6),
     )
     save_total_limit: int = option(2, "checkpoints that are kept", check=between(1, MOST_STEPS))
     eval_steps: int = option(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.commands.adapters import look_at
     from qlora_kit.commands.continued import is_gone, start_from_adapter
     from qlora_kit.commands.display import Display
+    from qlora_kit.commands.place import check_place, output_directory
     from qlora_kit.data.read import load_rows
 
     display = Display()
@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, start = load_rows(config.data, config.training.seed), None
     source = look_at(parsed, None if is_gone(config) else config.lora.adapter)
     if config.output.output_dir is not None:
-        _check_place(
+        check_place(
             config, Path(config.output.output_dir), None if source is None else source.directory
         )
     if config.lora.adapter is not None:
-        run_dir = _output_directory(config, config.base.bits)
+        run_dir = output_directory(config, config.base.bits)
         config, start = start_from_adapter(parsed, config, run_dir)
     from qlora_kit.commands.run import open_run
     from qlora_kit.signals import StopSignals
@@ -107,6 +107,7 @@ def prepare(
     """
     from qlora_kit.base.load import open_base
     from qlora_kit.commands.continued import settle
+    from qlora_kit.commands.place import default_names, is_finished, output_directory
     from qlora_kit.commands.resume import (
         check_resumed,
         find_checkpoint,
@@ -118,9 +119,12 @@ def prepare(
     from qlora_kit.data.template import use_template
 
     base = open_base(config.base)
-    target_dir = _output_directory(config, base.quantization.bits)
-    if _is_finished(config, target_dir, base, display):
+    target_dir = output_directory(config, base.quantization.bits)
+    if is_finished(config, target_dir, base, display):
         return None
+    names = None
+    if config.output.output_dir is None and config.output.resume_from_checkpoint is None:
+        names = default_names(config, base.quantization.bits)
     overridden = overridden_options(config)
     resume = find_checkpoint(config, target_dir, display)
     start_dir, ranks = None, None
@@ -165,80 +169,8 @@ def prepare(
         resume,
         memory,
         start_dir,
+        names,
     )
-
-
-def _output_directory(config: RunConfig, bits: int | None) -> Path:
-    """`--output_dir`, else where the checkpoint lies, else the next (or latest) default name."""
-    output = config.output
-    if output.output_dir is not None:
-        return Path(output.output_dir)
-    names = _default_names(config, bits)
-    if output.resume_from_checkpoint is None:
-        return next(path for path in names if not path.exists())
-    if output.resume_from_checkpoint != "auto":
-        return Path(output.resume_from_checkpoint).parent
-    taken = list(itertools.takewhile(Path.exists, names))
-    return taken[-1] if taken else next(_default_names(config, bits))
-
-
-def _default_names(config: RunConfig, bits: int | None) -> Iterator[Path]:
-    """runs/<model>-<data>-<bits>bit, then -2, -3 ..."""
-    model = Path(config.base.model.rstrip("/")).name
-    data = Path(config.data.data.rstrip("/").replace(":", "-")).stem
-    name = f"runs/{model}-{data}-{bits}bit"
-    yield Path(name)
-    for number in itertools.count(2):
-        yield Path(f"{name}-{number}")
-
-
-def _is_finished(config: RunConfig, target_dir: Path, base: OpenBase, display: Display) -> bool:
-    """Whether the run to resume is finished, which is said. Errors: as `_check_place`."""
-    from qlora_kit.lock import LOCK
-    from qlora_kit.training.run_directory import Content, content_of, run_directory
-
-    resume = config.output.resume_from_checkpoint
-    if resume is not None and content_of(target_dir) is Content.FINISHED:
-        if (target_dir / LOCK).exists():  # killed after its last word: what it held is let go
-            with run_directory(target_dir, overwrite=False):
-                pass
-        display.note(f"{target_dir}: this run is finished; nothing was changed")
-        return True
-    _check_place(config, target_dir, base.source.directory)
-    return False
-
-
-def _check_place(config: RunConfig, target_dir: Path, model: Path | None) -> None:
-    """Refuse a directory that cannot take the results; torch is not needed.
-
-    `model` is the base's directory, where it is known. Errors: `ConfigError`, `ResourceError`.
-    """
-    from qlora_kit.files import check_output
-    from qlora_kit.training.run_directory import Content, content_of
-
-    resume, content = config.output.resume_from_checkpoint, content_of(target_dir)
-    if resume is not None and content is Content.FINISHED:
-        return  # nothing will be written
-    if resume is None and content is Content.INTERRUPTED and not config.output.overwrite:
-        raise ConfigError(
-            f"--output_dir {target_dir} holds a run that was interrupted",
-            "go on with --resume_from_checkpoint auto, or give --overwrite",
-        )
-    goes_on = resume is not None and content is Content.INTERRUPTED
-    read = [*([] if model is None else [model]), *_data_files(config.data)]
-    if config.lora.adapter is not None:
-        read.append(Path(config.lora.adapter))
-    check_output(target_dir, config.output.overwrite, read, goes_on)
-
-
-def _data_files(data: DataConfig) -> Iterator[Path]:
-    """The files here that rows may come from: a run may not be written over them."""
-    for name in (data.data, data.eval_data):
-        path = Path(name or "").expanduser()
-        if name and path.is_dir():
-            yield from (file for file in path.iterdir() if file.is_file())
-        elif name and path.is_file():
-            yield path
 
 
 def _check_adapters(

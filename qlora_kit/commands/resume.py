@@ -31,7 +31,7 @@ FREE_ON_RESUME = {
     *("model", "revision", "data", "eval_data", "allow_longer_context", "gradient_checkpointing"),
     "memory_budget",
     *("output_dir", "overwrite", "logging_steps", "report_to", "sample_prompts", "compare_bits"),
-    *("save_steps", "save_total_limit", "eval_steps", "early_stopping"),
+    *("save_steps", "save_minutes", "save_total_limit", "eval_steps", "early_stopping"),
     *("token_cache", "adapter", "allow_other_base"),
 }
 FIXED_ON_RESUME = (

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,8 @@ class Plan:
 
     `identity` tells the base and the encoded rows apart from others, whatever they are called.
     `start` is the directory of the adapter that the run goes on from, checked against the base.
-    `memory` says what it will take, and which layers recompute.
+    `memory` says what it will take, and which layers recompute. `names` are those that the
+    directory may have where none was given.
     """
 
     config: RunConfig
@@ -96,6 +98,7 @@ class Plan:
     resume: Checkpoint | None
     memory: MemoryPlan
     start: Path | None = None
+    names: Iterator[Path] | None = None
 
 
 @contextlib.contextmanager
@@ -106,7 +109,8 @@ def open_run(plan: Plan, display: Display, signals: StopSignals) -> Iterator[Run
     reached is saved first. Errors: those of loading, `ResourceError`, `Stopped`.
     """
     output = plan.config.output
-    with run_directory(plan.directory, output.overwrite) as place:
+    with contextlib.ExitStack() as stack:
+        plan, place = _hold_directory(plan, stack)
         run = Run(plan, place, display, signals)
         resumed = None if plan.resume is None else run.progress.step
         trackers = start_trackers(output.report_to, place.path, plan.config.as_flat())
@@ -126,6 +130,19 @@ def open_run(plan: Plan, display: Display, signals: StopSignals) -> Iterator[Run
                 with contextlib.suppress(QloraKitError, OSError):
                     run.save()
                 raise
+
+
+def _hold_directory(plan: Plan, stack: contextlib.ExitStack) -> tuple[Plan, RunDirectory]:
+    """Hold the run's directory; of the default names the first that nobody else has by now."""
+    overwrite = plan.config.output.overwrite
+    if plan.names is None:
+        return plan, stack.enter_context(run_directory(plan.directory, overwrite))
+    for path in plan.names:
+        with contextlib.suppress(FileExistsError):
+            place = stack.enter_context(run_directory(path, overwrite, fresh=True))
+            output = replace(plan.config.output, output_dir=str(path))
+            return replace(plan, directory=path, config=replace(plan.config, output=output)), place
+    raise AssertionError("the names do not end")
 
 
 class Run:
@@ -160,6 +177,8 @@ class Run:
         self._questions = _questions(plan)
         self._best: dict[str, Tensor] = {}
         self._saved_step = -1
+        self._finished = False
+        self._evaluation_s = 0.0
         self._eval_rows = max(EVAL_ROWS, training.batch_size)
         if plan.resume is not None:
             self._restore(plan.resume)
@@ -167,14 +186,17 @@ class Run:
     def begin(self, log: MetricsLog, bar: TrainingProgress) -> None:
         """Measure what the run starts from, unless the checkpoint says it."""
         self._log, self._bar = log, bar
+        self._saved_s = self._listened_s = time.monotonic()
         progress = self.progress
         largest = try_largest(self._plan, self.model, self.optimizer, self.guard, progress.step)
         self._memory.choose(progress.step, largest)
         if self._plan.resume is None:
+            began = time.monotonic()
             before = self._held_out_loss()
             progress.loss_before = None if before is None else before.loss
             with self._signals.droppable(at_once=True):
                 progress.answers_before = tuple(self._answers())
+            self._evaluation_s = time.monotonic() - began
             bar.start(before)
         else:
             self._evaluate_if_due()
@@ -232,19 +254,39 @@ class Run:
         self._evaluate_if_due()
         if output.save_steps and report.step % output.save_steps == 0:
             self.save()
+        elif self._is_time_to_save():
+            self._save_by_the_clock()
         self._signals.raise_if_received()
+
+    def _is_time_to_save(self) -> bool:
+        """Whether `save_minutes` would be over before this is asked again, or the run finished."""
+        now, limit = time.monotonic(), 60 * self._plan.config.output.save_minutes
+        coming, self._listened_s = now - self._listened_s, now
+        if self.progress.step == self._plan.total_steps:
+            coming = self._evaluation_s
+        return 0 < limit < now - self._saved_s + coming
+
+    def _save_by_the_clock(self) -> None:
+        """A checkpoint that nobody asked for ends no run. Errors: `NumericError`."""
+        try:
+            self.save()
+        except ResourceError as error:
+            self._saved_s = time.monotonic()
+            self._display.note(f"no checkpoint was written: {error.problem}; training goes on")
 
     def save(self) -> Path | None:
         """Write a checkpoint of where the run stands, once for a step, then prune older ones.
 
         Where there is no room, those that it would replace go first, and it is tried again. None
-        before a step was taken. Errors: `ResourceError`, `NumericError`.
+        before a step was taken and once the run is finished. Errors: `ResourceError`,
+        `NumericError`.
         """
         run, step = self._place.path, self.progress.step
-        limit = self._plan.config.output.save_total_limit
+        output = self._plan.config.output
+        limit, every = output.save_total_limit, output.save_steps
         if step == self._saved_step:
             return run / f"checkpoint-{step}"
-        if self.progress.first_loss is None:
+        if self.progress.first_loss is None or self._finished:
             return None
         tensors, state = self._state()
 
@@ -257,7 +299,7 @@ class Run:
             try:
                 path = write()
             except (ResourceError, OSError):
-                if not prune(run, max(1, limit - 1), self._saved_step):
+                if not prune(run, max(1, limit - 1), every, self._saved_step):
                     raise
                 path = write()
         except OSError as error:
@@ -265,10 +307,10 @@ class Run:
                 f"checkpoint-{step} of {saved_bytes(tensors)} bytes in {run}: {error.strerror}",
                 "free some space or choose another place with --output_dir",
             ) from error
-        self._saved_step = step
+        self._saved_step, self._saved_s = step, time.monotonic()
         self._place.keep()
         drop_after(run, step)
-        prune(run, limit)
+        prune(run, limit, every)
         return path
 
     def leave_step(self) -> None:
@@ -279,6 +321,10 @@ class Run:
     def stopped(self, signal_number: int) -> Stopped:
         """Save where the run stands; returns what to raise. Errors as `save`."""
         path = self.save()
+        if self._finished:
+            return Stopped(
+                signal_number, f"{self._place.path} is finished", "nothing is left to do"
+            )
         if path is None:
             return Stopped(signal_number, "before the first step was done, nothing is kept")
         return Stopped(
@@ -316,6 +362,7 @@ class Run:
             write_text(directory / "README.md", model_card(record))
             write_json(directory / RESULT, record)
             sync(self._place.path / METRICS_FILE)
+        self._finished = True
         self._place.keep()
         prune_unplanned(self._place.path, config.output.save_steps)
         self._display.answers(self._questions, answers)

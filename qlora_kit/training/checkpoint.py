@@ -95,22 +95,31 @@ def saved_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(sizes.values()) + adapter + SLACK_BYTES
 
 
-def prune(run: Path, limit: int, good: int | None = None) -> bool:
+def prune(run: Path, limit: int, every: int, good: int | None = None) -> bool:
     """Remove all but the `limit` newest checkpoints; whether there was one to remove.
 
-    That of step `good` stays: newer ones may be damaged, which nobody looked for.
+    So many of those planned, at multiples of `every` steps, stay as well: what the clock, a signal
+    or an error made between them does not count, for it goes when the run is finished. That of
+    step `good` stays: newer ones may be damaged, which nobody looked for.
     """
-    older = [path for path in _own(run)[limit:] if path.name != f"{PREFIX}{good}"]
+    found = _own(run)
+    planned = [path for path in found if _is_planned(path, every)]
+    kept = {*found[:limit], *planned[:limit], run / f"{PREFIX}{good}"}
+    older = [path for path in found if path not in kept]
     for path in older:
         _discard(path)
     return bool(older)
 
 
 def prune_unplanned(run: Path, every: int) -> None:
-    """Remove the checkpoints that a signal or an error made: steps no multiple of `every`."""
+    """Remove what the clock, a signal or an error made: at steps no multiple of `every`."""
     for path in _own(run):
-        if not every or int(path.name.removeprefix(PREFIX)) % every:
+        if not _is_planned(path, every):
             _discard(path)
+
+
+def _is_planned(path: Path, every: int) -> bool:
+    return bool(every) and int(path.name.removeprefix(PREFIX)) % every == 0
 
 
 def drop_after(run: Path, step: int) -> None:

@@ -62,13 +62,14 @@ def _is_new_run(lock: Path) -> bool:
 
 
 @contextlib.contextmanager
-def run_directory(path: Path, overwrite: bool) -> Iterator[RunDirectory]:
-    """Be the only writer of `path` and fill it.
+def run_directory(path: Path, overwrite: bool, *, fresh: bool = False) -> Iterator[RunDirectory]:
+    """Be the only writer of `path` and fill it; a `fresh` one was not there before.
 
     A block that raises before it called `keep` leaves what was there before, and nothing else.
-    Errors: `ResourceError` with the process that holds the directory.
+    Errors: `ResourceError` with the process that holds the directory, `FileExistsError` where it
+    is to be fresh and is not.
     """
-    made = _make(path)
+    made = _make(path, fresh)
     try:
         with locked(path, " replaces" if overwrite else ""):
             # A run that was killed while it moved things aside is still to replace them.
@@ -139,10 +140,11 @@ class RunDirectory:
         _put_back(self.path)
 
 
-def _make(path: Path) -> list[Path]:
+def _make(path: Path, fresh: bool) -> list[Path]:
     """Make a directory and its parents; the new ones, innermost first."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(exist_ok=not fresh)
     return missing
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import signal
@@ -178,6 +179,42 @@ def interrupt_once() -> None:
 
     loop.supervised_loss = supervised_loss
     _before_each_step(lambda step, model: seen.append(step) if step == 3 else None)
+
+
+def stop_in_next_step() -> None:
+    """SIGTERM comes in the first step that this process takes."""
+    taken: list[int] = []
+
+    def stop(step: int, model: Any) -> None:
+        if not taken:
+            taken.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    _before_each_step(stop)
+
+
+def killed_before_tidying() -> None:
+    """SIGKILL comes when the result is there, and the checkpoints that nobody asked for still."""
+    run.prune_unplanned = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full_disk_at_checkpoint_2() -> None:
+    """The second checkpoint finds no room."""
+    real = run.save_checkpoint
+
+    def save_checkpoint(directory: Any, step: int, *args: Any) -> Any:
+        if step == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+        return real(directory, step, *args)
+
+    run.save_checkpoint = save_checkpoint
+
+
+def name_looked_for_too_early() -> None:
+    """The first default name is free when it is looked for, and taken when it comes to it."""
+    from qlora_kit.commands import place
+
+    place.output_directory = lambda config, bits: next(place.default_names(config, bits))
 
 
 def ignored_SIGHUP() -> None:  # noqa: N802

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from qlora_kit.config import DEFAULT_LENGTH, DataConfig
-from qlora_kit.data.cache import TokenRows
 from qlora_kit.data.order import Packs, epoch_order, grouped_order, make_packs
+from qlora_kit.data.token_rows import TokenRows
 from qlora_kit.data.tokens import IGNORE, Encoded
 
 if TYPE_CHECKING:

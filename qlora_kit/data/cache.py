@@ -1,12 +1,13 @@
-"""Encoded rows on disk, mapped into memory, and found again under a key of all they depend on.
+"""Encoded rows on disk, found again under a key of all they depend on.
 
-A directory holds `tokens` (int32, one row after the other; a token that is not trained on is
-stored as its complement ~id), `lengths` (int32), `digests` (64 bits of a hash of each row, for
-duplicates) and `facts.json`, written last, with a checksum of each file. The key covers the rows'
-content, the tokenizer, its template, the settings and this code. A directory that is incomplete
-or damaged is made again. Without a cache directory the same files live as long as the rows.
+An entry is a directory of `token_rows.py`'s columns and of `facts.json`, written last. The key
+covers the rows' content, the tokenizer, its template, the settings and this code. An entry counts
+where it is this user's alone, every file is as it was written, and the tokens are what the key
+says: ids that the tokenizer has, rows of the lengths that were asked for, as many as were counted.
+Any other is made again.
 
-Memory stays flat: writing keeps one buffer, and pages of the map are given back while reading.
+Keeping tokens is a convenience. Where the directory cannot be used they go to a temporary folder,
+which goes with the rows, and where there is none either they stay in memory.
 """
 
 from __future__ import annotations
@@ -15,137 +16,146 @@ import contextlib
 import functools
 import hashlib
 import json
-import mmap
 import os
+import re
 import shutil
+import stat
 import tempfile
+import warnings
 import zlib
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora_kit.data.outcome import EncodeRules, Outcome, Tally
 from qlora_kit.data.read import Row, Table
-from qlora_kit.data.tokens import IGNORE, Encoded
-from qlora_kit.publish import new_directory
+from qlora_kit.data.token_rows import CHUNK, COLUMNS, TokenRows, duplicates, writer
+from qlora_kit.publish import mend, new_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILES = ("tokens", "lengths", "digests")
-CHUNK = 1024**2
 CACHE_BYTES = 20 * 1024**3
 """Older entries of the default cache are removed beyond this."""
+FACTS, FACTS_LIMIT = "facts.json", 16 * 1024**2
 
-STRIDE = 512
-"""Rows between two whose places in the file are kept in memory."""
-
-RELEASE_ROWS = 256
-"""The map's pages are given back after so many rows, of which each touches 64 KiB or its length."""
+SHAPES: dict[str, Any] = {
+    **dict.fromkeys(("source_rows", "rows", "tokens", "supervised_tokens", "unknown_tokens"), 0),
+    **dict.fromkeys(("controls", "doubled", "truncated", "cut_tokens", "duplicates"), 0),
+    "skipped": {"": 0},
+    "unused": {"": 0},
+    "cut": {"": (0, 0)},
+    "lost": [("", "")],
+    "shortened": [("", 0)],
+    "checksums": {"": 0},
+    "key": "",
+}
+"""What facts.json holds; no number is negative."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Rows on disk, and what was counted while they were made."""
+    """Encoded rows, and what was counted while they were made."""
 
     rows: TokenRows
     facts: dict[str, Any]
 
 
-class TokenRows(Sequence[Encoded]):
-    """Encoded rows that stay on disk; an index reads one of them."""
+@dataclass(frozen=True)
+class Entry:
+    """What is looked for: a key, and what its tokens must be."""
 
-    def __init__(self, directory: Path, temporary: Any = None) -> None:
-        # What holds the directory goes when nothing holds the rows any more.
-        self._temporary = temporary
-        self.lengths: np.ndarray = np.fromfile(directory / "lengths", np.int32)
-        """tokens of each row"""
-        self._digests = directory / "digests"
-        sums = np.add.reduceat(self.lengths, range(0, len(self.lengths), STRIDE), dtype=np.int64)
-        # Where every STRIDE-th row begins; an index of every row would be much for many rows.
-        self._starts = np.concatenate([[0], np.cumsum(sums)])
-        self._read = 0
-        with open(directory / "tokens", "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            # An empty file cannot be mapped.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
+    key: str
+    max_length: int
+    id_limit: Callable[[], int]
+    """above every id that the tokenizer has; asked where there is something to check"""
 
-    def __len__(self) -> int:
-        return len(self.lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        assert self._map is not None
-        block, place = divmod(index % len(self), STRIDE)
-        before = self.lengths[block * STRIDE : block * STRIDE + place].sum(dtype=np.int64)
-        start, length = int(self._starts[block] + before), int(self.lengths[index])
-        raw = np.frombuffer(self._map, np.int32, length, 4 * start)
-        ids = np.where(raw < 0, ~raw, raw).tolist()
-        labels = np.where(raw < 0, IGNORE, raw).tolist()
-        del raw
-        self._read += 1
-        if self._read % RELEASE_ROWS == 0 and hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-        return Encoded(ids, labels)
+class _RowsError(Exception):
+    """The rows could not be read: that is no fault of where they are kept."""
 
-    @property
-    def digests(self) -> np.ndarray:
-        """A 64-bit hash of each row's tokens and labels."""
-        return np.fromfile(self._digests, np.uint64)
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
 
 
 def cached(
     cache: Path | None,
-    key: str | None,
+    wanted: Entry | None,
     make: Callable[[], Iterable[Outcome]],
     unknown_id: int | None = None,
 ) -> Stored:
-    """The rows stored under a key, or those that `make` gives, which are then stored there.
+    """The rows kept under a key, or those that `make` gives, which are then kept there.
 
     `unknown_id` is the token for what the tokenizer does not know; it is counted.
     """
-    if cache is None or key is None:
-        temporary = tempfile.TemporaryDirectory(prefix="qlora-kit-tokens-")
-        directory = Path(temporary.name)
-        facts = _write(directory, make(), unknown_id)
-        return Stored(TokenRows(directory, temporary), facts)
-    entry = cache / key
-    found = _verified(entry)
-    if found is None:
+    try:
+        if cache is not None and wanted is not None:
+            try:
+                return _kept(cache, wanted, make, unknown_id)
+            except OSError as error:
+                _note(f"the tokens are not kept in {cache}: {error.strerror or error}")
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            # A home that cannot be written to is no reason not to train.
-            return cached(None, None, make, unknown_id)
+            temporary = tempfile.TemporaryDirectory(prefix="qlora-kit-tokens-")
+            facts = _write(Path(temporary.name), make(), unknown_id)
+            return Stored(TokenRows.on_disk(Path(temporary.name), temporary), facts)
+        except OSError as error:
+            _note(f"the tokens stay in memory: no temporary folder: {error.strerror or error}")
+        tally = Tally(unknown_id)
+        columns = {name: bytearray() for name in COLUMNS}
+        add = writer({name: column.extend for name, column in columns.items()})
+        for outcome in _rows(make()):
+            for stored in tally.stored(outcome):
+                add(stored)
+        rows = TokenRows.in_memory(columns)
+        return Stored(rows, {**tally.facts(), "duplicates": duplicates(rows.digests)})
+    except _RowsError as failed:
+        raise failed.error from None
+
+
+def _kept(
+    cache: Path, wanted: Entry, make: Callable[[], Iterable[Outcome]], unknown_id: int | None
+) -> Stored:
+    entry = cache / wanted.key
+    found = _verified(entry, wanted)
+    if found is None:
+        cache.mkdir(parents=True, exist_ok=True)
+        if entry.is_symlink():
+            entry.unlink()
         with new_directory(entry) as aside:
-            found = _write(aside, make(), unknown_id)
+            found = _write(aside, make(), unknown_id, wanted.key)
+        # Whatever the umask: what others may write to is not used again, nor is it theirs to read.
+        os.chmod(entry, 0o700)
         _prune(cache, keep=entry)
-    os.utime(entry)
-    return Stored(TokenRows(entry), found)
+    with contextlib.suppress(OSError):
+        os.utime(entry)
+    return Stored(TokenRows.on_disk(entry), found)
+
+
+def _note(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 def cache_directory(named: str | None) -> Path | None:
     """The directory that `--token_cache` means; `none` means none."""
     if named is None:
         return default_cache()
-    return None if named == "none" else Path(named).expanduser()
+    return None if named == "none" else Path(os.path.expanduser(named))
 
 
-def default_cache() -> Path:
-    """Where tokens are kept unless another place is named."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "qlora_kit" / "tokens"
+def default_cache() -> Path | None:
+    """Where tokens are kept unless another place is named; None for a user without a home."""
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    # The standard of XDG has a relative one ignored; `~` stays where nobody's home is known.
+    return Path(home) / "qlora_kit" / "tokens" if os.path.isabs(home) else None
+
+
+def id_limit(tokenizer: Any) -> int:
+    """A number above every id of a tokenizer's tokens; ids may have gaps."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
 def encoding_key(
@@ -184,75 +194,151 @@ def _tokenizer_text(tokenizer: Any) -> str:
     return special + json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
-def _write(directory: Path, outcomes: Iterable[Outcome], unknown_id: int | None) -> dict[str, Any]:
+def _rows(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """The outcomes, an `OSError` of their source told from one of writing."""
+    try:
+        yield from outcomes
+    except OSError as error:
+        raise _RowsError(error) from error
+
+
+def _write(
+    directory: Path, outcomes: Iterable[Outcome], unknown_id: int | None, key: str = ""
+) -> dict[str, Any]:
     """Store the rows of `outcomes`; returns the facts about them."""
     tally = Tally(unknown_id)
-    with _columns(directory) as add:
-        for outcome in outcomes:
+    with contextlib.ExitStack() as files:
+        opened = {
+            name: files.enter_context(_private(directory / name, buffering=CHUNK))
+            for name in COLUMNS
+        }
+        add = writer({name: file.write for name, file in opened.items()})
+        for outcome in _rows(outcomes):
             for stored in tally.stored(outcome):
                 add(stored)
     facts = {
         **tally.facts(),
-        "duplicates": _duplicates(directory / "digests"),
-        "checksums": {name: _checksum(directory / name) for name in FILES},
+        "duplicates": duplicates(np.fromfile(directory / "digests", np.uint64)),
+        "checksums": {name: _checksum((directory / name).open("rb")) for name in COLUMNS},
+        "key": key,
     }
-    (directory / "facts.json").write_text(json.dumps(facts))
+    with _private(directory / FACTS) as file:
+        file.write(json.dumps({**facts, "sum": _sum(facts)}).encode())
     return facts
 
 
-@contextlib.contextmanager
-def _columns(directory: Path) -> Iterator[Callable[[list[int]], None]]:
-    """What appends one row, its untrained tokens complemented, to the files of a directory."""
-    with (
-        open(directory / "tokens", "wb", buffering=CHUNK) as tokens,
-        open(directory / "lengths", "wb", buffering=CHUNK) as lengths,
-        open(directory / "digests", "wb", buffering=CHUNK) as digests,
-    ):
+def _private(path: Path, buffering: int = -1) -> Any:
+    """A new file that its user alone may read and write."""
 
-        def add(stored: list[int]) -> None:
-            raw = array("i", stored).tobytes()
-            tokens.write(raw)
-            lengths.write(array("i", [len(stored)]).tobytes())
-            digests.write(hashlib.blake2b(raw, digest_size=8).digest())
+    def opened(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600)
 
-        yield add
+    return open(path, "wb", buffering=buffering, opener=opened)
 
 
-def _duplicates(path: Path) -> int:
-    digests = np.fromfile(path, np.uint64)
-    digests.sort()
-    return int((digests[1:] == digests[:-1]).sum())
+def _sum(facts: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
-def _checksum(path: Path) -> int:
+def _checksum(file: Any, look: Callable[[bytes], object] = len) -> int:
+    """Of all that a file holds, which is closed; `look` is shown every part."""
     value = 0
-    for chunk in _chunks(path):
-        value = zlib.crc32(chunk, value)
+    with file:
+        while chunk := file.read(CHUNK):
+            look(chunk)
+            value = zlib.crc32(chunk, value)
     return value
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def _verified(entry: Path) -> dict[str, Any] | None:
-    """The facts of an entry whose files are as they were written."""
+def _verified(entry: Path, wanted: Entry) -> dict[str, Any] | None:
+    """The facts of an entry that is ours, as it was written, and what is looked for."""
     try:
-        facts: dict[str, Any] = json.loads((entry / "facts.json").read_text())
-        good = all(_checksum(entry / name) == facts["checksums"][name] for name in FILES)
-    except (OSError, ValueError, KeyError, TypeError):
+        return _facts(entry, wanted)
+    except (OSError, ValueError, RecursionError):
         return None
-    return facts if good else None
+
+
+def _facts(entry: Path, wanted: Entry) -> dict[str, Any]:
+    """Errors: `OSError` and `ValueError` for whatever is not as it should be."""
+    status = os.lstat(entry)
+    _expect(stat.S_ISDIR(status.st_mode) and _is_own(status))
+    with _own(entry / FACTS) as file:
+        facts = json.loads(file.read(FACTS_LIMIT))
+    _expect(isinstance(facts, dict))
+    said = facts.pop("sum", None)
+    _expect(facts.keys() == SHAPES.keys() and _fits(facts, SHAPES))
+    _expect(said == _sum(facts) and facts["key"] == wanted.key)
+    _expect(facts["checksums"].keys() == set(COLUMNS))
+    _expect(bool(facts["lost"]) == bool(sum(facts["skipped"].values())))
+    limit, sums = wanted.id_limit(), {"rows": 0, "tokens": 0, "supervised": 0}
+
+    def tokens(chunk: bytes) -> None:
+        raw = np.frombuffer(chunk, np.int32)
+        _expect(int(np.where(raw < 0, ~raw, raw).max()) < limit)
+        sums["supervised"] += int((raw >= 0).sum())
+
+    def lengths(chunk: bytes) -> None:
+        found = np.frombuffer(chunk, np.int32)
+        _expect(int(found.min()) >= 2 and int(found.max()) <= wanted.max_length)
+        sums["rows"] += len(found)
+        sums["tokens"] += int(found.sum(dtype=np.int64))
+
+    for name, look in (("lengths", lengths), ("tokens", tokens), ("digests", len)):
+        file = _own(entry / name)
+        size = os.fstat(file.fileno()).st_size
+        _expect(_checksum(file, look) == facts["checksums"][name])
+        width = {"lengths": 4 * facts["rows"], "tokens": 4 * facts["tokens"]}
+        _expect(size == width.get(name, 8 * facts["rows"]))
+    _expect(sums["rows"] == facts["rows"] and sums["tokens"] == facts["tokens"])
+    _expect(facts["rows"] <= sums["supervised"] == facts["supervised_tokens"])
+    return dict(facts)
+
+
+def _expect(holds: bool) -> None:
+    if not holds:
+        raise ValueError
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether JSON is of a shape: a tuple stands for as many values, a list for any number."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            _fits(one, shape.get(name, shape.get(""))) for name, one in value.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
+    if isinstance(shape, tuple):
+        return (
+            isinstance(value, list) and len(value) == len(shape) and all(map(_fits, value, shape))
+        )
+    return type(value) is type(shape) and (shape == "" or value >= 0)
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Whether nobody else could have written a file or a directory."""
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def _own(path: Path) -> Any:
+    """A file of ours, open. Errors: `OSError`; `ValueError` for another's, a link or a pipe."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or not _is_own(status):
+        os.close(handle)
+        raise ValueError
+    return open(handle, "rb")
 
 
 def _prune(cache: Path, keep: Path) -> None:
-    """Remove the entries that were not used for longest, down to `CACHE_BYTES`."""
-    entries = [path for path in cache.iterdir() if (path / "facts.json").exists()]
-    entries.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    total = 0
-    for entry in entries:
-        total += sum(file.stat().st_size for file in entry.iterdir())
-        if total > CACHE_BYTES and entry != keep:
-            shutil.rmtree(entry, ignore_errors=True)
+    """Remove what killed processes left, and the entries that were not used for longest."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(cache):
+            if left := re.fullmatch(r"\.([0-9a-f]{40})\.\d+\.(tmp|old)", name):
+                mend(cache / left[1])
+        entries = [path for path in cache.iterdir() if (path / FACTS).exists()]
+        entries.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        total = 0
+        for entry in entries:
+            total += sum(file.stat().st_size for file in entry.iterdir())
+            if total > CACHE_BYTES and entry != keep:
+                shutil.rmtree(entry, ignore_errors=True)

@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora_kit.data.cache import TokenRows, cached, encoding_key
+from qlora_kit.data.cache import Entry, cached, encoding_key, id_limit
 from qlora_kit.data.mask import LEFT_OUT, NO_TURN, Chat, chats, header_text
 from qlora_kit.data.outcome import DEFAULT_RULES, EncodeRules, Outcome
 from qlora_kit.data.read import Row
+from qlora_kit.data.token_rows import TokenRows
 from qlora_kit.data.tokens import IGNORE, PIECE, Encoded, Ids, Skipped, Tokens
 from qlora_kit.errors import DataError
 
@@ -114,8 +115,9 @@ def encode_rows(
     """
     tokens = Tokens(tokenizer)
     key = encoding_key(rows, tokenizer, max_length, rules) if cache else None
+    wanted = Entry(key, max_length, lambda: id_limit(tokenizer)) if key else None
     make = lambda: _outcomes(rows, tokens, max_length, rules)  # noqa: E731
-    kept = cached(cache, key, make, tokens.unknown)
+    kept = cached(cache, wanted, make, tokens.unknown)
     facts = kept.facts
     if not facts["source_rows"]:
         raise DataError("there are no rows to encode", "give at least one row")

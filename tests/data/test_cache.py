@@ -1,9 +1,15 @@
 """Tokens on disk: the same rows, found again, never from something else, in flat memory."""
 
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 from chat_tokenizer import chat_tokenizer
 from hypothesis import given, settings
@@ -150,16 +156,177 @@ def test_an_error_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "c").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_made_is_done_without(tmp_path):
+def altered(entry, name, change):
+    """Write a column anew, with the checksums that belong to it: only its meaning is wrong."""
+    facts = json.loads((entry / "facts.json").read_text())
+    facts.pop("sum")
+    if name == "facts.json":
+        change(facts)
+    else:
+        column = np.fromfile(entry / name, np.int32)
+        changed = change(column)
+        (column if changed is None else changed).tofile(entry / name)
+        facts["checksums"][name] = zlib.crc32((entry / name).read_bytes())
+    facts["sum"] = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    (entry / "facts.json").write_text(json.dumps(facts))
+
+
+def to(index, value):
+    def change(column):
+        column[index] = value
+
+    return change
+
+
+MEANINGS = {
+    "an id that the tokenizer lacks": ("tokens", to(3, 100_000)),
+    "an id that it lacks, not trained on": ("tokens", to(0, ~100_000)),
+    "another number of trained tokens": ("tokens", to(1, ~3)),
+    "a row that is too long": ("lengths", to(0, 41)),
+    "a row of nothing": ("lengths", to(0, 0)),
+    "a row of less than nothing": ("lengths", to(0, -1)),
+    "lengths that do not add up": ("lengths", to(0, 3)),
+    "fewer lengths": ("lengths", lambda column: column[:-1]),
+    "fewer digests": ("digests", lambda column: column[:-2]),
+    "half a token more": ("tokens", lambda column: np.append(column.view(np.int16), np.int16(1))),
+    "another key": ("facts.json", lambda facts: facts.update(key="0" * 40)),
+    "a count below zero": ("facts.json", lambda facts: facts.update(cut_tokens=-1)),
+    "a count that is text": ("facts.json", lambda facts: facts.update(duplicates="1")),
+    "a fact that is missing": ("facts.json", lambda facts: facts.pop("unused")),
+    "names of no rows": ("facts.json", lambda facts: facts.update(skipped={"x": 1})),
+    "rows of nowhere": ("facts.json", lambda facts: facts.update(lost=[["a", 1]])),
+}
+
+
+@pytest.mark.parametrize("meaning", MEANINGS)
+def test_what_an_entry_means_is_checked_too(tmp_path, encodings, meaning):
+    path, tokenizer = write(tmp_path / "rows.jsonl", pairs(50)), chat_tokenizer()
+    expected = contents(encode_rows(table(path), tokenizer, 40, cache=tmp_path / "c"))
+    (entry,) = (tmp_path / "c").iterdir()
+    altered(entry, "facts.json", lambda facts: None)
+    encode_rows(table(path), tokenizer, 40, cache=tmp_path / "c")
+    assert len(encodings) == 1  # what is altered to the same counts
+    altered(entry, *MEANINGS[meaning])
+    assert contents(encode_rows(table(path), tokenizer, 40, cache=tmp_path / "c")) == expected
+    assert len(encodings) == 2
+
+
+def owned(path):
+    for one in (path, *path.rglob("*")):
+        os.chown(one, 65534, 65534)
+
+
+def piped(entry):
+    (entry / "facts.json").unlink()
+    os.mkfifo(entry / "facts.json")
+
+
+def linked(entry):
+    entry.rename(entry.parent / "elsewhere")
+    entry.symlink_to("elsewhere")
+
+
+WRITERS = {
+    "another user's": owned,
+    "a directory that the group may write to": lambda entry: entry.chmod(0o770),
+    "a file that all may write to": lambda entry: (entry / "tokens").chmod(0o606),
+    "a link": linked,
+    "a pipe": piped,
+}
+
+
+@pytest.mark.parametrize("who", WRITERS)
+def test_what_somebody_else_could_have_written_is_not_used(tmp_path, encodings, who):
+    if who == "another user's" and os.geteuid():
+        pytest.skip("only root can give a file away")
+    path, tokenizer = write(tmp_path / "rows.jsonl", pairs(50)), chat_tokenizer()
+    before = os.umask(0o002)  # as where every user has a group: our own files are used
+    try:
+        for _ in range(2):
+            encode_rows(table(path), tokenizer, 40, cache=tmp_path / "c")
+    finally:
+        os.umask(before)
+    assert len(encodings) == 1
+    (entry,) = (tmp_path / "c").iterdir()
+    WRITERS[who](entry)
+    for _ in range(2):
+        encode_rows(table(path), tokenizer, 40, cache=tmp_path / "c")
+    assert len(encodings) == 2
+
+
+PLACES = {
+    "under a file": lambda folder: ((folder / "file").write_text("") and None) or folder / "file/c",
+    "a file": lambda folder: write(folder / "c", pairs(1)),
+    "a loop of links": lambda folder: (folder / "c").symlink_to("c") or folder / "c",
+    "a file system without files": lambda folder: Path("/proc/c"),
+    "a full device": lambda folder: Path("/dev/full"),
+    "too long a name": lambda folder: folder / ("x" * 300),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_cache_that_cannot_be_used_is_done_without(tmp_path, place):
+    path, tokenizer = write(tmp_path / "rows.jsonl", pairs(5)), chat_tokenizer()
+    expected = contents(encode_rows(table(path), tokenizer, 40))
+    with pytest.warns(UserWarning, match="the tokens are not kept in"):
+        found = encode_rows(table(path), tokenizer, 40, cache=PLACES[place](tmp_path))
+    assert contents(found) == expected
+
+
+def test_without_any_folder_the_tokens_stay_in_memory(tmp_path, monkeypatch):
+    path, tokenizer = write(tmp_path / "rows.jsonl", pairs(50)), chat_tokenizer()
+    expected = encode_rows(table(path), tokenizer, 40)
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=r"the tokens") as said:
+        found = encode_rows(table(path), tokenizer, 40, cache=tmp_path / "file" / "c")
+    assert ["not kept" in str(one.message) for one in said] == [True, False]
+    assert "the tokens stay in memory" in str(said[1].message)
+    assert contents(found) == contents(expected)
+    assert found.duplicates == expected.duplicates
+    assert (found.rows.digests == expected.rows.digests).all()
+    assert found.rows[3:5] == expected.rows[3:5]
+
+
+def test_a_disk_that_fills_is_done_without(tmp_path):
+    path, tokenizer = write(tmp_path / "rows.jsonl", pairs(3000)), chat_tokenizer()
+    expected = contents(encode_rows(table(path), tokenizer, 40))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match=r"File too large"):
+            found = encode_rows(table(path), tokenizer, 40, cache=tmp_path / "c")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert contents(found) == expected
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_rows_that_cannot_be_read_are_no_fault_of_the_cache(tmp_path, monkeypatch):
+    path, calls = write(tmp_path / "rows.jsonl", pairs(5)), []
+
+    def fail(*arguments):
+        calls.append(1)
+        raise OSError(5, "Input/output error", str(path))
+        yield
+
+    rows = table(path)
+    monkeypatch.setattr(prompt, "_outcomes", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        encode_rows(rows, chat_tokenizer(), 40, cache=tmp_path / "c")
+    assert calls == [1]
+
+
+def test_what_killed_processes_left_goes(tmp_path):
+    (tmp_path / "c" / f".{'a' * 40}.99999999.tmp").mkdir(parents=True)
     path = write(tmp_path / "rows.jsonl", pairs(5))
-    found = encode_rows(table(path), chat_tokenizer(), 40, cache=tmp_path / "file" / "c")
-    assert len(found.rows) == 5
+    encode_rows(table(path), chat_tokenizer(), 40, cache=tmp_path / "c")
+    assert [len(entry.name) for entry in (tmp_path / "c").iterdir()] == [40]
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path, monkeypatch, encodings):
-    import os
-
     cache, tokenizer = tmp_path / "c", chat_tokenizer()
     paths = [write(tmp_path / f"{n}.jsonl", pairs(50, "heo"[n])) for n in range(3)]
     for number, path in enumerate(paths):
@@ -182,6 +349,17 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path, monkeypatch, encodin
 def test_the_default_cache_is_where_caches_are(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert str(default_cache()) == "/somewhere/qlora_kit/tokens"
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    for home in ("", "~/.cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
+        assert str(default_cache()) == "/home/of/mine/.cache/qlora_kit/tokens"
+    # A relative one is to be ignored, says the standard; and some users have no home.
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert default_cache() is None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert default_cache() is None
 
 
 MEASURE = """

@@ -166,6 +166,9 @@ class DataConfig(Options):
         check=_not_empty,
         metavar="NAME=FIELD,...",
     )
+    instruction_as_chat: bool = option(
+        False, "Alpaca's rows go through the chat template, not into Alpaca's own form"
+    )
     chat_template: str | None = option(
         None,
         "chat template for rows of messages: chatml, llama-2, llama-3, alpaca, plain, or a file; "

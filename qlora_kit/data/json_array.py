@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from qlora_kit.data.json_text import DECODER, JsonError
 from qlora_kit.data.lines import CHUNK, MAX_LINE_BYTES, opened
 from qlora_kit.errors import DataError
 
@@ -35,7 +36,7 @@ class _JsonText:
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self._file, self._path = file, path
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._scan = json.JSONDecoder().raw_decode
+        self._scan = DECODER.raw_decode
         self._buffer, self._at, self._done, self.line = "", 0, False, 1
 
     def error(self, reason: str) -> DataError:
@@ -77,8 +78,10 @@ class _JsonText:
                 if not cut or not self._more():
                     self.line += self._buffer.count("\n", self._at, error.pos)
                     raise self.error(f"not JSON: {error.msg}") from error
+            except JsonError as error:
+                raise self.error(str(error)) from error
             except (RecursionError, ValueError) as error:
-                raise self.error(f"JSON too deep or a number too long: {error}") from error
+                raise self.error(f"nested too deep, or a number too long: {error}") from error
         self.line += self._buffer.count("\n", self._at, end)
         self._at = end
         return value

@@ -20,15 +20,13 @@ from typing import Any
 from qlora_kit.data.read import Row
 from qlora_kit.data.sandbox import CLOSE, LITERAL, OPEN, check_template, render
 from qlora_kit.data.tokens import Skipped, Span, Tokens
+from qlora_kit.data.turns import for_template, left_out
 from qlora_kit.errors import DataError, TokenizerError
 
 NO_TURN = "no assistant turn"
 LEFT_OUT = "the chat template leaves out a part of a message"
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKS = re.compile(f"{LITERAL}(\\d+){LITERAL}|{OPEN}|{CLOSE}")
-
-PARTS = ("tools", "tool_calls", "reasoning_content")
-"""Parts of a row that a template must know by name to write them."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ def chats(row: Row, tokens: Tokens) -> list[Chat] | Skipped:
     if not trained:
         return Skipped(NO_TURN)
     template = Renderer(tokens, row.where, row.content.get("tools"))
-    if not template.knows(row.content):
-        return Skipped(LEFT_OUT)
+    if parts := left_out(messages, row.content.get("tools"), template.text):
+        return Skipped(f"{LEFT_OUT}: {parts}")
     whole = template.render(messages)
     if GENERATION.search(template.text):
         chat = _generated(row, tokens, whole, assistants)
@@ -105,20 +103,13 @@ class Renderer:
             raise TokenizerError(f"{where}: {error}", "name one template default") from error
         check_template(self.text, where)
 
-    def knows(self, content: dict[str, Any]) -> bool:
-        """Whether the template writes every part that the row has beside plain messages."""
-        messages = content["messages"]
-        used = {part for part in PARTS if part in content or any(part in m for m in messages)}
-        return all(part in self.text for part in used) and all(
-            "content" in m or "tool_calls" in m for m in messages
-        )
-
     def render(self, messages: list[dict[str, Any]], header: bool = False) -> _Rendering:
         """The text of some messages; `header` adds what comes before an answer."""
         hidden: list[str] = []
-        shown = [self._hide(message, message["role"], hidden) for message in messages]
-        for message in shown:
-            message.pop("weight", None)
+        shown = [
+            self._hide(for_template(message, self.text), message["role"], hidden)
+            for message in messages
+        ]
         size = len(json.dumps([shown, self._tools])) + sum(map(len, hidden))
         variables = {
             **self._tokens.tokenizer.special_tokens_map,

@@ -58,7 +58,7 @@ REMEDIES = {
     INSIDE: "take blanks off the ends of the messages, or use rows of prompt and completion",
     LEFT_OUT: "use a template (--chat_template) that writes all of the rows' roles and fields",
 }
-"""What to do about each reason for skipping a row."""
+"""What to do about each reason for skipping a row; details may follow the reason's colon."""
 
 CUT_PROMPT = "the beginning of the prompt"
 CUT_TURNS = "the last turns"
@@ -146,7 +146,7 @@ def _refusal(facts: dict[str, Any], max_length: int) -> DataError | None:
         return None
     ((reason, _),) = skipped.most_common(1)
     counts = ", ".join(f"{why}: {count}" for why, count in skipped.most_common())
-    remedy = REMEDIES[reason]
+    remedy = REMEDIES[reason.partition(": ")[0]]
     whole = source_rows - num_lost - facts["truncated"]
     if reason in (TOO_LONG, TOO_LONG_ANSWER) and whole:
         remedy = f"{remedy}, or train on the others with --long_rows drop"

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ import numpy as np
 
 from qlora_kit.config import DEFAULT_EVAL_FRACTION, DataConfig
 from qlora_kit.data.find import HELD_OUT, HubSplit, Source, check_file, find, words
+from qlora_kit.data.json_text import JsonError, check_depth, present
 from qlora_kit.data.records import count, fingerprint, hub_splits, records
 from qlora_kit.data.shapes import normalise, parse_columns, recognise, rename
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,18 @@ class Table:
     chosen: np.ndarray | None = None
     literal: bool = False
     """whether control tokens that rows spell are text, whatever the rows' shape"""
+    as_chat: bool = False
+    """whether Alpaca's rows become chats"""
 
     def __iter__(self) -> Iterator[Row]:
         name, columns = str(self.source), dict(self.columns)
-        for line, content in records(self.source, self.chosen):
+        document = isinstance(self.source, Path) and self.source.suffix.lower() == ".txt"
+        for line, record in records(self.source, self.chosen):
             where = f"{name}:{line}"
-            if columns:
-                content = rename(content, columns, where)
-            for row in normalise(content, self.format, where):
-                yield Row(row, name, line, self.literal or self.format == "instruction")
+            content, hidden = _fields(record, columns, where)
+            for row in normalise(content, self.format, where, self.as_chat, document):
+                literal, unused = self.literal or row.literal, (*hidden, *row.unused)
+                yield Row(row.content, name, line, literal, unused)
 
     def __bool__(self) -> bool:
         """Whether there are rows; no source is without any."""
@@ -80,7 +84,9 @@ class Table:
         digest = hashlib.blake2b(fingerprint(self.source).encode())
         # The name is part of what is kept: rows are shown with their `file:line`.
         digest.update(
-            json.dumps([str(self.source), self.format, self.columns, self.literal]).encode()
+            json.dumps(
+                [str(self.source), self.format, self.columns, self.literal, self.as_chat]
+            ).encode()
         )
         if self.chosen is not None:
             digest.update(np.packbits(self.chosen).tobytes())
@@ -105,7 +111,6 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     `DataError` or `UnsafeInputError` for a file, `ConfigError` for options that disagree,
     `ResourceError` for a package or a network that is missing.
     """
-    columns, literal = tuple(parse_columns(config.columns).items()), config.literal_control_tokens
     train_source, eval_source = find(config.data)
     if isinstance(train_source, HubSplit):
         eval_source = _held_out_split(train_source)
@@ -124,15 +129,17 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
             check_file(source)
     if isinstance(train_source, Path) and isinstance(eval_source, Path):
         _check_different(train_source, eval_source)
-    format = config.format
-    if format == "auto":
-        line, content = next(records(train_source))
-        where = f"{train_source}:{line}"
-        format = recognise(rename(content, dict(columns), where), where)
-    train = Table(train_source, format, columns, literal=literal)
+    columns = parse_columns(config.columns)
+    format = _format(train_source, config.format, columns)
+
+    def table(source: Source, chosen: np.ndarray | None = None) -> Table:
+        pairs, literal = tuple(columns.items()), config.literal_control_tokens
+        return Table(source, format, pairs, chosen, literal, config.instruction_as_chat)
+
+    train = table(train_source)
     next(iter(train))
     if eval_source:
-        evaluation = Table(eval_source, format, columns, literal=literal)
+        evaluation = table(eval_source)
         next(iter(evaluation))
         return Rows(train, evaluation, format, words(train_source), words(eval_source))
     fraction = DEFAULT_EVAL_FRACTION if config.eval_fraction is None else config.eval_fraction
@@ -144,8 +151,8 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
         return Rows(train, (), format, words(train_source), single)
     held_out = draw(num_records, fraction, seed)
     return Rows(
-        Table(train_source, format, columns, ~held_out, literal),
-        Table(train_source, format, columns, held_out, literal),
+        table(train_source, ~held_out),
+        table(train_source, held_out),
         format,
         words(train_source),
         f"{100 * fraction:g} % of {words(train_source)}, drawn by seed {seed}",
@@ -155,11 +162,27 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
 def read_rows(path: Path, format: str = "auto", columns: str | None = None) -> Iterator[Row]:
     """The rows of one file, one at a time, in the order of the file. Errors as `load_rows`."""
     mapping = parse_columns(columns)
-    if format == "auto":
-        line, content = next(records(path))
-        where = f"{path}:{line}"
-        format = recognise(rename(content, mapping, where), where)
-    yield from Table(path, format, tuple(mapping.items()))
+    yield from Table(path, _format(path, format, mapping), tuple(mapping.items()))
+
+
+def _format(source: Source, format: str, columns: dict[str, str]) -> str:
+    """The shape of a source's rows: that of its first row, where none is named."""
+    if format != "auto":
+        return format
+    line, record = next(records(source))
+    where = f"{source}:{line}"
+    return recognise(_fields(record, columns, where)[0], where)
+
+
+def _fields(
+    record: dict[str, Any], columns: Mapping[str, str], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """A record's fields that are not null, under our names, and the names of those hidden."""
+    try:
+        check_depth(record)
+    except JsonError as error:
+        raise DataError(f"{where}: {error}", "write one object for each row") from error
+    return rename(present(record), columns, where)
 
 
 def draw(num_records: int, fraction: float, seed: int) -> np.ndarray:

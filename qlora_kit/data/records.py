@@ -24,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from qlora_kit.data.fields import kind
 from qlora_kit.data.find import HubSplit, Source, check_file
 from qlora_kit.data.json_array import elements
+from qlora_kit.data.json_text import JsonError, loads
 from qlora_kit.data.lines import CHUNK, MAX_LINE_BYTES, decoded, lines, opened
 from qlora_kit.errors import DataError, ResourceError
 
@@ -76,21 +78,6 @@ def hub_splits(name: str, subset: str | None) -> list[str]:
         return list(datasets.get_dataset_split_names(name, subset))
 
 
-def kind(value: object) -> str:
-    """What a value is, in JSON's words."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list):
-        return "an array"
-    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
-
-
 Raws = Iterator[tuple[int, Any]]
 
 
@@ -121,7 +108,7 @@ def _parse_line(raw: tuple[bytes, int], where: str) -> dict[str, Any]:
     remedy = "write one complete JSON object per line"
     text = decoded(*raw, where)
     try:
-        value = json.loads(text)
+        value = loads(text)
     except json.JSONDecodeError as error:
         reason = f"not JSON: {error.msg}, column {error.pos + 1}"
         if error.msg == "Extra data":
@@ -129,8 +116,10 @@ def _parse_line(raw: tuple[bytes, int], where: str) -> dict[str, Any]:
         elif error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
             reason = "the line ends in the middle of its JSON"
         raise DataError(f"{where}: {reason}", remedy) from error
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{where}: JSON too deep or a number too long: {error}", remedy) from error
+    except JsonError as error:
+        raise DataError(f"{where}: not JSON that is read: {error}", remedy) from error
+    except ValueError as error:
+        raise DataError(f"{where}: a number too long: {error}", remedy) from error
     return _object(value, where, remedy)
 
 

@@ -1,21 +1,24 @@
 """A record to rows in one of three normal shapes, checked field by field.
 
-Recognised are `text`, `prompt` (`prompt`, `completion`), `instruction` (Alpaca; nested `instances`
-give one row each) and `messages` (also ShareGPT's `conversations`). What leaves here is one of
-`{"text"} | {"prompt", "completion"} | {"messages": [{"role", "content", ...}], "tools"}`. A message
-may carry `weight` 0 or 1 (an assistant turn of weight 0 is read, not learnt), `tool_calls`,
-`reasoning_content`, `name` and `tool_call_id`, all of which go to the chat template.
+Recognised are `text`, `prompt` (`prompt`, `completion`, each text or a list of messages),
+`instruction` (Alpaca, with `system` and `history`; nested `instances` give one row each) and
+`messages` (also ShareGPT's `conversations`). What leaves here is one of
+`{"text"} | {"prompt", "completion"} | {"messages": [{"role", "content", ...}], "tools"}`, whether
+control tokens in it are text, and the names of fields that nothing reads.
+
+Left out: the turns of a chat (`turns.py`).
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.data.records import kind
+from qlora_kit.data.fields import SHAPE_FIELDS, Fields, closest, kind, listed, text
+from qlora_kit.data.turns import TOOLS, check_order, messages_of, tools_of
 from qlora_kit.errors import ConfigError, DataError
 
 SHAPES = {
@@ -26,14 +29,16 @@ SHAPES = {
 }
 """The fields that a row of each shape must have; the first shape that fits is taken."""
 
-OTHER_FIELDS = ("conversations", "instances", "input", "tools")
-SHARE_GPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-}
-ROLES = ("system", "user", "assistant", "tool")
+OTHER_FIELDS = ("conversations", "instances", "input", "system", "history", *TOOLS)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A row in its normal shape."""
+
+    content: dict[str, Any]
+    literal: bool = False
+    unused: tuple[str, ...] = ()
 
 
 def recognise(content: Mapping[str, Any], where: str) -> str:
@@ -46,15 +51,15 @@ def recognise(content: Mapping[str, Any], where: str) -> str:
         if all(field in content for field in fields):
             return shape
     # Name the field that is missing from the shape that was most likely meant.
-    for field in itertools.chain.from_iterable(SHAPES.values()):
-        if _closest(field, content):
-            raise _missing(field, content, where)
+    for field in SHAPE_FIELDS:
+        if closest(field, content):
+            raise _unmapped(field, content, where)
     for fields in SHAPES.values():
         if any(field in content for field in fields):
-            raise _missing(next(f for f in fields if f not in content), content, where)
+            raise _unmapped(next(f for f in fields if f not in content), content, where)
     wanted = "; ".join(" + ".join(fields) for fields in SHAPES.values())
     raise DataError(
-        f"{where}: the fields are {_listed(content) or 'none'}, which is no known shape",
+        f"{where}: the fields are {listed(content) or 'none'}, which is no known shape",
         f"map them with --columns NAME=FIELD to one of: {wanted}",
     )
 
@@ -80,182 +85,181 @@ def parse_columns(columns: str | None) -> dict[str, str]:
     return mapping
 
 
-def rename(content: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The record under our names; a mapped column hides one that has the field's own name."""
+def rename(
+    content: Mapping[str, Any], columns: Mapping[str, str], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The record under our names; a mapped column hides one that has the field's own name.
+
+    Also the names of what is hidden.
+    """
     for name in columns:
         if name not in content:
             near = difflib.get_close_matches(name, content, 1)
             hint = f', did you mean "{near[0]}"?' if near else ""
             raise DataError(
-                f'{where}: no column "{name[:40]}" (the row has {_listed(content)}){hint}',
+                f'{where}: no column "{name[:40]}" (the row has {listed(content)}){hint}',
                 "correct --columns",
             )
-    taken = set(columns.values())
-    return {
-        columns.get(name, name): value
-        for name, value in content.items()
-        if name in columns or name not in taken
+    hidden = [name for name in content if name not in columns and name in columns.values()]
+    renamed = {
+        columns.get(name, name): value for name, value in content.items() if name not in hidden
     }
+    return renamed, hidden
 
 
-def normalise(content: Mapping[str, Any], format: str, where: str) -> list[dict[str, Any]]:
-    """The rows of a record in their normal shape; `format` is a name of `SHAPES`."""
-    if format == "messages":
-        return [_chat(content, where)]
+def normalise(
+    content: Mapping[str, Any],
+    format: str,
+    where: str,
+    as_chat: bool = False,
+    document: bool = False,
+) -> list[Normal]:
+    """The rows of a record in their normal shape; `format` is a name of `SHAPES`.
+
+    `as_chat` makes chats of Alpaca's rows. A `document` is plain text in blocks, whose `goes_on`
+    is ours.
+    """
+    row = Fields(content, where)
     if format == "instruction":
-        return _instructions(content, where)
-    row: dict[str, Any] = {field: text(content, field, where) for field in SHAPES[format]}
-    if format == "text" and content.get("goes_on") is True:
-        row["goes_on"] = True
-    return [row]
+        return list(_instructions(row, as_chat))
+    if format == "messages":
+        made = _chat(row)
+    elif format == "text":
+        made = {"text": row.text("text")}
+        if document and row.get("goes_on") is True:
+            made["goes_on"] = True
+    elif isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
+        made = _chat_of_two(row)
+    else:
+        made = {field: row.text(field) for field in SHAPES["prompt"]}
+    return [Normal(made, False, tuple(row.unused()))]
 
 
-def text(content: Mapping[str, Any], field: str, where: str) -> str:
-    """The text in a field, else `DataError`."""
-    if field not in content:
-        raise _missing(field, content, where)
-    value = content[field]
-    if not isinstance(value, str):
-        raise DataError(f'{where}: "{field}" is {kind(value)}, not text', "give text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f'{where}: "{field}" has half a surrogate pair (\\u{ord(value[error.start]):04x})',
-            "write the whole character",
-        ) from error
-    return value
-
-
-def _instructions(content: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Alpaca's prompt and answer; nested instances share the instruction."""
-    instruction = text(content, "instruction", where)
-    cases: Any = content.get("instances", [content])
-    if not isinstance(cases, list) or not cases:
-        found = "empty" if cases == [] else kind(cases)
-        raise DataError(f'{where}: "instances" is {found}', "give a list of input and output")
-    rows = []
-    for number, case in enumerate(cases):
-        here = f"{where}: instances[{number}]" if "instances" in content else where
-        if not isinstance(case, Mapping):
-            raise DataError(f"{here} is {kind(case)}, not an object", "give input and output")
-        prompt = f"### Instruction:\n{instruction}\n\n"
-        if case.get("input") is not None and (extra := text(case, "input", here)):
-            prompt += f"### Input:\n{extra}\n\n"
-        rows.append(
-            {"prompt": prompt + "### Response:\n", "completion": text(case, "output", here)}
-        )
-    return rows
-
-
-def _chat(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The turns: perhaps a system message, then a user's, then any order of the others."""
-    share_gpt = "conversations" in content and "messages" not in content
-    field = "conversations" if share_gpt else "messages"
-    if field not in content:
-        raise _missing(field, content, where)
-    turns = content[field]
-    if not isinstance(turns, list) or not turns:
-        found = "empty" if turns == [] else kind(turns)
-        raise DataError(f'{where}: "{field}" is {found}', "give a list of messages")
-    messages: list[dict[str, Any]] = []
-    for number, turn in enumerate(turns):
-        here = f"{where}: {field}[{number}]"
-        if not isinstance(turn, Mapping):
-            raise DataError(f"{here} is {kind(turn)}, not an object", "give role and content")
-        role = _role(turn, "from" if share_gpt else "role", here, share_gpt)
-        before = {message["role"] for message in messages}
-        if role == "system" and number:
+def _instructions(row: Fields, as_chat: bool) -> Iterator[Normal]:
+    """Alpaca's prompt and answer, or the same as a chat; nested instances share the instruction."""
+    instruction = row.text("instruction")
+    system = row.text("system") if row.optional("system") is not None else ""
+    history = list(_history(row))
+    if "instances" not in row:
+        cases = [row]
+    else:
+        found = row.get("instances")
+        if not isinstance(found, list) or not found:
+            what = "empty" if found == [] else kind(found)
             raise DataError(
-                f"{here}: a system message that is not the first", "put one at the start at most"
+                f'{row.where}: "instances" is {what}', "give a list of input and output"
             )
-        if role == "assistant" and "user" not in before:
+        cases = []
+        for number, case in enumerate(found):
+            here = f"{row.where}: instances[{number}]"
+            if not isinstance(case, Mapping):
+                raise DataError(f"{here} is {kind(case)}, not an object", "give input and output")
+            cases.append(Fields(case, here, "instances[]"))
+    made = []
+    for case in cases:
+        extra = case.text("input") if case.optional("input") is not None else ""
+        made.append((system, history, instruction, extra, case.text("output")))
+        if case is not row:
+            row.inside(case)
+    unused = tuple(row.unused())
+    for parts in made:
+        yield Normal(_as_chat(*parts) if as_chat else _as_pair(*parts), not as_chat, unused)
+
+
+def _history(row: Fields) -> Iterator[tuple[str, str]]:
+    """The earlier turns of an Alpaca row: `[[question, answer], ...]`."""
+    history = row.value("history") or []
+    remedy = "give a list of [question, answer]"
+    if not isinstance(history, list):
+        raise DataError(f'{row.where}: "history" is {kind(history)}', remedy)
+    for number, turn in enumerate(history):
+        here = f"{row.where}: history[{number}]"
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise DataError(f"{here} is {kind(turn)}, not two texts", remedy)
+        yield text(turn[0], f"{here}[0]"), text(turn[1], f"{here}[1]")
+
+
+def _as_pair(
+    system: str, history: list[tuple[str, str]], instruction: str, extra: str, output: str
+) -> dict[str, Any]:
+    """Alpaca's own form; of earlier turns nothing is trained on."""
+    parts = [system] if system else []
+    for question, answer in history:
+        parts += [f"### Instruction:\n{question}", f"### Response:\n{answer}"]
+    parts.append(f"### Instruction:\n{instruction}")
+    if extra:
+        parts.append(f"### Input:\n{extra}")
+    parts.append("### Response:\n")
+    return {"prompt": "\n\n".join(parts), "completion": output}
+
+
+def _as_chat(
+    system: str, history: list[tuple[str, str]], instruction: str, extra: str, output: str
+) -> dict[str, Any]:
+    """The same for the model's chat template; earlier answers are turns like the last one."""
+    turns = [("system", system)] if system else []
+    for question, answer in history:
+        turns += [("user", question), ("assistant", answer)]
+    turns.append(("user", f"{instruction}\n{extra}" if extra else instruction))
+    turns.append(("assistant", output))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def _chat(row: Fields) -> dict[str, Any]:
+    """A row of messages, its system text and its tools."""
+    field = "messages" if "messages" in row else "conversations"
+    if field not in row:
+        raise row.missing("messages")
+    messages = messages_of(row, field)
+    return _with_system_and_tools(row, messages, field)
+
+
+def _chat_of_two(row: Fields) -> dict[str, Any]:
+    """A prompt and a completion that are messages: only what answers the prompt is trained on."""
+    parts = []
+    for field in SHAPES["prompt"]:
+        if field in row and not isinstance(row.get(field), list):
             raise DataError(
-                f"{here}: an assistant turn before any user turn", "start with the user's message"
+                f'{row.where}: "{field}" is {kind(row.get(field))}, and the other is a list of '
+                "messages",
+                "write both as text, or both as lists of messages",
             )
-        if role == "tool" and "assistant" not in before:
+        if field not in row:
+            raise row.missing(field)
+        parts.append(messages_of(row, field))
+    prompt, completion = parts
+    for message in prompt:
+        if message["role"] == "assistant":
+            message["weight"] = 0
+    return _with_system_and_tools(row, [*prompt, *completion], "messages")
+
+
+def _with_system_and_tools(
+    row: Fields, messages: list[dict[str, Any]], field: str
+) -> dict[str, Any]:
+    if row.optional("system") is not None:
+        system = row.text("system")
+        if messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": system}, *messages]
+        elif messages[0].get("content") != system:
             raise DataError(
-                f"{here}: a tool's answer before any assistant turn", "start with the user's turn"
+                f'{row.where}: "system" stands beside another {messages[0]["role"]} message',
+                "keep one of the two",
             )
-        messages.append(_message(turn, role, "value" if share_gpt else "content", here))
-    tools = _tools(content.get("tools"), where)
+    check_order(messages, f"{row.where}: {field}")
+    tools = tools_of(row)
     return {"messages": messages, **({"tools": tools} if tools else {})}
 
 
-def _role(turn: Mapping[str, Any], field: str, where: str, share_gpt: bool) -> str:
-    role = text(turn, field, where)
-    if share_gpt:
-        role = SHARE_GPT_ROLES.get(role, role)
-    if role not in ROLES:
-        names = (*ROLES, *SHARE_GPT_ROLES) if share_gpt else ROLES
-        near = difflib.get_close_matches(role.lower(), names, 1)
-        hint = f', did you mean "{near[0]}"?' if near else ""
-        raise DataError(f'{where}: unknown role "{role[:40]}"{hint}', f"use {', '.join(names)}")
-    return role
-
-
-def _message(turn: Mapping[str, Any], role: str, field: str, where: str) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": role}
-    calls = turn.get("tool_calls")
-    if turn.get("function_call") is not None:
-        raise DataError(f'{where}: "function_call" is not supported', "write it as tool_calls")
-    if calls and role != "assistant":
-        raise DataError(f'{where}: "tool_calls" of a {role} turn', "only the assistant calls tools")
-    if calls is not None and not (
-        isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
-    ):
-        raise DataError(f'{where}: "tool_calls" is {kind(calls)}', "give a list of objects")
-    # A turn that only calls a tool has no text; templates tell a missing one from an empty one.
-    if not (calls and turn.get(field) is None):
-        message["content"] = text(turn, field, where)
-    if calls:
-        message["tool_calls"] = calls
-    for extra in ("name", "tool_call_id", "reasoning_content"):
-        if turn.get(extra) is not None:
-            message[extra] = text(turn, extra, where)
-    weight = turn.get("weight")
-    if weight is not None:
-        if isinstance(weight, bool) or weight not in (0, 1):
-            raise DataError(f'{where}: "weight" is {weight!r:.40}', "give 0 or 1")
-        if weight and role != "assistant":
-            raise DataError(
-                f'{where}: "weight" 1 of a {role} turn',
-                "only assistant turns are trained on (or all of a row: --train_on_prompt)",
-            )
-        message["weight"] = int(weight)
-    return message
-
-
-def _tools(tools: Any, where: str) -> list[Any]:
-    """The tools' descriptions; tables keep them as JSON text."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else []
-        except ValueError as error:
-            raise DataError(f'{where}: "tools" is not JSON: {error}', "give a list") from error
-    if not (tools is None or isinstance(tools, list)):
-        raise DataError(f'{where}: "tools" is {kind(tools)}', "give a list of objects")
-    if not all(isinstance(tool, Mapping) for tool in tools or ()):
-        raise DataError(f'{where}: "tools" holds what is no object', "give a list of objects")
-    return tools or []
-
-
-def _missing(field: str, content: Mapping[str, Any], where: str) -> DataError:
-    guess = _closest(field, content)
-    hint = f', did you mean "{field}" by "{guess}"?' if guess else ""
-    return DataError(
-        f'{where}: no field "{field}" (the row has {_listed(content) or "none"}){hint}',
-        f'give every row "{field}", or map another name with --columns NAME={field}',
-    )
-
-
-def _closest(field: str, content: Iterable[str]) -> str:
-    """The field of the row that looks like a misspelling of `field`."""
-    # A field of the shapes is no misspelling: "output" is not one of "input".
-    known = {name for fields in SHAPES.values() for name in fields}
-    candidates = [name for name in content if name not in known]
-    return next(iter(difflib.get_close_matches(field, candidates, 1, 0.75)), "")
-
-
-def _listed(content: Iterable[str]) -> str:
-    return ", ".join(f'"{str(name)[:40]}"' for name in itertools.islice(content, 8))
+def _unmapped(field: str, content: Mapping[str, Any], where: str) -> DataError:
+    """The error for a first row without a field of the shape that seems to be meant."""
+    error = Fields(content, where).missing(field)
+    if guess := closest(field, content):
+        return DataError(error.problem, f"correct it, or give --columns {guess}={field}")
+    others = [name for name in content if name not in SHAPE_FIELDS]
+    if others:
+        return DataError(
+            error.problem,
+            f'give every row "{field}", or --columns NAME={field} with one of the names it has',
+        )
+    return error

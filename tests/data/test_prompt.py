@@ -582,11 +582,13 @@ def test_what_a_template_leaves_out_is_noticed(template, change):
         {"role": "assistant", "content": "on", **change},
     ]
     tokenizer = make_tokenizer(template)
-    assert encode(row(messages=messages), tokenizer, 100) == Skipped(LEFT_OUT)
+    named = f": {next(iter(change))}" if change else ""
+    assert encode(row(messages=messages), tokenizer, 100) == Skipped(LEFT_OUT + named)
     plain = [{**m} for m in messages]
     plain[2] = {"role": "assistant", "content": "on"}
     assert isinstance(encode(row(messages=plain), make_tokenizer(CHATML), 100), Encoded)
-    assert encode(row(messages=plain, tools=[{"name": "f"}]), tokenizer, 100) == Skipped(LEFT_OUT)
+    left = encode(row(messages=plain, tools=[{"name": "f"}]), tokenizer, 100)
+    assert left == Skipped(f"{LEFT_OUT}: tools")
 
 
 @pytest.mark.parametrize("marked", [False, True])

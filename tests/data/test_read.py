@@ -110,11 +110,16 @@ def chat(*turns):
             {
                 "messages": [
                     {"role": "user", "content": "u"},
-                    {"role": "assistant", "tool_calls": [{"name": "f"}]},
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {"type": "function", "function": {"name": "f", "arguments": {}}}
+                        ],
+                    },
                     {"role": "tool", "content": "4", "tool_call_id": "1"},
                     {"role": "assistant", "content": "a", "reasoning_content": "r", "weight": 1},
                 ],
-                "tools": [{"name": "f"}],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
             },
         ),
         (
@@ -122,7 +127,7 @@ def chat(*turns):
                 "conversations": [
                     {"from": "system", "value": "s"},
                     {"from": "human", "value": "u"},
-                    {"from": "function_call", "value": "f()"},
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
                     {"from": "observation", "value": "4"},
                     {"from": "gpt", "value": "a"},
                 ]
@@ -132,7 +137,12 @@ def chat(*turns):
                 "messages": [
                     {"role": "system", "content": "s"},
                     {"role": "user", "content": "u"},
-                    {"role": "assistant", "content": "f()"},
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+                        ],
+                    },
                     {"role": "tool", "content": "4"},
                     {"role": "assistant", "content": "a"},
                 ]
@@ -205,13 +215,13 @@ BAD_LINES = {
     # D6
     '{"txt": "a"}': 'no field "text".*did you mean "text" by "txt"',
     "{}": 'no field "text"',
-    '{"text": null}': '"text" is null, not text',
+    '{"text": null}': 'no field "text"',
     '{"text": 5}': '"text" is a number, not text',
     '{"text": ["a"]}': '"text" is an array, not text',
     '{"text": {"a": 1}}': '"text" is an object, not text',
     # whatever else a file can hold
     '{"text": "\\ud800"}': "surrogate",
-    "[" * 100_000: "JSON too deep",
+    "[" * 100_000: "nested too deep",
     '{"text": "a", "n": ' + "9" * 5000 + "}": "number too long",
     '{"text": "a\0"}': "NUL at byte offset 40",
 }
@@ -236,16 +246,19 @@ def test_a_bad_line_is_named(write, bad):
         ('{"question": "q", "answer": "a"}', '"question", "answer", which is no known shape'),
         ("{}", "none, which is no known shape"),
         ('{"messages": []}', '"messages" is empty'),
-        ('{"messages": null}', '"messages" is null'),
+        ('{"messages": null}', "which is no known shape"),
         ('{"messages": "hi"}', '"messages" is text'),
         ('{"messages": ["hi"]}', r"messages\[0\] is text"),
         ('{"messages": [{"content": "x"}]}', r'messages\[0\]: no field "role"'),
         ('{"messages": [{"rol": "user", "content": "x"}]}', 'did you mean "role" by "rol"'),
         ('{"messages": [{"role": "user"}]}', r'messages\[0\]: no field "content"'),
         ('{"messages": [{"role": 3, "content": "x"}]}', '"role" is a number'),
-        ('{"messages": [{"role": "user", "content": null}]}', '"content" is null'),
+        ('{"messages": [{"role": "user", "content": null}]}', 'no field "content"'),
         ('{"messages": [{"role": "user", "content": 3}]}', '"content" is a number'),
-        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "is an array"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            r'content\[0\]: no field "text"',
+        ),
         (chat(("usr", "x")), 'unknown role "usr", did you mean "user"'),
         (chat(("tool", "x")), r"messages\[0\]: a tool's answer before any assistant"),
         (chat(("system", "s"), ("system", "s"), ("user", "u")), r"messages\[1\]: a system"),
@@ -259,14 +272,14 @@ def test_a_bad_line_is_named(write, bad):
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", '
             '"content": "x", "tool_calls": [1]}]}',
-            '"tool_calls" is an array',
+            r"tool_calls\[0\] is a number, not an object",
         ),
         (
-            '{"messages": [{"role": "user", "content": "x", "function_call": {}}]}',
-            '"function_call" is not supported',
+            '{"messages": [{"role": "user", "content": "x", "function_call": {"name": "f"}}]}',
+            '"function_call" of a user turn',
         ),
         ('{"messages": [{"role": "user", "content": "x", "weight": 2}]}', '"weight" is 2'),
-        ('{"messages": [{"role": "user", "content": "x", "weight": true}]}', '"weight" is True'),
+        ('{"messages": [{"role": "user", "content": "x", "weight": 0.5}]}', '"weight" is 0.5'),
         ('{"messages": [{"role": "user", "content": "x", "weight": 1}]}', "of a user turn"),
         ('{"messages": [{"role": "user", "content": "x"}], "tools": [1]}', "what is no object"),
         ('{"messages": [{"role": "user", "content": "x"}], "tools": {"a": 1}}', "is an object"),

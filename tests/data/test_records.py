@@ -79,7 +79,7 @@ def test_an_array_is_its_elements_wherever_the_chunks_end(folder, rows, indent, 
         ('[{"text": "a"},\nnull]', 2, "null, not an object"),
         ('[{"text": "a"},]', 1, "not JSON"),
         ('[{"text": "a"}]\n[1]', 2, "after the end of the array"),
-        ("[" * 100_000, 1, "JSON too deep"),
+        ("[" * 100_000, 1, "nested too deep"),
         (b'[{"text": "a"},\n{"text": "\xff"}]', 2, "byte 0xff near byte offset 26"),
         ('[{"text": "a"}]'.encode("utf-16"), 1, "UTF-16"),
     ],
@@ -179,7 +179,11 @@ def test_chats_in_parquet_are_messages(folder):
     (row,) = load_rows(DataConfig(data=str(path), eval_fraction=0), 0).train
     assert row.content["messages"] == [
         {"role": "user", "content": "u"},
-        {"role": "assistant", "tool_calls": [{"name": "f"}], "weight": 1},
+        {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+            "weight": 1,
+        },
     ]
 
 

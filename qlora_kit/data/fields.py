@@ -1,0 +1,134 @@
+"""The fields of a record or of one turn of it: read by name, and those that nobody read."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from qlora_kit.data.json_text import loads, present
+from qlora_kit.errors import DataError
+
+SHAPE_FIELDS = ("messages", "prompt", "completion", "instruction", "output", "text")
+"""What a row of some shape must have: none of them is a misspelling of another field."""
+
+
+class Fields:
+    """An object out of a file, without its null fields; what is asked for counts as used.
+
+    `where` is `file:line` and perhaps the place in the row; `name` is that of the object in the
+    row, such as `messages[]`, and empty for the row itself.
+    """
+
+    def __init__(self, content: Mapping[str, Any], where: str, name: str = "") -> None:
+        self.where, self._content = where, content
+        self._prefix = f"{name}." if name else ""
+        self._asked: set[str] = set()
+        self._inner: list[str] = []
+
+    def __contains__(self, field: str) -> bool:
+        return field in self._content
+
+    def get(self, field: str) -> Any:
+        """The field's value, or None."""
+        self._asked.add(field)
+        return self._content.get(field)
+
+    def optional(self, field: str) -> Any:
+        """The field's value; an empty one is absent, for a CSV file has no other absent one."""
+        value = self.get(field)
+        return None if value in ("", [], {}) else value
+
+    def text(self, field: str) -> str:
+        """The text in a field. Errors: `DataError` where it is absent or no text."""
+        if field not in self._content:
+            raise self.missing(field)
+        return text(self.get(field), f'{self.where}: "{field}"')
+
+    def value(self, field: str) -> Any:
+        """An optional value that may be written as JSON text, as tables have it."""
+        value = self.optional(field)
+        if not isinstance(value, str):
+            return value
+        try:
+            return present(loads(value)) if value.strip() else None
+        except ValueError as error:
+            raise DataError(
+                f'{self.where}: "{field}" is text that is not JSON: {error}',
+                "write it as JSON, not as Python prints it",
+            ) from error
+
+    def first(self, fields: Iterable[str]) -> str | None:
+        """The one of several spellings of a field that is there; two are a `DataError`."""
+        found = [field for field in fields if self._content.get(field) not in (None, "", [], {})]
+        for field in found:
+            self._asked.add(field)
+        values = [self._content[field] for field in found]
+        if any(value != values[0] for value in values):
+            raise DataError(
+                f'{self.where}: "{found[0]}" and "{found[1]}" differ', "keep one of the two"
+            )
+        return found[0] if found else None
+
+    def inside(self, other: Fields) -> None:
+        """Count the unused fields of an object in this one as this one's."""
+        self._inner += [self._prefix + name for name in other.unused()]
+
+    def unused(self) -> Iterator[str]:
+        """The names of fields that have a value and that nobody asked for, each once."""
+        own = (
+            self._prefix + field
+            for field, value in self._content.items()
+            if field not in self._asked and value not in ("", [], {})
+        )
+        return iter(dict.fromkeys([*own, *self._inner]))
+
+    def missing(self, field: str, remedy: str | None = None) -> DataError:
+        """The error for a field that is not there."""
+        guess = closest(field, self._content)
+        hint = f', did you mean "{field}" by "{guess}"?' if guess else ""
+        return DataError(
+            f'{self.where}: no field "{field}" (there is {listed(self._content) or "none"}){hint}',
+            remedy or (f'write "{field}" there' if self._prefix else f'give every row "{field}"'),
+        )
+
+
+def text(value: Any, what: str) -> str:
+    """`value` where it is text that can be written, else `DataError` that begins with `what`."""
+    if not isinstance(value, str):
+        raise DataError(f"{what} is {kind(value)}, not text", "give text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} has half a surrogate pair (\\u{ord(value[error.start]):04x})",
+            "write the whole character",
+        ) from error
+    return value
+
+
+def closest(field: str, names: Iterable[str]) -> str:
+    """The name that looks like a misspelling of `field`, or nothing."""
+    candidates = [name for name in names if name not in SHAPE_FIELDS]
+    return next(iter(difflib.get_close_matches(field, candidates, 1, 0.75)), "")
+
+
+def kind(value: object) -> str:
+    """What a value is, in JSON's words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list):
+        return "an array"
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names of fields, for an error."""
+    return ", ".join(f'"{str(name)[:40]}"' for name in itertools.islice(names, 8))

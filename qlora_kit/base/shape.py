@@ -8,7 +8,6 @@ taken as if it came in that dtype and were quantized while it is loaded: it ends
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from qlora_kit.base.architecture import build_on_meta, expected_shapes, tied_nam
 from qlora_kit.base.contents import find
 from qlora_kit.base.load import OpenBase, compute_dtype
 from qlora_kit.base.prequantized import agree, stored_quantization
-from qlora_kit.base.source import Source, is_path, resolve
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.base.validate import (
     DTYPES,
@@ -28,7 +26,7 @@ from qlora_kit.base.validate import (
     TensorEntry,
     check_architecture,
     check_layers,
-    read_config,
+    find_config,
     read_config_file,
     read_entries,
 )
@@ -47,7 +45,7 @@ def open_shape(
     `--resize_embeddings` the tokenizer beside config.json says it.
     Errors: `ModelError`, `TokenizerError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
     """
-    source, path = _find(config)
+    source, path = find_config(config.model, config.revision)
     described = read_config_file(path)
     quantized = stored_quantization(described, path)
     quantization = agree(config, quantized, path)
@@ -68,16 +66,6 @@ def open_shape(
         model = build_on_meta({**described, "vocab_size": embedding_rows}, dtype, path)
     cpu = torch.device("cpu")
     return OpenBase(source, entries, {}, model, None, quantization, dtype, cpu, embedding_rows)
-
-
-def _find(config: BaseConfig) -> tuple[Source, Path]:
-    """Where a model's config.json is: a file, a directory or the hub."""
-    file = Path(os.path.expanduser(config.model))
-    if is_path(config.model) and file.is_file() and config.revision is None:
-        name = file.resolve().parent.name if file.name == "config.json" else file.stem
-        return Source(name, None, file.parent), file
-    source = resolve(config.model, config.revision, weights=False, check=read_config)
-    return source, source.directory / "config.json"
 
 
 def _expected_entries(

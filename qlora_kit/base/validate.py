@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.base.contents import LIMITS, find, tokenizer_files
 from qlora_kit.base.families import FAMILIES, check_family
 from qlora_kit.base.json_file import is_deep, read_json, unique
-from qlora_kit.base.source import Source, contained
+from qlora_kit.base.source import Source, contained, is_path, resolve
 from qlora_kit.errors import InputError, ModelError, UnsafeInputError
 from qlora_kit.file_kind import SAFETENSORS, refuse_kind
+from qlora_kit.files import real_path
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     the family is used. Errors: `ModelError`, `UnsafeInputError`.
     """
     return read_config_file(contained(directory, "config.json"))
+
+
+def find_config(model: str, revision: str | None = None) -> tuple[Source, Path]:
+    """Where a model's config.json is: a file like it, a directory or the hub; nothing else is
+    fetched, and torch is not needed. Errors: as `resolve` and `read_config`.
+    """
+    file = Path(model)
+    if is_path(model) and file.is_file() and revision is None:
+        name = real_path(file).parent.name if file.name == "config.json" else file.stem
+        return Source(name, None, file.parent), file
+    source = resolve(model, revision, weights=False, check=read_config)
+    return source, source.directory / "config.json"
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

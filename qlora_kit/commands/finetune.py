@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.commands.display import Display
     from qlora_kit.commands.place import check_place, output_directory
     from qlora_kit.data.read import load_rows
+    from qlora_kit.training.record import check_trackers
 
+    check_trackers(config.output.report_to)
     display = Display()
     if parsed.config_file == str(QUICKSTART):
         display.text_file(QUICKSTART, "no --model, --data or --config: running the quickstart")

@@ -45,9 +45,8 @@ FOREIGN = {
     "max_length": "sequence_len seq_len cutoff_len max_seq_len model_max_length block_size "
     "context_length sequence_length max_sequence_length seq_length",
     "packing": "sample_packing pack neat_packing",
-    "lora_r": "rank lora_rank lora_dim r lora_attn_dim",
-    "lora_alpha": "alpha lora_scale",
-    "lora_dropout": "dropout",
+    "lora_r": "rank lora_rank lora_dim lora_attn_dim",
+    "lora_alpha": "lora_scale",
     "target_modules": "lora_target_modules lora_target lora_modules lora_layers targets",
     "target_modules all-linear": "lora_target_linear all_linear",
     "adapter": "adapter_name_or_path adapter_dir adapter_path lora_model_dir lora_weights "

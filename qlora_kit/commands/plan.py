@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--adapter {parsed[LoRAConfig].adapter}: a plan does not read adapters",
             "give its --lora_r and --target_modules too, or --config with its run's config.yaml",
         )
+    from qlora_kit.base.validate import find_config, read_config_file
+
+    # What is not here, or cannot be planned, is refused before torch is imported.
+    read_config_file(find_config(parsed[BaseConfig].model, parsed[BaseConfig].revision)[1])
     from qlora_kit.memory.plan import Planner
     from qlora_kit.memory.suggest import Options, suggest
 

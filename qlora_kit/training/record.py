@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, Self, TypedDict
@@ -30,6 +32,12 @@ from qlora_kit.files import write_file
 
 METRICS_FILE = "metrics.jsonl"
 PACKAGES = ("qlora_kit", "torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{name: (name,) for name in ("wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive")},
+    **{name: (name,) for name in ("swanlab", "trackio")},
+}
+"""Accelerate's trackers, and the packages of which each needs one."""
 
 
 class ModelRecord(TypedDict):
@@ -194,6 +202,34 @@ class MetricsLog:
             tracker.log(values, step=metrics.get("step"))
 
 
+def check_trackers(report_to: str) -> list[str]:
+    """The trackers in `report_to`, each of them installed; nothing of them is imported.
+
+    Errors: `ConfigError` for one that is unknown or not installed.
+    """
+    names = [name for part in report_to.split(",") if (name := part.strip())]
+    if names in ([], ["none"]):
+        return []
+    available = {name for name, packages in TRACKERS.items() if any(map(_is_installed, packages))}
+    if "accelerate.tracking" in sys.modules:  # the user's own code may have registered some
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        available |= LOGGER_TYPE_TO_CLASS.keys() - TRACKERS.keys()
+    if missing := [name for name in names if name not in available]:
+        known = ", ".join(sorted(available)) or "none is installed"
+        raise ConfigError(
+            f"report_to: no tracker {', '.join(missing)} here (available: {known})",
+            "install its package (pip install tensorboard, wandb, ...) or leave --report_to out",
+        )
+    return names
+
+
+def _is_installed(package: str) -> bool:
+    # A folder of that name, such as the one that wandb leaves where it runs, is no package.
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def start_trackers(
     report_to: str, directory: str | os.PathLike[str], config: Mapping[str, Any]
 ) -> Sequence[Tracker]:
@@ -202,23 +238,11 @@ def start_trackers(
     Call it before training: `ConfigError` for a tracker that is unknown, not installed or does not
     start. Those that keep files keep them in `directory`. `config` is stored with them.
     """
-    names = [name for part in report_to.split(",") if (name := part.strip())]
-    if names in ([], ["none"]):
+    names = check_trackers(report_to)
+    if not names:
         return ()
     from accelerate import Accelerator
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-    from accelerate.utils import LoggerType
 
-    # Built in and installed, or registered by the user's own code.
-    available = {str(tracker) for tracker in get_available_trackers()}
-    available |= set(LOGGER_TYPE_TO_CLASS) - set(LoggerType.list())
-    missing = [name for name in names if name not in available]
-    if missing:
-        known = ", ".join(sorted(available)) or "none is installed"
-        raise ConfigError(
-            f"report_to: no tracker {', '.join(missing)} here (available: {known})",
-            "install its package (pip install tensorboard, wandb, ...) or leave --report_to out",
-        )
     # Trackers take plain values only.
     plain = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import qlora_kit
 from qlora_kit.commands.arguments import parse
 from qlora_kit.commands.config_file import read_config
 from qlora_kit.commands.entry import COMMANDS, main
+from qlora_kit.commands.names import FOREIGN, fields_of, spellings_of
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
+    EvaluateConfig,
     ExportConfig,
+    GenerateConfig,
     LoRAConfig,
     OutputConfig,
+    PlanConfig,
     TrainingConfig,
 )
 from qlora_kit.errors import ConfigError, UnsafeInputError, error_line
+from qlora_kit.options import flag_of
 
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 
@@ -106,6 +115,98 @@ def test_all_unknown_flags_are_named_with_the_closest_known_one() -> None:
         "unknown flag --learning_rte, did you mean --learning_rate?; "
         "unknown flag --lora-rr, did you mean --lora_r?; unknown flag --zzz"
     )
+
+
+MEANT = {
+    "--lr": "--learning_rate",
+    "--load_in_4bit": "--bits 4",
+    "--load-in-8bit": "--bits 8",
+    "--bf16": "--dtype bf16",
+    "--epochs": "--num_train_epochs",
+    "--micro_batch_size": "--per_device_train_batch_size",
+    "--grad_accum": "--gradient_accumulation_steps",
+    "--lora_rank": "--lora_r",
+    "--lora_target": "--target_modules",
+    "--lora_target_linear": "--target_modules all-linear",
+    "--cutoff_len": "--max_length",
+    "--sequence_len": "--max_length",
+    "--sample_packing": "--packing",
+    "--base_model": "--model",
+    "--train_on_inputs": "--train_on_prompt",
+    "--assistant_only_loss": "--no_train_on_prompt",
+    "--bnb_4bit_quant_type": "--quant_type",
+    "--bnb_4bit_use_double_quant": "--double_quant",
+    "--bnb_4bit_compute_dtype": "--dtype",
+    "--use_gradient_checkpointing": "--gradient_checkpointing",
+    "--eval_strategy": "--eval_steps",
+    "--evaluation_strategy": "--eval_steps",
+    "--save_strategy": "--save_steps",
+    "--load_best_model_at_end": "--load_best",
+    "--val_set_size": "--eval_fraction",
+    "--random_state": "--seed",
+    "--optimizer": "--optim",
+    "--lr_scheduler": "--lr_scheduler_type",
+    "--template": "--chat_template",
+    "--adapter_name_or_path": "--adapter",
+    "--wandb_project": "--report_to wandb",
+    "--learning_rte": "--learning_rate",
+    "--output": "--output_dir",
+}
+
+
+@pytest.mark.parametrize("flag", MEANT)
+def test_a_flag_of_another_tool_names_the_one_that_is_meant(flag: str) -> None:
+    meant = MEANT[flag]
+    assert problem(flag, "1") == f"unknown flag {flag}, did you mean {meant}?"
+    name, _, value = meant.partition(" ")
+    # What is advised is a flag of this command, and takes that value.
+    assert options(*([name, value] if value else []), "--seed", "1")
+    assert any(
+        name == f"--{one}" or name == f"--no_{one}" for one in spellings_of(fields_of(GROUPS))
+    )
+
+
+def test_every_name_of_another_tool_leads_to_an_option_and_hides_none() -> None:
+    commands = [*GROUPS, ExportConfig, GenerateConfig, EvaluateConfig, PlanConfig]
+    known = {flag_of(field) for group in commands for field in dataclasses.fields(group)}
+    planned = {"dry_run"}  # named in the contract, and not there yet
+    for ours, theirs in FOREIGN.items():
+        assert not ours or ours.split()[0].removeprefix("no_") in known | planned, ours
+        assert len(set(theirs.split())) == len(theirs.split())
+
+
+def test_what_no_option_is_like_is_not_answered_by_what_looks_like_it() -> None:
+    for flag in ("--neftune_noise_alpha", "--lora_bias", "--hub_token", "--use_dora"):
+        assert problem(flag) == f"unknown flag {flag}"
+
+
+def test_a_key_of_another_tool_is_told_as_a_line_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "lr: 1\nload_in_4bit: true\nassistant_only_loss: true\n")
+    assert problem("--config", path) == (
+        f"{path}:1: unknown key lr, did you mean learning_rate?; "
+        f"{path}:2: unknown key load_in_4bit, did you mean bits: 4?; "
+        f"{path}:3: unknown key assistant_only_loss, did you mean train_on_prompt: false?"
+    )
+
+
+def test_a_command_names_flags_that_it_has() -> None:
+    for flag in ("--max_tokens", "--max_length"):
+        with pytest.raises(ConfigError, match=f"{flag}, did you mean --max_new_tokens?"):
+            parse("qlora-kit generate", "", (BaseConfig, GenerateConfig), [flag, "1"])
+    with pytest.raises(ConfigError) as caught:
+        parse("qlora-kit generate", "", (BaseConfig, GenerateConfig), ["--lr", "1"])
+    assert caught.value.problem == "unknown flag --lr"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], *([c, "--version"] for c in COMMANDS)])
+def test_the_version_is_the_packages(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as left:
+        code = int(left.code or 0)
+    assert (code, capsys.readouterr().out) == (0, f"qlora-kit {qlora_kit.__version__}\n")
 
 
 def test_all_wrong_values_are_named_together_whatever_their_group() -> None:
@@ -281,3 +382,30 @@ def test_help_lists_every_command_and_every_choice(capsys: pytest.CaptureFixture
     text = " ".join(capsys.readouterr().out.split())
     for words in ("cosine, linear or constant", "4, 8 or 16", "off by --no_double_quant"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("plan --model llama-7b", 4, "the hub cannot be reached"),
+        ("plan --model ./nowhere", 3, "./nowhere: no such directory"),
+        ("finetune --report_to wandbb", 2, "report_to: no tracker wandbb here"),
+        ("finetune --report_to aim,nosuch", 2, "install its package"),
+        ("finetune --output_dir loop", 2, "--output_dir loop is a loop of links"),
+        ("finetune --output_dir loop/x", 2, "--output_dir loop/x is a loop of links"),
+    ],
+)
+def test_what_needs_no_model_is_refused_without_torch(
+    tmp_path: Path, arguments: str, code: int, words: str
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    program = (
+        "import sys; sys.modules['torch'] = None; from qlora_kit.commands.entry import main; "
+        f"sys.exit(main({arguments.split()}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr.splitlines()[-1]

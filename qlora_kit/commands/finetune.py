@@ -154,7 +154,7 @@ def prepare(
         )
     from qlora_kit.commands.planned import planned_run
 
-    memory = planned_run(config, base, encoded.rows, packs, ranks)
+    memory = planned_run(config, base, encoded.rows, packs, total_steps, ranks)
     display.memory(memory)
     if config.output.compare_bits:
         display.bits(_measure_bits(config.base))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.config import GenerateConfig
+from qlora_kit.data.answers import turn_ends
 from qlora_kit.errors import ConfigError, NumericError
 
 if TYPE_CHECKING:
@@ -142,11 +143,12 @@ def generate_text(
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends an answer: the tokenizer's, the config's, the generation config's.
+    """Every token that ends an answer: what ends a turn of the tokenizer's chat template, and the
+    EOS of the tokenizer, the config and the generation config.
 
-    A chat model's end of turn often stands in the last one only.
+    A chat model's end of turn often stands in the last one only, a base's in the template only.
     """
-    ends: set[int] = set()
+    ends = set(turn_ends(tokenizer))
     for owner in (tokenizer, model.config, getattr(model, "generation_config", None)):
         named = getattr(owner, "eos_token_id", None)
         if named is not None:

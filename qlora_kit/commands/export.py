@@ -122,6 +122,7 @@ def _verification_rows(
     Those that are asked for; else what the run held out, where that is still here; else the
     package's sample.
     """
+    from qlora_kit.data.outcome import EncodeRules
     from qlora_kit.data.prompt import encode_rows
     from qlora_kit.data.read import load_rows
 
@@ -132,7 +133,8 @@ def _verification_rows(
     if run is not None:
         try:
             rows = load_rows(*run)
-            return encode_rows(rows.evaluation, tokenizer, length).rows, rows.eval_source
+            rules = EncodeRules.of(run[0])
+            return encode_rows(rows.evaluation, tokenizer, length, rules).rows, rows.eval_source
         except DataError as error:
             terminal.note(f"the run's held-out rows cannot be read: {error.problem}")
     rows = load_rows(DataConfig(), 0)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from qlora_kit.commands.config_file import read_config
+from qlora_kit.commands.config_file import MOST_PROBLEMS, read_config
 from qlora_kit.commands.names import closest, fields_of, spellings_of, version_line
 from qlora_kit.config import (
     BaseConfig,
@@ -241,7 +241,10 @@ def _with_known_names(
             after = f", and {rest[0]} is a flag (write --{flag}={rest[0]})" if rest else ""
             parser.error(f"--{flag} needs a value{after}")
     if unknown:
-        parser.error("; ".join(f"unknown flag {flag}{closest(flag, spelling)}" for flag in unknown))
+        told = unknown[:MOST_PROBLEMS]
+        parser.error(
+            "; ".join(f"unknown flag {flag}{closest(flag[:60], spelling)}" for flag in told)
+        )
     return tokens
 
 

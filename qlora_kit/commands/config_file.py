@@ -24,6 +24,8 @@ from qlora_kit.options import Options, convert, types_of
 
 CONFIG_LIMIT = 128 * 1024
 """Bytes of a config file, which take up to two seconds; an option's line has some fifty."""
+MOST_PROBLEMS = 20
+"""As many are told: a line has room for fewer, and each closest name takes a millisecond."""
 YAML_TAG = "tag:yaml.org,2002:"
 NULL = f"{YAML_TAG}null"
 PLAIN_TAGS = {"null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp"}
@@ -48,7 +50,7 @@ def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
     text = _config_text(path)
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
-    problems = []
+    problems: list[str] = []
     try:
         loader = _Loader(text)
         loader.name = path
@@ -59,6 +61,8 @@ def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}: holds no options", "write `name: value` lines")
         for key, node in root.value:
+            if len(problems) == MOST_PROBLEMS:
+                break
             line = key.start_mark.line + 1
             word = key.value if isinstance(key, yaml.ScalarNode) else ""
             name = spelling.get(word.replace("-", "_"))

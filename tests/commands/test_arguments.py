@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 import qlora_kit
 from qlora_kit.commands.arguments import parse
-from qlora_kit.commands.config_file import read_config
+from qlora_kit.commands.config_file import CONFIG_LIMIT, read_config
 from qlora_kit.commands.entry import COMMANDS, main
 from qlora_kit.commands.names import FOREIGN, fields_of, spellings_of
 from qlora_kit.config import (
@@ -322,6 +323,25 @@ def test_a_bad_file_is_named_with_its_line(
 def test_a_file_that_is_no_config_is_a_config_error(tmp_path: Path, text: bytes) -> None:
     path = write(tmp_path, text)
     assert path in problem("--config", path) or "lora_r must be" in problem("--config", path)
+
+
+def test_a_file_of_any_content_is_read_or_refused_at_once(tmp_path: Path) -> None:
+    """Two seconds of processor time at most, for the largest file that is taken."""
+    for text in (
+        "\n".join(f"k{n}: 1" for n in range(CONFIG_LIMIT // 10)),
+        "model: [" + ", ".join("a" * (CONFIG_LIMIT // 3 - 10)) + "]",
+        "[" * CONFIG_LIMIT,
+        "- " * (CONFIG_LIMIT // 2),
+        "model: " + "x" * (CONFIG_LIMIT - 10),
+    ):
+        path = write(tmp_path, text)
+        began = time.process_time()
+        problem("--config", path)
+        assert time.process_time() - began < 2, text[:20]
+    many = [f"--k{n}" for n in range(5000)]
+    began = time.process_time()
+    problem(*many)
+    assert time.process_time() - began < 2
 
 
 def test_a_few_lines_that_stand_for_a_huge_value_build_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""Whatever value an option is given, a command does its work or says what is wrong with it.
+
+A small part of `benchmarks/properties.py`, whose 5,000 cases are in
+`benchmarks/results/properties.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from anything import GOOD, flags_of, text, value
+
+from qlora_kit.commands.arguments import GROUP_TITLES
+from qlora_kit.commands.entry import COMMANDS
+from qlora_kit.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.timeout(300)
+def test_any_value_of_any_option_is_taken_or_refused() -> None:
+    name = "properties_of_a_test"
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "properties.py"), "--result", name]
+    try:
+        done = subprocess.run(
+            [*command, "--target", "options", "--count", "300"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        assert path.exists(), done.stderr
+        result = json.loads(path.read_text())
+    finally:
+        path.unlink(missing_ok=True)
+    assert result["findings"] == []
+    assert done.returncode == 0
+    codes = result["exit_codes"]["options"]
+    assert codes.keys() == GOOD.keys()
+    for found in codes.values():
+        assert {"2", "3"} <= found.keys(), "no value was refused, or none was taken"
+    assert sum(sum(found.values()) for found in codes.values()) == 300
+    assert result["places"]["options"] > 100
+
+
+def test_any_value_handed_to_a_constructor_is_taken_or_a_config_error() -> None:
+    draw, taken, refused = random.Random(3), 0, 0
+    groups = list(GROUP_TITLES)
+    for _ in range(20_000):
+        group = draw.choice(groups)
+        name = draw.choice(list(group.__dataclass_fields__))  # type: ignore[attr-defined]
+        given = text(draw) if draw.random() < 0.3 else value(draw)
+        try:
+            group(**{name: given})
+            taken += 1
+        except ConfigError as error:
+            assert name.split("_")[0] in error.problem or "must be" in error.problem
+            refused += 1
+    assert taken > 1000
+    assert refused > 1000
+
+
+def test_every_command_is_given_values() -> None:
+    assert GOOD.keys() == COMMANDS.keys()
+    for command in COMMANDS:
+        assert len(flags_of(command)) > 10, command

@@ -8,8 +8,6 @@ with a larger one.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
 import re
 import typing
@@ -70,43 +68,6 @@ def _device(value: str) -> str | None:
     return (
         None if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value) else "auto, cpu, cuda or cuda:N"
     )
-
-
-def _day(value: str) -> str | None:
-    try:
-        good = datetime.date.fromisoformat(value).isoformat() == value
-    except ValueError:
-        good = False
-    # A C library may refuse to write years before 1900.
-    return None if good and value >= "1900" else "a day as 2026-01-31"
-
-
-def assignments(text: str) -> dict[str, Any]:
-    """`enable_thinking=false,effort=high` as {name: value}; a value is JSON, else text.
-
-    Errors: `ValueError`.
-    """
-    values: dict[str, Any] = {}
-    # A comma inside JSON is none between two variables: one that a name and "=" follow is.
-    for part in re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text):
-        name, equals, value = part.partition("=")
-        name, value = name.strip(), value.strip()
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name) or name in values:
-            raise ValueError("NAME=VALUE, separated by commas, each name once")
-        try:
-            values[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            lower = value.lower()
-            values[name] = {"true": True, "false": False, "none": None}.get(lower, value)
-    return values
-
-
-def _assignments(value: str) -> str | None:
-    try:
-        assignments(value)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 @dataclass(frozen=True)
@@ -216,25 +177,6 @@ class DataConfig(Options):
         path=True,
         metavar="NAME|FILE",
         shown_default="the model's own",
-    )
-    chat_template_args: str | None = option(
-        None,
-        "variables of the chat template, comma-separated: enable_thinking=false",
-        check=_assignments,
-        metavar="NAME=VALUE,...",
-    )
-    chat_date: str | None = option(
-        None,
-        "day that a chat template writes where it asks for today's; kept with the run",
-        check=_day,
-        metavar="YYYY-MM-DD",
-        shown_default="today",
-    )
-    merge_system: bool = option(
-        False, "put a system message before the first user's where the chat template takes none"
-    )
-    train_on: str = option(
-        "all", "assistant turns of a chat that are trained on", check=one_of("all", "last")
     )
     train_on_prompt: bool = option(False, "supervise the prompt as well")
     literal_control_tokens: bool = option(
@@ -570,6 +512,10 @@ class ExportConfig(Options):
     )
 
 
+def _stops(value: str | tuple[str, ...]) -> str | None:
+    return None if value and all(value) else "texts that are not empty"
+
+
 @dataclass(frozen=True)
 class GenerateConfig(Options):
     """What to generate from, and how tokens are drawn."""
@@ -578,8 +524,29 @@ class GenerateConfig(Options):
         None, "directory of an adapter", check=_not_empty, path=True, metavar="DIR"
     )
     allow_other_base: bool = option(False, OTHER_BASE_HELP)
-    prompt: str | None = option(None, "the text to go on from", metavar="TEXT")
+    prompt: str | None = option(
+        None,
+        "the text to go on from; -, or nothing where text is piped in: from standard input, "
+        "without its last line end",
+        metavar="TEXT|-",
+    )
+    prompts: str | None = option(
+        None,
+        ".jsonl, .json or .csv file of rows with a prompt, or .txt with one a line; answers are "
+        "printed as JSON lines, each beside its row",
+        check=_not_empty,
+        path=True,
+        metavar="FILE",
+    )
+    batch_size: int = option(8, "rows of --prompts at a time", check=between(1, MOST_ROWS))
     max_new_tokens: int = option(128, "stop after this many tokens", check=between(1, MOST_DRAWN))
+    stop: str | tuple[str, ...] | None = option(
+        None,
+        "end an answer before this text; give it again for another",
+        check=_stops,
+        repeated=True,
+        metavar="TEXT",
+    )
     temperature: float = option(
         0.0, "0: always the likeliest token", check=between(0, 100, tiny=1e-6)
     )
@@ -588,8 +555,29 @@ class GenerateConfig(Options):
         "draw from the likeliest tokens that make up this share",
         check=between(0, 1, open_low=True, tiny=1e-6),
     )
+    top_k: int = option(
+        0,
+        "draw from this many of the likeliest tokens",
+        check=between(0, 10**6),
+        shown_default="0: from all",
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "divide the logits of tokens that were there, where they are positive, by this (else "
+        "multiply)",
+        check=between(0.01, 100),
+    )
     seed: int = option(42, "of the drawing", check=SEEDS)
-    chat: bool = option(False, "put the prompt into the model's chat template")
+    chat: bool = option(False, "put each prompt into the model's chat template")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts before which an answer ends."""
+        return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.prompt is not None and self.prompts is not None:
+            yield f"prompt is given beside prompts {self.prompts}: name one of them"
 
 
 @dataclass(frozen=True)
@@ -601,7 +589,9 @@ class EvaluateConfig(Options):
     )
     allow_other_base: bool = option(False, OTHER_BASE_HELP)
     exact_match: bool = option(
-        True, "answer every prompt greedily, and count the answers that equal the completion"
+        True,
+        "answer every prompt greedily, and count the answers that equal the completion; of a row "
+        "of messages, its last trained turn",
     )
     generate: int = option(
         0, "show this many answers beside the expected ones", check=between(0, 10**6)

@@ -5,13 +5,11 @@ Prompts of different lengths share a batch by padding on the left: the mask hide
 the prompt, each step feeds one token a row; the keys and values of earlier ones are in the model's
 own transformers cache, and the head computes the last position only.
 
-Greedy, or drawn from the nucleus (top-p) by inverting its cumulative distribution at one uniform
-number a step, which depends on the seed and the step alone. So an answer depends on its prompt and
-the seed, not on the rows beside it; equal prompts of a batch get equal answers.
+How a token is drawn from its logits is `sampling.py`'s part. An answer depends on its prompt and
+the seed, not on the rows beside it. It ends at an end token, at a stop string, or after so many
+tokens; what stop strings see is the text that the answer adds to its prompt's.
 
-Left out: beams, penalties, speculative decoding, models without attention.
-
-Sources: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020), for the nucleus.
+Left out: beams, speculative decoding, models without attention.
 """
 
 from __future__ import annotations
@@ -19,15 +17,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from qlora_kit.config import GenerateConfig
-from qlora_kit.data.answers import turn_ends
 from qlora_kit.errors import ConfigError, NumericError
+from qlora_kit.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,26 +38,26 @@ def generate_ids(
     max_new_tokens: int,
     eos_ids: Collection[int],
     pad_id: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 42,
+    ended: Callable[[int], bool] | None = None,
+    **sampling: Any,
 ) -> Iterator[list[int | None]]:
     """At each step the token that each row has drawn, None for rows that have ended.
 
     A row ends when it draws one of `eos_ids`, which is not part of the answer, or after
-    `max_new_tokens`. `temperature` 0 takes the likeliest token. The model is in evaluation mode
+    `max_new_tokens`, or where `ended`, asked of each row after each step, says so. `sampling` names
+    fields of `Sampling`; without any, the likeliest token is taken. The model is in evaluation mode
     while the iterator is open, and back in its own mode (module by module) once it is used up or
     closed; no state of the model and no global random state changes.
 
-    Raises `ConfigError`, before anything is computed, for an option out of its range, an empty
+    Raises `ConfigError`, before anything is computed, for a number out of its range, an empty
     prompt, a token that the model does not have, or a prompt that together with `max_new_tokens`
     exceeds the model's context; `NumericError` where logits are not finite.
     """
-    GenerateConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}", "raise it")
+    drawn = Sampling(**sampling)
     _check_prompts(model, prompts, pad_id, max_new_tokens)
-    return _decode(
-        model, prompts, max_new_tokens, frozenset(eos_ids), pad_id, temperature, top_p, seed
-    )
+    return _decode(model, prompts, max_new_tokens, frozenset(eos_ids), pad_id, drawn, ended)
 
 
 def stream_text(
@@ -99,21 +95,83 @@ def stream_text(
         yield rest
 
 
+def added_text(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequence[int] = ()
+) -> str:
+    """What `ids` add to the text of the tokens before them: the pieces of `stream_text` joined."""
+    before, text = _decoded(tokenizer, after), _decoded(tokenizer, [*after, *ids])
+    before = before.rstrip("\ufffd")
+    return text[len(os.path.commonprefix((before, text))) :]  # noqa: RUF071
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text before the first of `stops`, of which no part is shown either."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if (end := stop_at(held, stops)) is not None:
+            yield held[:end]
+            return
+        longest = max(map(len, stops), default=1) - 1
+        kept = next(
+            (
+                size
+                for size in range(min(longest, len(held)), 0, -1)
+                if any(stop.startswith(held[-size:]) for stop in stops)
+            ),
+            0,
+        )
+        yield held[: len(held) - kept]
+        held = held[len(held) - kept :]
+    yield held
+
+
+def stop_at(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of `stops` begins in a text, or None."""
+    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 42,
+    stops: Sequence[str] = (),
     eos_ids: Collection[int] | None = None,
     batch_size: int = 8,
+    **sampling: Any,
 ) -> list[str]:
-    """The answer to each prompt, `batch_size` at a time, without special tokens.
+    """The answer to each prompt: see `answers`."""
+    return list(
+        answers(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stops=stops,
+            eos_ids=eos_ids,
+            batch_size=batch_size,
+            **sampling,
+        )
+    )
 
-    `eos_ids` is `end_ids` where it is not given. Errors as in `generate_ids`.
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    eos_ids: Collection[int] | None = None,
+    batch_size: int = 8,
+    **sampling: Any,
+) -> Iterator[str]:
+    """The answer to each prompt in turn, without special tokens; `batch_size` are made together.
+
+    It ends before the first of `stops`. `eos_ids` is `end_ids` where it is not given; `sampling`
+    and errors are as in `generate_ids`, before anything is computed.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}", "give at least 1")
@@ -121,34 +179,39 @@ def generate_text(
     # What stands in the padding is masked: any token that the model has will do.
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     _check_prompts(model, prompts, pad_id, max_new_tokens)
-    answers: list[str] = []
-    for start in range(0, len(prompts), batch_size):
+
+    def texts(batch: Sequence[Sequence[int]]) -> list[str]:
+        rows: list[list[int]] = [[] for _ in batch]
+
+        def text(row: int) -> str:
+            return added_text(tokenizer, rows[row], batch[row])
+
         steps = generate_ids(
             model,
-            prompts[start : start + batch_size],
+            batch,
             max_new_tokens=max_new_tokens,
             eos_ids=ends,
             pad_id=pad_id,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+            ended=(lambda row: stop_at(text(row), stops) is not None) if stops else None,
+            **sampling,
         )
-        rows: list[list[int]] = [[] for _ in prompts[start : start + batch_size]]
         for step in steps:
             for row, token in zip(rows, step, strict=True):
                 if token is not None:
                     row.append(token)
-        answers += [_decoded(tokenizer, row) for row in rows]
-    return answers
+        whole = [text(row) for row in range(len(rows))]
+        return [one[: stop_at(one, stops)] for one in whole]
+
+    batches = (prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size))
+    return (text for batch in batches for text in texts(batch))
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends an answer: what ends a turn of the tokenizer's chat template, and the
-    EOS of the tokenizer, the config and the generation config.
+    """Every token that ends an answer: the tokenizer's, the config's, the generation config's.
 
-    A chat model's end of turn often stands in the last one only, a base's in the template only.
+    A chat model's end of turn often stands in the last one only.
     """
-    ends = set(turn_ends(tokenizer))
+    ends: set[int] = set()
     for owner in (tokenizer, model.config, getattr(model, "generation_config", None)):
         named = getattr(owner, "eos_token_id", None)
         if named is not None:
@@ -163,9 +226,8 @@ def _decode(
     max_new_tokens: int,
     eos_ids: frozenset[int],
     pad_id: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    sampling: Sampling,
+    ended: Callable[[int], bool] | None,
 ) -> Iterator[list[int | None]]:
     if not prompts:
         return
@@ -178,8 +240,7 @@ def _decode(
     attention_mask = torch.tensor(shown, device=device)
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
-    # On the CPU whatever the device, so that a seed means the same numbers everywhere.
-    generator = torch.Generator().manual_seed(seed)
+    draw = sampling.drawer(prompts)
     live = [True] * len(prompts)
     cache = None
     modes = {module: module.training for module in model.modules()}
@@ -197,12 +258,8 @@ def _decode(
             cache = output.past_key_values
             logits = output.logits[:, -1].float()
             finite = logits.amax(-1).isfinite()
-            if temperature == 0:
-                drawn = logits.argmax(-1)
-            else:
-                drawn = _draw(logits, temperature, top_p, torch.rand((), generator=generator))
             # One transfer a step for both.
-            tokens, good = torch.stack((drawn, finite.long())).tolist()
+            tokens, good = torch.stack((draw(logits), finite.long())).tolist()
             for row, alive in enumerate(live):
                 if alive and not good[row]:
                     raise NumericError(
@@ -215,6 +272,10 @@ def _decode(
             if not any(live):
                 return
             yield [token if alive else None for token, alive in zip(tokens, live, strict=True)]
+            if ended is not None:
+                live = [alive and not ended(row) for row, alive in enumerate(live)]
+                if not any(live):
+                    return
             # Rows that have ended go on with padding, so that a row keeps its place.
             fed = [token if alive else pad_id for token, alive in zip(tokens, live, strict=True)]
             input_ids = torch.tensor(fed, device=device)[:, None]
@@ -223,28 +284,6 @@ def _decode(
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _draw(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
-    """Tokens (B,) from logits (B, V): the nucleus' cumulative distribution inverted at `uniform`.
-
-    The nucleus is the fewest likeliest tokens whose probabilities sum to at least `top_p`.
-    """
-    # The largest becomes 0 first, so that a tiny temperature gives -inf and never inf.
-    shifted = logits - logits.amax(-1, keepdim=True)
-    scaled = shifted / max(temperature, 1e-6)
-    # Stable, so that equal logits have one order on every device.
-    probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    cumulative = probabilities.cumsum(-1)
-    if top_p < 1:
-        # A token is in while those before it do not reach top_p: at least one is.
-        last = ((cumulative - probabilities) < top_p).sum(-1, keepdim=True) - 1
-    else:
-        last = torch.full_like(tokens[:, :1], tokens.shape[-1] - 1)
-    target = uniform.to(cumulative) * cumulative.gather(-1, last)
-    # Sums made in parallel need not rise to the last bit: `last` keeps the rank in the nucleus.
-    rank = torch.searchsorted(cumulative, target, right=True).minimum(last)
-    return tokens.gather(-1, rank)[:, 0]
 
 
 def _check_prompts(

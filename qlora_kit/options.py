@@ -50,6 +50,7 @@ def option(
     aliases: Sequence[str] = (),
     check: Check | None = None,
     path: bool = False,
+    repeated: bool = False,
     reads: Callable[[Any], Any] | None = None,
     metavar: str | None = None,
     shown_default: str | None = None,
@@ -58,6 +59,7 @@ def option(
 
     `flag` is the name outside Python where it differs from the field's; `shown_default` is what
     `--help` says where the default is worked out later. The value of a `path` may start with `~`.
+    A flag that is `repeated` may be given more than once, and has all of its values.
     `reads` is called with what was given, and gives what it means where another tool spells it so.
     """
     details = {
@@ -66,6 +68,7 @@ def option(
         "aliases": tuple(aliases),
         "check": check,
         "path": path,
+        "repeated": repeated,
         "reads": reads,
         "metavar": metavar,
         "shown_default": shown_default,

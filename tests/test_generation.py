@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +25,16 @@ from transformers import (
 )
 
 from qlora_kit.errors import ConfigError, NumericError
-from qlora_kit.generation import _draw, end_ids, generate_ids, generate_text, stream_text
+from qlora_kit.generation import (
+    added_text,
+    end_ids,
+    generate_ids,
+    generate_text,
+    stream_text,
+    until,
+)
+from qlora_kit.sampling import Sampling
+from qlora_kit.sampling import nucleus as draw_nucleus
 
 VOCABULARY = 96
 CONTEXT = 48
@@ -204,7 +215,7 @@ def test_drawing_follows_the_nucleus(top_p):
     # for each of the two ends of a token's interval.
     count = 4000
     numbers = (torch.arange(count) + 0.5) / count
-    drawn = [_draw(logits[None], temperature, top_p, number).item() for number in numbers]
+    drawn = [draw_nucleus(logits[None], temperature, top_p, number).item() for number in numbers]
     shares = torch.bincount(torch.tensor(drawn), minlength=6) / count
     assert torch.equal(shares > 0, nucleus > 2 / count)
     assert torch.allclose(shares, nucleus, atol=2 / count)
@@ -215,14 +226,14 @@ def test_drawing_follows_the_nucleus(top_p):
 def test_the_ends_of_the_range_draw_a_token_of_the_nucleus(number, temperature):
     logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(1))
     number = torch.tensor(number)
-    assert torch.equal(_draw(logits, temperature, 1e-6, number), logits.argmax(-1))
-    drawn = _draw(logits, temperature, 1.0, number)
+    assert torch.equal(draw_nucleus(logits, temperature, 1e-6, number), logits.argmax(-1))
+    drawn = draw_nucleus(logits, temperature, 1.0, number)
     assert ((drawn >= 0) & (drawn < 1000)).all()
 
 
 def test_a_token_without_probability_is_never_drawn():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0]])
-    drawn = {_draw(logits, 1.0, 1.0, torch.tensor(n)).item() for n in (0.0, 0.5, 1 - 2**-24)}
+    drawn = {draw_nucleus(logits, 1.0, 1.0, torch.tensor(n)).item() for n in (0.0, 0.5, 1 - 2**-24)}
     assert drawn == {1, 3}
 
 
@@ -336,6 +347,13 @@ def test_after_a_prompt_the_pieces_are_what_is_added(tokenizer):
     assert len(cuts) > 5
 
 
+def test_what_is_added_is_what_the_pieces_are(tokenizer):
+    ids = tokenizer("é hello 😀 a b", add_special_tokens=False).input_ids
+    for cut in range(len(ids)):
+        pieces = stream_text(tokenizer, ids[cut:], after=ids[:cut])
+        assert added_text(tokenizer, ids[cut:], ids[:cut]) == "".join(pieces)
+
+
 def test_a_prompt_whose_last_bytes_are_spoilt_loses_no_text():
     tokenizer = byte_fallback()
     prompt = tokenizer.encode("a你", add_special_tokens=False)
@@ -394,3 +412,49 @@ def test_the_greedy_text_of_stories260k_is_its_story():
     assert generate_text(model, tokenizer, [[bos]], **options) == [story]
     steps = generate_ids(model, [[bos]], pad_id=bos, **options)
     assert "".join(stream_text(tokenizer, (step[0] for step in steps))) == story
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 7}, {"temperature": 1.5}])
+def test_what_was_there_is_penalised_as_transformers_does_it(model, settings):
+    penalised = rows_of(model, repetition_penalty=1.7, **settings)
+    for prompt, answer in zip(PROMPTS, penalised, strict=True):
+        # Neither the rows beside it nor the padding count.
+        assert rows_of(model, [prompt], repetition_penalty=1.7, **settings) == [answer]
+        if not settings:
+            ids = torch.tensor([prompt])
+            plain = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+            theirs = model.generate(
+                ids, repetition_penalty=1.7, attention_mask=torch.ones_like(ids), **plain
+            )
+            expected = theirs[0, len(prompt) :].tolist()
+            assert answer == expected[: expected.index(2) if 2 in expected else None]
+    assert penalised != rows_of(model, **settings)
+
+
+def test_top_k_draws_from_the_likeliest(model):
+    draw = Sampling(temperature=1.0, top_k=3, seed=1).drawer(PROMPTS)
+    torch.manual_seed(3)
+    logits = torch.randn(3, VOCABULARY)
+    best = logits.topk(3).indices
+    drawn = torch.stack([draw(logits) for _ in range(60)])
+    for row in range(3):
+        assert set(drawn[:, row].tolist()) == set(best[row].tolist())
+    assert rows_of(model, temperature=1.0, top_k=1) == rows_of(model)
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=8), st.lists(st.text("ab", min_size=1)))
+def test_nothing_of_a_stop_string_is_shown(pieces, stops):
+    whole = "".join(pieces)
+    end = min((whole.find(stop) for stop in stops if stop in whole), default=len(whole))
+    assert "".join(until(iter(pieces), stops)) == whole[:end]
+
+
+def test_a_row_ends_where_its_stop_string_is_and_the_others_go_on(model):
+    tokenizer = byte_fallback()
+    asked = {"max_new_tokens": 16, "eos_ids": (), "batch_size": 3}
+    whole = generate_text(model, tokenizer, PROMPTS, **asked)
+    for row in range(3):
+        assert len(whole[row]) > 4
+        stop = whole[row][2:4]
+        cut = generate_text(model, tokenizer, PROMPTS, stops=[stop, "never"], **asked)
+        assert cut == [text.partition(stop)[0] for text in whole]

@@ -66,6 +66,7 @@ FLOORS = {
     "training.record": 3,
     "export": 3,
     "generation": 3,
+    "sampling": 3,
     "memory.meter": 3,
     "memory.fake": 4,
     "memory.choose": 4,

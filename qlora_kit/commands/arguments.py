@@ -178,7 +178,8 @@ def _add(section: argparse._ArgumentGroup, field: dataclasses.Field[Any], annota
         )
         return
     metavar = details["metavar"] or _metavar(annotation)
-    section.add_argument(*flags, dest=name, metavar=metavar, help=text)
+    action = "append" if details["repeated"] else "store"
+    section.add_argument(*flags, dest=name, metavar=metavar, action=action, help=text)
 
 
 def _metavar(annotation: Any) -> str:

@@ -7,7 +7,6 @@ what the adapter's own run held out, so that the loss is the one in its run.json
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import sys
@@ -23,7 +22,6 @@ from qlora_kit.errors import ConfigError, NumericError, redacted, reports_errors
 
 if TYPE_CHECKING:
     from qlora_kit.commands.terminal import Terminal
-    from qlora_kit.data.read import Row
 
 SUMMARY = "Evaluate a base, an adapter or an export on a file: loss, perplexity, exact match."
 
@@ -55,8 +53,9 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
     rows, source = found.evaluation or found.train, found.eval_source
     if not found.evaluation:
         source = found.train_source
-    asked = [row for row in rows if "completion" in row.content] if options.exact_match else []
-    if options.generate and not asked:
+    from qlora_kit.commands.questions import answered, has_answer, questions
+
+    if options.generate and not any(map(has_answer, rows)):
         raise ConfigError(
             f"generate {options.generate}: {source} has rows of {found.format}, which have no "
             "completion to compare an answer with",
@@ -67,14 +66,14 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
     from qlora_kit.data.batch import eval_batches, padding_id
     from qlora_kit.data.outcome import EncodeRules
     from qlora_kit.data.prompt import encode_rows
-    from qlora_kit.data.template import chat_options, check_chat_options, use_template
+    from qlora_kit.data.template import use_template
+    from qlora_kit.generation import end_ids
     from qlora_kit.lora.adapter import load_adapter
     from qlora_kit.training.loss import evaluate
 
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
     if "chat_template" in parsed.given[DataConfig] and data.chat_template is not None:
         use_template(base.tokenizer, data.chat_template)
-    check_chat_options(base.tokenizer, chat_options(data))
     length = data.length_in(base.context)
     encoded = encode_rows(rows, base.tokenizer, length, EncodeRules.of(data))
     model = read_weights(base)
@@ -87,8 +86,11 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
             f"the loss on {source} is {result.loss}",
             "check the adapter and the base, or use another --dtype",
         )
-    texts = _answers(model, base.tokenizer, asked, options, base.context)
-    answers = [_compared(row, text) for row, text in zip(asked, texts, strict=True)]
+    answers = []
+    if options.exact_match:
+        ends = end_ids(model, base.tokenizer)
+        asked = questions(rows, base.tokenizer, EncodeRules.of(data), ends)
+        answers = answered(model, base.tokenizer, asked, options, base.context, ends)
     right = sum(answer["right"] for answer in answers)
     return {
         "model": base.source.name,
@@ -105,9 +107,9 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
         "loss": result.loss,
         # Beyond what a float holds there is nothing to say.
         "perplexity": math.exp(result.loss) if result.loss < 700 else None,
-        "exact_match": right / len(asked) if asked else None,
-        "right": right if asked else None,
-        "asked": len(asked) if asked else None,
+        "exact_match": right / len(answers) if answers else None,
+        "right": right if answers else None,
+        "asked": len(answers) or None,
         "answers": answers[: options.generate],
     }
 
@@ -124,48 +126,6 @@ def _data(parsed: Parsed) -> tuple[DataConfig, int]:
     whole = not given & {"eval_data", "eval_fraction"}
     is_file = os.path.isfile(os.path.expanduser(data.data))
     return replace(data, eval_fraction=0) if whole and is_file else data, options.seed
-
-
-def _answers(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    options: EvaluateConfig,
-    context: int,
-) -> list[str]:
-    """The greedy answer to each row's prompt; none for a prompt that fills the model's context."""
-    from qlora_kit.data.prompt import prompt_ids
-    from qlora_kit.generation import generate_text
-
-    prompts = [prompt_ids(row.content["prompt"], tokenizer, literal=row.literal) for row in rows]
-    room = [min(options.max_new_tokens, context - len(prompt)) for prompt in prompts]
-    # Prompts of like length share a batch, and only those that have the same room.
-    order = sorted(range(len(rows)), key=lambda index: (room[index], len(prompts[index])))
-    answers = [""] * len(rows)
-    for limit, group in itertools.groupby(order, key=room.__getitem__):
-        if limit < 1:
-            continue
-        chosen = list(group)
-        texts = generate_text(
-            model,
-            tokenizer,
-            [prompts[index] for index in chosen],
-            max_new_tokens=limit,
-            batch_size=options.batch_size,
-        )
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text
-    return answers
-
-
-def _compared(row: Row, answer: str) -> dict[str, Any]:
-    expected = row.content["completion"].strip()
-    return {
-        "prompt": row.content["prompt"],
-        "expected": expected,
-        "answer": answer.strip(),
-        "right": answer.strip() == expected,
-    }
 
 
 def _show(report: dict[str, Any], terminal: Terminal) -> None:

@@ -1,4 +1,7 @@
-"""`qlora-kit generate`: go on from a prompt with a base, or with an adapter on it, streamed."""
+"""`qlora-kit generate`: go on from a prompt with a base, or with an adapter on it, streamed.
+
+One prompt is answered as text, as it comes; those of a file as one JSON object a line.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Sequence
 from qlora_kit.commands.adapters import look_at, open_with_adapter
 from qlora_kit.commands.arguments import parse
 from qlora_kit.config import BaseConfig, GenerateConfig
-from qlora_kit.errors import ConfigError, reports_errors
+from qlora_kit.errors import reports_errors
 
 SUMMARY = "Generate text with a base, or with an adapter on it."
 
@@ -19,34 +22,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parsed = parse("qlora-kit generate", SUMMARY, (BaseConfig, GenerateConfig), given)
     options = parsed[GenerateConfig]
-    if options.prompt is None:
-        raise ConfigError("no prompt is given", "give --prompt TEXT")
+    from qlora_kit.commands.prompts import check_prompt, one_prompt, rows_of_prompts
+
+    check_prompt(options)
     look_at(parsed, options.adapter)
+    if options.prompts is None:
+        rows = [{"prompt": one_prompt(options)}]
+    else:
+        rows = rows_of_prompts(options.prompts)
     from qlora_kit.base.load import read_weights
     from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.batch import padding_id
     from qlora_kit.data.prompt import prompt_ids
-    from qlora_kit.generation import end_ids, generate_ids, stream_text
+    from qlora_kit.generation import answers, end_ids, generate_ids, stream_text, until
     from qlora_kit.lora.adapter import load_adapter
 
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
-    ids = prompt_ids(options.prompt, base.tokenizer, options.chat)
+    ids = [prompt_ids(row["prompt"], base.tokenizer, options.chat) for row in rows]
     model = read_weights(base)
     if options.adapter is not None:
         load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
-    steps = generate_ids(
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "max_new_tokens")
+    drawing = {name: getattr(options, name) for name in names}
+    ends, terminal = end_ids(model, base.tokenizer), Terminal()
+    if options.prompts is None:
+        pad_id = padding_id(base.tokenizer)
+        steps = generate_ids(model, ids, eos_ids=ends, pad_id=pad_id, **drawing)
+        pieces = stream_text(base.tokenizer, (step[0] for step in steps), after=ids[0])
+        for piece in until(pieces, options.stops):
+            terminal.stream(piece)
+        terminal.stream("\n")
+        return 0
+    texts = answers(
         model,
-        [ids],
-        max_new_tokens=options.max_new_tokens,
-        eos_ids=end_ids(model, base.tokenizer),
-        pad_id=padding_id(base.tokenizer),
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
+        base.tokenizer,
+        ids,
+        stops=options.stops,
+        eos_ids=ends,
+        batch_size=options.batch_size,
+        **drawing,
     )
-    drawn = (step[0] for step in steps)
-    terminal = Terminal()
-    for piece in stream_text(base.tokenizer, drawn, after=ids):
-        terminal.stream(piece)
-    terminal.stream("\n")
+    for row, text in zip(rows, texts, strict=True):
+        terminal.json({**row, "answer": text})
     return 0

@@ -367,7 +367,9 @@ class Run:
         prune_unplanned(self._place.path, config.output.save_steps)
         self._display.answers(self._questions, answers)
         prompts = [row.content["prompt"] for row in self._questions]
-        self._display.result(record, plan.directory, config, prompts)
+        as_chat = config.data.instruction_as_chat and plan.rows.format == "instruction"
+        is_chat = as_chat or plan.rows.format == "messages"
+        self._display.result(record, plan.directory, config, prompts, is_chat)
 
     def _stops_early(self) -> bool:
         patience, best = self._plan.config.output.early_stopping, self.progress.best

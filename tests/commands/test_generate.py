@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_a_prompt_in_a_template_needs_one(run: Run, workshop: Any) -> None:
 def test_what_cannot_be_generated_is_refused(run: Run, workshop: Any, tmp_path: Path) -> None:
     before = tree_hash(workshop.base.parent)
     cases: list[tuple[list[object], int, str]] = [
-        (["--model", workshop.base], 2, "no prompt is given; give --prompt TEXT"),
+        (["--model", workshop.base], 2, "no prompt is given; give --prompt TEXT or"),
         (["--model", workshop.base, "--prompt", "x", "--max_new_tokens", 500], 2, "context of 128"),
         (["--model", tmp_path / "no", "--prompt", "x"], 3, "no: no such directory"),
         (["--adapter", tmp_path / "no", "--prompt", "x"], 3, "no: no such directory"),
@@ -153,3 +154,100 @@ def test_an_adapter_that_was_made_with_impossible_options_is_named(
     assert answer.code == 3
     assert f"{adapter}: says of its base: bits must be 4, 8 or 16, got 7" in answer.line
     assert tree_hash(tmp_path) == before
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Make a pipe that holds `content` the standard input, as a shell does."""
+    read, write = os.pipe()
+    os.write(write, content)
+    os.close(write)
+    monkeypatch.setattr("sys.stdin", os.fdopen(read))
+
+
+def test_a_prompt_comes_from_standard_input(
+    run: Run, workshop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("generate", "--model", workshop.base, "--bits", 16, "--max_new_tokens", 6)
+    expected = run(*flags, "--prompt", "Once\nupon").out
+    for more, content in (
+        ((), b"Once\nupon\n"),
+        (("--prompt", "-"), b"Once\nupon"),
+        ((), b"Once\nupon\r\n"),
+    ):
+        piped(monkeypatch, content)
+        assert run(*flags, *more).out == expected
+    for content, code, words in (
+        (b"\n", 2, "standard input holds no prompt"),
+        (b"\xff", 3, "standard input: byte 0xff"),
+    ):
+        piped(monkeypatch, content)
+        answer = run(*flags)
+        assert (answer.code, answer.out) == (code, "")
+        assert words in answer.line
+
+
+def test_the_prompts_of_a_file_are_answered_as_each_alone(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    prompts = ["Once", "a much longer prompt than it", "no \n line", "Once"]
+    flags = (
+        "generate", "--adapter", workshop.adapter, "--model", workshop.base, "--max_new_tokens", 9,
+        "--temperature", 1, "--top_k", 20, "--top_p", 0.9, "--repetition_penalty", 1.3,
+        "--stop", "e", "--stop", "an", "--seed", 4,
+    )  # fmt: skip
+    alone = [run(*flags, "--prompt", prompt).out.removesuffix("\n") for prompt in prompts]
+    assert len(set(alone)) == 3
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"id": n, "prompt": p}) + "\n" for n, p in enumerate(prompts))
+    )
+    (tmp_path / "rows.txt").write_text("\n\n".join(prompts[:2]) + "\r\n")
+    for size in (1, 3, 8):
+        answer = run(*flags, "--prompts", tmp_path / "rows.jsonl", "--batch_size", size)
+        assert (answer.code, answer.err) == (0, "")
+        assert [json.loads(line) for line in answer.out.splitlines()] == [
+            {"id": n, "prompt": p, "answer": a}
+            for n, (p, a) in enumerate(zip(prompts, alone, strict=True))
+        ]
+    answer = run(*flags, "--prompts", tmp_path / "rows.txt")
+    assert [json.loads(line)["answer"] for line in answer.out.splitlines()] == alone[:2]
+
+
+def test_an_answer_ends_before_a_stop_string(run: Run, workshop: Any) -> None:
+    flags = ("generate", "--model", workshop.base, "--bits", 16, "--prompt", "Once")
+    flags = (*flags, "--max_new_tokens", 30)
+    whole = run(*flags).out.removesuffix("\n")
+    assert len(whole) > 12
+    for stops in ((whole[4:6],), (whole[9:12], whole[5]), (whole[0],), ("never there",)):
+        end = min((whole.find(stop) for stop in stops if stop in whole), default=len(whole))
+        more = [flag for stop in stops for flag in ("--stop", stop)]
+        assert run(*flags, *more).out == whole[:end] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "words"),
+    [
+        ("rows.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', 3, 'rows.jsonl:2: has no "prompt"'),
+        ("rows.jsonl", '{"prompt": 3}\n', 3, "rows.jsonl:1"),
+        ("rows.jsonl", '{"prompt": "a", "adapter": "x"}\n', 3, "rows.jsonl:1: names an adapter"),
+        ("rows.jsonl", "", 3, "rows.jsonl:1: the file is empty"),
+        ("rows.txt", "\n \n", 3, "rows.txt:1: the file is empty"),
+        ("rows.yaml", "a", 2, "none of .jsonl"),
+        ("gone.jsonl", None, 3, "gone.jsonl: no such file"),
+    ],
+)
+def test_a_file_without_prompts_is_refused(
+    run: Run, workshop: Any, tmp_path: Path, name: str, content: str | None, code: int, words: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    answer = run("generate", "--model", workshop.base, "--prompts", tmp_path / name)
+    assert (answer.code, answer.out) == (code, "")
+    assert words in answer.line
+
+
+def test_prompts_of_two_places_are_refused(run: Run, workshop: Any) -> None:
+    answer = run("generate", "--model", workshop.base, "--prompt", "x", "--prompts", workshop.rows)
+    assert answer.code == 2
+    assert "prompt is given beside prompts" in answer.line
+    answer = run("generate", "--model", workshop.base, "--prompt", "x", "--stop", "")
+    assert "stop must be texts that are not empty" in answer.line

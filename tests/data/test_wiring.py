@@ -3,15 +3,17 @@
 import json
 
 import pytest
+import torch
 from chat_tokenizer import chat_tokenizer
 from families import save_checkpoint
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.commands.evaluate import main as evaluate
 from qlora_kit.commands.export import main as export
 from qlora_kit.commands.finetune import main
 from qlora_kit.commands.generate import main as generate
 from qlora_kit.data.template import use_template
+from qlora_kit.generation import generate_text
 
 COMMON = ("--bits", "16", "--dtype", "fp32", "--device", "cpu", "--max_length", "96")
 
@@ -83,7 +85,8 @@ def test_a_packed_run_ends_after_its_packs(place):
 
 def test_the_saved_template_is_used_by_every_command(place, capsys):
     train(place, "--max_steps", "1")
-    capsys.readouterr()
+    # What is printed for going on asks in the chat template too.
+    assert f"--adapter {place / 'out'} --chat --prompt " in capsys.readouterr().out
     model, adapter = str(place / "model"), str(place / "out")
     common, short = ["--model", model, "--adapter", adapter], ["--max_new_tokens", "4"]
     assert generate(["--device", "cpu", *common, "--prompt", "he", "--chat", *short]) == 0
@@ -98,3 +101,37 @@ def test_the_saved_template_is_used_by_every_command(place, capsys):
     assert evaluate(["--model", model, *options]) == 3
     assert "has no chat template" in capsys.readouterr().err
     assert evaluate(["--model", model, *options, "--chat_template", "plain"]) == 0
+
+
+def test_the_last_turn_of_a_chat_is_asked_for_as_training_has_it(place, capsys, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    use_template(tokenizer, "plain")
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    rows, expected = [], []
+    for number in range(6):
+        messages = [
+            {"role": "user", "content": "he " * number},
+            {"role": "assistant", "content": "hello"},
+            {"role": "user", "content": f"and {number}"},
+        ]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids[0] == tokenizer.bos_token_id
+        (answer,) = generate_text(model, tokenizer, [ids], max_new_tokens=5)
+        answer = answer.strip()
+        # What the random model says need not be text that can be read again.
+        content = answer if answer.isprintable() and "\ufffd" not in answer else "else"
+        rows.append({"messages": [*messages, {"role": "assistant", "content": content}]})
+        expected.append((content, answer, content == answer))
+    known = sum(right for *_, right in expected)
+    assert 0 < known < 6
+    rows.append({"messages": [{"role": "user", "content": "nobody answers"}]})
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--data", str(tmp_path / "chats.jsonl"), "--device", "cpu", "--json", *COMMON[:4]]
+    options += ["--chat_template", "plain", "--max_new_tokens", "5", "--generate", "6"]
+    assert evaluate(["--model", str(place / "model"), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["right"], report["asked"], report["exact_match"]) == (known, 6, known / 6)
+    found = [(one["expected"], one["answer"], one["right"]) for one in report["answers"]]
+    assert found == expected
+    assert "and 5" in report["answers"][5]["prompt"]

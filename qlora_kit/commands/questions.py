@@ -1,0 +1,109 @@
+"""What `evaluate` asks of each row, what it expects, and whether the answer is that.
+
+A row of prompt and completion asks for the completion. A row of messages asks for its last trained
+turn, with the tokens that training puts before it: the chat template decides where that begins. An
+answer is right where it equals what is expected, blanks around both left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_kit.config import EvaluateConfig
+from qlora_kit.data.outcome import EncodeRules
+from qlora_kit.data.prompt import encode, prompt_ids
+from qlora_kit.data.read import Row
+from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
+from qlora_kit.generation import added_text, generate_text
+
+WHOLE = 2**31
+"""Tokens of a row that is not cut."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """The ids to go on from, and two texts: how the prompt is shown, and the expected answer."""
+
+    ids: list[int]
+    prompt: str
+    expected: str
+
+
+def has_answer(row: Row) -> bool:
+    """Whether a row says what is to be answered."""
+    return "completion" in row.content or "messages" in row.content
+
+
+def questions(
+    rows: Iterable[Row], tokenizer: Any, rules: EncodeRules, ends: Collection[int]
+) -> list[Question]:
+    """The questions of rows; a chat without a turn to train on asks nothing.
+
+    `ends` are the tokens that end an answer. Errors: those of encoding.
+    """
+    rules = replace(rules, train_on_prompt=False, long_rows="truncate")
+    found = []
+    for row in rows:
+        if "completion" in row.content:
+            prompt, answer = row.content["prompt"], row.content["completion"]
+            ids = prompt_ids(prompt, tokenizer, literal=row.literal)
+            found.append(Question(ids, prompt, answer.strip()))
+        elif "messages" in row.content:
+            encoded = encode(row, tokenizer, WHOLE, rules)
+            # Of a chat that was taken apart, the last one has all of it.
+            if not isinstance(encoded, Skipped):
+                found.append(_last_turn(encoded[-1], tokenizer, ends))
+    return found
+
+
+def _last_turn(chat: Encoded, tokenizer: Any, ends: Collection[int]) -> Question:
+    """The last run of trained tokens, and what is before it."""
+    last = max(place for place, label in enumerate(chat.labels) if label != IGNORE)
+    first = last
+    while first and chat.labels[first - 1] != IGNORE:
+        first -= 1
+    turn, before = chat.input_ids[first : last + 1], chat.input_ids[:first]
+    kept = next((place for place, token in enumerate(turn) if token in ends), len(turn))
+    expected = added_text(tokenizer, turn[:kept], before).strip()
+    return Question(before, tokenizer.decode(before, skip_special_tokens=True), expected)
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    options: EvaluateConfig,
+    context: int,
+    ends: Collection[int],
+) -> list[dict[str, Any]]:
+    """Each question with the greedy answer; none where the prompt fills the model's context."""
+    room = [min(options.max_new_tokens, context - len(question.ids)) for question in asked]
+    # Prompts of like length share a batch, and only those that have the same room.
+    order = sorted(range(len(asked)), key=lambda index: (room[index], len(asked[index].ids)))
+    texts = [""] * len(asked)
+    for limit, group in itertools.groupby(order, key=room.__getitem__):
+        if limit < 1:
+            continue
+        chosen = list(group)
+        found = generate_text(
+            model,
+            tokenizer,
+            [asked[index].ids for index in chosen],
+            max_new_tokens=limit,
+            eos_ids=ends,
+            batch_size=options.batch_size,
+        )
+        for index, text in zip(chosen, found, strict=True):
+            texts[index] = text.strip()
+    return [
+        {
+            "prompt": question.prompt,
+            "expected": question.expected,
+            "answer": text,
+            "right": text == question.expected,
+        }
+        for question, text in zip(asked, texts, strict=True)
+    ]

@@ -14,6 +14,7 @@ from qlora_kit.base.contents import (
     staged,
     tokenizer_files,
 )
+from qlora_kit.base.growth import check_growth
 from qlora_kit.base.json_file import read_json
 from qlora_kit.errors import ModelError, ResourceError, TokenizerError, UnsafeInputError
 
@@ -36,9 +37,9 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
     for path in files.values():
         if path.suffix != ".json":
             continue
-        if "auto_map" in read_json(path, TokenizerError, VOCABULARY_LIMIT) and any(
-            directory.glob("*.py")
-        ):
+        described = read_json(path, TokenizerError, VOCABULARY_LIMIT)
+        check_growth(described, path)
+        if "auto_map" in described and any(directory.glob("*.py")):
             raise UnsafeInputError(
                 f"{path}: auto_map asks to run Python files of the model",
                 "remote code is never run: use a tokenizer that transformers supports by itself, "

@@ -231,3 +231,53 @@ def test_copies_are_of_every_listed_file(model, tmp_path):
 
 def test_what_is_absent_is_none(tmp_path):
     assert find(tmp_path, "generation_config.json") is None
+
+
+def replaced(pattern: dict[str, str], content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+GROWING = {
+    "ten for one, ten times": [replaced({"String": "a"}, "a" * 10)] * 10,
+    "nested": [{"type": "Sequence", "normalizers": [replaced({"String": "a"}, "aaa")] * 4}],
+    "a regex": [replaced({"Regex": "[a-z]"}, "x" * 40)],
+    "between any two": [replaced({"Regex": "x*"}, "y" * 33)],
+    "put before": [{"type": "Prepend", "prepend": "▁" * 10_000}],
+}
+
+
+@pytest.mark.parametrize("steps", GROWING.values(), ids=GROWING)
+def test_a_tokenizer_that_multiplies_a_text_is_not_loaded(model, steps):
+    path = model / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    path.write_text(json.dumps(described))
+    with refused(
+        TokenizerError, "its normalizer can make a text", "times as long", directory=model
+    ):
+        load_tokenizer(model)
+
+
+def test_what_real_tokenizers_put_in_a_text_is_no_growth(model, data_dir):
+    usual = [
+        {"type": "Prepend", "prepend": "▁"},
+        replaced({"String": " "}, "▁"),
+        replaced({"String": "``"}, '"'),
+        replaced({"Regex": " {2,}"}, " "),
+        {"type": "NFKC"},
+    ]
+    path = model / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["normalizer"] = {"type": "Sequence", "normalizers": usual}
+    path.write_text(json.dumps(described))
+    load_tokenizer(model)
+    load_tokenizer(data_dir / "models" / "stories260K")
+
+
+def test_a_token_of_a_megabyte_is_not_loaded(model):
+    path = model / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["added_tokens"].append({**described["added_tokens"][0], "content": "x" * 2**20})
+    path.write_text(json.dumps(described))
+    with refused(TokenizerError, "has a token of 1048576 characters", directory=model):
+        load_tokenizer(model)

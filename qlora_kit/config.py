@@ -139,10 +139,12 @@ class DataConfig(Options):
 
     data: str = option(
         "sample",
-        ".jsonl, .json, .csv, .parquet or .txt file, directory with train.* and valid.*, hub id "
+        ".jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file (.gz too), several with commas, "
+        "a pattern of them, directory with train.* and valid.* or from save_to_disk, hub id "
         "(owner/name or owner/name:subset), or sample:NAME from the package",
         aliases=("dataset",),
         check=_not_empty,
+        reads=joined,
         path=True,
         metavar="FILE|DIR",
     )
@@ -150,6 +152,7 @@ class DataConfig(Options):
         None,
         "held-out rows; else the directory's valid.*, else its test.*, else a share",
         check=_not_empty,
+        reads=joined,
         path=True,
         metavar="FILE",
     )
@@ -160,6 +163,7 @@ class DataConfig(Options):
         shown_default=str(DEFAULT_EVAL_FRACTION),
     )
     format: str = option("auto", "shape of the rows", check=one_of(*DATA_FORMATS))
+    max_row_size: str = option("16MiB", "a longer row is an error", check=a_size, metavar="SIZE")
     columns: str | None = option(
         None,
         "other names of the rows' fields: question=prompt,answer=completion",

@@ -8,7 +8,6 @@ what the adapter's own run held out, so that the loss is the one in its run.json
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -116,6 +115,8 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
 
 def _data(parsed: Parsed) -> tuple[DataConfig, int]:
     """What to read, and the seed that draws a share of it."""
+    from qlora_kit.data.find import is_one_table
+
     options, data = parsed[EvaluateConfig], parsed[DataConfig]
     given = parsed.given[DataConfig]
     if "data" not in given and options.adapter is not None:
@@ -124,7 +125,7 @@ def _data(parsed: Parsed) -> tuple[DataConfig, int]:
             own = {name: getattr(data, name) for name in given}
             return replace(run[0], **own), run[1]
     whole = not given & {"eval_data", "eval_fraction"}
-    is_file = os.path.isfile(os.path.expanduser(data.data))
+    is_file = is_one_table(data.data)
     return replace(data, eval_fraction=0) if whole and is_file else data, options.seed
 
 

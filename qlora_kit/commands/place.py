@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,8 @@ def output_directory(config: RunConfig, bits: int | None) -> Path:
 def default_names(config: RunConfig, bits: int | None) -> Iterator[Path]:
     """runs/<model>-<data>-<bits>bit, then -2, -3 ..."""
     model = Path(config.base.model.rstrip("/")).name
-    data = Path(config.data.data.rstrip("/").replace(":", "-")).stem
+    # Of several files and of patterns what a name may hold, and not too much of it.
+    data = re.sub(r"[^\w.+-]+", "-", Path(config.data.data.rstrip("/")).stem.replace(":", "-"))[:60]
     name = f"runs/{model}-{data}-{bits}bit"
     yield Path(name)
     for number in itertools.count(2):
@@ -116,9 +118,8 @@ def check_place(config: RunConfig, target_dir: Path, model: Path | None) -> None
 
 def _data_files(data: DataConfig) -> Iterator[Path]:
     """The files here that rows may come from: a run may not be written over them."""
+    from qlora_kit.data.find import local_files
+
     for name in (data.data, data.eval_data):
-        path = Path(name or "").expanduser()
-        if name and path.is_dir():
-            yield from (file for file in path.iterdir() if file.is_file())
-        elif name and path.is_file():
-            yield path
+        if name:
+            yield from (path for path in local_files(name) if path.is_file())

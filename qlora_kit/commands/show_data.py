@@ -70,8 +70,10 @@ def _page_path(name: str, parsed: Parsed) -> Path:
                 f"--html {name}: is there, and is no page of show-data", "name a new file"
             )
     data = parsed[DataConfig]
+    from qlora_kit.data.find import local_files
+
     named = (data.data, data.eval_data, data.chat_template, parsed.config_file)
-    for read in (Path(os.path.expanduser(one)) for one in named if one is not None):
+    for read in (one for name in named if name is not None for one in local_files(name)):
         if read.exists() and path.samefile(read):
             raise ConfigError(f"--html {name}: is read here", "name a new file")
     return path

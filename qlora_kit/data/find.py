@@ -1,26 +1,36 @@
-"""A name to the files or hub splits that are trained on and held out; nothing is read here.
+"""A name to the files or hub splits that are trained on and held out; no row is read here.
 
-A name is a sample of the package, a file, a directory with `train.*` and perhaps `valid.*` or
-`test.*`, or a hub id: `owner/name`, or `owner/name:subset`. What is a path is decided as for
+A name is a sample of the package, a file, several files with commas between them or a pattern of
+them, a directory with `train.*` and perhaps `valid.*` or `test.*`, or with what `save_to_disk` of
+datasets writes, or a hub id: `owner/name`, or `owner/name:subset`. What is a path is decided as for
 models: it starts with `.`, `/` or `~`, has other than one `/`, or its first part is a directory.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_kit.errors import DataError, UnsafeInputError, from_os_error
+from qlora_kit.data.json_text import loads
+from qlora_kit.errors import ConfigError, DataError, UnsafeInputError, from_os_error
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+PLAIN = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+SUFFIXES = (*PLAIN, *(f"{suffix}.gz" for suffix in PLAIN), ".parquet", ".arrow")
 HELD_OUT = ("valid", "validation", "test")
 """The stems of a directory's held-out file, the first one that is there."""
 
-READ = "a .jsonl, .json, .csv, .parquet or .txt file, or a directory with train.*"
+READ = "a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file, or a directory with train.*"
+STATE, SPLITS = "state.json", "dataset_dict.json"
+"""The files by which `save_to_disk` lists the shards of a data set, and its splits."""
+
+STATE_BYTES = 2**20
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,23 @@ class HubSplit:
         return f"{self.name}{subset}/{self.split}"
 
 
-Source = Path | HubSplit
+@dataclass(frozen=True)
+class Files:
+    """Several files that are read one after the other, under the name that means them."""
+
+    name: str
+    paths: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = Path | Files | HubSplit
+
+
+def parts_of(source: Source) -> tuple[Path | HubSplit, ...]:
+    """What of a source is opened, in its order."""
+    return source.paths if isinstance(source, Files) else (source,)
 
 
 def find(data: str) -> tuple[Source, Source | None]:
@@ -57,7 +83,11 @@ def find(data: str) -> tuple[Source, Source | None]:
         name, _, subset = data.partition(":")
         return HubSplit(name, subset or None, "train"), HubSplit(name, subset or None, "validation")
     if not path.is_dir():
-        return path, None
+        return files(data), None
+    if (path / STATE).is_file():
+        return _saved(path), None
+    if (path / SPLITS).is_file():
+        return _saved_splits(path)
     train = _table(path, "train")
     if train is None:
         raise DataError(
@@ -67,17 +97,79 @@ def find(data: str) -> tuple[Source, Source | None]:
     return train, next((found for stem in HELD_OUT if (found := _table(path, stem))), None)
 
 
+def files(names: str) -> Path | Files:
+    """One file, or those of several names with commas between them, and of patterns.
+
+    Errors: `DataError` for a pattern that nothing fits, `ConfigError` for a file named twice.
+    """
+    whole = Path(os.path.expanduser(names))
+    if _lies_there(whole) or not set(names) & set(",*?["):
+        return whole
+    paths: list[Path] = []
+    for name in (part.strip() for part in names.split(",")):
+        path = Path(os.path.expanduser(name))
+        if _lies_there(path) or not set(name) & set("*?["):
+            paths.append(path)
+            continue
+        found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not found:
+            raise DataError(f"{name}: no file fits this pattern", "check the path and the pattern")
+        paths += [one for one in found if not one.is_dir()]
+    seen: dict[str, Path] = {}
+    for path in paths:
+        same = seen.setdefault(os.path.realpath(path), path)
+        if same is not path:
+            raise ConfigError(f"{names}: {path} is named twice", "name every file once")
+    return Files(names, tuple(paths)) if len(paths) > 1 else paths[0]
+
+
+def local_files(data: str) -> Iterator[Path]:
+    """Every file here that rows of `--data` may come from; no error where it means none."""
+    path = Path(os.path.expanduser(data))
+    try:
+        if path.is_dir():
+            yield from (file for file in path.rglob("*") if file.is_file())
+        elif not is_hub_id(data):
+            yield from (one for one in parts_of(files(data)) if isinstance(one, Path))
+    except (ConfigError, DataError, OSError, ValueError):
+        return
+
+
+def is_one_table(data: str) -> bool:
+    """Whether a name means files without any that would be held out beside them."""
+    path = Path(os.path.expanduser(data))
+    if path.is_dir():
+        return (path / STATE).is_file()
+    return not is_hub_id(data) and data.partition(":")[0] != "sample"
+
+
 def is_hub_id(data: str) -> bool:
     """Whether a name means a data set on the hub; it is then no path here."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data) or data.startswith((".", "~")):
         return False
-    if Path(data).suffix.lower() in SUFFIXES:
+    if kind_of(Path(data)) in SUFFIXES:
         return False
     return not os.path.isdir(data.split("/")[0])
 
 
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is read: `.jsonl` also of `rows.jsonl.gz`."""
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in SUFFIXES else Path(name).suffix
+
+
 def check_file(path: Path) -> None:
     """Before it is opened: opening a FIFO waits for a writer, and a device need not end."""
+    _check_plain(path)
+    if not path.name.lower().endswith(SUFFIXES):
+        raise DataError(
+            f"{path}: files with the suffix {path.suffix or '(none)'} are not read",
+            f"give {READ}",
+        )
+
+
+def _check_plain(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
@@ -92,30 +184,88 @@ def check_file(path: Path) -> None:
         raise UnsafeInputError(
             f"{path}: is a pipe, socket or device", "write the rows to a .jsonl file first"
         )
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(
-            f"{path}: files with the suffix {path.suffix or '(none)'} are not read",
-            f"give {READ}",
-        )
 
 
 def words(source: Source) -> str:
     """A source as people read it."""
     if isinstance(source, HubSplit):
         return str(source)
+    if isinstance(source, Files):
+        return f"{source.name} ({len(source.paths)} files)"
     in_sample = source.parent.parent == SAMPLES
     return f"sample:{source.parent.name}/{source.name}" if in_sample else source.name
 
 
-def _table(directory: Path, stem: str) -> Path | None:
-    """The directory's one file of that stem; a second, or one that is not read, is an error."""
-    found = sorted(item for item in directory.iterdir() if item.name.split(".")[0] == stem)
+def _lies_there(path: Path) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:
+        return False
+
+
+def _table(directory: Path, stem: str) -> Path | Files | None:
+    """The directory's file of that stem, or its shards; a second file is an error."""
+    found = sorted(
+        item for item in directory.iterdir() if SHARD.sub("", item.name.split(".")[0]) == stem
+    )
+    shards = [item for item in found if SHARD.search(item.name.split(".")[0])]
+    if len(found) > 1 and len(shards) == len(found):
+        return Files(str(directory / f"{stem}-*"), tuple(shards))
     if len(found) > 1:
         raise DataError(
             f"{directory}: {found[0].name} and {found[1].name} both are its {stem} file",
             "keep one of them, or name a file",
         )
-    if found and found[0].suffix.lower() not in SUFFIXES:
+    if found and not found[0].name.lower().endswith(SUFFIXES):
         check_file(found[0])
         return None
     return found[0] if found else None
+
+
+def _saved(directory: Path) -> Path | Files:
+    """The shards of a data set that `save_to_disk` wrote."""
+    path = directory / STATE
+    state = _listing(path)
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(
+            f"{path}:1: the data set is a selection of its rows",
+            "save it after flatten_indices()",
+        )
+    shards = state.get("_data_files")
+    names = [one.get("filename") for one in shards] if isinstance(shards, list) else []
+    if not names:
+        raise DataError(f'{path}:1: "_data_files" lists no file', "save the data set again")
+    for name in names:
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise UnsafeInputError(
+                f"{path}: lists {str(name)[:60]!r}, which is no file of the directory",
+                "save the data set again",
+            )
+    paths = tuple(directory / name for name in names)
+    return paths[0] if len(paths) == 1 else Files(str(directory), paths)
+
+
+def _saved_splits(directory: Path) -> tuple[Source, Source | None]:
+    """The splits of a `DatasetDict` that `save_to_disk` wrote."""
+    path = directory / SPLITS
+    splits = _listing(path).get("splits")
+    if not isinstance(splits, list) or "train" not in splits:
+        raise DataError(
+            f'{path}:1: no split "train"', f"name the directory of a split in {directory}"
+        )
+    held_out = next((stem for stem in HELD_OUT if stem in splits), None)
+    return _saved(directory / "train"), _saved(directory / held_out) if held_out else None
+
+
+def _listing(path: Path) -> dict[str, object]:
+    """A small JSON object that lists files."""
+    _check_plain(path)
+    with path.open("rb") as file:
+        raw = file.read(STATE_BYTES + 1)
+    try:
+        value = loads(raw.decode()) if len(raw) <= STATE_BYTES else None
+    except ValueError as error:
+        raise DataError(f"{path}:1: not JSON: {error}", "save the data set again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}:1: no object of JSON below 1 MiB", "save the data set again")
+    return value

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from qlora_kit.data.json_text import DECODER, JsonError
-from qlora_kit.data.lines import CHUNK, MAX_LINE_BYTES, opened
+from qlora_kit.data.lines import CHUNK, MAX_ROW_BYTES, opened, too_long
 from qlora_kit.errors import DataError
 
 
-def elements(path: Path) -> Iterator[tuple[int, Any]]:
+def elements(path: Path, limit: int = MAX_ROW_BYTES) -> Iterator[tuple[int, Any]]:
     """`(line, element)` in their order; `DataError` with `file:line`."""
     with opened(path) as file:
-        text = _JsonText(file, path)
+        text = _JsonText(file, path, limit)
         text.expect("[")
         more = text.peek() != "]"
         while more:
@@ -33,8 +33,8 @@ def elements(path: Path) -> Iterator[tuple[int, Any]]:
 class _JsonText:
     """The characters of a JSON file, read in chunks, with the line of the next one."""
 
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self._file, self._path = file, path
+    def __init__(self, file: IO[bytes], path: Path, limit: int) -> None:
+        self._file, self._path, self._limit = file, path, limit
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._scan = DECODER.raw_decode
         self._buffer, self._at, self._done, self.line = "", 0, False, 1
@@ -67,14 +67,14 @@ class _JsonText:
             try:
                 value, end = self._scan(self._buffer, self._at)
                 if end < len(self._buffer) or not self._more():
+                    if end - self._at > self._limit:
+                        raise too_long(f"{self._path}:{self.line}: a value", self._limit)
                     break
             except json.JSONDecodeError as error:
                 # What ends with the buffer may go on in the file.
                 cut = error.pos + 16 > len(self._buffer) or error.msg.startswith("Unterminated")
-                if len(self._buffer) - self._at > MAX_LINE_BYTES:
-                    raise self.error(
-                        f"a value is longer than {MAX_LINE_BYTES // 1024**2} MiB"
-                    ) from error
+                if len(self._buffer) - self._at > self._limit:
+                    raise too_long(f"{self._path}:{self.line}: a value", self._limit) from error
                 if not cut or not self._more():
                     self.line += self._buffer.count("\n", self._at, error.pos)
                     raise self.error(f"not JSON: {error.msg}") from error

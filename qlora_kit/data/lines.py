@@ -1,19 +1,26 @@
-"""The bytes of a file as lines, checked before they are read: plain file, length, UTF-8."""
+"""The bytes of a file as lines, checked before they are read: plain file, length, UTF-8.
+
+A file whose name ends in `.gz` is unpacked as it is read.
+"""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import gzip
 import itertools
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from qlora_kit.config import DataConfig
 from qlora_kit.data.find import check_file
 from qlora_kit.errors import DataError, from_os_error
+from qlora_kit.options import size_bytes
 
-MAX_LINE_BYTES = 64 * 1024**2
-"""A longer line or JSON value is refused, so that a file without ends cannot fill the memory."""
+MAX_ROW_BYTES = size_bytes(DataConfig.max_row_size)
+"""A longer row is refused, so that a file without ends cannot fill the memory."""
 
 CHUNK = 1024**2
 
@@ -27,24 +34,36 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise from_os_error(error) from error
     with file:
-        yield file
+        if path.suffix.lower() != ".gz":
+            yield file
+            return
+        try:
+            with gzip.open(file) as unpacked:
+                yield unpacked  # type: ignore[misc]
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}:1: not gzip: {error}", "pack the file again") from error
 
 
-def lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+def too_long(what: str, limit: int) -> DataError:
+    """The error for a line, a value or a row that is longer than `limit` bytes."""
+    return DataError(
+        f"{what} is longer than {limit / 1024**2:.4g} MiB",
+        "write one row per line and shorter ones, or raise --max_row_size",
+    )
+
+
+def lines(path: Path, limit: int = MAX_ROW_BYTES) -> Iterator[tuple[int, int, bytes]]:
     """`(line, offset in the file, bytes)` of every line, the byte order mark taken off."""
     offset = 0
     with opened(path) as file:
         for line in itertools.count(1):
-            raw = file.readline(MAX_LINE_BYTES + 1)
+            raw = file.readline(limit + 1)
             if not raw:
                 return
             start = offset
             offset += len(raw)
-            if len(raw) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{path}:{line}: the line is longer than {MAX_LINE_BYTES // 1024**2} MiB",
-                    "write one row per line",
-                )
+            if len(raw) > limit:
+                raise too_long(f"{path}:{line}: the line", limit)
             if line == 1:
                 if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                     raise DataError(

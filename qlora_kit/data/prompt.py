@@ -33,7 +33,7 @@ import numpy as np
 from qlora_kit.data.cache import Entry, cached, encoding_key, id_limit
 from qlora_kit.data.mask import LEFT_OUT, NO_TURN, Chat, chats, header_text
 from qlora_kit.data.outcome import DEFAULT_RULES, EncodeRules, Outcome
-from qlora_kit.data.read import Row
+from qlora_kit.data.read import Row, is_document
 from qlora_kit.data.token_rows import TokenRows
 from qlora_kit.data.tokens import IGNORE, PIECE, Encoded, Ids, Skipped, Tokens
 from qlora_kit.errors import DataError
@@ -264,7 +264,7 @@ def _text(row: Row, ids: Ids, tokens: Tokens, max_length: int, rules: EncodeRule
     # A document is cut into rows by what it is.
     if (
         length > max_length
-        and not row.source.endswith(".txt")
+        and not is_document(row.source)
         and _drops(row, length, max_length, rules)
     ):
         return Outcome(row, skipped=DROPPED)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,11 +22,23 @@ from typing import Any
 import numpy as np
 
 from qlora_kit.config import DEFAULT_EVAL_FRACTION, DataConfig
-from qlora_kit.data.find import HELD_OUT, HubSplit, Source, check_file, find, words
+from qlora_kit.data.find import (
+    HELD_OUT,
+    HubSplit,
+    Source,
+    check_file,
+    files,
+    find,
+    kind_of,
+    parts_of,
+    words,
+)
 from qlora_kit.data.json_text import JsonError, check_depth, present
+from qlora_kit.data.lines import MAX_ROW_BYTES
 from qlora_kit.data.records import count, fingerprint, hub_splits, records
 from qlora_kit.data.shapes import normalise, parse_columns, recognise, rename
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.options import size_bytes
 
 
 @dataclass(frozen=True)
@@ -63,14 +74,14 @@ class Table:
     """whether control tokens that rows spell are text, whatever the rows' shape"""
     as_chat: bool = False
     """whether Alpaca's rows become chats"""
+    max_row_bytes: int = MAX_ROW_BYTES
 
     def __iter__(self) -> Iterator[Row]:
-        name, columns = str(self.source), dict(self.columns)
-        document = isinstance(self.source, Path) and self.source.suffix.lower() == ".txt"
-        for line, record in records(self.source, self.chosen):
+        columns = dict(self.columns)
+        for name, line, record in _records(self.source, self.chosen, self.max_row_bytes):
             where = f"{name}:{line}"
             content, hidden = _fields(record, columns, where)
-            for row in normalise(content, self.format, where, self.as_chat, document):
+            for row in normalise(content, self.format, where, self.as_chat, is_document(name)):
                 literal, unused = self.literal or row.literal, (*hidden, *row.unused)
                 yield Row(row.content, name, line, literal, unused)
 
@@ -81,7 +92,8 @@ class Table:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of everything that the rows depend on."""
-        digest = hashlib.blake2b(fingerprint(self.source).encode())
+        parts = parts_of(self.source)
+        digest = hashlib.blake2b(" ".join(map(fingerprint, parts)).encode())
         # The name is part of what is kept: rows are shown with their `file:line`.
         digest.update(
             json.dumps(
@@ -121,20 +133,23 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
             f"leave eval_fraction out, or give --data {train_source}",
         )
     if config.eval_data is not None:
-        eval_source = Path(os.path.expanduser(config.eval_data))
+        eval_source = files(config.eval_data)
     elif config.eval_fraction == 0:
         eval_source = None
-    for source in (train_source, eval_source):
-        if isinstance(source, Path):
-            check_file(source)
-    if isinstance(train_source, Path) and isinstance(eval_source, Path):
+    given = [*parts_of(train_source), *(parts_of(eval_source) if eval_source else ())]
+    for part in given:
+        if isinstance(part, Path):
+            check_file(part)
+    if eval_source:
         _check_different(train_source, eval_source)
     columns = parse_columns(config.columns)
-    format = _format(train_source, config.format, columns)
+    limit = size_bytes(config.max_row_size)
+    format = _format(train_source, config.format, columns, limit)
 
     def table(source: Source, chosen: np.ndarray | None = None) -> Table:
         pairs, literal = tuple(columns.items()), config.literal_control_tokens
-        return Table(source, format, pairs, chosen, literal, config.instruction_as_chat)
+        as_chat = config.instruction_as_chat
+        return Table(source, format, pairs, chosen, literal, as_chat, limit)
 
     train = table(train_source)
     next(iter(train))
@@ -145,7 +160,7 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
     fraction = DEFAULT_EVAL_FRACTION if config.eval_fraction is None else config.eval_fraction
     if fraction == 0:
         return Rows(train, (), format, words(train_source), "none")
-    num_records = count(train_source)
+    num_records = sum(count(part, limit) for part in parts_of(train_source))
     if num_records == 1:
         single = f"none: {words(train_source)} has a single row"
         return Rows(train, (), format, words(train_source), single)
@@ -165,12 +180,30 @@ def read_rows(path: Path, format: str = "auto", columns: str | None = None) -> I
     yield from Table(path, _format(path, format, mapping), tuple(mapping.items()))
 
 
-def _format(source: Source, format: str, columns: dict[str, str]) -> str:
+def is_document(name: str) -> bool:
+    """Whether a file is one text, cut into rows, and not rows that are texts."""
+    return kind_of(Path(name)) == ".txt"
+
+
+def _records(
+    source: Source, chosen: np.ndarray | None, limit: int
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """The file, the line and the fields of each record of all files, or of those chosen."""
+    wanted = None if chosen is None else iter(chosen)
+    for part in parts_of(source):
+        name = str(part)
+        for line, record in records(part, wanted, limit):
+            yield name, line, record
+
+
+def _format(
+    source: Source, format: str, columns: dict[str, str], limit: int = MAX_ROW_BYTES
+) -> str:
     """The shape of a source's rows: that of its first row, where none is named."""
     if format != "auto":
         return format
-    line, record = next(records(source))
-    where = f"{source}:{line}"
+    name, line, record = next(_records(source, None, limit))
+    where = f"{name}:{line}"
     return recognise(_fields(record, columns, where)[0], where)
 
 
@@ -196,12 +229,14 @@ def draw(num_records: int, fraction: float, seed: int) -> np.ndarray:
     return chosen
 
 
-def _check_different(train: Path, evaluation: Path) -> None:
-    if evaluation.samefile(train):
-        raise ConfigError(
-            f"eval_data {evaluation} is the file that is trained on",
-            "name another file, or leave eval_data out to hold out a share",
-        )
+def _check_different(train: Source, evaluation: Source) -> None:
+    for path in parts_of(evaluation):
+        for other in parts_of(train):
+            if isinstance(path, Path) and isinstance(other, Path) and path.samefile(other):
+                raise ConfigError(
+                    f"eval_data {path} is the file that is trained on",
+                    "name another file, or leave eval_data out to hold out a share",
+                )
 
 
 def _held_out_split(train: HubSplit) -> HubSplit | None:

@@ -1,66 +1,70 @@
 """A file of any type that is read to its records, one at a time: `(line, {field: value})`.
 
-JSON lines, JSON arrays, CSV with a header, Parquet, plain text, and splits of the hub. Reading
-streams, so memory does not grow with the file. Lines count from 1; a record of Parquet or of the
+JSON lines, JSON arrays, tables (`tables.py`), plain text, and splits of the hub. Reading streams,
+so memory does not grow with the file. Lines count from 1; a record of Parquet, of Arrow or of the
 hub has its number for a line. Errors have `file:line`.
 
-CSV is read by Python's own module: every value is the text that stands there, where libraries for
-tables would make 007 a number and NA a missing value. Plain text is one document; it comes in
-blocks of whole lines. Parquet and the hub need the extra `data` (pyarrow, datasets).
+Plain text is one document; it comes in blocks of whole lines. Parquet, Arrow and the hub need the
+extra `data` (pyarrow, datasets).
 
 Left out: what the fields mean (`shapes.py`).
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-import csv
 import hashlib
-import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qlora_kit.data.fields import kind
-from qlora_kit.data.find import HubSplit, Source, check_file
+from qlora_kit.data.find import HubSplit, check_file, kind_of
 from qlora_kit.data.json_array import elements
 from qlora_kit.data.json_text import JsonError, loads
-from qlora_kit.data.lines import CHUNK, MAX_LINE_BYTES, decoded, lines, opened
+from qlora_kit.data.lines import CHUNK, MAX_ROW_BYTES, decoded, lines, opened
+from qlora_kit.data.tables import arrow_rows, csv_rows, extra, parquet_count, parquet_rows
 from qlora_kit.errors import DataError, ResourceError
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 BLOCK_CHARACTERS = 64 * 1024
 """Plain text comes in blocks of about this size, smaller in files below 20 of them."""
 
 Record = tuple[int, dict[str, Any]]
 
 
-def records(source: Source, chosen: np.ndarray | None = None) -> Iterator[Record]:
-    """The records of a source in their order, or those whose number has a true value in `chosen`.
+def records(
+    source: Path | HubSplit, chosen: Iterable[Any] | None = None, limit: int = MAX_ROW_BYTES
+) -> Iterator[Record]:
+    """The records of a source in their order, or those that have a true value in `chosen`.
 
+    Of `chosen` one value is taken for each record. A record has at most `limit` bytes.
     Errors: `DataError` with `file:line`, also where there is no record at all; `UnsafeInputError`
     for what is no plain file; `ResourceError` where a package or the network is missing.
     """
-    raws, parse = _reader(source)
+    raws, parse = _reader(source, limit)
+    wanted = None if chosen is None else iter(chosen)
     empty = True
-    for number, (line, raw) in enumerate(raws):
+    for line, raw in raws:
         empty = False
         # JSON lines that are not wanted are not even parsed.
-        if chosen is None or chosen[number]:
+        if wanted is None or next(wanted):
             yield line, parse(raw, f"{source}:{line}")
     if empty:
         raise DataError(f"{source}:1: the file is empty or blank", "give at least one row")
 
 
-def count(source: Source) -> int:
+def count(source: Path | HubSplit, limit: int = MAX_ROW_BYTES) -> int:
     """How many records there are."""
-    raws, _ = _reader(source)
+    if isinstance(source, Path) and kind_of(source) == ".parquet":
+        return parquet_count(source)
+    raws, _ = _reader(source, limit)
     return sum(1 for _ in raws)
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Path | HubSplit) -> str:
     """A hash of everything that a source holds."""
     if isinstance(source, HubSplit):
         return str(_hub(source)._fingerprint)
@@ -73,7 +77,7 @@ def fingerprint(source: Source) -> str:
 
 def hub_splits(name: str, subset: str | None) -> list[str]:
     """The names of the splits of a data set on the hub."""
-    datasets = _extra("datasets", f"the hub id {name}")
+    datasets = extra("datasets", f"the hub id {name}")
     with _hub_errors(name):
         return list(datasets.get_dataset_split_names(name, subset))
 
@@ -81,25 +85,29 @@ def hub_splits(name: str, subset: str | None) -> list[str]:
 Raws = Iterator[tuple[int, Any]]
 
 
-def _reader(source: Source) -> tuple[Raws, Callable[[Any, str], dict[str, Any]]]:
+def _reader(
+    source: Path | HubSplit, limit: int
+) -> tuple[Raws, Callable[[Any, str], dict[str, Any]]]:
     """The unparsed records of a source, and what parses one."""
     if isinstance(source, HubSplit):
         return enumerate(_hub(source), 1), _object
     check_file(source)
-    suffix = source.suffix.lower()
-    if suffix == ".csv":
-        return _csv(source), _object
+    suffix = kind_of(source)
+    if suffix in DELIMITERS:
+        return csv_rows(source, DELIMITERS[suffix], limit), _object
     if suffix == ".parquet":
-        return _parquet(source), _object
+        return parquet_rows(source, limit), _object
+    if suffix == ".arrow":
+        return arrow_rows(source, limit), _object
     if suffix == ".txt":
-        return _text(source), _object
+        return _text(source, limit), _object
     if suffix == ".json" and _first_character(source) == "[":
-        return elements(source), _object
-    return _json_lines(source), _parse_line
+        return elements(source, limit), _object
+    return _json_lines(source, limit), _parse_line
 
 
-def _json_lines(path: Path) -> Raws:
-    for line, offset, raw in lines(path):
+def _json_lines(path: Path, limit: int) -> Raws:
+    for line, offset, raw in lines(path, limit):
         if raw.strip():
             yield line, (raw, offset)
 
@@ -132,68 +140,22 @@ def _object(
 
 
 def _first_character(path: Path) -> str:
-    """The first character that is not blank; "" where there is none."""
-    for _, offset, raw in lines(path):
-        if text := raw.strip():
-            return decoded(text[:1], offset, f"{path}:1") if text[:1].isascii() else "?"
-    return ""
+    """The first character that is not blank; "" where there is none. An array may be one line."""
+    with opened(path) as file:
+        start = file.read(3).removeprefix(codecs.BOM_UTF8)
+        while not start.strip():
+            if not (start := file.read(CHUNK)):
+                return ""
+    return start.strip()[:1].decode("ascii", errors="replace")
 
 
-def _csv(path: Path) -> Raws:
-    """The records below the header; a quoted field may hold line ends."""
-    csv.field_size_limit(MAX_LINE_BYTES)
-    texts = (decoded(raw, offset, f"{path}:{line}") for line, offset, raw in lines(path))
-    reader = csv.reader(texts, strict=True)
-    header: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{path}:{line}: not CSV: {error}", "correct the quotes") from error
-        if values is None:
-            return
-        if not values:
-            continue
-        if not header:
-            header = values
-            for name in header:
-                if header.count(name) > 1:
-                    raise DataError(
-                        f'{path}:{line}: the column "{name}" is there twice', "rename one of them"
-                    )
-            continue
-        if len(values) != len(header):
-            raise DataError(
-                f"{path}:{line}: {len(values)} values below {len(header)} columns",
-                "give every row one value for each column; quote values that hold commas",
-            )
-        yield line, dict(zip(header, values, strict=True))
-
-
-def _parquet(path: Path) -> Raws:
-    parquet = _extra("pyarrow.parquet", str(path))
-    arrow = importlib.import_module("pyarrow")
-    number = 0
-    try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield number, value
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}:{number + 1}: not Parquet that can be read: {error}", "write the file again"
-        ) from error
-
-
-def _text(path: Path) -> Raws:
+def _text(path: Path, limit: int) -> Raws:
     """Blocks of whole lines; the last one is marked, for there the document ends."""
     size = path.stat().st_size
     block = min(BLOCK_CHARACTERS, max(1024, size // 20))
     parts: list[str] = []
     first, length, previous = 1, 0, ""
-    for line, offset, raw in lines(path):
+    for line, offset, raw in lines(path, limit):
         text = decoded(raw, offset, f"{path}:{line}")
         # A cut between two lines of text changes no token: tokens hold one line end with what is
         # before it, or runs of blank lines, but no tokenizer joins a line end to the next word.
@@ -210,7 +172,7 @@ def _text(path: Path) -> Raws:
 
 def _hub(source: HubSplit) -> Any:
     """The split, fetched where the hub's local cache does not hold it; its Arrow file is mapped."""
-    datasets = _extra("datasets", f"the hub id {source.name}")
+    datasets = extra("datasets", f"the hub id {source.name}")
     with _hub_errors(source.name):
         return datasets.load_dataset(source.name, source.subset, split=source.split)
 
@@ -230,16 +192,4 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise DataError(
             f"{name}:1: the hub's data set cannot be loaded: {text}",
             "check the name (owner/name or owner/name:subset), or give a file",
-        ) from error
-
-
-def _extra(module: str, what: str) -> Any:
-    """A package of the extra `data`, imported when it is needed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise ResourceError(
-            f"{what}: reading it needs the package {package}, which is not installed",
-            "install it with: pip install 'qlora-kit[data]'",
         ) from error

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_kit.config import DataConfig
-from qlora_kit.data import find, lines
+from qlora_kit.data import find
 from qlora_kit.data.read import load_rows, read_rows
 from qlora_kit.data.shapes import recognise
 from qlora_kit.errors import ConfigError, DataError, UnsafeInputError, error_line
@@ -330,7 +330,7 @@ def test_a_file_without_rows_is_an_error(write, content, format):
         load_rows(DataConfig(data=str(path), format=format), 0)
 
 
-@pytest.mark.parametrize("suffix", [".xml", ".jsonl.gz", ""])
+@pytest.mark.parametrize("suffix", [".xml", ".jsonl.xz", ".gz", ""])
 def test_other_files_are_refused_by_name(write, suffix):
     path = write(TEXT, "rows" + suffix)
     for call in (lambda: list(read_rows(path)), lambda: load_rows(DataConfig(data=str(path)), 0)):
@@ -379,15 +379,18 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path, write, kind, role):
     assert time.monotonic() - started < 2
 
 
-def test_a_line_without_end_is_refused(write, monkeypatch):
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
-    fits = '{"text": "' + "a" * 88 + '"}'
-    assert len(fits) == 100
-    path = write(f"{TEXT}\n" + fits[:-2] + '"}')
-    assert len(list(read_rows(path))) == 2
+def test_a_line_without_end_is_refused_and_a_larger_limit_takes_it(write):
+    size = 2**20
+    fits = '{"text": "' + "a" * (size - 12) + '"}'
+    assert len(fits) == size
+    path = write(f"{TEXT}\n" + fits)
+    config = DataConfig(data=str(path), eval_fraction=0, max_row_size="1MiB")
+    assert len(list(load_rows(config, 0).train)) == 2
     path = write(f"{TEXT}\n" + fits[:-2] + 'a"}')
-    with pytest.raises(DataError, match=rf"{path}:2: the line is longer"):
-        list(read_rows(path))
+    with pytest.raises(DataError, match=rf"{path}:2: the line is longer than 1 MiB.*--max_row_siz"):
+        list(load_rows(config, 0).train)
+    config = DataConfig(data=str(path), eval_fraction=0, max_row_size="2MiB")
+    assert len(list(load_rows(config, 0).train)) == 2
 
 
 # --- what is held out -------------------------------------------------------------------------

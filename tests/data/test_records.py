@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.config import DataConfig
-from qlora_kit.data import json_array, lines, records
+from qlora_kit.data import json_array, records
 from qlora_kit.data.find import HubSplit, find
 from qlora_kit.data.read import load_rows
 from qlora_kit.errors import DataError, UnsafeInputError
@@ -96,11 +96,10 @@ def test_json_lines_under_the_name_of_an_array_are_read(folder):
 
 
 def test_a_value_without_end_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(json_array, "MAX_LINE_BYTES", 3000)
     monkeypatch.setattr(json_array, "CHUNK", 100)
     path = put(folder, "rows.json", '[{"text": "' + "a" * 100_000)
     with pytest.raises(DataError, match=rf"{path}:1: a value is longer"):
-        read(path)
+        list(records.records(path, limit=3000))
 
 
 # --- CSV ----------------------------------------------------------------------------------------
@@ -416,9 +415,9 @@ def test_what_is_no_plain_file_is_refused_whatever_its_type(tmp_path, suffix):
         load_rows(DataConfig(data=str(path)), 0)
 
 
-def test_a_line_of_any_type_has_its_limit(folder, monkeypatch):
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
+def test_a_line_of_any_type_has_its_limit(folder):
     for name in ("rows.csv", "rows.txt"):
         path = put(folder, name, "text\n" + "a" * 100)
+        list(records.records(path, limit=100))
         with pytest.raises(DataError, match=rf"{path}:2: the line is longer"):
-            read(put(folder, name, "text\n" + "a" * 101))
+            list(records.records(put(folder, name, "text\n" + "a" * 101), limit=100))

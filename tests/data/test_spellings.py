@@ -1,6 +1,7 @@
 """Every spelling of a field against what was written down by hand, from every type of file."""
 
 import csv
+import gzip
 import json
 import re
 
@@ -63,6 +64,7 @@ def test_a_row_is_read_as_it_was_meant(tokenizer, tmp_path, name, row, text, unu
 
 @pytest.mark.parametrize(("field", "names"), ALIKE, ids=[field for field, _ in ALIKE])
 def test_every_type_of_file_gives_the_same_tokens(tokenizer, tmp_path, field, names):
+    import datasets
     import pyarrow
     import pyarrow.parquet
 
@@ -71,7 +73,7 @@ def test_every_type_of_file_gives_the_same_tokens(tokenizer, tmp_path, field, na
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     fields = list(dict.fromkeys(name for row in rows for name in row))
-    for suffix, delimiter in (("csv", ","),):
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t")):
         with open(tmp_path / f"rows.{suffix}", "w", newline="") as file:
             writer = csv.writer(file, delimiter=delimiter)
             writer.writerow(fields)
@@ -79,9 +81,11 @@ def test_every_type_of_file_gives_the_same_tokens(tokenizer, tmp_path, field, na
     expected = [
         encode(row, tokenizer, 1000) for row in read_rows(written(tmp_path / "rows.jsonl", rows))
     ]
-    names = ("rows.parquet", "rows.json", "rows.csv")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    names = ("rows.parquet", "rows.json", "saved", "rows.jsonl.gz", "rows.csv", "rows.tsv")
     # Of a prompt in CSV nobody can say whether it is a list of messages or text that looks so.
-    for name in names[: 2 if field == "trl" else None]:
+    for name in names[: -2 if field == "trl" else None]:
         config = DataConfig(data=str(tmp_path / name), eval_fraction=0)
         found = [encode(row, tokenizer, 1000) for row in load_rows(config, 0).train]
         assert found == expected, name

@@ -12,6 +12,7 @@ import bisect
 import contextlib
 import errno
 import functools
+import os
 import re
 import signal
 import sys
@@ -19,10 +20,16 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
+from qlora_kit.out_of_memory import LimitTooLowError, memory_behind, ran_into_limit
 from qlora_kit.redact import known_secrets
 from qlora_kit.signals import Stopped, StopSignals
+from qlora_kit.start import ready_for_torch
 from qlora_kit.streams import Stream, guarded, plain
 
+MEMORY_LINE = (
+    b"error: out of memory; lower --batch_size, --max_length or --bits, or raise the limit on "
+    b"memory (ulimit -v)\n"
+)
 ERROR_LINE_LIMIT = 400
 """Characters of the error line on stderr, `error: ` included."""
 SHORTEST_WORD = 48
@@ -185,7 +192,7 @@ def reports_errors(
         code, failure = 0, None
         with guarded(required) as output:
             try:
-                with StopSignals(), _short_warnings():
+                with StopSignals(), ready_for_torch(), _short_warnings():
                     code = main(arguments)
                     output.flush()
             except BaseException as error:
@@ -208,15 +215,21 @@ def _report(error: BaseException, output: Stream, debug: bool) -> int:
         return stopped.exit_code
     if not isinstance(error, Exception):
         raise error
-    failure = error if isinstance(error, QloraKitError) else _stands_for(error)
-    if error is output.lost:
-        failure = ResourceError(output.problem, "free some space, or send the output elsewhere")
-    if failure is not error:
-        failure.__cause__ = error
-    if debug:
-        print(plain(redacted("".join(traceback.format_exception(failure)))), file=sys.stderr)
-    print(error_line(failure), file=sys.stderr)
-    return failure.exit_code
+    try:
+        failure = _stands_for(error)
+        if error is output.lost:
+            failure = ResourceError(output.problem, "free some space, or send the output elsewhere")
+        if failure is not error:
+            failure.__cause__ = error
+        if debug:
+            print(plain(redacted("".join(traceback.format_exception(failure)))), file=sys.stderr)
+        print(error_line(failure), file=sys.stderr)
+        return failure.exit_code
+    except MemoryError:
+        # Not even for the line is there room: this one is there already.
+        with contextlib.suppress(OSError):
+            os.write(2, MEMORY_LINE)
+        return ResourceError.exit_code
 
 
 @contextlib.contextmanager
@@ -234,17 +247,28 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _stands_for(error: Exception) -> QloraKitError:
-    """Name what the system or torch raise; everything else is called a bug of ours."""
+    """Name what the system or torch raise; everything else is called a bug of ours.
+
+    An error of ours that only passes on that memory ended, such as a model that could not be
+    built, is named so too. A template that asks for too much is not: that is its fault.
+    """
+    known = isinstance(error, (QloraKitError, OSError))
+    passes_on = isinstance(error, InputError) and not isinstance(error, UnsafeInputError)
+    behind = memory_behind(error) if passes_on or not isinstance(error, QloraKitError) else None
+    if behind is None and not known and ran_into_limit():
+        behind = error
+    if isinstance(behind, LimitTooLowError):
+        return ResourceError(str(behind), "raise it, or lift it with ulimit -v unlimited")
+    if behind is not None:
+        return ResourceError(
+            f"out of memory ({type(behind).__name__}: {str(behind) or 'no more is said'})",
+            "lower --batch_size, --max_length or --bits, use --gradient_checkpointing full, or "
+            "raise the limit on memory (ulimit -v)",
+        )
+    if isinstance(error, QloraKitError):
+        return error
     if isinstance(error, OSError):
         return from_os_error(error)
-    if isinstance(error, MemoryError):
-        return ResourceError("the host's memory is used up", "use a smaller batch, length or model")
-    # torch is not imported for this: `--help` and bad flags must answer without it.
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        return ResourceError(
-            f"out of memory: {error}",
-            "lower --batch_size, --max_length or --bits, or use --gradient_checkpointing full",
-        )
     return QloraKitError(
         f"unexpected {type(error).__name__}: {error}",
         "this is a bug: run again with --debug and report the traceback",

@@ -32,7 +32,9 @@ FLOORS = {
     "files": 0,
     "lock": 0,
     "publish": 0,
+    "out_of_memory": 0,
     "signals": 0,
+    "start": 0,
     "streams": 0,
     "base": 1,
     "data": 1,
@@ -82,7 +84,7 @@ SIDEWAYS = {("lora.layer", "base.quantize")}
 
 BITSANDBYTES = {"base.quantize", "training.optimizer"}
 LIGHT = ("config", "options", "errors", "redact", "files", "lock", "publish", "signals")
-LIGHT = (*LIGHT, "streams", *(f"commands.{name}" for name in COMMANDS))
+LIGHT = (*LIGHT, "out_of_memory", "start", "streams", *(f"commands.{name}" for name in COMMANDS))
 LIGHT = (*LIGHT, "commands.entry", "commands.arguments", "commands.adapters")
 LIGHT = (*LIGHT, "commands.config_file", "commands.names")
 """Modules whose top imports the standard library, yaml and each other only."""

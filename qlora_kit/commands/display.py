@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qlora_kit.commands.data_notes import notes_of
+from qlora_kit.commands.progress import TrainingProgress, size
 from qlora_kit.commands.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -21,11 +21,8 @@ if TYPE_CHECKING:
     from qlora_kit.data.prompt import EncodedRows
     from qlora_kit.data.read import Row, Rows
     from qlora_kit.memory.plan import MemoryPlan
-    from qlora_kit.training.loop import StepReport
     from qlora_kit.training.loss import Evaluation
 
-PLAIN_LINES = 10
-"""Progress lines of a run whose output is not a terminal."""
 SHOWN_PROMPT = 400
 """Characters of a prompt that is shown as a command, at most."""
 
@@ -121,12 +118,12 @@ class Display:
         parts = [f"{name} {size(plan.bytes[name])}" for name in names if plan.bytes[name]]
         self._line("plan", f"{', '.join(parts)}; peak {size(plan.peak_bytes)} in {plan.place}")
         again = f"{plan.recomputed:.0%} of a forward pass is done again"
-        budget = "" if plan.budget_bytes is None else f", {size(plan.budget_bytes)} to be had"
+        budget = "" if plan.budget_bytes is None else f", {size(plan.budget_bytes)} available"
         self._line("recompute", f"{plan.recompute}: {again}{budget}")
         if not plan.fits:
             self.note(
-                f"the plan is {size(plan.peak_bytes - (plan.budget_bytes or 0))} above what is to "
-                "be had; `qlora-kit plan` with the same options names what would fit"
+                f"the plan is {size(plan.peak_bytes - (plan.budget_bytes or 0))} above what is "
+                "available; `qlora-kit plan` with the same options names what would fit"
             )
 
     def loading(self, base: OpenBase) -> None:
@@ -138,18 +135,10 @@ class Display:
         self._terminal.print(f"held-out loss after step {step}: {found.loss:.3f}")
 
     @contextlib.contextmanager
-    def progress(self, total_steps: int) -> Iterator[TrainingProgress]:
-        """A bar over the steps of a run."""
-        columns = (
-            TextColumn("training "),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-        )
-        live = self._terminal.is_live
-        with Progress(*columns, console=self._terminal.console, disable=not live) as bar:
-            yield TrainingProgress(bar, self._terminal, total_steps, live)
+    def progress(self, total_steps: int, memory: str) -> Iterator[TrainingProgress]:
+        """A bar over the steps of a run; `memory` says what its bytes are those of."""
+        with TrainingProgress(self._terminal, total_steps, memory) as bar:
+            yield bar
 
     def answers(self, questions: Sequence[Row], answers: Sequence[Sequence[str]]) -> None:
         """Held-out prompts with the answers before and after training."""
@@ -183,7 +172,8 @@ class Display:
     ) -> None:
         """What the run gave, and how to go on: with one of the held-out prompts that is short."""
         self._terminal.print()
-        train, evaluation, memory = run["train"], run["eval"], run["memory"]["measured"]
+        train, evaluation, memory = run["train"], run["eval"], run["memory"]
+        measured = memory["measured"]
         self._line(
             "trained",
             f"{train['steps']} steps in {train['seconds']:.0f} s, "
@@ -198,9 +188,10 @@ class Display:
                 f"{evaluation['tokens']} tokens",
             )
         parts = ("weights", "adapters", "gradients", "optimizer", "activations", "loss", "peak")
-        listed = ", ".join(f"{part} {size(memory[part])}" for part in parts if part in memory)
-        where = f"peak in {run['memory']['peak_at']}, process {size(run['memory']['process'])}"
-        self._line("memory", f"{listed} ({where}) [{run['memory']['device']}]")
+        listed = ", ".join(f"{part} {size(measured[part])}" for part in parts if part in measured)
+        planned = f", planned {size(memory['planned']['peak'])}" if "planned" in memory else ""
+        self._line("tensors", f"{listed} in {memory['peak_at']}{planned} [{memory['device']}]")
+        self._line("process", f"{size(memory['process'])} {memory['process_is']}")
         self._line("saved", str(directory))
         self._line(
             "try it",
@@ -213,31 +204,6 @@ class Display:
         self._terminal.line(label, text)
 
 
-class TrainingProgress:
-    """The bar of a run, or a few plain lines where the output is not a terminal."""
-
-    def __init__(self, bar: Progress, terminal: Terminal, total_steps: int, live: bool) -> None:
-        self._bar, self._terminal, self._total, self._live = bar, terminal, total_steps, live
-        self._task = bar.add_task("", total=total_steps, status="")
-
-    def start(self, before: Evaluation | None) -> None:
-        """Say the loss before the first step."""
-        if before is not None:
-            self._terminal.print(f"held-out loss before training: {before.loss:.3f}")
-
-    def step(self, report: StepReport, peak: int) -> None:
-        """One step is done."""
-        status = (
-            f"loss {report.loss:.3f}  lr {report.learning_rate:.1e}  "
-            f"{report.tokens / report.seconds:,.0f} tokens/s  peak {size(peak)}"
-        )
-        if self._live:  # it keeps samples of its speed
-            self._bar.update(self._task, completed=report.step, status=status)
-        every = max(1, self._total // PLAIN_LINES)
-        if not self._live and (report.step % every == 0 or report.step == self._total):
-            self._terminal.print(f"step {report.step}/{self._total}  {status}")
-
-
 def shell_word(text: str) -> str:
     """`text` as one word of a shell; a line's end, which a prompt may need, stays on the line."""
     if text.isprintable():
@@ -245,14 +211,6 @@ def shell_word(text: str) -> str:
     known = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}
     shown = (known.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text)
     return f"$'{''.join(shown)}'"
-
-
-def size(n: int) -> str:
-    """Bytes in the largest fitting unit of 1024."""
-    value, units = float(n), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.2f} {units[0]}"
 
 
 def _counts(encoded: EncodedRows) -> str:

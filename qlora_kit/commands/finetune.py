@@ -288,8 +288,8 @@ def _few_steps(total_steps: int, num_rows: int, training: TrainingConfig) -> str
     per_step = training.batch_size * training.gradient_accumulation_steps
     epochs = -(-ENOUGH_STEPS * per_step // num_rows)
     return (
-        f"only {total_steps} optimizer steps: --num_train_epochs {epochs} or "
-        f"--max_steps {ENOUGH_STEPS} gives {ENOUGH_STEPS}"
+        f"only {total_steps} optimizer steps, in which little is learnt: give --num_train_epochs "
+        f"{epochs} or --max_steps {ENOUGH_STEPS} for {ENOUGH_STEPS} of them"
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from qlora_kit.commands.display import size
+from qlora_kit.commands.progress import size
 from qlora_kit.commands.terminal import Terminal, styled
 
 if TYPE_CHECKING:

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from qlora_kit.commands.run import Plan
 
 
+RESIDENT = "resident at most: tensors, Python, libraries and files, so not what a plan counts"
+BLOCKS = "reserved at most: the allocator's blocks, with room between tensors that no plan counts"
+"""What the memory of a process is, on the CPU and on CUDA."""
+
+
 @dataclass
 class Progress:
     """What has happened so far; `history` has (step, held-out loss). A checkpoint holds it all."""
@@ -116,6 +121,7 @@ class Memory:
             "phases": self._meter.record(),
             "peak_at": " ".join(part for part in (phase, module) if part),
             "process": reserved_bytes(self._device),
+            "process_is": BLOCKS if on_gpu else RESIDENT,
         }
 
 

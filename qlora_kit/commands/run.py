@@ -34,9 +34,11 @@ from qlora_kit.generation import generate_text
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora, train_loaded
 from qlora_kit.memory.counter import StorageCounter
+from qlora_kit.memory.measure import memory_name
 from qlora_kit.memory.meter import Meter
 from qlora_kit.memory.plan import MemoryPlan
 from qlora_kit.options import dump
+from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.signals import Stopped, StopSignals
 from qlora_kit.training.checkpoint import (
     Checkpoint,
@@ -47,7 +49,7 @@ from qlora_kit.training.checkpoint import (
     saved_bytes,
     take,
 )
-from qlora_kit.training.guard import Guard, is_out_of_memory
+from qlora_kit.training.guard import Guard
 from qlora_kit.training.loop import Gradients, StepReport
 from qlora_kit.training.loss import Evaluation, evaluate
 from qlora_kit.training.optimizer import (
@@ -69,7 +71,8 @@ from qlora_kit.training.record import (
 from qlora_kit.training.run_directory import RESULT, RunDirectory, run_directory
 
 if TYPE_CHECKING:
-    from qlora_kit.commands.display import Display, TrainingProgress
+    from qlora_kit.commands.display import Display
+    from qlora_kit.commands.progress import TrainingProgress
 
 ANSWER_TOKENS = 64
 EVAL_ROWS = 8
@@ -116,7 +119,7 @@ def open_run(plan: Plan, display: Display, signals: StopSignals) -> Iterator[Run
         trackers = start_trackers(output.report_to, place.path, plan.config.as_flat())
         with (
             MetricsLog(place.path, trackers=trackers, resume_step=resumed) as log,
-            display.progress(plan.total_steps) as bar,
+            display.progress(plan.total_steps, memory_name(plan.base.device)) as bar,
             signals.between_steps(),
         ):
             try:

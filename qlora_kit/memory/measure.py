@@ -72,6 +72,11 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def memory_name(device: torch.device) -> str:
+    """What `peak_bytes` are those of."""
+    return "tensors" if device.type == "cuda" else "process"
+
+
 def reserved_bytes(device: torch.device) -> int:
     """The most that the process took from the system: the allocator's blocks, or resident."""
     if device.type == "cuda":

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.lora.block import models_own_code
 from qlora_kit.memory.measure import free_bytes
+from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.signals import StopSignals
 from qlora_kit.training.loss import supervised_loss, to_device
 
@@ -178,15 +179,6 @@ class _Stoppable(Sequence["Batch"]):
         for batch in self._window:
             self._signals.between_micro_batches()
             yield batch
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the host is full."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # torch raises plain RuntimeErrors for the host.
-    found = r"can't allocate memory|bad_alloc|out of memory|could not create a memory"
-    return isinstance(error, RuntimeError) and re.search(found, str(error)) is not None
 
 
 def first_non_finite(model: Any, window: Sequence[Batch], step: int) -> str:

@@ -91,10 +91,11 @@ class EvalRecord(TypedDict):
 
 
 class MemoryRecord(TypedDict):
-    """Bytes by component, `peak` among them; `planned` where there was a plan.
+    """Bytes of tensors by component, `peak` among them; `planned` where there was a plan.
 
-    `phases` has the peak of each phase and its module, `peak_at` phase and module of the largest,
-    `process` the most that the whole process held: resident, or reserved on the GPU.
+    `phases` has the peak of each phase and its module, `peak_at` phase and module of the largest.
+    `process` is the most that the whole process held, which `process_is` says in words: it is not
+    to be compared with bytes of tensors.
     """
 
     device: str
@@ -103,6 +104,7 @@ class MemoryRecord(TypedDict):
     phases: NotRequired[Mapping[str, Mapping[str, Any]]]
     peak_at: NotRequired[str]
     process: NotRequired[int]
+    process_is: NotRequired[str]
 
 
 class RunRecord(TypedDict):

@@ -19,8 +19,13 @@ from qlora_kit.training import loop
 
 
 def slow_steps() -> None:
-    """Each step takes 50 ms more."""
-    _before_each_step(lambda step, model: time.sleep(0.05))
+    """Each step takes 50 ms more, and says that it begins."""
+
+    def wait(step: int, model: Any) -> None:
+        print(f"step {step} begins")
+        time.sleep(0.05)
+
+    _before_each_step(wait)
 
 
 def endless_step() -> None:

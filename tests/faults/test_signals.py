@@ -28,7 +28,7 @@ ALL_CODES = CODES | {
 @pytest.mark.parametrize("number", list(ALL_CODES))
 def test_a_signal_ends_the_step_saves_and_leaves(job, reference, output, number):
     running = job.having("--save_steps", "0").start(output, inject="slow_steps")
-    running.wait_for("step 2/5")
+    running.wait_for("step 3 begins")
     running.signal(number)
     stopped = running.wait()
     assert stopped.code == ALL_CODES[number], stopped.output

@@ -1,0 +1,102 @@
+"""How far a run is: a line that is drawn over on a terminal, else a line now and then.
+
+Its parts are taken in the order of what a reader needs, as many as the terminal is wide: where the
+run stands and what is left are there at any width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from qlora_kit.commands.terminal import Terminal
+
+if TYPE_CHECKING:
+    from qlora_kit.training.loop import StepReport
+    from qlora_kit.training.loss import Evaluation
+
+LINE_S, LONGEST_S, LINES = 2.0, 60.0, 100
+"""Seconds between two lines where nothing can be drawn over: more in a long run, up to a minute."""
+SPEED_STEPS = 50
+"""Steps whose time says how long the others will take."""
+BAR, BAR_WIDTH = 24, 110
+"""Characters of the bar, and of a terminal that has room for one."""
+
+
+class TrainingProgress:
+    """The steps of a run, as they are done; `memory` says what its bytes are those of."""
+
+    def __init__(
+        self,
+        terminal: Terminal,
+        total_steps: int,
+        memory: str,
+        seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds = seconds
+        self._terminal, self._total, self._memory = terminal, total_steps, memory
+        self._began_s = seconds()
+        self._shown_s = -LONGEST_S
+        self._ends = deque([self._began_s], SPEED_STEPS + 1)
+        self._live = terminal.is_live
+        self._width = terminal.console.width
+        self._has_bar = self._width >= BAR_WIDTH
+        columns = [TextColumn("{task.description}", markup=False)]
+        bars = [BarColumn(BAR)] if self._has_bar else []
+        self._bar = Progress(*bars, *columns, console=terminal.console, disable=not self._live)
+        self._task = self._bar.add_task(f"training  0/{total_steps}", total=total_steps)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def start(self, before: Evaluation | None) -> None:
+        """Say the loss before the first step."""
+        if before is not None:
+            self._terminal.print(f"held-out loss before training: {before.loss:.3f}")
+
+    def step(self, report: StepReport, peak: int) -> None:
+        """One step is done."""
+        now = self._seconds()
+        self._ends.append(now)
+        left_s = (now - self._ends[0]) / (len(self._ends) - 1) * (self._total - report.step)
+        parts = [
+            f"step {report.step}/{self._total}",
+            f"{clock(left_s)} left",
+            f"loss {report.loss:.3f}",
+            f"{report.tokens / max(report.seconds, 1e-9):,.0f} tokens/s",
+            f"{self._memory} {size(peak)}",
+            f"lr {report.learning_rate:.1e}",
+        ]
+        if self._live:
+            room = self._width - (BAR + 1 if self._has_bar else 0)
+            while len(parts) > 2 and len("  ".join(parts)) >= room:
+                parts.pop()
+            text = "  ".join(parts)
+            self._bar.update(self._task, completed=report.step, description=text)
+            return
+        due_s = min(LONGEST_S, max(LINE_S, (now - self._began_s) / LINES))
+        if now - self._shown_s >= due_s or report.step == self._total:
+            self._shown_s = now
+            self._terminal.print("  ".join(parts))
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, `1:02:03`."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def size(n: int) -> str:
+    """Bytes in the largest fitting unit of 1024."""
+    value, units = float(n), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.2f} {units[0]}"

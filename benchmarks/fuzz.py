@@ -50,6 +50,9 @@ TOKENIZERS = {"tokenizer", "tokenizer config", "chat template", "special tokens"
 TOKENIZERS |= {"stories' tokenizer", "sentencepiece"}
 LOOKED_AT = (
     "base/validate",
+    "base/contents",
+    "base/json_file",
+    "base/growth",
     "base/source",
     "base/families",
     "base/architecture",

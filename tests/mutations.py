@@ -7,6 +7,7 @@ by the suite and by `benchmarks/fuzz.py`.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -33,6 +34,25 @@ def linked_outside(path: Path, draw: Random) -> None:
     shutil.copyfile(path, outside)
     path.unlink()
     path.symlink_to(outside)
+
+
+def linked_to_nothing(path: Path, draw: Random) -> None:
+    path.unlink()
+    path.symlink_to(draw.choice(["nowhere", "../blobs/0123abcd", "/nowhere/at/all"]))
+
+
+def something_else_instead(path: Path, draw: Random) -> None:
+    contents = (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n",
+        b"<!DOCTYPE html><html></html>",
+        gzip.compress(b"{}"),
+        b"PK\x03\x04" + bytes(60),
+        b"GGUF\x03" + bytes(60),
+        b"\x80\x04]\x94.",
+        b"Entry not found",
+        bytes(600),
+    )
+    path.write_bytes(draw.choice(contents))
 
 
 def linked_in_a_loop(path: Path, draw: Random) -> None:
@@ -101,7 +121,8 @@ def noise_instead(path: Path, draw: Random) -> None:
 
 ANY = (deleted, directory_instead, linked_outside, linked_in_a_loop, linked_to_a_device)
 ANY = (*ANY, pipe_instead, swapped_with_another, emptied, cut, appended, grown, bit_flipped)
-ANY = (*ANY, bytes_overwritten, bytes_moved, noise_instead)
+ANY = (*ANY, bytes_overwritten, bytes_moved, noise_instead, linked_to_nothing)
+ANY = (*ANY, something_else_instead)
 
 
 # Text

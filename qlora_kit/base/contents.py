@@ -15,14 +15,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.json_file import SETTINGS_LIMIT, read_json
 from qlora_kit.base.source import broken_link, contained
 from qlora_kit.errors import InputError, ModelError, ResourceError, TokenizerError
 from qlora_kit.file_kind import refuse_kind
 
 MIB = 1024**2
-TEMPLATES = "additional_chat_templates"
-"""The folder of named chat templates beside the default one."""
 VOCABULARY_LIMIT = 128 * MIB  # the largest, of a million tokens, take half of it
 TEMPLATE_LIMIT = MIB
 VOCABULARY_FILES = {

@@ -10,6 +10,7 @@ login's: it is huggingface_hub that reads it, and it is in no message of ours.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,9 @@ from qlora_kit.errors import (
 
 # What a base consists of: weights that hold no code, and text; not its copies in other layouts.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
-EXCEPT = ["*/*", "consolidated*"]
+EXCEPT = "consolidated*"
+TEMPLATES = "additional_chat_templates"
+"""The folder of named chat templates beside the default one."""
 CONFIG = ["config.json"]
 
 
@@ -51,11 +54,7 @@ def download(
             f"{called}: a token is given where a name belongs",
             "set HF_TOKEN or log in with `hf auth login`",
         )
-    wanted: dict[str, Any] = {
-        "revision": revision,
-        "allow_patterns": PATTERNS if weights else PATTERNS[1:],
-        "ignore_patterns": EXCEPT,
-    }
+    wanted: dict[str, Any] = {"revision": revision}
     try:
         try:
             info = HfApi().model_info(
@@ -69,11 +68,16 @@ def download(
         except Exception as refused:
             # The client raises its HTTP library's errors as well, and which that is has changed.
             try:
-                return Path(snapshot_download(hub_id, local_files_only=True, **wanted))
+                wanted |= {"allow_patterns": PATTERNS if weights else PATTERNS[1:]}
+                wanted |= {"ignore_patterns": ["*/*", EXCEPT], "local_files_only": True}
+                return Path(snapshot_download(hub_id, **wanted))
             except FileNotFoundError:
                 raise refused from None
+        held = [file.rfilename for file in info.siblings or ()]
+        names = [name for name in held if _is_wanted(name, weights)]
+        wanted["allow_patterns"] = [glob.escape(name) for name in names]
         if weights:
-            _check_files(info, called)
+            _check_files(info, names, called)
         if check is not None:
             check(Path(snapshot_download(hub_id, **wanted | {"allow_patterns": CONFIG})))
         return Path(snapshot_download(hub_id, **wanted))
@@ -85,12 +89,21 @@ def download(
         raise _explained(error, called) from error
 
 
-def _check_files(info: Any, called: str) -> None:
+def _is_wanted(name: str, weights: bool) -> bool:
+    """Whether a file of a repository belongs to a base, as it lies in its directory."""
+    folder, _, name = name.rpartition("/")
+    if folder:
+        return folder == TEMPLATES and name.endswith(".jinja")
+    patterns = PATTERNS if weights else PATTERNS[1:]
+    found = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return found and not fnmatch.fnmatchcase(name, EXCEPT)
+
+
+def _check_files(info: Any, chosen: Sequence[str], called: str) -> None:
     """Refuse a repository without safetensors, or one that the disk has no room for."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-    chosen = [name for name in sizes if _matches(name, PATTERNS) and not _matches(name, EXCEPT)]
     if not any(name.endswith(".safetensors") for name in chosen):
         if any(name.endswith((".bin", ".pt", ".pth")) for name in sizes):
             raise UnsafeInputError(
@@ -113,10 +126,6 @@ def _check_files(info: Any, called: str) -> None:
             f"{called}: {needed} bytes are to be fetched into {cache}, and {free} are free",
             "free some space, or set HF_HOME to a place that has more",
         )
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _explained(error: BaseException, called: str) -> QloraKitError:

@@ -17,7 +17,8 @@ import torch
 from families import refused, save_checkpoint, tree_hash
 from transformers import AutoTokenizer
 
-from qlora_kit.base.contents import TEMPLATES, find, tokenizer_files
+from qlora_kit.base.contents import find, tokenizer_files
+from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.load import open_base
 from qlora_kit.base.source import Source
 from qlora_kit.base.tokenizer import copy_tokenizer, load_tokenizer

@@ -27,6 +27,8 @@ import torch
 from families import save_checkpoint, tree_hash
 from safetensors.torch import load_file
 
+from qlora_kit.base.hub import TEMPLATES
+
 COMMIT, OLDER = "a" * 40, "b" * 40
 TOKEN = "hf_" + "secretSecretSecret" * 2
 ID = "owner/tiny-llama"
@@ -153,6 +155,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("repository")
     save_checkpoint(folder, "llama2", torch.float32, shard_size="150KB")
     wanted = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    wanted[f"{TEMPLATES}/tool_use.jinja"] = b"{{ tools }}"
     unwanted = ("pytorch_model.bin", "modeling_tiny.py", "README.md", "consolidated.safetensors")
     unwanted = (*unwanted, "onnx/model.safetensors", "original/params.json", ".gitattributes")
     return wanted | dict.fromkeys(unwanted, b"must not be fetched")
@@ -257,15 +260,24 @@ def test_a_model_is_downloaded_checked_and_loaded_again_without_a_network(hub: H
     directory, commit, name, _ = done.stdout.splitlines()
     assert (commit, name) == (COMMIT, ID)
     # Nothing but what a base consists of was asked for, let alone kept.
-    fetched = {path.name for path in Path(directory).iterdir()}
-    assert fetched == {
-        name
-        for name in hub.repository.files
-        if "/" not in name
-        and name.endswith((".safetensors", ".json"))
-        and not name.startswith("consolidated")
+    fetched = {
+        str(path.relative_to(directory)) for path in Path(directory).rglob("*") if path.is_file()
     }
-    resolved = {line.split("/")[-1] for line in hub.repository.asked if "/resolve/" in line}
+    assert fetched == {
+        f"{TEMPLATES}/tool_use.jinja",
+        *(
+            name
+            for name in hub.repository.files
+            if "/" not in name
+            and name.endswith((".safetensors", ".json"))
+            and not name.startswith("consolidated")
+        ),
+    }
+    resolved = {
+        line.split("/resolve/")[1].partition("/")[2]
+        for line in hub.repository.asked
+        if "/resolve/" in line
+    }
     assert resolved == fetched
     for name in fetched:
         assert (Path(directory) / name).read_bytes() == hub.repository.files[name]

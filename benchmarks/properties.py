@@ -26,12 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a value may name any base
 
+from any_fields import Fields  # noqa: E402
 from anything import Answer, Case, Judge, Options, Target, make_shop, prepare_process  # noqa: E402
 from record import write_result  # noqa: E402
 
 TARGETS: dict[str, tuple[Target, int]] = {
     # What is given values, and how many of each 5,000 cases.
     "options": (Options(whole=0.1), 5000),
+    "fields": (Fields(), 2500),
 }
 
 

@@ -8,6 +8,8 @@ with a larger one.
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
 import math
 import re
 import typing
@@ -68,6 +70,43 @@ def _device(value: str) -> str | None:
     return (
         None if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value) else "auto, cpu, cuda or cuda:N"
     )
+
+
+def _day(value: str) -> str | None:
+    try:
+        good = datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        good = False
+    # A C library may refuse to write years before 1900.
+    return None if good and value >= "1900" else "a day as 2026-01-31"
+
+
+def assignments(text: str) -> dict[str, Any]:
+    """`enable_thinking=false,effort=high` as {name: value}; a value is JSON, else text.
+
+    Errors: `ValueError`.
+    """
+    values: dict[str, Any] = {}
+    # A comma inside JSON is none between two variables: one that a name and "=" follow is.
+    for part in re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text):
+        name, equals, value = part.partition("=")
+        name, value = name.strip(), value.strip()
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name) or name in values:
+            raise ValueError("NAME=VALUE, separated by commas, each name once")
+        try:
+            values[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            lower = value.lower()
+            values[name] = {"true": True, "false": False, "none": None}.get(lower, value)
+    return values
+
+
+def _assignments(value: str) -> str | None:
+    try:
+        assignments(value)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)
@@ -181,6 +220,25 @@ class DataConfig(Options):
         path=True,
         metavar="NAME|FILE",
         shown_default="the model's own",
+    )
+    chat_template_args: str | None = option(
+        None,
+        "variables of the chat template, comma-separated: enable_thinking=false",
+        check=_assignments,
+        metavar="NAME=VALUE,...",
+    )
+    chat_date: str | None = option(
+        None,
+        "day that a chat template writes where it asks for today's; kept with the run",
+        check=_day,
+        metavar="YYYY-MM-DD",
+        shown_default="today",
+    )
+    merge_system: bool = option(
+        False, "put a system message before the first user's where the chat template takes none"
+    )
+    train_on: str = option(
+        "all", "assistant turns of a chat that are trained on", check=one_of("all", "last")
     )
     train_on_prompt: bool = option(False, "supervise the prompt as well")
     literal_control_tokens: bool = option(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_kit.data.answers import turn_ends
 from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.sampling import Sampling
 
@@ -127,8 +128,9 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 def stop_at(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of `stops` begins in a text, or None."""
-    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
+    """Where that of `stops` begins whose end comes first in a text, or None."""
+    found = [(place + len(one), place) for one in stops if (place := text.find(one)) >= 0]
+    return min(found)[1] if found else None
 
 
 def generate_text(
@@ -207,11 +209,12 @@ def answers(
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends an answer: the tokenizer's, the config's, the generation config's.
+    """Every token that ends an answer: what ends a turn of the tokenizer's chat template, and the
+    EOS of the tokenizer, the config and the generation config.
 
-    A chat model's end of turn often stands in the last one only.
+    A chat model's end of turn often stands in the last one only, a base's in the template only.
     """
-    ends: set[int] = set()
+    ends = set(turn_ends(tokenizer))
     for owner in (tokenizer, model.config, getattr(model, "generation_config", None)):
         named = getattr(owner, "eos_token_id", None)
         if named is not None:

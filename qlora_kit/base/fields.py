@@ -16,6 +16,8 @@ LARGEST_ID = 2**24
 TOKENS_LIMIT = 1000
 """Tokens in a list that end a text."""
 HEAD_DIM_LIMIT = 2**13
+HEADS_LIMIT = 2**9
+"""Four times the most that a known model has; attention goes through them one by one."""
 PLAIN_ATTENTION = (
     "eager",
     "sdpa",
@@ -139,8 +141,8 @@ MODEL_FIELDS = {
     "hidden_size": whole(1, 2**17),
     "intermediate_size": whole(1, 2**20),
     "num_hidden_layers": whole(1, 1000),
-    "num_attention_heads": whole(1, 2**12),
-    "num_key_value_heads": or_null(whole(1, 2**12)),
+    "num_attention_heads": whole(1, HEADS_LIMIT),
+    "num_key_value_heads": or_null(whole(1, HEADS_LIMIT)),
     "head_dim": or_null(whole(2, HEAD_DIM_LIMIT)),
     "max_position_embeddings": whole(1),
     "original_max_position_embeddings": whole(1),

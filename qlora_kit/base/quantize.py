@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from qlora_kit.base.imports import quiet_import
 from qlora_kit.base.tensors import Tag
 from qlora_kit.errors import NumericError
-from qlora_kit.fakes import device_type, has_values
+from qlora_kit.fakes import device_type, has_values, representative
 
 with quiet_import():
     import bitsandbytes.functional as bnb
@@ -389,8 +389,8 @@ def _multiply(rows: Tensor, scales: Tensor, out: Tensor) -> None:
     """
     rows, out = rows.reshape(-1, rows.shape[-1]), out.view(-1, rows.shape[-1])
     step = SCALED_AT_ONCE if device_type(rows) == "cpu" else max(1, rows.shape[0])
-    for part, result in zip(torch.split(rows, step), torch.split(out, step), strict=True):
-        torch.mul(part, scales, out=result)
+    for start in representative(range(0, rows.shape[0], step), rows):
+        torch.mul(rows[start : start + step], scales, out=out[start : start + step])
 
 
 def _unit(dtype: torch.dtype) -> int:

@@ -13,12 +13,14 @@ from typing import Any
 
 from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.config import DataConfig, ShowConfig
+from qlora_kit.data.answers import turn_ends
 from qlora_kit.data.batch import lengths_of, padding_note, padding_share
 from qlora_kit.data.cache import cache_directory
 from qlora_kit.data.order import epoch_order, grouped_order, make_packs
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.prompt import EncodedRows, encode, encode_rows, shared_rows
 from qlora_kit.data.read import Row, Rows
+from qlora_kit.data.template import ChatOptions, date_of, templates_of
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
 from qlora_kit.errors import DataError
 
@@ -91,6 +93,8 @@ class Report:
     format: str
     max_length: int
     chat_template: str | None
+    chats: str | None
+    """the tokens that end an assistant's turn, and the day that the chat template writes"""
     batch_size: int
     train: Part
     held_out: Part | None
@@ -126,6 +130,7 @@ def report_of(
 ) -> Report:
     """Encode the rows of a data set as a run would. Errors: those of encoding."""
     cache, rules = cache_directory(config.token_cache), EncodeRules.of(config)
+    rules = replace(rules, chat_date=date_of(tokenizer, rules.chat_date))
     encoded = encode_rows(rows.train, tokenizer, max_length, rules, cache, refuse=False)
     held_out = None
     if rows.evaluation:
@@ -147,7 +152,8 @@ def report_of(
         model=model,
         format=rows.format,
         max_length=max_length,
-        chat_template=tokenizer.chat_template if rows.format == "messages" else None,
+        chat_template=_template(tokenizer) if rows.format == "messages" else None,
+        chats=ends_text(tokenizer, rules.chat) if rows.format == "messages" else None,
         batch_size=batch,
         train=_part(encoded, rows.train_source, notes_of(encoded)),
         held_out=None
@@ -162,6 +168,19 @@ def report_of(
         rows=tuple(shown[: options.rows]),
         refusal=encoded.refusal or (held_out.refusal if held_out else None),
     )
+
+
+def ends_text(tokenizer: Any, chat: ChatOptions) -> str:
+    """One line: at which tokens answers stop, and the day that is written."""
+    ends = sorted(_decoded(tokenizer, [one]) for one in turn_ends(tokenizer, chat))
+    said = f"turns end with {', '.join(map(repr, ends))}, where answers stop"
+    if not ends:
+        said = "turns end with no token of the chat template: answers stop at EOS only"
+    return said + (f"; written on {chat.date} (--chat_date)" if chat.date else "")
+
+
+def _template(tokenizer: Any) -> str:
+    return "\n\n".join(templates_of(tokenizer).values())
 
 
 def _part(encoded: EncodedRows, source: str, notes: Sequence[str]) -> Part:

@@ -39,6 +39,8 @@ def print_report(report: Report, terminal: Terminal) -> None:
     terminal.line(
         "data", f"{report.train.source} ({report.format}), max_length {report.max_length}"
     )
+    if report.chats is not None:
+        terminal.line("chats", report.chats)
     _print_part(terminal, report.train)
     if report.held_out is None:
         terminal.line("held out", report.held_out_source)

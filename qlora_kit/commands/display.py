@@ -16,7 +16,7 @@ from qlora_kit.commands.terminal import Terminal
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
-    from qlora_kit.config import LoRAConfig, RunConfig
+    from qlora_kit.config import DataConfig, LoRAConfig, RunConfig
     from qlora_kit.data.order import Packs
     from qlora_kit.data.prompt import EncodedRows
     from qlora_kit.data.read import Row, Rows
@@ -90,6 +90,13 @@ class Display:
         shared = shared_rows(held_out, encoded) if held_out else 0
         if shared:
             self.note(f"{shared} of the held-out rows are also trained on")
+
+    def chats(self, tokenizer: Any, data: DataConfig) -> None:
+        """At which tokens answers stop, and the day that a dated template writes."""
+        from qlora_kit.commands.data_report import ends_text
+        from qlora_kit.data.template import chat_options
+
+        self._line("chats", ends_text(tokenizer, chat_options(data)))
 
     def bits(self, measured: Mapping[int, Mapping[str, int]]) -> None:
         """The memory of the same base in several numbers of bits, side by side."""

@@ -65,7 +65,7 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
     from qlora_kit.data.batch import eval_batches, padding_id
     from qlora_kit.data.outcome import EncodeRules
     from qlora_kit.data.prompt import encode_rows
-    from qlora_kit.data.template import use_template
+    from qlora_kit.data.template import chat_options, check_chat_options, use_template
     from qlora_kit.generation import end_ids
     from qlora_kit.lora.adapter import load_adapter
     from qlora_kit.training.loss import evaluate
@@ -73,6 +73,7 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
     if "chat_template" in parsed.given[DataConfig] and data.chat_template is not None:
         use_template(base.tokenizer, data.chat_template)
+    check_chat_options(base.tokenizer, chat_options(data))
     length = data.length_in(base.context)
     encoded = encode_rows(rows, base.tokenizer, length, EncodeRules.of(data))
     model = read_weights(base)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.arguments import Parsed, parse, refuse_tokens
 from qlora_kit.config import (
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qlora_kit.commands.run import Plan
     from qlora_kit.data.prompt import EncodedRows
     from qlora_kit.data.read import Rows
+    from qlora_kit.training.checkpoint import Checkpoint
 
 SUMMARY = "Load a base in 4, 8 or 16 bits, train LoRA adapters on it, save them."
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
@@ -107,6 +108,8 @@ def prepare(
     Nothing is written. Errors: those of the options, the base, the data and the checkpoint,
     `ResourceError` where there is no room for the results.
     """
+    from dataclasses import replace
+
     from qlora_kit.base.load import open_base
     from qlora_kit.commands.continued import settle
     from qlora_kit.commands.place import default_names, is_finished, output_directory
@@ -137,9 +140,12 @@ def prepare(
     _check_adapters(config, base, target_dir, display, ranks)
     if config.data.chat_template is not None:
         use_template(base.tokenizer, config.data.chat_template)
+    config = replace(config, data=_chats_of(config.data, rows, base.tokenizer, resume))
     encoded, held_out = _encode(config, rows, base)
     packs = pack(config.data, encoded.rows, config.training.seed)
     display.data(rows, encoded, held_out, packs)
+    if rows.format == "messages":
+        display.chats(base.tokenizer, config.data)
     if note := padding_note(base.tokenizer):
         display.note(note)
     identity = identity_of(base, encoded, held_out)
@@ -154,7 +160,7 @@ def prepare(
         )
     from qlora_kit.commands.planned import planned_run
 
-    memory = planned_run(config, base, encoded.rows, packs, ranks)
+    memory = planned_run(config, base, encoded.rows, packs, total_steps, ranks)
     display.memory(memory)
     if config.output.compare_bits:
         display.bits(_measure_bits(config.base))
@@ -209,6 +215,26 @@ def _check_adapters(
     # The first checkpoint beside the result: masters, states, and the adapter twice.
     needed = int(parameters * (4 + state_bytes(config.training.optim) + 2 * 4)) + 2 * SLACK_BYTES
     check_room(target_dir, needed, "the first checkpoint with the result")
+
+
+def _chats_of(
+    data: DataConfig, rows: Rows, tokenizer: Any, resume: Checkpoint | None
+) -> DataConfig:
+    """The data options with the day on which a run's chats are written, the same on resuming.
+
+    Errors: `ConfigError` for what the chat template does not read.
+    """
+    from dataclasses import replace
+
+    from qlora_kit.data.template import chat_options, check_chat_options, date_of
+
+    check_chat_options(tokenizer, chat_options(data))
+    if rows.format != "messages":
+        return data
+    saved = {} if resume is None else resume.state.get("config")
+    kept = saved.get("chat_date") if isinstance(saved, dict) else None
+    date = data.chat_date or (kept if isinstance(kept, str) else None)
+    return replace(data, chat_date=date_of(tokenizer, date))
 
 
 def _encode(

@@ -87,7 +87,7 @@ def _report(parsed: Parsed) -> Report:
     from qlora_kit.base.tokenizer import load_tokenizer
     from qlora_kit.config import DEFAULT_LENGTH
     from qlora_kit.data.read import load_rows
-    from qlora_kit.data.template import use_template
+    from qlora_kit.data.template import chat_options, check_chat_options, use_template
 
     base, data, options = parsed[BaseConfig], parsed[DataConfig], parsed[ShowConfig]
     source = resolve(base.model, base.revision, weights=False)
@@ -95,6 +95,7 @@ def _report(parsed: Parsed) -> Report:
     tokenizer = load_tokenizer(source.directory)
     if data.chat_template is not None:
         use_template(tokenizer, data.chat_template)
+    check_chat_options(tokenizer, chat_options(data))
     context = DEFAULT_LENGTH if data.max_length is None else data.max_length
     if path := find(source.directory, "config.json"):
         context = read_json(path).get("max_position_embeddings") or context

@@ -20,6 +20,9 @@ from qlora_kit.data.tokens import IGNORE, Encoded
 READ_ROWS = 4096
 """Rows that are read at most to compare equally large batches; the first batch always is."""
 
+LOOKED_AT = 2**22
+"""Packs of all epochs that are looked at, a few seconds' worth."""
+
 
 @dataclass(frozen=True)
 class Largest:
@@ -70,6 +73,50 @@ def largest_batch(
     return _most_supervised(rows, found)
 
 
+def most_alone(
+    rows: Sequence[Encoded],
+    packs: Packs,
+    *,
+    batch_size: int,
+    accumulation: int,
+    num_steps: int,
+    seed: int,
+    group_by_length: bool = False,
+) -> int:
+    """The most packs of one micro-batch each of which is a single row.
+
+    Such a batch is one of rows. Of a long run not all epochs are looked at; the answer is then as
+    high as it can be.
+    """
+    single = np.diff(packs.ends, prepend=0) == 1
+    bound, best, looked = min(batch_size, int(single.sum())), 0, 0
+    order = StepOrder(rows, batch_size, accumulation, seed, packs, group_by_length)
+    for _, sequences in _epochs(order, 0, num_steps):
+        if best == bound:
+            break
+        if (looked := looked + len(sequences)) > LOOKED_AT:
+            return bound
+        first = np.arange(0, len(sequences), batch_size)
+        alone = np.logical_and.reduceat(single[sequences], first)
+        sizes = np.minimum(batch_size, len(sequences) - first)
+        best = max(best, int((alone * sizes).max()))
+    return best
+
+
+def most_supervised(rows: Sequence[Encoded], packs: Packs | None, length: int) -> int:
+    """The most tokens of one sequence that are trained on; `length` where rows are too many."""
+    if len(rows) > READ_ROWS:
+        return length
+    counts = np.array([_supervised(row) for row in rows])
+    if packs is not None:
+        counts = np.array([counts[packs[number]].sum() for number in range(len(packs))])
+    return min(length, int(counts.max()))
+
+
+def _supervised(row: Encoded) -> int:
+    return sum(label != IGNORE for label in row.labels[1:])
+
+
 def _epochs(order: StepOrder, start_step: int, num_steps: int) -> Iterator[tuple[int, np.ndarray]]:
     """What each epoch shows of some steps: its first step of them, and their sequences."""
     step = start_step
@@ -97,7 +144,7 @@ def _most_supervised(rows: Sequence[Encoded], found: Sequence[Largest]) -> Large
             break
         read += len(chosen)
         # What a row begins with is predicted by nothing.
-        supervised = sum(label != IGNORE for i in chosen for label in rows[i].labels[1:])
+        supervised = sum(_supervised(rows[i]) for i in chosen)
         if supervised > most:
             best, most = one, supervised
     return best

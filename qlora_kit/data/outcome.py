@@ -8,6 +8,7 @@ are stored with the tokens and shown before a run, so that nothing of a row is l
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from qlora_kit.config import DataConfig
 from qlora_kit.data.read import Row
+from qlora_kit.data.template import ChatOptions, chat_options
 from qlora_kit.data.tokens import IGNORE, Encoded
 
 LISTED = 50
@@ -30,12 +32,21 @@ class EncodeRules:
 
     train_on_prompt: bool = False
     long_rows: str = "truncate"
+    train_on: str = "all"
+    merge_system: bool = False
+    chat_template_args: str | None = None
+    chat_date: str | None = None
 
     @staticmethod
     def of(config: DataConfig) -> EncodeRules:
         """The rules among the options of a run."""
         names = [field.name for field in dataclasses.fields(EncodeRules)]
         return EncodeRules(**{name: getattr(config, name) for name in names})
+
+    @functools.cached_property
+    def chat(self) -> ChatOptions:
+        """Those that are about chats."""
+        return chat_options(self)
 
 
 DEFAULT_RULES = EncodeRules()

@@ -12,10 +12,11 @@ often written by a chat template; a start or an end that a row spells is not wri
   trained on once.
 - prompt, completion: start + prompt + completion + EOS; completion and EOS are trained on. The two
   are tokenized apart: a token across the border would be one that generation, which is handed the
-  prompt alone, could never begin with. Where both are too long together, the prompt loses its
-  beginning, never the completion its end.
+  prompt alone, could never begin with. Their ids decode to both texts and nothing between. Where
+  both are too long together, the prompt loses its beginning, never the completion its end.
 - messages: the chat template's text (`mask.py`); every assistant turn is trained on, its end token
-  too. A longer chat ends with the last turn that fits whole.
+  too, and a token that reaches across its border. A longer chat ends with the last turn that fits
+  whole.
 
 A row that cannot be trained on is skipped, with the reason; no row is lost in silence.
 """
@@ -24,16 +25,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_kit.data.answers import chat_ids
 from qlora_kit.data.cache import Entry, cached, encoding_key, id_limit
-from qlora_kit.data.mask import LEFT_OUT, NO_TURN, Chat, chats, header_text
+from qlora_kit.data.mask import LEFT_OUT, NO_TURN, Chat, chats
 from qlora_kit.data.outcome import DEFAULT_RULES, EncodeRules, Outcome
 from qlora_kit.data.read import Row, is_document
+from qlora_kit.data.template import NO_OPTIONS, ChatOptions, date_of
 from qlora_kit.data.token_rows import TokenRows
 from qlora_kit.data.tokens import IGNORE, PIECE, Encoded, Ids, Skipped, Tokens
 from qlora_kit.errors import DataError
@@ -46,7 +49,6 @@ TOO_LONG_ANSWER = "completion longer than max_length"
 DROPPED = "longer than max_length"
 ONE_TOKEN = "a single token"
 CONTROL = "a control token that cannot be taken apart"
-INSIDE = "a turn begins or ends inside a token"
 LONGER = "raise --max_length (beyond the model's context with --allow_longer_context)"
 REMEDIES = {
     TOO_LONG: f"{LONGER} or shorten the prompts",
@@ -55,7 +57,6 @@ REMEDIES = {
     NO_TURN: "give every conversation an assistant turn of weight 1",
     ONE_TOKEN: "give longer rows",
     CONTROL: "take the control tokens out of the messages' text",
-    INSIDE: "take blanks off the ends of the messages, or use rows of prompt and completion",
     LEFT_OUT: "use a template (--chat_template) that writes all of the rows' roles and fields",
 }
 """What to do about each reason for skipping a row; details may follow the reason's colon."""
@@ -114,6 +115,7 @@ def encode_rows(
     again, or else in a file that goes with the result. Without `refuse` a loss of rows is no error.
     """
     tokens = Tokens(tokenizer)
+    rules = replace(rules, chat_date=date_of(tokenizer, rules.chat_date))
     key = encoding_key(rows, tokenizer, max_length, rules) if cache else None
     wanted = Entry(key, max_length, lambda: id_limit(tokenizer)) if key else None
     make = lambda: _outcomes(rows, tokens, max_length, rules)  # noqa: E731
@@ -180,20 +182,21 @@ def encode(
 
 
 def prompt_ids(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool = False, literal: bool = False
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool = False,
+    literal: bool = False,
+    options: ChatOptions = NO_OPTIONS,
 ) -> list[int]:
     """The ids that training puts before a completion, or before the answer to a first message.
 
     `literal` as in `Tokens.read_many`; a chat's message is always literal.
     """
+    if chat:
+        return chat_ids([{"role": "user", "content": prompt}], tokenizer, options)
     tokens = Tokens(tokenizer)
-    if not chat:
-        (ids,) = tokens.read_many([prompt], literal)
-        return [*tokens.start, *tokens.without_start(ids)[0]]
-    encoded = tokens.chat(*header_text(prompt, tokens))
-    if encoded is None:
-        raise DataError(f"prompt: {CONTROL}", "leave the control token out")
-    return tokens.one_start(encoded[0], [False] * len(encoded[0]))[0]
+    (ids,) = tokens.read_many([prompt], literal)
+    return [*tokens.start, *tokens.without_start(ids)[0]]
 
 
 def _outcomes(
@@ -206,12 +209,11 @@ def _outcomes(
             if "messages" in row.content:
                 yield _messages(row, tokens, max_length, rules)
             elif "text" in row.content:
-                yield _text(row, ids[row.content["text"], row.literal], tokens, max_length, rules)
+                ids_of = ids[row.content["text"], row.literal, False]
+                yield _text(row, ids_of, tokens, max_length, rules)
             else:
-                literal = row.literal
-                prompt, answer = (
-                    ids[row.content[name], literal] for name in ("prompt", "completion")
-                )
+                prompt = ids[row.content["prompt"], row.literal, False]
+                answer = ids[row.content["completion"], row.literal, bool(row.content["prompt"])]
                 yield _pair(row, prompt, answer, tokens, max_length, rules)
 
 
@@ -229,24 +231,36 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _texts(rows: Sequence[Row], tokens: Tokens, max_length: int) -> dict[tuple[str, bool], Ids]:
+def _texts(
+    rows: Sequence[Row], tokens: Tokens, max_length: int
+) -> dict[tuple[str, bool, bool], Ids]:
     """Ids of the texts of some rows; of a prompt or a completion that is too long, not all.
 
+    The keys are text, whether its control tokens are literal, and whether it stands behind another.
     Short texts are tokenized many at a time; a long one comes in pieces.
     """
-    ids: dict[tuple[str, bool], Ids] = {}
-    for literal in (False, True):
-        alike = [row for row in rows if row.literal == literal]
-        parts = {row.content.get(name) for row in alike for name in ("prompt", "completion")}
-        texts = {row.content.get("text") for row in alike}
-        short = [text for text in texts | parts if text is not None and len(text) <= PIECE]
-        for text, found in zip(short, tokens.read_many(short, literal), strict=True):
-            ids[text, literal] = found
-        for text in texts | parts:
-            if text is not None and len(text) > PIECE:
+    asked: dict[tuple[bool, bool], dict[str, None]] = {}
+    whole = set()
+    for row in rows:
+        for name in ("text", "prompt", "completion"):
+            if name in row.content:
+                text = row.content[name]
+                # Behind nothing, a completion is the beginning of the text.
+                behind = name == "completion" and bool(row.content["prompt"])
+                asked.setdefault((row.literal, behind), {})[text] = None
+                if name == "text":
+                    whole.add(text)
+    ids: dict[tuple[str, bool, bool], Ids] = {}
+    for (literal, behind), texts in asked.items():
+        short = [text for text in texts if len(text) <= PIECE]
+        found = tokens.read_many(short, literal, behind)
+        for text, one in zip(short, found, strict=True):
+            ids[text, literal, behind] = one
+        for text in texts:
+            if len(text) > PIECE:
                 # One token more than fits is enough to know that it does not.
-                limit = None if text in texts else max_length + 1
-                ids[text, literal] = tokens.read_long(text, literal, limit)
+                limit = None if text in whole else max_length + 1
+                ids[text, literal, behind] = tokens.read_long(text, literal, limit, behind)
     return ids
 
 
@@ -326,7 +340,7 @@ def _pair(
 
 def _messages(row: Row, tokens: Tokens, max_length: int, rules: EncodeRules) -> Outcome:
     """A chat, or the several that a template makes of it."""
-    found = chats(row, tokens)
+    found = chats(row, tokens, rules.chat)
     if isinstance(found, Skipped):
         return Outcome(row, skipped=found.reason)
     results = [_chat(row, chat, tokens, max_length, rules) for chat in found]
@@ -354,9 +368,8 @@ def _chat(
     ends = []
     for turn in chat.turns:
         first, last = turn.span
-        if any(a < border < b for a, b in places for border in (first, last)):
-            return Skipped(INSIDE), 0
-        inside = [i for i, (a, b) in enumerate(places) if first <= a < last and b > first]
+        # A token across the border of a turn is one that the model has to write.
+        inside = [i for i, (a, b) in enumerate(places) if a < last and b > first]
         if not inside or not turn.trained:
             continue
         for index in inside:

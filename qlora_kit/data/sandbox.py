@@ -23,6 +23,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
@@ -48,8 +49,21 @@ Private characters; `mask.py` hides those that a message holds itself.
 """
 
 
-def render(template: str, where: str, variables: Mapping[str, Any], input_size: int) -> str:
+def today() -> str:
+    """This day, as templates are told it: 2026-01-31."""
+    return datetime.now().date().isoformat()
+
+
+def render(
+    template: str,
+    where: str,
+    variables: Mapping[str, Any],
+    input_size: int,
+    date: str | None = None,
+) -> str:
     """What a template writes; `input_size` is the number of characters in its messages.
+
+    `date` is what the template gets for now: the midnight at which that day begins; None: today.
 
     Errors: `UnsafeInputError` beyond the limits or out of the sandbox, `DataError` where the
     template refuses the messages, `TokenizerError` where it is no template.
@@ -57,6 +71,7 @@ def render(template: str, where: str, variables: Mapping[str, Any], input_size: 
     program = check_template(template, where)
     limits = program.environment.limits  # type: ignore[attr-defined]
     limits.start(10 * input_size + SIZE_LIMIT)
+    program.environment.now = datetime.fromisoformat(date or today())  # type: ignore[attr-defined]
     try:
         pieces, size = [], 0
         for piece in program.generate(**variables):
@@ -97,10 +112,20 @@ def _compiled(template: str) -> jinja2.Template:
 @functools.lru_cache(maxsize=8)
 def literal_text(template: str) -> str:
     """Everything that a template itself can write, the pieces apart."""
-    tree = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols]).parse(template)
+    tree = _parsed(template)
     data = [node.data for node in tree.find_all(nodes.TemplateData)]
     constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
     return "\0".join([*data, *constants])
+
+
+@functools.lru_cache(maxsize=8)
+def variables_of(template: str) -> frozenset[str]:
+    """Names that a template reads and does not set itself everywhere."""
+    return frozenset(jinja2.meta.find_undeclared_variables(_parsed(template)))
+
+
+def _parsed(template: str) -> nodes.Template:
+    return ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols]).parse(template)
 
 
 class _LimitError(Exception):
@@ -172,7 +197,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def __init__(self) -> None:
-        self.limits = _Limits()
+        self.limits, self.now = _Limits(), datetime.now()
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -180,7 +205,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters = {name: self._limited(name, f) for name, f in self.filters.items()}
         self.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": lambda format: datetime.now().strftime(format),
+            "strftime_now": lambda format: self.now.strftime(format),
             "dict": lambda *args, **kwargs: dict(*args, **kwargs),
             "namespace": _Namespace,
         }

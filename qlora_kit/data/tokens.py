@@ -8,6 +8,7 @@ Sources: transformers' `encode_marked_chat` (5.x), for encoding a piece behind a
 
 from __future__ import annotations
 
+import contextlib
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -88,6 +89,8 @@ class Tokens:
                 "correct the post_processor of tokenizer.json, or fetch the file again",
             )
         self.start = whole[:place]
+        # SentencePiece, and GPT-2 with add_prefix_space, put a space before a text.
+        self._adds_space = self.plain("\na") != self.plain("\n") + self.plain("a")
         added = self.tokenizer.added_tokens_decoder.values()
         self.special = {token.content for token in added if token.special}
         self.special_ids = {
@@ -110,30 +113,70 @@ class Tokens:
         """Ids of the text alone; `</s>` in it is four characters, not the end."""
         return self.read_many([text], literal=True)[0]
 
-    def read_many(self, texts: Sequence[str], literal: bool) -> list[list[int]]:
+    def read_many(
+        self, texts: Sequence[str], literal: bool, behind: bool = False
+    ) -> list[list[int]]:
         """Ids of many texts, which a fast tokenizer does in parallel, no special token added.
 
-        A control token that a text spells is that token or, where `literal`, its characters.
+        A control token that a text spells is that token or, where `literal`, its characters. What
+        stands `behind` another text gets no space in front, as some tokenizers put before a text:
+        the ids of both decode to both texts and nothing between them.
         """
         options = {"add_special_tokens": False, "split_special_tokens": literal, "verbose": False}
+        if behind and self._adds_space:
+            return self._behind(texts, literal, options)
         if not self.tokenizer.is_fast:
             return [list(self.tokenizer(text, **options)["input_ids"]) for text in texts]
-        backend = self.tokenizer.backend_tokenizer
-        before = backend.encode_special_tokens
-        # This call puts the library below into the state (control tokens as asked, no padding, no
-        # truncation) in which it is then asked directly: it also works out places otherwise.
-        self.tokenizer("", **options)
-        try:
+        with self._library(options) as backend:
             encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        finally:
-            backend.encode_special_tokens = before
         return [one.ids for one in encoded]
 
-    def read_long(self, text: str, literal: bool, limit: int | None = None) -> Ids:
+    def _behind(
+        self, texts: Sequence[str], literal: bool, options: dict[str, Any]
+    ) -> list[list[int]]:
+        """The ids of texts behind a line end, which is taken off again."""
+        lines = ["\n" + text for text in texts]
+        kept: list[list[int] | None]
+        if self.tokenizer.is_fast:
+            with self._library(options) as backend:
+                encoded = backend.encode_batch(lines, add_special_tokens=False)
+            kept = [
+                None
+                if any(first < 1 < last for first, last in one.offsets)
+                else [i for i, (_, last) in zip(one.ids, one.offsets, strict=True) if last > 1]
+                for one in encoded
+            ]
+        else:
+            lead = self.plain("\n")
+            read = self.read_many(lines, literal)
+            kept = [ids[len(lead) :] if ids[: len(lead)] == lead else None for ids in read]
+        return [
+            self.read_many([text], literal)[0] if ids is None else ids
+            for text, ids in zip(texts, kept, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def _library(self, options: dict[str, Any]) -> Iterator[Any]:
+        """The library below in the state that a call with `options` puts it into.
+
+        That is control tokens as asked, no padding, no truncation. Asked through transformers it
+        also works out places.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        before = backend.encode_special_tokens
+        self.tokenizer("", **options)
+        try:
+            yield backend
+        finally:
+            backend.encode_special_tokens = before
+
+    def read_long(
+        self, text: str, literal: bool, limit: int | None = None, behind: bool = False
+    ) -> Ids:
         """`read_many` of one text in bounded memory; of more than `limit` ids perhaps not all."""
         ids = array("i")
-        for piece in pieces(text):
-            ids.extend(self.read_many([piece], literal)[0])
+        for number, piece in enumerate(pieces(text)):
+            ids.extend(self.read_many([piece], literal, behind or number > 0)[0])
             if limit is not None and len(ids) > limit:
                 break
         return ids

@@ -57,7 +57,7 @@ def choose_levels(run: FakeRun, window: Sequence[Batch], budget: int | None) -> 
         return most
     between = traced(["selective"] * count)
     ledger = _Ledger(run, {"none": least, "selective": between, "full": most})
-    length = int(window[0]["input_ids"].shape[1])
+    length = int(window[-1]["input_ids"].shape[1])
     work = {level: layer_work(run.layers[-1], level, length, run.own) for level in RECOMPUTE_LEVELS}
     mixes = []
     for keeping in range(count):

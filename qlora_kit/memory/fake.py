@@ -23,8 +23,8 @@ from qlora_kit.base.load import OpenBase, fill
 from qlora_kit.base.quantize import own_workspace, tagged_workspace
 from qlora_kit.base.validate import TensorEntry
 from qlora_kit.config import LoRAConfig, TrainingConfig
-from qlora_kit.data.batch import Batch, collate
-from qlora_kit.data.tokens import Encoded
+from qlora_kit.data.batch import Batch, padded
+from qlora_kit.errors import ConfigError
 from qlora_kit.fakes import planned_device
 from qlora_kit.lora.inject import inject_lora, tag_adapters
 from qlora_kit.memory.counter import Sizes, StorageCounter, Stretch
@@ -44,6 +44,8 @@ from qlora_kit.training.optimizer import (
 from qlora_kit.training.prepare import prepare_model
 from qlora_kit.training.recompute import set_recompute
 
+MOST_TOKENS = 2**40
+"""Of a step; beyond some number of them sizes overflow 64 bits."""
 HOST, IDLE = "host", "idle"
 """What lies in the host's memory where the device has its own; what is kept for another trace."""
 
@@ -51,7 +53,8 @@ HOST, IDLE = "host", "idle"
 class FakeRun:
     """A model with adapters and its optimizer; `loading` are the stretches until they were there.
 
-    `updates` is that of the optimizer's step. `packed` says of what kind the next windows are.
+    `updates` is that of the optimizer's step. `packed` says of what kind the next windows are,
+    `longest_row` how long the longest row of a pack is.
 
     Errors of the constructor: `ConfigError` for targets or a rank that do not fit the base.
     """
@@ -64,6 +67,7 @@ class FakeRun:
         device: torch.device,
     ) -> None:
         self.device, self.packed = device, False
+        self.longest_row: int | None = None
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.apart = ("paged", IDLE, HOST) if device.type == "cuda" else ("paged", IDLE)
         self._counter = StorageCounter(apart=self.apart)
@@ -103,18 +107,36 @@ class FakeRun:
             supervised_loss(self.model, batch)
 
     def window(self, rows: int, length: int, supervised: int, micro_steps: int) -> list[Batch]:
-        """Micro-batches of `rows` rows of `length` tokens, the last `supervised` trained on."""
-        ids = [1] * length
-        row = Encoded(ids, [-100] * (length - supervised) + ids[length - supervised :])
-        batch: dict[str, Any] = dict(collate([row] * rows, 0))
-        window = [
-            {
-                key: self._mode.from_tensor(value.clone()) if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-            }
-            for _ in range(micro_steps)
-        ]
-        return window  # type: ignore[return-value]
+        """Micro-batches of `rows` rows of `length` tokens, the last `supervised` trained on.
+
+        The last one is what a step gets; those before it, where there are any, lie in one. So it
+        takes as long for many as for few. Errors: `ConfigError` for more than any machine holds.
+        """
+        if rows * length * micro_steps > MOST_TOKENS:
+            raise ConfigError(
+                f"{micro_steps} micro-batches of {rows} x {length} tokens are more than "
+                f"{MOST_TOKENS} tokens a step",
+                "lower --batch_size, --gradient_accumulation_steps or --max_length",
+            )
+        # What a row begins with is predicted by nothing.
+        shape, count = (rows, padded(length)), rows * min(supervised, length - 1)
+
+        def made(times: tuple[int, ...]) -> Batch:
+            def ids(*shape: int) -> Tensor:
+                return torch.empty(*times, *shape, dtype=torch.int64)
+
+            return Batch(
+                input_ids=ids(*shape),
+                labels=ids(*shape),
+                position_ids=ids(*shape),
+                supervised=ids(count),
+                num_supervised=count,
+                lengths=[],  # a step does not read them
+            )
+
+        with self._mode:
+            waiting = [made((micro_steps - 1,))] if micro_steps > 1 else []
+            return [*waiting, made(())]
 
     def passes(self, window: Sequence[Batch], levels: Sequence[str]) -> list[Stretch]:
         """The stretches of forward and backward of a window; `levels` has one for each layer."""
@@ -205,7 +227,7 @@ class FakeRun:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._mode)
             stack.enter_context(planned_device(self.device.type))
-            stack.enter_context(known_rows(self.packed))
+            stack.enter_context(known_rows(self.packed, self.longest_row))
             stack.enter_context(own_workspace(self._workspace))
             stack.enter_context(tagged_workspace(self._counter.tag))
             stack.enter_context(self._counter)

@@ -31,13 +31,15 @@ HELD = ("weights_quantized", "weights_other", "adapters", "optimizer", "paged")
 class Window:
     """The largest micro-batch of a run: `rows` of `length` tokens, `supervised` of each trained on.
 
-    `packed` rows hold several shorter ones, isolated from each other.
+    `packed` rows hold several shorter ones, isolated from each other, the longest of which has
+    `longest_row` tokens; as many as a pack where that is not known.
     """
 
     rows: int
     length: int
     supervised: int
     packed: bool = False
+    longest_row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Planner:
         self, window: Window, level: str, budget_bytes: int | None, micro_steps: int
     ) -> MemoryPlan:
         batches = self.run.window(window.rows, window.length, window.supervised, micro_steps)
-        self.run.packed = window.packed
+        self.run.packed, self.run.longest_row = window.packed, window.longest_row or window.length
         if level == "auto":
             budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
             chosen = choose_levels(self.run, batches, budget)

@@ -7,6 +7,7 @@ that fits is named; where none fits alone, they are put together.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -82,10 +83,12 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
         )
 
     for kind in _kinds(options, device):
-        for changed in kind:
-            if (plan := plan_of(changed)).fits:
-                found.append(Suggestion(changed.differences(options), plan))
-                break
+        # Each takes less than the one before, so half of those that are left are planned no more.
+        changes = list(kind)
+        first = bisect.bisect_left(changes, True, key=lambda changed: plan_of(changed).fits)
+        if first < len(changes):
+            plan = plan_of(changes[first])
+            found.append(Suggestion(changes[first].differences(options), plan))
     if found:
         return found
     together = options

@@ -1,4 +1,4 @@
-"""Attention on the CPU: each row by itself, no mask, in 16 bits by our own code.
+"""Attention on the CPU: each row by itself, without a mask.
 
 transformers isolates the rows of a pack by `position_ids` too, through a mask of (T, T) that makes
 attention compute everything and throw most of it away. Here each stretch of positions that begins
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from qlora_kit.training.causal import Stretch, causal_attention
 
 NAME = "sdpa_rows"
 PLANNED = "sdpa_planned"
+_LONGEST_ROW: ContextVar[int | None] = ContextVar("longest_row", default=None)
 
 
 def set_packed_attention(model: Any) -> bool:
@@ -50,19 +52,24 @@ def set_packed_attention(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def known_rows(packed: bool) -> Iterator[None]:
+def known_rows(packed: bool, longest: int | None = None) -> Iterator[None]:
     """Inside, positions without values are those of rows that begin at 0, or of packs.
+
+    Of packs the first one stands for all: a row of `longest` tokens, and the rest. What attention
+    takes for a pack comes and goes before the next one.
 
     transformers reads the values of positions to see whether a mask is needed, and makes one where
     there are none to read (5.23): a plan would count what no run has.
     """
     real = masking_utils.find_packed_sequence_indices
+    before = _LONGEST_ROW.set(longest if packed else None)
     if not packed:
         masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = real
+        _LONGEST_ROW.reset(before)
 
 
 def _plan_cuda_attention(config: Any) -> None:
@@ -115,8 +122,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """(B, H, T, D) queries, keys and values of fewer heads to (B, T, H, D)."""
     rows = _rows(query, key, attention_mask, position_ids)
-    causal = attention_mask is None and query.shape[2] == key.shape[2] > 1
-    if causal and not dropout and query.dtype in (torch.bfloat16, torch.float16):
+    if attention_mask is None and query.shape[2] == key.shape[2] > 1 and not dropout:
         stretches = _stretches(rows) or [Stretch(slice(None), 0, query.shape[2])]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, scale, stretches).transpose(1, 2), None
@@ -132,6 +138,7 @@ def _attention(
         "enable_gqa": query.shape[1] != key.shape[1],
     }
     sequences = []
+    # With dropout, which the kernels above have not.
     # Taken apart by unbind and split, whose backward is one copy; that of a slice fills a tensor
     # of the whole length with zeros for each row.
     for *heads, lengths in zip(query.unbind(), key.unbind(), value.unbind(), rows, strict=True):
@@ -154,11 +161,17 @@ def _rows(
     query: Tensor, key: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> list[list[int]] | None:
     """The lengths of each sequence's rows, or None where no sequence holds several."""
-    if attention_mask is not None or position_ids is None or not has_values(position_ids):
+    if attention_mask is not None or position_ids is None:
         return None
     if query.shape[2] != key.shape[2] or position_ids.shape[0] != query.shape[0]:
         return None
     width = position_ids.shape[1]
+    if not has_values(position_ids):
+        longest = _LONGEST_ROW.get()
+        if longest is None:
+            return None
+        longest = min(longest, width - 1)
+        return [[longest, width - longest]]
     starts = [(row == 0).nonzero().flatten().tolist() for row in position_ids]
     if all(len(start) < 2 for start in starts):
         return None

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_kit.fakes import representative
+
 TILES = torch.cpu._is_amx_tile_supported()  # torch 2.13 has no public name for it
 """Without, a layer of the 1b shape takes 8.1 ms and 17.6 backward, the library 15.4 and 34.6, on an
 AMD EPYC with AVX512-BF16. Processors with less were not measured."""
@@ -67,25 +69,17 @@ class _CausalAttention(torch.autograd.Function):
         stretches: Sequence[Stretch],
     ) -> Tensor:
         ctx.scale, ctx.stretches = scale, stretches
-        shared = query.shape[1] // key.shape[1]
-        outputs, sums = [], []
-        for stretch in stretches:
-            q, k, v = (stretch.of(x) for x in (query, key, value))
-            if not TILES:
-                outputs.append(attend_in_blocks(q, k, v, scale))
-                continue
-            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            output, normalizer = attend(q, *_repeated(k, v, shared), 0.0, True, scale=scale)
-            outputs.append(output)
-            sums.append(normalizer)
-        if len(outputs) == 1:
-            result: Tensor = outputs[0]
+        result: Tensor
+        normalizer: Tensor | None = None
+        if len(stretches) > 1:
+            borders = zip(*((s.batch.start, s.start, s.end) for s in stretches), strict=True)
+            result, normalizer = attend_rows(query, key, value, scale, *map(list, borders))
+        elif _by_library(query):
+            result, normalizer = _library_forward(query, key, value, scale)
         else:
-            result = _like_heads(query)
-            for stretch, output in zip(stretches, outputs, strict=True):
-                stretch.of(result).copy_(output)
-        ours = not TILES or query.shape[-1] <= NARROW
-        ctx.save_for_backward(query, key, value, *(() if ours else (result, *sums)))
+            result = attend_in_blocks(query, key, value, scale)
+        ours = _backward_is_ours(query)
+        ctx.save_for_backward(query, key, value, *(() if ours else (result, normalizer)))
         return result
 
     @staticmethod
@@ -93,11 +87,11 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *others = ctx.saved_tensors
         results = [_like_heads(x) for x in (query, key, value)]
-        for number, stretch in enumerate(ctx.stretches):
+        for stretch in ctx.stretches:
             q, k, v, grad = (stretch.of(x) for x in (query, key, value, grads[0]))
             into = [stretch.of(x) for x in results]
             if others:
-                output, normalizer = stretch.of(others[0]), others[1 + number]
+                output, normalizer = (stretch.of(x) for x in others)
                 gradients = _library_backward(grad, q, k, v, output, normalizer, ctx.scale)
                 for result, gradient in zip(into, gradients, strict=True):
                     result.copy_(gradient)
@@ -117,6 +111,76 @@ class _CausalAttention(torch.autograd.Function):
         return *results, None, None
 
 
+def _by_library(query: Tensor) -> bool:
+    """Whether forward is the library's kernel."""
+    return TILES or query.dtype not in (torch.bfloat16, torch.float16)
+
+
+def _backward_is_ours(query: Tensor) -> bool:
+    """Whether backward is ours, which needs neither the output nor statistics."""
+    return query.dtype in (torch.bfloat16, torch.float16) and (
+        not TILES or query.shape[-1] <= NARROW
+    )
+
+
+@torch.library.custom_op("qlora_kit::attend_rows", mutates_args=())
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sequences: list[int],
+    starts: list[int],
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:
+    """The output (B, H, T, d) and the statistics (B, H, T) of packs, row after row.
+
+    One operation, so that a level of recompute can keep its results, and so that a step takes the
+    same however its packs are divided. No plan sees what a row takes inside: its output, and its
+    keys and values for every query head, or what `attend_in_blocks` takes. Ours has no statistics.
+    """
+    result, normalizer = _like_heads(query), _statistics(query)
+    for sequence, start, end in zip(sequences, starts, ends, strict=True):
+        stretch = Stretch(slice(sequence, sequence + 1), start, end)
+        q, k, v = (stretch.of(x) for x in (query, key, value))
+        if _by_library(query):
+            output, found = _library_forward(q, k, v, scale)
+            stretch.of(normalizer).copy_(found)
+        else:
+            output = _attend_in_blocks(q, k, v, scale)
+        stretch.of(result).copy_(output)
+    return result, normalizer
+
+
+@attend_rows.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sequences: list[int],
+    starts: list[int],
+    ends: list[int],
+) -> tuple[Tensor, Tensor]:
+    return _like_heads(query), _statistics(query)
+
+
+def _statistics(query: Tensor) -> Tensor:
+    """Room for the logarithm of every row's sum, which the library's backward reads."""
+    count = query.shape[2] if _by_library(query) else 0
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(*query.shape[:2], count, dtype=dtype)
+
+
+def _library_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The library's output and statistics of one stretch."""
+    repeated = _repeated(key, value, query.shape[1] // key.shape[1])
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, *repeated, 0.0, True, scale=scale)  # type: ignore[no-any-return]
+
+
 @torch.library.custom_op("qlora_kit::attend_in_blocks", mutates_args=())
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Queries (B, H, T, d), keys and values (B, H / n, T, d) of one stretch to (B, H, T, d).
@@ -125,6 +189,10 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     inside: `FORWARD_SCORES` in fp32 and in 16 bits (6 MiB; more once n * T is above that number),
     and the part's keys in fp32 and its block of queries.
     """
+    return _attend_in_blocks(query, key, value, scale)
+
+
+def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     batch, heads, length, width = key.shape
     shared, result = query.shape[1] // heads, _like_heads(query)
     step = max(1, min(length, FORWARD_QUERIES, FORWARD_SCORES // (shared * length)))
@@ -158,6 +226,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 ATTEND_IN_BLOCKS = torch.ops.qlora_kit.attend_in_blocks.default
+ATTEND_ROWS = torch.ops.qlora_kit.attend_rows.default
 
 
 def _hide_later(scores: Tensor) -> None:
@@ -218,7 +287,7 @@ def _backward(
     grad_key, grad_value = (
         torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (keys, values)
     )
-    for start in range(0, length, BLOCK_QUERIES):
+    for start in representative(range(0, length, BLOCK_QUERIES), query):
         end = min(start + BLOCK_QUERIES, length)
         count = end - start
         # Queries that share a key follow one another: (groups, shared * count, d).

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlora_kit.fakes import representative
+
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Batch
 
@@ -115,7 +117,7 @@ class _CrossEntropySum(torch.autograd.Function):
         product = (
             space if rows.dtype is torch.float32 else torch.empty_like(space, dtype=rows.dtype)
         )
-        for start in range(0, rows.shape[0], CHUNK_ROWS):
+        for start in representative(range(0, rows.shape[0], CHUNK_ROWS), rows):
             part = rows[start : start + CHUNK_ROWS]
             count = part.shape[0]
             raw, logits = product[:count], space[:count]

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import (
 )
 
 from qlora_kit.lora.block import Block, OwnForward
-from qlora_kit.training.causal import ATTEND_IN_BLOCKS
+from qlora_kit.training.causal import ATTEND_IN_BLOCKS, ATTEND_ROWS
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -45,6 +45,7 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     ATTEND_IN_BLOCKS,
+    ATTEND_ROWS,
 }
 """The kernels whose results `selective` keeps."""
 

@@ -90,7 +90,7 @@ def test_a_path_that_is_no_model_directory_is_said_to_be_what_it_is(tmp_path):
         ),
         (
             b'{"model_type": "llama", "num_attention_heads": 0}',
-            "heads is 0, not a whole number from 1 to 4096",
+            "heads is 0, not a whole number from 1 to 512",
         ),
         (b'{"model_type": "llama", "quantization_config": "bitsandbytes"}', "is not supported"),
         (b'{"vocab_size": ' + b"9" * 5000 + b"}", "a number too long"),

@@ -170,9 +170,9 @@ def test_the_adapter_names_its_base_and_its_held_out_rows(
         training=TrainingConfig(seed=3),
     )
     (tmp_path / "adapter" / "config.yaml").write_text(dump(config.as_flat()))
-    described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    described["base_model_name_or_path"] = None
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
+    described = tmp_path / "adapter" / "adapter_config.json"
+    for_peft = json.loads(described.read_text())
+    described.write_text(json.dumps({**for_peft, "base_model_name_or_path": "./base"}))
     monkeypatch.chdir(tmp_path)
     assert run("export", "--adapter", "adapter", "--output_dir", "out").code == 0
     report = json.loads((tmp_path / "out" / "export.json").read_text())
@@ -189,6 +189,7 @@ def test_the_adapter_names_its_base_and_its_held_out_rows(
     assert answer.code == 3
     assert "adapter belongs to the base ./base, which is not here; give" in answer.line
     # Nor is a name that nobody knows taken for one that was given.
+    described.write_text(json.dumps({**for_peft, "base_model_name_or_path": "pnain"}))
     config = tmp_path / "adapter" / "config.yaml"
     config.write_text(config.read_text().replace("model: ./base", "model: pnain"))
     answer = run("export", "--adapter", "adapter", "--output_dir", "third")

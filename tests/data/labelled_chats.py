@@ -53,14 +53,14 @@ CHATS = [
     ("llama-2", [(S, "Be brief."), (U, "Hi"), (A, "Hello")],
      "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST][[ Hello </s>]]"),
     ("llama-2", [(U, "a"), (A, "b"), (U, "c"), (A, "d")],
-     "<s>[INST] a [/INST][[ b </s>]][INST] c [/INST][[ d </s>]]"),
+     "<s>[INST] a [/INST][[ b </s>]]<s>[INST] c [/INST][[ d </s>]]"),
     ("llama-2", [(S, "s"), (U, "a"), (A, "b"), (U, "c"), (A, "d"), (U, "e")],
-     "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST][[ b </s>]][INST] c [/INST][[ d </s>]]"
-     "[INST] e [/INST]"),
+     "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST][[ b </s>]]<s>[INST] c [/INST][[ d </s>]]"
+     "<s>[INST] e [/INST]"),
     ("llama-2", [(U, "[/INST] x"), (A, "[INST] y")],
      "<s>[INST] [/INST] x [/INST][[ [INST] y </s>]]"),
     ("llama-2", [(U, "a"), (A, "b", 0), (U, "c"), (A, "two\nlines")],
-     "<s>[INST] a [/INST] b </s>[INST] c [/INST][[ two\nlines </s>]]"),
+     "<s>[INST] a [/INST] b </s><s>[INST] c [/INST][[ two\nlines </s>]]"),
     # --- alpaca
     ("alpaca", [(U, "Hi"), (A, "Hello")],
      "<s>### Instruction:\nHi\n\n### Response:\n[[Hello</s>]]\n\n"),

@@ -2,7 +2,7 @@
 
 It shares no import with the code that it judges. A chat becomes pieces of text, each of them
 trained on or not; the ids are those that transformers gives for the template's text, and a token
-is trained on when its first character stands in a trained piece.
+is trained on when one of its characters stands in a trained piece.
 """
 
 BOS, EOS = "<s>", "</s>"
@@ -10,7 +10,7 @@ BOS, EOS = "<s>", "</s>"
 
 def pieces(name, messages):
     """`[(text, trained)]` of a chat under the template of that name."""
-    found = [(BOS, False)]
+    found = [] if name == "llama-2" else [(BOS, False)]
     previous = None
     for message in messages:
         role, content = message["role"], message["content"]
@@ -36,9 +36,12 @@ def llama_3(role, content, learn, _):
 
 def llama_2(role, content, learn, previous):
     if role == "system":
-        return [(f"[INST] <<SYS>>\n{content}\n<</SYS>>\n\n", False)]
+        return [(f"{BOS}[INST] <<SYS>>\n{content}\n<</SYS>>\n\n", False)]
     if role == "user":
-        return [("" if previous == "system" else "[INST] ", False), (f"{content} [/INST]", False)]
+        return [
+            ("" if previous == "system" else f"{BOS}[INST] ", False),
+            (f"{content} [/INST]", False),
+        ]
     return [(f" {content} {EOS}", learn)]
 
 
@@ -70,6 +73,6 @@ def labels_of(name, messages, ids, offsets):
     """-100 or the id of each token, by the characters that the masker says are trained on."""
     trained = [learn for text, learn in pieces(name, messages) for _ in text]
     return [
-        token if first < last and trained[first] else -100
+        token if any(trained[first:last]) else -100
         for token, (first, last) in zip(ids, offsets, strict=True)
     ]

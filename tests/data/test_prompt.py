@@ -16,7 +16,6 @@ from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.prompt import (
     CONTROL,
     DROPPED,
-    INSIDE,
     ONE_TOKEN,
     REMEDIES,
     TOO_LONG,
@@ -134,6 +133,11 @@ def reference(tokenizer, content, adds_bos, train_on_prompt=False):
         backend.encode_special_tokens = True
         return backend.encode(text, add_special_tokens=False).ids
 
+    def behind(text):
+        # No space is put before what follows a prompt: here in pieces that hold one character.
+        spaced = tokenizer.convert_tokens_to_ids("▁") in pieces_of("o")
+        return pieces_of("\n" + text)[2:] if spaced else pieces_of(text)
+
     bos = [tokenizer.convert_tokens_to_ids("<s>")]
     pieces = [(bos, None)] if adds_bos else []
     if "text" in content:
@@ -141,7 +145,12 @@ def reference(tokenizer, content, adds_bos, train_on_prompt=False):
     elif "prompt" in content:
         pieces += [
             (pieces_of(content["prompt"]), False),
-            (pieces_of(content["completion"]), True),
+            (
+                behind(content["completion"])
+                if content["prompt"]
+                else pieces_of(content["completion"]),
+                True,
+            ),
             ([tokenizer.eos_token_id], True),
         ]
     else:
@@ -185,8 +194,9 @@ def test_text_and_prompt_rows_equal_a_masker_written_apart(name, prompt, complet
         if "prompt" in content:
             before = prompt_ids(content["prompt"], tokenizer, literal=True)
             assert result.input_ids[: len(before)] == before
-            answer = result.input_ids[len(before) : -1]
-            assert tokenizer.decode(answer, clean_up_tokenization_spaces=False) == completion
+            ids = result.input_ids[tokenizer.bos_token_id in result.input_ids : -1]
+            both = content["prompt"] + completion
+            assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == both
 
 
 turns = st.text(st.sampled_from("heo nl:q\né😀"), max_size=10).filter(lambda t: t == t.lstrip())
@@ -421,7 +431,6 @@ def test_what_cannot_be_trained_on_is_skipped_with_its_reason():
         NO_TURN,
         ONE_TOKEN,
         CONTROL,
-        INSIDE,
         LEFT_OUT,
     }
 
@@ -511,12 +520,8 @@ def test_without_an_end_token_rows_are_refused():
     [
         # the end token outside of the marks
         ("{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}", "end token"),
-        # only the last turn marked
-        (
-            "{% if loop.last %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
-            "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}",
-            "marks 1 of",
-        ),
+        # nothing marked
+        ("{% if false %}{% generation %}{% endgeneration %}{% endif %}", "marks 0 of"),
     ],
 )
 @pytest.mark.parametrize("eos", ["<|im_end|>", "</s>"])
@@ -630,15 +635,19 @@ def test_a_template_that_refuses_is_told_with_the_line():
         encode(chat("he", "on"), make_tokenizer("{% for %}"), 100)
 
 
-def test_a_turn_that_begins_inside_a_token_is_skipped():
+def test_a_token_across_the_border_of_a_turn_is_the_turns():
     # ": " is one token of this tokenizer, and the header ends in its middle.
     template = (
         "{% for m in messages %}{{ m['role'] + ':' }}{{ m['content'] + '<|im_end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     tokenizer = make_tokenizer(template)
-    assert encode(chat("he", " on"), tokenizer, 100) == Skipped(INSIDE)
-    assert isinstance(encode(chat("he", "on"), tokenizer, 100), Encoded)
+    across = encode(chat("he", " on"), tokenizer, 100)
+    assert isinstance(across, Encoded)
+    assert tokenizer.decode([t for t in across.labels if t != -100]) == ": on<|im_end|>"
+    behind = encode(chat("he", "on"), tokenizer, 100)
+    assert isinstance(behind, Encoded)
+    assert tokenizer.decode([t for t in behind.labels if t != -100]) == "on<|im_end|>"
 
 
 def test_text_of_a_template_is_never_found_by_its_ids():
@@ -667,10 +676,10 @@ def test_stories260k_on_wikisql():
         before = prompt_ids(source.content["prompt"], tokenizer)
         assert before == tokenizer(source.content["prompt"])["input_ids"]
         assert encoded.input_ids[: len(before)] == before
-        answer = tokenizer(source.content["completion"], add_special_tokens=False)["input_ids"]
-        assert encoded.input_ids[len(before) :] == [*answer, 2]
-        assert encoded.labels == [-100] * len(before) + [*answer, 2]
-        assert tokenizer.decode(answer) == source.content["completion"]
+        assert encoded.input_ids[-1] == 2
+        both = source.content["prompt"] + source.content["completion"]
+        assert tokenizer.decode(encoded.input_ids[1:-1]) == both
+        assert encoded.labels == [-100] * len(before) + encoded.input_ids[len(before) :]
     assert result.tokens == sum(len(r.input_ids) for r in result.rows)
 
 

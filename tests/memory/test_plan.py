@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,9 @@ from families import save_checkpoint
 from qlora_kit.base.load import open_base, read_weights
 from qlora_kit.base.quantize import own_workspace, quantize_linear
 from qlora_kit.base.shape import open_shape
+from qlora_kit.base.tensors import DTYPES
 from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
-from qlora_kit.data.batch import collate
+from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.lora.inject import inject_lora
@@ -22,7 +24,7 @@ from qlora_kit.memory.choose import choose_levels, layer_work
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.fake import FakeRun
 from qlora_kit.memory.meter import count_step
-from qlora_kit.memory.plan import Planner, plan_memory
+from qlora_kit.memory.plan import Planner, Window, plan_memory
 from qlora_kit.memory.suggest import Options, suggest
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
@@ -47,15 +49,18 @@ def batch_of(rows, length, seed=0):
 
 
 def counted(base, lora, training, levels, rows, length, micro_steps=3):
-    """The stretches of a real second step, the optimizer's at its end.
+    """The stretches of a real second step, the optimizer's at its end."""
+    window = [batch_of(rows, length, seed) for seed in range(micro_steps)]
+    return counted_of(base, lora, training, levels, window)
 
-    Its workspace is one of its own: what other models left in this process is not counted.
-    """
+
+def counted_of(base, lora, training, levels, window):
+    """As `counted`; its workspace is one of its own: what other models left is not counted."""
     with own_workspace({}):
-        return _counted(base, lora, training, levels, rows, length, micro_steps)
+        return _counted(base, lora, training, levels, window)
 
 
-def _counted(base, lora, training, levels, rows, length, micro_steps):
+def _counted(base, lora, training, levels, window):
     model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
     prepare_model(model, training, levels)
     optimizer = make_optimizer(training.optim, model.parameters(), 1e-3)
@@ -72,7 +77,6 @@ def _counted(base, lora, training, levels, rows, length, micro_steps):
         train_step(model, window, optimizer, step=1, max_grad_norm=1.0, attempt=passes)
 
     step([batch_of(1, 16)])  # makes the states
-    window = [batch_of(rows, length, seed) for seed in range(micro_steps)]
     with count_step(model, optimizer, window=window) as counter:
         step(window, counter)
     return [one for one in counter.stretches if one.phase]
@@ -127,6 +131,68 @@ def test_planned_equals_counted(base_dir, model, bits, level, rows, length, targ
     )
     stretches = counted(base, lora, training, level, rows, length)
     assert_equal(plan_memory(base, lora, training, length=length), stretches)
+
+
+PACKS = [[100, 27, 1], [64, 64], [100, 20]]
+"""Rows of three packs of 128 tokens, the last one padded."""
+
+
+def packed_window(micro_steps=2):
+    rows = [[Encoded([1] * length, [1] * length) for length in pack] for pack in PACKS]
+    return [collate_packs(rows, 0) for _ in range(micro_steps)]
+
+
+PACK_POINTS = [
+    *(("llama3", "fp32", 4, level) for level in LEVELS),
+    ("llama3", "bf16", 8, "selective"),
+    ("mistral", "fp32", 16, "none"),
+    ("gemma2", "bf16", 4, "full"),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "bits", "level"), PACK_POINTS)
+def test_planned_equals_counted_for_packs(tmp_path, family, dtype, bits, level):
+    """Attention of our own within rows; a mask of all pairs where there are windows or caps."""
+    save_checkpoint(tmp_path / "base", family, DTYPES[dtype])
+    base = BaseConfig(str(tmp_path / "base"), bits=bits, dtype=dtype, device="cpu")
+    lora = LoRAConfig(r=8)
+    training = TrainingConfig(
+        optim="adamw", batch_size=3, gradient_accumulation_steps=2, gradient_checkpointing=level
+    )
+    window = packed_window()
+    supervised = window[0]["num_supervised"]
+    assert supervised % 3 == 0  # a planned window has as many in each of its rows
+    planned = Planner(base, lora, training).plan(Window(3, 128, supervised // 3, True, 100))
+    assert_equal(planned, counted_of(base, lora, training, level, window))
+
+
+def test_a_plan_without_data_is_not_below_any_packs(base_dir):
+    """What `plan --packing` says: rows of packs may be as long as a pack, and are at least two."""
+    base = BaseConfig(base_dir, bits=4, dtype="bf16", device="cpu")
+    training = TrainingConfig(optim="adamw", batch_size=3, gradient_accumulation_steps=2)
+    for level in LEVELS:
+        changed = replace(training, gradient_checkpointing=level)
+        planned = plan_memory(base, LoRAConfig(), changed, length=128, packing=True)
+        stretches = counted_of(base, LoRAConfig(), changed, level, packed_window())
+        peak = max(one.peak for one in stretches)
+        assert peak <= planned.peak_bytes <= 1.03 * peak
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cost_of_a_plan_does_not_depend_on_batch_and_accumulation(base_dir, device):
+    training = TrainingConfig(gradient_checkpointing="full")
+    planner = Planner(BaseConfig(base_dir, bits=8, dtype="bf16"), LoRAConfig(), training, device)
+    for packed in (False, True):
+        peaks, seconds = [], []
+        for rows, micro_steps in ((4, 2), (2**20, 2**10)):
+            began = time.process_time()
+            window = Window(rows, 256, 256, packed)
+            peaks.append(planner.plan(window, micro_steps=micro_steps).peak_bytes)
+            seconds.append(time.process_time() - began)
+        assert peaks[1] > 2**20 * 256 * 64 * 2  # one layer's input, in 16 bits
+        assert seconds[1] < 3 * seconds[0] + 1
+    with pytest.raises(ConfigError, match="tokens a step; lower --batch_size"):
+        planner.plan(Window(10**12, 256, 256))
 
 
 def run_of(base_dir, device="cpu", **options):

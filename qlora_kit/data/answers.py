@@ -1,0 +1,107 @@
+"""What generation takes from a chat template: the ids of a prompt, and where an answer ends."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.data.mask import Chat, Messages, chats, header_text
+from qlora_kit.data.read import Row
+from qlora_kit.data.template import NO_OPTIONS, ChatOptions
+from qlora_kit.data.tokens import Tokens
+from qlora_kit.errors import DataError, QloraKitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANSWERS = ("A", "Yes, 1.")
+"""What assistants say where only the beginning or the end of their turn matters."""
+
+
+def chat_ids(
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    options: ChatOptions = NO_OPTIONS,
+    tools: Any = None,
+) -> list[int]:
+    """The ids that training puts before the answer to some messages.
+
+    They are those of an answer that is trained on: some tokenizers read the end of a prompt
+    differently where something follows, and a token that reaches into the answer belongs to it.
+    Errors: those of the template and the tokenizer, `DataError`.
+    """
+    tokens = Tokens(tokenizer)
+    header = header_text(messages, tokens, options, tools)
+    text, literals = header.text, header.literals
+    answer = {"role": "assistant", "content": ANSWERS[0]}
+    content = {"messages": [*messages, answer], **({"tools": tools} if tools else {})}
+    chat = _last_chat(Row(content, "prompt", 1), tokens, options)
+    # Where the template writes the turn otherwise, the prompt alone says what comes before it.
+    if chat is not None and chat.text.startswith(text):
+        text, literals = chat.text, chat.literals
+    encoded = tokens.chat(text, literals)
+    if encoded is None:
+        raise DataError(
+            "prompt: a control token that cannot be taken apart", "leave the control token out"
+        )
+    border = len(header.text)
+    ids = [token for token, (_, last) in zip(*encoded, strict=True) if last <= border]
+    return tokens.one_start(ids, [False] * len(ids))[0]
+
+
+def turn_ends(
+    tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS
+) -> frozenset[int]:
+    """The tokens with which the chat template ends an assistant's turn, whatever the turn says.
+
+    They are the last trained tokens of turns of every kind: alone, before others, with a call.
+    """
+    if not tokenizer.chat_template or not tokenizer.is_fast:
+        return frozenset()
+    tokens, ends = Tokens(tokenizer), set[int]()
+    for system, kind in itertools.product((False, True), ("alone", "before others", "calls")):
+        # What stands at the end of two turns that end differently is the template's.
+        first, other = (_end(_probe(text, kind, system), tokens, options) for text in ANSWERS)
+        if first is not None and first == other:
+            ends.add(first)
+    return frozenset(ends)
+
+
+def _probe(answer: str, kind: str, system: bool) -> Row:
+    """A chat with one trained turn."""
+    turn: dict[str, Any] = {"role": "assistant", "content": answer}
+    user = {"role": "user", "content": "Hi"}
+    content: dict[str, Any] = {"messages": [user, turn]}
+    if kind == "calls":
+        called = {"name": answer[:1], "arguments": {"of": answer}}
+        # Mistral's templates take ids of nine letters.
+        turn["tool_calls"] = [{"id": "a" * 9, "type": "function", "function": called}]
+        turn["content"] = ""
+        described = {"name": answer[:1], "description": "", "parameters": {}}
+        content["tools"] = [{"type": "function", "function": described}]
+    if kind == "before others":
+        content["messages"] += [user, {**turn, "weight": 0}]
+    if system:
+        content["messages"].insert(0, {"role": "system", "content": "Be."})
+    return Row(content, "the chat template", 1)
+
+
+def _end(row: Row, tokens: Tokens, options: ChatOptions) -> int | None:
+    """The last trained token of a chat."""
+    chat = _last_chat(row, tokens, options)
+    encoded = None if chat is None else tokens.chat(chat.text, chat.literals)
+    if chat is None or encoded is None:
+        return None
+    last = max(turn.span[1] for turn in chat.turns if turn.trained)
+    inside = (token for token, (first, _) in zip(*encoded, strict=True) if first < last)
+    return next(reversed(list(inside)), None)
+
+
+def _last_chat(row: Row, tokens: Tokens, options: ChatOptions) -> Chat | None:
+    """The chat that ends with the row's last trained turn; None where there is none."""
+    try:
+        found = chats(row, tokens, replace(options, train_on="last"))
+    except QloraKitError:
+        return None
+    return found[-1] if isinstance(found, list) else None

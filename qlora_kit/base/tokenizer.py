@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.base.contents import (
+    TEMPLATES,
     VOCABULARY_FILES,
     VOCABULARY_LIMIT,
     find,
@@ -99,8 +100,10 @@ def needed_rows(tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
-def copy_tokenizer(directory: Path, target: Path) -> None:
-    """Copy the tokenizer's files, chat template included, byte by byte."""
+def copy_tokenizer(directory: Path, target: Path, templates: bool = True) -> None:
+    """Copy the tokenizer's files, those of its chat templates included or not, byte by byte."""
     for name, path in tokenizer_files(directory).items():
+        if not templates and name.startswith(("chat_template.", TEMPLATES)):
+            continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / name)

@@ -21,6 +21,7 @@ from qlora_kit.errors import AdapterError, ConfigError
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.base.source import Source
+    from qlora_kit.data.template import ChatOptions
 
 RUN_GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 
@@ -56,10 +57,12 @@ def open_with_adapter(
 ) -> OpenBase:
     """The base of a command, and its adapter checked against it; no weight is read. See `base_of`.
 
-    A chat template that was saved with the adapter is the tokenizer's from here on.
+    Chat templates that were saved with the adapter are the tokenizer's from here on, and the tokens
+    at which it stops the model's.
 
     Errors: those of the base's files, and `AdapterError`.
     """
+    from qlora_kit.base.architecture import take_generation_config
     from qlora_kit.base.load import open_base, open_info
     from qlora_kit.data.template import take_template
     from qlora_kit.lora.adapter import open_adapter
@@ -68,6 +71,7 @@ def open_with_adapter(
     if adapter is not None:
         open_adapter(base.model, adapter, None if allow_other_base else open_info(base))
         take_template(base.tokenizer, Path(adapter))
+        take_generation_config(base.model, Path(adapter))
     return base
 
 
@@ -168,6 +172,16 @@ def run_options(adapter: str) -> dict[str, Any]:
         return read_config(str(path), RUN_GROUPS)
     except ConfigError as error:
         raise AdapterError(error.problem, "restore the file, or remove it") from error
+
+
+def run_chat(adapter: str | None) -> ChatOptions:
+    """How the run that made an adapter wrote its chats: its variables and its day."""
+    from qlora_kit.data.template import NO_OPTIONS, chat_options
+
+    run = {} if adapter is None else run_options(adapter)
+    names = {field.name for field in dataclasses.fields(DataConfig)}
+    own = {name: value for name, value in run.items() if name in names}
+    return chat_options(DataConfig(**own)) if own else NO_OPTIONS
 
 
 def run_data(adapter: str) -> tuple[DataConfig, int] | None:

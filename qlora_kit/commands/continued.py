@@ -113,7 +113,7 @@ def settle(
     """
     from qlora_kit.base.load import open_info
     from qlora_kit.base.tensors import dtype_name
-    from qlora_kit.data.template import SAVED
+    from qlora_kit.data.template import read_templates
     from qlora_kit.lora.adapter import open_adapter
     from qlora_kit.lora.inject import find_targets, short_names
 
@@ -136,9 +136,8 @@ def settle(
         lora = replace(lora, target_modules=tuple(targets))
     if lora.adapter_dtype == "auto":
         lora = replace(lora, adapter_dtype=dtype_name(opened.dtype))
-    template = Path(str(lora.adapter)) / SAVED
-    if data.chat_template is None and template.exists():
-        data = replace(data, chat_template=str(template))
+    if data.chat_template is None and read_templates(Path(str(lora.adapter))):
+        data = replace(data, chat_template=str(lora.adapter))
     ranks = {name: r for name, (r, _) in opened.modules.items()}
     return replace(config, lora=lora, data=data), directory, ranks
 

@@ -57,13 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = load_rows(DataConfig(data=options.verify, eval_fraction=0), 0)
     from qlora_kit.base.load import load_base, read_weights
     from qlora_kit.base.tensors import dtype_name
+    from qlora_kit.commands.companions import write_companions
     from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.batch import eval_batches, padding_id
-    from qlora_kit.data.template import SAVED
+    from qlora_kit.data.template import read_templates
     from qlora_kit.export.merge import REPORT, export_model
     from qlora_kit.export.verify import verify
     from qlora_kit.lora.adapter import load_adapter
-    from qlora_kit.training.record import versions, write_json, write_text
+    from qlora_kit.training.record import versions, write_json
 
     terminal = Terminal()
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base, as_trained=True)
@@ -88,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
 
     def inspect(directory: Path) -> None:
-        if (adapter_dir / SAVED).exists():
-            # The adapter's, which the base need not have.
-            write_text(directory / SAVED, str(base.tokenizer.chat_template))
+        # The adapter's templates and tokens to stop at, which the base need not have.
+        own = bool(read_templates(adapter_dir))
+        write_companions(model, base.tokenizer, base.source.directory, directory, own)
         exported, _ = load_base(str(directory), bits=16, dtype=dtype, device=str(base.device))
         batches = eval_batches(rows, VERIFY_BATCH, padding_id(base.tokenizer))
         report.update(verify(model, exported, batches).as_dict())

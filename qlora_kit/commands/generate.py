@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qlora_kit.commands.adapters import look_at, open_with_adapter
+from qlora_kit.commands.adapters import look_at, open_with_adapter, run_chat
 from qlora_kit.commands.arguments import parse
 from qlora_kit.config import BaseConfig, GenerateConfig
 from qlora_kit.errors import reports_errors
@@ -34,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.batch import padding_id
     from qlora_kit.data.prompt import prompt_ids
+    from qlora_kit.data.template import NO_OPTIONS
     from qlora_kit.generation import answers, end_ids, generate_ids, stream_text, until
     from qlora_kit.lora.adapter import load_adapter
 
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
-    ids = [prompt_ids(row["prompt"], base.tokenizer, options.chat) for row in rows]
+    chat = run_chat(options.adapter) if options.chat else NO_OPTIONS
+    ids = [prompt_ids(row["prompt"], base.tokenizer, options.chat, options=chat) for row in rows]
     model = read_weights(base)
     if options.adapter is not None:
         load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.load import OpenBase, read_weights
-from qlora_kit.base.tokenizer import copy_tokenizer
+from qlora_kit.commands.companions import write_companions
 from qlora_kit.commands.result import Memory, Progress, result_record
 from qlora_kit.commands.trial import try_largest
 from qlora_kit.config import RunConfig
@@ -27,7 +27,6 @@ from qlora_kit.data.batch import Batch, eval_batches, padding_id, step_rows, ste
 from qlora_kit.data.order import Packs
 from qlora_kit.data.prompt import EncodedRows, prompt_ids
 from qlora_kit.data.read import Row, Rows
-from qlora_kit.data.template import SAVED
 from qlora_kit.errors import CheckpointError, QloraKitError, ResourceError
 from qlora_kit.files import sync
 from qlora_kit.generation import generate_text
@@ -358,9 +357,13 @@ class Run:
         )
         with self._place.result() as directory:
             save_adapter(self.model, directory)
-            copy_tokenizer(plan.base.source.directory, directory)
-            if config.data.chat_template is not None:
-                write_text(directory / SAVED, plan.base.tokenizer.chat_template)
+            write_companions(
+                self.model,
+                plan.base.tokenizer,
+                plan.base.source.directory,
+                directory,
+                own_templates=config.data.chat_template is not None,
+            )
             write_text(directory / "config.yaml", dump(config.as_flat()))
             write_text(directory / "README.md", model_card(record))
             write_json(directory / RESULT, record)

@@ -101,6 +101,8 @@ def template_names() -> list[str]:
 def use_template(tokenizer: Any, name: str) -> None:
     """Give a tokenizer the template of that name or file; it is then saved with the tokenizer.
 
+    Of a directory, such as an adapter's, it takes all templates that lie there.
+
     Errors: `ConfigError` for an unknown name, `DataError` for a file, `TokenizerError` where one
     of our templates writes control tokens that the tokenizer does not have: as plain text they
     would be learnt letter by letter, and no turn would have an end.
@@ -126,6 +128,9 @@ def use_template(tokenizer: Any, name: str) -> None:
                 f"--chat_template {name}: neither a file nor one of ours",
                 f"give a file, or one of {', '.join([*template_names(), *sorted(own)])}",
             )
+        if path.is_dir() and read_templates(path):
+            take_template(tokenizer, path)
+            return
         text = _read(path)
     check_template(text, f"--chat_template {name}")
     tokenizer.chat_template = text

@@ -1,52 +1,53 @@
-"""Chat templates run in a sandbox, with limits on time and on the size of any text.
+"""Chat templates run in a process of their own, with limits on time, memory and what they write.
 
-A template is a program out of a file. It runs in Jinja's immutable sandbox with what transformers
-gives it (`tojson`, `raise_exception`, `strftime_now`, `{% generation %}`, loop controls), so that
-it writes what `apply_chat_template` writes. Beyond that every loop, macro, call and filter looks
-at the clock, and every product, sum and result is measured, those that could be huge before they
-are made.
+A template is a program out of a file, and what it can be made to do by numbers, widths, formats,
+bytes or nested values has no end that could be listed. So the system holds it: `template_worker.py`
+runs it in Jinja's immutable sandbox in a second process, which is killed once it has used its
+time of the processor, also inside of one long operation, and gets no more memory than its limit.
+The process starts with the first template, serves all others, and ends with this one.
 
-`{% generation %}` writes two marks around its text, which `mask.py` takes out again: that finds
-the place also inside macros and captured blocks.
-
-Sources: transformers' `chat_template_utils.py` (5.x); Jinja 3.1, "Sandbox".
+Sources: transformers' `chat_template_utils.py` (5.x); Jinja 3.1, "Sandbox"; setitimer(2).
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import json
-import re
-import time
-from collections.abc import Callable, Iterable, Mapping
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-import jinja2
-import jinja2.meta
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+from qlora_kit.errors import DataError, ResourceError, TokenizerError, UnsafeInputError
 
-from qlora_kit.errors import DataError, TokenizerError, UnsafeInputError
-
-TIME_LIMIT_S = 5.0
-"""Of one rendering, in seconds of this thread."""
+TIME_LIMIT_S = 3.0
+"""Of the processor, for one rendering; a second more for each million characters of messages."""
 
 SIZE_LIMIT = 1024**2
-"""Characters of any text that a template makes, beyond ten times its input's."""
+"""Characters of a template, and of what it writes beyond ten times its input's."""
 
-WIDTHS = {"batch", "center", "expandtabs", "indent", "lipsum", "ljust", "rjust", "slice", "zfill"}
-"""Filters and methods of text that make as much as a number says."""
+MEMORY_LIMIT = 640 * 1024**2
+"""Bytes of the process's address space, beyond 64 for each character of the messages."""
 
 OPEN, CLOSE, LITERAL = "\ue000", "\ue001", "\ue002"
 """Marks around generated text, and around the numbers that stand for control tokens in messages.
 
 Private characters; `mask.py` hides those that a message holds itself.
 """
+
+PACKAGE = str(Path(__file__).resolve().parents[2])
+"""Where this package is: hooks that find it elsewhere are not in the other process."""
+
+START = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
+START += "from qlora_kit.data.template_worker import serve; serve()"
 
 
 def today() -> str:
@@ -68,251 +69,171 @@ def render(
     Errors: `UnsafeInputError` beyond the limits or out of the sandbox, `DataError` where the
     template refuses the messages, `TokenizerError` where it is no template.
     """
-    program = check_template(template, where)
-    limits = program.environment.limits  # type: ignore[attr-defined]
-    limits.start(10 * input_size + SIZE_LIMIT)
-    program.environment.now = datetime.fromisoformat(date or today())  # type: ignore[attr-defined]
+    asked: dict[str, Any] = {"do": "render", "variables": variables, "date": date or today()}
+    asked["size"] = 10 * input_size + SIZE_LIMIT
+    return str(_ask(template, where, asked, input_size))
+
+
+def check_template(template: str, where: str) -> None:
+    """Refuse a text that is no template. Errors: `TokenizerError`, `UnsafeInputError`."""
     try:
-        pieces, size = [], 0
-        for piece in program.generate(**variables):
-            pieces.append(piece)
-            size += len(piece)
-            limits.check(size)
-        return "".join(pieces)
-    except (_LimitError, SecurityError, RecursionError, MemoryError) as error:
-        raise UnsafeInputError(
-            f"{where}: the chat template was stopped: {error or type(error).__name__}",
-            "use another template (--chat_template)",
-        ) from error
-    except Exception as error:
-        # A template raises what it likes, often on purpose.
-        raise DataError(
-            f"{where}: the chat template refuses the messages: {error}",
-            "give the order and the roles that the model was made for",
-        ) from error
+        _described(template)
+    except _RefusedError as error:
+        raise error.of(where) from error
 
 
-def check_template(template: str, where: str) -> jinja2.Template:
-    """The program of a template's text. Errors: `TokenizerError` for what is no template."""
-    try:
-        return _compiled(template)
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise TokenizerError(
-            f"{where}: the chat template is no Jinja template: line {line}: {error}",
-            "correct it, or use another (--chat_template)",
-        ) from error
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
-    return _Environment().from_string(template)
-
-
-@functools.lru_cache(maxsize=8)
 def literal_text(template: str) -> str:
     """Everything that a template itself can write, the pieces apart."""
-    tree = _parsed(template)
-    data = [node.data for node in tree.find_all(nodes.TemplateData)]
-    constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
-    return "\0".join([*data, *constants])
+    return str(_described(template)["literal"])
 
 
-@functools.lru_cache(maxsize=8)
 def variables_of(template: str) -> frozenset[str]:
     """Names that a template reads and does not set itself everywhere."""
-    return frozenset(jinja2.meta.find_undeclared_variables(_parsed(template)))
+    return frozenset(_described(template)["variables"])
 
 
-def _parsed(template: str) -> nodes.Template:
-    return ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols]).parse(template)
+@functools.lru_cache(maxsize=64)
+def _described(template: str) -> dict[str, Any]:
+    return dict(_asked(template, {"do": "describe"}, 0))
 
 
-class _LimitError(Exception):
-    """A template asked for more time or text than it may have."""
+def _ask(template: str, where: str, asked: dict[str, Any], input_size: int) -> Any:
+    try:
+        return _asked(template, asked, input_size)
+    except _RefusedError as error:
+        raise error.of(where) from error
 
 
-class _Limits:
-    """The clock and the largest size of the rendering that goes on."""
+class _RefusedError(Exception):
+    """What the worker says of a template that it did not run to its end."""
 
-    def __init__(self) -> None:
-        self.start(SIZE_LIMIT)
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
-    def start(self, size: int) -> None:
-        self.size, self._end = size, time.thread_time() + TIME_LIMIT_S
-
-    def tick(self) -> str:
-        if time.thread_time() > self._end:
-            raise _LimitError(f"it ran longer than {TIME_LIMIT_S:g} s")
-        return ""
-
-    def check(self, size: float) -> None:
-        self.tick()
-        if size > self.size:
-            raise _LimitError(f"it writes a text of more than {self.size} characters")
-
-    def result(self, value: Any) -> Any:
-        """The value, once it is known to be small enough."""
-        self.check(len(value) if isinstance(value, (str, list, tuple, dict)) else 0)
-        return value
-
-    def arguments(self, name: str, values: Iterable[Any]) -> None:
-        """Refuse what could make a huge text out of small arguments, before it is made."""
-        given = list(values)
-        for value in given if name in WIDTHS else ():
-            if isinstance(value, int):
-                self.check(abs(value))
-        texts = [value for value in given if isinstance(value, str)]
-        if name == "replace" and len(texts) >= 3:
-            self.check(len(texts[0]) / max(1, len(texts[1])) * len(texts[2]))
-        if name == "join" and texts:
-            other = max((len(v) for v in given if isinstance(v, (list, tuple))), default=0)
-            self.check(max(other, len(texts[0])) * max(map(len, texts)))
-        if name in ("format", "format_map", "%") and re.search(r"\d{6}", texts[0] if texts else ""):
-            raise _LimitError("it formats a number with a huge width")
-
-
-class _Namespace(Namespace):
-    """Jinja's namespace without names that begin with an underscore, as transformers has it."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        for name in dict(*rest, **kwargs):
-            _Namespace._check(name)
-        Namespace.__init__(self, *rest, **kwargs)  # type: ignore[arg-type]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _Namespace._check(name)
-        Namespace.__setitem__(self, name, value)
-
-    @staticmethod
-    def _check(name: object) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace may not hold {name!r}")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment of chat templates, with limits."""
-
-    intercepted_binops = frozenset({"*", "**", "+", "%"})
-
-    def __init__(self) -> None:
-        self.limits, self.now = _Limits(), datetime.now()
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    def of(self, where: str) -> Exception:
+        """Ours, for the place `where` a template was used."""
+        if self.kind == "syntax":
+            return TokenizerError(
+                f"{where}: the chat template is no Jinja template: {self}",
+                "correct it, or use another (--chat_template)",
+            )
+        if self.kind == "refused":
+            return DataError(
+                f"{where}: the chat template refuses the messages: {self}",
+                "give the order and the roles that the model was made for",
+            )
+        return UnsafeInputError(
+            f"{where}: the chat template was stopped: {self}",
+            "use another template (--chat_template)",
         )
-        self.filters["tojson"] = _to_json
-        self.filters = {name: self._limited(name, f) for name, f in self.filters.items()}
-        self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda format: self.now.strftime(format),
-            "dict": lambda *args, **kwargs: dict(*args, **kwargs),
-            "namespace": _Namespace,
-        }
-
-    def _limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def limited(*args: Any, **kwargs: Any) -> Any:
-            self.limits.arguments(name, [*args, *kwargs.values()])
-            return self.limits.result(function(*args, **kwargs))
-
-        return limited
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = super()._parse(source, name, filename)
-        return _AddLimits().visit(tree)  # type: ignore[no-any-return]
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        owner = getattr(__obj, "__self__", None)
-        __self.limits.arguments(getattr(__obj, "__name__", ""), [owner, *args, *kwargs.values()])
-        return __self.limits.result(super().call(__context, __obj, *args, **kwargs))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(v) if isinstance(v, (str, list, tuple)) else None for v in (left, right)]
-        if operator == "*" and sizes != [None, None]:
-            # One side is a text or list, the other says how often.
-            times = max((v for v in (left, right) if isinstance(v, int)), default=0)
-            self.limits.check((sizes[0] or sizes[1] or 0) * times)
-        elif operator == "+" and None not in sizes:
-            self.limits.check(sum(size for size in sizes if size is not None))
-        elif operator == "**":
-            self.limits.check(abs(right) * 1000 if isinstance(right, int) else 0)
-        elif operator == "%" and isinstance(left, str):
-            self.limits.arguments("%", [left])
-        return self.limits.result(super().call_binop(context, operator, left, right))
 
 
-class _Generation(Extension):
-    """`{% generation %}`, and the calls that `_AddLimits` puts into a template."""
+class _Worker:
+    """The other process, and the templates that it has been sent."""
 
-    tags = {"generation"}
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._known: dict[str, int] = {}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", "-c", START, json.dumps([PACKAGE, *sys.path])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                # Signals of the terminal are for the command: it ends this process with itself.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ResourceError(
+                f"no process for the chat template can be started: {error.strerror}",
+                "end other processes, or raise the limit on them (ulimit -u)",
+            ) from error
 
-    def parse(self, parser: Any) -> nodes.Node:
-        """Marks around the block."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+    def ask(self, template: str, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer, or None where the process ended before it gave one."""
+        new = template not in self._known
+        number = self._known.setdefault(template, len(self._known))
+        asked = {**asked, "number": number, "template": template if new else None}
+        try:
+            content = json.dumps(asked).encode()
+        except RecursionError as error:
+            raise _RefusedError("stopped", "the messages are nested too deeply") from error
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(struct.pack(">Q", len(content)) + content)
+            self._process.stdin.flush()
+            size = _read(self._process.stdout, 8)
+            answer = _read(self._process.stdout, *struct.unpack(">Q", size)) if size else b""
+        except BrokenPipeError:
+            return None
+        except BaseException:
+            # Interrupted: what the process answers would be taken for the next answer.
+            self.end()
+            raise
+        return json.loads(answer) if answer else None
 
-    def mark(self, caller: Callable[[], str]) -> str:
-        """The block's text between its marks."""
-        return OPEN + caller() + CLOSE
+    def end(self) -> int:
+        """Stop the process; how it ended."""
+        self._process.kill()
+        code = self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        return code
 
-    def tick(self) -> str:
-        """Look at the clock."""
-        return str(self.environment.limits.tick())  # type: ignore[attr-defined]
-
-    def concat(self, *values: Any) -> str:
-        """Jinja's `~`."""
-        return "".join(map(str, values))
-
-    def measure(self, value: Any) -> Any:
-        """A value that was set, once it is known to be small enough."""
-        return self.environment.limits.result(value)  # type: ignore[attr-defined]
+    def code(self) -> int:
+        """How a process ended that has closed its pipe."""
+        try:
+            return self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return self.end()
 
 
-class _AddLimits(NodeTransformer):
-    """Puts a look at the clock into every loop and macro, and at the size of what is joined."""
+_lock = threading.Lock()
+_worker: _Worker | None = None
 
-    def _ticked(self, node: Any) -> Any:
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_method("tick")).set_lineno(node.lineno))
-        return node
 
-    visit_For = visit_Macro = visit_CallBlock = _ticked  # noqa: N815
-
-    def visit_Concat(self, node: Any) -> Any:  # noqa: N802
-        """`a ~ b` becomes a call, whose result is measured."""
-        self.generic_visit(node)
-        return _method("concat", node.nodes).set_lineno(node.lineno)
-
-    def visit_AssignBlock(self, node: Any) -> Any:  # noqa: N802
-        """What a block is captured into is measured."""
-        self.generic_visit(node)
-        target = node.target
-        value: nodes.Expr
-        if isinstance(target, nodes.NSRef):
-            value = nodes.Getattr(nodes.Name(target.name, "load"), target.attr, "load")
+def _asked(template: str, asked: dict[str, Any], input_size: int) -> Any:
+    """The worker's answer. Errors: `_RefusedError`, `ResourceError`."""
+    global _worker
+    seconds = TIME_LIMIT_S + input_size / 1e6
+    asked |= {"seconds": seconds, "memory": MEMORY_LIMIT + 64 * input_size}
+    with _lock:
+        for _ in range(3):
+            # A forked process must not talk to its parent's worker.
+            if _worker is None or _worker.owner != os.getpid():
+                _worker = _Worker()
+            answer = _worker.ask(template, asked)
+            if answer is not None:
+                break
+            code, _worker = _worker.code(), None
+            if code == -signal.SIGPROF:
+                raise _RefusedError("stopped", f"it ran longer than {seconds:.3g} s")
+            if code != 0:
+                raise _RefusedError("stopped", "it takes more memory than a template may have")
+            # It had nothing to do for a while, and ended: another one is asked.
         else:
-            value = nodes.Name(target.name, "load")
-        return [node, nodes.ExprStmt(_method("measure", [value])).set_lineno(node.lineno)]
+            raise ResourceError(
+                "the process for the chat template ends at once",
+                "free some memory, or raise the limits on it (ulimit)",
+            )
+    if "kind" in answer:
+        raise _RefusedError(answer["kind"], answer["message"])
+    return answer["result"]
 
 
-def _method(name: str, arguments: list[nodes.Expr] | None = None) -> nodes.Call:
-    method = nodes.ExtensionAttribute(_Generation.identifier, name)
-    return nodes.Call(method, arguments or [], [], None, None)
+def _read(pipe: IO[bytes], size: int) -> bytes:
+    """So many bytes, or none where the other end has closed."""
+    content = pipe.read(size)
+    return content if len(content) == size else b""
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+@atexit.register
+def _end() -> None:
+    global _worker
+    if _worker is not None and _worker.owner == os.getpid():
+        _worker.end()
+    _worker = None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.base.contents import (
-    TEMPLATES,
     VOCABULARY_FILES,
     VOCABULARY_LIMIT,
     find,
@@ -16,6 +15,7 @@ from qlora_kit.base.contents import (
     tokenizer_files,
 )
 from qlora_kit.base.growth import check_growth
+from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.json_file import read_json
 from qlora_kit.errors import ModelError, ResourceError, TokenizerError, UnsafeInputError
 

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.contents import TEMPLATES, find
+from qlora_kit.base.contents import find
+from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.data.template import write_templates

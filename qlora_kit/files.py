@@ -78,6 +78,9 @@ def write_plain(path: Path, content: bytes) -> None:
         rest = memoryview(content)
         while rest:
             rest = rest[os.write(handle, rest) :]
+    except OSError as error:
+        error.filename = str(path)  # the call knows a number only
+        raise
     finally:
         os.close(handle)
 
@@ -220,6 +223,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(handle)
 

@@ -76,6 +76,7 @@ FLOORS = {
     "memory.plan": 4,
     "commands": 5,
     "": 5,
+    "__main__": 6,
 }
 """The floor of a module, or of a whole folder; the package itself is the empty name."""
 

@@ -115,9 +115,10 @@ def open_run(plan: Plan, display: Display, signals: StopSignals) -> Iterator[Run
         plan, place = _hold_directory(plan, stack)
         run = Run(plan, place, display, signals)
         resumed = None if plan.resume is None else run.progress.step
-        trackers = start_trackers(output.report_to, place.path, plan.config.as_flat())
+        config, note = plan.config.as_flat(), display.note
+        trackers = start_trackers(output.report_to, place.path, config, note)
         with (
-            MetricsLog(place.path, trackers=trackers, resume_step=resumed) as log,
+            MetricsLog(place.path, trackers=trackers, resume_step=resumed, note=note) as log,
             display.progress(plan.total_steps, memory_name(plan.base.device)) as bar,
             signals.between_steps(),
         ):

@@ -13,6 +13,7 @@ Left out: what the numbers are (the caller measures) and the trackers themselves
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -20,7 +21,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, Self, TypedDict
 
@@ -166,6 +167,7 @@ class MetricsLog:
 
     A new run begins an empty file. With `resume_step`, the whole lines of an earlier part of the
     run up to that step stay and later or torn ones go. Leaving the context finishes the trackers.
+    One that fails is a `note`.
     """
 
     def __init__(
@@ -174,12 +176,13 @@ class MetricsLog:
         *,
         trackers: Sequence[Tracker] = (),
         resume_step: int | None = None,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._trackers = trackers
+        self._trackers, self._note = list(trackers), note
         self._closing = contextlib.ExitStack()
         for tracker in trackers:
-            self._closing.callback(tracker.finish)
-        path = Path(directory) / METRICS_FILE
+            self._closing.callback(self._carefully, tracker, tracker.finish)
+        path = self._path = Path(directory) / METRICS_FILE
         try:
             write_text(path, _lines_up_to(path, resume_step))
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -197,11 +200,26 @@ class MetricsLog:
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line, then tell the trackers; `step` is the step, if there."""
         line = memoryview((_json(metrics) + "\n").encode("utf-8", errors="backslashreplace"))
-        while line:
-            line = line[os.write(self._file, line) :]
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            error.filename = str(self._path)  # the call knows a number only
+            raise
         values = {name: value for name, value in metrics.items() if name != "step"}
-        for tracker in self._trackers:
-            tracker.log(values, step=metrics.get("step"))
+        for tracker in list(self._trackers):
+            log = functools.partial(tracker.log, values, step=metrics.get("step"))
+            self._carefully(tracker, log)
+
+    def _carefully(self, tracker: Tracker, call: Callable[[], None]) -> None:
+        """A tracker that fails is told no more, and ends no run."""
+        if tracker in self._trackers:
+            try:
+                call()
+            except Exception as error:  # each has errors of its own
+                self._trackers.remove(tracker)
+                name = getattr(tracker, "name", type(tracker).__name__)
+                self._note(f"{name} is told no more: {type(error).__name__}: {error}")
 
 
 def check_trackers(report_to: str) -> list[str]:
@@ -233,12 +251,15 @@ def _is_installed(package: str) -> bool:
 
 
 def start_trackers(
-    report_to: str, directory: str | os.PathLike[str], config: Mapping[str, Any]
+    report_to: str,
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    note: Callable[[str], None] = lambda line: None,
 ) -> Sequence[Tracker]:
     """Accelerate's trackers named in `report_to` (comma-separated), running; none for `none`.
 
-    Call it before training: `ConfigError` for a tracker that is unknown, not installed or does not
-    start. Those that keep files keep them in `directory`. `config` is stored with them.
+    Those that keep files keep them in `directory`. `config` is stored with them. One that does not
+    start is a `note`. Errors: `ConfigError` for one that is unknown or not installed.
     """
     names = check_trackers(report_to)
     if not names:
@@ -250,15 +271,15 @@ def start_trackers(
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in config.items()
     }
-    accelerator = Accelerator(log_with=names, project_dir=os.fspath(directory))
-    try:
-        accelerator.init_trackers("qlora-kit", config=plain)
-    except Exception as error:  # each tracker has errors of its own: no login, no network, ...
-        raise ConfigError(
-            f"report_to: {', '.join(names)} does not start: {type(error).__name__}: {error}",
-            "set it up, or leave --report_to out",
-        ) from error
-    return list(accelerator.trackers)
+    started: list[Tracker] = []
+    for name in names:
+        accelerator = Accelerator(log_with=[name], project_dir=os.fspath(directory))
+        try:
+            accelerator.init_trackers("qlora-kit", config=plain)
+            started += accelerator.trackers
+        except Exception as error:  # each has errors of its own: no login, no network, ...
+            note(f"{name} does not start and is left out: {type(error).__name__}: {error}")
+    return started
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -161,7 +161,8 @@ class Job:
     ) -> Running:
         """Fork a process that runs a command in the folder `cwd`.
 
-        `inject` names a function of `injections.py` that it calls first; `limits` are names of
+        `inject` names a function of `injections.py` that it calls first, with the words that
+        follow the name; `limits` are names of
         `resource` with the soft limit that is set.
         """
         log = self.directory / f"log-{time.monotonic_ns()}"
@@ -332,7 +333,8 @@ def _child(request: dict[str, Any]) -> None:
         if request["inject"]:
             from faults import injections
 
-            getattr(injections, request["inject"])()
+            name, _, argument = request["inject"].partition(" ")
+            getattr(injections, name)(*argument.split())
         fault = request["fault"] and Fault(**request["fault"])
         counter = Counter(fault, Path(request["log"]).with_suffix(".calls"))
         from qlora_kit.commands.finetune import main

@@ -222,24 +222,46 @@ def name_looked_for_too_early() -> None:
     place.output_directory = lambda config, bits: next(place.default_names(config, bits))
 
 
-def ignored_SIGHUP() -> None:  # noqa: N802
-    """It is ignored, and comes in every step."""
-    _ignored(signal.SIGHUP)
-
-
-def ignored_SIGINT() -> None:  # noqa: N802
-    """So with this one."""
-    _ignored(signal.SIGINT)
-
-
-def ignored_SIGUSR1() -> None:  # noqa: N802
-    """And this one."""
-    _ignored(signal.SIGUSR1)
-
-
-def _ignored(number: signal.Signals) -> None:
+def ignored(name: str) -> None:
+    """The signal is ignored, as nohup does, and comes in every step."""
+    number = signal.Signals[name]
     signal.signal(number, signal.SIG_IGN)
     _before_each_step(lambda step, model: os.kill(os.getpid(), number))
+
+
+def signal_in(phase: str, name: str) -> None:
+    """A signal comes in a phase of the run: PHASES has them."""
+    arrived: list[str] = []
+
+    def strike() -> None:
+        if not arrived:
+            arrived.append(name)
+            os.kill(os.getpid(), signal.Signals[name])
+
+    where, nth = PHASES[phase]
+    if where == "step":
+        _before_each_step(lambda step, model: strike() if step == nth else None)
+        return
+    real, calls = getattr(run, where), []
+
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == nth:
+            strike()
+        return real(*args, **options)
+
+    setattr(run, where, call)
+
+
+PHASES = {
+    "loading": ("read_weights", 1),
+    "first-evaluation": ("evaluate", 1),
+    "step": ("step", 3),
+    "save": ("save_adapter", 2),
+    "last-evaluation": ("evaluate", 4),
+    "writing": ("model_card", 1),
+}
+"""Each is a function of a run and which of its calls, or `step` and which one."""
 
 
 def adapter_value_flips_at_3() -> None:

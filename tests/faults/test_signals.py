@@ -215,7 +215,7 @@ def test_interrupt_waits_for_the_micro_batch_and_not_for_the_step(job, output):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_that_is_ignored_stays_ignored(job, reference, output, number):
     """As nohup ignores SIGHUP, and a shell SIGINT of what it puts into the background."""
-    done = job.run(output, inject=f"ignored_{number.name}")
+    done = job.run(output, inject=f"ignored {number.name}")
     assert done.code == 0, done.output
     assert result_of(output) == reference
 

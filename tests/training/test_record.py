@@ -263,9 +263,36 @@ def test_an_unknown_tracker_is_refused_with_what_there_is(tmp_path, names):
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_tracker_that_does_not_start_is_an_error_before_training(tmp_path):
-    with pytest.raises(ConfigError, match="offline does not start: RuntimeError: no network"):
-        start_trackers("offline", tmp_path, {})
+def test_a_tracker_that_does_not_start_is_a_note_and_the_others_are_told(tmp_path):
+    notes = []
+    [tracker] = start_trackers("offline,list", tmp_path, {}, notes.append)
+    assert isinstance(tracker, ListTracker)
+    assert notes == ["offline does not start and is left out: RuntimeError: no network"]
+
+
+def test_a_tracker_that_fails_in_the_middle_is_a_note_and_ends_no_run(tmp_path):
+    class Failing(ListTracker):
+        def log(self, values, step=None):
+            super().log(values, step)
+            raise ConnectionError("the network went")
+
+    class Unfinished(ListTracker):
+        def finish(self):
+            raise TimeoutError("no answer")
+
+    failing, unfinished, good, notes = Failing(), Unfinished(), ListTracker(), []
+    trackers = [failing, unfinished, good]
+    with MetricsLog(tmp_path, trackers=trackers, note=notes.append) as log:
+        for step in (1, 2):
+            log.write({"step": step, "loss": 0.5})
+    assert [step for step, _ in failing.heard] == [1]
+    assert [step for step, _ in good.heard] == [1, 2]
+    assert good.finished
+    assert notes == [
+        "list is told no more: ConnectionError: the network went",
+        "list is told no more: TimeoutError: no answer",
+    ]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_run_has_the_documented_keys(tmp_path):

@@ -1,0 +1,5 @@
+"""`python -m qlora_kit NAME ...` is `qlora-kit NAME ...`."""
+
+from qlora_kit.commands.entry import main
+
+raise SystemExit(main(None))

@@ -30,6 +30,8 @@ FLOORS = {
     "fakes": 0,
     "file_kind": 0,
     "files": 0,
+    "matmul": 0,
+    "workspace": 0,
     "lock": 0,
     "publish": 0,
     "out_of_memory": 0,

@@ -35,6 +35,7 @@ from qlora_kit.base.prequantized import (
 from qlora_kit.base.quantize import (
     Quantization,
     Quantize,
+    multiply_in_fp32,
     quantize_linear,
     quantized_tensors,
     shared_tables,
@@ -62,6 +63,7 @@ from qlora_kit.base.validate import (
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import ModelError, ResourceError
 from qlora_kit.fakes import device_type
+from qlora_kit.matmul import is_native
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         # Where there is no GPU it is planned for one: all since 2020 have bf16.
         found = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
         return torch.bfloat16 if found else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if is_native(torch.bfloat16) else torch.float32
 
 
 def fill(
@@ -262,6 +264,7 @@ def fill(
         tag_linear(layer, tag)
     model.tie_weights()
     model.requires_grad_(False)
+    multiply_in_fp32(model)
     return model.eval()
 
 

@@ -18,11 +18,9 @@ Sources: Dettmers et al., QLoRA (arXiv 2305.14314) and LLM.int8() (arXiv 2208.07
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +31,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.imports import quiet_import
-from qlora_kit.base.tensors import Tag
 from qlora_kit.errors import NumericError
 from qlora_kit.fakes import device_type, has_values, representative
+from qlora_kit.matmul import grad_input, linear, matmul_dtype
+from qlora_kit.workspace import own_workspace as own_workspace
+from qlora_kit.workspace import tagged_workspace as tagged_workspace
+from qlora_kit.workspace import workspace
 
 with quiet_import():
     import bitsandbytes.functional as bnb
@@ -87,11 +88,11 @@ class QuantizedLinear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """`x W^T + bias` without a graph."""
-        return F.linear(x, self.lent(x.dtype), self.bias)
+        return linear(x, self.lent(x.dtype), self.bias)
 
     def product_grad(self, grad: Tensor, total: Tensor | None = None) -> Tensor:
         """`grad W`: the gradient of `product` by `x`; with `total`, added to it in place."""
-        return _times(grad, self.lent(grad.dtype), total)
+        return grad_input(grad, self.lent(grad.dtype), total)
 
     def lent(self, dtype: torch.dtype) -> Tensor:
         """`dense` for the next product only: on the CPU it lies in memory that is used again."""
@@ -150,7 +151,7 @@ class Linear4bit(QuantizedLinear):
 
     def lent(self, dtype: torch.dtype) -> Tensor:
         """`dense` in the workspace."""
-        return self._decoded(_workspace(self.scales_count * BLOCKSIZE, dtype, self.weight))
+        return self._decoded(workspace(self.scales_count * BLOCKSIZE, dtype, self.weight))
 
     @property
     def scales_count(self) -> int:
@@ -213,6 +214,8 @@ class Linear8bit(QuantizedLinear):
         if x.dtype is torch.float32:
             # A scale in the weight rounds once less: 5.6e-6 against 1.4e-5 on gradients.
             return super().product(x)
+        if matmul_dtype(x) is not x.dtype:
+            return linear(x, self.weight, self.bias, self.row_absmax / 127)
         y = F.linear(x, self._unit_rows(x.dtype))
         _multiply(y, self._unit_scales(x.dtype), out=y)
         return y if self.bias is None else y.add_(self.bias)
@@ -221,12 +224,14 @@ class Linear8bit(QuantizedLinear):
         """`grad W` with the scale applied to `grad`."""
         if grad.dtype is torch.float32:
             return super().product_grad(grad, total)
+        if matmul_dtype(grad) is not grad.dtype:
+            return grad_input(grad, self.weight, total, self.row_absmax / 127)
         scaled = torch.empty_like(grad, memory_format=torch.contiguous_format)
         _multiply(grad, self._unit_scales(grad.dtype), out=scaled)
-        return _times(scaled, self._unit_rows(grad.dtype), total)
+        return grad_input(scaled, self._unit_rows(grad.dtype), total)
 
     def _unit_rows(self, dtype: torch.dtype) -> Tensor:
-        rows = _workspace(self.weight.numel(), dtype, self.weight).view(self.weight.shape)
+        rows = workspace(self.weight.numel(), dtype, self.weight).view(self.weight.shape)
         rows.copy_(self.weight)
         # int8 is exact in either dtype; divided by a power of two, sums of fp16 keep in range.
         return rows.div_(_unit(dtype)) if _unit(dtype) > 1 else rows
@@ -241,19 +246,35 @@ class Linear8bit(QuantizedLinear):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """`layer.product` whose backward reads the layer again and keeps no tensor."""
+    """`product` whose backward reads the layer again and keeps no tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
         ctx.layer = layer
-        return layer.product(x)
+        return product(layer, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return ctx.layer.product_grad(grads[0]), None
+        return product_grad(ctx.layer, grads[0]), None
+
+
+def multiply_in_fp32(model: nn.Module) -> None:
+    """Let the frozen dense linears of a model multiply as the processor does best.
+
+    Where it has instructions for their dtype they stay as they are. See `qlora_kit/matmul.py`.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
+            continue
+        if matmul_dtype(layer.weight) is not layer.weight.dtype:
+            layer.forward = functools.partial(_frozen, layer)  # type: ignore[method-assign]
+
+
+def _frozen(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _FrozenProduct.apply(x, layer)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def quantize_linear(
@@ -320,7 +341,7 @@ def product(layer: nn.Linear, x: Tensor) -> Tensor:
     """`x W^T + bias` of a frozen layer in any number of bits, without a graph."""
     if isinstance(layer, QuantizedLinear):
         return layer.product(x)
-    return F.linear(x, layer.weight, layer.bias)
+    return linear(x, layer.weight, layer.bias)
 
 
 def product_grad(layer: nn.Linear, grad: Tensor, total: Tensor | None = None) -> Tensor:
@@ -330,7 +351,7 @@ def product_grad(layer: nn.Linear, grad: Tensor, total: Tensor | None = None) ->
     """
     if isinstance(layer, QuantizedLinear):
         return layer.product_grad(grad, total)
-    return _times(grad, layer.weight, total)
+    return grad_input(grad, layer.weight, total)
 
 
 def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
@@ -396,66 +417,6 @@ def _multiply(rows: Tensor, scales: Tensor, out: Tensor) -> None:
 def _unit(dtype: torch.dtype) -> int:
     """What int8 rows are divided by in a product."""
     return 128 if dtype is torch.float16 else 1
-
-
-def _times(grad: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
-    """`grad @ weight`, added to `total` in place where there is one."""
-    if total is None:
-        return grad @ weight
-    total.view(-1, weight.shape[1]).addmm_(grad.reshape(-1, weight.shape[0]), weight)
-    return total
-
-
-class _Lent(threading.local):
-    """The workspace of a thread, by dtype."""
-
-    def __init__(self) -> None:
-        self.held: dict[torch.dtype, Tensor] = {}
-        self.tag: Tag | None = None
-
-
-_LENT = _Lent()
-
-
-@contextlib.contextmanager
-def own_workspace(held: dict[torch.dtype, Tensor]) -> Iterator[None]:
-    """Inside, this thread has the workspace `held`, which may be empty and is kept up to date."""
-    before, _LENT.held = _LENT.held, held
-    try:
-        yield
-    finally:
-        _LENT.held = before
-
-
-@contextlib.contextmanager
-def tagged_workspace(tag: Tag) -> Iterator[None]:
-    """Inside, `tag` hears of the workspace of this thread: what is there, and what is made."""
-    tag("workspace", _LENT.held.values())
-    before, _LENT.tag = _LENT.tag, tag
-    try:
-        yield
-    finally:
-        _LENT.tag = before
-
-
-def _workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Memory (numel,) that the next call of this thread may hand out again.
-
-    On CUDA it comes from the caching allocator, which does this for the whole process. On the CPU
-    a fresh tensor of this size costs more than what is written to it: its pages come from the
-    system one by one.
-    """
-    held = _LENT.held
-    if device_type(like) != "cpu":
-        fresh = torch.empty(numel, dtype=dtype, device=like.device)
-    elif dtype not in held or held[dtype].numel() < numel:
-        held.pop(dtype, None)  # the smaller one goes before the larger one comes
-        fresh = held[dtype] = torch.empty(numel, dtype=dtype)
-    else:
-        return held[dtype][:numel]
-    if _LENT.tag is not None:
-        _LENT.tag("workspace", (fresh,))
-    return fresh[:numel]
 
 
 def _decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) -> None:

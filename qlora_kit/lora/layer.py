@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.quantize import product, product_grad
 from qlora_kit.lora.elementwise import Gate
 from qlora_kit.lora.norm import FrozenNorm
+from qlora_kit.matmul import add_matmul, linear, matmul
 
 Before = FrozenNorm | Gate
 """What stands in front of linears, and is made again in backward."""
@@ -104,10 +104,10 @@ class LoRALinear(nn.Module):
         up = nn.Linear(r, self.out_features, bias=False, device="cpu", dtype=torch.float32)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(up.weight)
-        for held, linear in ((self.lora_A, down), (self.lora_B, up)):
+        for held, matrix in ((self.lora_A, down), (self.lora_B, up)):
             # Not Module.to, which refuses fake tensors (torch 2.13).
-            linear.weight = nn.Parameter(linear.weight.detach().to(device))
-            held[name] = linear
+            matrix.weight = nn.Parameter(matrix.weight.detach().to(device))
+            held[name] = matrix
         self.lora_dropout[name] = dropout
         self.scaling[name], self.adapter_dtypes[name] = scaling, dtype
         self.active = name
@@ -218,7 +218,7 @@ class _Keep(torch.autograd.Function):
             if part.weights:
                 assert rows is not None
                 lora_a = part.weights[0].to(part.dtype)
-                low_rank.append(F.linear(part.dropped(rows).to(part.dtype), lora_a))
+                low_rank.append(linear(part.dropped(rows).to(part.dtype), lora_a))
         ctx.save_for_backward(kept, *inputs, *low_rank, *tensors[read.count :])
         ctx.set_materialize_grads(False)
         read.node, read.rows, read.low_rank = ctx, rows, low_rank
@@ -299,14 +299,14 @@ def _adapter_grads(
     lora_a, lora_b = matrices
     # (..., out) to (N, out): the products below sum over every token.
     flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
-    grad_hidden = (flat @ lora_b.to(part.dtype)).mul_(part.scaling)
+    grad_hidden = matmul(flat, lora_b.to(part.dtype)).mul_(part.scaling)
     low = part.dropped(rows).reshape(-1, rows.shape[-1]).to(part.dtype)
-    grad_a = grad_hidden.t().mm(low).to(lora_a.dtype)
-    grad_b = flat.t().mm(hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
+    grad_a = matmul(grad_hidden.t(), low).to(lora_a.dtype)
+    grad_b = matmul(flat.t(), hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
     if grad_rows is not None and part.position is None:
         _add_product(grad_rows, grad_hidden, lora_a.to(part.dtype), 1.0)
     elif grad_rows is not None:
-        grad_low = (grad_hidden @ lora_a.to(part.dtype)).view(grad_rows.shape)
+        grad_low = matmul(grad_hidden, lora_a.to(part.dtype)).view(grad_rows.shape)
         grad_rows.add_(part.dropped(grad_low))
     return grad_a, grad_b.mul_(part.scaling)
 
@@ -314,8 +314,4 @@ def _adapter_grads(
 def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """`y += alpha * left @ right` in place; `y` (..., n), `left` (..., r), `right` (r, n)."""
     rows = y.view(-1, y.shape[-1])
-    left = left.reshape(-1, left.shape[-1])
-    if left.dtype == y.dtype:
-        rows.addmm_(left, right, alpha=alpha)
-    else:
-        rows.add_(left @ right, alpha=alpha)
+    add_matmul(rows, left.reshape(-1, left.shape[-1]), right, alpha)

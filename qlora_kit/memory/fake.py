@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.load import OpenBase, fill
-from qlora_kit.base.quantize import own_workspace, tagged_workspace
 from qlora_kit.base.validate import TensorEntry
 from qlora_kit.config import LoRAConfig, TrainingConfig
 from qlora_kit.data.batch import Batch, padded
@@ -43,6 +42,7 @@ from qlora_kit.training.optimizer import (
 )
 from qlora_kit.training.prepare import prepare_model
 from qlora_kit.training.recompute import set_recompute
+from qlora_kit.workspace import own_workspace, tagged_workspace
 
 MOST_TOKENS = 2**40
 """Of a step; beyond some number of them sizes overflow 64 bits."""

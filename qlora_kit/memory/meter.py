@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.load import tag_weights
-from qlora_kit.base.quantize import tagged_workspace
 from qlora_kit.data.batch import Batch
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each
 from qlora_kit.memory.measure import optimizer_bytes, peak_bytes
 from qlora_kit.memory.places import follow
 from qlora_kit.training.optimizer import tag_states
+from qlora_kit.workspace import tagged_workspace
 
 
 @dataclass

@@ -11,7 +11,9 @@ Left out: windows shorter than a row, soft caps; such models keep transformers' 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -24,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.fakes import device_type, has_values
+from qlora_kit.matmul import matmul_dtype
 from qlora_kit.training.causal import Stretch, causal_attention
 
 NAME = "sdpa_rows"
@@ -43,6 +46,8 @@ def set_packed_attention(model: Any) -> bool:
     if device_type(weight) == "cuda" and not has_values(weight):
         _plan_cuda_attention(config)
         return False
+    if device_type(weight) == "cpu" and (windowed or capped):
+        _attend_in_fp32(config, weight)
     if weight.device.type != "cpu" or windowed or capped or config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(NAME, _attention)
@@ -78,6 +83,40 @@ def _plan_cuda_attention(config: Any) -> None:
         AttentionInterface.register(PLANNED, _flash)
         AttentionMaskInterface.register(PLANNED, sdpa_mask)
         config._attn_implementation = PLANNED
+
+
+def _attend_in_fp32(config: Any, like: Tensor) -> None:
+    """Let the library's attention multiply in fp32 where the processor does not in 16 bits."""
+    name = config._attn_implementation
+    if matmul_dtype(like) is like.dtype or name not in ("sdpa", "eager"):
+        return
+    AttentionInterface.register(f"{name}_fp32", functools.partial(_widened, name))
+    AttentionMaskInterface.register(
+        f"{name}_fp32", masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name]
+    )
+    config._attn_implementation = f"{name}_fp32"
+
+
+def _widened(
+    name: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The library's attention of `name` on fp32 copies where the processor wants them."""
+    dtype = matmul_dtype(query)
+    attend = sdpa_attention_forward
+    if name == "eager":
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    mask = attention_mask
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.to(dtype)
+    parts = (x.to(dtype) for x in (query, key, value))
+    output, _ = attend(module, *parts, mask, **options)
+    return output.to(query.dtype), None
 
 
 def _flash(
@@ -127,10 +166,17 @@ def _attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, scale, stretches).transpose(1, 2), None
     if rows is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        return _widened(
+            "sdpa",
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
         )
-        return output, None
     options: dict[str, Any] = {
         "dropout_p": dropout,
         "is_causal": True,

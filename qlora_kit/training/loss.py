@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.fakes import representative
+from qlora_kit.matmul import grad_input, matmul_dtype, weight_parts
 
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Batch
@@ -114,17 +115,18 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         # One buffer for all chunks: on the CPU fresh memory of this size costs a chunk's time.
         space = rows.new_empty(min(CHUNK_ROWS, rows.shape[0]), weight.shape[0], dtype=torch.float32)
-        product = (
-            space if rows.dtype is torch.float32 else torch.empty_like(space, dtype=rows.dtype)
-        )
+        dtype = matmul_dtype(rows)
+        product = space if dtype is torch.float32 else torch.empty_like(space, dtype=dtype)
         for start in representative(range(0, rows.shape[0], CHUNK_ROWS), rows):
             part = rows[start : start + CHUNK_ROWS]
             count = part.shape[0]
             raw, logits = product[:count], space[:count]
-            if bias is None:
-                torch.mm(part, weight.t(), out=raw)
-            else:
-                torch.addmm(bias, part, weight.t(), out=raw)
+            values = part.to(dtype)
+            for place, some in weight_parts(weight, dtype):
+                if bias is None:
+                    torch.mm(values, some.t(), out=raw[:, place])
+                else:
+                    torch.addmm(bias[place].to(dtype), values, some.t(), out=raw[:, place])
             logits.copy_(raw)
             if scale != 1.0:
                 logits.mul_(scale)
@@ -144,7 +146,11 @@ class _CrossEntropySum(torch.autograd.Function):
                 logits.mul_(slope)
             if scale != 1.0:
                 logits.mul_(scale)
-            torch.mm(raw.copy_(logits), weight, out=grad_rows[start : start + count])
+            into = grad_rows[start : start + count]
+            if dtype is rows.dtype:
+                torch.mm(raw.copy_(logits), weight, out=into)
+            else:
+                into.copy_(grad_input(logits, weight))
         ctx.save_for_backward(grad_rows)
         return total
 

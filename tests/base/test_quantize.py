@@ -466,7 +466,8 @@ def test_8bit_products_need_no_fp32_memory_of_the_size_of_the_weight():
             # A copy in bf16 that is scaled in place by fp32: torch makes fp32 of it and rounds.
             assert peak >= (2 + 4 + 4) * weight.numel()
         else:
-            assert peak < weight.numel()
+            # With matrix tiles the library's product packs the weight again, in its 16 bits.
+            assert peak < 3 * weight.numel()
 
 
 def test_odd_shapes_compile_nothing():

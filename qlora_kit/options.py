@@ -228,11 +228,13 @@ def _checked(value: Any, annotation: Any, details: Mapping[str, Any]) -> tuple[A
 
 def _at_home(path: str) -> str:
     """A path with its `~` or `~user` replaced. Errors: `ValueError` where no home is known."""
-    if not path.startswith("~"):
-        return path
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
         raise ValueError("a path, and ~name the home of a user here (./~name is a file)")
+    try:
+        os.fsencode(whole)
+    except UnicodeEncodeError:
+        raise ValueError("a path in the characters of this locale, or with PYTHONUTF8=1") from None
     return whole
 
 
@@ -297,8 +299,9 @@ def _as_text(value: str | float) -> str:
         raise ValueError("text")
     text = str(value)
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        # Where the locale is ASCII, what an argument has beyond it comes as escaped bytes.
+        text = text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
         raise ValueError("text in UTF-8") from None
     if "\0" in text:
         raise ValueError("text without NUL characters")

@@ -8,8 +8,11 @@ is, the exit code is one of the contract's, the last line on stderr is an error'
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import functools
+import io
 import math
 import os
 import random
@@ -26,8 +29,10 @@ from typing import Any, NoReturn, Protocol
 
 import yaml
 
+from qlora_kit.commands.arguments import GROUP_TITLES
 from qlora_kit.commands.entry import COMMANDS, main
 from qlora_kit.errors import ERROR_LINE_LIMIT
+from qlora_kit.options import flag_of
 
 CODES = (0, 2, 3, 4, 5, 143)
 """Of the contract; 143 is that of a run that trains until it is asked to stop."""
@@ -192,19 +197,30 @@ GOOD = {
     "show_data": "--data rows.jsonl --token_cache none",
 }
 """Of each command what makes it short."""
+EDGES = r"(?:at least|above) (\S+) and (?:at most|below) (\S+)"
 
 
 @functools.cache
 def flags_of(command: str) -> tuple[str, ...]:
     """The flags of a command, as its `--help` lists them."""
-    import contextlib
-    import io
-
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         main([command, "--help"])
     flags = re.findall(r"^  (--\w+)", shown.getvalue(), re.MULTILINE)
     return tuple(flag for flag in flags if flag not in ("--help", "--debug"))
+
+
+@functools.cache
+def edges_of(flag: str) -> tuple[str, ...]:
+    """The smallest and the largest number that an option takes, where it takes numbers."""
+    for group in GROUP_TITLES:
+        for field in dataclasses.fields(group):  # type: ignore[arg-type]
+            check = field.metadata["option"]["check"]
+            if f"--{flag_of(field)}" == flag and callable(check):
+                with contextlib.suppress(TypeError, AttributeError):  # a check of texts
+                    said = re.fullmatch(EDGES, str(check(math.nan)))
+                    return () if said is None else (said[1], said[2])
+    return ()
 
 
 @dataclass
@@ -223,6 +239,10 @@ class Options:
         flag = draw.choice(flags_of(command))
         good = ["--model", "./base" if draw.random() < self.whole else "./door"]
         good += GOOD[command].split()
+        if edges_of(flag) and draw.random() < 0.15:
+            edge = draw.choice(edges_of(flag))
+            good[1] = "./base"
+            return Case(command, [*good, flag, edge], f"{command} {flag}", edge)
         if draw.random() < 0.5 or flag == "--config":
             given = (
                 value(draw) if draw.random() < 0.3 else (text, number)[draw.random() < 0.5](draw)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,3 +224,28 @@ def test_a_home_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without HOME the system's list of users is asked, as a shell does."""
     monkeypatch.delenv("HOME", raising=False)
     assert DataConfig(data="~/x").data == os.path.expanduser("~/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--model", "./nowhere", "--prompt", "é"], "error: ./nowhere: no such"),
+        (["generate", "--model", "./é", "--prompt", "é"], "error: model must be a path in the"),
+        (["finetune", "--model", "tiny", "--config", "é.yaml"], "error: --config "),
+        (["finetune", "--model", "tiny", "--config", "run.yaml"], "output_dir must be a path in"),
+    ],
+)
+def test_a_locale_without_the_characters_of_a_path_is_named(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    """With Python's own mending of such locales off, as some images have it."""
+    (tmp_path / "run.yaml").write_text("output_dir: é\n", encoding="utf-8")
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "HF_HUB_OFFLINE": "1"}
+    program = "import sys; from qlora_kit.commands.entry import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, check=False, env={**os.environ, **plain}
+    )
+    last = done.stderr.decode("ascii").splitlines()[-1]
+    assert words in last
+    assert done.returncode in (2, 3)

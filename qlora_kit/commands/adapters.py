@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.arguments import Parsed
+from qlora_kit.commands.arguments import Parsed, make_groups
 from qlora_kit.commands.config_file import read_config
 from qlora_kit.config import (
     BaseConfig,
@@ -17,6 +17,8 @@ from qlora_kit.config import (
     TrainingConfig,
 )
 from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.files import real_path
+from qlora_kit.options import as_flat
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
@@ -142,7 +144,7 @@ def _named_base(
     for name in (named, run.get("model")):
         if not name:
             continue
-        if is_path(name) and Path(name).resolve() == TINY:
+        if is_path(name) and real_path(Path(name)) == TINY:
             return "tiny"
         if is_known(name) and (is_path(name) or "/" in name or name == run.get("model")):
             return str(name)
@@ -161,6 +163,7 @@ def run_options(adapter: str) -> dict[str, Any]:
     """The options of the run that made an adapter, from its config.yaml; empty where none did.
 
     Another tool's adapter may hold a config.yaml of its own: it is not read.
+    Errors: `AdapterError` for what no run writes.
     """
     from qlora_kit.base.contents import find
     from qlora_kit.lora.adapter import trained_on
@@ -169,9 +172,15 @@ def run_options(adapter: str) -> dict[str, Any]:
     if path is None or not trained_on(adapter):
         return {}
     try:
-        return read_config(str(path), RUN_GROUPS)
+        values = read_config(str(path), RUN_GROUPS)
     except ConfigError as error:
         raise AdapterError(error.problem, "restore the file, or remove it") from error
+    try:
+        made, _ = make_groups(values, RUN_GROUPS)
+    except ConfigError as error:
+        raise AdapterError(f"{path}: {error.problem}", "restore the file, or remove it") from error
+    held = {name: value for group in made.values() for name, value in as_flat(group).items()}
+    return {name: held[name] for name in values if name in held}
 
 
 def run_chat(adapter: str | None) -> ChatOptions:
@@ -194,4 +203,4 @@ def run_data(adapter: str) -> tuple[DataConfig, int] | None:
     own = {name: value for name, value in run.items() if name in names}
     if "data" not in own or own.get("eval_fraction") == 0:
         return None
-    return DataConfig(**own), int(run.get("seed", TrainingConfig.seed))
+    return DataConfig(**own), run.get("seed", TrainingConfig.seed)

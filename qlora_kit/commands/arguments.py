@@ -81,7 +81,7 @@ def parse(
     The file may also hold options of the groups `beside`, which another command takes from it;
     they are checked alike. Everything that is wrong with values is reported at once.
     """
-    fields, others = fields_of(groups), fields_of([*groups, *beside])
+    fields = fields_of(groups)
     spelling = spellings_of(fields)
     parser = _parser(command, summary, groups)
     tokens = _with_known_names(argv, spelling, fields, parser)
@@ -89,13 +89,29 @@ def parse(
     config_file, debug = arguments.pop("config", None), arguments.pop("debug", False)
     if config_file is not None:
         config_file = os.path.expanduser(config_file)
-    stored = read_config(config_file, [*groups, *beside]) if config_file else {}
-    values = {**stored, **arguments}
+    stored = {} if config_file is None else read_config(config_file, [*groups, *beside])
+    try:
+        made, given = make_groups({**stored, **arguments}, [*groups, *beside])
+    except ConfigError as error:
+        where = "" if config_file is None else f" (some may come from {config_file})"
+        remedy = f"correct the values named above{where}, see --help"
+        raise ConfigError(error.problem, remedy) from None
+    return Parsed(made, given, config_file, debug)
+
+
+def make_groups(
+    values: Mapping[str, Any], groups: Sequence[type[Options]]
+) -> tuple[dict[type[Options], Options], dict[type[Options], frozenset[str]]]:
+    """The groups of values by their outside names, and the fields of each that have one.
+
+    Errors: `ConfigError` with everything that is wrong in any of them.
+    """
     made, given, problems = {}, {}, []
-    for group in (*groups, *beside):
+    fields = fields_of(groups)
+    for group in groups:
         own = {
             field.name: values[name]
-            for name, (owner, field) in others.items()
+            for name, (owner, field) in fields.items()
             if owner is group and name in values
         }
         given[group] = frozenset(own)
@@ -104,9 +120,8 @@ def parse(
         except ConfigError as error:
             problems.append(error.problem)
     if problems:
-        where = f" (some may come from {config_file})" if config_file else ""
-        raise ConfigError("; ".join(problems), f"correct the values named above{where}, see --help")
-    return Parsed(made, given, config_file, debug)
+        raise ConfigError("; ".join(problems), "correct the values named above")
+    return made, given
 
 
 def refuse_tokens(parsed: Parsed) -> None:

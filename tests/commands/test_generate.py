@@ -251,3 +251,39 @@ def test_prompts_of_two_places_are_refused(run: Run, workshop: Any) -> None:
     assert "prompt is given beside prompts" in answer.line
     answer = run("generate", "--model", workshop.base, "--prompt", "x", "--stop", "")
     assert "stop must be texts that are not empty" in answer.line
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("seed: abc", "config.yaml: seed must be a whole number"),
+        ("eval_fraction: 7", "config.yaml: eval_fraction must be at least 0"),
+        ("data: ~nosuch/x", "config.yaml: data must be a path"),
+        ("seed: !!timestamp abc", "config.yaml: seed must be a whole number"),
+        ("seed: [", "config.yaml:2: not YAML"),
+        ("lr: 1", "config.yaml:1: unknown key lr, did you mean learning_rate?"),
+    ],
+)
+def test_what_no_run_writes_into_an_adapters_config_is_the_adapters_fault(
+    run: Callable[..., Any], workshop: Any, tmp_path: Path, line: str, words: str
+) -> None:
+    shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "config.yaml").write_text(line + "\n")
+    for command in (("generate", "--prompt", "a"), ("evaluate", "--no_exact_match")):
+        answer = run(*command, "--adapter", tmp_path / "adapter")
+        assert answer.code == 3, answer.err
+        assert words in answer.line
+
+
+@pytest.mark.parametrize("base", ["~nosuch/m", "./loop", "./loop/x", "a\0b", "x" * 5000])
+def test_a_base_that_an_adapter_names_and_no_path_leads_to(
+    run: Callable[..., Any], workshop: Any, tmp_path: Path, monkeypatch: Any, base: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    shutil.copytree(workshop.adapter, "adapter")
+    path = Path("adapter/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    answer = run("generate", "--prompt", "a", "--adapter", "adapter")
+    assert answer.code == 3, answer.err
+    assert answer.line.startswith("error: adapter")

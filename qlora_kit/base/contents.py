@@ -22,7 +22,7 @@ from qlora_kit.errors import InputError, ModelError, ResourceError, TokenizerErr
 from qlora_kit.file_kind import refuse_kind
 
 MIB = 1024**2
-VOCABULARY_LIMIT = 128 * MIB  # the largest, of a million tokens, take half of it
+VOCABULARY_LIMIT = 64 * MIB  # twice the largest, of 260,000 tokens, each on a line of its own
 TEMPLATE_LIMIT = MIB
 VOCABULARY_FILES = {
     "tokenizer.json": VOCABULARY_LIMIT,
@@ -39,13 +39,15 @@ TOKENIZER_FILES = {
     "chat_template.json": TEMPLATE_LIMIT,
 }
 """Name to the most bytes it may have."""
+BESIDE_AN_ADAPTER = ("config.yaml", "chat_template.jinja")
+"""What our runs leave in an adapter's directory beside PEFT's files, and read there again."""
 LIMITS = {
     **TOKENIZER_FILES,
     "config.json": SETTINGS_LIMIT,
     "generation_config.json": SETTINGS_LIMIT,
     "adapter_config.json": SETTINGS_LIMIT,
     "config.yaml": SETTINGS_LIMIT,
-    "model.safetensors.index.json": 8 * SETTINGS_LIMIT,
+    "model.safetensors.index.json": SETTINGS_LIMIT,
 }
 TEMPLATES_LIMIT = 100
 """Named templates of one tokenizer."""
@@ -92,6 +94,11 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
             refuse_kind(path, TokenizerError)
             found[name] = path
     return found
+
+
+def names_code(auto_map: object, directory: Path) -> bool:
+    """Whether an `auto_map` names code that is there: Python files beside it, or a hub's."""
+    return "--" in str(auto_map) or any(directory.glob("*.py"))
 
 
 def _named_templates(directory: Path) -> list[str]:

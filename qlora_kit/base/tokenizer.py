@@ -11,6 +11,7 @@ from qlora_kit.base.contents import (
     VOCABULARY_FILES,
     VOCABULARY_LIMIT,
     find,
+    names_code,
     staged,
     tokenizer_files,
 )
@@ -40,7 +41,7 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
             continue
         described = read_json(path, TokenizerError, VOCABULARY_LIMIT)
         check_growth(described, path)
-        if "auto_map" in described and any(directory.glob("*.py")):
+        if "auto_map" in described and names_code(described["auto_map"], directory):
             raise UnsafeInputError(
                 f"{path}: auto_map asks to run Python files of the model",
                 "remote code is never run: use a tokenizer that transformers supports by itself, "

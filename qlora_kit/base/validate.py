@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.base.contents import LIMITS, find, tokenizer_files
+from qlora_kit.base.contents import LIMITS, find, names_code, tokenizer_files
 from qlora_kit.base.families import FAMILIES, check_family
 from qlora_kit.base.json_file import is_deep, read_json, unique
 from qlora_kit.base.source import Source, contained, is_path, resolve
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HEADER_LIMIT = 100 * 1000**2  # as the safetensors library has it
+HEADER_LIMIT = 32 * 1024**2  # of the names of 300,000 tensors; the format allows 100 MB
 DTYPES = {
     # safetensors' name: torch's name and bytes; torch itself takes a second to import.
     "F32": ("float32", 4),
@@ -96,7 +96,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """As `read_config`, of a file of any name."""
     config = read_json(path)
     if "auto_map" in config and (
-        config.get("model_type") not in FAMILIES or any(path.parent.glob("*.py"))
+        str(config.get("model_type")) not in FAMILIES or names_code(config["auto_map"], path.parent)
     ):
         raise UnsafeInputError(
             f"{path}: auto_map asks to run Python files of the model",

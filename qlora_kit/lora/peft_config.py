@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.contents import find
+from qlora_kit.base.contents import BESIDE_AN_ADAPTER, find
 from qlora_kit.base.json_file import read_json
 from qlora_kit.config import LARGEST_ALPHA, LARGEST_RANK
 from qlora_kit.errors import AdapterError, ConfigError, UnsafeInputError
@@ -79,6 +79,8 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
                 f"convert it to {WEIGHTS_FILE} where you trust it",
             )
         raise AdapterError(f"{path}: holds no {WEIGHTS_FILE}", "complete the adapter's directory")
+    for name in BESIDE_AN_ADAPTER:
+        find(path, name, AdapterError)
     if config.get("peft_type") != "LORA":
         raise AdapterError(
             f"{where}: peft_type {config.get('peft_type')!r} is not supported", "use a LoRA adapter"

@@ -282,9 +282,10 @@ def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
     from dataclasses import replace
 
     from qlora_kit.base.tensors import dtype_name
+    from qlora_kit.data.find import lasting
     from qlora_kit.training.optimizer import optimizer_name
 
-    length = config.data.length_in(base.context)
+    length, held_out = config.data.length_in(base.context), config.data.eval_data
     dtype, device = dtype_name(base.dtype), str(base.device)
     adapter_dtype = dtype if config.lora.adapter_dtype == "auto" else config.lora.adapter_dtype
     optim = optimizer_name(config.training.optim, base.device)
@@ -300,7 +301,12 @@ def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
             device=device,
             resize_embeddings=base.embedding_rows is not None,
         ),
-        data=replace(config.data, max_length=length),
+        data=replace(
+            config.data,
+            data=lasting(config.data.data),
+            eval_data=None if held_out is None else lasting(held_out),
+            max_length=length,
+        ),
         lora=replace(config.lora, adapter_dtype=adapter_dtype),
         training=replace(config.training, optim=optim),
         # How this process began is no part of what the run is.

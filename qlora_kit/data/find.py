@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.data.json_text import loads
-from qlora_kit.errors import ConfigError, DataError, UnsafeInputError, from_os_error
+from qlora_kit.errors import ConfigError, DataError, UnsafeInputError, from_os_error, redacted
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 PLAIN = (".jsonl", ".json", ".csv", ".tsv", ".txt")
@@ -150,6 +150,16 @@ def is_hub_id(data: str) -> bool:
     if kind_of(Path(data)) in SUFFIXES:
         return False
     return not os.path.isdir(data.split("/")[0])
+
+
+def lasting(data: str) -> str:
+    """A name as it is kept: of a directory that is a hub id in another folder, its whole path.
+
+    Anybody may own the name there.
+    """
+    here = os.path.isdir(data) and re.fullmatch(r"[\w.-]+/[\w.-]+", data)
+    whole = os.path.realpath(data) if here else data
+    return whole if redacted(whole) == whole else data
 
 
 def kind_of(path: Path) -> str:

@@ -13,6 +13,7 @@ from qlora_kit.base.architecture import build_on_meta
 from qlora_kit.base.fields import MODEL_FIELDS, ROPE_FIELDS, problems
 from qlora_kit.base.load import load_base
 from qlora_kit.base.source import Source
+from qlora_kit.base.tokenizer import load_tokenizer
 from qlora_kit.base.validate import look, read_config
 from qlora_kit.errors import ModelError, UnsafeInputError
 
@@ -87,12 +88,21 @@ def test_a_value_that_cannot_be_is_named_with_what_can(model, changes, said):
         ("custom_pipelines", {"own": {"impl": "own.Own"}}),
         ("configuration_files", ["config.4.0.0.json"]),
         ("use_kernels", True),
+        ("auto_map", {"AutoModelForCausalLM": "evil/repo--modeling.Own"}),
     ],
 )
 def test_what_asks_for_code_or_a_download_is_refused_by_name(model, field, value):
     edit_config(model, **{field: value})
-    with refused(UnsafeInputError, f"config.json: {field} is ", "fetch or run", directory=model):
+    with refused(UnsafeInputError, f"config.json: {field} ", " run", directory=model):
         look(Source("model", None, model))
+
+
+def test_so_is_the_code_of_a_tokenizer(model):
+    path = model / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["evil/repo--tokenization.Own", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with refused(UnsafeInputError, "tokenizer_config.json: auto_map asks to run", directory=model):
+        load_tokenizer(model)
 
 
 def test_the_names_of_attention_that_real_files_hold_are_not_the_files_say(model):

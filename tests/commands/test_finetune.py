@@ -153,10 +153,12 @@ def test_a_base_in_a_folder_is_the_same_base_from_every_folder(inputs, tmp_path,
     shutil.copytree(inputs[1], place / "models" / "base")
     monkeypatch.chdir(place)
     rest = [*inputs[2:], "--max_steps", "1", "--eval_fraction", "0", "--token_cache", "none"]
-    rest[1] = str(Path(rest[1]) / "train.jsonl")
+    shutil.copytree(rest[1], place / "data" / "mine")
+    rest[1] = "data/mine"
     assert main(["--model", "models/base", *rest, "--output_dir", "out"]) == 0
     config = yaml.safe_load((place / "out" / "config.yaml").read_text())
     assert config["model"] == str(place / "models" / "base")
+    assert config["data"] == str(place / "data" / "mine")
     monkeypatch.chdir(tmp_path)
     for missing in ("none", "config.yaml"):
         (place / "out" / missing).unlink(missing_ok=True)

@@ -368,6 +368,16 @@ def test_a_pickle_is_not_opened(spotless, adapter, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "config.yaml", "chat_template.jinja"])
+def test_a_link_to_nothing_is_a_broken_adapter_and_not_one_without_the_file(
+    spotless, adapter, name
+):
+    (adapter / name).unlink(missing_ok=True)
+    (adapter / name).symlink_to("nowhere")
+    with refused(AdapterError, f"{name}: is a link to nowhere", directory=adapter):
+        load_adapter(spotless, adapter)
+
+
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_link_out_of_the_directory_is_not_followed(spotless, adapter, tmp_path, name):
     (adapter / name).rename(tmp_path / "outside")

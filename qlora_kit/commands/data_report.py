@@ -131,6 +131,12 @@ def report_of(
     """Encode the rows of a data set as a run would. Errors: those of encoding."""
     cache, rules = cache_directory(config.token_cache), EncodeRules.of(config)
     rules = replace(rules, chat_date=date_of(tokenizer, rules.chat_date))
+    refusal = None
+    if rules.long_rows == "error":
+        try:
+            encode_rows(rows.train, tokenizer, max_length, rules, cache)
+        except DataError as error:
+            refusal, rules = error, replace(rules, long_rows="truncate")
     encoded = encode_rows(rows.train, tokenizer, max_length, rules, cache, refuse=False)
     held_out = None
     if rows.evaluation:
@@ -148,12 +154,13 @@ def report_of(
         for row in itertools.islice(rows.train, options.rows)
         for one in _shown(row, encode(row, tokenizer, max_length, rules), tokenizer)
     ]
+    is_chat = "messages" in next(iter(rows.train)).content
     return Report(
         model=model,
         format=rows.format,
         max_length=max_length,
-        chat_template=_template(tokenizer) if rows.format == "messages" else None,
-        chats=ends_text(tokenizer, rules.chat) if rows.format == "messages" else None,
+        chat_template=_template(tokenizer) if is_chat else None,
+        chats=ends_text(tokenizer, rules.chat) if is_chat else None,
         batch_size=batch,
         train=_part(encoded, rows.train_source, notes_of(encoded)),
         held_out=None
@@ -166,7 +173,7 @@ def report_of(
         padding_note=padding_note(tokenizer),
         bins=_bins(lengths.tolist()),
         rows=tuple(shown[: options.rows]),
-        refusal=encoded.refusal or (held_out.refusal if held_out else None),
+        refusal=refusal or encoded.refusal or (held_out.refusal if held_out else None),
     )
 
 

@@ -152,6 +152,7 @@ def result_record(
             "skipped": sum(plan.encoded.skipped.values()),
             "tokens": plan.encoded.tokens,
             "supervised_tokens": plan.encoded.supervised_tokens,
+            "unused": dict(plan.encoded.unused),
         },
         train=_train_record(progress, max_rows, took_best),
         evaluation=_eval_record(progress, after),

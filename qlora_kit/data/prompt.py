@@ -39,6 +39,7 @@ from qlora_kit.data.read import Row, is_document
 from qlora_kit.data.template import NO_OPTIONS, ChatOptions, date_of
 from qlora_kit.data.token_rows import TokenRows
 from qlora_kit.data.tokens import IGNORE, PIECE, Encoded, Ids, Skipped, Tokens
+from qlora_kit.data.turns import unread
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -65,6 +66,12 @@ CUT_PROMPT = "the beginning of the prompt"
 CUT_TURNS = "the last turns"
 CUT_TEXT = "nothing: the text is cut into several rows"
 """What truncation takes from a row."""
+
+TOKEN_CHARACTERS = 256
+"""Characters of the longest token, twice over: vocabularies have runs of 128 blanks."""
+
+MARGIN = 16
+"""Tokens beyond `max_length` that a chat is tokenized to: several starts become one."""
 
 BATCH_ROWS, BATCH_CHARACTERS = 1000, 1024**2
 """Rows that are tokenized together; the fewer, the longer their texts."""
@@ -340,7 +347,18 @@ def _pair(
 
 def _messages(row: Row, tokens: Tokens, max_length: int, rules: EncodeRules) -> Outcome:
     """A chat, or the several that a template makes of it."""
-    found = chats(row, tokens, rules.chat)
+    given = row.content["messages"]
+    messages = _reachable(given, max_length)
+    cut = len(messages) < len(given)
+    if cut:
+        if _drops(row, max_length + 1, max_length, rules):
+            return Outcome(row, skipped=DROPPED)
+        if all(message["role"] != "assistant" for message in messages):
+            return Outcome(row, skipped=TOO_LONG)
+    template = str(tokens.tokenizer.chat_template)
+    row = replace(row, unused=(*row.unused, *unread(messages, template)))
+    part = replace(row, content={**row.content, "messages": messages}) if cut else row
+    found = chats(part, tokens, rules.chat)
     if isinstance(found, Skipped):
         return Outcome(row, skipped=found.reason)
     results = [_chat(row, chat, tokens, max_length, rules) for chat in found]
@@ -349,7 +367,7 @@ def _messages(row: Row, tokens: Tokens, max_length: int, rules: EncodeRules) -> 
     if not rows or DROPPED in reasons:
         return Outcome(row, skipped=DROPPED if DROPPED in reasons else reasons[0])
     # Where later turns of a chat that was taken apart are lost, the row as a whole is truncated.
-    cut = bool(reasons) or any(one.truncated for one in rows)
+    cut = cut or bool(reasons) or any(one.truncated for one in rows)
     if cut:
         rows = [Encoded(one.input_ids, one.labels, True) for one in rows]
     cut_tokens = sum(tokens_cut for _, tokens_cut in results)
@@ -360,7 +378,9 @@ def _chat(
     row: Row, chat: Chat, tokens: Tokens, max_length: int, rules: EncodeRules
 ) -> tuple[Encoded | Skipped, int]:
     """One rendered chat, cut behind the last turn that fits, and how many tokens that took away."""
-    encoded = tokens.chat(chat.text, chat.literals)
+    # Of a very long chat what cannot be kept is not even tokenized, and so not counted.
+    limit = max_length + MARGIN if len(chat.text) > PIECE else None
+    encoded = tokens.chat(chat.text, chat.literals, limit)
     if encoded is None:
         return Skipped(CONTROL), 0
     ids, places = encoded
@@ -394,6 +414,20 @@ def _chat(
     if labels.count(IGNORE) == len(labels):
         return Skipped(ONE_TOKEN), 0
     return Encoded(ids[:length], labels, length < len(ids)), len(ids) - length
+
+
+def _reachable(messages: list[dict[str, Any]], max_length: int) -> list[dict[str, Any]]:
+    """The messages of which something can be among the first `max_length` tokens of a chat.
+
+    A message takes two tokens at least, and a token stands for `TOKEN_CHARACTERS` at most. What
+    comes behind is left out before it is rendered: once for each turn would be long.
+    """
+    size = 0
+    for number, message in enumerate(messages):
+        if 2 * number > max_length or size > TOKEN_CHARACTERS * max_length:
+            return messages[:number]
+        size += len(message.get("content", ""))
+    return messages
 
 
 def _drops(row: Row, length: int, max_length: int, rules: EncodeRules) -> bool:

@@ -239,17 +239,23 @@ class Tokens:
             self._controls[key] = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         return self._controls[key]
 
-    def chat(self, text: str, literals: Sequence[Span]) -> tuple[list[int], list[Span]] | None:
+    def chat(
+        self, text: str, literals: Sequence[Span], limit: int | None = None
+    ) -> tuple[list[int], list[Span]] | None:
         """Ids of a rendered chat and the characters of each, no special token added.
 
         In the spans `literals`, control tokens are plain text; None where the tokenizer cannot
-        take one apart.
+        take one apart. Of more than `limit` ids the first ones are given, and perhaps not all.
         """
         ids: list[int] = []
         spans: list[Span] = []
         done = 0
         for first, last in [*literals, (len(text), len(text))]:
-            self._append(text, done, first, ids, spans)
+            for piece in pieces(text[done:first]):
+                self._append(text, done, done + len(piece), ids, spans)
+                done += len(piece)
+                if limit is not None and len(ids) > limit:
+                    return ids, spans
             before = len(ids)
             # Cut behind its first character, a control token is in neither part.
             self._append(text, first, min(first + 1, last), ids, spans)

@@ -129,6 +129,21 @@ def left_out(messages: Iterable[Mapping[str, Any]], tools: Any, template: str) -
     return ", ".join([*missing, *(part for part in parts if not read[part])])
 
 
+def unread(messages: Iterable[Mapping[str, Any]], template: str) -> list[str]:
+    """Fields that a chat has beside its texts and that the template does not write.
+
+    A model does not need them to answer, so that their loss is named and no reason to skip a row.
+    """
+    names = []
+    for name in ("name", "tool_call_id"):
+        if any(name in message for message in messages) and not _reads(template, name):
+            names.append(f"messages[].{name}")
+    calls = (call for message in messages for call in message.get("tool_calls", ()))
+    if any("id" in call for call in calls) and not _reads(template, "id"):
+        names.append("messages[].tool_calls[].id")
+    return names
+
+
 def _reads(template: str, field: str) -> bool:
     """Whether a template asks a message for a field: `m.field` or `m['field']`."""
     return re.search(rf"""\.{field}\b|['"]{field}['"]""", template) is not None

@@ -53,12 +53,16 @@ class ModelRecord(TypedDict):
 
 
 class DataRecord(TypedDict):
-    """The rows trained on; `skipped` rows are not among `rows`."""
+    """The rows trained on; `skipped` rows are not among `rows`.
+
+    `unused` counts the rows that have a field which nothing reads, by its name.
+    """
 
     rows: int
     skipped: int
     tokens: int
     supervised_tokens: int
+    unused: dict[str, int]
 
 
 class TrainRecord(TypedDict):

@@ -326,3 +326,44 @@ def test_a_page_replaces_a_page_and_nothing_else(capsys, model, chats, tmp_path)
     ).err
     assert "is read here" in err
     assert (tmp_path / "page.txt").read_bytes() == text
+
+
+def test_what_a_run_would_refuse_is_shown_with_the_reason(capsys, model, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "q" * n, "completion": "on"} for n in (300, 300, 300, 5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--eval_fraction", 0, "--rows", 4)
+    for more, said, kept in (
+        ((), "3 of 4 rows, from here on, cannot be trained on", 1),
+        (("--long_rows", "error"), "rows.jsonl:1: the row has 304 tokens or more", 1),
+        (("--max_length", 4), "4 of 4 rows", 0),
+    ):
+        done = run(capsys, "--model", model, "--data", path, *options, *more, code=3)
+        assert said in done.err.splitlines()[-1]
+        assert f"{kept} rows, " in done.out
+        assert "skipped: prompt longer than max_length" in done.out
+        report = json.loads(
+            run(capsys, "--model", model, "--data", path, *options, *more, "--json", code=3).out
+        )
+        assert said in report["refusal"]
+        assert report["train"]["rows"] == kept
+    done = run(capsys, "--model", model, "--data", path, *options, "--long_rows", "drop")
+    assert "3 rows skipped: longer than max_length" in done.out
+
+
+def test_fields_and_control_tokens_are_in_the_summary(capsys, tmp_path):
+    directory = tmp_path / "model"
+    chat_tokenizer().save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps({"max_position_embeddings": 200}))
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "<s><|im_start|>he", "completion": "on</s>", "id": n} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--model", directory, "--data", path, "--eval_fraction", 0)
+    out = run(capsys, *options).out
+    assert 'fields of rows that are not used: "id" (3)' in out
+    assert "9 control tokens spelled in rows are read as tokens; --literal_control_tokens" in out
+    assert "6 starts and ends that rows spell are written once" in out
+    assert "6 tokens, 3 trained on, 3 control tokens" in out
+    train = json.loads(run(capsys, *options, "--json").out)["train"]
+    assert (train["unused"], train["control_tokens"], train["doubled"]) == ({"id": 3}, 9, 6)
+    assert train["unknown_share"] == 0

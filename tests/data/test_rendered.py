@@ -8,7 +8,10 @@ from chat_tokenizer import chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prompt import make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.config import DataConfig
 from qlora_kit.data import tokens as tokens_module
 from qlora_kit.data.outcome import EncodeRules
@@ -96,6 +99,30 @@ def test_control_tokens_and_doubled_ends_are_counted():
     literal = [replace(row, literal=True) for row in rows]
     found = encode_rows(literal, tokenizer, 1000)
     assert (found.controls, found.doubled) == (0, 0)
+
+
+def test_what_the_tokenizer_does_not_know_is_counted():
+    words = {"<unk>": 0, "he": 1, "</s>": 2, "on": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    for special, count in ((words, 3), ({"</s>": 2}, 0)):
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token="</s>",
+            unk_token="<unk>" if "<unk>" in special else "</s>",
+        )
+        rows = [
+            Row({"text": "he é on 🙂"}, "r", 1),
+            Row({"prompt": "ü", "completion": "he"}, "r", 2),
+        ]
+        found = encode_rows(rows, made, 100)
+        assert found.tokens == 5 + 3
+        # Where the same token also ends a text it says nothing about what is unknown.
+        assert found.unknown_tokens == count
+        assert found.controls == 0
+        note = [one for one in notes_of(found) if "<unk>" in one]
+        assert len(note) == bool(count)
+        assert not count or "3 tokens of rows (37.50%)" in note[0]
 
 
 # --- long rows ----------------------------------------------------------------------------------

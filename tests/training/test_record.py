@@ -102,7 +102,13 @@ def a_run(**changes):
             "trainable_parameters": 4_096,
             "weight_bytes": 200_000,
         },
-        "data": {"rows": 950, "skipped": 3, "tokens": 81_234, "supervised_tokens": 12_345},
+        "data": {
+            "rows": 950,
+            "skipped": 3,
+            "tokens": 81_234,
+            "supervised_tokens": 12_345,
+            "unused": {},
+        },
         "train": {
             "steps": 59,
             "seconds": 61.5,

@@ -129,7 +129,7 @@ class Display:
         self._line("recompute", f"{plan.recompute}: {again}{budget}")
         if not plan.fits:
             self.note(
-                f"the plan is {size(plan.peak_bytes - (plan.budget_bytes or 0))} above what is "
+                f"the plan is {size(plan.missing_bytes)} above what is "
                 "available; `qlora-kit plan` with the same options names what would fit"
             )
 

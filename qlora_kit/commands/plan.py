@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     base, lora, training = parsed[BaseConfig], parsed[LoRAConfig], parsed[TrainingConfig]
     device = _device(base, asked)
-    planner = Planner(base, lora, training, device)
+    planner = Planner(base, lora, training, device, margin=True)
     # Both groups have the option, and the first one of them is given it.
     data = replace(parsed[DataConfig], max_length=asked.max_length)
     length = data.length_in(planner.run.context)

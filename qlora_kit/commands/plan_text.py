@@ -65,7 +65,10 @@ def print_plan(
         )
     if plan.budget_bytes is not None:
         word = ("fits", "green") if plan.fits else ("does not fit", "red")
-        terminal.print(word, f": {size(plan.peak_bytes)} of {size(plan.budget_bytes)}")
+        margin = "tensors are counted, so no margin is left"
+        if plan.margin_bytes:
+            margin = f"with a margin of {size(plan.margin_bytes)}"
+        terminal.print(word, f": {size(plan.peak_bytes)} of {size(plan.budget_bytes)}, {margin}")
     for one in suggestions:
         terminal.print(f"  {one.change}: {size(one.plan.peak_bytes)}")
     if not plan.fits and not suggestions:

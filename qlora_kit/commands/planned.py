@@ -41,7 +41,7 @@ def planned_run(
         lora = replace(lora, r=max(ranks.values()))
     # The files are the ones that were checked, wherever the name came from.
     where = replace(config.base, model=str(base.source.directory), revision=None)
-    planner = Planner(where, lora, training, embedding_rows=base.embedding_rows)
+    planner = Planner(where, lora, training, embedding_rows=base.embedding_rows, margin=True)
     budget = training.budget_bytes
     plans = [
         planner.plan(window, budget_bytes=budget or available_bytes(base.device), micro_steps=steps)
@@ -50,9 +50,9 @@ def planned_run(
     plan = max(plans, key=lambda one: (one.recomputed, one.peak_bytes))
     if budget is not None and not plan.fits and training.gradient_checkpointing == "auto":
         raise ConfigError(
-            f"memory_budget {training.memory_budget} is below the {plan.peak_bytes} bytes that "
-            f"the run takes with everything recomputed (peak in {plan.place})",
-            "raise it, or lower --max_length, --batch_size or --bits; "
+            f"memory_budget {training.memory_budget} is {plan.missing_bytes} bytes below what the "
+            f"run takes with everything recomputed (peak of {plan.peak_bytes} in {plan.place})",
+            "raise it by that, or lower --max_length, --batch_size or --bits; "
             "`qlora-kit plan` with the same options names what would fit",
         )
     return plan

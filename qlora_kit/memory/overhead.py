@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Overhead:
-    """Bytes outside tensors: `fixed` (context, libraries, workspaces), and `share` of the peak."""
+    """Bytes outside tensors: `fixed` (context, libraries, workspaces), and `share` of the peak.
+
+    Where a run is planned for a card, a share `margin` of its memory is left free.
+    """
 
     fixed: int
     share: float
+    margin: float
     source: str
 
     def of(self, peak_bytes: int) -> int:
@@ -27,10 +31,11 @@ class Overhead:
 
 
 OVERHEADS = {
-    "cpu": Overhead(0, 0.0, "tensors are counted; the process itself is not part of the plan"),
+    "cpu": Overhead(0, 0.0, 0.0, "tensors are counted; the process itself is not part of the plan"),
     "cuda": Overhead(
         450_000_000,
         0.0,
+        0.02,  # holes between blocks of the caching allocator; a guess until it is measured
         "context and libraries, a common figure for cards of the last years, not measured here; "
         "benchmarks/device_overhead.py measures yours",
     ),

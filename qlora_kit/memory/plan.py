@@ -50,7 +50,7 @@ class MemoryPlan:
     what is there at the peak: their sum, `paged` left out, is `peak_bytes`, which includes
     `overhead`. `phases` has the peak of tensors in load, inject, forward, backward and step.
     `levels` are those of the decoder layers, `recomputed` the share of a forward pass's work that
-    backward does again.
+    backward does again. Of the budget `margin_bytes` are left free.
     """
 
     bytes: Sizes
@@ -64,11 +64,19 @@ class MemoryPlan:
     levels: tuple[str, ...]
     recomputed: float
     budget_bytes: int | None = None
+    margin_bytes: int = 0
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the peak and the margin are above the budget; 0 where they fit, or there is none."""
+        if self.budget_bytes is None:
+            return 0
+        return max(0, self.peak_bytes + self.margin_bytes - self.budget_bytes)
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget; true where there is none."""
-        return self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
+        """Whether the peak is within the budget, less the margin; true where there is none."""
+        return not self.missing_bytes
 
     @property
     def place(self) -> str:
@@ -98,6 +106,7 @@ class MemoryPlan:
             "phases": dict(self.phases),
             "host_peak_bytes": self.host_peak_bytes,
             "budget_bytes": self.budget_bytes,
+            "margin_bytes": self.margin_bytes,
             "fits": self.fits,
             "device": self.device,
             "gradient_checkpointing": self.recompute,
@@ -132,7 +141,8 @@ def plan_memory(
 class Planner:
     """Plans of one base, its adapters and its optimizer, for any window and any levels.
 
-    `embedding_rows` is what a run resizes the base's embedding to.
+    `embedding_rows` is what a run resizes the base's embedding to. With `margin` a share of every
+    budget is left free, as `memory/overhead.py` has it for the device.
 
     Errors of the constructor are those of `plan_memory`.
     """
@@ -144,9 +154,11 @@ class Planner:
         training: TrainingConfig,
         device: str | None = None,
         embedding_rows: int | None = None,
+        *,
+        margin: bool = False,
     ) -> None:
         target = torch.device(device) if device else find_device(base.device)
-        self.device = target.type
+        self.device, self.margin = target.type, margin
         self.training = training
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
@@ -177,7 +189,9 @@ class Planner:
         batches = self.run.window(window.rows, window.length, window.supervised, micro_steps)
         self.run.packed, self.run.longest_row = window.packed, window.longest_row or window.length
         if level == "auto":
-            budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
+            budget = None
+            if budget_bytes is not None:
+                budget = self.overhead.room(budget_bytes - self._left_free(budget_bytes))
             chosen = choose_levels(self.run, batches, budget)
         else:
             levels = (level,) * len(self.run.layers)
@@ -219,4 +233,8 @@ class Planner:
             levels=chosen.levels,
             recomputed=recomputed_share(run, chosen.levels, length),
             budget_bytes=budget_bytes,
+            margin_bytes=self._left_free(budget_bytes),
         )
+
+    def _left_free(self, budget_bytes: int | None) -> int:
+        return int(self.overhead.margin * (budget_bytes or 0)) if self.margin else 0

@@ -73,7 +73,9 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
     def plan_of(changed: Options) -> MemoryPlan:
         key = _made(changed)
         if key not in planners:
-            planners[key] = Planner(changed.base, changed.lora, changed.training, device)
+            planners[key] = Planner(
+                changed.base, changed.lora, changed.training, device, margin=planner.margin
+            )
         made, training = planners[key], changed.training
         return made.plan(
             changed.window,

@@ -248,6 +248,20 @@ def test_a_plan_sums_up(base_dir):
     assert json.loads(json.dumps(plan.as_json()))["peak_bytes"] == plan.peak_bytes
 
 
+def test_no_plan_fills_a_card_to_its_brim(base_dir):
+    """A margin is part of what fits, and of what auto chooses its levels for."""
+    base, training = BaseConfig(base_dir, bits=4, dtype="bf16"), TrainingConfig(batch_size=8)
+    planner = Planner(base, LoRAConfig(), training, "cuda", margin=True)
+    window = Window(8, 512, 512)
+    full = planner.plan(window, "full").peak_bytes
+    assert not planner.plan(window, "full", full).fits
+    for budget in (full + full // 60, full + full // 40, 2 * full):
+        plan = planner.plan(window, "auto", budget)
+        assert plan.margin_bytes == budget // 50
+        assert plan.fits == (plan.peak_bytes + plan.margin_bytes <= budget)
+        assert plan.fits == (budget - budget // 50 >= full)
+
+
 def test_a_bare_config_is_enough_and_gives_the_same(base_dir, tmp_path):
     alone = tmp_path / "config.json"
     with open(f"{base_dir}/config.json") as file:

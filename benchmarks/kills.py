@@ -7,6 +7,7 @@ is damaged in every way, which must be found, and `auto` must go back to the one
 minutes on 2 cores.
 
     OMP_NUM_THREADS=1 python benchmarks/kills.py
+    OMP_NUM_THREADS=1 python benchmarks/kills.py --hard --random_only
 """
 
 from __future__ import annotations
@@ -24,12 +25,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from faults.harness import WRITES, Fault, Job, Server, damages, leftovers, result_of  # noqa: E402
+from faults.harness import WRITES, Fault, Job, Server, damages, leftovers  # noqa: E402
+from faults.harness import result_of as bytes_of  # noqa: E402
 from record import write_result  # noqa: E402
 
 from qlora_kit.training.checkpoint import newest  # noqa: E402
 
+HARD = (
+    *("--bits", "8", "--lora_r", "64", "--lora_dropout", "0.1", "--optim", "adamw_8bit"),
+    *("--packing", "--max_length", "24", "--gradient_accumulation_steps", "2", "--batch_size", "1"),
+)
+"""Everything at once that a resumed run must take up again; r is such that states have 8 bits."""
 BEGINNING = "held-out loss before training"
+
+
+def result_of(output: Path) -> dict[str, bytes]:
+    """What must be the same: the result's bytes, and which other files there are."""
+    names = {str(path.relative_to(output)): b"" for path in output.rglob("*") if path.is_file()}
+    return {**names, **bytes_of(output)}
 
 
 def resumes(job: Job, output: Path, reference: dict[str, bytes]) -> str:
@@ -138,17 +151,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--random", type=int, default=200, help="kills at random times")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--hard", action="store_true", help="8 bits, dropout, packs, accumulation and adamw_8bit"
+    )
+    parser.add_argument(
+        "--random_only", action="store_true", help="no kill at each call, no damage"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory, server = Path(name), Server()
         job = Job(directory / "job", server).prepare()
-        assert job.run(directory / "reference").code == 0
+        if arguments.hard:
+            job = job.having(*HARD)
+        first = job.run(directory / "reference")
+        assert first.code == 0, first.output
         reference = result_of(directory / "reference")
         drawn = at_random(job, directory, reference, arguments.random, arguments.seed)
-        every = at_every_call(job, directory, reference)
-        damaged = after_damage(job, directory, reference)
+        result: dict[str, object] = {"random": drawn}
+        if not arguments.random_only:
+            result["every_call"] = at_every_call(job, directory, reference)
+            result["damaged"] = after_damage(job, directory, reference)
         server.close()
-    print(write_result("kills", {"every_call": every, "random": drawn, "damaged": damaged}))
+    if arguments.hard:
+        result["options"] = " ".join(HARD)
+    print(write_result("kills_hard" if arguments.hard else "kills", result))
 
 
 if __name__ == "__main__":

@@ -194,8 +194,7 @@ def main() -> None:
             for (kind, command), case in cases.items():
                 fault = case.result()
                 table.setdefault(kind, {})[command] = fault or "held"
-                if fault:
-                    print(f"{kind} / {command}: {fault}", flush=True)
+                print(f"{kind} / {command}: {fault or 'held'}", flush=True)
     tried = sum(len(row) for row in table.values())
     held = sum(fault == "held" for row in table.values() for fault in row.values())
     print(f"{tried} tried, {held} held")

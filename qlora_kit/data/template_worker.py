@@ -81,6 +81,11 @@ def _answer(template: str, asked: dict[str, Any]) -> Any:
         variables = jinja2.meta.find_undeclared_variables(tree)
         return {"literal": "\0".join(data), "variables": sorted(variables)}
     program = _compiled(template)
+    for message in asked["variables"].get("messages", ()):
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", {})
+            if isinstance(function.get("arguments"), dict):
+                function["arguments"] = _Arguments(function["arguments"])
     now = datetime.fromisoformat(asked["date"])
     pieces, size = [], 0
     for piece in program.generate(
@@ -131,6 +136,23 @@ class _Namespace(Namespace):
     def _check(name: object) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise SecurityError(f"a namespace may not hold {name!r}")
+
+
+class _Arguments(dict[str, Any]):
+    """Arguments of a call: an object, which is its JSON where a template takes it for text.
+
+    Most templates write it through `tojson`, but some were made for the text that OpenAI's API
+    gives, and join it to others (DeepSeek) or write it as it is, which Python would do its own way.
+    """
+
+    def __str__(self) -> str:
+        return _to_json(self)
+
+    def __add__(self, other: str) -> str:
+        return str(self) + other
+
+    def __radd__(self, other: str) -> str:
+        return other + str(self)
 
 
 class _Environment(ImmutableSandboxedEnvironment):

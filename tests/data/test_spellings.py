@@ -109,6 +109,18 @@ def _cell(value):
     return json.dumps(value)
 
 
+@pytest.mark.parametrize("name", ["arguments", "arguments as text", "two calls", "sharegpt call"])
+@pytest.mark.parametrize("written_as", ["c.function.arguments", "'' + c.function.arguments + ''"])
+def test_a_template_that_takes_arguments_for_text_gets_their_json(tmp_path, name, written_as):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("c.function.arguments | tojson", written_as)
+    assert "tojson }}{% endfor %}" not in tokenizer.chat_template
+    (found,) = read_rows(written(tmp_path / "rows.jsonl", [BY_NAME[name]]))
+    (encoded,) = encode(found, tokenizer, 1000)
+    text = next(text for one, _, text, _ in ROWS if one == name)
+    assert (encoded.input_ids, encoded.labels) == by_hand(tokenizer, text)
+
+
 # --- named, never dropped in silence --------------------------------------------------------------
 
 

@@ -193,6 +193,11 @@ def run_chat(adapter: str | None) -> ChatOptions:
     return chat_options(DataConfig(**own)) if own else NO_OPTIONS
 
 
+def reads_literally(adapter: str | None) -> bool:
+    """Whether the run that made an adapter read control tokens in its rows as characters."""
+    return adapter is not None and bool(run_options(adapter).get("literal_control_tokens"))
+
+
 def run_data(adapter: str) -> tuple[DataConfig, int] | None:
     """The data options and the seed that hold out what an adapter's run held out.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qlora_kit.commands.adapters import look_at, open_with_adapter, run_chat
+from qlora_kit.commands.adapters import look_at, open_with_adapter, reads_literally, run_chat
 from qlora_kit.commands.arguments import parse
 from qlora_kit.config import BaseConfig, GenerateConfig
 from qlora_kit.errors import reports_errors
@@ -40,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
     chat = run_chat(options.adapter) if options.chat else NO_OPTIONS
-    ids = [prompt_ids(row["prompt"], base.tokenizer, options.chat, options=chat) for row in rows]
+    literal = reads_literally(options.adapter)
+    ids = [
+        prompt_ids(row["prompt"], base.tokenizer, options.chat, literal, options=chat)
+        for row in rows
+    ]
     model = read_weights(base)
     if options.adapter is not None:
         load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)

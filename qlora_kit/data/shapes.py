@@ -29,7 +29,8 @@ SHAPES = {
 }
 """The fields that a row of each shape must have; the first shape that fits is taken."""
 
-OTHER_FIELDS = ("conversations", "instances", "input", "system", "history", *TOOLS)
+SYSTEM = ("system", "system_prompt")
+OTHER_FIELDS = ("conversations", "instances", "input", "history", *SYSTEM, *TOOLS)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def normalise(
 def _instructions(row: Fields, as_chat: bool) -> Iterator[Normal]:
     """Alpaca's prompt and answer, or the same as a chat; nested instances share the instruction."""
     instruction = row.text("instruction")
-    system = row.text("system") if row.optional("system") is not None else ""
+    system = _system(row) or ""
     history = list(_history(row))
     if "instances" not in row:
         cases = [row]
@@ -237,18 +238,29 @@ def _chat_of_two(row: Fields) -> dict[str, Any]:
 def _with_system_and_tools(
     row: Fields, messages: list[dict[str, Any]], field: str
 ) -> dict[str, Any]:
-    if row.optional("system") is not None:
-        system = row.text("system")
+    tools, own = tools_of(row), messages[0].pop("tools", [])
+    if tools and own and tools != own:
+        raise DataError(
+            f"{row.where}: the row's tools and those of its first message differ",
+            "keep one of the two",
+        )
+    system = _system(row)
+    if system is not None:
         if messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": system}, *messages]
         elif messages[0].get("content") != system:
             raise DataError(
-                f'{row.where}: "system" stands beside another {messages[0]["role"]} message',
+                f"{row.where}: a system text stands beside another {messages[0]['role']} message",
                 "keep one of the two",
             )
     check_order(messages, f"{row.where}: {field}")
-    tools = tools_of(row)
-    return {"messages": messages, **({"tools": tools} if tools else {})}
+    return {"messages": messages, **({"tools": tools or own} if tools or own else {})}
+
+
+def _system(row: Fields) -> str | None:
+    """A row's own system text."""
+    field = row.first(SYSTEM)
+    return None if field is None else row.text(field)
 
 
 def _unmapped(field: str, content: Mapping[str, Any], where: str) -> DataError:
@@ -256,7 +268,7 @@ def _unmapped(field: str, content: Mapping[str, Any], where: str) -> DataError:
     error = Fields(content, where).missing(field)
     if guess := closest(field, content):
         return DataError(error.problem, f"correct it, or give --columns {guess}={field}")
-    others = [name for name in content if name not in SHAPE_FIELDS]
+    others = set(content) - {*SHAPE_FIELDS, *OTHER_FIELDS}
     if others:
         return DataError(
             error.problem,

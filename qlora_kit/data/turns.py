@@ -61,6 +61,9 @@ def messages_of(row: Fields, field: str) -> list[dict[str, Any]]:
             raise DataError(f"{here} is {kind(turn)}, not an object", "give role and content")
         fields = Fields(turn, here, f"{field}[]")
         messages.append(_message(fields, share_gpt=field == "conversations"))
+        # Some files keep the tools in the system message.
+        if not number and (tools := tools_of(fields)):
+            messages[0]["tools"] = tools
         row.inside(fields)
     return messages
 

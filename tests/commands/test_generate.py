@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from trained import trained_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_kit.commands.adapters import reads_literally
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.lora.adapter import trained_on
 from qlora_kit.options import dump
@@ -287,3 +288,10 @@ def test_a_base_that_an_adapter_names_and_no_path_leads_to(
     answer = run("generate", "--prompt", "a", "--adapter", "adapter")
     assert answer.code == 3, answer.err
     assert answer.line.startswith("error: adapter")
+
+
+@pytest.mark.parametrize("literal", [True, False])
+def test_a_prompt_is_read_as_the_run_of_the_adapter_read_its_rows(tmp_path, literal):
+    (tmp_path / "config.yaml").write_text(f"literal_control_tokens: {str(literal).lower()}\n")
+    assert reads_literally(str(tmp_path)) is literal
+    assert not reads_literally(None)

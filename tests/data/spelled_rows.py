@@ -142,6 +142,7 @@ ROWS = [
         PIRATE,
         (),
     ),
+    ("system_prompt", chat(*HI, system_prompt="Be a pirate."), PIRATE, ()),
     ("developer", chat(("developer", "Be a pirate.", {}), *HI), PIRATE, ()),
     ("empty system", chat(*HI, system=""), HELLO, ()),
     # --- thoughts
@@ -268,6 +269,18 @@ ROWS = [
     ("bare tools", chat(*HI, tools=[BARE_TOOL]), WITH_TOOL, ()),
     ("tools as text", chat(*HI, tools=f"[{TOOL}]"), WITH_TOOL, ()),
     ("functions", chat(*HI, functions=[BARE_TOOL]), WITH_TOOL, ()),
+    (
+        "tools of the first message",
+        chat(("user", "Hi", {"tools": [BARE_TOOL]}), HI[1]),
+        WITH_TOOL,
+        (),
+    ),
+    (
+        "tools of a later message",
+        chat(HI[0], ("assistant", "Hello", {"tools": [BARE_TOOL]})),
+        HELLO,
+        ("messages[].tools",),
+    ),
     ("null in tools", chat(*HI, tools=[{**BARE_TOOL, "strict": None}]), WITH_TOOL, ()),
     ("no tools", chat(*HI, tools=[]), HELLO, ()),
     # --- Alpaca

@@ -163,7 +163,7 @@ def test_a_turn_that_cannot_be_meant_is_refused_by_name(tmp_path, row, reason):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"system": "a", "messages": [{"role": "system", "content": "b"}]}, '"system" stands'),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}]}, "a system text stands"),
         ({"messages": BY_NAME["messages"]["messages"], "tools": "[" * 1000}, "too deep"),
         ({"messages": BY_NAME["messages"]["messages"], "tools": '[{"a": NaN}]'}, "NaN is no"),
         ({"messages": BY_NAME["messages"]["messages"], "tools": '[{"a": 1, "a": 2}]'}, "twice"),

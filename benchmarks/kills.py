@@ -106,7 +106,7 @@ def at_random(
             continue
         struck += 1
         ends[resumes(job, output, reference)] += 1
-        if struck % 20 == 0:
+        if struck % 5 == 0:
             print(f"random {struck}: {dict(ends)}", flush=True)
     inside = sum(found for how, found in ends.items() if "inside" in how)
     return {

@@ -339,36 +339,32 @@ class Run:
     def finish(self) -> None:
         """Evaluate, write the results, remove the checkpoints that nobody asked for, and show."""
         plan, config, progress = self._plan, self._plan.config, self.progress
-        if self._best:
-            for parameter, name in self._names.items():
-                parameter.data.copy_(self._best[name])
-            assert progress.best is not None
-            self._display.note(f"taking the adapter of step {progress.best[0]}, the best one")
-        after = self._held_out_loss()
-        with self._signals.droppable(at_once=True):
-            answers = [list(progress.answers_before), self._answers()]
-        record = result_record(
-            plan,
-            self.model,
-            progress,
-            self._memory,
-            after,
-            max_rows=self.guard.max_rows,
-            took_best=bool(self._best),
-        )
-        with self._place.result() as directory:
-            save_adapter(self.model, directory)
-            write_companions(
+        with self._best_adapter():
+            after = self._held_out_loss()
+            with self._signals.droppable(at_once=True):
+                answers = [list(progress.answers_before), self._answers()]
+            record = result_record(
+                plan,
                 self.model,
-                plan.base.tokenizer,
-                plan.base.source.directory,
-                directory,
-                own_templates=config.data.chat_template is not None,
+                progress,
+                self._memory,
+                after,
+                max_rows=self.guard.max_rows,
+                took_best=bool(self._best),
             )
-            write_text(directory / "config.yaml", dump(config.as_flat()))
-            write_text(directory / "README.md", model_card(record))
-            write_json(directory / RESULT, record)
-            sync(self._place.path / METRICS_FILE)
+            with self._place.result() as directory:
+                save_adapter(self.model, directory)
+                write_companions(
+                    self.model,
+                    plan.base.tokenizer,
+                    plan.base.source.directory,
+                    directory,
+                    own_templates=config.data.chat_template is not None,
+                )
+                write_text(directory / "config.yaml", dump(config.as_flat()))
+                write_text(directory / "README.md", model_card(record))
+                write_json(directory / RESULT, record)
+                sync(self._place.path / METRICS_FILE)
         self._finished = True
         self._place.keep()
         prune_unplanned(self._place.path, config.output.save_steps)
@@ -377,6 +373,25 @@ class Run:
         as_chat = config.data.instruction_as_chat and plan.rows.format == "instruction"
         is_chat = as_chat or plan.rows.format == "messages"
         self._display.result(record, plan.directory, config, prompts, is_chat)
+
+    @contextlib.contextmanager
+    def _best_adapter(self) -> Iterator[None]:
+        """Inside, the adapter is the best one where it is asked for; the last one where it fails.
+
+        What is saved then is where the run stands.
+        """
+        last = {parameter: parameter.detach().clone() for parameter in self._names if self._best}
+        if self._best:
+            for parameter, name in self._names.items():
+                parameter.data.copy_(self._best[name])
+            assert self.progress.best is not None
+            self._display.note(f"taking the adapter of step {self.progress.best[0]}, the best one")
+        try:
+            yield
+        except BaseException:
+            for parameter, values in last.items():
+                parameter.data.copy_(values)
+            raise
 
     def _stops_early(self) -> bool:
         patience, best = self._plan.config.output.early_stopping, self.progress.best

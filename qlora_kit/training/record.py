@@ -378,13 +378,17 @@ def _peft_example(config: Mapping[str, Any]) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
         "",
         f"quantization = {f'BitsAndBytesConfig({settings})' if settings else None}",
-        'name = PeftConfig.from_pretrained("ADAPTER").base_model_name_or_path',
+        'said = PeftConfig.from_pretrained("ADAPTER")',
+        'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
         "base = AutoModelForCausalLM.from_pretrained(",
-        '    name, dtype="auto", quantization_config=quantization',
+        "    said.base_model_name_or_path, revision=said.revision, "
+        'dtype="auto", quantization_config=quantization',
         ")",
         'model = PeftModel.from_pretrained(base, "ADAPTER")',
-        'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
     ]
+    if config.get("resize_embeddings"):
+        # The new rows are the mean of the others, as transformers draws them but for 1e-9 of it.
+        lines.insert(-1, "base.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ afterwards finds the same rows, without the flag.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_an_adapter_finds_the_rows_it_was_trained_with(run: Run, home: Path) -> 
     record = json.loads((home / "out" / "run.json").read_text())
     memory = record["memory"]
     assert memory["measured"]["weights_other"] == memory["planned"]["weights_other"]
+
+    # The card's lines give the base these rows too.
+    [code] = re.findall(r"```python\n(.*?)```", (home / "out" / "README.md").read_text(), re.DOTALL)
+    done: dict[str, Any] = {}
+    exec(code.replace("ADAPTER", str(home / "out")), done)
+    rows = done["model"].get_input_embeddings().weight
+    assert len(rows) == len(done["model"].get_output_embeddings().weight) == TOKENS
+    mean = rows[:VOCABULARY].double().mean(0).to(rows.dtype)
+    torch.testing.assert_close(rows[VOCABULARY].detach(), mean.detach(), rtol=0.05, atol=1e-2)
 
     # Nothing below is given the flag: the adapter says it.
     evaluated = run("evaluate", "--adapter", "out", "--no_exact_match", "--json")

@@ -543,7 +543,19 @@ class ExportConfig(Options):
         None, "new or empty directory for the model", check=_not_empty, path=True, metavar="DIR"
     )
     overwrite: bool = option(False, "replace what is in --output_dir")
-    format: str = option("hf", "what to write", check=one_of("hf"))
+    format: str = option(
+        "hf",
+        "what to write: hf, a plain model; adapter, the adapter alone, for others to use",
+        check=one_of("hf", "adapter"),
+    )
+    base_name: str | None = option(
+        None,
+        "name of the base for those who get the result, such as its hub id: a path of this machine "
+        "means nothing to them",
+        check=_not_empty,
+        metavar="OWNER/NAME",
+        shown_default="the name that the adapter has",
+    )
     merge_base: str = option(
         "dequantized",
         "add the update to the weights that training multiplied by, or to the original ones",
@@ -572,6 +584,14 @@ class ExportConfig(Options):
     max_kl: float | None = option(
         None, "a larger divergence from the model as trained is an error", check=between(0, 1e6)
     )
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.format == "adapter":
+            plain = {"merge_base": "dequantized", "dtype": "auto", "verify": None, "max_kl": None}
+            given = (self.merge_base, self.export_dtype, self.verify, self.max_kl)
+            for (name, default), value in zip(plain.items(), given, strict=True):
+                if value != default:
+                    yield f"{name} {value} goes with format hf, which merges, not with adapter"
 
 
 def _stops(value: str | tuple[str, ...]) -> str | None:

@@ -162,6 +162,16 @@ def _plain(text: str) -> str:
     return plain(" ".join(text.split()))
 
 
+MEMORY_REMEDIES = {
+    "finetune": "lower --batch_size, --max_length or --bits, use --gradient_checkpointing full",
+    "evaluate": "lower --batch_size, --max_length or --bits",
+    "generate": "lower --batch_size, --max_new_tokens or --bits",
+    "export": "use --dtype bf16 or a smaller --shard_size",
+    "show_data": "show shorter rows",
+}
+"""What takes less memory, in flags that the command has."""
+
+
 def from_os_error(error: OSError) -> ResourceError:
     """The `ResourceError` that stands for a failed call of the operating system."""
     where = f"{error.filename}: " if error.filename else ""
@@ -202,12 +212,14 @@ def reports_errors(
                 failure = output.lost  # others may have caught it, as argparse does
             if isinstance(failure, BrokenPipeError) and failure is output.lost:
                 return 0  # `| head` has what it wanted
-            return code if failure is None else _report(failure, output, "--debug" in arguments)
+            name = main.__module__.rpartition(".")[2]
+            debug = "--debug" in arguments
+            return code if failure is None else _report(failure, output, debug, name)
 
     return wrapped
 
 
-def _report(error: BaseException, output: Stream, debug: bool) -> int:
+def _report(error: BaseException, output: Stream, debug: bool, command: str) -> int:
     """Print the line of an error; returns its exit code. The end of `--help` is raised again."""
     if isinstance(error, KeyboardInterrupt):
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
@@ -216,7 +228,7 @@ def _report(error: BaseException, output: Stream, debug: bool) -> int:
     if not isinstance(error, Exception):
         raise error
     try:
-        failure = _stands_for(error)
+        failure = _stands_for(error, command)
         if error is output.lost:
             failure = ResourceError(output.problem, "free some space, or send the output elsewhere")
         if failure is not error:
@@ -246,7 +258,7 @@ def _short_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def _stands_for(error: Exception) -> QloraKitError:
+def _stands_for(error: Exception, command: str) -> QloraKitError:
     """Name what the system or torch raise; everything else is called a bug of ours.
 
     An error of ours that only passes on that memory ended, such as a model that could not be
@@ -260,10 +272,10 @@ def _stands_for(error: Exception) -> QloraKitError:
     if isinstance(behind, LimitTooLowError):
         return ResourceError(str(behind), "raise it, or lift it with ulimit -v unlimited")
     if behind is not None:
+        lower = MEMORY_REMEDIES.get(command, "use a smaller model")
         return ResourceError(
             f"out of memory ({type(behind).__name__}: {str(behind) or 'no more is said'})",
-            "lower --batch_size, --max_length or --bits, use --gradient_checkpointing full, or "
-            "raise the limit on memory (ulimit -v)",
+            f"{lower}, or raise the limit on memory (ulimit -v)",
         )
     if isinstance(error, QloraKitError):
         return error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from qlora_kit import errors
+from qlora_kit.commands.entry import COMMANDS
+from qlora_kit.commands.entry import main as entry
 from qlora_kit.errors import (
     ERROR_LINE_LIMIT,
     ConfigError,
@@ -198,11 +202,26 @@ def test_what_is_not_foreseen_is_called_a_bug(capsys: pytest.CaptureFixture[str]
     assert "Traceback" not in line
 
 
-def test_memory_is_a_resource(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [*COMMANDS, "another"])
+def test_memory_is_a_resource_and_the_remedy_has_flags_of_the_command(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     for error in (MemoryError(), full):
-        assert raises(error)([]) == 4
-        assert "--batch_size" in (line := capsys.readouterr().err) or "batch" in line
+
+        def main(argv: Sequence[str] | None = None, error: Exception = error) -> int:
+            raise error
+
+        main.__module__ = f"qlora_kit.commands.{command}"
+        assert reports_errors(main)([]) == 4
+        line = capsys.readouterr().err
+        assert "or raise the limit on memory (ulimit -v)" in line
+        flags = set(re.findall(r"--\w+", line))
+        if command in COMMANDS:
+            with contextlib.suppress(SystemExit):
+                entry([command, "--help"])
+            assert flags <= set(re.findall(r"--\w+", capsys.readouterr().out))
+        assert bool(flags) == (command in ("finetune", "evaluate", "generate", "export"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

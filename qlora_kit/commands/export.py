@@ -25,6 +25,10 @@ SUMMARY = "Merge an adapter into its base and write a plain model, verified agai
 FAR_KL = 1e-2
 """Nats a token above which an export is said to be another model: merging exactly and rounding to
 bf16 gives 1e-3, and merging into the original base of 4 bits 1e-1."""
+NOT_PORTABLE = (
+    "the base is named by a path of this machine, {}, which others do not have: --base_name "
+    "OWNER/NAME names it for them"
+)
 VERIFY_LENGTH = 512
 VERIFY_BATCH = 8
 
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.adapter is None or options.output_dir is None:
         raise ConfigError(f"{' and '.join(missing)} not given", "give both")
     from qlora_kit.data.read import load_rows
-    from qlora_kit.files import check_output
+    from qlora_kit.files import check_output, check_room
     from qlora_kit.publish import mend
 
     target, adapter_dir = Path(options.output_dir), Path(options.adapter)
@@ -52,11 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         read.append(source.directory)
     mend(target)  # what a killed export left: the old one is in its place again
     check_output(target, options.overwrite, read)
+    if options.format == "adapter":
+        return _adapter_alone(options, adapter_dir, target)
     asked = None
     if options.verify is not None:
         asked = load_rows(DataConfig(data=options.verify, eval_fraction=0), 0)
     from qlora_kit.base.load import load_base, read_weights
-    from qlora_kit.base.tensors import dtype_name
+    from qlora_kit.base.tensors import DTYPES, dtype_name
     from qlora_kit.commands.companions import write_companions
     from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.batch import eval_batches, padding_id
@@ -73,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if dtype == "auto":
         dtype = dtype_name(base.dtype)
     rows, where = _verification_rows(options.adapter, asked, base, terminal)
+    if options.base_name is None and not base.source.is_portable:
+        terminal.note(NOT_PORTABLE.format(base.source.reference))
+    size = sum(one.numel() for one in base.model.parameters()) * DTYPES[dtype].itemsize
+    check_room(target, size, "the export")
     model = read_weights(base)
     load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
 
@@ -84,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "merge_base": options.merge_base,
         "adapter": Path(options.adapter).resolve().name,
         "dtype": dtype,
-        "base": model.base_info.as_dict(),
+        "base": model.base_info.as_dict()
+        | ({} if options.base_name is None else {"name": options.base_name}),
         "versions": versions(),
     }
 
@@ -132,6 +143,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"is the likeliest; {closer} (--max_kl makes this an error)",
             stacklevel=1,
         )
+    return 0
+
+
+def _adapter_alone(options: ExportConfig, adapter: Path, target: Path) -> int:
+    from qlora_kit.commands.terminal import Terminal
+    from qlora_kit.export.adapter_files import export_adapter, is_portable
+    from qlora_kit.export.merge import REPORT
+
+    name = export_adapter(adapter, target, options.base_name, REPORT)
+    terminal = Terminal()
+    terminal.line("exported", f"{target}, for the base {name}", width=10)
+    if not is_portable(name):
+        terminal.note(NOT_PORTABLE.format(name))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from trained import save_trained, write_rows
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig
+from qlora_kit.lock import locked
 from qlora_kit.options import dump
 
 Run = Callable[..., Any]
@@ -284,3 +286,91 @@ def test_whatever_is_wrong_with_the_data_of_the_run_the_sample_serves(
     assert answer.code == 0, answer.err
     assert "note: the run's held-out rows cannot be read, so the sample is: " in answer.out
     assert "sample:" in json.loads((tmp_path / "out" / "export.json").read_text())["verified_on"]
+
+
+def test_an_adapter_alone_names_its_base_for_others(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    (adapter / "config.yaml").write_text(f"model: {workshop.base}\nbits: 4\n")
+    card = "---\nbase_model: base\nlibrary_name: peft\n---\n# For `base`\n"
+    (adapter / "README.md").write_text(card)
+    command = ("export", "--adapter", adapter, "--format", "adapter")
+    answer = run(*command, "--output_dir", tmp_path / "plain")
+    assert (answer.code, answer.err) == (0, "")
+    assert "named by a path of this machine" in answer.out
+    answer = run(*command, "--output_dir", tmp_path / "out", "--base_name", "owner/name")
+    assert (answer.code, answer.err) == (0, "")
+    assert "note" not in answer.out
+    described = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    before = json.loads((adapter / "adapter_config.json").read_text())
+    assert described == {**before, "base_model_name_or_path": "owner/name", "revision": None}
+    for path in (tmp_path / "out").iterdir():
+        assert str(tmp_path.parent).encode() not in path.read_bytes(), path
+    assert (tmp_path / "out" / "README.md").read_text() == card.replace(
+        "base_model: base", 'base_model: "owner/name"'
+    ).replace("`base`", "`owner/name`")
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == (
+        adapter / "adapter_model.safetensors"
+    ).read_bytes()
+    flags = ("--model", workshop.base, "--prompt", "Once", "--max_new_tokens", 5)
+    texts = [
+        run("generate", "--adapter", place, *flags).out for place in (adapter, tmp_path / "out")
+    ]
+    assert texts[0] == texts[1] != "\n"
+    # It may be replaced by another, and merging is another thing.
+    more = ("--output_dir", tmp_path / "out", "--overwrite")
+    assert run(*command, *more).code == 0
+    assert "max_kl 1.0 goes with format hf" in run(*command, *more, "--max_kl", 1).line
+
+
+def test_a_path_is_said_not_to_be_portable(run: Run, workshop: Any, tmp_path: Path) -> None:
+    command = (
+        "export", "--adapter", workshop.adapter, "--model", workshop.base, "--verify",
+        workshop.rows, "--output_dir",
+    )  # fmt: skip
+    answer = run(*command, tmp_path / "out")
+    assert f"named by a path of this machine, {workshop.base}" in answer.out
+    answer = run(*command, tmp_path / "named", "--base_name", "owner/name")
+    assert "path of this machine" not in answer.out
+    report = json.loads((tmp_path / "named" / "export.json").read_text())
+    assert report["base"]["name"] == "owner/name"
+
+
+def test_an_export_goes_into_a_volume(run: Run, workshop: Any, tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    target = os.fsencode(tmp_path / "volume")
+    if libc.mount(b"tmpfs", target, b"tmpfs", 0, b"size=8m"):
+        pytest.skip(f"no mount: {os.strerror(ctypes.get_errno())}")
+    try:
+        exported(run, workshop, tmp_path / "volume")
+        exported(run, workshop, tmp_path / "volume", "--overwrite", "--dtype", "bf16")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "volume").dtype == torch.bfloat16
+        assert not [name for name in os.listdir(tmp_path / "volume") if name.startswith(".")]
+        # A volume that is too small is said before the weights are read.
+        libc.umount2(target, 2)
+        libc.mount(b"tmpfs", target, b"tmpfs", 0, b"size=64k")
+        answer = run(
+            "export", "--adapter", workshop.adapter, "--model", workshop.base,
+            "--output_dir", tmp_path / "volume",
+        )  # fmt: skip
+        assert answer.code == 4
+        assert "the export needs" in answer.line
+    finally:
+        libc.umount2(target, 2)
+
+
+def test_an_export_into_a_directory_in_use_is_refused(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    exported(run, workshop, tmp_path / "out")
+    before = tree_hash(tmp_path)
+    with locked(tmp_path / "out"):
+        answer = run(
+            "export", "--adapter", workshop.adapter, "--model", workshop.base,
+            "--output_dir", tmp_path / "out", "--overwrite",
+        )  # fmt: skip
+    assert answer.code == 4
+    assert f"in use by process {os.getpid()}; wait until it ends" in answer.line
+    assert tree_hash(tmp_path) == before

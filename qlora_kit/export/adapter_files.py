@@ -1,0 +1,61 @@
+"""An adapter's files for others, its base under a name that others find.
+
+The weights go along byte by byte, and so do tokenizer and chat template. What only the trainer's
+machine has (paths of the base and the data, in config.yaml and run.json) stays behind.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from qlora_kit.base.contents import find
+from qlora_kit.base.source import is_path
+from qlora_kit.base.tokenizer import copy_tokenizer
+from qlora_kit.errors import AdapterError
+from qlora_kit.files import write_file
+from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from qlora_kit.publish import publish
+
+CARD = "README.md"
+
+
+def export_adapter(adapter: Path, target: Path, base_name: str | None, report: str) -> str | None:
+    """Write the adapter in `adapter` to `target`; returns the name of its base there.
+
+    `base_name` takes the place of the one that it has; `report` is the name of the file that says
+    what this directory is. The place was checked. Errors: `AdapterError`, `ResourceError`.
+    """
+    described = dict(read_adapter_config(adapter))
+    before = described.get("base_model_name_or_path")
+    if base_name is not None and base_name != before:
+        described.update(base_model_name_or_path=base_name, revision=None)
+    weights, card = find(adapter, WEIGHTS_FILE, AdapterError), find(adapter, CARD, AdapterError)
+    assert weights is not None  # its config was read
+    with publish(target) as directory:
+        shutil.copyfile(weights, directory / WEIGHTS_FILE)
+        write_file(directory / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
+        copy_tokenizer(adapter, directory)
+        if card is not None:
+            text = card.read_text(encoding="utf-8", errors="replace")
+            write_file(directory / CARD, _renamed(text, base_name).encode())
+        said = {"format": "adapter", "merge_base": None, "dtype": None, "base": base_name or before}
+        write_file(directory / report, (json.dumps(said, indent=2) + "\n").encode())
+    name = described["base_model_name_or_path"]
+    return None if name is None else str(name)
+
+
+def is_portable(name: str | None) -> bool:
+    """Whether a base's name means the same in every place."""
+    return name is not None and not is_path(name)
+
+
+def _renamed(card: str, base_name: str | None) -> str:
+    """A model card with the base under another name, in its head and in its text."""
+    key = "\nbase_model: "
+    if base_name is None or key not in card.partition("\n---\n")[0]:
+        return card
+    before = card.partition(key)[2].partition("\n")[0]
+    head = card.replace(f"{key}{before}\n", f"{key}{json.dumps(base_name)}\n", 1)
+    return head.replace(f"`{before}`", f"`{base_name}`")

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -487,6 +488,8 @@ def kills(shop: Shop, kind: str, folder: Path) -> dict[str, Any]:
             mend(place)
             now = tree(place)
             which = "new" if now == new else "old" if now == old else ""
+            if number % 20 == 0:
+                print(f"{kind}: {number} kills", flush=True)
             if which:
                 counts[which] += 1
             else:
@@ -522,6 +525,10 @@ def main() -> int:
         write_rows(shop.root / "rows.jsonl")
         for path in shop.root.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # other users read it in some cases
+        # Everything is imported once: forked processes, other users' too, have it then.
+        with contextlib.redirect_stdout(io.StringIO()):
+            command(shop.export(root / "first"))
+            command(shop.page(root / "first.html", shop.root / "rows.jsonl"))
         for number, (called, (area, mounts, tried)) in enumerate(CASES.items()):
             row = table.setdefault(area, {"tried": 0, "held": 0, "skipped": 0})
             if arguments.case and arguments.case not in called:

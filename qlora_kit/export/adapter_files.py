@@ -37,6 +37,8 @@ def export_adapter(adapter: Path, target: Path, base_name: str | None, report: s
         shutil.copyfile(weights, directory / WEIGHTS_FILE)
         write_file(directory / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
         copy_tokenizer(adapter, directory)
+        if settings := find(adapter, "generation_config.json", AdapterError):
+            shutil.copyfile(settings, directory / "generation_config.json")
         if card is not None:
             text = card.read_text(encoding="utf-8", errors="replace")
             write_file(directory / CARD, _renamed(text, base_name).encode())

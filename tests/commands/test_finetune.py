@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_kit.commands import generate
 from qlora_kit.commands.display import shell_word
 from qlora_kit.commands.finetune import QUICKSTART, main
+from qlora_kit.errors import ConfigError
+from qlora_kit.files import check_output
 
 SETTINGS = "--bits 16 --dtype fp32 --lora_r 4 --batch_size 2 --gradient_accumulation_steps 2"
 
@@ -358,3 +360,11 @@ def test_a_prompt_is_one_word_of_a_shell(text: str) -> None:
         ["bash", "-c", f"printf %s. {shell_word(text)}"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"{text}."
+
+
+def test_a_finished_run_may_be_replaced_and_with_a_file_of_ones_own_may_not(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    check_output(run, overwrite=True)
+    (run / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"holds notes\.txt, which no run and no export made"):
+        check_output(run, overwrite=True)

@@ -68,6 +68,7 @@ def test_a_finished_run_has_the_files_of_the_contract(finished):
     assert {path.name for path in finished.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "config.yaml",

@@ -291,7 +291,9 @@ def test_a_base_that_an_adapter_names_and_no_path_leads_to(
 
 
 @pytest.mark.parametrize("literal", [True, False])
-def test_a_prompt_is_read_as_the_run_of_the_adapter_read_its_rows(tmp_path, literal):
-    (tmp_path / "config.yaml").write_text(f"literal_control_tokens: {str(literal).lower()}\n")
-    assert reads_literally(str(tmp_path)) is literal
+def test_a_prompt_is_read_as_the_run_of_the_adapter_read_its_rows(workshop, tmp_path, literal):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(workshop.adapter, adapter)
+    (adapter / "config.yaml").write_text(f"literal_control_tokens: {str(literal).lower()}\n")
+    assert reads_literally(str(adapter)) is literal
     assert not reads_literally(None)

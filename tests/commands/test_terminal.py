@@ -209,6 +209,15 @@ def test_a_command_whose_product_is_its_output_says_that_it_is_lost(
     assert (done.returncode, done.stderr) == (code, said)
 
 
+def test_a_closed_standard_input_is_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "reads.py").write_text(
+        "import sys; from qlora_kit.errors import reports_errors\n"
+        "sys.exit(reports_errors(lambda argv: len(sys.stdin.buffer.read()))([]))\n"
+    )
+    done = run("$PY reads.py <&-", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("arguments", ["--help", "finetune --help"])
 def test_help_that_cannot_be_written_says_so(arguments: str, tmp_path: Path) -> None:
     done = run(f"$PY -c '{MAIN}' {arguments} >/dev/full", tmp_path)

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.base.contents import find
 from qlora_kit.base.families import FAMILIES
 from qlora_kit.base.fields import MODEL_FIELDS
-from qlora_kit.base.json_file import read_json
+from qlora_kit.base.validate import read_generation_config
 from qlora_kit.errors import ModelError
 
 DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}
-TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 UNDECLARED = {
     # What the classes of some families read or convert without declaring it.
     "head_dim",
@@ -115,19 +113,13 @@ def tied_names(model: Any) -> dict[str, str]:
 
 def take_generation_config(model: Any, directory: Path) -> None:
     """Give `model` the generation settings of its directory. Errors: `ModelError`."""
-    path = find(directory, "generation_config.json")
-    if path is None:
+    said = read_generation_config(directory)
+    if said is None:
         return
     from transformers import GenerationConfig
 
-    said = read_json(path)
-    for name in TOKENS & said.keys():
-        ids = said[name] if isinstance(said[name], list) else [said[name]]
-        if said[name] is not None and not all(type(one) is int for one in ids):
-            raise ModelError(
-                f"{path}: {name} is {str(said[name])[:60]}, not a token", "correct or remove it"
-            )
     try:
         model.generation_config = GenerationConfig.from_dict(said)
     except Exception as error:
+        path = directory / "generation_config.json"
         raise ModelError(f"{path}: {error}", "correct or remove the file") from error

@@ -35,11 +35,7 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
     Errors: `ModelError`, `UnsafeInputError`.
     """
     kind = config.get("model_type")
-    if asked := asks_for_code(config):
-        raise UnsafeInputError(
-            f"{path}: {asked[0]} is {str(asked[1])[:60]!r}, which transformers would fetch or run",
-            "remove it from the file: nothing that a model names is fetched or run",
-        )
+    refuse_code(config, path)
     towers = [key for key in TOWERS if config.get(key)]
     if towers:
         raise ModelError(
@@ -75,6 +71,15 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
     wrong = list(problems(config))
     if wrong:
         raise ModelError(f"{path}: {'; '.join(wrong)}", "correct the file")
+
+
+def refuse_code(said: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of settings that has something fetched or run. Errors: `UnsafeInputError`."""
+    if asked := asks_for_code(said):
+        raise UnsafeInputError(
+            f"{path}: {asked[0]} is {str(asked[1])[:60]!r}, which transformers would fetch or run",
+            "remove it from the file: nothing that a model names is fetched or run",
+        )
 
 
 def _expert_bytes(config: Mapping[str, Any]) -> int:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.base.contents import LIMITS, find, names_code, tokenizer_files
-from qlora_kit.base.families import FAMILIES, check_family
+from qlora_kit.base.families import FAMILIES, check_family, refuse_code
+from qlora_kit.base.fields import TOKENS
 from qlora_kit.base.json_file import is_deep, read_json, unique
 from qlora_kit.base.source import Source, contained, is_path, resolve
 from qlora_kit.errors import InputError, ModelError, UnsafeInputError
@@ -105,6 +106,24 @@ def read_config_file(path: Path) -> dict[str, Any]:
         )
     check_family(config, path)
     return config
+
+
+def read_generation_config(directory: Path) -> dict[str, Any] | None:
+    """The generation_config.json of a directory, None without one: its tokens are tokens.
+
+    Errors: `ModelError`, `UnsafeInputError` for code that it asks for.
+    """
+    path = find(directory, "generation_config.json")
+    if path is None:
+        return None
+    said = read_json(path)
+    refuse_code(said, path)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if not TOKENS.accepts(said.get(name)):
+            raise ModelError(
+                f"{path}: {name} is {repr(said[name])[:60]}, not a token", "correct or remove it"
+            )
+    return said
 
 
 def read_entries(directory: Path) -> dict[str, TensorEntry]:
@@ -289,5 +308,5 @@ def look(source: Source) -> None:
     """Refuse what all files of a directory show but the tensors, in a second: without torch."""
     read_config(source.directory)
     read_entries(source.directory)
-    find(source.directory, "generation_config.json")
+    read_generation_config(source.directory)
     tokenizer_files(source.directory)

@@ -97,6 +97,14 @@ def test_what_asks_for_code_or_a_download_is_refused_by_name(model, field, value
         look(Source("model", None, model))
 
 
+def test_so_is_the_code_of_a_generation_config(model):
+    path = model / "generation_config.json"
+    path.write_text(json.dumps({"custom_generate": "evil/repo"}))
+    said = "generation_config.json: custom_generate is 'evil/repo'"
+    with refused(UnsafeInputError, said, directory=model):
+        look(Source("model", None, model))
+
+
 def test_so_is_the_code_of_a_tokenizer(model):
     path = model / "tokenizer_config.json"
     own = {"auto_map": {"AutoTokenizer": ["evil/repo--tokenization.Own", None]}}

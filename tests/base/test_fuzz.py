@@ -33,7 +33,7 @@ from qlora_kit.errors import ModelError, QloraKitError
 
 ROOT = Path(__file__).resolve().parents[2]
 VALIDATED = {
-    "single": ("config.json", "model.safetensors"),
+    "single": ("config.json", "generation_config.json", "model.safetensors"),
     "sharded": ("model.safetensors.index.json", "model-00002-of-00004.safetensors"),
 }
 

@@ -415,7 +415,7 @@ def test_the_architecture_is_compared_by_shape_and_name(originals):
 
 
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
-@pytest.mark.parametrize("value", [1.5, "2", [None], {"a": 1}, True, [[2]]])
+@pytest.mark.parametrize("value", [1.5, "2", [None], {"a": 1}, True, [[2]], 10**9, [2] * 5000])
 def test_a_generation_config_without_tokens_is_named(model, key, value):
     path = model / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))

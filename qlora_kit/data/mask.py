@@ -264,10 +264,9 @@ class Renderer:
         plain: dict[str, Any] = {n: message[n] for n in ("role", "name") if n in message}
         one, other = (self.render([*before, {**plain, "content": text}]) for text in ("a", "1"))
         frame = os.path.commonprefix((one.text, other.text))  # noqa: RUF071
-        found = _aligned(prompt.text, frame)
-        if found is None or not _written(before[-1], found[2]):
+        surplus, lead = self._behind_header(before, prompt.text, frame)
+        if surplus is None:
             return None
-        surplus, lead, _ = found
         frame = frame[: len(frame) - len(lead)]
         if not whole.text.startswith(frame):
             return None
@@ -288,6 +287,27 @@ class Renderer:
         text = prompt + turn
         span = len(prompt.text), len(text.text)
         return Chat(text.text, text.literals, [Turn(span, True)]) if turn.text else None
+
+    def _behind_header(
+        self, before: Messages, prompt: str, frame: str
+    ) -> tuple[str, str] | tuple[None, str]:
+        """What a prompt and a frame have behind the header of an answer that both share."""
+        shared = len(os.path.commonprefix((prompt, frame)))  # noqa: RUF071
+        # Both may go on with another control token, and these begin alike.
+        for match in re.finditer(r"<[^<>\s]+>|\[[A-Z_]+\]", prompt):
+            if match.start() < shared < match.end() and match[0] in self._tokens.added:
+                shared = match.start()
+        surplus, lead = prompt[shared:], frame[shared:]
+        # Where each goes on in its own way, that must be behind a control token: else it is a
+        # header that the template does not write.
+        parted = not (surplus and lead) or prompt[:shared].endswith(tuple(self._tokens.added))
+        if parted and shared >= len(self.render(before).text):
+            return surplus, lead
+        # What is before the header is written in two ways: the same last message and header end it.
+        found = _aligned(prompt, frame)
+        if found is None or not _written(before[-1], found[2]):
+            return None, ""
+        return found[:2]
 
     def _merged(self, messages: Messages) -> Messages:
         user = next((i for i, one in enumerate(messages) if one["role"] == "user"), None)

@@ -353,7 +353,7 @@ def _messages(row: Row, tokens: Tokens, max_length: int, rules: EncodeRules) -> 
     if cut:
         if _drops(row, max_length + 1, max_length, rules):
             return Outcome(row, skipped=DROPPED)
-        if all(message["role"] != "assistant" for message in messages):
+        if not any(one["role"] == "assistant" and one.get("weight", 1) for one in messages):
             return Outcome(row, skipped=TOO_LONG)
     template = str(tokens.tokenizer.chat_template)
     row = replace(row, unused=(*row.unused, *unread(messages, template)))

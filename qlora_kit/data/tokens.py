@@ -96,7 +96,7 @@ class Tokens:
         self.special_ids = {
             index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
         } - {self.tokenizer.unk_token_id}
-        self._added = {token.content for token in added}
+        self.added = {token.content for token in added}
         self._controls: dict[str, re.Pattern[str]] = {}
 
     @property
@@ -234,7 +234,7 @@ class Tokens:
             found = set(self.special)
             if not of_assistant:
                 literal = literal_text(template)
-                found |= {t for t in self._added if t in literal and not t.isspace()}
+                found |= {t for t in self.added if t in literal and not t.isspace()}
             longest_first = sorted(found, key=len, reverse=True)
             self._controls[key] = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         return self._controls[key]
@@ -261,7 +261,7 @@ class Tokens:
             self._append(text, first, min(first + 1, last), ids, spans)
             self._append(text, min(first + 1, last), last, ids, spans)
             added = set(self.tokenizer.convert_ids_to_tokens(ids[before:]))
-            if added & self.special or text[first:last] in added & self._added:
+            if added & self.special or text[first:last] in added & self.added:
                 return None
             done = last
         return ids, spans

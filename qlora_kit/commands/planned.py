@@ -48,6 +48,7 @@ def planned_run(
         for window, steps in _windows(config, rows, packs, num_steps)
     ]
     plan = max(plans, key=lambda one: (one.recomputed, one.peak_bytes))
+    plan = replace(plan, tokens=max(one.tokens for one in plans))
     if budget is not None and not plan.fits and training.gradient_checkpointing == "auto":
         raise ConfigError(
             f"memory_budget {training.memory_budget} is {plan.missing_bytes} bytes below what the "

@@ -421,7 +421,10 @@ class Run:
             rows = self._eval_rows
             try:
                 with self._signals.droppable(at_once=True):
-                    return evaluate(self.model, eval_batches(held_out.rows, rows, self._pad_id))
+                    # Forward alone of as many tokens takes less than the step that is planned.
+                    tokens = self._plan.memory.tokens
+                    batches = eval_batches(held_out.rows, rows, self._pad_id, tokens)
+                    return evaluate(self.model, batches)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise

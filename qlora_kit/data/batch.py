@@ -267,8 +267,22 @@ def num_steps(
     return max(1, math.ceil(round(exact, 6)))
 
 
-def eval_batches(rows: Sequence[Encoded], batch_size: int, pad_id: int) -> Iterator[Batch]:
-    """Every row once, shortest first: rows of like length waste little padding."""
-    order = np.argsort(lengths_of(rows), kind="stable").tolist()
-    for first in range(0, len(order), batch_size):
-        yield collate([rows[i] for i in order[first : first + batch_size]], pad_id)
+def eval_batches(
+    rows: Sequence[Encoded], batch_size: int, pad_id: int, most_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Every row once, shortest first: rows of like length waste little padding.
+
+    Batches of several rows have at most `most_tokens` tokens, padding included.
+    """
+    lengths = lengths_of(rows)
+    order = np.argsort(lengths, kind="stable").tolist()
+    chosen: list[int] = []
+    for row in order:
+        size = (len(chosen) + 1) * padded(int(lengths[row]))
+        full = len(chosen) == batch_size or (most_tokens is not None and size > most_tokens)
+        if chosen and full:
+            yield collate([rows[i] for i in chosen], pad_id)
+            chosen = []
+        chosen.append(row)
+    if chosen:
+        yield collate([rows[i] for i in chosen], pad_id)

@@ -44,7 +44,7 @@ from qlora_kit.training.prepare import prepare_model
 from qlora_kit.training.recompute import set_recompute
 from qlora_kit.workspace import own_workspace, tagged_workspace
 
-MOST_TOKENS = 2**40
+MOST_TOKENS = 2**52
 """Of a step; beyond some number of them sizes overflow 64 bits."""
 HOST, IDLE = "host", "idle"
 """What lies in the host's memory where the device has its own; what is kept for another trace."""

@@ -17,6 +17,7 @@ import torch
 from qlora_kit.base.load import find_device
 from qlora_kit.base.shape import open_shape
 from qlora_kit.config import DEFAULT_LENGTH, BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.data.batch import padded
 from qlora_kit.memory.choose import Chosen, choose_levels, recomputed_share
 from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
 from qlora_kit.memory.extend import moved
@@ -50,7 +51,8 @@ class MemoryPlan:
     what is there at the peak: their sum, `paged` left out, is `peak_bytes`, which includes
     `overhead`. `phases` has the peak of tensors in load, inject, forward, backward and step.
     `levels` are those of the decoder layers, `recomputed` the share of a forward pass's work that
-    backward does again. Of the budget `margin_bytes` are left free.
+    backward does again. Of the budget `margin_bytes` are left free. The micro-batch that is planned
+    has `tokens` tokens, padding included.
     """
 
     bytes: Sizes
@@ -65,6 +67,7 @@ class MemoryPlan:
     recomputed: float
     budget_bytes: int | None = None
     margin_bytes: int = 0
+    tokens: int = 0
 
     @property
     def missing_bytes(self) -> int:
@@ -196,14 +199,14 @@ class Planner:
         else:
             levels = (level,) * len(self.run.layers)
             chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
-        return self._plan_of(chosen, window.length, budget_bytes)
+        return self._plan_of(chosen, window, budget_bytes)
 
     @property
     def overhead(self) -> Overhead:
         """What lies outside tensors on the device."""
         return OVERHEADS[self.device]
 
-    def _plan_of(self, chosen: Chosen, length: int, budget_bytes: int | None) -> MemoryPlan:
+    def _plan_of(self, chosen: Chosen, window: Window, budget_bytes: int | None) -> MemoryPlan:
         run = self.run
         passed = chosen.stretches[-1].end
         updates = [moved(one, "", passed, run.apart) for one in run.updates]
@@ -231,9 +234,10 @@ class Planner:
             host_peak_bytes=most_of_each(run.loading).get(HOST, 0) if on_host else phases["load"],
             device=self.device,
             levels=chosen.levels,
-            recomputed=recomputed_share(run, chosen.levels, length),
+            recomputed=recomputed_share(run, chosen.levels, window.length),
             budget_bytes=budget_bytes,
             margin_bytes=self._left_free(budget_bytes),
+            tokens=window.rows * padded(window.length),
         )
 
     def _left_free(self, budget_bytes: int | None) -> int:

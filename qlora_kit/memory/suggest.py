@@ -11,7 +11,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.config import MOST_ROWS, BaseConfig, LoRAConfig, TrainingConfig
 from qlora_kit.memory.plan import MemoryPlan, Planner, Window
 
 SHORTEST = 128
@@ -128,7 +128,7 @@ def _recompute(options: Options) -> Iterator[Options]:
 
 def _batch(options: Options) -> Iterator[Options]:
     rows, steps = options.training.batch_size, options.training.gradient_accumulation_steps
-    while rows > 1 and rows % 2 == 0:
+    while rows > 1 and rows % 2 == 0 and 2 * steps <= MOST_ROWS:
         rows, steps = rows // 2, steps * 2
         yield _training(options, batch_size=rows, gradient_accumulation_steps=steps)
 

@@ -226,6 +226,9 @@ def test_evaluation_sees_every_row_once_with_little_padding(lengths, batch_size)
         assert sum(padded) <= sum(unsorted)
     widths = [b["input_ids"].shape[1] for b in batches]
     assert widths == sorted(widths)
+    bounded = list(eval_batches(rows, batch_size, PAD, 64))
+    assert names(bounded) == names(batches)
+    assert all(len(b["lengths"]) == 1 or b["input_ids"].numel() <= 64 for b in bounded)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from qlora_kit.base.load import open_base, read_weights
 from qlora_kit.base.quantize import own_workspace, quantize_linear
 from qlora_kit.base.shape import open_shape
 from qlora_kit.base.tensors import DTYPES
-from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.config import MOST_ROWS, BaseConfig, LoRAConfig, TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ConfigError, ModelError
@@ -178,6 +178,15 @@ def test_a_plan_without_data_is_not_below_any_packs(base_dir):
         assert peak <= planned.peak_bytes <= 1.03 * peak
 
 
+def test_suggestions_keep_within_what_options_may_be(base_dir):
+    """Halving the batch doubles the accumulation, which has a bound."""
+    training = TrainingConfig(batch_size=MOST_ROWS, gradient_checkpointing="full")
+    options = Options(BaseConfig(base_dir), LoRAConfig(), training, 128)
+    planner = Planner(options.base, options.lora, training, "cuda")
+    for one in suggest(options, planner, "cuda", 2**30):
+        assert one.plan.fits
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_cost_of_a_plan_does_not_depend_on_batch_and_accumulation(base_dir, device):
     training = TrainingConfig(gradient_checkpointing="full")
@@ -192,7 +201,7 @@ def test_the_cost_of_a_plan_does_not_depend_on_batch_and_accumulation(base_dir, 
         assert peaks[1] > 2**20 * 256 * 64 * 2  # one layer's input, in 16 bits
         assert seconds[1] < 3 * seconds[0] + 1
     with pytest.raises(ConfigError, match="tokens a step; lower --batch_size"):
-        planner.plan(Window(10**12, 256, 256))
+        planner.plan(Window(10**14, 256, 256))
 
 
 def run_of(base_dir, device="cpu", **options):

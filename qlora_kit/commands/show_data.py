@@ -74,7 +74,9 @@ def _page_path(name: str, parsed: Parsed) -> Path:
 
     named = (data.data, data.eval_data, data.chat_template, parsed.config_file)
     for read in (one for name in named if name is not None for one in local_files(name)):
-        if read.exists() and path.samefile(read):
+        # A page that lies in a directory of data is none of its files.
+        lies_there = any(os.path.isdir(one) and path.suffix == ".html" for one in named if one)
+        if read.exists() and path.samefile(read) and not lies_there:
             raise ConfigError(f"--html {name}: is read here", "name a new file")
     return path
 

@@ -367,3 +367,12 @@ def test_fields_and_control_tokens_are_in_the_summary(capsys, tmp_path):
     train = json.loads(run(capsys, *options, "--json").out)["train"]
     assert (train["unused"], train["control_tokens"], train["doubled"]) == ({"id": 3}, 9, 6)
     assert train["unknown_share"] == 0
+
+
+def test_a_page_may_lie_in_the_directory_of_its_data(capsys, model, chats, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(chats, tmp_path / "data" / "train.jsonl")
+    for _ in range(2):
+        page = tmp_path / "data" / "page.html"
+        run(capsys, *arguments(model, tmp_path / "data", "--eval_fraction", 0, "--html", page))
+    assert page.read_text().startswith(HEAD)

@@ -271,3 +271,17 @@ def test_stopped_in_the_last_evaluation_the_last_adapter_is_saved_and_not_the_be
     assert "taking the adapter of step" in outcome.output
     name = "checkpoint-5/training.safetensors"
     assert (stopped / name).read_bytes() == (kept / name).read_bytes()
+
+
+@pytest.mark.parametrize("phase", ["first-evaluation", "last-evaluation", "writing"])
+def test_the_ssh_that_goes_in_any_phase_costs_nothing(job, reference, output, phase):
+    """A sample; benchmarks/signals.py has every signal in every phase."""
+    outcome = job.run(output, inject=f"signal_in {phase} SIGHUP")
+    # The result that is being written is finished; before the first step there is nothing to keep.
+    assert outcome.code == (0 if phase == "writing" else 129), outcome.output
+    assert (output / "run.json").exists() == (phase == "writing")
+    assert output.exists() == (phase != "first-evaluation")
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert result_of(output) == reference
+    assert leftovers(output) == []

@@ -9,6 +9,7 @@ models: it starts with `.`, `/` or `~`, has other than one `/`, or its first par
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 import stat
@@ -17,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.data.json_text import loads
-from qlora_kit.errors import ConfigError, DataError, UnsafeInputError, from_os_error, redacted
+from qlora_kit.errors import (
+    ConfigError,
+    DataError,
+    QloraKitError,
+    UnsafeInputError,
+    from_os_error,
+    redacted,
+)
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 PLAIN = (".jsonl", ".json", ".csv", ".tsv", ".txt")
@@ -30,6 +38,7 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 """The files by which `save_to_disk` lists the shards of a data set, and its splits."""
 
 STATE_BYTES = 2**20
+MOST_FILES = 10_000
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -111,9 +120,14 @@ def files(names: str) -> Path | Files:
         if _lies_there(path) or not set(name) & set("*?["):
             paths.append(path)
             continue
-        found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        fitting = glob.iglob(str(path), recursive=True)
+        found = sorted(map(Path, itertools.islice(fitting, MOST_FILES + 1)))
         if not found:
             raise DataError(f"{name}: no file fits this pattern", "check the path and the pattern")
+        if len(found) > MOST_FILES:
+            raise DataError(
+                f"{name}: more than {MOST_FILES:,} files fit this pattern", "narrow the pattern"
+            )
         paths += [one for one in found if not one.is_dir()]
     seen: dict[str, Path] = {}
     for path in paths:
@@ -124,15 +138,14 @@ def files(names: str) -> Path | Files:
 
 
 def local_files(data: str) -> Iterator[Path]:
-    """Every file here that rows of `--data` may come from; no error where it means none."""
-    path = Path(os.path.expanduser(data))
+    """The files here that rows of `--data` come from; none where it means no rows."""
     try:
-        if path.is_dir():
-            yield from (file for file in path.rglob("*") if file.is_file())
-        elif not is_hub_id(data):
-            yield from (one for one in parts_of(files(data)) if isinstance(one, Path))
-    except (ConfigError, DataError, OSError, ValueError):
+        sources = find(data)
+    except (QloraKitError, OSError, ValueError):
         return
+    for source in sources:
+        if source is not None:
+            yield from (part for part in parts_of(source) if isinstance(part, Path))
 
 
 def is_one_table(data: str) -> bool:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qlora_kit.config import DataConfig
-from qlora_kit.data import tables
+from qlora_kit.data import find, tables
 from qlora_kit.data.find import files, local_files
 from qlora_kit.data.read import load_rows
 from qlora_kit.data.records import count, records
@@ -68,10 +68,15 @@ def test_a_name_with_a_comma_or_a_bracket_that_is_there_is_that_file(tmp_path):
     assert texts(f"{tmp_path}/a[[]1].jsonl") == ["a[1].jsonl"]
 
 
-def test_what_cannot_be_meant_is_refused(tmp_path):
+def test_what_cannot_be_meant_is_refused(tmp_path, monkeypatch):
     one = put(tmp_path / "a.jsonl", "1")
     with pytest.raises(DataError, match="no file fits this pattern"):
         read(tmp_path / "*.csv")
+    monkeypatch.setattr(find, "MOST_FILES", 2)
+    for name in "bcd":
+        (tmp_path / f"{name}.txt").write_text("a")
+    with pytest.raises(DataError, match="more than 2 files fit"):
+        read(tmp_path / "*.txt")
     with pytest.raises(ConfigError, match=r"a\.jsonl is named twice"):
         read(f"{one},{tmp_path}/*.jsonl")
     with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):

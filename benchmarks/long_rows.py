@@ -1,7 +1,8 @@
 """Memory and time of rows at the limit, and of files that stand for more than they are.
 
 Each case is a file that `show-data` reads in a process of its own with the limit of a row as it is,
-16 MiB; its exit code, its largest resident set and its seconds are the result. The same command on
+16 MiB; its exit code, its largest resident set, and its seconds (also of the processor, which other work on
+the machine does not lengthen) are the result. The same command on
 a row of a few words says what the process takes anyway. Needs the extra `data`.
 
     python benchmarks/long_rows.py
@@ -106,7 +107,6 @@ CASES: dict[str, Callable[[Path], Path]] = {
 
 def measured(path: Path) -> dict[str, Any]:
     """What `show-data` takes for a file."""
-    command = [sys.executable, "-m", "qlora_kit.commands.entry"]
     run = "from qlora_kit.commands.show_data import main; import sys; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", run, "--model", "tiny", "--data", str(path)]
     command += ["--token_cache", "none", "--rows", "0", "--eval_fraction", "0"]
@@ -119,6 +119,7 @@ def measured(path: Path) -> dict[str, Any]:
         "exit": os.waitstatus_to_exitcode(status),
         "peak_bytes": usage.ru_maxrss * 1024,
         "seconds": time.perf_counter() - began,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "said": said[-1] if said else "",
         "file_bytes": path.stat().st_size,
     }
@@ -139,7 +140,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = found = measured(make(Path(folder)))
         peak = found["peak_bytes"] / 2**20
-        print(f"{name:48} exit {found['exit']}  {peak:6.0f} MiB  {found['seconds']:6.1f} s")
+        print(f"{name:48} exit {found['exit']}  {peak:6.0f} MiB  {found['cpu_seconds']:6.1f} s")
     write_result(options.result, {"cases": results})
 
 

@@ -36,8 +36,8 @@ from qlora_kit.options import flag_of
 
 CODES = (0, 2, 3, 4, 5, 143)
 """Of the contract; 143 is that of a run that trains until it is asked to stop."""
-REFUSED_S, CASE_S = 2.0, 20.0
-"""Processor time of a refusal; time after which a run that goes on is asked to stop."""
+REFUSED_S, CASE_S, LONGEST_S = 2.0, 10.0, 120.0
+"""Processor time of a refusal; processor time, or time, after which a case is asked to stop."""
 MEMORY = 4 * 1024**3
 
 
@@ -306,12 +306,12 @@ class Judge:
             if done:
                 break
             late = time.perf_counter() - began
-            if late > CASE_S and not asked:
+            if not asked and (late > LONGEST_S or _spent(pid) > CASE_S):
                 os.kill(pid, signal.SIGTERM)
                 asked = True
-            elif late > 2 * CASE_S:
+            elif late > 2 * LONGEST_S:
                 os.kill(pid, signal.SIGKILL)
-            time.sleep(0.002)
+            time.sleep(0.005)
         code = os.waitstatus_to_exitcode(status)
         spent = usage.ru_utime + usage.ru_stime
         lines = said.read_text(errors="replace").splitlines() or [""]
@@ -321,7 +321,7 @@ class Judge:
         if code < 0:
             return f"ended by {signal.Signals(-code).name}"
         if code == 143 and not list(self.work.glob("*/metrics.jsonl")):
-            return f"no answer in {CASE_S:g} s, and nothing is trained"
+            return f"no answer in {spent:.0f} s, and nothing is trained"
         if code not in CODES:
             return f"exit code {code}: {line}"
         if code and not line.startswith("error: "):
@@ -359,6 +359,12 @@ class Judge:
             os.write(2, f"\n{type(error).__name__} out of the command\n".encode())
         finally:
             os._exit(code)
+
+
+def _spent(pid: int) -> float:
+    """Seconds that a process and its threads have had a processor for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def prepare_process() -> None:

@@ -1,7 +1,7 @@
 """A model's name to a directory of files, every path contained in it, with a fingerprint of it.
 
-A name is a path if it starts with `.`, `/` or `~`, has other than one `/`, is a file here, or its
-first part is a directory here; `tiny` is the package's own base; anything else is a hub id, or a
+A name is a path if it starts with `.`, `/` or `~`, has other than one `/`, or its first
+part is here, whatever it is; `tiny` is the package's own base; anything else is a hub id, or a
 short name that stands for one. Files of a directory may not lead out of it. The network is used
 only for hub ids.
 """
@@ -70,8 +70,7 @@ def is_path(name: str) -> bool:
     if name.startswith((".", "/", "~")) or name.count("/") not in (0, 1):
         return True
     first = name.split("/")[0]
-    is_here = os.path.isdir(first) or os.path.isfile(name)
-    return is_here and name not in SHORT_NAMES and name != "tiny"
+    return os.path.lexists(first) and name not in SHORT_NAMES and name != "tiny"
 
 
 def is_known(name: str) -> bool:

@@ -1,9 +1,9 @@
 """Memory and time of rows at the limit, and of files that stand for more than they are.
 
 Each case is a file that `show-data` reads in a process of its own with the limit of a row as it is,
-16 MiB; its exit code, its largest resident set, and its seconds (also of the processor, which other work on
-the machine does not lengthen) are the result. The same command on
-a row of a few words says what the process takes anyway. Needs the extra `data`.
+16 MiB; its exit code, its largest resident set and its seconds are the result, those of the
+processor too, which other work on the machine does not lengthen. The same command on a row of a few
+words says what the process takes anyway. Needs the extra `data`. Takes about five minutes.
 
     python benchmarks/long_rows.py
     python benchmarks/long_rows.py --only chat

@@ -241,7 +241,9 @@ def judged(tokenizer: Any, family: Family | None, chat: dict[str, Any]) -> str:
     tools = chat.get("tools")
     content = {"messages": [dict(one) for one in weighted], **({"tools": tools} if tools else {})}
     template = tokenizer.chat_template
-    if "</think>" in template and not re.search("reasoning|thinking['\"]", template):
+    if "</think>" in template and not re.search(
+        r"\.(reasoning|thinking)|['\"](reasoning\w*|thinking)['\"]", template
+    ):
         # Such a template looks for thoughts in the text: that is where a model writes them.
         messages = [inlined(message) for message in messages]
 
@@ -269,6 +271,7 @@ def judged(tokenizer: Any, family: Family | None, chat: dict[str, Any]) -> str:
     if (len(found) == 1 and len(trained) > 1) or (len(found) == 1 and weighted[-1]["role"] != A):
         ways = [(found[0], messages, trained)]
     elif len(found) == len(trained):
+        # A row for each trained turn, with the messages up to it.
         ways = [(one, messages[: i + 1], [i]) for one, i in zip(found, trained, strict=True)]
         if len(found) == 1 and tokenizer.decode(found[0].input_ids) == upstream(messages):
             ways = [(found[0], messages, trained)]

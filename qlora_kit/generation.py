@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.data.answers import turn_ends
+from qlora_kit.data.tokens import in_use
 from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.sampling import Sampling
 
@@ -322,4 +323,7 @@ def _check_prompts(
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     # Without the clean-up of spaces, which rewrites text that is printed already.
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    with in_use(tokenizer):
+        return str(
+            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )

@@ -21,7 +21,7 @@ from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.prompt import EncodedRows, encode, encode_rows, shared_rows
 from qlora_kit.data.read import Row, Rows
 from qlora_kit.data.template import ChatOptions, date_of, templates_of
-from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
+from qlora_kit.data.tokens import IGNORE, Encoded, Skipped, in_use
 from qlora_kit.errors import DataError
 
 BINS = 20
@@ -276,4 +276,5 @@ def _pieces(row: Encoded, tokenizer: Any) -> list[Piece]:
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     # Without the clean-up of spaces, which rewrites text that is shown already.
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    with in_use(tokenizer):
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -301,13 +301,18 @@ class Renderer:
         # Where each goes on in its own way, that must be behind a control token: else it is a
         # header that the template does not write.
         parted = not (surplus and lead) or prompt[:shared].endswith(tuple(self._tokens.added))
-        if parted and shared >= len(self.render(before).text):
+        least = len(self.render(before).text)
+        if parted and shared >= least:
             return surplus, lead
         # What is before the header is written in two ways: the same last message and header end it.
-        found = _aligned(prompt, frame)
-        if found is None or not _written(before[-1], found[2]):
+        found = _aligned(prompt, frame, max(0, len(prompt) - least))
+        if found is None:
             return None, ""
-        return found[:2]
+        surplus, lead, common = found
+        header = len(prompt) - least - len(surplus)
+        if _written(before[-1], common) or 0 < header <= len(common):
+            return surplus, lead
+        return None, ""
 
     def _merged(self, messages: Messages) -> Messages:
         user = next((i for i, one in enumerate(messages) if one["role"] == "user"), None)
@@ -366,7 +371,7 @@ def _shown(text: str, hidden: list[str]) -> Rendering:
     return result
 
 
-def _aligned(prompt: str, frame: str) -> tuple[str, str, str] | None:
+def _aligned(prompt: str, frame: str, header: int) -> tuple[str, str, str] | None:
     """What a prompt has behind the end that both share, what a frame has, and that end.
 
     Both end with the same last message and the header of an answer. The prompt may go on with what
@@ -374,7 +379,8 @@ def _aligned(prompt: str, frame: str) -> tuple[str, str, str] | None:
     text. Of all the ways to cut both, the one that leaves the longest common end.
     """
     backwards, other = prompt[-LONGEST_END:][::-1], frame[-LONGEST_END:][::-1]
-    cuts = [(surplus, 0) for surplus in range(min(LONGEST_LEAD, len(backwards)))]
+    # What a prompt has behind the shared end is at most the header that it writes.
+    cuts = [(surplus, 0) for surplus in range(min(LONGEST_LEAD, len(backwards), header + 1))]
     cuts += [(0, lead) for lead in range(1, min(LONGEST_LEAD, len(other)))]
     shared = {
         cut: len(os.path.commonprefix((backwards[cut[0] :], other[cut[1] :])))  # noqa: RUF071

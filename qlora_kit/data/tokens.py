@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlora_kit.data.sandbox import literal_text
-from qlora_kit.errors import TokenizerError
+from qlora_kit.errors import QloraKitError, TokenizerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,14 +72,34 @@ def pieces(text: str) -> Iterator[str]:
     yield text[done:]
 
 
+@contextlib.contextmanager
+def in_use(tokenizer: Any) -> Iterator[None]:
+    """Whatever a tokenizer raises on a text, as ours. Errors: `TokenizerError`.
+
+    A panic of the Rust library is no `Exception`: a pattern that takes too long raises one.
+    """
+    try:
+        yield
+    except (QloraKitError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(
+            f"{tokenizer.name_or_path}: the tokenizer fails on a text: {str(error)[:160]}",
+            "correct tokenizer.json, or fetch the tokenizer's files again",
+        ) from error
+
+
 class Tokens:
     """What a tokenizer does with texts, read off once for many rows."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer: Any = tokenizer
         # Asked of the tokenizer, not of `bos_token`: GPT-2 has one that it never puts first.
-        whole = list(self.tokenizer("a")["input_ids"])
-        alone = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        with in_use(tokenizer):
+            whole = list(self.tokenizer("a")["input_ids"])
+            alone = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
         places = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
         place = next(places, None)
         if not alone or place is None:
@@ -126,7 +146,8 @@ class Tokens:
         if behind and self._adds_space:
             return self._behind(texts, literal, options)
         if not self.tokenizer.is_fast:
-            return [list(self.tokenizer(text, **options)["input_ids"]) for text in texts]
+            with in_use(self.tokenizer):
+                return [list(self.tokenizer(text, **options)["input_ids"]) for text in texts]
         with self._library(options) as backend:
             encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in encoded]
@@ -164,9 +185,10 @@ class Tokens:
         """
         backend = self.tokenizer.backend_tokenizer
         before = backend.encode_special_tokens
-        self.tokenizer("", **options)
         try:
-            yield backend
+            with in_use(self.tokenizer):
+                self.tokenizer("", **options)
+                yield backend
         finally:
             backend.encode_special_tokens = before
 
@@ -283,9 +305,10 @@ class Tokens:
         spans += [(places[i][0] + shift, places[i][1] + shift) for i in kept]
 
     def _with_places(self, text: str) -> tuple[list[int], list[Span]]:
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        with in_use(self.tokenizer):
+            encoded = self.tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
         return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
     def one_start(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:

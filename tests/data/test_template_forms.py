@@ -1,0 +1,254 @@
+"""Templates of the forms that real families have: a turn is trained as the model will meet it."""
+
+import pytest
+from chat_tokenizer import chat_tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qlora_kit.data.answers import chat_ids, turn_ends
+from qlora_kit.data.outcome import EncodeRules
+from qlora_kit.data.prompt import encode, prompt_ids
+from qlora_kit.data.read import Row
+from qlora_kit.data.tokens import Skipped
+from qlora_kit.errors import DataError, TokenizerError
+
+U, A, S, T = "user", "assistant", "system", "tool"
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+HEADER = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+# The prompt begins a thought; earlier thoughts are dropped, and no turn is written with one.
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>' + "
+    "m.content.split('</think>')[-1] + '<|im_end|>' }}{% else %}{{ '<|user|>' + m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|><think>\n' }}{% endif %}"
+)
+# The system text stands with the last user's message, where that is the last of all.
+LAST = (
+    "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}{{ '[' + "
+    "(s + '\n\n' if s and loop.last else '') + m.content + ']' }}{% else %}"
+    "{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+# A tool's answer ends in another way once something follows it.
+TOOLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|im_start|>tool\n' + m.content }}"
+    "{{ '' if loop.last else '\n' }}{{ '<|im_end|>' }}{% else %}" + TURN + "{% endif %}{% endfor %}"
+) + HEADER
+# The prompt opens a thought that the turn, without one, closes at once.
+CLOSED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant<|eot_id|>' + "
+    "'</think>' + m.content + '<|im_end|>\n' }}{% else %}" + TURN + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|eot_id|>\n' }}{% endif %}"
+)
+# The whole chat's end has a mark of its own.
+MARKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}{% if not add_generation_prompt %}"
+    "{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+)
+
+
+def chat(*turns, **weights):
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for index, weight in weights.items():
+        messages[int(index[1:])]["weight"] = weight
+    return Row({"messages": messages}, "rows.jsonl", 1)
+
+
+def tokenizer_of(template):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def shown(rows, tokenizer):
+    """`(what is read before the first learnt token, what is learnt)` of each row."""
+    assert not isinstance(rows, Skipped), rows
+    found = []
+    for row in rows:
+        learnt = [label for label in row.labels if label != -100]
+        before = row.input_ids[: row.labels.index(learnt[0])]
+        found.append((tokenizer.decode(before), tokenizer.decode(learnt)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "expected"),
+    [
+        (R1, [(U, "2"), (A, "4")], [("<s><|user|>2<|im_start|><think>\n", "4<|im_end|>")]),
+        (
+            R1,
+            [(U, "2"), (A, "<think>\nhm\n</think>\n\n4"), (U, "3"), (A, "6")],
+            [
+                ("<s><|user|>2<|im_start|><think>\n", "hm\n</think>\n\n4<|im_end|>"),
+                (
+                    "<s><|user|>2<|im_start|>\n\n4<|im_end|><|user|>3<|im_start|><think>\n",
+                    "6<|im_end|>",
+                ),
+            ],
+        ),
+        (
+            LAST,
+            [(S, "Be."), (U, "a"), (A, "b"), (U, "c"), (A, "d")],
+            [("<s>[Be.\n\na]", " b</s>"), ("<s>[a] b</s>[Be.\n\nc]", " d</s>")],
+        ),
+        (
+            TOOLS,
+            [(U, "a"), (A, "f()"), (T, "1"), (A, "One")],
+            [
+                ("<s><|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "f()<|im_end|>"),
+                (
+                    "<s><|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nf()<|im_end|>\n"
+                    "<|im_start|>tool\n1<|im_end|><|im_start|>assistant\n",
+                    "One<|im_end|>",
+                ),
+            ],
+        ),
+        (
+            CLOSED,
+            [(U, "a"), (A, "b")],
+            [
+                (
+                    "<s><|im_start|>user\na<|im_end|>\n<|im_start|>assistant<|eot_id|>\n",
+                    "</think>b<|im_end|>",
+                )
+            ],
+        ),
+    ],
+    ids=["a prompt that thinks", "thoughts dropped", "system last", "tools", "closed thoughts"],
+)
+def test_a_turn_is_trained_behind_the_prompt_that_the_model_meets(template, turns, expected):
+    tokenizer = tokenizer_of(template)
+    rows = encode(chat(*turns), tokenizer, 1000)
+    assert shown(rows, tokenizer) == expected
+    # The prompt is the one that generation is handed, id by id.
+    for row, upto in zip(rows, [i for i, turn in enumerate(turns) if turn[0] == A], strict=True):
+        before = chat_ids(chat(*turns[:upto]).content["messages"], tokenizer)
+        learnt = next(i for i, label in enumerate(row.labels) if label != -100)
+        assert row.input_ids[:learnt] == before
+        assert row.labels[-2 if row.labels[-1] == -100 else -1] in turn_ends(tokenizer)
+
+
+def test_what_is_learnt_is_the_union_of_the_marks():
+    tokenizer = tokenizer_of(MARKS)
+    messages = [(U, "a"), (A, "b"), (U, "c"), (A, "d")]
+    (row,) = encode(chat(*messages), tokenizer, 1000)
+    upstream = tokenizer.apply_chat_template(
+        chat(*messages).content["messages"],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert row.input_ids[1:] == upstream["input_ids"]
+    assert [label != -100 for label in row.labels[1:]] == [
+        mask == 1 for mask in upstream["assistant_masks"]
+    ]
+    (row,) = encode(chat(*messages, m1=0), tokenizer, 1000)
+    assert tokenizer.decode([label for label in row.labels if label != -100]) == "d<|im_end|></s>"
+
+
+def test_only_the_last_turn_is_trained_on_where_that_is_asked():
+    tokenizer = tokenizer_of("{% for m in messages %}" + TURN + "{% endfor %}" + HEADER)
+    row = chat((U, "a"), (A, "b"), (U, "c"), (A, "d"))
+    rows = encode(row, tokenizer, 1000, EncodeRules(train_on="last"))
+    assert [learnt for _, learnt in shown(rows, tokenizer)] == ["d<|im_end|>"]
+    rows = encode(row, tokenizer, 1000)
+    assert [learnt for _, learnt in shown(rows, tokenizer)] == ["b<|im_end|>d<|im_end|>"]
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_system_text_that_a_template_does_not_take_stands_with_the_first_user(refuses):
+    what = "{{ raise_exception('no system') }}" if refuses else ""
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}" + what + "{% else %}" + TURN + ""
+        "{% endif %}{% endfor %}" + HEADER
+    )
+    tokenizer = tokenizer_of(template)
+    row = chat((S, "Be brief."), (U, "a"), (A, "b"))
+    if refuses:
+        with pytest.raises(DataError, match="no system"):
+            encode(row, tokenizer, 1000)
+    else:
+        assert isinstance(encode(row, tokenizer, 1000), Skipped)
+    (found,) = encode(row, tokenizer, 1000, EncodeRules(merge_system=True))
+    plain = chat((U, "Be brief.\n\na"), (A, "b"))
+    assert [found] == encode(plain, tokenizer, 1000)
+    # A template that takes one gets it as it is.
+    takes = tokenizer_of("{% for m in messages %}" + TURN + "{% endfor %}" + HEADER)
+    assert encode(row, takes, 1000, EncodeRules(merge_system=True)) == encode(row, takes, 1000)
+
+
+def spaced(kind):
+    """Tokenizers that put a space before a text, as SentencePiece's and GPT-2's do."""
+    alphabet = ["▁", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127))]
+    if kind == "add_prefix_space":
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<s>", "</s>", *alphabet]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    if kind == "add_prefix_space":
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        made.decoder = decoders.ByteLevel()
+    else:
+        if kind == "prepend":
+            made.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            )
+        else:
+            made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+        made.decoder = decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+    made.add_special_tokens([AddedToken(word, special=True) for word in words[:2]])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "always", "add_prefix_space"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("Q: who?\nA:", " Lily"),
+        ("### Response:\n", "Lily"),
+        ("def f():\n", "    return 1"),
+        ('{"name": "', 'Lily"}'),
+        ("a ", " b"),
+        ("a", "\n\nb"),
+        ("é", "🙂 ü"),
+        ("a", ""),
+    ],
+)
+def test_the_ids_of_a_row_decode_to_its_prompt_and_completion(kind, prompt, completion):
+    tokenizer = spaced(kind)
+    (row,) = encode(
+        Row({"prompt": prompt, "completion": completion}, "rows.jsonl", 1), tokenizer, 1000
+    )
+    before = prompt_ids(prompt, tokenizer)
+    assert row.input_ids[: len(before)] == before
+    text = tokenizer.decode(row.input_ids, skip_special_tokens=True)
+    # GPT-2's space before the first word is a part of the text that it stands for.
+    assert text.removeprefix(" " if kind == "add_prefix_space" else "") == prompt + completion
+
+
+def test_a_tokenizer_that_panics_on_a_text_is_named():
+    tokenizer = chat_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated"), pre_tokenizers.ByteLevel(False)]
+    )
+    row = Row({"prompt": "x" * 3000, "completion": "ok"}, "rows.jsonl", 1)
+    with pytest.raises(TokenizerError, match=r"the tokenizer fails on a text: .*retry-limit"):
+        encode(row, tokenizer, 10_000)
+
+
+def test_thoughts_reach_a_template_that_looks_for_them_in_the_text():
+    tokenizer = tokenizer_of(R1)
+    row = chat((U, "2"), (A, "4"))
+    row.content["messages"][1]["reasoning_content"] = "hm"
+    assert shown(encode(row, tokenizer, 1000), tokenizer) == [
+        ("<s><|user|>2<|im_start|><think>\n", "hm\n</think>\n\n4<|im_end|>")
+    ]

@@ -280,7 +280,10 @@ def _stands_for(error: Exception, command: str) -> QloraKitError:
     if isinstance(error, QloraKitError):
         return error
     if isinstance(error, OSError):
-        return from_os_error(error)
+        failed = from_os_error(error)
+        if command in ("generate", "evaluate", "show_data", "plan"):  # they have no such flag
+            failed.remedy = failed.remedy.removesuffix(" or choose another place with --output_dir")
+        return failed
     return QloraKitError(
         f"unexpected {type(error).__name__}: {error}",
         "this is a bug: run again with --debug and report the traceback",

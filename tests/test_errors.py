@@ -207,7 +207,8 @@ def test_memory_is_a_resource_and_the_remedy_has_flags_of_the_command(
     capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    for error in (MemoryError(), full):
+    disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error in (disk, MemoryError(), full):
 
         def main(argv: Sequence[str] | None = None, error: Exception = error) -> int:
             raise error
@@ -215,6 +216,10 @@ def test_memory_is_a_resource_and_the_remedy_has_flags_of_the_command(
         main.__module__ = f"qlora_kit.commands.{command}"
         assert reports_errors(main)([]) == 4
         line = capsys.readouterr().err
+        if error is disk:
+            told = command in ("finetune", "export", "another")
+            assert ("--output_dir" in line, "free some space" in line) == (told, True)
+            continue
         assert "or raise the limit on memory (ulimit -v)" in line
         flags = set(re.findall(r"--\w+", line))
         if command in COMMANDS:

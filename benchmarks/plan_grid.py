@@ -23,7 +23,7 @@ import torch
 from qlora_kit.base.load import open_base, read_weights
 from qlora_kit.base.quantize import own_workspace
 from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
-from qlora_kit.data.batch import Batch, collate
+from qlora_kit.data.batch import Batch, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS, StorageCounter
@@ -110,12 +110,16 @@ def _points(
         optimizer = make_optimizer(training.optim, model.parameters(), 1e-4)
         model.train()
         _step(model, optimizer, _window(1, 16), None)  # makes the states, and the workspace
-        for level, rows, length in itertools.product(LEVELS, asked.rows, asked.lengths):
+        for level, rows, length, packed in itertools.product(
+            LEVELS, asked.rows, asked.lengths, (False, True)
+        ):
             if length > planner.run.context:
                 continue
-            plan = planner.plan(Window(rows, length, length), level)
+            longest, batches = length - length // 4, _window(rows, length, packed)
+            supervised = batches[0]["num_supervised"] // rows
+            plan = planner.plan(Window(rows, length, supervised, packed, longest), level)
             set_recompute(model, level)
-            counted = _counted(model, optimizer, _window(rows, length))
+            counted = _counted(model, optimizer, batches)
             planned = {**{name: plan.bytes[name] for name in COMPONENTS}, **plan.phases}
             planned = {name: planned[name] for name in counted}
             error = max(abs(planned[name] - counted[name]) for name in counted)
@@ -126,6 +130,7 @@ def _points(
                     "level": level,
                     "rows": rows,
                     "length": length,
+                    "packed": packed,
                     "targets": targets,
                     "optim": optim,
                     "planned": planned,
@@ -133,13 +138,16 @@ def _points(
                     "error_bytes": error,
                 }
             )
-            print(f"{shape} {bits} {level} {rows} x {length} {targets} {optim}: {error} bytes off")
+            kind = f"{rows} x {length}{' packed' if packed else ''} {targets} {optim}"
+            print(f"{shape} {bits} {level} {kind}: {error} bytes off")
     return points
 
 
-def _window(rows: int, length: int) -> list[Batch]:
-    """Micro-batches of whole rows, all trained on."""
-    return [collate([Encoded([1] * length, [1] * length)] * rows, 0) for _ in range(MICRO_STEPS)]
+def _window(rows: int, length: int, packed: bool = False) -> list[Batch]:
+    """Micro-batches of whole rows, or of packs of two rows, all trained on."""
+    parts = [length - length // 4, length // 4] if packed else [length]
+    pack = [Encoded([1] * part, [1] * part) for part in parts]
+    return [collate_packs([pack] * rows, 0) for _ in range(MICRO_STEPS)]
 
 
 def _counted(model: Any, optimizer: torch.optim.Optimizer, window: list[Batch]) -> dict[str, int]:

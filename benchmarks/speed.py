@@ -8,7 +8,8 @@ are to PEFT as its guide says, which recomputes everything (`prepare_model_for_k
 checkpointing on), and at each recompute level to PEFT as its guide says and at its best.
 
 The floor is the time of the products alone: the seven linears of every layer and the head, forward
-and by the input, in bf16, best of 8, in the same run. `most` is PEFT's step over the floor, with
+and by the input, best of 8, in the same run, in the dtype that all sides compute in: bf16, or fp32
+on a processor that does not multiply it. `most` is PEFT's step over the floor, with
 full recompute over the floor and the products that ours makes again: the ratio of a step that did
 nothing else. Results are written after each setting.
 
@@ -35,6 +36,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peers import step_dtype
 from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import write_result
 from torch import Tensor
@@ -243,7 +245,7 @@ def floor_products(directory: Path, given: argparse.Namespace) -> Iterator[Any]:
 
 
 def _filled(shape: tuple[int, ...], device: str) -> Tensor:
-    return torch.full(shape, 0.5, device=device, dtype=torch.bfloat16)
+    return torch.full(shape, 0.5, device=device, dtype=step_dtype(device))
 
 
 def peak(device: str) -> int:

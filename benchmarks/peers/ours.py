@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peers import step_dtype
 from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.base.tensors import dtype_name
 from qlora_kit.config import BaseConfig, LoRAConfig
 from qlora_kit.lora.block import use_own_blocks
 from qlora_kit.lora.inject import inject_lora
@@ -22,7 +24,8 @@ class Peer:
     """A model with its optimizer; `step` trains on ids (B, T), every token supervised."""
 
     def __init__(self, directory: Path, bits: int, level: str, rank: int, device: str) -> None:
-        base = BaseConfig(model=str(directory), bits=bits, dtype="bf16", device=device)
+        dtype = dtype_name(step_dtype(device))
+        base = BaseConfig(model=str(directory), bits=bits, dtype=dtype, device=device)
         config = LoRAConfig(r=rank, alpha=2 * rank, target_modules="q_proj,v_proj")
         self.model: Any = inject_lora(read_weights(open_base(base)), config)
         set_packed_attention(self.model)

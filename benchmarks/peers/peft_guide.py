@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from peers import step_dtype
+
 REENTRANT = {"use_reentrant": False}
 QUERY_AND_VALUE = ["q_proj", "v_proj"]
 
@@ -25,14 +27,14 @@ def load(directory: Path, bits: int, device: str) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=step_dtype(device),
         )
     elif bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     return AutoModelForCausalLM.from_pretrained(
         directory,
         quantization_config=quantization,
-        dtype=torch.bfloat16,
+        dtype=step_dtype(device),
         device_map={"": device},
     )
 
@@ -96,6 +98,7 @@ class Peer:
         ids = ids.to(self.device)
         labels = ids if labels is None else labels.to(self.device)
         kind = torch.device(self.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.autocast):
+        autocast = self.autocast and step_dtype(self.device) is torch.bfloat16
+        with torch.autocast(kind, torch.bfloat16, enabled=autocast):
             found: Tensor = self.model(input_ids=ids, labels=labels).loss
         return found

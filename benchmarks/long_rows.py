@@ -138,7 +138,12 @@ def main() -> None:
         if options.only not in name:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = found = measured(make(Path(folder)))
+            # In a process of its own: what is started from here begins with what this one holds.
+            if not (child := os.fork()):
+                make(Path(folder))
+                os._exit(0)
+            os.waitpid(child, 0)
+            results[name] = found = measured(next(Path(folder).iterdir()))
         peak = found["peak_bytes"] / 2**20
         print(f"{name:48} exit {found['exit']}  {peak:6.0f} MiB  {found['cpu_seconds']:6.1f} s")
     write_result(options.result, {"cases": results})

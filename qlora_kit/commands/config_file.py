@@ -22,8 +22,8 @@ from qlora_kit.commands.names import closest, fields_of, spellings_of
 from qlora_kit.errors import ConfigError, UnsafeInputError, excerpt
 from qlora_kit.options import Options, convert, types_of
 
-CONFIG_LIMIT = 128 * 1024
-"""Bytes of a config file, which take up to two seconds; an option's line has some fifty."""
+CONFIG_LIMIT = 64 * 1024
+"""Bytes of a config file, which take up to a second; an option's line has some fifty."""
 MOST_PROBLEMS = 20
 """As many are told: a line has room for fewer, and each closest name takes a millisecond."""
 YAML_TAG = "tag:yaml.org,2002:"

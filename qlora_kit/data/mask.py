@@ -99,10 +99,17 @@ def chats(row: Row, tokens: Tokens, options: ChatOptions) -> list[Chat] | Skippe
         return Skipped(NO_TURN)
     if parts := left_out(messages, row.content.get("tools"), template.text):
         return Skipped(f"{LEFT_OUT}: {parts}")
-    if GENERATION.search(template.text):
-        found = _marked(template, messages, trained)
-    else:
-        found = _found(template, messages, assistants, trained)
+    try:
+        if GENERATION.search(template.text):
+            found = _marked(template, messages, trained)
+        else:
+            found = _found(template, messages, assistants, trained)
+    except DataError as error:
+        if messages[0]["role"] not in SYSTEM or options.merge_system:
+            raise
+        raise DataError(
+            error.problem, "give --merge_system where the template takes no system message"
+        ) from error
     return found if found else Skipped(LEFT_OUT)
 
 
@@ -267,8 +274,10 @@ class Renderer:
         surplus, lead = self._behind_header(before, prompt.text, frame)
         if surplus is None:
             return None
+        closing = one.part(len(frame) + 1)
         frame = frame[: len(frame) - len(lead)]
-        if not whole.text.startswith(frame):
+        # Words behind an answer are what a template writes at the end of every chat.
+        if not whole.text.startswith(frame) or self._has_words(closing.text):
             return None
         turn = whole.part(len(frame))
         turn = turn.part(0, self.end(turn))
@@ -277,7 +286,6 @@ class Renderer:
             # The template writes without its thoughts what the model has to write with them.
             hidden: list[str] = []
             own = _shown(self._hide(content.strip(), "assistant", hidden), hidden)
-            closing = one.part(len(frame) + len(lead) + 1)
             turn = own + closing.part(0, self.end(closing))
         # What the prompt ends with already is not written twice.
         for already in (surplus, surplus.strip()):
@@ -287,6 +295,11 @@ class Renderer:
         text = prompt + turn
         span = len(prompt.text), len(text.text)
         return Chat(text.text, text.literals, [Turn(span, True)]) if turn.text else None
+
+    def _has_words(self, text: str) -> bool:
+        for token in sorted(self._tokens.special, key=len, reverse=True):
+            text = text.replace(token, "")
+        return bool(text.strip())
 
     def _behind_header(
         self, before: Messages, prompt: str, frame: str

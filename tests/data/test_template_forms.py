@@ -129,6 +129,16 @@ def test_a_turn_is_trained_behind_the_prompt_that_the_model_meets(template, turn
         assert row.labels[-2 if row.labels[-1] == -100 else -1] in turn_ends(tokenizer)
 
 
+def test_what_a_template_writes_behind_every_chat_is_not_learnt():
+    # Command R's tool template ends every chat with an instruction, behind an answer too.
+    template = (
+        "{% for m in messages %}" + TURN + "{% endfor %}{{ '<|im_start|>system\n' + "
+        "'Write JSON.<|im_end|>\n' }}" + HEADER
+    )
+    with pytest.raises(TokenizerError, match=r"rows.jsonl:1: .*its place cannot be told"):
+        encode(chat((U, "a"), (A, "b")), tokenizer_of(template), 1000)
+
+
 def test_what_is_learnt_is_the_union_of_the_marks():
     tokenizer = tokenizer_of(MARKS)
     messages = [(U, "a"), (A, "b"), (U, "c"), (A, "d")]
@@ -166,7 +176,7 @@ def test_a_system_text_that_a_template_does_not_take_stands_with_the_first_user(
     tokenizer = tokenizer_of(template)
     row = chat((S, "Be brief."), (U, "a"), (A, "b"))
     if refuses:
-        with pytest.raises(DataError, match="no system"):
+        with pytest.raises(DataError, match="no system; give --merge_system"):
             encode(row, tokenizer, 1000)
     else:
         assert isinstance(encode(row, tokenizer, 1000), Skipped)

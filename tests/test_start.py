@@ -100,7 +100,7 @@ def test_memory_that_ends_is_exit_code_4(
 
     assert main([]) == 4
     assert "out of memory" in (line := capsys.readouterr().err)
-    assert "--batch_size" in line
+    assert "or raise the limit on memory (ulimit -v)" in line
 
 
 @pytest.mark.parametrize(

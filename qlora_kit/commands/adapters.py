@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from qlora_kit.config import (
 )
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.files import real_path
-from qlora_kit.options import as_flat
+from qlora_kit.options import Options, as_flat
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
@@ -91,7 +90,8 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
     from qlora_kit.lora.adapter import trained_on
     from qlora_kit.lora.peft_config import read_adapter_config
 
-    config, said, run = read_adapter_config(adapter), trained_on(adapter), run_options(adapter)
+    config, said = read_adapter_config(adapter), trained_on(adapter)
+    run = run_options(adapter, (BaseConfig,))
     trained: dict[str, Any] = {
         "model": None if "model" in given else _named_base(adapter, config, said, run),
         "revision": said.get("revision") or config.get("revision"),
@@ -159,10 +159,11 @@ def _named_base(
     return None
 
 
-def run_options(adapter: str) -> dict[str, Any]:
-    """The options of the run that made an adapter, from its config.yaml; empty where none did.
+def run_options(adapter: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
+    """What the run that made an adapter says in its config.yaml of these groups of options.
 
-    Another tool's adapter may hold a config.yaml of its own: it is not read.
+    Options of other groups are not looked at: data that is gone hinders nobody who needs the base.
+    Empty where no run of ours made it; another tool's adapter may hold a config.yaml of its own.
     Errors: `AdapterError` for what no run writes.
     """
     from qlora_kit.base.contents import find
@@ -176,7 +177,7 @@ def run_options(adapter: str) -> dict[str, Any]:
     except ConfigError as error:
         raise AdapterError(error.problem, "restore the file, or remove it") from error
     try:
-        made, _ = make_groups(values, RUN_GROUPS)
+        made, _ = make_groups(values, groups)
     except ConfigError as error:
         raise AdapterError(f"{path}: {error.problem}", "restore the file, or remove it") from error
     held = {name: value for group in made.values() for name, value in as_flat(group).items()}
@@ -187,15 +188,14 @@ def run_chat(adapter: str | None) -> ChatOptions:
     """How the run that made an adapter wrote its chats: its variables and its day."""
     from qlora_kit.data.template import NO_OPTIONS, chat_options
 
-    run = {} if adapter is None else run_options(adapter)
-    names = {field.name for field in dataclasses.fields(DataConfig)}
-    own = {name: value for name, value in run.items() if name in names}
+    own = {} if adapter is None else run_options(adapter, (DataConfig,))
     return chat_options(DataConfig(**own)) if own else NO_OPTIONS
 
 
 def reads_literally(adapter: str | None) -> bool:
     """Whether the run that made an adapter read control tokens in its rows as characters."""
-    return adapter is not None and bool(run_options(adapter).get("literal_control_tokens"))
+    own = {} if adapter is None else run_options(adapter, (DataConfig,))
+    return bool(own.get("literal_control_tokens"))
 
 
 def run_data(adapter: str) -> tuple[DataConfig, int] | None:
@@ -203,9 +203,8 @@ def run_data(adapter: str) -> tuple[DataConfig, int] | None:
 
     None where the adapter does not say, or nothing was held out.
     """
-    run = run_options(adapter)
-    names = {field.name for field in dataclasses.fields(DataConfig)}
-    own = {name: value for name, value in run.items() if name in names}
+    seed = run_options(adapter, (TrainingConfig,)).get("seed", TrainingConfig.seed)
+    own = run_options(adapter, (DataConfig,))
     if "data" not in own or own.get("eval_fraction") == 0:
         return None
-    return DataConfig(**own), run.get("seed", TrainingConfig.seed)
+    return DataConfig(**own), seed

@@ -27,8 +27,10 @@ def test_json_says_what_the_table_shows(capsys):
     assert f"peak in {found['peak']['phase']}" in shown
 
 
-def test_what_does_not_fit_comes_with_changes(capsys):
-    options = [*OPTIONS, "--bits", "16", "--batch_size", "8"]
+def test_what_does_not_fit_comes_with_changes(capsys, tmp_path):
+    # A context of 128 tokens: the table goes up to it.
+    save_checkpoint(tmp_path / "base", "llama2", torch.bfloat16)
+    options = ["--model", str(tmp_path / "base"), *OPTIONS[2:], "--bits", "16", "--batch_size", "8"]
     assert main([*options, "--gradient_checkpointing", "full", "--json"]) == 0
     peak = json.loads(capsys.readouterr().out)["peak_bytes"]
     assert main([*options, "--device_memory", str(peak - 1), "--json"]) == 0

@@ -59,7 +59,8 @@ def publish(path: Path) -> Iterator[Path]:
             came = sorted(_listing(place).items() - before.items())
             if came or place.is_symlink() or not place.is_dir():
                 raise ResourceError(
-                    f"{path / came[0][0] if came else path} came there while the export was made",
+                    f"{path / came[0][0] if came else path} came there, or was changed, while the "
+                    "export was made",
                     "move it away, or choose another --output_dir, and export again",
                 )
 

@@ -46,13 +46,17 @@ class Fields:
             raise self.missing(field)
         return text(self.get(field), f'{self.where}: "{field}"')
 
-    def value(self, field: str) -> Any:
-        """An optional value that may be written as JSON text, as tables have it."""
+    def value(self, field: str, *, as_written: bool = False) -> Any:
+        """An optional value that may be written as JSON text, as tables have it.
+
+        Null fields in such a text are absent too, unless it is to be read `as_written`.
+        """
         value = self.optional(field)
         if not isinstance(value, str):
             return value
         try:
-            return present(loads(value)) if value.strip() else None
+            found = loads(value) if value.strip() else None
+            return found if as_written else present(found)
         except ValueError as error:
             raise DataError(
                 f'{self.where}: "{field}" is text that is not JSON: {error}',

@@ -58,7 +58,8 @@ REMEDIES = {
     NO_TURN: "give every conversation an assistant turn of weight 1",
     ONE_TOKEN: "give longer rows",
     CONTROL: "take the control tokens out of the messages' text",
-    LEFT_OUT: "use a template (--chat_template) that writes all of the rows' roles and fields",
+    LEFT_OUT: "use a template that writes all of the rows' roles and fields: another model's, or a "
+    "file (--chat_template FILE)",
 }
 """What to do about each reason for skipping a row; details may follow the reason's colon."""
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_kit.data.fields import Fields, kind, text
-from qlora_kit.data.json_text import is_plain, loads, present
+from qlora_kit.data.json_text import is_plain, loads
 from qlora_kit.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -99,11 +99,15 @@ def tools_of(row: Fields) -> list[Any]:
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError(f'{row.where}: "{field}" holds what is no object', "give a list of objects")
     _check_plain(tools, f'{row.where}: "{field}"')
-    bare = [set(tool).isdisjoint({"type", "function"}) and "name" in tool for tool in tools]
-    return [
-        {"type": "function", "function": tool} if alone else tool
-        for alone, tool in zip(bare, tools, strict=True)
-    ]
+    return [_tool(tool) for tool in tools]
+
+
+def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool that is told flat, with or without its type, as templates expect it."""
+    if "function" in tool or "name" not in tool or tool.get("type", "function") != "function":
+        return tool
+    described = {name: value for name, value in tool.items() if name != "type"}
+    return {"type": "function", "function": described}
 
 
 def for_template(message: Mapping[str, Any], template: str) -> dict[str, Any]:
@@ -240,7 +244,7 @@ def _calls_in(turn: Fields, field: str) -> list[dict[str, Any]]:
     what = f'{turn.where}: "{field}"'
     remedy = 'write {"name": ..., "arguments": {...}}, or a list of such objects'
     try:
-        calls = present(loads(turn.text(field)))
+        calls = loads(turn.text(field))  # no table fills in what is null in a text
     except ValueError as error:
         raise DataError(f"{what} is a call that is not JSON: {error}", remedy) from error
     calls = calls if isinstance(calls, list) else [calls]
@@ -258,7 +262,8 @@ def _call(call: Any, where: str, turn: Fields) -> dict[str, Any]:
     if isinstance(function := outer.get("function"), Mapping):
         inner = Fields(function, where, "tool_calls[].function")
     field = inner.first(("arguments", "parameters"))
-    arguments = inner.value(field) if field else {}
+    # A null in a text is the call's own: "due": null clears what no "due" leaves alone.
+    arguments = inner.value(field, as_written=True) if field else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):

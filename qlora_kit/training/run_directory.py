@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_kit.files import clear_stale, remove, sync
+from qlora_kit.files import MADE, clear_stale, remove, sync
 from qlora_kit.lock import LOCK, locked
 from qlora_kit.training.checkpoint import numbered
 
@@ -131,12 +131,16 @@ class RunDirectory:
             remove(aside)
 
     def undo(self) -> None:
-        """Take back everything that was written, unless it is to be kept."""
+        """Take back everything that was written, unless it is to be kept.
+
+        What is no run's by its name, somebody put there meanwhile: it stays.
+        """
         clear_stale(self.path)
         if self._kept:
             return
         for name in set(os.listdir(self.path)) - self._before:
-            remove(self.path / name)
+            if MADE.fullmatch(name):
+                remove(self.path / name)
         _put_back(self.path)
 
 

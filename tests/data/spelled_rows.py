@@ -203,6 +203,12 @@ ROWS = [
         CALL,
         (),
     ),
+    (
+        "a null that the text of arguments has",
+        calling({"tool_calls": [function('{"city": "Oslo", "day": null}')]}),
+        CALL.replace('"Oslo"', '"Oslo", "day": null'),
+        (),
+    ),
     ("sharegpt call", sharegpt(("human", "Oslo?"), ("function_call", LOOK)), CALL, ()),
     (
         "sharegpt call with text in text",
@@ -267,6 +273,7 @@ ROWS = [
     # --- tools
     ("tools", chat(*HI, tools=[{"type": "function", "function": BARE_TOOL}]), WITH_TOOL, ()),
     ("bare tools", chat(*HI, tools=[BARE_TOOL]), WITH_TOOL, ()),
+    ("flat tools", chat(*HI, tools=[{"type": "function", **BARE_TOOL}]), WITH_TOOL, ()),
     ("tools as text", chat(*HI, tools=f"[{TOOL}]"), WITH_TOOL, ()),
     ("functions", chat(*HI, functions=[BARE_TOOL]), WITH_TOOL, ()),
     (

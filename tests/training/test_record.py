@@ -25,6 +25,7 @@ from qlora_kit.training.record import (
     write_json,
     write_text,
 )
+from qlora_kit.training.run_directory import run_directory
 
 
 class ListTracker(GeneralTracker):
@@ -364,3 +365,15 @@ def test_the_card_of_a_run_read_back_without_an_evaluation_or_finite_losses(tmp_
     assert "held-out" not in card
     assert "not finite at the last" in card
     assert "1.00 GiB measured, not planned" in card
+
+
+def test_a_run_that_keeps_nothing_leaves_what_others_put_there(tmp_path):
+    def run():
+        with run_directory(tmp_path / "out", overwrite=False) as place:
+            (place.path / "metrics.jsonl").write_text("")
+            (place.path / "notes.txt").write_text("mine")
+            raise ValueError("ends")
+
+    with pytest.raises(ValueError, match="ends"):
+        run()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]

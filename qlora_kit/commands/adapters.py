@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.arguments import Parsed, make_groups
 from qlora_kit.commands.config_file import read_config
+from qlora_kit.commands.names import fields_of
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
@@ -203,8 +204,8 @@ def run_data(adapter: str) -> tuple[DataConfig, int] | None:
 
     None where the adapter does not say, or nothing was held out.
     """
-    seed = run_options(adapter, (TrainingConfig,)).get("seed", TrainingConfig.seed)
-    own = run_options(adapter, (DataConfig,))
+    run = run_options(adapter, (DataConfig, TrainingConfig))
+    own = {name: run[name] for name in fields_of((DataConfig,)) if name in run}
     if "data" not in own or own.get("eval_fraction") == 0:
         return None
-    return DataConfig(**own), seed
+    return DataConfig(**own), run.get("seed", TrainingConfig.seed)

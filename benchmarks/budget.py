@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 from peers.ours import Peer
+from pictures import draw_budgets
 from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import write_result
 from speed import TINY, batches, wait
 
 from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
-from qlora_kit.memory.meter import count_step
-from qlora_kit.memory.plan import MemoryPlan, Planner, Window
-from qlora_kit.memory.report import draw_budgets
+from qlora_kit.memory.profiler import count_step
+from qlora_kit.plan.plan import MemoryPlan, Planner, Window
 from qlora_kit.training.recompute import set_recompute
 
 BELOW, ABOVE = 0.97, 1.01

@@ -17,8 +17,8 @@ from typing import Any
 from record import write_result
 
 from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
-from qlora_kit.memory.plan import Planner, Window
-from qlora_kit.options import size_bytes
+from qlora_kit.options.option import size_bytes
+from qlora_kit.plan.plan import Planner, Window
 
 MODELS = {
     "llama3.2-1b": "llama3_2_1b",

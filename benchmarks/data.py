@@ -47,8 +47,8 @@ def tokenizer(data: Path) -> Any:
 def encode_ours(path: Path, data: Path) -> dict[str, float]:
     """Read, encode, mask, count and keep a file's rows; rows a second."""
     from qlora_kit.config import DataConfig
-    from qlora_kit.data.prompt import encode_rows
-    from qlora_kit.data.read import load_rows
+    from qlora_kit.data.encode import encode_rows
+    from qlora_kit.data.rows import load_rows
 
     made = tokenizer(data)
     with tempfile.TemporaryDirectory(dir=path.parent) as cache:
@@ -95,9 +95,9 @@ def train(level: str, data: Path) -> dict[str, Any]:
 
     from qlora_kit.config import DataConfig, LoRAConfig
     from qlora_kit.data.batch import lengths_of, steps
+    from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.order import make_packs
-    from qlora_kit.data.prompt import encode_rows
-    from qlora_kit.data.read import load_rows
+    from qlora_kit.data.rows import load_rows
     from qlora_kit.lora.block import use_own_blocks
     from qlora_kit.lora.inject import inject_lora
     from qlora_kit.training.attention import set_packed_attention
@@ -145,7 +145,7 @@ def padding(data: Path) -> dict[str, float]:
     """The share of padding over a whole epoch, in each order."""
     from qlora_kit.commands.data_report import report_of
     from qlora_kit.config import DataConfig, ShowConfig
-    from qlora_kit.data.read import load_rows
+    from qlora_kit.data.rows import load_rows
 
     path = str(data / "text/gsm8k/train.jsonl")
     config = DataConfig(data=path, columns=COLUMNS, eval_fraction=0, token_cache="none")
@@ -161,9 +161,9 @@ def memory(path: Path, _: Path) -> dict[str, float]:
 
     from qlora_kit.config import DataConfig
     from qlora_kit.data.batch import lengths_of, steps
+    from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.order import make_packs
-    from qlora_kit.data.prompt import encode_rows
-    from qlora_kit.data.read import load_rows
+    from qlora_kit.data.rows import load_rows
 
     # A tokenizer of words: how many rows there are is what memory could depend on.
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 
 from faults.harness import WRITES, Fault, Job, Server, damages, leftovers  # noqa: E402
 from faults.harness import result_of as bytes_of  # noqa: E402

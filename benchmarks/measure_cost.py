@@ -17,11 +17,11 @@ import torch
 from record import write_result
 
 from qlora_kit.base.load import load_base
-from qlora_kit.commands.result import Memory
 from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.memory.meter import Meter
+from qlora_kit.memory.profiler import Meter
+from qlora_kit.run.result import Memory
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 

@@ -24,23 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pictures import GIB, Bar, draw_bars, draw_step, table
 from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import RESULTS, write_result
 from speed import TINY, batches, make, wait
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.load import tag_weights
 from qlora_kit.base.quantize import tagged_workspace
-from qlora_kit.base.shape import open_shape
 from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.device import peak_bytes
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import StorageCounter, Stretch, most_of_each
-from qlora_kit.memory.fake import FakeRun
-from qlora_kit.memory.measure import peak_bytes
-from qlora_kit.memory.meter import AllocatorCounter
-from qlora_kit.memory.places import follow
-from qlora_kit.memory.report import GIB, Bar, draw_bars, draw_step, table
+from qlora_kit.memory.phases import follow
+from qlora_kit.memory.profiler import AllocatorCounter
+from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.training.attention import known_rows
 from qlora_kit.training.optimizer import tag_states
 

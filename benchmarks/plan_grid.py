@@ -3,8 +3,8 @@
     python benchmarks/plan_grid.py --shapes tiny stories shape --result plan_grid
 
 Each base is loaded once for all its levels and windows; of each a real step is counted
-(memory/meter.py) and planned. `stories` is stories260K of --data, `shape` a random Llama of 160 M.
-Writes results/plan_grid.json.
+(memory/profiler.py) and planned. `stories` is stories260K of --data, `shape` a random Llama of
+160 M. Writes results/plan_grid.json.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from qlora_kit.data.batch import Batch, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS, StorageCounter
-from qlora_kit.memory.meter import count_step
-from qlora_kit.memory.plan import Planner, Window
+from qlora_kit.memory.profiler import count_step
+from qlora_kit.plan.plan import Planner, Window
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model

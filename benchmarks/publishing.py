@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from families import save_checkpoint  # noqa: E402
 from record import write_result  # noqa: E402
 from trained import save_trained, write_rows  # noqa: E402
 
-from qlora_kit.commands.entry import main as command  # noqa: E402
-from qlora_kit.lock import locked  # noqa: E402
-from qlora_kit.publish import mend  # noqa: E402
+from qlora_kit.commands.main import main as command  # noqa: E402
+from qlora_kit.files.lock import locked  # noqa: E402
+from qlora_kit.files.publish import mend  # noqa: E402
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 NAMESPACE, PRIVATE, BIND, READ_ONLY, REMOUNT, DETACH = 0x20000, 0x44000, 0x1000, 1, 32, 2

@@ -70,8 +70,8 @@ def losses_of_peft(case: argparse.Namespace) -> tuple[float, float]:
     from qlora_kit.base.load import open_base
     from qlora_kit.config import BaseConfig, DataConfig
     from qlora_kit.data.batch import eval_batches, padding_id, steps
-    from qlora_kit.data.prompt import encode_rows
-    from qlora_kit.data.read import load_rows
+    from qlora_kit.data.encode import encode_rows
+    from qlora_kit.data.rows import load_rows
 
     bits, targets, seed = case.bits[0], case.targets[0], case.seeds[0]
     tokenizer = open_base(BaseConfig(model=str(TINY), bits=16, device="cpu")).tokenizer

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_kit.base.architecture import build_on_meta, expected_shapes
-from qlora_kit.base.validate import read_config
+from qlora_kit.base.checks import read_config
 
 STD = 0.02
 

@@ -23,20 +23,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 
 from faults.harness import Job, Server, leftovers, result_of  # noqa: E402
 from faults.injections import PHASES  # noqa: E402
 from record import write_result  # noqa: E402
 
-from qlora_kit.signals import SIGNALS  # noqa: E402
+from qlora_kit.process.signals import SIGNALS  # noqa: E402
 from qlora_kit.training.checkpoint import newest  # noqa: E402
 
 MAIN = (
     "import signal, sys\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "print('started', flush=True)\n"
-    "from qlora_kit.commands.entry import main\n"
+    "from qlora_kit.commands.main import main\n"
     "sys.exit(main(sys.argv[1:]))\n"
 )
 KEPT = {"step": 2, "save": 2, "last-evaluation": 5}

@@ -41,8 +41,8 @@ from tokenizers import (  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from qlora_kit.data.answers import chat_ids, turn_ends  # noqa: E402
-from qlora_kit.data.prompt import encode  # noqa: E402
-from qlora_kit.data.read import Row  # noqa: E402
+from qlora_kit.data.encode import encode  # noqa: E402
+from qlora_kit.data.rows import Row  # noqa: E402
 from qlora_kit.data.tokens import Encoded, Skipped  # noqa: E402
 from qlora_kit.errors import QloraKitError  # noqa: E402
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from record import write_result
 
-MAIN = "import sys; from qlora_kit.commands.entry import main; sys.exit(main(sys.argv[1:]))"
+MAIN = "import sys; from qlora_kit.commands.main import main; sys.exit(main(sys.argv[1:]))"
 HOSTILE = "\x1b]0;pwned\x07\x1b[2J\x9b2J\u202e\u2066na\u00efve \u4e2d\r\x08\u200f\u2028"
 SEQUENCES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 """What a command itself sends to a terminal: colours, and a bar that is drawn over."""

@@ -9,15 +9,15 @@ _HOMES = {
     "LoRAConfig": "config",
     "TrainingConfig": "config",
     "load_base": "base.load",
-    "load_rows": "data.read",
-    "encode_rows": "data.prompt",
+    "load_rows": "data.rows",
+    "encode_rows": "data.encode",
     "steps": "data.batch",
     "inject_lora": "lora.inject",
     "load_adapter": "lora.adapter",
     "save_adapter": "lora.adapter",
     "export_model": "export.merge",
     "make_optimizer": "training.optimizer",
-    "plan_memory": "memory.plan",
+    "plan_memory": "plan.plan",
     "train": "training.loop",
 }
 __all__ = list(_HOMES)

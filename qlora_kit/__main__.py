@@ -1,5 +1,5 @@
 """`python -m qlora_kit NAME ...` is `qlora-kit NAME ...`."""
 
-from qlora_kit.commands.entry import main
+from qlora_kit.commands.main import main
 
 raise SystemExit(main(None))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.errors import ConfigError
-from qlora_kit.options import (
+from qlora_kit.options.option import (
     FALSE,
     TRUE,
     Options,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlora_kit.commands.arguments import parse
+from qlora_kit.commands.argv import parse
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
@@ -23,7 +23,7 @@ from qlora_kit.config import (
     TrainingConfig,
 )
 from qlora_kit.errors import ConfigError
-from qlora_kit.options import Options, as_flat, dump, flag_of
+from qlora_kit.options.option import Options, as_flat, dump, flag_of
 
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 ALL = (*GROUPS, ExportConfig, GenerateConfig, EvaluateConfig)

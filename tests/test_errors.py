@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from qlora_kit import errors
-from qlora_kit.commands.entry import COMMANDS
-from qlora_kit.commands.entry import main as entry
+from qlora_kit.commands.failure import reports_errors
+from qlora_kit.commands.main import COMMANDS
+from qlora_kit.commands.main import main as entry
 from qlora_kit.errors import (
     ERROR_LINE_LIMIT,
     ConfigError,
@@ -30,7 +31,6 @@ from qlora_kit.errors import (
     excerpt,
     from_os_error,
     redacted,
-    reports_errors,
 )
 
 TOKEN = "hf_" + "AbCdEfGhIj" * 3 + "KLMN"
@@ -233,7 +233,7 @@ def test_memory_is_a_resource_and_the_remedy_has_flags_of_the_command(
 def test_a_signal_gives_its_code_and_one_line(number: int, code: int) -> None:
     script = (
         "import os, signal, sys, time\n"
-        "from qlora_kit.errors import reports_errors\n"
+        "from qlora_kit.commands.failure import reports_errors\n"
         # A command in a shell's background starts with SIGINT ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "@reports_errors\n"
@@ -255,7 +255,7 @@ def test_a_reader_that_left_is_no_error(tmp_path: Path) -> None:
     script = tmp_path / "command.py"
     script.write_text(
         "import sys\n"
-        "from qlora_kit.errors import reports_errors\n"
+        "from qlora_kit.commands.failure import reports_errors\n"
         "@reports_errors\n"
         "def main(argv=None):\n"
         "    for _ in range(100000):\n"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.base.load import load_base
 from qlora_kit.base.quantize import QuantizedLinear, dequantize
-from qlora_kit.commands.entry import main
+from qlora_kit.commands.main import main
 from qlora_kit.lora.adapter import load_adapter, trained_on
 
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -1,7 +1,6 @@
 """The house is built as its plan says: floors, doors and who may touch bitsandbytes.
 
-Everything is read off the syntax tree, imports inside functions included; what stands under
-`if TYPE_CHECKING` is never run: it may name a type of the same floor, and makes no cycle.
+Everything is read off the syntax tree, imports inside functions and of types alone included.
 """
 
 from __future__ import annotations
@@ -18,78 +17,42 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.commands.entry import COMMANDS
+from qlora_kit.commands.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qlora_kit"
 FLOORS = {
-    "config": 0,
-    "options": 0,
+    "process": 0,
     "redact": 0,
-    "errors": 0,
-    "fakes": 0,
-    "file_kind": 0,
-    "files": 0,
-    "matmul": 0,
-    "workspace": 0,
-    "lock": 0,
-    "publish": 0,
-    "out_of_memory": 0,
-    "signals": 0,
-    "start": 0,
-    "streams": 0,
-    "base": 1,
-    "data": 1,
-    "lora.norm": 1,
-    "lora.elementwise": 1,
-    "lora.layer": 1,
-    "lora.block": 1,
-    "training.attention": 1,
-    "training.causal": 1,
-    "training.loss": 1,
-    "training.optimizer": 1,
-    "lora.pattern": 1,
-    "lora.inject": 2,
-    "lora.adapter": 2,
-    "lora.bank": 2,
-    "lora.peft_config": 2,
-    "memory.counter": 2,
-    "memory.extend": 2,
-    "memory.overhead": 2,
-    "memory.measure": 2,
-    "memory.places": 2,
-    "memory.repeat": 2,
-    "memory.report": 2,
-    "training.recompute": 2,
-    "training.prepare": 3,
-    "training.checkpoint": 2,
-    "training.run_directory": 2,
-    "training.loop": 3,
-    "training.guard": 3,
-    "training.preflight": 3,
-    "training.record": 3,
-    "export": 3,
-    "generation": 3,
-    "sampling": 3,
-    "memory.meter": 3,
-    "memory.fake": 4,
-    "memory.choose": 4,
-    "memory.suggest": 4,
-    "memory.plan": 4,
-    "commands": 5,
-    "": 5,
-    "__main__": 6,
+    "errors": 1,
+    "options": 2,
+    "files": 2,
+    "config": 3,
+    "device": 3,
+    "kernels": 4,
+    "base": 5,
+    "data": 5,
+    "lora": 6,
+    "training": 7,
+    "memory": 8,
+    "generation": 8,
+    "plan": 9,
+    "export": 9,
+    "run": 10,
+    "commands": 11,
+    "": 12,
+    "__main__": 13,
 }
-"""The floor of a module, or of a whole folder; the package itself is the empty name."""
-
-SIDEWAYS = {("lora.layer", "base.quantize")}
-"""The one step between folders of a floor: the layer is where both meet."""
+"""The floor of each folder, and of each module that is in none; the package is the empty name."""
 
 BITSANDBYTES = {"base.quantize", "training.optimizer"}
-LIGHT = ("config", "options", "errors", "redact", "files", "lock", "publish", "signals")
-LIGHT = (*LIGHT, "out_of_memory", "start", "streams", *(f"commands.{name}" for name in COMMANDS))
-LIGHT = (*LIGHT, "commands.entry", "commands.arguments", "commands.adapters")
-LIGHT = (*LIGHT, "commands.config_file", "commands.names")
+LIGHT = (
+    *("config", "errors", "redact", "files.atomic", "files.lock", "files.publish"),
+    *("options.option", "options.names", "options.yaml_file", "options.parsed"),
+    *("process.signals", "process.out_of_memory", "process.start", "process.streams"),
+    *(f"commands.{name}" for name in COMMANDS),
+    *("commands.main", "commands.argv", "commands.adapters", "commands.failure"),
+)
 """Modules whose top imports the standard library, yaml and each other only."""
 
 
@@ -145,32 +108,28 @@ def own(name: str, *, types: bool) -> set[str]:
     return {full.removeprefix("qlora_kit").removeprefix(".") for full in inside}
 
 
-def floor(name: str) -> int:
-    folder = name.split(".")[0]
-    assert name in FLOORS or folder in FLOORS, f"{name} is on no floor: give it one here"
-    return FLOORS.get(name, FLOORS.get(folder, -1))
-
-
 def folder(name: str) -> str:
-    return name.split(".")[0] if "." in name else ""
+    """The first part of a module's name: its folder, or itself."""
+    return name.split(".")[0]
 
 
-def test_imports_go_down_or_sideways_in_a_folder() -> None:
+def test_every_floor_is_one_of_a_folder_that_is_there() -> None:
+    assert {folder(name) for name in MODULES} == FLOORS.keys()
+
+
+def test_imports_go_down_or_stay_in_a_folder() -> None:
+    """Those of types too: who may not see a room has no use for what is in it."""
     wrong = []
     for name in MODULES.keys() - PACKAGES:
-        real = own(name, types=False)
         for other in own(name, types=True):
-            level = floor(other) == floor(name)
-            # The name of a type may come from the same floor: it is not there when the code runs.
-            beside = level and (folder(other) == folder(name) or other not in real)
-            fine = floor(other) < floor(name) or beside or (name, other) in SIDEWAYS
-            if not fine:
-                wrong.append(f"{name} ({floor(name)}) imports {other} ({floor(other)})")
+            here, there = FLOORS[folder(name)], FLOORS[folder(other)]
+            if there > here or (there == here and folder(other) != folder(name)):
+                wrong.append(f"{name} ({here}) imports {other} ({there})")
     assert not wrong
 
 
 def test_no_module_imports_itself_around_a_corner() -> None:
-    graph = {name: own(name, types=False) for name in MODULES}
+    graph = {name: own(name, types=True) for name in MODULES}
     # Raises CycleError, with the modules of the cycle.
     assert len(list(TopologicalSorter(graph).static_order())) >= len(MODULES)
 
@@ -265,7 +224,7 @@ class Refuse:
         if name.split(".")[0] in {HEAVY}:
             raise AssertionError(name + " is imported before the arguments are read")
 sys.meta_path.insert(0, Refuse())
-from qlora_kit.commands.entry import main
+from qlora_kit.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

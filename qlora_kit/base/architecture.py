@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_kit.base.checks import read_generation_config
 from qlora_kit.base.families import FAMILIES
 from qlora_kit.base.fields import MODEL_FIELDS
-from qlora_kit.base.validate import read_generation_config
 from qlora_kit.errors import ModelError
 
 DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}

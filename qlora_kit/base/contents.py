@@ -19,7 +19,7 @@ from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.json_file import SETTINGS_LIMIT, read_json
 from qlora_kit.base.source import broken_link, contained
 from qlora_kit.errors import InputError, ModelError, ResourceError, TokenizerError
-from qlora_kit.file_kind import refuse_kind
+from qlora_kit.files.kind import refuse_kind
 
 MIB = 1024**2
 VOCABULARY_LIMIT = 64 * MIB  # twice the largest, of 260,000 tokens, each on a line of its own

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import InputError, ModelError
-from qlora_kit.file_kind import refuse_kind
+from qlora_kit.files.kind import refuse_kind
 
 DEPTH_LIMIT = 64  # of objects and lists in each other
 SETTINGS_LIMIT = 16 * 1024**2

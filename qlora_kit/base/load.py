@@ -25,13 +25,14 @@ from qlora_kit.base.architecture import (
     take_generation_config,
     tied_names,
 )
-from qlora_kit.base.prequantized import (
+from qlora_kit.base.bnb_checkpoint import (
     StoredLinear,
     agree,
     split_stored,
     stored_layer,
     stored_quantization,
 )
+from qlora_kit.base.checks import check_architecture, check_layers, is_computed, read_config
 from qlora_kit.base.quantize import (
     Quantization,
     Quantize,
@@ -40,7 +41,8 @@ from qlora_kit.base.quantize import (
     quantized_tensors,
     shared_tables,
 )
-from qlora_kit.base.source import Source, fingerprint, resolve
+from qlora_kit.base.safetensors_file import TensorEntry, fingerprint, read_entries
+from qlora_kit.base.source import Source, resolve
 from qlora_kit.base.tensors import (
     DTYPES,
     Read,
@@ -52,18 +54,10 @@ from qlora_kit.base.tensors import (
     untagged,
 )
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
-from qlora_kit.base.validate import (
-    TensorEntry,
-    check_architecture,
-    check_layers,
-    is_computed,
-    read_config,
-    read_entries,
-)
 from qlora_kit.config import BaseConfig
+from qlora_kit.device import device_type
 from qlora_kit.errors import ModelError, ResourceError
-from qlora_kit.fakes import device_type
-from qlora_kit.matmul import is_native
+from qlora_kit.kernels.matmul import is_native
 
 
 @dataclass(frozen=True)

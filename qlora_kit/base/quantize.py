@@ -31,12 +31,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.imports import quiet_import
+from qlora_kit.device import device_type, has_values, representative
 from qlora_kit.errors import NumericError
-from qlora_kit.fakes import device_type, has_values, representative
-from qlora_kit.matmul import grad_input, linear, matmul_dtype
-from qlora_kit.workspace import own_workspace as own_workspace
-from qlora_kit.workspace import tagged_workspace as tagged_workspace
-from qlora_kit.workspace import workspace
+from qlora_kit.kernels.matmul import grad_input, linear, matmul_dtype
+from qlora_kit.kernels.workspace import own_workspace as own_workspace
+from qlora_kit.kernels.workspace import tagged_workspace as tagged_workspace
+from qlora_kit.kernels.workspace import workspace
 
 with quiet_import():
     import bitsandbytes.functional as bnb
@@ -264,7 +264,7 @@ class _FrozenProduct(torch.autograd.Function):
 def multiply_in_fp32(model: nn.Module) -> None:
     """Let the frozen dense linears of a model multiply as the processor does best.
 
-    Where it has instructions for their dtype they stay as they are. See `qlora_kit/matmul.py`.
+    Where it has instructions for their dtype they stay as they are. See `kernels/matmul.py`.
     """
     for layer in model.modules():
         if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):

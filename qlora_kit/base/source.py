@@ -8,19 +8,14 @@ only for hub ids.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qlora_kit.base.hub import download
 from qlora_kit.errors import ConfigError, InputError, ModelError, UnsafeInputError, redacted
-
-if TYPE_CHECKING:
-    from qlora_kit.base.validate import TensorEntry
 
 SHORT_NAMES = {
     "llama-7b": "huggyllama/llama-7b",
@@ -38,8 +33,6 @@ SHORT_NAMES = {
     "phi3.5-mini": "microsoft/Phi-3.5-mini-instruct",
 }
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
-
-FINGERPRINT_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -181,21 +174,3 @@ def contained(directory: Path, relative: str, error: type[InputError] = ModelErr
     if not stat.S_ISREG(mode):
         raise UnsafeInputError(f"{path}: is not a regular file", "replace it by the real file")
     return path
-
-
-def fingerprint(entries: Iterable[TensorEntry]) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and first, middle and last 4 KiB.
-
-    Sorted by name, so that it is the same however the tensors are spread over files.
-    """
-    digest = hashlib.sha256()
-    for entry in sorted(entries, key=lambda entry: entry.name):
-        digest.update(f"{entry.name} {entry.dtype} {list(entry.shape)}\n".encode())
-        size = entry.end - entry.start
-        middle = entry.start + max(0, (size - FINGERPRINT_SAMPLE) // 2)
-        last = entry.start + max(0, size - FINGERPRINT_SAMPLE)
-        with open(entry.path, "rb") as file:
-            for start in (entry.start, middle, last):
-                file.seek(start)
-                digest.update(file.read(min(size, FINGERPRINT_SAMPLE)))
-    return digest.hexdigest()

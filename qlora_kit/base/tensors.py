@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from qlora_kit.base.validate import TensorEntry
+from qlora_kit.base.safetensors_file import TensorEntry
+from qlora_kit.device import has_values
 from qlora_kit.errors import ModelError, NumericError
-from qlora_kit.fakes import has_values
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The compute dtypes by their short names."""

@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.arguments import Parsed, make_groups
-from qlora_kit.commands.config_file import read_config
-from qlora_kit.commands.names import fields_of
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
@@ -17,13 +14,16 @@ from qlora_kit.config import (
     TrainingConfig,
 )
 from qlora_kit.errors import AdapterError, ConfigError
-from qlora_kit.files import real_path
-from qlora_kit.options import Options, as_flat
+from qlora_kit.files.atomic import real_path
+from qlora_kit.options.names import fields_of
+from qlora_kit.options.option import Options, as_flat
+from qlora_kit.options.parsed import Parsed, make_groups
+from qlora_kit.options.yaml_file import read_config
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.base.source import Source
-    from qlora_kit.data.template import ChatOptions
+    from qlora_kit.data.chat_template import ChatOptions
 
 RUN_GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 
@@ -34,9 +34,10 @@ def look_at(parsed: Parsed, adapter: str | None) -> Source | None:
     Returns the base, or None where the adapter is yet to be asked for it. Errors: those of the
     files, `AdapterError`.
     """
+    from qlora_kit.base.checks import look
+    from qlora_kit.base.checks import read_config as read_model_config
+    from qlora_kit.base.safetensors_file import read_header
     from qlora_kit.base.source import contained, resolve
-    from qlora_kit.base.validate import look, read_header
-    from qlora_kit.base.validate import read_config as read_model_config
     from qlora_kit.lora.peft_config import WEIGHTS_FILE, read_adapter_config
 
     if adapter is not None:
@@ -66,7 +67,7 @@ def open_with_adapter(
     """
     from qlora_kit.base.architecture import take_generation_config
     from qlora_kit.base.load import open_base, open_info
-    from qlora_kit.data.template import take_template
+    from qlora_kit.data.chat_template import take_template
     from qlora_kit.lora.adapter import open_adapter
 
     base = open_base(base_of(parsed, adapter, as_trained=as_trained))
@@ -187,7 +188,7 @@ def run_options(adapter: str, groups: Sequence[type[Options]]) -> dict[str, Any]
 
 def run_chat(adapter: str | None) -> ChatOptions:
     """How the run that made an adapter wrote its chats: its variables and its day."""
-    from qlora_kit.data.template import NO_OPTIONS, chat_options
+    from qlora_kit.data.chat_template import NO_OPTIONS, chat_options
 
     own = {} if adapter is None else run_options(adapter, (DataConfig,))
     return chat_options(DataConfig(**own)) if own else NO_OPTIONS

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.adapters import base_of
-from qlora_kit.commands.arguments import Parsed
 from qlora_kit.config import BaseConfig, LoRAConfig, RunConfig
 from qlora_kit.errors import ConfigError
+from qlora_kit.options.parsed import Parsed
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
@@ -113,7 +113,7 @@ def settle(
     """
     from qlora_kit.base.load import open_info
     from qlora_kit.base.tensors import dtype_name
-    from qlora_kit.data.template import read_templates
+    from qlora_kit.data.chat_template import read_templates
     from qlora_kit.lora.adapter import open_adapter
     from qlora_kit.lora.inject import find_targets, short_names
 

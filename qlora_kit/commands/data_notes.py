@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qlora_kit.data.prompt import EncodedRows
+    from qlora_kit.data.encode import EncodedRows
 
 FIELDS = 12
 """Unused fields that are named in the note; `show-data --json` has all."""

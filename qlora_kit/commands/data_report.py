@@ -15,12 +15,12 @@ from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.config import DataConfig, ShowConfig
 from qlora_kit.data.answers import turn_ends
 from qlora_kit.data.batch import lengths_of, padding_note, padding_share
-from qlora_kit.data.cache import cache_directory
+from qlora_kit.data.chat_template import ChatOptions, date_of, templates_of
+from qlora_kit.data.encode import EncodedRows, encode, encode_rows, shared_rows
 from qlora_kit.data.order import epoch_order, grouped_order, make_packs
 from qlora_kit.data.outcome import EncodeRules
-from qlora_kit.data.prompt import EncodedRows, encode, encode_rows, shared_rows
-from qlora_kit.data.read import Row, Rows
-from qlora_kit.data.template import ChatOptions, date_of, templates_of
+from qlora_kit.data.rows import Row, Rows
+from qlora_kit.data.token_cache import cache_directory
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped, in_use
 from qlora_kit.errors import DataError
 

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from qlora_kit.commands.data_report import Part, Report, ShownRow
 from qlora_kit.commands.terminal import Terminal
-from qlora_kit.streams import plain
+from qlora_kit.process.streams import plain
 
 BAR = 40
 SHOWN = 5

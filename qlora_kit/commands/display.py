@@ -13,21 +13,22 @@ from rich.table import Table
 from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.commands.progress import TrainingProgress, size
 from qlora_kit.commands.terminal import Terminal
+from qlora_kit.run.reporter import Reporter
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.config import DataConfig, LoRAConfig, RunConfig
+    from qlora_kit.data.encode import EncodedRows
     from qlora_kit.data.order import Packs
-    from qlora_kit.data.prompt import EncodedRows
-    from qlora_kit.data.read import Row, Rows
-    from qlora_kit.memory.plan import MemoryPlan
+    from qlora_kit.data.rows import Row, Rows
+    from qlora_kit.plan.plan import MemoryPlan
     from qlora_kit.training.loss import Evaluation
 
 SHOWN_PROMPT = 400
 """Characters of a prompt that is shown as a command, at most."""
 
 
-class Display:
+class Display(Reporter):
     """Prints a run as it goes; one method for each thing that there is to say."""
 
     def __init__(self) -> None:
@@ -85,7 +86,7 @@ class Display:
             self.note(note)
         if packs is not None:
             self._line("packing", f"{len(encoded.rows)} rows in {len(packs)} packs")
-        from qlora_kit.data.prompt import shared_rows
+        from qlora_kit.data.encode import shared_rows
 
         shared = shared_rows(held_out, encoded) if held_out else 0
         if shared:
@@ -94,7 +95,7 @@ class Display:
     def chats(self, tokenizer: Any, data: DataConfig) -> None:
         """At which tokens answers stop, and the day that a dated template writes."""
         from qlora_kit.commands.data_report import ends_text
-        from qlora_kit.data.template import chat_options
+        from qlora_kit.data.chat_template import chat_options
 
         self._line("chats", ends_text(tokenizer, chat_options(data)))
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.adapters import look_at, open_with_adapter, run_data
-from qlora_kit.commands.arguments import Parsed, parse
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config import BaseConfig, DataConfig, EvaluateConfig
-from qlora_kit.errors import ConfigError, NumericError, redacted, reports_errors
+from qlora_kit.errors import ConfigError, NumericError, redacted
+from qlora_kit.options.parsed import Parsed
 
 if TYPE_CHECKING:
     from qlora_kit.commands.terminal import Terminal
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(parsed: Parsed) -> dict[str, Any]:
     """What `--json` prints."""
-    from qlora_kit.data.read import load_rows
+    from qlora_kit.data.rows import load_rows
 
     options = parsed[EvaluateConfig]
     look_at(parsed, options.adapter)
@@ -63,10 +65,10 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
     from qlora_kit.base.load import read_weights
     from qlora_kit.base.tensors import dtype_name
     from qlora_kit.data.batch import eval_batches, padding_id
+    from qlora_kit.data.chat_template import chat_options, check_chat_options, use_template
+    from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.outcome import EncodeRules
-    from qlora_kit.data.prompt import encode_rows
-    from qlora_kit.data.template import chat_options, check_chat_options, use_template
-    from qlora_kit.generation import end_ids
+    from qlora_kit.generation.decode import end_ids
     from qlora_kit.lora.adapter import load_adapter
     from qlora_kit.training.loss import evaluate
 
@@ -116,7 +118,7 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
 
 def _data(parsed: Parsed) -> tuple[DataConfig, int]:
     """What to read, and the seed that draws a share of it."""
-    from qlora_kit.data.find import is_one_table
+    from qlora_kit.data.source import is_one_table
 
     options, data = parsed[EvaluateConfig], parsed[DataConfig]
     given = parsed.given[DataConfig]

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.adapters import look_at, open_with_adapter, run_data
-from qlora_kit.commands.arguments import parse, refuse_tokens
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config import BaseConfig, DataConfig, ExportConfig
-from qlora_kit.errors import ConfigError, DataError, NumericError, QloraKitError, reports_errors
+from qlora_kit.errors import ConfigError, DataError, NumericError, QloraKitError
+from qlora_kit.options.parsed import refuse_tokens
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.commands.terminal import Terminal
-    from qlora_kit.data.read import Rows
+    from qlora_kit.data.rows import Rows
     from qlora_kit.data.tokens import Encoded
 
 SUMMARY = "Merge an adapter into its base and write a plain model, verified against training."
@@ -44,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [f"--{name}" for name in ("adapter", "output_dir") if not getattr(options, name)]
     if options.adapter is None or options.output_dir is None:
         raise ConfigError(f"{' and '.join(missing)} not given", "give both")
-    from qlora_kit.data.read import load_rows
-    from qlora_kit.files import check_output, check_room
-    from qlora_kit.publish import mend
+    from qlora_kit.data.rows import load_rows
+    from qlora_kit.files.atomic import check_output, check_room
+    from qlora_kit.files.publish import mend
 
     target, adapter_dir = Path(options.output_dir), Path(options.adapter)
     named = (options.adapter, options.verify, parsed.config_file)
@@ -63,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = load_rows(DataConfig(data=options.verify, eval_fraction=0), 0)
     from qlora_kit.base.load import load_base, read_weights
     from qlora_kit.base.tensors import DTYPES, dtype_name
-    from qlora_kit.commands.companions import write_companions
     from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.batch import eval_batches, padding_id
-    from qlora_kit.data.template import read_templates
+    from qlora_kit.data.chat_template import read_templates
+    from qlora_kit.export.companions import write_companions
     from qlora_kit.export.merge import REPORT, export_model
     from qlora_kit.export.verify import verify
     from qlora_kit.lora.adapter import load_adapter
-    from qlora_kit.training.record import versions, write_json
+    from qlora_kit.run.record import versions, write_json
 
     terminal = Terminal()
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base, as_trained=True)
@@ -167,9 +169,9 @@ def _verification_rows(
     Those that are asked for; else what the run held out, where that is still here; else the
     package's sample.
     """
+    from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.outcome import EncodeRules
-    from qlora_kit.data.prompt import encode_rows
-    from qlora_kit.data.read import load_rows
+    from qlora_kit.data.rows import load_rows
 
     tokenizer, length = base.tokenizer, min(base.context, VERIFY_LENGTH)
     if asked is not None:

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.arguments import Parsed, parse, refuse_tokens
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
@@ -17,15 +18,16 @@ from qlora_kit.config import (
     RunConfig,
     TrainingConfig,
 )
-from qlora_kit.errors import ConfigError, reports_errors
+from qlora_kit.errors import ConfigError
+from qlora_kit.options.parsed import Parsed, refuse_tokens
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.commands.continued import Start
     from qlora_kit.commands.display import Display
-    from qlora_kit.commands.run import Plan
-    from qlora_kit.data.prompt import EncodedRows
-    from qlora_kit.data.read import Rows
+    from qlora_kit.data.encode import EncodedRows
+    from qlora_kit.data.rows import Rows
+    from qlora_kit.run.prepared import PreparedRun
     from qlora_kit.training.checkpoint import Checkpoint
 
 SUMMARY = "Load a base in 4, 8 or 16 bits, train LoRA adapters on it, save them."
@@ -49,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.commands.adapters import look_at
     from qlora_kit.commands.continued import is_gone, start_from_adapter
     from qlora_kit.commands.display import Display
-    from qlora_kit.commands.place import check_place, output_directory
-    from qlora_kit.data.read import load_rows
-    from qlora_kit.training.record import check_trackers
+    from qlora_kit.data.rows import load_rows
+    from qlora_kit.run.place import check_place, output_directory
+    from qlora_kit.run.record import check_trackers
 
     check_trackers(config.output.report_to)
     display = Display()
@@ -68,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.lora.adapter is not None:
         run_dir = output_directory(config, config.base.bits)
         config, start = start_from_adapter(parsed, config, run_dir)
-    from qlora_kit.commands.run import open_run
-    from qlora_kit.signals import StopSignals
+    from qlora_kit.process.signals import StopSignals
+    from qlora_kit.run.run import open_run
     from qlora_kit.training.loop import train
 
     with StopSignals() as signals:
@@ -102,7 +104,7 @@ def _parse(argv: Sequence[str]) -> Parsed:
 
 def prepare(
     config: RunConfig, rows: Rows, display: Display, start: Start | None = None
-) -> Plan | None:
+) -> PreparedRun | None:
     """Check everything that can be refused without the weights; None for a finished run.
 
     Nothing is written. Errors: those of the options, the base, the data and the checkpoint,
@@ -112,16 +114,16 @@ def prepare(
 
     from qlora_kit.base.load import open_base
     from qlora_kit.commands.continued import settle
-    from qlora_kit.commands.place import default_names, is_finished, output_directory
-    from qlora_kit.commands.resume import (
+    from qlora_kit.data.batch import pack, padding_note
+    from qlora_kit.data.chat_template import use_template
+    from qlora_kit.run.place import default_names, is_finished, output_directory
+    from qlora_kit.run.prepared import PreparedRun
+    from qlora_kit.run.resume import (
         check_resumed,
         find_checkpoint,
         identity_of,
         overridden_options,
     )
-    from qlora_kit.commands.run import Plan
-    from qlora_kit.data.batch import pack, padding_note
-    from qlora_kit.data.template import use_template
 
     base = open_base(config.base)
     target_dir = output_directory(config, base.quantization.bits)
@@ -158,13 +160,13 @@ def prepare(
             f"{resume.path} stands after step {resume.step}, and this run has {total_steps}",
             "raise --max_steps or --num_train_epochs",
         )
-    from qlora_kit.commands.planned import planned_run
+    from qlora_kit.run.planned import planned_run
 
     memory = planned_run(config, base, encoded.rows, packs, total_steps, ranks)
     display.memory(memory)
     if config.output.compare_bits:
         display.bits(_measure_bits(config.base))
-    return Plan(
+    return PreparedRun(
         config,
         base,
         rows,
@@ -195,7 +197,7 @@ def _check_adapters(
     """
     import warnings
 
-    from qlora_kit.files import check_room
+    from qlora_kit.files.atomic import check_room
     from qlora_kit.lora.inject import check_rank, find_targets
     from qlora_kit.training.checkpoint import SLACK_BYTES
     from qlora_kit.training.optimizer import state_bytes
@@ -226,7 +228,7 @@ def _chats_of(
     """
     from dataclasses import replace
 
-    from qlora_kit.data.template import chat_options, check_chat_options, date_of
+    from qlora_kit.data.chat_template import chat_options, check_chat_options, date_of
 
     check_chat_options(tokenizer, chat_options(data))
     if rows.format != "messages":
@@ -241,9 +243,9 @@ def _encode(
     config: RunConfig, rows: Rows, base: OpenBase
 ) -> tuple[EncodedRows, EncodedRows | None]:
     """The rows that are trained on and held out, as tokens. Errors: `DataError`, `ConfigError`."""
-    from qlora_kit.data.cache import cache_directory
+    from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.outcome import EncodeRules
-    from qlora_kit.data.prompt import encode_rows
+    from qlora_kit.data.token_cache import cache_directory
 
     length, rules = config.data.length_in(base.context), EncodeRules.of(config.data)
     cache = cache_directory(config.data.token_cache)
@@ -282,7 +284,7 @@ def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
     from dataclasses import replace
 
     from qlora_kit.base.tensors import dtype_name
-    from qlora_kit.data.find import lasting
+    from qlora_kit.data.source import lasting
     from qlora_kit.training.optimizer import optimizer_name
 
     length, held_out = config.data.length_in(base.context), config.data.eval_data

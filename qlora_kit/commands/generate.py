@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from qlora_kit.commands.adapters import look_at, open_with_adapter, reads_literally, run_chat
-from qlora_kit.commands.arguments import parse
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config import BaseConfig, GenerateConfig
-from qlora_kit.errors import reports_errors
 
 SUMMARY = "Generate text with a base, or with an adapter on it."
 
@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.base.load import read_weights
     from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.batch import padding_id
-    from qlora_kit.data.prompt import prompt_ids
-    from qlora_kit.data.template import NO_OPTIONS
-    from qlora_kit.generation import answers, end_ids, generate_ids, stream_text, until
+    from qlora_kit.data.chat_template import NO_OPTIONS
+    from qlora_kit.data.encode import prompt_ids
+    from qlora_kit.generation.decode import answers, end_ids, generate_ids, stream_text, until
     from qlora_kit.lora.adapter import load_adapter
 
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.arguments import parse
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
@@ -16,12 +17,12 @@ from qlora_kit.config import (
     PlanConfig,
     TrainingConfig,
 )
-from qlora_kit.errors import ConfigError, reports_errors
-from qlora_kit.options import size_bytes
+from qlora_kit.errors import ConfigError
+from qlora_kit.options.option import size_bytes
 
 if TYPE_CHECKING:
-    from qlora_kit.memory.plan import MemoryPlan, Planner
-    from qlora_kit.memory.suggest import Options, Suggestion
+    from qlora_kit.plan.plan import MemoryPlan, Planner
+    from qlora_kit.plan.suggest import Options, Suggestion
 
 SUMMARY = (
     "Say what a run will take, by component, before a byte of weights is read or downloaded; of a "
@@ -45,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--adapter {parsed[LoRAConfig].adapter}: a plan does not read adapters",
             "give its --lora_r and --target_modules too, or --config with its run's config.yaml",
         )
-    from qlora_kit.base.validate import find_config, read_config_file
+    from qlora_kit.base.checks import find_config, read_config_file
 
     # What is not here, or cannot be planned, is refused before torch is imported.
     read_config_file(find_config(parsed[BaseConfig].model, parsed[BaseConfig].revision)[1])
-    from qlora_kit.memory.plan import Planner
-    from qlora_kit.memory.suggest import Options, suggest
+    from qlora_kit.plan.plan import Planner
+    from qlora_kit.plan.suggest import Options, suggest
 
     base, lora, training = parsed[BaseConfig], parsed[LoRAConfig], parsed[TrainingConfig]
     device = _device(base, asked)
@@ -92,7 +93,7 @@ def _budget(device: str, training: TrainingConfig, asked: PlanConfig) -> int | N
         return min(given)
     import torch
 
-    from qlora_kit.commands.planned import available_bytes
+    from qlora_kit.run.planned import available_bytes
 
     here = device == "cpu" or torch.cuda.is_available()
     return available_bytes(torch.device(device)) if here else None
@@ -100,7 +101,7 @@ def _budget(device: str, training: TrainingConfig, asked: PlanConfig) -> int | N
 
 def _grid(planner: Planner, options: Options, budget: int | None) -> list[dict[str, Any]]:
     """The plans of batches and lengths, up to the model's context."""
-    from qlora_kit.memory.plan import Window
+    from qlora_kit.plan.plan import Window
 
     cells, longest = [], min(LONGEST, planner.run.context)
     for length in (longest // part for part in PARTS):

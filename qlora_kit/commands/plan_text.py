@@ -11,8 +11,8 @@ from qlora_kit.commands.progress import size
 from qlora_kit.commands.terminal import Terminal, styled
 
 if TYPE_CHECKING:
-    from qlora_kit.memory.plan import MemoryPlan, Planner
-    from qlora_kit.memory.suggest import Options, Suggestion
+    from qlora_kit.plan.plan import MemoryPlan, Planner
+    from qlora_kit.plan.suggest import Options, Suggestion
 
 SHOWN = {
     "weights_quantized": "quantized linears",

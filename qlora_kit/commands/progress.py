@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from rich.progress import BarColumn, Progress, TextColumn
 
 from qlora_kit.commands.terminal import Terminal
+from qlora_kit.run.reporter import StepReporter
 
 if TYPE_CHECKING:
     from qlora_kit.training.loop import StepReport
@@ -27,7 +28,7 @@ BAR, BAR_WIDTH = 24, 110
 """Characters of the bar, and of a terminal that has room for one."""
 
 
-class TrainingProgress:
+class TrainingProgress(StepReporter):
     """The steps of a run, as they are done; `memory` says what its bytes are those of."""
 
     def __init__(

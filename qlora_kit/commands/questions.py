@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_kit.config import EvaluateConfig
+from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
-from qlora_kit.data.prompt import encode, prompt_ids
-from qlora_kit.data.read import Row
+from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
-from qlora_kit.generation import added_text, generate_text
+from qlora_kit.generation.decode import added_text, generate_text
 
 WHOLE = 2**31
 """Tokens of a row that is not cut."""

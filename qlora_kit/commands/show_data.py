@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.commands.arguments import Parsed, parse, refuse_tokens
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config import BaseConfig, DataConfig, ShowConfig
-from qlora_kit.errors import ConfigError, ModelError, reports_errors
+from qlora_kit.errors import ConfigError, ModelError
+from qlora_kit.options.parsed import Parsed, refuse_tokens
 
 if TYPE_CHECKING:
     from qlora_kit.commands.data_report import Report
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.commands.data_page import page_of
     from qlora_kit.commands.data_text import print_report
     from qlora_kit.commands.terminal import Terminal
-    from qlora_kit.files import write_file
+    from qlora_kit.files.atomic import write_file
 
     if page is not None:
         _page_path(str(page), parsed)  # what came there meanwhile is not lost
@@ -70,7 +72,7 @@ def _page_path(name: str, parsed: Parsed) -> Path:
                 f"--html {name}: is there, and is no page of show-data", "name a new file"
             )
     data = parsed[DataConfig]
-    from qlora_kit.data.find import local_files
+    from qlora_kit.data.source import local_files
 
     named = (data.data, data.eval_data, data.chat_template, parsed.config_file)
     for read in (one for name in named if name is not None for one in local_files(name)):
@@ -88,8 +90,8 @@ def _report(parsed: Parsed) -> Report:
     from qlora_kit.base.source import resolve
     from qlora_kit.base.tokenizer import load_tokenizer
     from qlora_kit.config import DEFAULT_LENGTH
-    from qlora_kit.data.read import load_rows
-    from qlora_kit.data.template import chat_options, check_chat_options, use_template
+    from qlora_kit.data.chat_template import chat_options, check_chat_options, use_template
+    from qlora_kit.data.rows import load_rows
 
     base, data, options = parsed[BaseConfig], parsed[DataConfig], parsed[ShowConfig]
     source = resolve(base.model, base.revision, weights=False)

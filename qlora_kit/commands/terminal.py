@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from qlora_kit.errors import redacted
-from qlora_kit.streams import plain
+from qlora_kit.process.streams import plain
 
 LABEL = 9
 """Characters of the label in front of a line."""

@@ -6,9 +6,9 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.mask import Chat, Messages, chats, header_text
-from qlora_kit.data.read import Row
-from qlora_kit.data.template import NO_OPTIONS, ChatOptions
+from qlora_kit.data.chat_mask import Chat, Messages, chats, header_text
+from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
+from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import Tokens
 from qlora_kit.errors import DataError, QloraKitError
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO
 
 from qlora_kit.config import DataConfig
-from qlora_kit.data.find import check_file
+from qlora_kit.data.source import check_file
 from qlora_kit.errors import DataError, from_os_error
-from qlora_kit.options import size_bytes
+from qlora_kit.options.option import size_bytes
 
 MAX_ROW_BYTES = size_bytes(DataConfig.max_row_size)
 """A longer row is refused, so that a file without ends cannot fill the memory."""

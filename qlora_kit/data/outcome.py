@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.config import DataConfig
-from qlora_kit.data.read import Row
-from qlora_kit.data.template import ChatOptions, chat_options
+from qlora_kit.data.chat_template import ChatOptions, chat_options
+from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import IGNORE, Encoded
 
 LISTED = 50

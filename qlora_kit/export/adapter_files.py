@@ -14,9 +14,9 @@ from qlora_kit.base.contents import find
 from qlora_kit.base.source import is_path
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.errors import AdapterError
-from qlora_kit.files import write_file
+from qlora_kit.files.atomic import write_file
+from qlora_kit.files.publish import publish
 from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
-from qlora_kit.publish import publish
 
 CARD = "README.md"
 

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from qlora_kit.base.contents import find
 from qlora_kit.base.quantize import dequantize
+from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE, read_entries
 from qlora_kit.base.tensors import DTYPES, check_finite, dtype_name, read_tensors
 from qlora_kit.base.tokenizer import copy_tokenizer
-from qlora_kit.base.validate import INDEX_FILE, SINGLE_FILE, read_entries
 from qlora_kit.errors import AdapterError, ConfigError, ExportError
-from qlora_kit.files import check_output, check_room, replace_file, write_file
+from qlora_kit.files.atomic import check_output, check_room, replace_file, write_file
+from qlora_kit.files.publish import publish
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 from qlora_kit.lora.layer import LoRALinear, delta_weight
-from qlora_kit.publish import publish
 
 SHARD_SIZE = 4 * 1024**3
 REPORT = "export.json"

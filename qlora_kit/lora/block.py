@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_kit.fakes import has_values
-from qlora_kit.lora.elementwise import ACTIVATIONS, Gate, rotate
+from qlora_kit.device import has_values
+from qlora_kit.kernels.elementwise import ACTIVATIONS, Gate, rotate
+from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
 from qlora_kit.lora.layer import linears
-from qlora_kit.lora.norm import FrozenNorm, normalize
 
 COMPARED_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.quantize import product, product_grad
-from qlora_kit.lora.elementwise import Gate
-from qlora_kit.lora.norm import FrozenNorm
-from qlora_kit.matmul import add_matmul, linear, matmul
+from qlora_kit.kernels.elementwise import Gate
+from qlora_kit.kernels.matmul import add_matmul, linear, matmul
+from qlora_kit.kernels.rmsnorm import FrozenNorm
 
 Before = FrozenNorm | Gate
 """What stands in front of linears, and is made again in backward."""

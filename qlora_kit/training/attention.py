@@ -25,9 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_kit.fakes import device_type, has_values
-from qlora_kit.matmul import matmul_dtype
-from qlora_kit.training.causal import Stretch, causal_attention
+from qlora_kit.device import device_type, has_values
+from qlora_kit.kernels.attention import Stretch, causal_attention
+from qlora_kit.kernels.matmul import matmul_dtype
 
 NAME = "sdpa_rows"
 PLANNED = "sdpa_planned"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.fakes import representative
-from qlora_kit.matmul import grad_input, matmul_dtype, weight_parts
+from qlora_kit.device import representative
+from qlora_kit.kernels.matmul import grad_input, matmul_dtype, weight_parts
 
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Batch

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.config import TrainingConfig
+from qlora_kit.device import device_type, has_values
 from qlora_kit.errors import CheckpointError
-from qlora_kit.fakes import device_type, has_values
 
 PAGED_FROM_ELEMENTS = 100_000
 """bitsandbytes 0.50 pages the state of a parameter only from this size on."""

@@ -10,7 +10,7 @@ n heads, in 16 bits, in bytes:
 `full` runs the layer again in backward. `selective` runs its two halves again, each by itself and
 without attention: the replay of attention's half ends before its output projection, that of the
 MLP's before its last one, where no norm reads what these give. Our own forward of attention
-(`training/causal.py`) has no statistics. Attention that is not one kernel (soft caps) has nothing
+(`kernels/attention.py`) has no statistics. Attention that is not one kernel (soft caps) has nothing
 to keep and is made again; so is that of a base with dropout of its own.
 
 A layer that runs through the model's own code keeps 2Th at `full`, and its input with attention's
@@ -36,8 +36,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, ATTEND_ROWS
 from qlora_kit.lora.block import Block, OwnForward
-from qlora_kit.training.causal import ATTEND_IN_BLOCKS, ATTEND_ROWS
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -17,15 +17,15 @@ import torch
 from families import refused, save_checkpoint, tree_hash
 from transformers import AutoTokenizer
 
+from qlora_kit.base.checks import look
 from qlora_kit.base.contents import find, tokenizer_files
 from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.load import open_base
 from qlora_kit.base.source import Source
 from qlora_kit.base.tokenizer import copy_tokenizer, load_tokenizer
-from qlora_kit.base.validate import look
 from qlora_kit.config import BaseConfig
 from qlora_kit.errors import ModelError, TokenizerError, UnsafeInputError
-from qlora_kit.file_kind import SAFETENSORS, file_kind
+from qlora_kit.files.kind import SAFETENSORS, file_kind
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1044992\n"
 LOADED = (

@@ -20,15 +20,10 @@ from families import save_checkpoint
 from mutations import kinds_of
 from raises import raises_of, sites_of
 
+from qlora_kit.base.checks import check_architecture, check_layers, look, read_config
 from qlora_kit.base.json_file import read_json
+from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.base.source import Source
-from qlora_kit.base.validate import (
-    check_architecture,
-    check_layers,
-    look,
-    read_config,
-    read_entries,
-)
 from qlora_kit.errors import ModelError, QloraKitError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -198,7 +198,7 @@ class Hub:
 
 RESOLVE = """
 import sys, time
-from qlora_kit.errors import reports_errors
+from qlora_kit.commands.failure import reports_errors
 @reports_errors
 def main(argv):
     import huggingface_hub
@@ -218,12 +218,12 @@ sys.exit(main(sys.argv[1:]))
 
 COMMAND = """
 import sys
-from qlora_kit.commands.entry import main
+from qlora_kit.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 LOAD = """
 import sys
-from qlora_kit.errors import reports_errors
+from qlora_kit.commands.failure import reports_errors
 @reports_errors
 def main(argv):
     from qlora_kit.base.load import load_base
@@ -463,7 +463,7 @@ def test_a_private_repository_opens_for_the_token_of_the_environment_or_the_logi
 
 COMMANDS = """
 import json, sys
-from qlora_kit.commands.entry import main
+from qlora_kit.commands.main import main
 print(json.dumps([main(argv) for argv in json.loads(sys.argv[1])]))
 """
 

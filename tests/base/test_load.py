@@ -23,9 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.base.load import load_base
 from qlora_kit.base.quantize import dequantize
-from qlora_kit.base.source import fingerprint
+from qlora_kit.base.safetensors_file import fingerprint, read_entries
 from qlora_kit.base.tensors import read_tensors
-from qlora_kit.base.validate import read_entries
 from qlora_kit.errors import ModelError, NumericError, ResourceError, TokenizerError
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import StorageCounter

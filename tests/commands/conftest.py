@@ -11,7 +11,7 @@ import torch
 from families import save_checkpoint
 from trained import save_trained, write_rows
 
-from qlora_kit.commands.entry import main
+from qlora_kit.commands.main import main
 
 
 @dataclass(frozen=True)

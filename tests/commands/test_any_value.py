@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from anything import GOOD, flags_of, text, value
 
-from qlora_kit.commands.arguments import GROUP_TITLES
-from qlora_kit.commands.entry import COMMANDS
+from qlora_kit.commands.argv import GROUP_TITLES
+from qlora_kit.commands.main import COMMANDS
 from qlora_kit.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

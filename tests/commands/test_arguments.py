@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 
 import qlora_kit
-from qlora_kit.commands.arguments import parse
-from qlora_kit.commands.config_file import CONFIG_LIMIT, read_config
-from qlora_kit.commands.entry import COMMANDS, main
-from qlora_kit.commands.names import FOREIGN, fields_of, spellings_of
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.main import COMMANDS, main
 from qlora_kit.config import (
     BaseConfig,
     DataConfig,
@@ -29,7 +27,9 @@ from qlora_kit.config import (
     TrainingConfig,
 )
 from qlora_kit.errors import ConfigError, UnsafeInputError, error_line
-from qlora_kit.options import flag_of
+from qlora_kit.options.names import FOREIGN, fields_of, spellings_of
+from qlora_kit.options.option import flag_of
+from qlora_kit.options.yaml_file import CONFIG_LIMIT, read_config
 
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 
@@ -420,7 +420,7 @@ def test_what_needs_no_model_is_refused_without_torch(
 ) -> None:
     (tmp_path / "loop").symlink_to("loop")
     program = (
-        "import sys; sys.modules['torch'] = None; from qlora_kit.commands.entry import main; "
+        "import sys; sys.modules['torch'] = None; from qlora_kit.commands.main import main; "
         f"sys.exit(main({arguments.split()}))"
     )
     done = subprocess.run(

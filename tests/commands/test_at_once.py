@@ -23,12 +23,12 @@ LIMIT_S, BEYOND_IMPORTS_S = 2.0, 4.0
 IMPORTS = "import torch, transformers.modeling_utils"
 ANY_COMMAND = """
 import sys
-from qlora_kit.commands.entry import main
+from qlora_kit.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 COMMAND = """
 import sys
-from qlora_kit.commands.entry import main
+from qlora_kit.commands.main import main
 code = main(sys.argv[1:])
 heavy = {"torch", "transformers", "bitsandbytes"} & set(sys.modules)
 assert not heavy, heavy

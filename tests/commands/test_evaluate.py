@@ -16,7 +16,7 @@ from trained import trained_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig
-from qlora_kit.options import dump
+from qlora_kit.options.option import dump
 
 Run = Callable[..., Any]
 

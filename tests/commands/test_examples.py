@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.commands.arguments import parse
+from qlora_kit.commands.argv import parse
 from qlora_kit.commands.finetune import GROUPS
 from qlora_kit.config import BaseConfig, DataConfig, LoRAConfig, TrainingConfig
-from qlora_kit.options import size_bytes
+from qlora_kit.options.option import size_bytes
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 SHAPES = {
@@ -36,7 +36,7 @@ def test_an_example_is_accepted_and_names_its_card(path):
 @pytest.mark.skipif(DATA is None, reason="QLORA_KIT_DATA is not set")
 def test_the_example_for_the_smallest_card_fits_it():
     (path,) = (path for path in EXAMPLES if path.stem.startswith("8gb"))
-    from qlora_kit.memory.plan import plan_memory
+    from qlora_kit.plan.plan import plan_memory
 
     parsed = parse("qlora-kit finetune", "", GROUPS, ["--config", str(path)])
     shape = Path(DATA) / "configs" / f"{SHAPES[parsed[BaseConfig].model]}.json"

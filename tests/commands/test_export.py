@@ -20,8 +20,8 @@ from trained import save_trained, write_rows
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig
-from qlora_kit.lock import locked
-from qlora_kit.options import dump
+from qlora_kit.files.lock import locked
+from qlora_kit.options.option import dump
 
 Run = Callable[..., Any]
 

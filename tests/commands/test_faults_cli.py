@@ -18,8 +18,8 @@ import pytest
 import torch
 from families import edit_weights, tree_hash
 
-from qlora_kit.commands import entry
-from qlora_kit.commands.entry import COMMANDS
+from qlora_kit.commands import main
+from qlora_kit.commands.main import COMMANDS
 from qlora_kit.errors import (
     AdapterError,
     ConfigError,
@@ -115,7 +115,7 @@ def test_a1_a_misspelt_flag(refused: Callable[..., str], run: Run) -> None:
         refused(ConfigError, *FINETUNE, flag, words=words, seconds=WEIGHTS)
     assert run(*FINETUNE, "--learning_rte", "1").err.startswith("usage: qlora-kit finetune")
     # The script says the same as the command, and the last line is the error's.
-    script = Path(entry.__file__).parents[2] / "scripts" / "finetune.py"
+    script = Path(main.__file__).parents[2] / "scripts" / "finetune.py"
     done = subprocess.run(
         [sys.executable, script, "--learning_rte", "1"], capture_output=True, text=True, check=False
     )

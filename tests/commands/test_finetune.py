@@ -24,7 +24,7 @@ from qlora_kit.commands import generate
 from qlora_kit.commands.display import shell_word
 from qlora_kit.commands.finetune import QUICKSTART, main
 from qlora_kit.errors import ConfigError
-from qlora_kit.files import check_output
+from qlora_kit.files.atomic import check_output
 
 SETTINGS = "--bits 16 --dtype fp32 --lora_r 4 --batch_size 2 --gradient_accumulation_steps 2"
 
@@ -196,7 +196,7 @@ def test_what_cannot_work_is_refused_before_a_weight_is_read(
         arguments = [*arguments, "--data", data]
     if "--report_to" not in arguments:
         # Weights are only read through this name.
-        monkeypatch.setattr("qlora_kit.commands.run.read_weights", lambda base: 1 / 0)
+        monkeypatch.setattr("qlora_kit.run.run.read_weights", lambda base: 1 / 0)
     output = tmp_path / "run"
     assert main([*inputs, *arguments, "--output_dir", str(output)]) == code
     error = error_of(capsys)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_kit.commands.adapters import reads_literally
 from qlora_kit.config import BaseConfig, RunConfig
 from qlora_kit.lora.adapter import trained_on
-from qlora_kit.options import dump
+from qlora_kit.options.option import dump
 
 Run = Callable[..., Any]
 

@@ -17,9 +17,9 @@ from qlora_kit.commands import data_report
 from qlora_kit.commands.data_page import HEAD
 from qlora_kit.commands.show_data import main
 from qlora_kit.data.batch import collate_packs, padding_id, steps
+from qlora_kit.data.encode import encode_rows
 from qlora_kit.data.order import make_packs
-from qlora_kit.data.prompt import encode_rows
-from qlora_kit.data.read import read_rows
+from qlora_kit.data.rows import read_rows
 from qlora_kit.errors import ERROR_LINE_LIMIT
 
 CHATS = [
@@ -70,7 +70,7 @@ def test_json_is_what_the_loop_gets(capsys, model, chats):
     report = json.loads(run(capsys, *arguments(model, chats, *options)).out)
     from transformers import AutoTokenizer
 
-    from qlora_kit.data.template import use_template
+    from qlora_kit.data.chat_template import use_template
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     use_template(tokenizer, "plain")

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from rich.table import Table
 
+from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal
-from qlora_kit.errors import reports_errors
-from qlora_kit.streams import plain
+from qlora_kit.process.streams import plain
 
 HOSTILE = {
     "a title": "\x1b]0;pwned\x07",
@@ -40,7 +40,7 @@ HARMLESS = [
     "1\xa0000 \u3000x",
     "[bold]x[/] :warning: \\[y]",
 ]
-MAIN = "import sys; from qlora_kit.commands.entry import main; sys.exit(main(sys.argv[1:]))"
+MAIN = "import sys; from qlora_kit.commands.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -146,7 +146,7 @@ def run(shell: str, directory: Path, **environment: str) -> subprocess.Completed
 PRINTS = """
 import sys
 from functools import partial
-from qlora_kit.errors import reports_errors
+from qlora_kit.commands.failure import reports_errors
 def main(argv=None):
     import os
     from qlora_kit.commands.terminal import Terminal
@@ -211,7 +211,7 @@ def test_a_command_whose_product_is_its_output_says_that_it_is_lost(
 
 def test_a_closed_standard_input_is_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "reads.py").write_text(
-        "import sys; from qlora_kit.errors import reports_errors\n"
+        "import sys; from qlora_kit.commands.failure import reports_errors\n"
         "sys.exit(reports_errors(lambda argv: len(sys.stdin.buffer.read()))([]))\n"
     )
     done = run("$PY reads.py <&-", tmp_path)
@@ -233,7 +233,7 @@ def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_every_word() -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     code = (
-        "import sys; from qlora_kit.errors import reports_errors\n"
+        "import sys; from qlora_kit.commands.failure import reports_errors\n"
         "def main(argv):\n"
         "    for number in range(20000): print(f'line {number}')\n"
         "    return 0\n"

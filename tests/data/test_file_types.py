@@ -7,10 +7,10 @@ import json
 import pytest
 
 from qlora_kit.config import DataConfig
-from qlora_kit.data import find, tables
-from qlora_kit.data.find import files, local_files
-from qlora_kit.data.read import load_rows
+from qlora_kit.data import source, tables
 from qlora_kit.data.records import count, records
+from qlora_kit.data.rows import load_rows
+from qlora_kit.data.source import files, local_files
 from qlora_kit.errors import ConfigError, DataError, UnsafeInputError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -72,7 +72,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path, monkeypatch):
     one = put(tmp_path / "a.jsonl", "1")
     with pytest.raises(DataError, match="no file fits this pattern"):
         read(tmp_path / "*.csv")
-    monkeypatch.setattr(find, "MOST_FILES", 2)
+    monkeypatch.setattr(source, "MOST_FILES", 2)
     for name in "bcd":
         (tmp_path / f"{name}.txt").write_text("a")
     with pytest.raises(DataError, match="more than 2 files fit"):

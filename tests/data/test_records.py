@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.config import DataConfig
 from qlora_kit.data import json_array, records
-from qlora_kit.data.find import HubSplit, find
-from qlora_kit.data.read import load_rows
+from qlora_kit.data.rows import load_rows
+from qlora_kit.data.source import HubSplit, find
 from qlora_kit.errors import DataError, UnsafeInputError
 
 DATA = os.environ.get("QLORA_KIT_DATA")
@@ -212,7 +212,7 @@ ABSENT = """
 import sys
 sys.modules["pyarrow"] = sys.modules["pyarrow.parquet"] = sys.modules["datasets"] = None
 from qlora_kit.config import DataConfig
-from qlora_kit.data.read import load_rows
+from qlora_kit.data.rows import load_rows
 from qlora_kit.errors import ResourceError
 for data in sys.argv[1:]:
     try:
@@ -248,7 +248,7 @@ def test_a_hub_id_is_told_from_a_path(tmp_path, monkeypatch, data, subset):
 HUB = """
 import sys
 from qlora_kit.config import DataConfig
-from qlora_kit.data.read import load_rows
+from qlora_kit.data.rows import load_rows
 from qlora_kit.errors import QloraKitError
 try:
     rows = load_rows(DataConfig(data=sys.argv[1]), 0)

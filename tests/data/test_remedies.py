@@ -8,9 +8,9 @@ from chat_tokenizer import chat_tokenizer
 from spelled_rows import TEMPLATE
 
 from qlora_kit.config import DataConfig
+from qlora_kit.data.encode import encode_rows
 from qlora_kit.data.outcome import EncodeRules
-from qlora_kit.data.prompt import encode_rows
-from qlora_kit.data.read import load_rows
+from qlora_kit.data.rows import load_rows
 from qlora_kit.errors import QloraKitError
 
 PAIR = {"prompt": "he", "completion": "on"}

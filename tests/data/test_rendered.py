@@ -7,16 +7,16 @@ import pytest
 from chat_tokenizer import chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prompt import make_tokenizer
+from test_encode import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.config import DataConfig
 from qlora_kit.data import tokens as tokens_module
+from qlora_kit.data.encode import encode, encode_rows, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
-from qlora_kit.data.prompt import encode, encode_rows, prompt_ids
-from qlora_kit.data.read import Row, load_rows
+from qlora_kit.data.rows import Row, load_rows
 from qlora_kit.data.tokens import pieces
 from qlora_kit.errors import DataError
 
@@ -181,6 +181,6 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch):
     text = "".join(f"he {n} hello: on\n\n" if n % 7 else f"hello {n}\n" for n in range(300))
     whole = one(tokenizer, max_length=10**6, text=text)
     monkeypatch.setattr(tokens_module, "PIECE", 500)
-    monkeypatch.setattr("qlora_kit.data.prompt.PIECE", 500)
+    monkeypatch.setattr("qlora_kit.data.encode.PIECE", 500)
     assert one(tokenizer, max_length=10**6, text=text) == whole
     assert one(tokenizer, max_length=10**6, prompt=text, completion=text)[0][-1] == EOS

@@ -6,10 +6,10 @@ import pytest
 from chat_tokenizer import chat_tokenizer
 
 from qlora_kit.data import sandbox
-from qlora_kit.data.prompt import encode
-from qlora_kit.data.read import Row
+from qlora_kit.data.chat_template import template_names, use_template
+from qlora_kit.data.encode import encode
+from qlora_kit.data.rows import Row
 from qlora_kit.data.sandbox import render
-from qlora_kit.data.template import template_names, use_template
 from qlora_kit.errors import (
     ConfigError,
     DataError,

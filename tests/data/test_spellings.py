@@ -10,8 +10,8 @@ from chat_tokenizer import chat_tokenizer
 from spelled_rows import ALIKE, ROWS, TEMPLATE
 
 from qlora_kit.config import DataConfig
-from qlora_kit.data.prompt import encode, encode_rows
-from qlora_kit.data.read import load_rows, read_rows
+from qlora_kit.data.encode import encode, encode_rows
+from qlora_kit.data.rows import load_rows, read_rows
 from qlora_kit.errors import DataError
 
 BY_NAME = {name: row for name, row, _, _ in ROWS}

@@ -6,9 +6,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.data.answers import chat_ids, turn_ends
+from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
-from qlora_kit.data.prompt import encode, prompt_ids
-from qlora_kit.data.read import Row
+from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import Skipped
 from qlora_kit.errors import DataError, TokenizerError
 

@@ -12,8 +12,8 @@ from qlora_kit.commands.evaluate import main as evaluate
 from qlora_kit.commands.export import main as export
 from qlora_kit.commands.finetune import main
 from qlora_kit.commands.generate import main as generate
-from qlora_kit.data.template import use_template
-from qlora_kit.generation import generate_text
+from qlora_kit.data.chat_template import use_template
+from qlora_kit.generation.decode import generate_text
 
 COMMON = ("--bits", "16", "--dtype", "fp32", "--device", "cpu", "--max_length", "96")
 

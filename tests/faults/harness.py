@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import qlora_kit
-from qlora_kit.signals import SIGNALS
+from qlora_kit.process.signals import SIGNALS
 
 WRITES = ("write", "pwrite")
 CALLS = ("open", *WRITES, "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from qlora_kit.commands import run
-from qlora_kit.fakes import has_values
+from qlora_kit.device import has_values
+from qlora_kit.run import run
 from qlora_kit.training import loop
 
 
@@ -217,7 +217,7 @@ def full_disk_at_checkpoint_2() -> None:
 
 def name_looked_for_too_early() -> None:
     """The first default name is free when it is looked for, and taken when it comes to it."""
-    from qlora_kit.commands import place
+    from qlora_kit.run import place
 
     place.output_directory = lambda config, bits: next(place.default_names(config, bits))
 
@@ -313,7 +313,7 @@ def _room(mebibytes: int) -> None:
 
 
 def _grace(seconds: float) -> None:
-    from qlora_kit import signals
+    from qlora_kit.process import signals
 
     signals.StopSignals.__init__.__defaults__ = (seconds,)
 

@@ -8,8 +8,8 @@ import math
 import pytest
 from faults.harness import SETTINGS, STEPS, Fault, leftovers, result_of
 
-from qlora_kit.commands.result import Progress
 from qlora_kit.config import OPTIMIZERS
+from qlora_kit.run.result import Progress
 from qlora_kit.training.checkpoint import load_checkpoint
 
 ALL = ("--save_total_limit", "99")

@@ -128,7 +128,7 @@ def test_sigterm_ends_a_command_before_torch_is_there():
     """From the first moment: the handler is there before anything slow is imported."""
     code = (
         "import os, signal, sys\n"
-        "from qlora_kit.errors import reports_errors\n"
+        "from qlora_kit.commands.failure import reports_errors\n"
         "def main(argv):\n"
         "    assert 'torch' not in sys.modules\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -240,7 +240,7 @@ def test_a_signal_while_something_is_imported_waits_for_the_import(tmp_path):
     )
     code = (
         "import sys\n"
-        "from qlora_kit.errors import reports_errors\n"
+        "from qlora_kit.commands.failure import reports_errors\n"
         "def main(argv):\n"
         "    import slow, time\n"
         "    time.sleep(10)\n"

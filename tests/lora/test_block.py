@@ -9,12 +9,12 @@ from families import FAMILIES, tiny_model, token_ids
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_kit.config import LoRAConfig
+from qlora_kit.kernels import attention
+from qlora_kit.kernels.elementwise import ACTIVATIONS, Gate, rotate
+from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
 from qlora_kit.lora.block import use_own_blocks
-from qlora_kit.lora.elementwise import ACTIVATIONS, Gate, rotate
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.lora.layer import linears
-from qlora_kit.lora.norm import FrozenNorm, normalize
-from qlora_kit.training import causal
 
 
 def outputs_of(model, ids):
@@ -104,7 +104,7 @@ def test_a_layer_keeps_what_its_docstring_lists(family, tiles, bits, targets, dr
 
     again, and the scales of norms (4 bytes a row each) and low-rank products of adapted linears.
     """
-    monkeypatch.setattr(causal, "TILES", tiles)
+    monkeypatch.setattr(attention, "TILES", tiles)
     batch, length, hidden, ffn = 2, 32, 64, 160
     heads, kv_heads, width = SHAPES[family]
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width}
@@ -124,7 +124,7 @@ def test_a_layer_keeps_what_its_docstring_lists(family, tiles, bits, targets, dr
         )
         totals.append(kept_bytes(model, token_ids(batch, length)))
     tokens, every, fused = batch * length, targets == "all-linear", family == "phi3"
-    a, kv, wide = heads * width, kv_heads * width, tiles and width > causal.NARROW
+    a, kv, wide = heads * width, kv_heads * width, tiles and width > attention.NARROW
     numbers = hidden + a + 2 * kv + hidden + 2 * ffn
     numbers += a if every or wide else 0
     numbers += RANK * (4 if fused else 7) if every else RANK * (1 if fused else 2)

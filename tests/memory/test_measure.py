@@ -13,15 +13,10 @@ from families import VOCABULARY, save_checkpoint
 
 from qlora_kit.base.load import load_base
 from qlora_kit.config import LoRAConfig
+from qlora_kit.device import describe_device, peak_bytes
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import StorageCounter
-from qlora_kit.memory.measure import (
-    adapter_bytes,
-    describe_device,
-    optimizer_bytes,
-    peak_bytes,
-    weight_bytes,
-)
+from qlora_kit.memory.measure import adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.training.optimizer import make_optimizer
 
 LINEAR_ELEMENTS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)

@@ -11,8 +11,8 @@ from windows import ragged_rows, trained, windows
 
 from qlora_kit.data.batch import collate
 from qlora_kit.errors import NumericError, ResourceError
-from qlora_kit.out_of_memory import is_out_of_memory
-from qlora_kit.signals import Stopped, StopSignals
+from qlora_kit.process.out_of_memory import is_out_of_memory
+from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.training.guard import Guard, _split
 from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer

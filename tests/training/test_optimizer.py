@@ -12,8 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.config import OPTIMIZERS, SCHEDULES, TrainingConfig
+from qlora_kit.device import planned_device
 from qlora_kit.errors import CheckpointError
-from qlora_kit.fakes import planned_device
 from qlora_kit.training.optimizer import (
     learning_rates,
     make_optimizer,

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_kit.base.quantize import QuantizedLinear
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.kernels import attention
+from qlora_kit.kernels.elementwise import Gate
 from qlora_kit.lora.block import models_own_code
-from qlora_kit.lora.elementwise import Gate
-from qlora_kit.memory.choose import layer_work
 from qlora_kit.memory.counter import StorageCounter
-from qlora_kit.training import causal
+from qlora_kit.plan.levels import layer_work
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.recompute import set_recompute
 
@@ -81,7 +81,7 @@ def test_every_level_and_mix_gives_the_same_bits(family, dtype, dropout, packed,
 )
 def test_so_it_does_in_every_number_of_bits(bits, dtype, dropout, packed, tiles, monkeypatch):
     """X15, with our blocks and either attention; what the test above leaves out."""
-    monkeypatch.setattr(causal, "TILES", tiles)
+    monkeypatch.setattr(attention, "TILES", tiles)
     check_levels(prepared(dtype=dtype, bits=bits, dropout=dropout), batch_of(packed))
 
 
@@ -143,7 +143,7 @@ HIDDEN, HEADS, FFN = 64, 4, 160
 @pytest.mark.parametrize("tiles", [True, False])
 def test_a_layer_keeps_what_is_listed(tiles, own, kv_heads, targets, monkeypatch):
     """The formulas of the modules, in bytes; the copies of keys for query heads are their own."""
-    monkeypatch.setattr(causal, "TILES", tiles)
+    monkeypatch.setattr(attention, "TILES", tiles)
     tokens = 2 * 32
     row = 2 * tokens * HIDDEN
     attended = row + (4 * tokens * HEADS if tiles else 0)
@@ -176,7 +176,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("tiles", [True, False])
 def test_selective_runs_attention_once(tiles, own, monkeypatch):
     """The kernel is called in forward alone; `full` calls it again."""
-    monkeypatch.setattr(causal, "TILES", tiles)
+    monkeypatch.setattr(attention, "TILES", tiles)
     counts = {}
     for level in LEVELS:
         model, batch = prepared(dtype=torch.bfloat16, own=own), batch_of(packed=False)

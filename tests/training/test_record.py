@@ -16,7 +16,8 @@ import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from qlora_kit.errors import ConfigError, ResourceError
-from qlora_kit.training.record import (
+from qlora_kit.run.directory import run_directory
+from qlora_kit.run.record import (
     MetricsLog,
     model_card,
     run_record,
@@ -25,7 +26,6 @@ from qlora_kit.training.record import (
     write_json,
     write_text,
 )
-from qlora_kit.training.run_directory import run_directory
 
 
 class ListTracker(GeneralTracker):
@@ -132,7 +132,7 @@ def front_matter(card):
 
 def test_versions_are_named_without_importing_anything():
     code = (
-        "import sys; from qlora_kit.training.record import start_trackers, versions; versions();"
+        "import sys; from qlora_kit.run.record import start_trackers, versions; versions();"
         "assert not start_trackers('none', '.', {});"
         "print([name for name in ('torch', 'bitsandbytes', 'transformers', 'accelerate')"
         " if name in sys.modules])"
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     write_json(path, {"a": 1})
     # A limit on the size of files stops the write half way, as a full disk does.
     code = (
-        "import resource, signal, sys; from qlora_kit.training.record import write_text\n"
+        "import resource, signal, sys; from qlora_kit.run.record import write_text\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "write_text(sys.argv[1], 'x' * 10000)"

@@ -1,0 +1,153 @@
+"""What a model directory claims, checked before a byte of weights is read.
+
+`read_config` and `read_entries` look at JSON and safetensors headers only; `check_architecture`
+compares the headers with the model that the config describes, built on the meta device. Nothing
+from a file is believed before: sizes, offsets, shapes, names and paths are all bounded here, so
+that loading can trust what it is given.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.base.contents import find, names_code, tokenizer_files
+from qlora_kit.base.families import FAMILIES, check_family, refuse_code
+from qlora_kit.base.fields import TOKENS
+from qlora_kit.base.json_file import read_json
+from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, read_entries, some
+from qlora_kit.base.source import Source, contained, is_path, resolve
+from qlora_kit.errors import ModelError, UnsafeInputError
+from qlora_kit.files.atomic import real_path
+
+if TYPE_CHECKING:
+    import torch
+
+LAYER = r"model\.layers\.(\d{1,9})\."
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a directory: a supported family, without code of its own.
+
+    `auto_map` alone is accepted: no file that it names is there, and transformers' own class of
+    the family is used. Errors: `ModelError`, `UnsafeInputError`.
+    """
+    return read_config_file(contained(directory, "config.json"))
+
+
+def find_config(model: str, revision: str | None = None) -> tuple[Source, Path]:
+    """Where a model's config.json is: a file like it, a directory or the hub; nothing else is
+    fetched, and torch is not needed. Errors: as `resolve` and `read_config`.
+    """
+    file = Path(model)
+    if is_path(model) and file.is_file() and revision is None:
+        name = real_path(file).parent.name if file.name == "config.json" else file.stem
+        return Source(name, None, file.parent), file
+    source = resolve(model, revision, weights=False, check=read_config)
+    return source, source.directory / "config.json"
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """As `read_config`, of a file of any name."""
+    config = read_json(path)
+    if "auto_map" in config and (
+        str(config.get("model_type")) not in FAMILIES or names_code(config["auto_map"], path.parent)
+    ):
+        raise UnsafeInputError(
+            f"{path}: auto_map asks to run Python files of the model",
+            "remote code is never run: use a supported family "
+            f"({', '.join(FAMILIES)}), without Python files in its directory",
+        )
+    check_family(config, path)
+    return config
+
+
+def read_generation_config(directory: Path) -> dict[str, Any] | None:
+    """The generation_config.json of a directory, None without one: its tokens are tokens.
+
+    Errors: `ModelError`, `UnsafeInputError` for code that it asks for.
+    """
+    path = find(directory, "generation_config.json")
+    if path is None:
+        return None
+    said = read_json(path)
+    refuse_code(said, path)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if not TOKENS.accepts(said.get(name)):
+            raise ModelError(
+                f"{path}: {name} is {repr(said[name])[:60]}, not a token", "correct or remove it"
+            )
+    return said
+
+
+def check_layers(
+    entries: Mapping[str, TensorEntry], config: Mapping[str, Any], path: os.PathLike[str]
+) -> None:
+    """Refuse another number of layers in the files than in config.json (`path`).
+
+    Done before the architecture is built, which takes the longer the more layers are promised.
+    """
+    stored = {int(found[1]) for name in entries if (found := re.match(LAYER, name))}
+    said = config.get("num_hidden_layers")
+    if said is not None and said != len(stored):
+        raise ModelError(
+            f"{path}: num_hidden_layers is {said!r}, and the weights hold {len(stored)} layers",
+            "fetch the files again, or correct config.json",
+        )
+
+
+def check_architecture(
+    entries: Mapping[str, TensorEntry],
+    expected: Mapping[str, torch.Size],
+    tied: Mapping[str, str],
+    where: os.PathLike[str],
+) -> None:
+    """Refuse a checkpoint that is not exactly what the architecture asks for.
+
+    `expected`: name to shape; `tied`: names that may be absent, to the name they share. An
+    attention table of old checkpoints (`rotary_emb.inv_freq`) is allowed: it is computed.
+    Errors: `ModelError` with up to five names.
+    """
+    problems = []
+    missing = [name for name in expected if name not in entries and name not in tied]
+    surplus = [name for name in entries if name not in expected and not is_computed(name)]
+    if missing:
+        problems.append(f"lacks {some(missing)}")
+    if surplus:
+        problems.append(f"holds {some(surplus)}, which the architecture does not have")
+    shapes = [
+        f"{name} is {list(entries[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in entries and entries[name].shape != tuple(shape)
+    ]
+    if shapes:
+        more = f" and {len(shapes) - SHOWN} more" if len(shapes) > SHOWN else ""
+        problems.append(", ".join(shapes[:SHOWN]) + more)
+    kinds = [
+        f"{entry.name} is {entry.dtype}"
+        for entry in entries.values()
+        if entry.name in expected and not entry.dtype.startswith(("F", "BF"))
+    ]
+    if kinds:
+        problems.append(f"{some(kinds)}, expected floating point")
+    if problems:
+        raise ModelError(
+            f"{where}: the weights do not fit config.json: {'; '.join(problems)}",
+            "fetch the files again, or correct config.json",
+        )
+
+
+def is_computed(name: str) -> bool:
+    """Whether a stored tensor is one that the model computes by itself."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def look(source: Source) -> None:
+    """Refuse what all files of a directory show but the tensors, in a second: without torch."""
+    read_config(source.directory)
+    read_entries(source.directory)
+    read_generation_config(source.directory)
+    tokenizer_files(source.directory)

@@ -1,0 +1,81 @@
+"""A base from its config.json alone: what a memory plan needs of it, without weights.
+
+The tensors' headers are the real ones where the weights are there, else those that the
+architecture asks for, in the dtype that config.json names. A base that is quantized already is then
+taken as if it came in that dtype and were quantized while it is loaded: it ends as the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_kit.base.architecture import build_on_meta, expected_shapes, tied_names
+from qlora_kit.base.bnb_checkpoint import agree, stored_quantization
+from qlora_kit.base.checks import check_architecture, check_layers, find_config, read_config_file
+from qlora_kit.base.contents import find
+from qlora_kit.base.load import OpenBase, compute_dtype
+from qlora_kit.base.safetensors_file import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorEntry,
+    read_entries,
+)
+from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
+from qlora_kit.config import BaseConfig
+
+DEFAULT_DTYPE = "bfloat16"
+
+
+def open_shape(
+    config: BaseConfig, device: torch.device, embedding_rows: int | None = None
+) -> OpenBase:
+    """The base of a plan for `device`, on the meta device, without a tokenizer.
+
+    `config.model` may also be a file like config.json. Nothing but that file is read, or fetched
+    where it is a hub id. `embedding_rows` is what the embedding is resized to; with
+    `--resize_embeddings` the tokenizer beside config.json says it.
+    Errors: `ModelError`, `TokenizerError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
+    """
+    source, path = find_config(config.model, config.revision)
+    described = read_config_file(path)
+    quantized = stored_quantization(described, path)
+    quantization = agree(config, quantized, path)
+    dtype = compute_dtype(config.dtype, device)
+    entries: dict[str, TensorEntry] | None = None
+    if quantized is None and any(find(path.parent, one) for one in (SINGLE_FILE, INDEX_FILE)):
+        entries = read_entries(source.directory)
+        check_layers(entries, described, path)
+    model = build_on_meta(described, dtype, path)
+    if entries is None:
+        entries = _expected_entries(model, described, path)
+    else:
+        check_architecture(entries, expected_shapes(model), tied_names(model), source.directory)
+    if embedding_rows is None and config.resize_embeddings:
+        needed = needed_rows(load_tokenizer(source.directory))
+        embedding_rows = needed if needed > model.get_input_embeddings().num_embeddings else None
+    if embedding_rows is not None:
+        model = build_on_meta({**described, "vocab_size": embedding_rows}, dtype, path)
+    cpu = torch.device("cpu")
+    return OpenBase(source, entries, {}, model, None, quantization, dtype, cpu, embedding_rows)
+
+
+def _expected_entries(
+    model: Any, described: Mapping[str, Any], path: Path
+) -> dict[str, TensorEntry]:
+    """Headers as a checkpoint of this architecture would have them, one tensor after another."""
+    said = described.get("dtype") or described.get("torch_dtype") or DEFAULT_DTYPE
+    kinds = {name: (kind, size) for kind, (name, size) in DTYPES.items()}
+    kind, size = kinds.get(str(said).removeprefix("torch."), kinds[DEFAULT_DTYPE])
+    entries, start = {}, 0
+    for name, shape in expected_shapes(model).items():
+        if name not in tied_names(model):
+            end = start + size * math.prod(shape)
+            entries[name] = TensorEntry(name, kind, tuple(shape), path, start, end)
+            start = end
+    return entries

@@ -1,0 +1,45 @@
+"""`qlora-kit NAME ...`: hand the arguments to the command of that name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from qlora_kit.commands.failure import reports_errors
+from qlora_kit.errors import ConfigError, excerpt
+from qlora_kit.options.names import version_line
+
+COMMANDS = {
+    "finetune": "load a base in 4, 8 or 16 bits, train LoRA adapters, save them",
+    "plan": "say what a run will take, before a byte of weights is read",
+    "export": "merge an adapter, write a plain model, verify it",
+    "generate": "go on from a prompt with a base or an adapter",
+    "show_data": "show, in colour, which tokens are trained on",
+    "evaluate": "loss, perplexity and exact match of a base, an adapter or an export",
+}
+USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...] | --version"
+
+
+@reports_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command named first; returns its exit code."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    name = given[0].replace("-", "_") if given else ""
+    known = {command.replace("_", "-"): what for command, what in COMMANDS.items()}
+    if name in ("__version", "version"):
+        print(version_line())
+        return 0
+    if name in ("__help", "_h", "help"):
+        print(USAGE, "", *(f"  {one:<10} {what}" for one, what in known.items()), sep="\n")
+        return 0
+    if name not in COMMANDS:
+        print(USAGE, file=sys.stderr)
+        near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+        what = f"unknown command {excerpt(given[0])!r}" if given else "no command is given"
+        guess = f", did you mean {near[0]}?" if near else ""
+        raise ConfigError(what + guess, f"name one of {', '.join(known)}")
+    module = importlib.import_module(f"qlora_kit.commands.{name}")
+    code: int = module.main(given[1:])
+    return code

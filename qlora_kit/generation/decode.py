@@ -1,0 +1,329 @@
+"""Decode with a KV cache, batched and streamed.
+
+Prompts of different lengths share a batch by padding on the left: the mask hides the padding and
+`position_ids` count from each row's own first token, so a row gets what it would get alone. After
+the prompt, each step feeds one token a row; the keys and values of earlier ones are in the model's
+own transformers cache, and the head computes the last position only.
+
+How a token is drawn from its logits is `sampling.py`'s part. An answer depends on its prompt and
+the seed, not on the rows beside it. It ends at an end token, at a stop string, or after so many
+tokens; what stop strings see is the text that the answer adds to its prompt's.
+
+Left out: beams, speculative decoding, models without attention.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_kit.data.answers import turn_ends
+from qlora_kit.data.tokens import in_use
+from qlora_kit.errors import ConfigError, NumericError
+from qlora_kit.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    pad_id: int,
+    ended: Callable[[int], bool] | None = None,
+    **sampling: Any,
+) -> Iterator[list[int | None]]:
+    """At each step the token that each row has drawn, None for rows that have ended.
+
+    A row ends when it draws one of `eos_ids`, which is not part of the answer, or after
+    `max_new_tokens`, or where `ended`, asked of each row after each step, says so. `sampling` names
+    fields of `Sampling`; without any, the likeliest token is taken. The model is in evaluation mode
+    while the iterator is open, and back in its own mode (module by module) once it is used up or
+    closed; no state of the model and no global random state changes.
+
+    Raises `ConfigError`, before anything is computed, for a number out of its range, an empty
+    prompt, a token that the model does not have, or a prompt that together with `max_new_tokens`
+    exceeds the model's context; `NumericError` where logits are not finite.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}", "raise it")
+    drawn = Sampling(**sampling)
+    _check_prompts(model, prompts, pad_id, max_new_tokens)
+    return _decode(model, prompts, max_new_tokens, frozenset(eos_ids), pad_id, drawn, ended)
+
+
+def stream_text(
+    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int | None], *, after: Sequence[int] = ()
+) -> Iterator[str]:
+    """The text of one row in pieces, each final when it comes.
+
+    The pieces together are the decoding of all `ids` (special tokens and None skipped). What a
+    later token could still change is held back: bytes that are not yet a character. With `after`,
+    the prompt's tokens, the pieces are what `ids` add to its text: the space before the first word
+    is kept, which some tokenizers drop at the beginning of a text.
+    """
+    seen = list(after)
+    text = _decoded(tokenizer, seen)
+    printed = text.rstrip("\ufffd")
+    for token in ids:
+        if token is None:
+            continue
+        seen.append(token)
+        # All of it again, 1 ms for 1,000 tokens: byte fallback, joined spaces and added tokens
+        # make the text of a part differ from the part of the text.
+        before, text = text, _decoded(tokenizer, seen)
+        # Incomplete UTF-8 decodes to U+FFFD. With byte fallback, one bad byte turns the whole run
+        # of byte tokens into U+FFFD, complete characters included, so a run waits for its end;
+        # a special token, which adds nothing, does not end it.
+        if text == before or _BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
+            continue
+        final = text.rstrip("\ufffd")
+        if final.startswith(printed) and len(final) > len(printed):
+            yield final[len(printed) :]
+            printed = final
+    # Not simply a continuation where `ids` spoil a run of bytes that `after` ends with.
+    rest = text[len(os.path.commonprefix((printed, text))) :]  # noqa: RUF071
+    if rest:
+        yield rest
+
+
+def added_text(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequence[int] = ()
+) -> str:
+    """What `ids` add to the text of the tokens before them: the pieces of `stream_text` joined."""
+    before, text = _decoded(tokenizer, after), _decoded(tokenizer, [*after, *ids])
+    before = before.rstrip("\ufffd")
+    return text[len(os.path.commonprefix((before, text))) :]  # noqa: RUF071
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text before the first of `stops`, of which no part is shown either."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if (end := stop_at(held, stops)) is not None:
+            yield held[:end]
+            return
+        longest = max(map(len, stops), default=1) - 1
+        kept = next(
+            (
+                size
+                for size in range(min(longest, len(held)), 0, -1)
+                if any(stop.startswith(held[-size:]) for stop in stops)
+            ),
+            0,
+        )
+        yield held[: len(held) - kept]
+        held = held[len(held) - kept :]
+    yield held
+
+
+def stop_at(text: str, stops: Sequence[str]) -> int | None:
+    """Where that of `stops` begins whose end comes first in a text, or None."""
+    found = [(place + len(one), place) for one in stops if (place := text.find(one)) >= 0]
+    return min(found)[1] if found else None
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    eos_ids: Collection[int] | None = None,
+    batch_size: int = 8,
+    **sampling: Any,
+) -> list[str]:
+    """The answer to each prompt: see `answers`."""
+    return list(
+        answers(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stops=stops,
+            eos_ids=eos_ids,
+            batch_size=batch_size,
+            **sampling,
+        )
+    )
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    eos_ids: Collection[int] | None = None,
+    batch_size: int = 8,
+    **sampling: Any,
+) -> Iterator[str]:
+    """The answer to each prompt in turn, without special tokens; `batch_size` are made together.
+
+    It ends before the first of `stops`. `eos_ids` is `end_ids` where it is not given; `sampling`
+    and errors are as in `generate_ids`, before anything is computed.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}", "give at least 1")
+    ends = end_ids(model, tokenizer) if eos_ids is None else eos_ids
+    # What stands in the padding is masked: any token that the model has will do.
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    _check_prompts(model, prompts, pad_id, max_new_tokens)
+
+    def texts(batch: Sequence[Sequence[int]]) -> list[str]:
+        rows: list[list[int]] = [[] for _ in batch]
+
+        def text(row: int) -> str:
+            return added_text(tokenizer, rows[row], batch[row])
+
+        steps = generate_ids(
+            model,
+            batch,
+            max_new_tokens=max_new_tokens,
+            eos_ids=ends,
+            pad_id=pad_id,
+            ended=(lambda row: stop_at(text(row), stops) is not None) if stops else None,
+            **sampling,
+        )
+        for step in steps:
+            for row, token in zip(rows, step, strict=True):
+                if token is not None:
+                    row.append(token)
+        whole = [text(row) for row in range(len(rows))]
+        return [one[: stop_at(one, stops)] for one in whole]
+
+    batches = (prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size))
+    return (text for batch in batches for text in texts(batch))
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends an answer: what ends a turn of the tokenizer's chat template, and the
+    EOS of the tokenizer, the config and the generation config.
+
+    A chat model's end of turn often stands in the last one only, a base's in the template only.
+    """
+    ends = set(turn_ends(tokenizer))
+    for owner in (tokenizer, model.config, getattr(model, "generation_config", None)):
+        named = getattr(owner, "eos_token_id", None)
+        if named is not None:
+            ends.update([named] if isinstance(named, int) else named)
+    return frozenset(ends)
+
+
+@torch.no_grad()  # not inference_mode: a cast that a module caches here must serve training later
+def _decode(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    pad_id: int,
+    sampling: Sampling,
+    ended: Callable[[int], bool] | None,
+) -> Iterator[list[int | None]]:
+    if not prompts:
+        return
+    device = model.get_input_embeddings().weight.device
+    # (B, T), a row's tokens at the right end
+    width = max(map(len, prompts))
+    rows = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    shown = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    input_ids = torch.tensor(rows, device=device)
+    attention_mask = torch.tensor(shown, device=device)
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+    draw = sampling.drawer(prompts)
+    live = [True] * len(prompts)
+    cache = None
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            output = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            logits = output.logits[:, -1].float()
+            finite = logits.amax(-1).isfinite()
+            # One transfer a step for both.
+            tokens, good = torch.stack((draw(logits), finite.long())).tolist()
+            for row, alive in enumerate(live):
+                if alive and not good[row]:
+                    raise NumericError(
+                        f"the logits of row {row} are not finite at new token {step + 1}",
+                        "check the adapter and the base, or use another --dtype",
+                    )
+            live = [
+                alive and token not in eos_ids for alive, token in zip(live, tokens, strict=True)
+            ]
+            if not any(live):
+                return
+            yield [token if alive else None for token, alive in zip(tokens, live, strict=True)]
+            if ended is not None:
+                live = [alive and not ended(row) for row, alive in enumerate(live)]
+                if not any(live):
+                    return
+            # Rows that have ended go on with padding, so that a row keeps its place.
+            fed = [token if alive else pad_id for token, alive in zip(tokens, live, strict=True)]
+            input_ids = torch.tensor(fed, device=device)[:, None]
+            attention_mask = torch.cat((attention_mask, torch.ones_like(input_ids)), dim=-1)
+            position_ids = position_ids[:, -1:] + 1
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _check_prompts(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int
+) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if not 0 <= pad_id < vocabulary:
+        raise ConfigError(
+            f"the padding token {pad_id} is not one of the model's {vocabulary}",
+            "give any of the model's tokens: padding is masked",
+        )
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ConfigError(
+                f"prompt {row} is empty, without even a token that begins a text",
+                "give at least one token, such as the tokenizer's BOS or EOS",
+            )
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+            raise ConfigError(
+                f"prompt {row} has the token {wrong}, but the model has {vocabulary} tokens",
+                "use the tokenizer of this model",
+            )
+        if len(prompt) + max_new_tokens > context:
+            room = context - len(prompt)
+            raise ConfigError(
+                f"prompt {row} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} "
+                f"that is beyond the model's context of {context}",
+                f"give at most {room} as --max_new_tokens" if room > 0 else "shorten the prompt",
+            )
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    # Without the clean-up of spaces, which rewrites text that is printed already.
+    with in_use(tokenizer):
+        return str(
+            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )

@@ -1,0 +1,145 @@
+"""Matmuls of 16-bit tensors: in fp32 on a processor that has no instructions for their dtype.
+
+There `grad @ W` in bf16 takes 25 times as long as in fp32, and a step of a small model minutes. So
+what is stored in 16 bits is multiplied in fp32 and rounded once, as the instructions would: only
+the order of sums differs. A weight comes part by part through a workspace, so that no copy of it
+is ever whole. On a GPU, and where the processor has the instructions, these are torch's calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_kit.device import device_type
+from qlora_kit.kernels.workspace import workspace
+
+PART = 2**24
+"""Entries of a weight that are in fp32 at once: 64 MiB."""
+
+
+def _of_this_processor() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes that the processor multiplies."""
+    has = torch.cpu.get_capabilities()
+    if has.get("architecture") in ("x86_64", "amd64", "i386"):
+        found = {
+            torch.bfloat16: has.get("avx512_bf16") or has.get("amx_bf16"),
+            torch.float16: has.get("avx512_fp16") or has.get("amx_fp16"),
+        }
+    else:
+        found = {
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        }
+    return frozenset(dtype for dtype, there in found.items() if there)
+
+
+NATIVE = _of_this_processor()
+_NATIVE: ContextVar[frozenset[torch.dtype]] = ContextVar("native_dtypes", default=NATIVE)
+
+
+@contextlib.contextmanager
+def processor_with(*dtypes: torch.dtype) -> Iterator[None]:
+    """Inside, the processor is taken for one that multiplies these 16-bit dtypes and no others."""
+    before = _NATIVE.set(frozenset(dtypes))
+    try:
+        yield
+    finally:
+        _NATIVE.reset(before)
+
+
+def is_native(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies in `dtype`."""
+    return dtype not in (torch.bfloat16, torch.float16) or dtype in _NATIVE.get()
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """What tensors like `x` are multiplied in: their own dtype, or fp32."""
+    return x.dtype if device_type(x) != "cpu" or is_native(x.dtype) else torch.float32
+
+
+def weight_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a `weight` (out, in) in `dtype`, with their places: all of it where it is in it.
+
+    What is given is good until the next one.
+    """
+    if weight.dtype is dtype:
+        yield slice(None), weight
+        return
+    out_features, in_features = weight.shape
+    step = max(1, min(out_features, PART // in_features))
+    for start in range(0, out_features, step):
+        part = weight[start : start + step]
+        space = workspace(part.numel(), dtype, weight).view(part.shape)
+        yield slice(start, start + part.shape[0]), space.copy_(part)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
+    """`x W^T * scales + bias`: `x` (..., in), `weight` (out, in), `scales` (out,) in fp32.
+
+    With `scales` the weight is int8.
+    """
+    dtype = matmul_dtype(x)
+    if dtype is x.dtype is weight.dtype:
+        return F.linear(x, weight, bias)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, results = x.reshape(-1, x.shape[-1]).to(dtype), y.view(-1, weight.shape[0])
+    for place, part in weight_parts(weight, dtype):
+        product = rows @ part.t()
+        if scales is not None:
+            product.mul_(scales[place])
+        if bias is not None:
+            product.add_(bias[place])
+        results[:, place].copy_(product)
+        del product  # before the next one comes
+    return y
+
+
+def grad_input(
+    grad: Tensor, weight: Tensor, total: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
+    """`(grad * scales) W`: `grad` (..., out), `weight` (out, in); added to `total` if given.
+
+    `total` (..., in) is changed in place and returned. `scales` are as in `linear`.
+    """
+    dtype = matmul_dtype(grad)
+    if dtype is grad.dtype is weight.dtype:
+        if total is None:
+            return grad @ weight
+        total.view(-1, weight.shape[1]).addmm_(grad.reshape(-1, weight.shape[0]), weight)
+        return total
+    rows = grad.reshape(-1, weight.shape[0]).to(dtype, copy=scales is not None)
+    if scales is not None:
+        rows.mul_(scales)
+    found = rows.new_zeros(rows.shape[0], weight.shape[1])
+    for place, part in weight_parts(weight, dtype):
+        found.addmm_(rows[:, place], part)
+    if total is None:
+        return found.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+    total.view(-1, weight.shape[1]).add_(found)
+    return total
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of two activations or adapters, in the dtype of `left`."""
+    dtype = matmul_dtype(left)
+    if dtype is left.dtype:
+        return left @ right
+    return (left.to(dtype) @ right.to(dtype)).to(left.dtype)
+
+
+def add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """`y += alpha * left @ right` in place; all of two dimensions."""
+    if left.dtype is y.dtype is matmul_dtype(left):
+        y.addmm_(left, right, alpha=alpha)
+    elif left.dtype is matmul_dtype(left):
+        y.add_(left @ right, alpha=alpha)
+    else:
+        y.add_(left.float() @ right.float(), alpha=alpha)

@@ -1,0 +1,68 @@
+"""Memory that one call after another uses again, by thread and dtype.
+
+On the CPU a fresh tensor of a weight's size costs more than what is written to it: its pages come
+from the system one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from qlora_kit.device import device_type
+
+Listener = Callable[[str, Iterable[Tensor]], None]
+
+
+class _Lent(threading.local):
+    """The workspace of a thread, by dtype."""
+
+    def __init__(self) -> None:
+        self.held: dict[torch.dtype, Tensor] = {}
+        self.tag: Listener | None = None
+
+
+_LENT = _Lent()
+
+
+@contextlib.contextmanager
+def own_workspace(held: dict[torch.dtype, Tensor]) -> Iterator[None]:
+    """Inside, this thread has the workspace `held`, which may be empty and is kept up to date."""
+    before, _LENT.held = _LENT.held, held
+    try:
+        yield
+    finally:
+        _LENT.held = before
+
+
+@contextlib.contextmanager
+def tagged_workspace(tag: Listener) -> Iterator[None]:
+    """Inside, `tag` is called with the workspace of this thread: what is there, what is made."""
+    tag("workspace", _LENT.held.values())
+    before, _LENT.tag = _LENT.tag, tag
+    try:
+        yield
+    finally:
+        _LENT.tag = before
+
+
+def workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Memory (numel,) that the next call of this thread for this dtype may hand out again.
+
+    On CUDA it comes from the caching allocator, which does this for the whole process.
+    """
+    held = _LENT.held
+    if device_type(like) != "cpu":
+        fresh = torch.empty(numel, dtype=dtype, device=like.device)
+    elif dtype not in held or held[dtype].numel() < numel:
+        held.pop(dtype, None)  # the smaller one goes before the larger one comes
+        fresh = held[dtype] = torch.empty(numel, dtype=dtype)
+    else:
+        return held[dtype][:numel]
+    if _LENT.tag is not None:
+        _LENT.tag("workspace", (fresh,))
+    return fresh[:numel]

@@ -1,0 +1,187 @@
+"""What a real run takes, counted like a planned one: by component, and by phase with its peak.
+
+`count_step` stands around one training step and sees every tensor of it. `Meter` does so around
+loading and around the few steps of a run that it is told to count; around all others it does
+nothing, so that they are as fast as without it. A counted step computes the same bit for bit.
+
+On CUDA the phases also have the caching allocator's own peaks, allocated and reserved: what they
+are above the counted ones is rounding and workspace inside kernels. On the CPU they have the
+process's resident set, imports and file pages included. Counted components never peak all at once:
+their sum is above the peak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.base.load import tag_weights
+from qlora_kit.data.batch import Batch
+from qlora_kit.device import peak_bytes
+from qlora_kit.kernels.workspace import tagged_workspace
+from qlora_kit.lora.inject import tag_adapters
+from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each
+from qlora_kit.memory.measure import optimizer_bytes
+from qlora_kit.memory.phases import follow
+from qlora_kit.training.optimizer import tag_states
+
+
+@dataclass
+class Phase:
+    """The most bytes of a phase at once, and the module where; what else the system says.
+
+    `allocated` and `reserved` are the caching allocator's, `resident` the process's so far.
+    """
+
+    peak: int = 0
+    module: str = ""
+    allocated: int = 0
+    reserved: int = 0
+    resident: int = 0
+
+
+class Meter:
+    """Counts loading and chosen steps of a run on `device`; costs nothing elsewhere.
+
+    `sizes` has the most bytes of each component in the counted steps, `phases` what was at each
+    phase: load, inject, forward, backward, step. `highest` is the allocator's peak before its
+    statistics were reset here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._open = contextlib.ExitStack()
+        self._counter: StorageCounter | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.sizes: Sizes = {}
+        self.phases: dict[str, Phase] = {}
+        self.highest = 0
+
+    @property
+    def peak(self) -> tuple[int, str, str]:
+        """The most counted bytes at once, with their phase and module; 0 before any."""
+        every = ((one.peak, phase, one.module) for phase, one in self.phases.items())
+        return max(every, default=(0, "", ""))
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[StorageCounter]:
+        """Inside, a model is made; the caller says with `at` when a phase begins."""
+        counter = self._counter_here()
+        counter.filling = "loading"
+        with counter:
+            yield counter
+        self._take(counter)
+
+    def begin(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        """A step that is counted begins; `end` has to follow, whatever happens."""
+        self._optimizer = optimizer
+        self._counter = self._open.enter_context(count_step(model, optimizer, self._counter_here()))
+
+    def before_optimizer(self) -> None:
+        """The passes of the step are done."""
+        if self._counter is not None:
+            self._counter.at("step")
+            self._counter.filling = "optimizer"
+
+    def end(self) -> None:
+        """The step is over, if one is counted."""
+        counter, self._counter = self._counter, None
+        if counter is None or self._optimizer is None:
+            return
+        tag_states(self._optimizer, counter.tag)
+        self._open.close()
+        self._take(counter)
+        found = most_of_each(counter.stretches)
+        # What came and went in the optimizer's step is in its peak, and no state.
+        found |= optimizer_bytes(self._optimizer)
+        for component, most in found.items():
+            self.sizes[component] = max(most, self.sizes.get(component, 0))
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """The phases for JSON; what was not measured is left out."""
+        return {
+            name: {key: value for key, value in asdict(phase).items() if value}
+            for name, phase in self.phases.items()
+        }
+
+    def _counter_here(self) -> StorageCounter:
+        return AllocatorCounter() if self._device.type == "cuda" else StorageCounter()
+
+    def _take(self, counter: StorageCounter) -> None:
+        for stretch in counter.stretches:
+            if not stretch.phase:
+                continue
+            phase = self.phases.setdefault(stretch.phase, Phase())
+            if stretch.peak > phase.peak:
+                phase.peak, phase.module = stretch.peak, stretch.module
+            if isinstance(counter, AllocatorCounter):
+                allocated, reserved = counter.said.get(stretch.phase, (0, 0))
+                phase.allocated = max(phase.allocated, allocated)
+                phase.reserved = max(phase.reserved, reserved)
+                self.highest = max(self.highest, allocated)
+            else:
+                phase.resident = peak_bytes(self._device)
+
+
+class AllocatorCounter(StorageCounter):  # type: ignore[no-untyped-call]
+    """Counts what is on the GPU, and asks the caching allocator in every stretch.
+
+    `said` has the most allocated and reserved bytes by phase.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[str, tuple[int, int]] = {}
+
+    def __exit__(self, *exception: Any) -> None:
+        self._ask()
+        super().__exit__(*exception)
+
+    def at(self, phase: str, module: str = "") -> None:
+        """A new stretch begins."""
+        self._ask()
+        super().at(phase, module)
+
+    def _ask(self) -> None:
+        phase = self.stretches[-1].phase
+        allocated, reserved = self.said.get(phase, (0, 0))
+        self.said[phase] = (
+            max(allocated, torch.cuda.max_memory_allocated()),
+            max(reserved, torch.cuda.max_memory_reserved()),
+        )
+        torch.cuda.reset_peak_memory_stats()
+
+    def _add(self, tensor: Tensor, component: str) -> None:
+        # Batches come from the host, and paged states are in managed memory.
+        if tensor.is_cuda or component == "paged":
+            super()._add(tensor, component)
+
+
+@contextlib.contextmanager
+def count_step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    counter: StorageCounter | None = None,
+    window: Sequence[Batch] = (),
+) -> Iterator[StorageCounter]:
+    """Inside, the counter sees a step of `model` come and go; what is there already is tagged.
+
+    The batches of `window` count as activations.
+    """
+    counter = counter or StorageCounter()
+    tag_weights(model, counter.tag)
+    tag_adapters(model, counter.tag)
+    tag_states(optimizer, counter.tag)
+    counter.tag("activations", batch_tensors(window))
+    with tagged_workspace(counter.tag), counter, follow(model, counter):
+        yield counter
+
+
+def batch_tensors(window: Sequence[Batch]) -> list[Tensor]:
+    """The tensors of some batches."""
+    return [one for batch in window for one in batch.values() if isinstance(one, Tensor)]

@@ -1,0 +1,244 @@
+"""What a run will take: its own loading and its own step, on fake tensors, before a byte is read.
+
+    plan = plan_memory(BaseConfig("llama-7b"), LoRAConfig(), TrainingConfig(), length=1024)
+
+There is no formula beside the code that trains: `plan/fake_run.py` runs it, a counter adds up what
+it makes. Only what lies outside tensors is a table (`device.py`). `auto` takes the levels of
+recompute from `plan/levels.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qlora_kit.base.config_only import open_shape
+from qlora_kit.base.load import find_device
+from qlora_kit.config import DEFAULT_LENGTH, BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.data.batch import padded
+from qlora_kit.device import OVERHEADS, Overhead
+from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
+from qlora_kit.plan.extrapolate import moved
+from qlora_kit.plan.fake_run import HOST, IDLE, FakeRun
+from qlora_kit.plan.levels import Chosen, choose_levels, recomputed_share
+
+HELD = ("weights_quantized", "weights_other", "adapters", "optimizer", "paged")
+"""Those that are there before a step and after it."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The largest micro-batch of a run: `rows` of `length` tokens, `supervised` of each trained on.
+
+    `packed` rows hold several shorter ones, isolated from each other, the longest of which has
+    `longest_row` tokens; as many as a pack where that is not known.
+    """
+
+    rows: int
+    length: int
+    supervised: int
+    packed: bool = False
+    longest_row: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a run on its device, and where in it they are reached.
+
+    `bytes` has the most of each component over a step (names of run.json's `memory`), `at_peak`
+    what is there at the peak: their sum, `paged` left out, is `peak_bytes`, which includes
+    `overhead`. `phases` has the peak of tensors in load, inject, forward, backward and step.
+    `levels` are those of the decoder layers, `recomputed` the share of a forward pass's work that
+    backward does again. Of the budget `margin_bytes` are left free. The micro-batch that is planned
+    has `tokens` tokens, padding included.
+    """
+
+    bytes: Sizes
+    peak_bytes: int
+    peak_phase: str
+    peak_module: str
+    at_peak: Sizes
+    phases: Sizes
+    host_peak_bytes: int
+    device: str
+    levels: tuple[str, ...]
+    recomputed: float
+    budget_bytes: int | None = None
+    margin_bytes: int = 0
+    tokens: int = 0
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the peak and the margin are above the budget; 0 where they fit, or there is none."""
+        if self.budget_bytes is None:
+            return 0
+        return max(0, self.peak_bytes + self.margin_bytes - self.budget_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the budget, less the margin; true where there is none."""
+        return not self.missing_bytes
+
+    @property
+    def place(self) -> str:
+        """Where the peak is, in words."""
+        return f"{self.peak_phase}, {self.peak_module}" if self.peak_module else self.peak_phase
+
+    @property
+    def recompute(self) -> str:
+        """The levels in words: `full`, or `12 full, 4 selective, 16 none`."""
+        counts = {level: self.levels.count(level) for level in dict.fromkeys(self.levels)}
+        if len(counts) == 1:
+            return self.levels[0]
+        return ", ".join(f"{count} {level}" for level, count in counts.items())
+
+    @property
+    def planned(self) -> Sizes:
+        """The `planned` part of run.json's `memory`."""
+        return {**self.bytes, "peak": self.peak_bytes}
+
+    def as_json(self) -> dict[str, Any]:
+        """What `qlora-kit plan --json` prints of it."""
+        return {
+            "bytes": dict(self.bytes),
+            "peak_bytes": self.peak_bytes,
+            "peak": {"phase": self.peak_phase, "module": self.peak_module},
+            "at_peak": dict(self.at_peak),
+            "phases": dict(self.phases),
+            "host_peak_bytes": self.host_peak_bytes,
+            "budget_bytes": self.budget_bytes,
+            "margin_bytes": self.margin_bytes,
+            "fits": self.fits,
+            "device": self.device,
+            "gradient_checkpointing": self.recompute,
+            "levels": list(self.levels),
+            "recomputed": self.recomputed,
+        }
+
+
+def plan_memory(
+    base: BaseConfig | None = None,
+    lora: LoRAConfig | None = None,
+    training: TrainingConfig | None = None,
+    *,
+    length: int = DEFAULT_LENGTH,
+    packing: bool = False,
+    device: str | None = None,
+    budget_bytes: int | None = None,
+) -> MemoryPlan:
+    """What a run of these options takes, with rows of `length` tokens that are all trained on.
+
+    `base.model` may be a config.json alone; no weight is read. `device` (`cpu` or `cuda`) is that
+    of `base` unless given, and need not be here. Without a budget `auto` keeps everything.
+    Errors: `ConfigError`, `ModelError`, `UnsafeInputError`, `ResourceError`.
+    """
+    lora, training = lora or LoRAConfig(), training or TrainingConfig()
+    planner = Planner(base or BaseConfig(), lora, training, device)
+    window = Window(training.batch_size, length, length, packing)
+    budget = training.budget_bytes if budget_bytes is None else budget_bytes
+    return planner.plan(window, budget_bytes=budget)
+
+
+class Planner:
+    """Plans of one base, its adapters and its optimizer, for any window and any levels.
+
+    `embedding_rows` is what a run resizes the base's embedding to. With `margin` a share of every
+    budget is left free, as `memory/overhead.py` has it for the device.
+
+    Errors of the constructor are those of `plan_memory`.
+    """
+
+    def __init__(
+        self,
+        base: BaseConfig,
+        lora: LoRAConfig,
+        training: TrainingConfig,
+        device: str | None = None,
+        embedding_rows: int | None = None,
+        *,
+        margin: bool = False,
+    ) -> None:
+        target = torch.device(device) if device else find_device(base.device)
+        self.device, self.margin = target.type, margin
+        self.training = training
+        # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
+        fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
+        self._made: dict[Any, MemoryPlan] = {}
+        self.run = FakeRun(open_shape(base, target, embedding_rows), fresh, training, target)
+
+    def plan(
+        self,
+        window: Window,
+        level: str | None = None,
+        budget_bytes: int | None = None,
+        micro_steps: int | None = None,
+    ) -> MemoryPlan:
+        """The plan of a window; `auto` takes the fastest levels whose peak is within the budget.
+
+        `level` and the `micro_steps` of a step are those of the options unless given.
+        """
+        level = level or self.training.gradient_checkpointing
+        micro_steps = micro_steps or self.training.gradient_accumulation_steps
+        asked = window, level, budget_bytes, micro_steps
+        if asked not in self._made:
+            self._made[asked] = self._plan(*asked)
+        return self._made[asked]
+
+    def _plan(
+        self, window: Window, level: str, budget_bytes: int | None, micro_steps: int
+    ) -> MemoryPlan:
+        batches = self.run.window(window.rows, window.length, window.supervised, micro_steps)
+        self.run.packed, self.run.longest_row = window.packed, window.longest_row or window.length
+        if level == "auto":
+            budget = None
+            if budget_bytes is not None:
+                budget = self.overhead.room(budget_bytes - self._left_free(budget_bytes))
+            chosen = choose_levels(self.run, batches, budget)
+        else:
+            levels = (level,) * len(self.run.layers)
+            chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
+        return self._plan_of(chosen, window, budget_bytes)
+
+    @property
+    def overhead(self) -> Overhead:
+        """What lies outside tensors on the device."""
+        return OVERHEADS[self.device]
+
+    def _plan_of(self, chosen: Chosen, window: Window, budget_bytes: int | None) -> MemoryPlan:
+        run = self.run
+        passed = chosen.stretches[-1].end
+        updates = [moved(one, "", passed, run.apart) for one in run.updates]
+        everything = (*run.loading, *chosen.stretches, *updates)
+        highest = max(everything, key=lambda stretch: stretch.peak)
+        overhead = self.overhead.of(highest.peak)
+        at_peak = {k: n for k, n in highest.at_peak.items() if n and k not in (HOST, IDLE)}
+        # What is held is what the passes find; the optimizer's step has more for a moment.
+        sizes = most_of_each(chosen.stretches) | {
+            name: size for name, size in chosen.stretches[0].start.items() if name in HELD
+        }
+        bytes_ = {name: sizes.get(name, 0) for name in COMPONENTS}
+        bytes_["weights"] = bytes_["weights_quantized"] + bytes_["weights_other"]
+        phases: Sizes = {}
+        for stretch in everything:
+            phases[stretch.phase] = max(phases.get(stretch.phase, 0), stretch.peak)
+        on_host = self.device != "cpu"
+        return MemoryPlan(
+            bytes=bytes_,
+            peak_bytes=highest.peak + overhead,
+            peak_phase=highest.phase,
+            peak_module=highest.module,
+            at_peak={**at_peak, "overhead": overhead} if overhead else at_peak,
+            phases=phases,
+            host_peak_bytes=most_of_each(run.loading).get(HOST, 0) if on_host else phases["load"],
+            device=self.device,
+            levels=chosen.levels,
+            recomputed=recomputed_share(run, chosen.levels, window.length),
+            budget_bytes=budget_bytes,
+            margin_bytes=self._left_free(budget_bytes),
+            tokens=window.rows * padded(window.length),
+        )
+
+    def _left_free(self, budget_bytes: int | None) -> int:
+        return int(self.overhead.margin * (budget_bytes or 0)) if self.margin else 0

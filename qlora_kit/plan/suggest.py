@@ -1,0 +1,167 @@
+"""Changes of a run that does not fit, each with the plan of the run so changed; the best first.
+
+What costs least comes first: time (recompute, smaller micro-batches), then length, then the
+optimizer's states on the host, then bits, then the adapters' size. Of each kind the mildest change
+that fits is named; where none fits alone, they are put together.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from qlora_kit.config import MOST_ROWS, BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.plan.plan import MemoryPlan, Planner, Window
+
+SHORTEST = 128
+"""Tokens; shorter rows than that are not suggested."""
+SMALLEST_RANK = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan depends on."""
+
+    base: BaseConfig
+    lora: LoRAConfig
+    training: TrainingConfig
+    length: int
+    packing: bool = False
+
+    @property
+    def window(self) -> Window:
+        """The largest micro-batch."""
+        return Window(self.training.batch_size, self.length, self.length, self.packing)
+
+    def differences(self, other: Options) -> str:
+        """The flags that make these options of the `other` ones."""
+        flags = [
+            ("bits", self.base.bits, other.base.bits),
+            ("lora_r", self.lora.r, other.lora.r),
+            ("target_modules", self.lora.target_modules, other.lora.target_modules),
+            (
+                "gradient_checkpointing",
+                self.training.gradient_checkpointing,
+                other.training.gradient_checkpointing,
+            ),
+            ("batch_size", self.training.batch_size, other.training.batch_size),
+            (
+                "gradient_accumulation_steps",
+                self.training.gradient_accumulation_steps,
+                other.training.gradient_accumulation_steps,
+            ),
+            ("optim", self.training.optim, other.training.optim),
+            ("max_length", self.length, other.length),
+        ]
+        return " ".join(f"--{name} {new}" for name, new, old in flags if new != old)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Flags that change a run, and the plan of the run with them."""
+
+    change: str
+    plan: MemoryPlan
+
+
+def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) -> list[Suggestion]:
+    """What would make a run fit into the budget; empty where nothing here does."""
+    found = []
+    planners = {_made(options): planner}
+
+    def plan_of(changed: Options) -> MemoryPlan:
+        key = _made(changed)
+        if key not in planners:
+            planners[key] = Planner(
+                changed.base, changed.lora, changed.training, device, margin=planner.margin
+            )
+        made, training = planners[key], changed.training
+        return made.plan(
+            changed.window,
+            training.gradient_checkpointing,
+            budget_bytes,
+            training.gradient_accumulation_steps,
+        )
+
+    for kind in _kinds(options, device):
+        # Each takes less than the one before, so half of those that are left are planned no more.
+        changes = list(kind)
+        first = bisect.bisect_left(changes, True, key=lambda changed: plan_of(changed).fits)
+        if first < len(changes):
+            plan = plan_of(changes[first])
+            found.append(Suggestion(changes[first].differences(options), plan))
+    if found:
+        return found
+    together = options
+    for step in range(len(_kinds(options, device))):
+        strongest = list(_kinds(together, device)[step])
+        if not strongest:
+            continue
+        together = strongest[-1]
+        if (plan := plan_of(together)).fits:
+            return [Suggestion(together.differences(options), plan)]
+    return []
+
+
+def _made(options: Options) -> tuple[BaseConfig, LoRAConfig, str]:
+    """What a planner is made for."""
+    return options.base, options.lora, options.training.optim
+
+
+def _kinds(options: Options, device: str) -> tuple[Iterator[Options], ...]:
+    """The kinds of change, the best first, each from its mildest on; always as many."""
+    return (
+        _recompute(options),
+        _batch(options),
+        _length(options),
+        _optimizer(options, device),
+        _bits(options),
+        _adapters(options),
+    )
+
+
+def _recompute(options: Options) -> Iterator[Options]:
+    if options.training.gradient_checkpointing in ("none", "selective"):
+        yield _training(options, gradient_checkpointing="auto")
+
+
+def _batch(options: Options) -> Iterator[Options]:
+    rows, steps = options.training.batch_size, options.training.gradient_accumulation_steps
+    while rows > 1 and rows % 2 == 0 and 2 * steps <= MOST_ROWS:
+        rows, steps = rows // 2, steps * 2
+        yield _training(options, batch_size=rows, gradient_accumulation_steps=steps)
+
+
+def _length(options: Options) -> Iterator[Options]:
+    length = options.length // 2
+    while length >= SHORTEST:
+        yield replace(options, length=length)
+        length //= 2
+
+
+def _optimizer(options: Options, device: str) -> Iterator[Options]:
+    if options.training.optim in ("adamw", "adamw_8bit", "paged_adamw_32bit"):
+        name = "paged_adamw_8bit" if device == "cuda" else "adamw_8bit"
+        if name != options.training.optim:
+            yield _training(options, optim=name)
+
+
+def _bits(options: Options) -> Iterator[Options]:
+    for bits in (8, 4):
+        if (options.base.bits or 4) > bits:
+            yield replace(options, base=replace(options.base, bits=bits))
+
+
+def _adapters(options: Options) -> Iterator[Options]:
+    lora = options.lora
+    if lora.target_modules == "all-linear":
+        yield replace(options, lora=replace(lora, target_modules="auto"))
+    rank = lora.r // 2
+    while rank >= SMALLEST_RANK:
+        yield replace(options, lora=replace(lora, r=rank))
+        rank //= 2
+
+
+def _training(options: Options, **changes: object) -> Options:
+    return replace(options, training=replace(options.training, **changes))  # type: ignore[arg-type]

@@ -1,0 +1,82 @@
+"""What a run tells whoever started it, as it goes; a reporter of this kind says nothing.
+
+`commands/display.py` shows it on a terminal. One method for each thing that there is to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.base.load import OpenBase
+from qlora_kit.config import DataConfig, LoRAConfig, RunConfig
+from qlora_kit.data.encode import EncodedRows
+from qlora_kit.data.order import Packs
+from qlora_kit.data.rows import Row, Rows
+from qlora_kit.plan.plan import MemoryPlan
+from qlora_kit.training.loop import StepReport
+from qlora_kit.training.loss import Evaluation
+
+
+class StepReporter:
+    """Hears of the steps of a run."""
+
+    def start(self, before: Evaluation | None) -> None:
+        """The loss before the first step, where something is held out."""
+
+    def step(self, report: StepReport, peak: int) -> None:
+        """A step is done; `peak` is in bytes."""
+
+
+class Reporter:
+    """Hears of a run from its preparation to its result."""
+
+    def note(self, text: str) -> None:
+        """One line that the reader should not miss."""
+
+    def base(self, base: OpenBase, targets: Sequence[str], lora: LoRAConfig) -> None:
+        """Which base, in which form, and where the adapters go."""
+
+    def data(
+        self,
+        rows: Rows,
+        encoded: EncodedRows,
+        held_out: EncodedRows | None,
+        packs: Packs | None = None,
+    ) -> None:
+        """Rows, tokens, and what was skipped, cut, or is there twice."""
+
+    def chats(self, tokenizer: Any, data: DataConfig) -> None:
+        """At which tokens answers stop, and the day that a dated template writes."""
+
+    def bits(self, measured: Mapping[int, Mapping[str, int]]) -> None:
+        """The memory of the same base in several numbers of bits: bytes by component."""
+
+    def memory(self, plan: MemoryPlan) -> None:
+        """What the run will take by component, and which layers recompute at what cost."""
+
+    def loading(self, base: OpenBase) -> None:
+        """Weights are being read now."""
+
+    def evaluation(self, step: int, found: Evaluation) -> None:
+        """The held-out loss in the middle of a run."""
+
+    @contextlib.contextmanager
+    def progress(self, total_steps: int, memory: str) -> Iterator[StepReporter]:
+        """Around the steps of a run; `memory` says what the bytes of a step are those of."""
+        yield StepReporter()
+
+    def answers(self, questions: Sequence[Row], answers: Sequence[Sequence[str]]) -> None:
+        """Held-out prompts with the answers before and after training."""
+
+    def result(
+        self,
+        run: Mapping[str, Any],
+        directory: Path,
+        config: RunConfig,
+        prompts: Sequence[str],
+        is_chat: bool,
+    ) -> None:
+        """What the run gave (`run.json`), and held-out prompts to go on with."""

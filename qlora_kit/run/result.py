@@ -1,0 +1,185 @@
+"""What a run has come to: its progress, its memory, and `run.json` made of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_kit.device import describe_device, peak_bytes, reserved_bytes
+from qlora_kit.memory.measure import adapter_bytes, optimizer_bytes, weight_bytes
+from qlora_kit.memory.profiler import Meter
+from qlora_kit.run.record import (
+    EvalRecord,
+    MemoryRecord,
+    RunRecord,
+    TrainRecord,
+    run_record,
+)
+from qlora_kit.training.loss import Evaluation
+
+if TYPE_CHECKING:
+    from qlora_kit.run.prepared import PreparedRun
+
+
+RESIDENT = "resident at most: tensors, Python, libraries and files, so not what a plan counts"
+BLOCKS = "reserved at most: the allocator's blocks, with room between tensors that no plan counts"
+"""What the memory of a process is, on the CPU and on CUDA."""
+
+
+@dataclass
+class Progress:
+    """What has happened so far; `history` has (step, held-out loss). A checkpoint holds it all."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    loss_before: float | None = None
+    history: tuple[tuple[int, float], ...] = ()
+    answers_before: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the lowest held-out loss after a step, the first one of equals."""
+        # One that is not a number is lower than nothing, and nothing is lower than it.
+        finite = (entry for entry in self.history if math.isfinite(entry[1]))
+        return min(finite, key=lambda entry: entry[1], default=None)
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> Progress:
+        """What `asdict` made of one. Errors: `TypeError`, `ValueError` for anything else."""
+        found = cls(**saved)
+        for name in ("step", "tokens", "skipped_steps"):
+            if type(count := getattr(found, name)) is not int or count < 0:
+                raise ValueError(f"{name} {count!r}")
+        for name in ("seconds", "first_loss", "last_loss", "loss_before"):
+            value = getattr(found, name)
+            if type(value) not in (int, float) and (value is not None or name == "seconds"):
+                raise ValueError(f"{name} {value!r}")
+        found.history = tuple((int(at), float(loss)) for at, loss in found.history)
+        found.answers_before = tuple(map(str, found.answers_before))
+        return found
+
+
+class Memory:
+    """What a run measured of its memory: some of its steps are counted, tensor by tensor.
+
+    They are the first two, because only from the second on there are optimizer states, and the one
+    with the largest batch. `meter` has counted how the model was loaded.
+    """
+
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, meter: Meter) -> None:
+        self._model, self._optimizer, self._meter = model, optimizer, meter
+        self._device = model.get_input_embeddings().weight.device
+        self._held = {**weight_bytes(model), **adapter_bytes(model)}
+        self._counted: set[int] = set()
+
+    def choose(self, start_step: int, largest_step: int) -> None:
+        """Steps are counted from 1; `start_step` of them are done."""
+        self._counted = {start_step + 1, start_step + 2, largest_step}
+
+    def before_step(self, step: int) -> None:
+        """A step begins."""
+        if step in self._counted:
+            self._meter.begin(self._model, self._optimizer)
+
+    def after_backward(self) -> None:
+        """The optimizer's part of the step begins."""
+        self._meter.before_optimizer()
+
+    def after_step(self) -> None:
+        """The step is over, or given up."""
+        self._meter.end()
+
+    def peak(self) -> int:
+        """The peak so far in bytes."""
+        return max(peak_bytes(self._device), self._meter.highest)
+
+    def record(self, planned: Mapping[str, int]) -> MemoryRecord:
+        """The `memory` part of run.json."""
+        counted, phase, module = self._meter.peak
+        on_gpu = self._device.type == "cuda"
+        measured = {**self._held, **self._meter.sizes, **optimizer_bytes(self._optimizer)}
+        measured["weights"] = self._held["weights"]
+        measured["peak"] = self.peak() if on_gpu else counted
+        return {
+            "device": describe_device(self._device),
+            "planned": planned,
+            "measured": measured,
+            "phases": self._meter.record(),
+            "peak_at": " ".join(part for part in (phase, module) if part),
+            "process": reserved_bytes(self._device),
+            "process_is": BLOCKS if on_gpu else RESIDENT,
+        }
+
+
+def result_record(
+    plan: PreparedRun,
+    model: Any,
+    progress: Progress,
+    memory: Memory,
+    after: Evaluation | None,
+    *,
+    max_rows: int | None,
+    took_best: bool,
+) -> RunRecord:
+    """`run.json` of a finished run; `after` is its held-out loss at the end."""
+    info = model.base_info
+    return run_record(
+        config=plan.config.as_flat(),
+        model={
+            "name": info.name,
+            "revision": info.revision,
+            "fingerprint": info.fingerprint,
+            "parameters": info.parameters,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "weight_bytes": weight_bytes(model)["weights"],
+        },
+        data={
+            "rows": len(plan.encoded.rows),
+            "skipped": sum(plan.encoded.skipped.values()),
+            "tokens": plan.encoded.tokens,
+            "supervised_tokens": plan.encoded.supervised_tokens,
+            "unused": dict(plan.encoded.unused),
+        },
+        train=_train_record(progress, max_rows, took_best),
+        evaluation=_eval_record(progress, after),
+        memory=memory.record(plan.memory.planned),
+    )
+
+
+def _train_record(progress: Progress, max_rows: int | None, took_best: bool) -> TrainRecord:
+    record: TrainRecord = {
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "tokens": progress.tokens,
+        "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),
+        "first_loss": math.nan if progress.first_loss is None else progress.first_loss,
+        "last_loss": math.nan if progress.last_loss is None else progress.last_loss,
+    }
+    if progress.skipped_steps:
+        record["skipped_steps"] = progress.skipped_steps
+    if max_rows is not None:
+        record["micro_batch_rows"] = max_rows
+    if took_best and progress.best is not None:
+        record["best_step"] = progress.best[0]
+    return record
+
+
+def _eval_record(progress: Progress, after: Evaluation | None) -> EvalRecord | None:
+    if after is None or progress.loss_before is None:
+        return None
+    record: EvalRecord = {
+        "loss_before": progress.loss_before,
+        "loss_after": after.loss,
+        "tokens": after.tokens,
+    }
+    if progress.history:
+        record["history"] = [{"step": step, "loss": loss} for step, loss in progress.history]
+    return record

@@ -1,0 +1,137 @@
+"""Where a run goes on, and whether it is still the run that was saved."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.base.safetensors_file import fingerprint
+from qlora_kit.config import RunConfig
+from qlora_kit.errors import CheckpointError, ConfigError
+from qlora_kit.files.atomic import real_path
+from qlora_kit.options.option import flag_of, types_of
+from qlora_kit.run.reporter import Reporter
+from qlora_kit.training.checkpoint import (
+    Checkpoint,
+    digest,
+    load_checkpoint,
+    newest,
+    numbered,
+)
+
+if TYPE_CHECKING:
+    from qlora_kit.base.load import OpenBase
+    from qlora_kit.data.encode import EncodedRows
+
+FREE_ON_RESUME = {
+    # The base and the data are compared by what they hold, the rest changes no number of a run.
+    *("model", "revision", "data", "eval_data", "allow_longer_context", "gradient_checkpointing"),
+    "memory_budget",
+    *("output_dir", "overwrite", "logging_steps", "report_to", "sample_prompts", "compare_bits"),
+    *("save_steps", "save_minutes", "save_total_limit", "eval_steps", "early_stopping"),
+    *("token_cache", "adapter", "allow_other_base"),
+}
+FIXED_ON_RESUME = (
+    *("lora_r", "target_modules", "optim", "eval_data", "load_best"),
+    "adapter_fingerprint",
+)
+"""What a checkpoint's tensors, or its losses so far, have no other form for."""
+
+
+def find_checkpoint(config: RunConfig, target_dir: Path, reporter: Reporter) -> Checkpoint | None:
+    """The checkpoint to go on from, verified.
+
+    Errors: `CheckpointError`, `UnsafeInputError`, `ConfigError` where another run's would be lost.
+    """
+    name = config.output.resume_from_checkpoint
+    if name is None:
+        return None
+    if name != "auto":
+        path = Path(name).expanduser()
+        elsewhere = real_path(path.parent) != real_path(target_dir)
+        if elsewhere and numbered(target_dir)[0]:
+            raise ConfigError(
+                f"--output_dir {target_dir} has checkpoints of its own, and {path} is none of them",
+                "go on from them with --resume_from_checkpoint auto, or choose another directory",
+            )
+        return load_checkpoint(path)
+    found, notes = newest(target_dir)
+    for note in notes:
+        reporter.note(note)
+    if found is None:
+        reporter.note(f"{target_dir} has no checkpoint: starting from the start")
+    else:
+        reporter.note(f"going on from {found.path}")
+    return found
+
+
+def identity_of(
+    base: OpenBase, encoded: EncodedRows, held_out: EncodedRows | None
+) -> dict[str, str | None]:
+    """What a checkpoint belongs to, by option: hashes of the base and of the encoded rows."""
+
+    def identify(part: EncodedRows) -> str:
+        return digest(itertools.chain.from_iterable((r.input_ids, r.labels) for r in part.rows))
+
+    return {
+        "model": fingerprint(base.entries.values()),
+        "data": identify(encoded),
+        "eval_data": None if held_out is None else identify(held_out),
+    }
+
+
+def check_resumed(
+    config: RunConfig,
+    identity: dict[str, str | None],
+    resume: Checkpoint,
+    overridden: set[str],
+    reporter: Reporter,
+) -> None:
+    """Refuse what differs from the checkpoint's run, unless it is named by `--override`.
+
+    Errors: `ConfigError` with all differences, `CheckpointError` for a checkpoint without them.
+    """
+    saved, kept = resume.state.get("config"), resume.state.get("identity")
+    if not isinstance(saved, dict) or not isinstance(kept, dict):
+        raise CheckpointError(f"{resume.path}: does not say what it is of", "use another one")
+    now = config.as_flat()
+    different = {
+        name: f"{saved.get(name, 'none')} there, {now.get(name, 'none')} here"
+        for name in {**saved, **now}
+        if name not in FREE_ON_RESUME and saved.get(name) != now.get(name)
+    }
+    different |= {
+        name: "other contents" for name, value in identity.items() if kept.get(name) != value
+    }
+    refused = {
+        name: how
+        for name, how in different.items()
+        if name not in overridden or name in FIXED_ON_RESUME
+    }
+    if refused:
+        listed = "; ".join(f"{name}: {how}" for name, how in refused.items())
+        fixed = [name for name in refused if name in FIXED_ON_RESUME]
+        raise ConfigError(
+            f"{resume.path} is of another run: {listed}",
+            f"start a new run: {', '.join(fixed)} cannot change"
+            if fixed
+            else f"give the same, or --override {','.join(refused)}",
+        )
+    for name, how in different.items():
+        reporter.note(f"overridden: {name}: {how}")
+
+
+def overridden_options(config: RunConfig) -> set[str]:
+    """The options in `--override` by their main names. Errors: `ConfigError` for unknown ones."""
+    names = {}
+    for field in itertools.chain.from_iterable(map(fields, types_of(RunConfig).values())):
+        for other in (field.name, *field.metadata["option"]["aliases"], flag_of(field)):
+            names[other] = flag_of(field)
+    if unknown := sorted(config.output.overridden - names.keys()):
+        near = difflib.get_close_matches(unknown[0], names, n=1)
+        guess = f", did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"override {unknown[0]}: no such option{guess}", "name options of --help")
+    return {names[name] for name in config.output.overridden}

@@ -1,0 +1,128 @@
+"""Laws of attention on the CPU: exact gradients, nothing across rows or from later positions."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qlora_kit.kernels import attention
+from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, Stretch, causal_attention
+
+SHAPES = [
+    (1, 4, 4, 300, 16),
+    (2, 8, 2, 40, 64),
+    (1, 6, 2, 130, 96),
+    (3, 2, 1, 1, 16),
+    (16, 9, 3, 128, 16),
+    (32, 16, 4, 128, 16),
+]
+"""Batch, heads, key heads, length, width: on both sides of the width that takes our backward.
+
+Of the last two the scores of all heads are more than are held at once, forward and then both ways.
+"""
+LIMIT = 1e-2
+"""Twice the library's own distance from double precision in bf16 (5e-3 on these shapes)."""
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["tiles", "no_tiles"])
+def processor(request, monkeypatch):
+    """Both ways, whatever the processor."""
+    monkeypatch.setattr(attention, "TILES", request.param)
+
+
+def drawn(batch, heads, kv_heads, length, width, dtype):
+    generator = torch.Generator().manual_seed(batch + length)
+    return [
+        torch.randn(batch, length, count, width, generator=generator).to(dtype).transpose(1, 2)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def exact(query, key, value, grad, scale, stretches):
+    """Output and gradients in double precision from a mask of all pairs."""
+    inputs = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    length = query.shape[2]
+    mask = torch.zeros(query.shape[0], 1, length, length, dtype=torch.bool)
+    for stretch in stretches:
+        size = stretch.end - stretch.start
+        own = torch.ones(size, size, dtype=torch.bool).tril()
+        mask[stretch.batch, :, stretch.start : stretch.end, stretch.start : stretch.end] = own
+    output = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale, enable_gqa=True)
+    return output, *torch.autograd.grad(output, inputs, grad.double())
+
+
+def close(found, expected):
+    return all(
+        (a.double() - b).norm() <= LIMIT * b.norm() + 1e-6
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_gradients_are_near_double_precision(shape, dtype):
+    *inputs, grad = drawn(*shape, dtype)
+    for x in inputs:
+        x.requires_grad_()
+    stretches = [Stretch(slice(None), 0, shape[3])]
+    output = causal_attention(*inputs, 0.3, stretches)
+    found = (output, *torch.autograd.grad(output, inputs, grad))
+    assert all(a.dtype is dtype for a in found)
+    assert close(found, exact(*inputs, grad, 0.3, stretches))
+
+
+def test_gradients_of_wide_heads_stay_exact_where_scores_are_large():
+    """Scores around 8: the figure is twice the library's distance, as above."""
+    *inputs, grad = drawn(1, 4, 2, 200, 128, torch.bfloat16)
+    inputs[0] = inputs[0] * 8
+    for x in inputs:
+        x.requires_grad_()
+    stretches = [Stretch(slice(None), 0, 200)]
+    output = causal_attention(*inputs, 128**-0.5, stretches)
+    found = (output, *torch.autograd.grad(output, inputs, grad))
+    assert close(found, exact(*inputs, grad, 128**-0.5, stretches))
+
+
+@pytest.mark.parametrize("width", [32, 80])
+def test_rows_of_a_pack_are_what_each_is_alone(width):
+    *inputs, grad = drawn(2, 4, 2, 30, width, torch.bfloat16)
+    for x in inputs:
+        x.requires_grad_()
+    ends = [[0, 7, 8, 30], [0, 30]]
+    stretches = [
+        Stretch(slice(number, number + 1), start, end)
+        for number, borders in enumerate(ends)
+        for start, end in itertools.pairwise(borders)
+    ]
+    output = causal_attention(*inputs, 0.2, stretches)
+    found = (output, *torch.autograd.grad(output, inputs, grad))
+    assert close(found, exact(*inputs, grad, 0.2, stretches))
+    for stretch in stretches:
+        alone = [stretch.of(x).detach().requires_grad_() for x in inputs]
+        whole = [Stretch(slice(None), 0, stretch.end - stretch.start)]
+        part = causal_attention(*alone, 0.2, whole)
+        assert torch.equal(part, stretch.of(output))
+        for mine, theirs in zip(
+            torch.autograd.grad(part, alone, stretch.of(grad)), found[1:], strict=True
+        ):
+            assert torch.equal(mine, stretch.of(theirs))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_the_operation_and_its_fake_agree(shape):
+    query, key, value, _ = drawn(*shape, torch.bfloat16)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ATTEND_IN_BLOCKS, (query, key, value, 0.3), test_utils=checks)
+
+
+def test_keys_are_kept_once_a_group():
+    *inputs, _ = drawn(1, 8, 2, 64, 32, torch.bfloat16)
+    for x in inputs:
+        x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        causal_attention(*inputs, 0.2, [Stretch(slice(None), 0, 64)])
+    assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in inputs]

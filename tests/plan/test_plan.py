@@ -1,0 +1,363 @@
+"""Laws of the memory plan: what it says of a run is what is counted of the run, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from families import save_checkpoint
+
+from qlora_kit.base.config_only import open_shape
+from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.base.quantize import own_workspace, quantize_linear
+from qlora_kit.base.tensors import DTYPES
+from qlora_kit.config import MOST_ROWS, BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.data.batch import collate, collate_packs
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.errors import ConfigError, ModelError
+from qlora_kit.lora.inject import inject_lora
+from qlora_kit.memory.counter import COMPONENTS
+from qlora_kit.memory.profiler import count_step
+from qlora_kit.plan import fake_run
+from qlora_kit.plan.fake_run import FakeRun
+from qlora_kit.plan.levels import choose_levels, layer_work
+from qlora_kit.plan.plan import Planner, Window, plan_memory
+from qlora_kit.plan.suggest import Options, suggest
+from qlora_kit.training.loop import train_step
+from qlora_kit.training.optimizer import make_optimizer
+from qlora_kit.training.prepare import prepare_model
+
+LEVELS = ("none", "selective", "full")
+SHAPE = {"num_hidden_layers": 6, "intermediate_size": 192, "max_position_embeddings": 512}
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    """A random Llama of six layers, deep enough to be extended."""
+    directory = tmp_path_factory.mktemp("plan") / "base"
+    save_checkpoint(directory, "llama3", torch.bfloat16, **SHAPE)
+    return str(directory)
+
+
+def batch_of(rows, length, seed=0):
+    drawn = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 260, (rows, length), generator=drawn).tolist()
+    return collate([Encoded(row, row) for row in ids], 0)
+
+
+def counted(base, lora, training, levels, rows, length, micro_steps=3):
+    """The stretches of a real second step, the optimizer's at its end."""
+    window = [batch_of(rows, length, seed) for seed in range(micro_steps)]
+    return counted_of(base, lora, training, levels, window)
+
+
+def counted_of(base, lora, training, levels, window):
+    """As `counted`; its workspace is one of its own: what other models left is not counted."""
+    with own_workspace({}):
+        return _counted(base, lora, training, levels, window)
+
+
+def _counted(base, lora, training, levels, window):
+    model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
+    prepare_model(model, training, levels)
+    optimizer = make_optimizer(training.optim, model.parameters(), 1e-3)
+    model.train()
+
+    def step(window, counter=None):
+        def passes(gradients, window):
+            loss = gradients(window)
+            if counter is not None:
+                counter.at("step")
+                counter.filling = "optimizer"
+            return loss
+
+        train_step(model, window, optimizer, step=1, max_grad_norm=1.0, attempt=passes)
+
+    step([batch_of(1, 16)])  # makes the states
+    with count_step(model, optimizer, window=window) as counter:
+        step(window, counter)
+    return [one for one in counter.stretches if one.phase]
+
+
+def sizes_of(stretches):
+    most = {}
+    for stretch in stretches:
+        for name, size in stretch.largest.items():
+            most[name] = max(most.get(name, 0), size)
+    return most
+
+
+def assert_equal(plan, stretches):
+    """Planned equals counted: each component and the peak of each phase."""
+    passes = [one for one in stretches if one.phase != "step"]
+    peaks = {
+        phase: max(one.peak for one in stretches if one.phase == phase)
+        for phase in ("forward", "backward", "step")
+    }
+    assert {phase: plan.phases[phase] for phase in peaks} == peaks
+    found = sizes_of(passes) | {"optimizer": passes[0].start["optimizer"]}
+    for name in COMPONENTS:
+        assert plan.bytes[name] == found.get(name, 0), name
+
+
+POINTS = [
+    (4, "none", 1, 128, "auto", "adamw"),
+    (4, "selective", 4, 128, "all-linear", "paged_adamw_8bit"),
+    (4, "full", 1, 128, "all-linear", "adamw"),
+    (8, "none", 4, 128, "all-linear", "adamw"),
+    (8, "selective", 1, 128, "auto", "adamw"),
+    (8, "full", 4, 128, "auto", "paged_adamw_8bit"),
+    (16, "none", 1, 128, "all-linear", "paged_adamw_8bit"),
+    (16, "selective", 4, 128, "auto", "adamw"),
+    (16, "full", 1, 128, "auto", "adamw"),
+    (4, "none", 4, 256, "all-linear", "adamw"),
+    (8, "selective", 1, 256, "all-linear", "paged_adamw_8bit"),
+    (16, "full", 1, 256, "all-linear", "adamw"),
+]
+
+
+@pytest.mark.parametrize("model", ["tiny", "llama"])
+@pytest.mark.parametrize(("bits", "level", "rows", "length", "targets", "optim"), POINTS)
+def test_planned_equals_counted(base_dir, model, bits, level, rows, length, targets, optim):
+    base = BaseConfig(
+        "tiny" if model == "tiny" else base_dir, bits=bits, dtype="bf16", device="cpu"
+    )
+    lora = LoRAConfig(r=8, target_modules=targets, dropout=0.1 if rows == 1 else 0.0)
+    training = TrainingConfig(
+        optim=optim, gradient_checkpointing=level, batch_size=rows, gradient_accumulation_steps=3
+    )
+    stretches = counted(base, lora, training, level, rows, length)
+    assert_equal(plan_memory(base, lora, training, length=length), stretches)
+
+
+PACKS = [[100, 27, 1], [64, 64], [100, 20]]
+"""Rows of three packs of 128 tokens, the last one padded."""
+
+
+def packed_window(micro_steps=2):
+    rows = [[Encoded([1] * length, [1] * length) for length in pack] for pack in PACKS]
+    return [collate_packs(rows, 0) for _ in range(micro_steps)]
+
+
+PACK_POINTS = [
+    *(("llama3", "fp32", 4, level) for level in LEVELS),
+    ("llama3", "bf16", 8, "selective"),
+    ("mistral", "fp32", 16, "none"),
+    ("gemma2", "bf16", 4, "full"),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "bits", "level"), PACK_POINTS)
+def test_planned_equals_counted_for_packs(tmp_path, family, dtype, bits, level):
+    """Attention of our own within rows; a mask of all pairs where there are windows or caps."""
+    save_checkpoint(tmp_path / "base", family, DTYPES[dtype])
+    base = BaseConfig(str(tmp_path / "base"), bits=bits, dtype=dtype, device="cpu")
+    lora = LoRAConfig(r=8)
+    training = TrainingConfig(
+        optim="adamw", batch_size=3, gradient_accumulation_steps=2, gradient_checkpointing=level
+    )
+    window = packed_window()
+    supervised = window[0]["num_supervised"]
+    assert supervised % 3 == 0  # a planned window has as many in each of its rows
+    planned = Planner(base, lora, training).plan(Window(3, 128, supervised // 3, True, 100))
+    assert_equal(planned, counted_of(base, lora, training, level, window))
+
+
+def test_a_plan_without_data_is_not_below_any_packs(base_dir):
+    """What `plan --packing` says: rows of packs may be as long as a pack, and are at least two."""
+    base = BaseConfig(base_dir, bits=4, dtype="bf16", device="cpu")
+    training = TrainingConfig(optim="adamw", batch_size=3, gradient_accumulation_steps=2)
+    for level in LEVELS:
+        changed = replace(training, gradient_checkpointing=level)
+        planned = plan_memory(base, LoRAConfig(), changed, length=128, packing=True)
+        stretches = counted_of(base, LoRAConfig(), changed, level, packed_window())
+        peak = max(one.peak for one in stretches)
+        assert peak <= planned.peak_bytes <= 1.03 * peak
+
+
+def test_suggestions_keep_within_what_options_may_be(base_dir):
+    """Halving the batch doubles the accumulation, which has a bound."""
+    training = TrainingConfig(batch_size=MOST_ROWS, gradient_checkpointing="full")
+    options = Options(BaseConfig(base_dir), LoRAConfig(), training, 128)
+    planner = Planner(options.base, options.lora, training, "cuda")
+    for one in suggest(options, planner, "cuda", 2**30):
+        assert one.plan.fits
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cost_of_a_plan_does_not_depend_on_batch_and_accumulation(base_dir, device):
+    training = TrainingConfig(gradient_checkpointing="full")
+    planner = Planner(BaseConfig(base_dir, bits=8, dtype="bf16"), LoRAConfig(), training, device)
+    for packed in (False, True):
+        peaks, seconds = [], []
+        for rows, micro_steps in ((4, 2), (2**20, 2**10)):
+            began = time.process_time()
+            window = Window(rows, 256, 256, packed)
+            peaks.append(planner.plan(window, micro_steps=micro_steps).peak_bytes)
+            seconds.append(time.process_time() - began)
+        assert peaks[1] > 2**20 * 256 * 64 * 2  # one layer's input, in 16 bits
+        assert seconds[1] < 3 * seconds[0] + 1
+    with pytest.raises(ConfigError, match="tokens a step; lower --batch_size"):
+        planner.plan(Window(10**14, 256, 256))
+
+
+def run_of(base_dir, device="cpu", **options):
+    base = BaseConfig(base_dir, bits=4, dtype="bf16", device="cpu")
+    lora = LoRAConfig(r=4, **options)
+    target = torch.device(device)
+    return FakeRun(open_shape(base, target), lora, TrainingConfig(), target)
+
+
+@pytest.mark.parametrize(
+    ("device", "targets"), [("cuda", "all-linear"), ("cpu", r"model\.layers\.[2-5]\..*q_proj")]
+)
+def test_an_extended_trace_is_the_whole_one(base_dir, device, targets):
+    """Every stretch with all its components, at single levels and at mixes."""
+    run = run_of(base_dir, device, target_modules=targets)
+    window = run.window(2, 64, 48, 3)
+    mixes = [[level] * 6 for level in LEVELS]
+    mixes += [["full", "full", "full", "full", "selective", "none"], ["none"] * 4 + ["full"] * 2]
+    for levels in mixes:
+        extended, whole = run.passes(window, levels), run.trace(window, range(6), levels)
+        assert extended == whole
+
+
+def test_auto_fills_the_budget_and_never_exceeds_it(base_dir):
+    """Within 90 % of it or all that `none` takes; more memory never means more work."""
+    run = run_of(base_dir)
+    window = run.window(4, 128, 128, 2)
+    peaks = {level: max(one.peak for one in run.passes(window, [level] * 6)) for level in LEVELS}
+    assert peaks["full"] < peaks["selective"] < peaks["none"]
+    before = None
+    for part in (0, 3, 7, 10):
+        budget = peaks["full"] + (peaks["none"] - peaks["full"]) * part // 10
+        found = choose_levels(run, window, budget)
+        assert found.peak == max(one.peak for one in run.passes(window, found.levels))
+        assert 0.9 * budget <= found.peak <= budget
+        work = sum(
+            layer_work(layer, level, 128, run.own)
+            for layer, level in zip(run.layers, found.levels, strict=True)
+        )
+        assert before is None or work <= before
+        before = work
+    assert set(found.levels) == {"none"}
+    assert set(choose_levels(run, window, None).levels) == {"none"}
+    assert set(choose_levels(run, window, peaks["full"] - 1).levels) == {"full"}
+
+
+def test_a_plan_sums_up(base_dir):
+    plan = plan_memory(BaseConfig(base_dir), length=64, device="cuda", budget_bytes=10**9)
+    assert sum(n for name, n in plan.at_peak.items() if name != "paged") == plan.peak_bytes
+    assert plan.bytes["weights"] == plan.bytes["weights_quantized"] + plan.bytes["weights_other"]
+    assert plan.fits
+    assert not plan_memory(BaseConfig(base_dir), length=64, device="cuda", budget_bytes=10**6).fits
+    assert json.loads(json.dumps(plan.as_json()))["peak_bytes"] == plan.peak_bytes
+
+
+def test_no_plan_fills_a_card_to_its_brim(base_dir):
+    """A margin is part of what fits, and of what auto chooses its levels for."""
+    base, training = BaseConfig(base_dir, bits=4, dtype="bf16"), TrainingConfig(batch_size=8)
+    planner = Planner(base, LoRAConfig(), training, "cuda", margin=True)
+    window = Window(8, 512, 512)
+    full = planner.plan(window, "full").peak_bytes
+    assert not planner.plan(window, "full", full).fits
+    for budget in (full + full // 60, full + full // 40, 2 * full):
+        plan = planner.plan(window, "auto", budget)
+        assert plan.margin_bytes == budget // 50
+        assert plan.fits == (plan.peak_bytes + plan.margin_bytes <= budget)
+        assert plan.fits == (budget - budget // 50 >= full)
+
+
+def test_a_bare_config_is_enough_and_gives_the_same(base_dir, tmp_path):
+    alone = tmp_path / "config.json"
+    with open(f"{base_dir}/config.json") as file:
+        alone.write_text(file.read())
+    lora, training = LoRAConfig(target_modules="all-linear"), TrainingConfig()
+    options = {"length": 64, "device": "cuda"}
+    whole = plan_memory(BaseConfig(base_dir), lora, training, **options)
+    bare = plan_memory(BaseConfig(str(alone)), lora, training, **options)
+    assert (bare.bytes, bare.peak_bytes) == (whole.bytes, whole.peak_bytes)
+    with pytest.raises(ModelError):
+        plan_memory(BaseConfig(str(tmp_path / "missing.json")))
+    with pytest.raises(ConfigError, match="gate"):
+        plan_memory(BaseConfig(str(alone)), LoRAConfig(target_modules="gate"))
+
+
+def test_every_suggestion_is_the_plan_of_the_run_so_changed(base_dir):
+    base = BaseConfig(base_dir, bits=16)
+    lora = LoRAConfig(r=16, target_modules="all-linear")
+    training = TrainingConfig(batch_size=2, gradient_accumulation_steps=2)
+    options = Options(base, lora, training, 256)
+    planner = Planner(base, lora, training, "cuda")
+    least = planner.plan(options.window, "full").peak_bytes
+    found = suggest(options, planner, "cuda", least - 1)
+    assert len(found) > 2
+    assert found[0].change == "--batch_size 1 --gradient_accumulation_steps 4"
+    for one in found:
+        words = one.change.split()
+        changes = dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
+        length = int(changes.pop("max_length", 256))
+        groups = {
+            "base": {name: changes.pop(name) for name in ("bits",) if name in changes},
+            "lora": {
+                field: changes.pop(name)
+                for name, field in (("lora_r", "r"), ("target_modules", "target_modules"))
+                if name in changes
+            },
+        }
+        again = plan_memory(
+            replace(base, **groups["base"]),
+            replace(lora, **groups["lora"]),
+            replace(training, **changes),
+            length=length,
+            device="cuda",
+            budget_bytes=least - 1,
+        )
+        assert again.fits
+        assert again.peak_bytes == one.plan.peak_bytes, one.change
+
+
+def test_the_counter_agrees_with_the_profiler_on_a_real_step(base_dir):
+    """X25: the growth over a step, within 2 % or 1 MiB of torch's allocation events."""
+    model = inject_lora(read_weights(open_base(BaseConfig(base_dir, device="cpu"))), LoRAConfig())
+    training = TrainingConfig()
+    prepare_model(model, training, "none")
+    optimizer = make_optimizer("adamw", model.parameters(), 1e-3)
+    window = [batch_of(4, 256)]
+    model.train()
+
+    def step():
+        train_step(model, window, optimizer, step=1, max_grad_norm=1.0)
+
+    step()
+    with count_step(model, optimizer, window=window) as counter:
+        start = counter.current
+        step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    total = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total)
+    assert abs(counter.peak - start - peak) <= max(0.02 * peak, 2**20)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantizing_once_for_each_shape_takes_what_all_of_it_takes(
+    base_dir, bits, device, monkeypatch
+):
+    def loading():
+        target = torch.device(device)
+        base = open_shape(BaseConfig(base_dir, bits=bits, dtype="bf16"), target)
+        stretches = FakeRun(base, LoRAConfig(), TrainingConfig(), target).loading
+        highest = max(stretches, key=lambda one: one.peak)
+        return highest.peak, highest.at_peak, sizes_of(stretches), stretches[-1].end
+
+    repeated = loading()
+    monkeypatch.setattr(fake_run, "RepeatedQuantize", lambda counter, apart: quantize_linear)
+    assert repeated == loading()

@@ -1,0 +1,115 @@
+"""Laws of what is made ready when torch is imported, and of memory that ends at any moment."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from qlora_kit.commands.failure import reports_errors
+from qlora_kit.errors import DataError, ModelError, UnsafeInputError
+from qlora_kit.process.start import NEEDED_BYTES
+
+IMPORTS = (
+    "import os, sys\n"
+    "from qlora_kit.commands.failure import reports_errors\n"
+    "def main(argv):\n"
+    "    assert 'torch' not in sys.modules\n"
+    "    import torch\n"
+    "    print(os.environ.get('OMP_WAIT_POLICY'))\n"
+    "    return 0\n"
+    "sys.exit(reports_errors(main)([]))\n"
+)
+
+
+def run(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    return subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        capture_output=True,
+        text=True,
+        env={**kept, "OMP_DISPLAY_ENV": "TRUE", "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "policy"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "5"}, "None")],
+)
+def test_threads_that_wait_sleep_unless_the_user_said_how(
+    environment: dict[str, str], policy: str
+) -> None:
+    done = run(environment)
+    assert (done.returncode, done.stdout) == (0, f"{policy}\n")
+    # OpenMP itself has heard of it: torch was not there before.
+    assert f"OMP_WAIT_POLICY = '{policy if policy != 'None' else 'PASSIVE'}'" in done.stderr
+
+
+def test_libraries_that_a_limit_does_not_hold_are_not_imported() -> None:
+    """They would abort the process in the middle."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (NEEDED_BYTES - 1, before[1]))
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert (done.returncode, done.stdout) == (4, "")
+    said = f"error: the limit on memory (ulimit -v) is {NEEDED_BYTES - 1} bytes, and a command "
+    assert done.stderr.startswith(said)
+
+
+def caused(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OSError("libgomp.so.1: failed to map segment from shared object"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("can't start new thread"),
+        caused(RuntimeError("Failed to import transformers.models"), MemoryError()),
+        caused(ModelError("config.json: describes no model", "correct it"), MemoryError()),
+        caused(KeyError("x"), caused(ValueError("y"), RuntimeError("bad_alloc"))),
+    ],
+    ids=repr,
+)
+def test_memory_that_ends_is_exit_code_4(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @reports_errors
+    def main(argv: Sequence[str] | None = None) -> int:
+        raise error
+
+    assert main([]) == 4
+    assert "out of memory" in (line := capsys.readouterr().err)
+    assert "or raise the limit on memory (ulimit -v)" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (caused(UnsafeInputError("the template was stopped", "use another"), MemoryError()), 3),
+        (caused(DataError("rows.jsonl:1: bad", "correct it"), ValueError("x")), 3),
+        (RuntimeError("shapes do not fit"), 1),
+    ],
+)
+def test_what_is_not_memory_keeps_its_code(error: Exception, code: int) -> None:
+    @reports_errors
+    def main(argv: Sequence[str] | None = None) -> int:
+        raise error
+
+    assert main([]) == code

@@ -51,7 +51,7 @@ LIGHT = (
     *("options.option", "options.names", "options.yaml_file", "options.parsed"),
     *("process.signals", "process.out_of_memory", "process.start", "process.streams"),
     *(f"commands.{name}" for name in COMMANDS),
-    *("commands.main", "commands.argv", "commands.adapters", "commands.failure"),
+    *("commands.main", "commands.argv", "commands.failure", "run.saved_adapter"),
 )
 """Modules whose top imports the standard library, yaml and each other only."""
 

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.adapters import look_at, open_with_adapter, run_data
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config import BaseConfig, DataConfig, ExportConfig
 from qlora_kit.errors import ConfigError, DataError, NumericError, QloraKitError
 from qlora_kit.options.parsed import refuse_tokens
+from qlora_kit.run.saved_adapter import look_at, open_with_adapter, run_data
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase

@@ -23,11 +23,11 @@ from qlora_kit.options.parsed import Parsed, refuse_tokens
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
-    from qlora_kit.commands.continued import Start
     from qlora_kit.commands.display import Display
     from qlora_kit.data.encode import EncodedRows
     from qlora_kit.data.rows import Rows
     from qlora_kit.run.prepared import PreparedRun
+    from qlora_kit.run.resolve import Start
     from qlora_kit.training.checkpoint import Checkpoint
 
 SUMMARY = "Load a base in 4, 8 or 16 bits, train LoRA adapters on it, save them."
@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed[TrainingConfig],
         parsed[OutputConfig],
     )
-    from qlora_kit.commands.adapters import look_at
-    from qlora_kit.commands.continued import is_gone, start_from_adapter
     from qlora_kit.commands.display import Display
     from qlora_kit.data.rows import load_rows
     from qlora_kit.run.place import check_place, output_directory
     from qlora_kit.run.record import check_trackers
+    from qlora_kit.run.resolve import is_gone, start_from_adapter
+    from qlora_kit.run.saved_adapter import look_at
 
     check_trackers(config.output.report_to)
     display = Display()
@@ -113,11 +113,11 @@ def prepare(
     from dataclasses import replace
 
     from qlora_kit.base.load import open_base
-    from qlora_kit.commands.continued import settle
     from qlora_kit.data.batch import pack, padding_note
     from qlora_kit.data.chat_template import use_template
     from qlora_kit.run.place import default_names, is_finished, output_directory
     from qlora_kit.run.prepared import PreparedRun
+    from qlora_kit.run.resolve import settle
     from qlora_kit.run.resume import (
         check_resumed,
         find_checkpoint,

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qlora_kit.commands.adapters import look_at, open_with_adapter, reads_literally, run_chat
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config import BaseConfig, GenerateConfig
+from qlora_kit.run.saved_adapter import look_at, open_with_adapter, reads_literally, run_chat
 
 SUMMARY = "Generate text with a base, or with an adapter on it."
 

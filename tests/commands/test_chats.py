@@ -14,12 +14,12 @@ from families import tiny_model
 from transformers import AutoTokenizer
 
 from qlora_kit.base.load import load_base
-from qlora_kit.commands.adapters import run_chat
 from qlora_kit.data import sandbox
 from qlora_kit.data.chat_template import read_templates, take_template
 from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.rows import Row
 from qlora_kit.generation.decode import end_ids
+from qlora_kit.run.saved_adapter import run_chat
 
 Run = Callable[..., Any]
 CHATML = (

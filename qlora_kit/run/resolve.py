@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.adapters import base_of
 from qlora_kit.config import BaseConfig, LoRAConfig, RunConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed
+from qlora_kit.run.saved_adapter import base_of
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase

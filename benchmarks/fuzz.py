@@ -49,7 +49,8 @@ from qlora_kit.errors import AdapterError, ModelError, QloraKitError, error_line
 TOKENIZERS = {"tokenizer", "tokenizer config", "chat template", "special tokens"}
 TOKENIZERS |= {"stories' tokenizer", "sentencepiece"}
 LOOKED_AT = (
-    "base/validate",
+    "base/safetensors_file",
+    "base/checks",
     "base/contents",
     "base/json_file",
     "base/growth",
@@ -57,7 +58,7 @@ LOOKED_AT = (
     "base/families",
     "base/architecture",
     "base/tokenizer",
-    "base/prequantized",
+    "base/bnb_checkpoint",
     "base/tensors",
     "base/load",
     "lora/peft_config",

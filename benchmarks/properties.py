@@ -1,9 +1,10 @@
 """Values of every type at every option and every field of a model: none may be a bug of ours.
 
 Texts, control characters, numbers of any size, lists, dates and more are put at one place of one
-command at a time (`tests/anything.py` says where, and what breaks the contract). The result counts
-exit codes by target and command, and lists what was found. Most cases end once options and the
-first files were looked at; a share is run to its end. 5,000 cases take about 4 minutes on one core.
+command at a time (`tests/support/anything.py` says where, and what breaks the contract). The result
+counts exit codes by target and command, and lists what was found. Most cases end once options and
+the first files were looked at; a share is run to its end. 5,000 cases take about 4 minutes on one
+core.
 
     OMP_NUM_THREADS=1 python benchmarks/properties.py
     OMP_NUM_THREADS=1 python benchmarks/properties.py --target options --case 123   # one of them

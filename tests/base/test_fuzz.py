@@ -1,7 +1,7 @@
 """Laws of damaged files: whatever is done to one, it is accepted or refused, and nothing is hurt.
 
 A small part of `benchmarks/fuzz.py`, whose 10,000 mutants are in `benchmarks/results/fuzz.json`;
-and the error branches of `validate.py`, each of which damage reaches.
+and the error branches of what looks at them first, each of which damage reaches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from qlora_kit.base.source import Source
 from qlora_kit.errors import ModelError, QloraKitError
 
 ROOT = Path(__file__).resolve().parents[2]
-VALIDATED = {
+CHECKS = ("base/safetensors_file", "base/checks")
+DAMAGED = {
     "single": ("config.json", "generation_config.json", "model.safetensors"),
     "sharded": ("model.safetensors.index.json", "model-00002-of-00004.safetensors"),
 }
@@ -67,7 +68,7 @@ def originals(tmp_path_factory):
     return root
 
 
-def test_every_error_branch_of_validate_is_reached_by_damage(originals, tmp_path):
+def test_every_error_branch_of_the_checks_is_reached_by_damage(originals, tmp_path):
     """All but the one of a file that vanishes between two looks, which a name gives."""
     expected = {
         name: torch.Size(entry.shape) for name, entry in read_entries(originals / "single").items()
@@ -76,7 +77,7 @@ def test_every_error_branch_of_validate_is_reached_by_damage(originals, tmp_path
     with pytest.raises(ModelError, match="no such file") as caught:
         read_json(tmp_path / "missing.json")
     errors.append(caught.value)
-    for directory, names in VALIDATED.items():
+    for directory, names in DAMAGED.items():
         for name in names:
             for kind in kinds_of(originals / directory / name):
                 for number in range(10):
@@ -93,7 +94,8 @@ def test_every_error_branch_of_validate_is_reached_by_damage(originals, tmp_path
                         errors.append(error)
     assert all(str(tmp_path) in error.problem and error.remedy for error in errors)
     sites = set().union(*map(sites_of, errors))
-    reached = {line for module, line in sites if module == "base/validate"}
-    branches = raises_of("base/validate")
+    branches = {
+        (module, line): text for module in CHECKS for line, text in raises_of(module).items()
+    }
     assert len(branches) > 15
-    assert [text for line, text in branches.items() if line not in reached] == []
+    assert [text for site, text in branches.items() if site not in sites] == []

@@ -60,7 +60,7 @@ FORMATS = [
 ]
 SHAPES = [(64, 64), (64, 172), (48, 96), (5, 7), (1, 1), (130, 33)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# parity.md X3: what rounding inputs and results to the dtype costs, with head-room.
+# What rounding inputs and results to the dtype costs, with head-room.
 PRODUCT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 5e-4}
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
@@ -348,7 +348,7 @@ def test_bitsandbytes_own_layers_train_wrong_after_an_evaluation():
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(1)
     (loss, gradients), (later, again) = around_an_evaluation(get_peft_model(model, lora))
-    # The loss hides it: the same but for rounding (parity.md X3).
+    # The loss hides it: the same but for rounding.
     assert float(later) == pytest.approx(float(loss), rel=PRODUCT_TOLERANCE[torch.bfloat16])
     errors = [float((again[n] - one).norm() / one.norm()) for n, one in gradients.items()]
     # Right are only the two that no repacked layer lies above: those of the last down_proj.

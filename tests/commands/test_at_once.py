@@ -152,7 +152,6 @@ def test_a_base_without_a_tokenizer_file_to_show_data_with(home: Path) -> None:
 
 
 PLACES = {
-    # A11, A12
     "used": (2, "--output_dir used is not empty; choose another place, or give --overwrite"),
     "used --resume_from_checkpoint auto": (2, "--output_dir used is not empty"),
     "base/inside": (2, "--output_dir base/inside overlaps with"),

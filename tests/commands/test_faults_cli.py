@@ -124,7 +124,7 @@ def test_a1_a_misspelt_flag(refused: Callable[..., str], run: Run) -> None:
 
 
 BAD_VALUES = {
-    # A2 to A6, A13, A14: flags, and what the line says.
+    # Flags, and what the line says.
     "--lora_r 0": "lora_r must be at least 1 and at most 65536, got 0",
     "--lora_r -4": "lora_r must be at least 1 and at most 65536, got -4",
     "--lora_r 1.5": "lora_r must be a whole number (at least 1 and at most 65536), got 1.5",

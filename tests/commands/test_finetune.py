@@ -283,7 +283,7 @@ def losses_of(run):
 
 
 def test_without_own_blocks_a_run_has_the_same_losses_and_takes_more(inputs, tmp_path, capsys):
-    """The first is equal bit for bit, the figure of the others is that of X12."""
+    """The first is equal bit for bit; the others differ by sums in another order."""
     settings = ["--bits", "4", "--max_steps", "4", "--gradient_checkpointing", "none"]
     runs = []
     for flag in ("--own_blocks", "--no_own_blocks"):

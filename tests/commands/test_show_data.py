@@ -242,7 +242,6 @@ def test_nothing_changes_on_disk_and_nothing_is_written_for_an_error(
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "wrong type"])
 def test_a_broken_tokenizer_is_named(capsys, chats, tmp_path, damage):
-    # T1
     directory = tmp_path / "model"
     chat_tokenizer().save_pretrained(directory)
     path = directory / "tokenizer.json"

@@ -242,7 +242,6 @@ def test_evaluation_sees_every_row_once_with_little_padding(lengths, batch_size)
     ],
 )
 def test_padding_is_pad_else_eos_else_zero_and_says_so(pad, eos, expected, said):
-    # T4
     tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
     assert padding_id(tokenizer) == expected
     note = padding_note(tokenizer)
@@ -275,7 +274,7 @@ def summed_loss(model, batch):
 
 
 def test_without_a_mask_padding_changes_no_loss():
-    # X18: fp32 sums of 2 layers; 1e-5 is the parity table's tolerance.
+    # fp32 sums of 2 layers, in another order.
     model, rows = tiny_llama(), make_rows([9, 3, 6])
     with torch.no_grad():
         together = summed_loss(model, collate(rows, PAD))
@@ -286,7 +285,7 @@ def test_without_a_mask_padding_changes_no_loss():
 
 
 def test_a_short_last_window_divided_by_its_tokens_is_one_batch():
-    # D11, X16: five rows in micro-batches of two, weighted by tokens.
+    # Five rows in micro-batches of two, weighted by tokens.
     model, rows = tiny_llama(), make_rows([9, 3, 6, 2, 4])
     window = next(
         steps(rows, batch_size=2, accumulation=4, num_steps=1, seed=1, pad_id=PAD, start_step=0)

@@ -65,7 +65,7 @@ def test_the_masker_is_right_on_what_was_labelled_by_hand(number):
 @pytest.mark.parametrize("pad", PADS)
 @pytest.mark.parametrize("number", range(len(CHATS)))
 def test_we_are_right_on_what_was_labelled_by_hand(number, pad):
-    # T4: also where the end token is what rows are padded with.
+    # Also where the end token is what rows are padded with.
     name, turns, text = CHATS[number]
     tokenizer = tokenizer_of(name, PADS[pad])
     plain, trained = labelled(text)
@@ -204,7 +204,7 @@ def test_the_laws_of_masks_hold_for_random_chats(chat, max_length):
 @settings(max_examples=300, deadline=None)
 @given(chats())
 def test_ids_and_labels_are_upstreams_and_the_maskers(chat):
-    # X24: eq, wherever no message spells a control token, which upstream reads as one.
+    # Equal wherever no message spells a control token, which upstream reads as one.
     name, messages = chat
     tokenizer = TOKENIZERS[name]
     result = encode(messages, tokenizer)
@@ -233,7 +233,7 @@ def test_ids_and_labels_are_upstreams_and_the_maskers(chat):
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_generation_is_handed_what_training_puts_before_an_answer(name, adds_bos):
-    # T7: one BOS in training and in inference, whoever writes it.
+    # One BOS in training and in inference, whoever writes it.
     tokenizer = tokenizer_of(name, adds_bos=adds_bos)
     messages = [{"role": "user", "content": "he 🙂"}]
     before = rows_to_tokens.prompt_ids("he 🙂", tokenizer, chat=True)

@@ -206,7 +206,7 @@ turns = st.text(st.sampled_from("heo nl:q\né😀"), max_size=10).filter(lambda 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(turns, min_size=2, max_size=5), st.booleans())
 def test_chats_equal_a_masker_written_apart_and_the_template(name, texts, whole):
-    # X24, T4, T7, T9
+    # One BOS, end tokens trained on, and the same place for what generation is handed.
     tokenizer = CHATS[name]
     result = encode(chat(*texts), tokenizer, 1000, EncodeRules(whole))
     assert isinstance(result, Encoded)
@@ -247,7 +247,6 @@ def test_what_is_trained_on_in_a_chat_is_the_answers(name):
 @pytest.mark.parametrize("written", [0, 1, 2])
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_there_is_one_bos_whatever_template_and_tokenizer_do(kind, written, adds_bos):
-    # T7
     template = "{{ bos_token }}" * written + TEMPLATES[kind]
     tokenizer = make_tokenizer(template, adds_bos=adds_bos)
     bare = encode(chat("he", "on"), make_tokenizer(TEMPLATES[kind], adds_bos=False), 100)
@@ -416,7 +415,6 @@ def test_a_long_chat_ends_with_the_last_turn_that_fits_whole(kind, texts, max_le
 
 
 def test_what_cannot_be_trained_on_is_skipped_with_its_reason():
-    # D7, D9
     tokenizer = make_tokenizer(CHATML, adds_bos=False)
     assert encode(row(text=""), tokenizer, 100) == Skipped(ONE_TOKEN)
     assert encode(row(prompt="", completion=""), tokenizer, 100) == Skipped(ONE_TOKEN)
@@ -564,7 +562,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each():
 
 
 def test_a_template_whose_header_is_not_the_beginning_of_an_answer_is_refused():
-    # T9: neither marks nor prefixes show the place.
+    # Neither marks nor prefixes show the place.
     template = THOUGHTS.replace("assistant\n' }}{% endif %}", "assistant says\n' }}{% endif %}")
     assert template != THOUGHTS
     with pytest.raises(TokenizerError, match=r"rows\.jsonl:7: .*message 1 does not begin"):

@@ -11,26 +11,26 @@ from qlora_kit.errors import ERROR_LINE_LIMIT
 
 GOOD = '{"prompt": "p", "completion": "c"}'
 FAULTS = {
-    # D1
+    # files that hold no rows
     "empty": ("rows.jsonl", "", "rows.jsonl:1: the file is empty or blank"),
     "blank": ("rows.jsonl", "\n \n", "rows.jsonl:1: the file is empty or blank"),
     "missing": (None, "", "rows.jsonl: no such file"),
     "a directory": ("d/other.jsonl", GOOD, "the directory has no train.jsonl"),
-    # D2
+    # lines that hold no row
     "truncated": ("rows.jsonl", f"{GOOD}\n{GOOD[:-3]}", "rows.jsonl:2: the line ends in"),
     "two on a line": ("rows.jsonl", f"{GOOD}\n{GOOD} {GOOD}", "rows.jsonl:2: more than one"),
     "an array": ("rows.jsonl", f"{GOOD}\n[{GOOD}]", "rows.jsonl:2: the row is an array"),
     "null": ("rows.jsonl", f"{GOOD}\nnull", "rows.jsonl:2: the row is null"),
     "text": ("rows.jsonl", f'{GOOD}\n"x"', "rows.jsonl:2: the row is text"),
     "a number": ("rows.jsonl", f"{GOOD}\n5", "rows.jsonl:2: the row is a number"),
-    # D4
+    # bytes that are no text
     "not UTF-8": (
         "rows.jsonl",
         GOOD.encode() + b"\n\xff",
         "rows.jsonl:2: byte 0xff at byte offset",
     ),
     "UTF-16": ("rows.jsonl", GOOD.encode("utf-16"), "rows.jsonl:1: byte offset 0: UTF-16"),
-    # D6
+    # rows of no known shape
     "misspelt": (
         "rows.jsonl",
         f'{GOOD}\n{{"prompt": "p", "completon": "c"}}',
@@ -51,14 +51,13 @@ FAULTS = {
         json.dumps({"messages": [{"role": "system", "content": "x"}] * 2}),
         "rows.jsonl:1: messages[1]: a system message",
     ),
-    # D7, D9
+    # rows that are all skipped
     "prompts too long": (
         "rows.jsonl",
         f'{{"prompt": "{"p" * 200}", "completion": "c"}}\n' * 9,
         "prompt longer than max_length",
     ),
     "rows of one token": ("rows.jsonl", '{"prompt": "", "completion": ""}\n' * 9, "a single token"),
-    # T9
     "a chat without a template": (
         "rows.jsonl",
         '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n'
@@ -75,7 +74,7 @@ FAULTS = {
 
 
 def test_more_tokens_than_embedding_rows_are_refused(tmp_path, capsys):
-    """T3. Fewer are fine: every other base of these tests has more rows than tokens."""
+    """Fewer are fine: every other base of these tests has more rows than tokens."""
     from families import VOCABULARY, save_tokenizer
 
     base, data = tmp_path / "base", tmp_path / "rows.jsonl"

@@ -182,7 +182,7 @@ values = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     st.booleans(),
 )
 def test_what_was_written_is_read(tmp_path_factory, pairs, end, mark, last_end, ascii):
-    # D3: byte order mark, CRLF, blank lines, no final newline; and every character.
+    # Byte order mark, CRLF, blank lines, no final newline; and every character.
     rows = [{"prompt": p, "completion": c} for p, c in pairs]
     text = end.join(json.dumps(row, ensure_ascii=ascii) for row in rows) + end * last_end
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -199,7 +199,7 @@ def test_what_was_written_is_read(tmp_path_factory, pairs, end, mark, last_end, 
 
 
 BAD_LINES = {
-    # D2
+    # lines that hold no row
     '{"text": "a': "ends in the middle",
     '{"text": "a"': "ends in the middle",
     '{"text":': "ends in the middle",
@@ -212,7 +212,7 @@ BAD_LINES = {
     "{'text': 'a'}": "not JSON: .* column 2",
     "hello": "not JSON",
     '{"text": "a",}': "not JSON",
-    # D6
+    # rows of no known shape
     '{"txt": "a"}': 'no field "text".*did you mean "text" by "txt"',
     "{}": 'no field "text"',
     '{"text": null}': 'no field "text"',
@@ -299,7 +299,7 @@ def test_a_bad_row_is_named_by_line_and_field(write, content, reason):
 
 
 def test_a_byte_that_is_not_utf8_is_told_with_its_offset(write):
-    # D4: the offset in the line and in the file, byte order mark included.
+    # The offset in the line and in the file, byte order mark included.
     first = b"\xef\xbb\xbf" + TEXT.encode() + b"\r\n"
     for prefix in (b"", b"\xef\xbb\xbf", first):
         bad = b'{"text": "\xc3\xa9 \xff"}'

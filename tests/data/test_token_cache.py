@@ -393,7 +393,7 @@ print(peaks[1] - peaks[0])
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    # D8: 50 MB, then 200 MB, read, encoded, kept and gone through in one process; VmHWM is in KiB.
+    # 50 MB, then 200 MB, read, encoded, kept and gone through in one process; VmHWM is in KiB.
     # The larger file's tokens alone are 32 MB, which the process maps and goes through.
     line = json.dumps({"text": ("w" * 24 + " ") * 400}) + "\n"
     small, large = tmp_path / "small.jsonl", tmp_path / "large.jsonl"

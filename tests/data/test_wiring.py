@@ -50,7 +50,7 @@ def train(place, *flags):
 
 
 def test_one_step_over_all_rows_is_the_same_padded_grouped_and_packed(place, capsys):
-    # X17 through the command: loss and gradient of the same tokens, in fp32.
+    # Through the command: loss and gradient of the same tokens, in fp32.
     whole = ["--max_steps", "1", "--gradient_accumulation_steps", "1"]
     (padded,) = train(place, *whole, "--batch_size", "12")
     (grouped,) = train(place, *whole, "--batch_size", "12", "--group_by_length")

@@ -174,7 +174,7 @@ def kl(reference: Tensor, ours: Tensor) -> float:
 
 
 def check_same_model(made: Made, plain: Tensor, ids: Tensor, noise_free: Tensor) -> None:
-    """X9: the export against the model as trained, and against the noise of bf16 itself."""
+    """The export against the model as trained, and against the noise of bf16 itself."""
     trained = logits_of(made.model, ids)
     assert kl(trained, plain) <= 1e-3
     assert distance(plain, trained) <= 3e-2

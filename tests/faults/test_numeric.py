@@ -146,7 +146,7 @@ def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path):
 
 
 def test_a_run_whose_adapter_is_not_finite_keeps_the_checkpoint_before(job, output):
-    """N3 through the command: one value flips between two steps."""
+    """Through the command: one value flips between two steps."""
     outcome = job.run(output, inject="adapter_value_flips_at_3")
     assert outcome.code == 5, outcome.output
     assert "lora_A" in outcome.error
@@ -194,7 +194,7 @@ def test_a_last_evaluation_that_does_not_fit_loses_no_step(job, reference, outpu
 
 
 def test_small_steps_move_every_entry(job, output):
-    """N8: bf16 adapters with fp32 masters at a rate that pure bf16 would round away."""
+    """bf16 adapters with fp32 masters at a rate that pure bf16 would round away."""
     moving = job.having("--dtype", "bf16", "--learning_rate", "1e-5", "--max_steps", "60")
     moving = moving.having("--lr_scheduler_type", "constant", "--save_steps", "1", "--eval_steps")
     outcome = moving.having("0", "--warmup_steps", "0", "--save_total_limit", "99").run(output)

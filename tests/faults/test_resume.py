@@ -1,4 +1,4 @@
-"""Laws of resuming: bit for bit as if the run had never stopped (parity X19, X20, faults K8)."""
+"""Laws of resuming: bit for bit as if the run had never stopped."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_counter_sees_every_storage_come_and_go():
 
 
 def test_a_counter_agrees_with_the_profilers_allocations():
-    """The growth of a step within 2 % or 1 MiB, as the parity table asks (X25)."""
+    """The growth of a step, within 2 % or 1 MiB of torch's allocation events."""
     layers = [torch.nn.Linear(512, 512) for _ in range(6)]
     model = torch.nn.Sequential(*layers)
     x = torch.ones(1024, 512)

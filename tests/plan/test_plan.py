@@ -321,7 +321,7 @@ def test_every_suggestion_is_the_plan_of_the_run_so_changed(base_dir):
 
 
 def test_the_counter_agrees_with_the_profiler_on_a_real_step(base_dir):
-    """X25: the growth over a step, within 2 % or 1 MiB of torch's allocation events."""
+    """The growth over a step, within 2 % or 1 MiB of torch's allocation events."""
     model = inject_lora(read_weights(open_base(BaseConfig(base_dir, device="cpu"))), LoRAConfig())
     training = TrainingConfig()
     prepare_model(model, training, "none")

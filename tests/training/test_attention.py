@@ -1,4 +1,4 @@
-"""X17: packed rows give what each gives alone, on every attention path and recompute level."""
+"""Packed rows give what each gives alone, on every attention path and recompute level."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ PATHS = [
     *((family, NAME) for family in OURS),
 ]
 TOLERANCE = 1e-5
-"""Of the parity table, in fp32: the two sides sum in another order."""
+"""Of fp32: the two sides sum in another order."""
 CHANGES = {"phi3": {"original_max_position_embeddings": 64}}
 """Long rope takes other factors for a whole batch once one position is beyond this."""
 
@@ -144,7 +144,7 @@ def test_without_packs_both_attentions_are_one(model_of, family):
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_right_and_no_padding_are_one(model_of, family, own):
-    """X18, outputs and gradients; `own` is our block in 4 bits, recomputed, with its attention."""
+    """Outputs and gradients; `own` is our block in 4 bits, recomputed, with its attention."""
     if own:
         changes = CHANGES.get(family, {})
         model = adapted_model(family, bits=4, packed=True, targets="all-linear", **changes)

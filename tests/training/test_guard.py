@@ -31,7 +31,7 @@ def states(optimizer):
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_one_gradient_element_that_is_not_finite_stops_before_the_optimizer(model, optim, value):
-    """N2, three times in a row: parameters and states are equal bit for bit."""
+    """Three times in a row: parameters and states are equal bit for bit."""
     ours, notes = model(r=64), []
     guard = Guard(ours, note=notes.append, rows_of=lambda step: f"rows of {step}")
     optimizer = make_optimizer(optim, ours.parameters(), 1e-2)
@@ -61,7 +61,7 @@ def test_one_gradient_element_that_is_not_finite_stops_before_the_optimizer(mode
 
 
 def test_adapters_that_no_gradient_reaches_are_an_error(model):
-    """N6: one layer is cut off from the loss; the message names its adapters."""
+    """One layer is cut off from the loss; the message names its adapters."""
     ours = model(recompute=None)  # our block would not call the hook
     ours.model.layers[0].self_attn.v_proj.register_forward_hook(
         lambda module, args, output: output.detach()

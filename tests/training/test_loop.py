@@ -19,8 +19,8 @@ from qlora_kit.training.recompute import set_recompute
 def peft_losses(base_dir, start, steps, bits, dtype, rate, max_norm):
     """A loop by hand: PEFT's layers, torch's AdamW, the mean over supervised tokens.
 
-    It trains what `start` holds. In 8 bits bitsandbytes' training forward is weight-only here
-    (facts.md 29).
+    It trains what `start` holds. In 8 bits bitsandbytes' training forward on the CPU multiplies by
+    dequantized weights, as ours does.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -86,7 +86,7 @@ def peft_losses(base_dir, start, steps, bits, dtype, rate, max_norm):
 def test_fifty_losses_equal_those_of_peft_by_hand(
     model, base_of, family, bits, level, dtype, tolerance
 ):
-    """X12. Figures of parity.md; the 4-bit weights are dequantized alike on both sides.
+    """The tolerances are for sums in another order; 4-bit weights are dequantized alike.
 
     Hidden sizes that are a multiple of the block: bitsandbytes is silently wrong on others.
     """
@@ -130,7 +130,7 @@ def gradients(model, window):
     ],
 )
 def test_micro_batches_equal_one_batch(model, family, bits, level, packed):
-    """X16: ragged, and one micro-batch without any supervised token. fp32 sums in another order."""
+    """Ragged, and one micro-batch without any supervised token. fp32 sums in another order."""
     rows = ragged_rows(9)
     masked = ragged_rows(2, seed=5)
     for row in masked:
@@ -162,7 +162,6 @@ def test_micro_batches_equal_one_batch(model, family, bits, level, packed):
     ],
 )
 def test_recomputation_changes_no_bit(model, bits, dropout, prepared):
-    """X15."""
     results, first = [], "none" if prepared else None
     for level in ("none", "full", "selective", ("selective", "none")):
         ours = model(bits, "bf16", recompute=first, dropout=dropout, target_modules="all-linear")
@@ -180,7 +179,6 @@ def test_recomputation_changes_no_bit(model, bits, dropout, prepared):
     [("llama2", 16, "fp32"), ("qwen2", 4, "bf16"), ("phi3", 8, "bf16")],
 )
 def test_evaluation_between_steps_changes_nothing(model, family, bits, dtype):
-    """X20."""
     held_out = ragged_rows(5, seed=9)
 
     def run(evaluating):

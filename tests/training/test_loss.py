@@ -26,11 +26,11 @@ def reference(rows, head, targets, softcap, scale=1.0):
 @pytest.mark.parametrize("count", [1, CHUNK_ROWS, 2 * CHUNK_ROWS + 7])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    # fp16 has three bits more than bf16, which the parity table has the figure of.
+    # fp16 has three bits more than bf16.
     [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 5e-3 / 8)],
 )
 def test_chunks_equal_the_whole(softcap, scale, bias, count, dtype, tolerance):
-    """X23. In 16 bits both start from the same rounded inputs; the logits are rounded once more."""
+    """In 16 bits both start from the same rounded inputs; the logits are rounded once more."""
     generator = torch.Generator().manual_seed(count)
     rows = torch.randn(count, 32, generator=generator).to(dtype).requires_grad_()
     head = nn.Linear(32, 211, bias=bias).requires_grad_(False)

@@ -60,7 +60,6 @@ def plain_loss(model, batch):
     ],
 )
 def test_gradients_equal_double_precision(model, family, bits, level, dropout, packed):
-    """X13."""
     options = {"dropout": dropout, "target_modules": "all-linear"}
     ours = model(bits, family=family, ffn=ODD, recompute=level, **options).train()
     randomize_adapter(ours, scale=0.05)
@@ -78,7 +77,7 @@ def test_gradients_equal_double_precision(model, family, bits, level, dropout, p
     [("qwen2", 8, "full"), ("qwen2", 4, "selective"), ("phi3", 4, "full"), ("phi3", 8, "none")],
 )
 def test_gradients_are_directional_finite_differences(model, family, bits, level):
-    """X14, along the gradient, where the difference is largest against rounding."""
+    """Along the gradient, where the difference is largest against rounding."""
     ours = model(bits, family=family, ffn=ODD, recompute=level, target_modules="all-linear").train()
     randomize_adapter(ours, scale=0.05)
     batch, eps = batch_of(), 1e-2
@@ -106,7 +105,7 @@ def test_gradients_are_directional_finite_differences(model, family, bits, level
     ],
 )
 def test_without_own_blocks_the_numbers_are_the_same(model, family, bits, dtype, level, tolerance):
-    """The first loss bit for bit, those of the steps after it within the figures of X12."""
+    """The first loss bit for bit; those after it differ by sums in another order."""
     losses = []
     for own in (True, False):
         options = {"ffn": ODD, "recompute": level, "own_blocks": own, "dropout": 0.1}

@@ -1,4 +1,4 @@
-"""Laws of the recompute levels: the same bits (X15), and what each of them keeps."""
+"""Laws of the recompute levels: the same bits, and what each of them keeps."""
 
 from __future__ import annotations
 
@@ -61,7 +61,6 @@ def check_levels(model, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_level_and_mix_gives_the_same_bits(family, dtype, dropout, packed, own):
-    """X15."""
     check_levels(prepared(family, dtype, own=own, dropout=dropout), batch_of(packed))
 
 
@@ -80,7 +79,7 @@ def test_every_level_and_mix_gives_the_same_bits(family, dtype, dropout, packed,
     ],
 )
 def test_so_it_does_in_every_number_of_bits(bits, dtype, dropout, packed, tiles, monkeypatch):
-    """X15, with our blocks and either attention; what the test above leaves out."""
+    """With our blocks and either attention; what the test above leaves out."""
     monkeypatch.setattr(attention, "TILES", tiles)
     check_levels(prepared(dtype=dtype, bits=bits, dropout=dropout), batch_of(packed))
 

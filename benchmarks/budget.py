@@ -27,7 +27,9 @@ from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import write_result
 from speed import TINY, batches, wait
 
-from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.memory.profiler import count_step
 from qlora_kit.plan.plan import MemoryPlan, Planner, Window
 from qlora_kit.training.recompute import set_recompute

@@ -16,7 +16,9 @@ from typing import Any
 
 from record import write_result
 
-from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import size_bytes
 from qlora_kit.plan.plan import Planner, Window
 

@@ -46,7 +46,7 @@ def tokenizer(data: Path) -> Any:
 
 def encode_ours(path: Path, data: Path) -> dict[str, float]:
     """Read, encode, mask, count and keep a file's rows; rows a second."""
-    from qlora_kit.config import DataConfig
+    from qlora_kit.config.data import DataConfig
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.rows import load_rows
 
@@ -93,7 +93,8 @@ def train(level: str, data: Path) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qlora_kit.config import DataConfig, LoRAConfig
+    from qlora_kit.config.data import DataConfig
+    from qlora_kit.config.lora import LoRAConfig
     from qlora_kit.data.batch import lengths_of, steps
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.order import make_packs
@@ -144,7 +145,8 @@ def train(level: str, data: Path) -> dict[str, Any]:
 def padding(data: Path) -> dict[str, float]:
     """The share of padding over a whole epoch, in each order."""
     from qlora_kit.commands.data_report import report_of
-    from qlora_kit.config import DataConfig, ShowConfig
+    from qlora_kit.config.commands import ShowConfig
+    from qlora_kit.config.data import DataConfig
     from qlora_kit.data.rows import load_rows
 
     path = str(data / "text/gsm8k/train.jsonl")
@@ -159,7 +161,7 @@ def memory(path: Path, _: Path) -> dict[str, float]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from qlora_kit.config import DataConfig
+    from qlora_kit.config.data import DataConfig
     from qlora_kit.data.batch import lengths_of, steps
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.order import make_packs

@@ -22,7 +22,9 @@ import torch
 
 from qlora_kit.base.load import open_base, read_weights
 from qlora_kit.base.quantize import own_workspace
-from qlora_kit.config import BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import Batch, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.inject import inject_lora

@@ -68,7 +68,8 @@ def losses_of_peft(case: argparse.Namespace) -> tuple[float, float]:
     from peers.peft_guide import QUERY_AND_VALUE, Peer
 
     from qlora_kit.base.load import open_base
-    from qlora_kit.config import BaseConfig, DataConfig
+    from qlora_kit.config.base import BaseConfig
+    from qlora_kit.config.data import DataConfig
     from qlora_kit.data.batch import eval_batches, padding_id, steps
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.rows import load_rows
@@ -100,7 +101,7 @@ def losses_of_peft(case: argparse.Namespace) -> tuple[float, float]:
 def copy_first_adapters(model: Any, targets: str, seed: int) -> None:
     """Give PEFT's model the A that `finetune --seed` draws; B is zero in both."""
     from qlora_kit.base.load import load_base
-    from qlora_kit.config import LoRAConfig
+    from qlora_kit.config.lora import LoRAConfig
     from qlora_kit.lora.inject import inject_lora, lora_layers
 
     ours, _ = load_base(str(TINY), bits=16, device="cpu")

@@ -4,10 +4,10 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "BaseConfig": "config",
-    "DataConfig": "config",
-    "LoRAConfig": "config",
-    "TrainingConfig": "config",
+    "BaseConfig": "config.base",
+    "DataConfig": "config.data",
+    "LoRAConfig": "config.lora",
+    "TrainingConfig": "config.training",
     "load_base": "base.load",
     "load_rows": "data.rows",
     "encode_rows": "data.encode",

@@ -11,17 +11,13 @@ from typing import Any
 import pytest
 
 from qlora_kit.commands.argv import parse
-from qlora_kit.config import (
-    BaseConfig,
-    DataConfig,
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
-    LoRAConfig,
-    OutputConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import EvaluateConfig, ExportConfig, GenerateConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.run import RunConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.option import Options, as_flat, dump, flag_of
 

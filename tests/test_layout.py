@@ -47,7 +47,9 @@ FLOORS = {
 
 BITSANDBYTES = {"base.quantize", "training.optimizer"}
 LIGHT = (
-    *("config", "errors", "redact", "files.atomic", "files.lock", "files.publish"),
+    *(f"config.{name}" for name in ("base", "commands", "data", "limits", "lora")),
+    *("config.output", "config.run", "config.training"),
+    *("errors", "redact", "files.atomic", "files.lock", "files.publish"),
     *("options.option", "options.names", "options.yaml_file", "options.parsed"),
     *("process.signals", "process.out_of_memory", "process.start", "process.streams"),
     *(f"commands.{name}" for name in COMMANDS),

@@ -11,7 +11,8 @@ from torch import Tensor
 from peers import step_dtype
 from qlora_kit.base.load import open_base, read_weights
 from qlora_kit.base.tensors import dtype_name
-from qlora_kit.config import BaseConfig, LoRAConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.block import use_own_blocks
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.training.attention import set_packed_attention

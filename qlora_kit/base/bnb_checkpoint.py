@@ -33,7 +33,7 @@ from qlora_kit.base.quantize import (
     code_tables,
 )
 from qlora_kit.base.safetensors_file import TensorEntry
-from qlora_kit.config import QUANT_TYPES, BaseConfig
+from qlora_kit.config.base import DEFAULT_BITS, QUANT_TYPES, BaseConfig
 from qlora_kit.errors import ConfigError, ModelError
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -92,7 +92,7 @@ def agree(config: BaseConfig, stored: Quantization | None, path: Path) -> Quanti
 
     Errors: `ConfigError` where an option that was given contradicts the checkpoint.
     """
-    asked = Quantization(config.bits or 4, config.quant_type, config.double_quant)
+    asked = Quantization(config.bits or DEFAULT_BITS, config.quant_type, config.double_quant)
     for option in sorted(config.chosen) if stored is not None else ():
         mine, theirs = getattr(asked, option), getattr(stored, option)
         if mine != theirs:

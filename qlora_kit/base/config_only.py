@@ -27,7 +27,7 @@ from qlora_kit.base.safetensors_file import (
     read_entries,
 )
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
-from qlora_kit.config import BaseConfig
+from qlora_kit.config.base import BaseConfig
 
 DEFAULT_DTYPE = "bfloat16"
 

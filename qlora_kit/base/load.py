@@ -54,7 +54,7 @@ from qlora_kit.base.tensors import (
     untagged,
 )
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
-from qlora_kit.config import BaseConfig
+from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import device_type
 from qlora_kit.errors import ModelError, ResourceError
 from qlora_kit.kernels.matmul import is_native

@@ -2,7 +2,7 @@
 
 Hyphens and underscores are the same, a flag beats the file, and an unknown flag or key is a
 `ConfigError` with the closest known name. What an option is, and what it may be, stands in
-`config.py`; nothing of it is repeated here.
+the folder `config`; nothing of it is repeated here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_kit.config import (
-    BaseConfig,
-    DataConfig,
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
-    LoRAConfig,
-    OutputConfig,
     PlanConfig,
     ShowConfig,
-    TrainingConfig,
 )
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError, excerpt
 from qlora_kit.options.names import closest, fields_of, spellings_of, version_line
 from qlora_kit.options.option import (

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora_kit.commands.data_notes import notes_of
-from qlora_kit.config import DataConfig, ShowConfig
+from qlora_kit.config.commands import ShowConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data.answers import turn_ends
 from qlora_kit.data.batch import lengths_of, padding_note, padding_share
 from qlora_kit.data.chat_template import ChatOptions, date_of, templates_of

@@ -17,7 +17,9 @@ from qlora_kit.run.reporter import Reporter
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
-    from qlora_kit.config import DataConfig, LoRAConfig, RunConfig
+    from qlora_kit.config.data import DataConfig
+    from qlora_kit.config.lora import LoRAConfig
+    from qlora_kit.config.run import RunConfig
     from qlora_kit.data.encode import EncodedRows
     from qlora_kit.data.order import Packs
     from qlora_kit.data.rows import Row, Rows

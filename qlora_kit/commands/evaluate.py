@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.config import BaseConfig, DataConfig, EvaluateConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import EvaluateConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.errors import ConfigError, NumericError, redacted
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.saved_adapter import look_at, open_with_adapter, run_data

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.config import BaseConfig, DataConfig, ExportConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import ExportConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.errors import ConfigError, DataError, NumericError, QloraKitError
 from qlora_kit.options.parsed import refuse_tokens
 from qlora_kit.run.saved_adapter import look_at, open_with_adapter, run_data

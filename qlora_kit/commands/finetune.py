@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.config import (
-    BaseConfig,
-    DataConfig,
-    LoRAConfig,
-    OutputConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.run import RunConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.config import BaseConfig, GenerateConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import GenerateConfig
 from qlora_kit.run.saved_adapter import look_at, open_with_adapter, reads_literally, run_chat
 
 SUMMARY = "Generate text with a base, or with an adapter on it."

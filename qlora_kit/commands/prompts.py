@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config import GenerateConfig
+from qlora_kit.config.commands import GenerateConfig
 from qlora_kit.errors import ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.config import BaseConfig, DataConfig, ShowConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import ShowConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 
@@ -89,7 +91,7 @@ def _report(parsed: Parsed) -> Report:
     from qlora_kit.base.json_file import read_json
     from qlora_kit.base.source import resolve
     from qlora_kit.base.tokenizer import load_tokenizer
-    from qlora_kit.config import DEFAULT_LENGTH
+    from qlora_kit.config.data import DEFAULT_LENGTH
     from qlora_kit.data.chat_template import chat_options, check_chat_options, use_template
     from qlora_kit.data.rows import load_rows
 

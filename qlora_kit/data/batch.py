@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_kit.config import DEFAULT_LENGTH, DataConfig
+from qlora_kit.config.data import DEFAULT_LENGTH, DataConfig
 from qlora_kit.data.order import Packs, epoch_order, grouped_order, make_packs
 from qlora_kit.data.token_rows import TokenRows
 from qlora_kit.data.tokens import IGNORE, Encoded

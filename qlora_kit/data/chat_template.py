@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from qlora_kit.config import assignments
+from qlora_kit.config.data import assignments
 from qlora_kit.data.sandbox import SIZE_LIMIT, check_template, today, variables_of
 from qlora_kit.errors import ConfigError, DataError, TokenizerError, UnsafeInputError
 from qlora_kit.files.atomic import write_plain

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data.source import check_file
 from qlora_kit.errors import DataError, from_os_error
 from qlora_kit.options.option import size_bytes

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data.chat_template import ChatOptions, chat_options
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import IGNORE, Encoded

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_kit.config import DEFAULT_EVAL_FRACTION, DataConfig
+from qlora_kit.config.data import DEFAULT_EVAL_FRACTION, DataConfig
 from qlora_kit.data.json_text import JsonError, check_depth, present
 from qlora_kit.data.lines import MAX_ROW_BYTES
 from qlora_kit.data.records import count, fingerprint, hub_splits, records

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_kit.config import GenerateConfig
+from qlora_kit.config.commands import GenerateConfig
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from qlora_kit.base.load import BaseInfo
 from qlora_kit.base.safetensors_file import TensorEntry, read_header
 from qlora_kit.base.source import contained
 from qlora_kit.base.tensors import DTYPES, check_finite, read_tensors
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError
 from qlora_kit.files.atomic import write_file
 from qlora_kit.lora.inject import (

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.pattern import full_matches
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_kit.base.contents import BESIDE_AN_ADAPTER, find
 from qlora_kit.base.json_file import read_json
-from qlora_kit.config import LARGEST_ALPHA, LARGEST_RANK
+from qlora_kit.config.limits import LARGEST_ALPHA, LARGEST_RANK
 from qlora_kit.errors import AdapterError, ConfigError, UnsafeInputError
 from qlora_kit.lora.inject import target_candidates, targets_by_name, targets_by_regex
 from qlora_kit.lora.pattern import full_matches

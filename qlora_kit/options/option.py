@@ -6,8 +6,8 @@ checks are all read off these fields. Values come as text, as Python's values, o
 `convert` makes the field's type of them, and a constructor reports everything that is wrong at
 once.
 
-Left out: the options themselves (`config.py`), and reading flags and files (`commands/`). Imports
-the standard library and yaml only, so that `--help` and a misspelt flag answer at once.
+Left out: the options themselves (the folder `config`), and reading flags and files (`commands/`).
+Imports the standard library and yaml only, so that `--help` and a misspelt flag answer at once.
 """
 
 from __future__ import annotations

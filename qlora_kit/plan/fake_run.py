@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.load import OpenBase, fill
 from qlora_kit.base.safetensors_file import TensorEntry
-from qlora_kit.config import LoRAConfig, TrainingConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import Batch, padded
 from qlora_kit.device import planned_device
 from qlora_kit.errors import ConfigError

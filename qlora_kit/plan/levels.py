@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from qlora_kit.config import RECOMPUTE_LEVELS
+from qlora_kit.config.training import RECOMPUTE_LEVELS
 from qlora_kit.data.batch import Batch
 from qlora_kit.memory.counter import Stretch
 from qlora_kit.plan.fake_run import FakeRun

@@ -11,7 +11,10 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qlora_kit.config import MOST_ROWS, BaseConfig, LoRAConfig, TrainingConfig
+from qlora_kit.config.base import DEFAULT_BITS, BaseConfig
+from qlora_kit.config.limits import MOST_ROWS
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.plan.plan import MemoryPlan, Planner, Window
 
 SHORTEST = 128
@@ -149,7 +152,7 @@ def _optimizer(options: Options, device: str) -> Iterator[Options]:
 
 def _bits(options: Options) -> Iterator[Options]:
     for bits in (8, 4):
-        if (options.base.bits or 4) > bits:
+        if (options.base.bits or DEFAULT_BITS) > bits:
             yield replace(options, base=replace(options.base, bits=bits))
 
 

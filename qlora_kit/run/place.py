@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.base.json_file import read_json
-from qlora_kit.config import DataConfig, RunConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.run import RunConfig
 from qlora_kit.errors import CheckpointError, ConfigError, QloraKitError
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.lock import LOCK

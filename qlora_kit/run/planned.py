@@ -16,7 +16,7 @@ from qlora_kit.plan.plan import MemoryPlan, Planner, Window
 
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
-    from qlora_kit.config import RunConfig
+    from qlora_kit.config.run import RunConfig
     from qlora_kit.data.order import Packs
     from qlora_kit.data.tokens import Encoded
 

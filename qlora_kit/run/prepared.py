@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.base.load import OpenBase
-from qlora_kit.config import RunConfig
+from qlora_kit.config.run import RunConfig
 from qlora_kit.data.encode import EncodedRows
 from qlora_kit.data.order import Packs
 from qlora_kit.data.rows import Rows

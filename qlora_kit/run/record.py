@@ -28,6 +28,7 @@ from typing import Any, NotRequired, Protocol, Self, TypedDict
 import yaml
 
 from qlora_kit.base.source import is_path
+from qlora_kit.config.base import DEFAULT_BITS
 from qlora_kit.errors import ConfigError, redacted
 from qlora_kit.files.atomic import write_file
 
@@ -310,7 +311,7 @@ def model_card(run: RunRecord) -> str:
     held = {4: f"4 bits, {config.get('quant_type')}", 16: "16 bits, not quantized"}
     if config.get("double_quant"):
         held[4] += ", double quantization"
-    bits = config.get("bits", 4)
+    bits = config.get("bits", DEFAULT_BITS)
     result = [
         f"training loss: {_number(train['first_loss'])} at the first step, "
         f"{_number(train['last_loss'])} at the last",
@@ -372,7 +373,7 @@ def _peft_example(config: Mapping[str, Any]) -> str:
         f"bnb_4bit_use_double_quant={bool(config.get('double_quant'))}, "
         f"bnb_4bit_compute_dtype={compute!r}",
         8: "load_in_8bit=True",
-    }.get(config.get("bits", 4))
+    }.get(config.get("bits", DEFAULT_BITS))
     lines = [
         "from peft import PeftConfig, PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",

@@ -14,7 +14,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import BaseConfig, LoRAConfig, RunConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.run import RunConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.saved_adapter import base_of

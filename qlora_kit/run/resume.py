@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.base.safetensors_file import fingerprint
-from qlora_kit.config import RunConfig
+from qlora_kit.config.run import RunConfig
 from qlora_kit.errors import CheckpointError, ConfigError
 from qlora_kit.files.atomic import real_path
 from qlora_kit.options.option import flag_of, types_of

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import (
-    BaseConfig,
-    DataConfig,
-    LoRAConfig,
-    OutputConfig,
-    TrainingConfig,
-)
+from qlora_kit.config.base import DEFAULT_BITS, BaseConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.files.atomic import real_path
 from qlora_kit.options.names import fields_of
@@ -118,7 +116,7 @@ def base_of(parsed: Parsed, adapter: str | None, *, as_trained: bool = False) ->
         raise AdapterError(
             f"{adapter}: says of its base: {error.problem}", "save the adapter again"
         ) from error
-    if given.get("bits", 4) != 4:
+    if given.get("bits", DEFAULT_BITS) != DEFAULT_BITS:
         known.pop("quant_type", None)
         known.pop("double_quant", None)
     if "model" in given or is_path(known.get("model", "tiny")):

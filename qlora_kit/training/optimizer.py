@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.config import TrainingConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device import device_type, has_values
 from qlora_kit.errors import CheckpointError
 

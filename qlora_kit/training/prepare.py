@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_kit.config import TrainingConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.lora.block import use_own_blocks
 from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.recompute import set_recompute

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.base.load import load_base
 from qlora_kit.base.quantize import QuantizedLinear, dequantize
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, ModelError, NumericError
 from qlora_kit.export.merge import export_model
 from qlora_kit.lora.adapter import load_adapter, save_adapter

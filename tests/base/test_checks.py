@@ -22,7 +22,7 @@ from qlora_kit.base.checks import check_architecture, read_config
 from qlora_kit.base.load import open_base
 from qlora_kit.base.safetensors_file import read_entries, read_header
 from qlora_kit.base.tokenizer import load_tokenizer
-from qlora_kit.config import BaseConfig
+from qlora_kit.config.base import BaseConfig
 from qlora_kit.errors import ModelError, TokenizerError, UnsafeInputError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -23,7 +23,7 @@ from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.load import open_base
 from qlora_kit.base.source import Source
 from qlora_kit.base.tokenizer import copy_tokenizer, load_tokenizer
-from qlora_kit.config import BaseConfig
+from qlora_kit.config.base import BaseConfig
 from qlora_kit.errors import ModelError, TokenizerError, UnsafeInputError
 from qlora_kit.files.kind import SAFETENSORS, file_kind
 

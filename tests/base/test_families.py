@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.base.load import load_base, open_base
 from qlora_kit.base.quantize import QuantizedLinear, dequantize
-from qlora_kit.config import BaseConfig, LoRAConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError
 from qlora_kit.export.merge import export_model
 from qlora_kit.lora.inject import find_targets, inject_lora

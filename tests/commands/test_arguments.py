@@ -15,17 +15,12 @@ import pytest
 import qlora_kit
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.main import COMMANDS, main
-from qlora_kit.config import (
-    BaseConfig,
-    DataConfig,
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
-    LoRAConfig,
-    OutputConfig,
-    PlanConfig,
-    TrainingConfig,
-)
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import EvaluateConfig, ExportConfig, GenerateConfig, PlanConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError, UnsafeInputError, error_line
 from qlora_kit.options.names import FOREIGN, fields_of, spellings_of
 from qlora_kit.options.option import flag_of

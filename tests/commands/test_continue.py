@@ -17,7 +17,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.inject import inject_lora
 

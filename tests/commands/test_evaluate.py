@@ -15,7 +15,10 @@ from families import tree_hash
 from trained import trained_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.run import RunConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import dump
 
 Run = Callable[..., Any]

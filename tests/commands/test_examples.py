@@ -13,7 +13,10 @@ import pytest
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.finetune import GROUPS
-from qlora_kit.config import BaseConfig, DataConfig, LoRAConfig, TrainingConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import size_bytes
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))

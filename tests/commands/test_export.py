@@ -19,7 +19,10 @@ from safetensors.torch import load_file
 from trained import save_trained, write_rows
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.config import BaseConfig, DataConfig, RunConfig, TrainingConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.run import RunConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.files.lock import locked
 from qlora_kit.options.option import dump
 

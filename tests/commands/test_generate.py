@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from trained import trained_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_kit.config import BaseConfig, RunConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.run import RunConfig
 from qlora_kit.lora.adapter import trained_on
 from qlora_kit.options.option import dump
 from qlora_kit.run.saved_adapter import reads_literally

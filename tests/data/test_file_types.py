@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data import source, tables
 from qlora_kit.data.records import count, records
 from qlora_kit.data.rows import load_rows

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data import json_array, records
 from qlora_kit.data.rows import load_rows
 from qlora_kit.data.source import HubSplit, find
@@ -211,7 +211,7 @@ def test_numbers_in_parquet_are_no_text(folder):
 ABSENT = """
 import sys
 sys.modules["pyarrow"] = sys.modules["pyarrow.parquet"] = sys.modules["datasets"] = None
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data.rows import load_rows
 from qlora_kit.errors import ResourceError
 for data in sys.argv[1:]:
@@ -247,7 +247,7 @@ def test_a_hub_id_is_told_from_a_path(tmp_path, monkeypatch, data, subset):
 
 HUB = """
 import sys
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data.rows import load_rows
 from qlora_kit.errors import QloraKitError
 try:

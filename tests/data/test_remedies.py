@@ -7,7 +7,7 @@ import pytest
 from chat_tokenizer import chat_tokenizer
 from spelled_rows import TEMPLATE
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data.encode import encode_rows
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import load_rows

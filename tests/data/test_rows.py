@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data import source
 from qlora_kit.data.rows import load_rows, read_rows
 from qlora_kit.data.schema import recognise

@@ -9,7 +9,7 @@ import pytest
 from chat_tokenizer import chat_tokenizer
 from spelled_rows import ALIKE, ROWS, TEMPLATE
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data.encode import encode, encode_rows
 from qlora_kit.data.rows import load_rows, read_rows
 from qlora_kit.errors import DataError

@@ -15,7 +15,7 @@ from chat_tokenizer import chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data import encode as rows_to_tokens
 from qlora_kit.data import token_cache as cache_module
 from qlora_kit.data.batch import lengths_of
@@ -367,7 +367,7 @@ import json, sys
 from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from qlora_kit.config import DataConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data.batch import steps
 from qlora_kit.data.encode import encode_rows
 from qlora_kit.data.rows import load_rows

@@ -31,7 +31,7 @@ from torch import Tensor
 from trained import save_trained, trained_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError, ExportError, NumericError
 from qlora_kit.export.merge import export_model
 from qlora_kit.lora.adapter import save_adapter

@@ -8,7 +8,7 @@ import math
 import pytest
 from faults.harness import SETTINGS, STEPS, Fault, leftovers, result_of
 
-from qlora_kit.config import OPTIMIZERS
+from qlora_kit.config.training import OPTIMIZERS
 from qlora_kit.run.result import Progress
 from qlora_kit.training.checkpoint import load_checkpoint
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.base.load import load_base
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, NumericError, UnsafeInputError
 from qlora_kit.lora.adapter import load_adapter, save_adapter, trained_on
 from qlora_kit.lora.inject import activate, inject_lora, lora_layers

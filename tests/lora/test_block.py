@@ -8,7 +8,7 @@ from adapted import RANK, adapted_model
 from families import FAMILIES, tiny_model, token_ids
 from torch.autograd.graph import saved_tensors_hooks
 
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.kernels import attention
 from qlora_kit.kernels.elementwise import ACTIVATIONS, Gate, rotate
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.base.load import load_base
 from qlora_kit.base.quantize import dequantize
-from qlora_kit.config import LoRAConfig, TrainingConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.inject import (
     activate,

@@ -12,7 +12,8 @@ from families import refused, save_checkpoint
 from trained import save_trained
 
 from qlora_kit.base.load import open_base
-from qlora_kit.config import BaseConfig, LoRAConfig
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.adapter import open_adapter
 from qlora_kit.lora.inject import find_targets

@@ -12,7 +12,7 @@ import torch
 from families import VOCABULARY, save_checkpoint
 
 from qlora_kit.base.load import load_base
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device import describe_device, peak_bytes
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import StorageCounter

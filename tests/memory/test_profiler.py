@@ -8,7 +8,7 @@ from families import save_checkpoint
 from windows import trained, windows
 
 from qlora_kit.base.load import load_base, tag_weights
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.measure import adapter_bytes, optimizer_bytes, weight_bytes

@@ -14,14 +14,12 @@ from typing import Any
 import pytest
 
 from qlora_kit.commands.argv import GROUP_TITLES, parse
-from qlora_kit.config import (
-    BaseConfig,
-    DataConfig,
-    GenerateConfig,
-    LoRAConfig,
-    OutputConfig,
-    TrainingConfig,
-)
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import GenerateConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.option import Options, alternatives, flag_of, types_of
 from qlora_kit.options.yaml_file import read_config

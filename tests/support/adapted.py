@@ -8,7 +8,7 @@ import torch
 from families import tiny_model
 
 from qlora_kit.base.quantize import Quantization, quantize_linear
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.block import use_own_blocks
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.training.attention import set_packed_attention

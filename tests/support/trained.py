@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qlora_kit.base.load import load_base
-from qlora_kit.config import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.inject import inject_lora, lora_layers
 

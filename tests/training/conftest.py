@@ -11,7 +11,8 @@ import pytest
 from families import save_checkpoint
 
 from qlora_kit.base.load import load_base
-from qlora_kit.config import LoRAConfig, TrainingConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.training.prepare import prepare_model
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_kit.config import OPTIMIZERS, SCHEDULES, TrainingConfig
+from qlora_kit.config.training import OPTIMIZERS, SCHEDULES, TrainingConfig
 from qlora_kit.device import planned_device
 from qlora_kit.errors import CheckpointError
 from qlora_kit.training.optimizer import (

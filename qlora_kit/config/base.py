@@ -1,0 +1,82 @@
+"""The base model: which one, and how it is held."""
+
+from __future__ import annotations
+
+import re
+import typing
+from dataclasses import dataclass
+
+from qlora_kit.options.option import Options, a_name, one_of, option
+
+QUANT_TYPES = ("nf4", "fp4")
+DTYPES = ("bf16", "fp16", "fp32")
+DEFAULT_BITS = 4
+
+
+def _device(value: str) -> str | None:
+    return (
+        None if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value) else "auto, cpu, cuda or cuda:N"
+    )
+
+
+@dataclass(frozen=True)
+class BaseConfig(Options):
+    """Which base model, and how it is held."""
+
+    model: str = option(
+        "tiny",
+        "local directory, hub id or short name (tiny ships with the package; llama-7b, "
+        "llama3.1-8b, mistral-7b, ... stand for hub ids)",
+        aliases=("model_name_or_path",),
+        check=a_name(),
+        path=True,
+        metavar="NAME|DIR",
+    )
+    revision: str | None = option(
+        None,
+        "hub revision: branch, tag or commit",
+        check=a_name("a branch, tag or commit"),
+        metavar="REV",
+    )
+    bits: int | None = option(
+        None,
+        "bits of the base's linear layers; 16: not quantized",
+        check=one_of(4, 8, 16),
+        shown_default=f"{DEFAULT_BITS}, or what the base is already quantized in",
+    )
+    quant_type: str | None = option(
+        None, "4-bit format", check=one_of(*QUANT_TYPES), shown_default="nf4"
+    )
+    double_quant: bool | None = option(
+        None, "quantize the 4-bit scales as well", shown_default="on"
+    )
+    dtype: str = option(
+        "auto",
+        "compute dtype; auto: bf16 where the device has it, else fp16 (GPU) or fp32",
+        check=one_of("auto", *DTYPES),
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", check=_device)
+    resize_embeddings: bool = option(
+        False,
+        "where the tokenizer has more tokens than the embedding has rows, add rows: each the mean "
+        "of the others, and frozen like them",
+    )
+
+    chosen: typing.ClassVar[frozenset[str]] = frozenset()
+    """Of `bits`, `quant_type` and `double_quant` those that were given and not left alone."""
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        names = ("bits", "quant_type", "double_quant")
+        given = frozenset(name for name in names if getattr(self, name) is not None)
+        object.__setattr__(self, "chosen", given)
+        object.__setattr__(self, "bits", self.bits or DEFAULT_BITS)
+        if self.bits == 4:
+            object.__setattr__(self, "quant_type", self.quant_type or QUANT_TYPES[0])
+            object.__setattr__(self, "double_quant", self.double_quant is not False)
+            return
+        for name in ("quant_type", "double_quant"):
+            if getattr(self, name) is not None:
+                yield (
+                    f"{name} {getattr(self, name)} goes with bits 4 (nf4 or fp4, double_quant on "
+                    f"or off), not with bits {self.bits}"
+                )

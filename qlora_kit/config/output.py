@@ -1,0 +1,106 @@
+"""The results of a run: where they go, and what is reported."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+
+from qlora_kit.config.limits import MOST_STEPS
+from qlora_kit.options.option import FALSE, TRUE, Options, a_name, also, between, joined, option
+
+
+def _option_names(value: str | tuple[str, ...]) -> str | None:
+    names = value.split(",") if isinstance(value, str) else value
+    return None if all(name.strip() for name in names) and names else "names of options"
+
+
+@dataclass(frozen=True)
+class OutputConfig(Options):
+    """Where the results go, and what is reported."""
+
+    output_dir: str | None = option(
+        None,
+        "new or empty directory for the results",
+        check=a_name(),
+        path=True,
+        shown_default="runs/<model>-<data>-<bits>bit, then -2, -3 ...",
+        metavar="DIR",
+    )
+    overwrite: bool = option(
+        False, "replace what is in --output_dir", aliases=("overwrite_output_dir",)
+    )
+    save_steps: int = option(
+        0,
+        "write a checkpoint every so many steps",
+        check=between(0, MOST_STEPS),
+        shown_default="0: by the clock alone, and when a signal or an error stops the run",
+    )
+    save_minutes: float = option(
+        10.0,
+        "write a checkpoint after so many minutes without one; a finished run keeps none of them; "
+        "0: none",
+        check=between(0, 10**6),
+    )
+    save_total_limit: int = option(2, "checkpoints that are kept", check=between(1, MOST_STEPS))
+    eval_steps: int = option(
+        0,
+        "held-out loss every so many steps",
+        check=between(0, MOST_STEPS),
+        shown_default="0: at the start and the end",
+    )
+    logging_steps: int = option(
+        1, "a line in metrics.jsonl every so many steps", check=between(1, MOST_STEPS)
+    )
+    load_best: bool = option(False, "save the adapter of the lowest held-out loss, not the last")
+    early_stopping: int | None = option(
+        None,
+        "stop after this many evaluations without a lower held-out loss",
+        check=between(1, MOST_STEPS),
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "auto (the newest whole checkpoint of --output_dir) or the directory of a checkpoint",
+        check=a_name("auto or the directory of a checkpoint"),
+        path=True,
+        reads=also(dict.fromkeys(TRUE, "auto") | dict.fromkeys(FALSE)),
+        metavar="auto|DIR",
+    )
+    override: str | tuple[str, ...] | None = option(
+        None,
+        "options, comma-separated, that may differ from those of the checkpoint",
+        check=_option_names,
+        metavar="NAMES",
+    )
+    report_to: str = option(
+        "none",
+        "trackers of accelerate: tensorboard, wandb, ... (comma-separated)",
+        check=a_name("none, or names of trackers with commas between them"),
+        reads=joined,
+        metavar="NAMES",
+    )
+    sample_prompts: int = option(
+        0, "answer this many held-out prompts before and after training", check=between(0, 100)
+    )
+    compare_bits: bool = option(
+        False, "first load the base in 16, 8 and 4 bits and show the memory of each"
+    )
+
+    @property
+    def overridden(self) -> frozenset[str]:
+        """The names in `override`, hyphens as underscores."""
+        names = self.override.split(",") if isinstance(self.override, str) else self.override or ()
+        return frozenset(name.strip().lstrip("-").replace("-", "_") for name in names)
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.eval_steps == 0:
+            if self.load_best:
+                yield "load_best needs eval_steps of at least 1, got 0"
+            if self.early_stopping is not None:
+                yield f"early_stopping {self.early_stopping} needs eval_steps of at least 1, got 0"
+        if self.resume_from_checkpoint is None and self.override is not None:
+            yield "override goes with resume_from_checkpoint, which is not given"
+        if self.resume_from_checkpoint is not None and self.overwrite:
+            yield (
+                f"overwrite is given beside resume_from_checkpoint {self.resume_from_checkpoint}: "
+                "name one of them"
+            )

@@ -1,0 +1,101 @@
+"""The optimization: rates, batches, steps, and what the backward pass recomputes."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+
+from qlora_kit.config.limits import MOST_ROWS, MOST_STEPS, SEEDS
+from qlora_kit.options.option import (
+    FALSE,
+    Options,
+    a_size,
+    also,
+    between,
+    one_of,
+    option,
+    size_bytes,
+)
+
+OPTIMIZERS = (
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+)
+SCHEDULES = ("cosine", "linear", "constant")
+RECOMPUTE_LEVELS = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Options):
+    """The optimization."""
+
+    learning_rate: float = option(
+        2e-4, "peak learning rate", check=between(0, 1e3, open_low=True, tiny=1e-12)
+    )
+    lr_scheduler_type: str = option("cosine", "after the warm-up", check=one_of(*SCHEDULES))
+    warmup_steps: float = option(
+        0.03,
+        "steps of linear warm-up; below 1: a share of all steps",
+        aliases=("warmup_ratio",),
+        check=between(0, MOST_STEPS),
+    )
+    weight_decay: float = option(0.0, "decoupled weight decay", check=between(0, 1e3))
+    max_grad_norm: float = option(
+        1.0, "gradients are clipped to this norm", check=between(0, 1e9, open_low=True, tiny=1e-9)
+    )
+    optim: str = option(
+        "auto",
+        "auto: paged_adamw_8bit on CUDA, adamw (torch's fused) elsewhere",
+        check=one_of("auto", *OPTIMIZERS),
+    )
+    batch_size: int = option(
+        1,
+        "rows of a micro-batch",
+        flag="per_device_train_batch_size",
+        aliases=("batch_size",),
+        check=between(1, MOST_ROWS),
+    )
+    gradient_accumulation_steps: int = option(
+        16, "micro-batches of a step", check=between(1, MOST_ROWS)
+    )
+    num_train_epochs: float = option(1.0, "passes over the data", check=between(0, 1e6))
+    max_steps: int | None = option(
+        None,
+        "stop after this many optimizer steps",
+        check=between(0, MOST_STEPS),
+        reads=also({"-1": None}),
+    )
+    gradient_checkpointing: str = option(
+        "auto",
+        "activations that backward recomputes; auto: as few as fit --memory_budget",
+        check=one_of("auto", *RECOMPUTE_LEVELS),
+        reads=also(dict.fromkeys(FALSE, "none")),
+    )
+    memory_budget: str | None = option(
+        None,
+        "bytes that the run may take of its device, such as 8GiB",
+        check=a_size,
+        metavar="SIZE",
+        shown_default="the device's free memory",
+    )
+    own_blocks: bool = option(
+        True, "norms, rotary turns and MLPs that keep less for the backward pass, same numbers"
+    )
+    seed: int = option(42, "of adapters, data order, dropout and sampling", check=SEEDS)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`memory_budget` as a number, where it is given."""
+        return None if self.memory_budget is None else size_bytes(self.memory_budget)
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.num_train_epochs == 0 and not self.max_steps:
+            yield (
+                f"num_train_epochs 0 with max_steps {self.max_steps or 0} leaves no step to train"
+            )
+        elif self.max_steps == 0:
+            yield "max_steps 0 leaves no step to train: leave it out, or give at least 1"

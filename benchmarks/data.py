@@ -99,7 +99,7 @@ def train(level: str, data: Path) -> dict[str, Any]:
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.order import make_packs
     from qlora_kit.data.rows import load_rows
-    from qlora_kit.lora.block import use_own_blocks
+    from qlora_kit.lora.block import use_fused_blocks
     from qlora_kit.lora.inject import inject_lora
     from qlora_kit.training.attention import set_packed_attention
     from qlora_kit.training.loop import train as run
@@ -119,7 +119,7 @@ def train(level: str, data: Path) -> dict[str, Any]:
     inject_lora(model, LoRAConfig(), seed=0)
     # Attends as the library does wherever a sequence holds one row.
     set_packed_attention(model)
-    assert use_own_blocks(model) is None
+    assert use_fused_blocks(model) is None
     set_recompute(model, level)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

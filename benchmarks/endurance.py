@@ -55,9 +55,9 @@ class Watched(run.Run):
         self.save_s.append(time.perf_counter() - began)
         return path
 
-    def listen(self, report: Any) -> None:
+    def on_step(self, report: Any) -> None:
         """As ever; then look at the process."""
-        super().listen(report)
+        super().on_step(report)
         self.step_s.append(report.seconds)
         with open("/proc/self/statm") as file:
             self.resident.append(int(file.read().split()[1]) * PAGE)

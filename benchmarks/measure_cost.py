@@ -44,22 +44,24 @@ def main() -> None:
     device = model.get_input_embeddings().weight.device
     memory = Memory(model, optimizer, Meter(device))
     row = Encoded([5] * given.length, [5] * given.length)
-    window = [collate([row] * given.batch, 0)]
+    micro_batches = [collate([row] * given.batch, 0)]
 
-    def attempt(gradients: Any, parts: Any) -> Any:
+    def run_backward(backward: Any, parts: Any) -> Any:
         memory.before_step(1)
-        return gradients(parts)
+        return backward(parts)
 
-    def check(step: int, loss: Any, norm: Any) -> bool:
+    def before_step(step: int, loss: Any, norm: Any) -> bool:
         memory.after_backward()
         return True
 
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     for number in range(WARM_UP + given.steps):
         for side, taken in seconds.items():
-            hooks = {"attempt": attempt, "check": check} if side == "with" else {}
+            hooks = (
+                {"run_backward": run_backward, "before_step": before_step} if side == "with" else {}
+            )
             began = time.perf_counter()
-            train_step(model, window, optimizer, step=number + 1, max_grad_norm=1.0, **hooks)
+            train_step(model, micro_batches, optimizer, step=number + 1, max_grad_norm=1.0, **hooks)
             if side == "with":
                 memory.after_step()
             if device.type == "cuda":

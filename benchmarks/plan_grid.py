@@ -166,14 +166,14 @@ def _counted(model: Any, optimizer: torch.optim.Optimizer, window: list[Batch]) 
 
 
 def _step(model: Any, optimizer: Any, window: list[Batch], counter: StorageCounter | None) -> None:
-    def passes(gradients: Any, window: Any) -> torch.Tensor:
-        loss: torch.Tensor = gradients(window)
+    def passes(backward: Any, micro_batches: Any) -> torch.Tensor:
+        loss: torch.Tensor = backward(micro_batches)
         if counter is not None:
             counter.at("step")
             counter.filling = "optimizer"
         return loss
 
-    train_step(model, window, optimizer, step=1, max_grad_norm=1.0, attempt=passes)
+    train_step(model, window, optimizer, step=1, max_grad_norm=1.0, run_backward=passes)
 
 
 if __name__ == "__main__":

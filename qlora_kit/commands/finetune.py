@@ -79,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open_run(plan, display, signals) as run:
             train(
                 run.model,
-                run.windows(),
+                run.steps(),
                 run.optimizer,
                 learning_rate=run.learning_rate,
                 max_grad_norm=config.training.max_grad_norm,
-                attempt=run.attempt,
-                check=run.check,
-                listen=run.listen,
+                run_backward=run.run_backward,
+                before_step=run.before_step,
+                on_step=run.on_step,
                 start_step=run.progress.step,
             )
             run.finish()

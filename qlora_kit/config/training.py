@@ -82,8 +82,10 @@ class TrainingConfig(Options):
         metavar="SIZE",
         shown_default="the device's free memory",
     )
-    own_blocks: bool = option(
-        True, "norms, rotary turns and MLPs that keep less for the backward pass, same numbers"
+    fused_blocks: bool = option(
+        True,
+        "norms, rotary embeddings and MLPs that keep less for the backward pass, same numbers",
+        aliases=("own_blocks",),
     )
     seed: int = option(42, "of adapters, data order, dropout and sampling", check=SEEDS)
 

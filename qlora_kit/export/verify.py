@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qlora_kit.training.loss import behind_the_head, to_device
+from qlora_kit.training.loss import logit_scale_and_softcap, to_device
 
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Batch
@@ -93,7 +93,7 @@ def _hidden(model: Any, batch: Batch) -> Tensor:
 
 def _logits(model: Any, rows: Tensor) -> Tensor:
     """fp32 logits on the CPU, through the head, its factor and its soft cap."""
-    scale, softcap = behind_the_head(model.config)
+    scale, softcap = logit_scale_and_softcap(model.config)
     logits: Tensor = model.get_output_embeddings()(rows).float() * scale
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap

@@ -37,8 +37,8 @@ FORWARD_SCORES = 2**20
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Sequences `batch` of a batch, positions `start` to `end`: attention stays within."""
+class Segment:
+    """A row of a pack: sequences `batch`, positions `start` to `end`; attention stays within."""
 
     batch: slice
     start: int
@@ -50,13 +50,13 @@ class Stretch:
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, stretches: Sequence[Stretch]
+    query: Tensor, key: Tensor, value: Tensor, scale: float, segments: Sequence[Segment]
 ) -> Tensor:
     """Queries (B, H, T, d), keys and values (B, H / n, T, d) to (B, H, T, d), row by row.
 
-    The stretches cover the whole batch; no position sees another stretch or a later position.
+    The segments cover the whole batch; no position sees another segment or a later position.
     """
-    return _CausalAttention.apply(query, key, value, scale, stretches)  # type: ignore[no-any-return, no-untyped-call]
+    return _CausalAttention.apply(query, key, value, scale, segments)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -67,13 +67,13 @@ class _CausalAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         scale: float,
-        stretches: Sequence[Stretch],
+        segments: Sequence[Segment],
     ) -> Tensor:
-        ctx.scale, ctx.stretches = scale, stretches
+        ctx.scale, ctx.segments = scale, segments
         result: Tensor
         normalizer: Tensor | None = None
-        if len(stretches) > 1:
-            borders = zip(*((s.batch.start, s.start, s.end) for s in stretches), strict=True)
+        if len(segments) > 1:
+            borders = zip(*((s.batch.start, s.start, s.end) for s in segments), strict=True)
             result, normalizer = attend_rows(query, key, value, scale, *map(list, borders))
         elif _by_library(query):
             result, normalizer = _library_forward(query, key, value, scale)
@@ -88,11 +88,11 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *others = ctx.saved_tensors
         results = [_like_heads(x) for x in (query, key, value)]
-        for stretch in ctx.stretches:
-            q, k, v, grad = (stretch.of(x) for x in (query, key, value, grads[0]))
-            into = [stretch.of(x) for x in results]
+        for segment in ctx.segments:
+            q, k, v, grad = (segment.of(x) for x in (query, key, value, grads[0]))
+            into = [segment.of(x) for x in results]
             if others:
-                output, normalizer = (stretch.of(x) for x in others)
+                output, normalizer = (segment.of(x) for x in others)
                 gradients = _library_backward(grad, q, k, v, output, normalizer, ctx.scale)
                 for result, gradient in zip(into, gradients, strict=True):
                     result.copy_(gradient)
@@ -142,14 +142,14 @@ def attend_rows(
     """
     result, normalizer = _like_heads(query), _statistics(query)
     for sequence, start, end in zip(sequences, starts, ends, strict=True):
-        stretch = Stretch(slice(sequence, sequence + 1), start, end)
-        q, k, v = (stretch.of(x) for x in (query, key, value))
+        segment = Segment(slice(sequence, sequence + 1), start, end)
+        q, k, v = (segment.of(x) for x in (query, key, value))
         if _by_library(query):
             output, found = _library_forward(q, k, v, scale)
-            stretch.of(normalizer).copy_(found)
+            segment.of(normalizer).copy_(found)
         else:
             output = _attend_in_blocks(q, k, v, scale)
-        stretch.of(result).copy_(output)
+        segment.of(result).copy_(output)
     return result, normalizer
 
 
@@ -176,7 +176,7 @@ def _statistics(query: Tensor) -> Tensor:
 def _library_forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The library's output and statistics of one stretch."""
+    """The library's output and statistics of one segment."""
     repeated = _repeated(key, value, query.shape[1] // key.shape[1])
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return attend(query, *repeated, 0.0, True, scale=scale)  # type: ignore[no-any-return]
@@ -184,7 +184,7 @@ def _library_forward(
 
 @torch.library.custom_op("qlora_kit::attend_in_blocks", mutates_args=())
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Queries (B, H, T, d), keys and values (B, H / n, T, d) of one stretch to (B, H, T, d).
+    """Queries (B, H, T, d), keys and values (B, H / n, T, d) of one segment to (B, H, T, d).
 
     One operation, so that a level of recompute can keep its result. No plan sees what it takes
     inside: `FORWARD_SCORES` in fp32 and in 16 bits (6 MiB; more once n * T is above that number),
@@ -271,7 +271,7 @@ def _library_backward(
 def _backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query (B, H, T, d), key and value (B, H / n, T, d) of one stretch.
+    """Gradients by query (B, H, T, d), key and value (B, H / n, T, d) of one segment.
 
     Of wide heads the scores are made in fp32. Those of narrow ones are rounded to 16 bits, as
     transformers' eager attention does; their product takes 1.7 against 3.5 ms a layer of the 1b

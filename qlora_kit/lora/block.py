@@ -188,7 +188,7 @@ class OwnForward:
         return self.run(self.block, hidden_states, positions, **options)
 
 
-def use_own_blocks(model: Any) -> str | None:
+def use_fused_blocks(model: Any) -> str | None:
     """Let the decoder layers of `model` run through `Block`; None, or why they stay as they are.
 
     A call with a cache, as generation makes it, goes through the model's own code.

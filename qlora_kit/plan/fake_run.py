@@ -34,7 +34,7 @@ from qlora_kit.memory.profiler import batch_tensors
 from qlora_kit.plan.extrapolate import cut, extend
 from qlora_kit.plan.repeat import RepeatedQuantize
 from qlora_kit.training.attention import known_rows
-from qlora_kit.training.loop import Gradients, train_step
+from qlora_kit.training.loop import Backward, train_step
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.optimizer import (
     make_optimizer,
@@ -97,7 +97,7 @@ class FakeRun:
             self._gradients = [torch.empty_like(parameter) for parameter in self._trained]
             self._counter.tag(IDLE, self._gradients)
         self.updates = self._update()
-        self.own = training.own_blocks and self.note is None
+        self.own = training.fused_blocks and self.note is None
         found = {id(module): name for name, module in self.model.named_modules()}
         self.names = [found[id(layer)] for layer in self.layers]
         self._kinds = [self._kind_of(layer) for layer in self.layers]
@@ -156,10 +156,10 @@ class FakeRun:
         Of a window the last micro-batch is traced: it finds the gradients of those before it.
         """
 
-        def passes(gradients: Gradients, last: Sequence[Batch]) -> Tensor:
+        def passes(backward: Backward, last: Sequence[Batch]) -> Tensor:
             if len(window) > 1:
                 self._take_gradients()
-            loss = gradients(last)
+            loss = backward(last)
             self._counter.at("")
             # The norm of all gradients is no part of the passes (see `_update`); that of one has to
             # be, for what scales fp16 gradients takes no empty list.
@@ -182,7 +182,7 @@ class FakeRun:
     def _update(self) -> list[Stretch]:
         """The stretch of clipping and of the optimizer's step, with states and all gradients."""
 
-        def given(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
+        def given(backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
             self._take_gradients()
             loss = torch.zeros(())  # what the passes leave
             self._counter.at("step")
@@ -210,15 +210,15 @@ class FakeRun:
             if parameter in traced:
                 parameter.grad = gradient
 
-    def _step(self, window: Sequence[Batch], attempt: Any, *, update: bool) -> None:
+    def _step(self, window: Sequence[Batch], run_backward: Any, *, update: bool) -> None:
         train_step(
             self.model,
             window,
             self._optimizer,
             step=1,
             max_grad_norm=1.0,
-            attempt=attempt,
-            check=lambda step, loss, norm: update,
+            run_backward=run_backward,
+            before_step=lambda step, loss, norm: update,
         )
         self._counter.tag(IDLE, self._gradients)
 

@@ -97,7 +97,8 @@ def check_resumed(
     saved, kept = resume.state.get("config"), resume.state.get("identity")
     if not isinstance(saved, dict) or not isinstance(kept, dict):
         raise CheckpointError(f"{resume.path}: does not say what it is of", "use another one")
-    now = config.as_flat()
+    now, names = config.as_flat(), _option_names()
+    saved = {names.get(name, name): value for name, value in saved.items()}  # renamed since
     different = {
         name: f"{saved.get(name, 'none')} there, {now.get(name, 'none')} here"
         for name in {**saved, **now}
@@ -126,12 +127,18 @@ def check_resumed(
 
 def overridden_options(config: RunConfig) -> set[str]:
     """The options in `--override` by their main names. Errors: `ConfigError` for unknown ones."""
-    names = {}
-    for field in itertools.chain.from_iterable(map(fields, types_of(RunConfig).values())):
-        for other in (field.name, *field.metadata["option"]["aliases"], flag_of(field)):
-            names[other] = flag_of(field)
+    names = _option_names()
     if unknown := sorted(config.output.overridden - names.keys()):
         near = difflib.get_close_matches(unknown[0], names, n=1)
         guess = f", did you mean {near[0]}?" if near else ""
         raise ConfigError(f"override {unknown[0]}: no such option{guess}", "name options of --help")
     return {names[name] for name in config.output.overridden}
+
+
+def _option_names() -> dict[str, str]:
+    """Every name of an option of a run, with its main name."""
+    return {
+        name: flag_of(field)
+        for field in itertools.chain.from_iterable(map(fields, types_of(RunConfig).values()))
+        for name in (field.name, *field.metadata["option"]["aliases"], flag_of(field))
+    }

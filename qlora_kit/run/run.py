@@ -1,7 +1,7 @@
 """One training run around its steps: what is evaluated, saved, logged and shown between them.
 
-`Run` has what `train` needs (a model, windows of batches, an optimizer) and what it calls: `check`
-before each optimizer step, `listen` after it. Everything that the rest of the run depends on is
+`Run` has what `train` needs (a model, micro-batches, an optimizer) and what it calls: `before_step`
+before each optimizer step, `on_step` after it. Everything that the rest of the run depends on is
 in `_state`, so that a checkpoint holds it and a resumed run goes on as if it had never stopped.
 """
 
@@ -57,7 +57,7 @@ from qlora_kit.training.checkpoint import (
     take,
 )
 from qlora_kit.training.guard import Guard
-from qlora_kit.training.loop import Gradients, StepReport
+from qlora_kit.training.loop import Backward, StepReport
 from qlora_kit.training.loss import Evaluation, evaluate
 from qlora_kit.training.optimizer import (
     learning_rates,
@@ -161,7 +161,7 @@ class Run:
     def begin(self, log: MetricsLog, bar: StepReporter) -> None:
         """Measure what the run starts from, unless the checkpoint says it."""
         self._log, self._bar = log, bar
-        self._saved_s = self._listened_s = time.monotonic()
+        self._saved_s = self._asked_s = time.monotonic()
         progress = self.progress
         largest = try_largest(self._plan, self.model, self.optimizer, self.guard, progress.step)
         self._memory.choose(progress.step, largest)
@@ -176,10 +176,10 @@ class Run:
         else:
             self._evaluate_if_due()
 
-    def windows(self) -> Iterator[Sequence[Batch]]:
-        """The windows of the steps that are left; ends early when nothing gets better."""
+    def steps(self) -> Iterator[Sequence[Batch]]:
+        """The micro-batches of each step that is left; ends early when nothing gets better."""
         plan, training = self._plan, self._plan.config.training
-        for window in steps(
+        for micro_batches in steps(
             plan.encoded.rows,
             batch_size=training.batch_size,
             accumulation=training.gradient_accumulation_steps,
@@ -196,19 +196,19 @@ class Run:
                     f"{plan.config.output.early_stopping} evaluations"
                 )
                 return
-            yield window
+            yield micro_batches
 
-    def attempt(self, gradients: Gradients, window: Sequence[Batch]) -> Tensor:
+    def run_backward(self, backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
         """The passes of the next step. Errors: as the guard's."""
         self._memory.before_step(self.progress.step + 1)
-        return self.guard.attempt(gradients, window)
+        return self.guard.run_backward(backward, micro_batches)
 
-    def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+    def before_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the optimizer may take this step. Errors: `NumericError`."""
         self._memory.after_backward()
-        return self.guard.check(step, loss, grad_norm)
+        return self.guard.before_step(step, loss, grad_norm)
 
-    def listen(self, report: StepReport) -> None:
+    def on_step(self, report: StepReport) -> None:
         """A step is done: count, log, evaluate, save, stop, whatever of it is due."""
         self._memory.after_step()
         progress, output = self.progress, self._plan.config.output
@@ -236,7 +236,7 @@ class Run:
     def _is_time_to_save(self) -> bool:
         """Whether `save_minutes` would be over before this is asked again, or the run finished."""
         now, limit = time.monotonic(), 60 * self._plan.config.output.save_minutes
-        coming, self._listened_s = now - self._listened_s, now
+        coming, self._asked_s = now - self._asked_s, now
         if self.progress.step == self._plan.total_steps:
             coming = self._evaluation_s
         return 0 < limit < now - self._saved_s + coming

@@ -1,11 +1,11 @@
 """Attention on the CPU: each row by itself, without a mask.
 
 transformers isolates the rows of a pack by `position_ids` too, through a mask of (T, T) that makes
-attention compute everything and throw most of it away. Here each stretch of positions that begins
-at 0 is one causal product of its own size: at length 1024 and rows of 170 tokens a fifth of the
+attention compute everything and throw most of it away. Here each segment of positions that begins
+at 0 is one causal attention of its own size: at length 1024 and rows of 170 tokens a fifth of the
 work. On other devices transformers' way stays: reading positions there would stop the queue.
 
-Left out: windows shorter than a row, soft caps; such models keep transformers' way as well.
+Left out: sliding windows shorter than a row, soft caps; such models keep transformers' way as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.device import device_type, has_values
-from qlora_kit.kernels.attention import Stretch, causal_attention
+from qlora_kit.kernels.attention import Segment, causal_attention
 from qlora_kit.kernels.matmul import matmul_dtype
 
 NAME = "sdpa_rows"
@@ -162,9 +162,9 @@ def _attention(
     """(B, H, T, D) queries, keys and values of fewer heads to (B, T, H, D)."""
     rows = _rows(query, key, attention_mask, position_ids)
     if attention_mask is None and query.shape[2] == key.shape[2] > 1 and not dropout:
-        stretches = _stretches(rows) or [Stretch(slice(None), 0, query.shape[2])]
+        segments = _segments(rows) or [Segment(slice(None), 0, query.shape[2])]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return causal_attention(query, key, value, scale, stretches).transpose(1, 2), None
+        return causal_attention(query, key, value, scale, segments).transpose(1, 2), None
     if rows is None:
         return _widened(
             "sdpa",
@@ -194,10 +194,10 @@ def _attention(
     return torch.stack(sequences), None
 
 
-def _stretches(rows: list[list[int]] | None) -> list[Stretch]:
+def _segments(rows: list[list[int]] | None) -> list[Segment]:
     """The rows of each sequence as parts of the batch."""
     return [
-        Stretch(slice(number, number + 1), end - length, end)
+        Segment(slice(number, number + 1), end - length, end)
         for number, lengths in enumerate(rows or [])
         for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)
     ]

@@ -1,11 +1,11 @@
 """Keeps a bad step and a full device from harming a run.
 
-`Guard` stands around each step. `attempt` runs its forward and backward passes; where the device
-is full it drops the gradients, halves the micro-batches and tries again: the same step, because a
-window is weighted by tokens. `check` looks at the loss and the gradient norm before the optimizer
+`Guard` wraps each step. `run_backward` runs its forward and backward passes; where the device is
+full it drops the gradients, halves the micro-batches and tries again: the same step, because a step
+is weighted by tokens. `before_step` looks at the loss and the gradient norm before the optimizer
 does: a step that is not finite is skipped, and the third in a row raises.
 
-A signal's `Stopped` comes out of `attempt` as well: the window is dropped.
+A signal's `Stopped` comes out of `run_backward` as well: the step is dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SKIP_LIMIT = 3
 
 
 class Guard:
-    """What stands between a window of batches and the optimizer.
+    """What a step passes between its micro-batches and the optimizer.
 
     `note` takes lines for the user, `rows_of` says which rows of the data a step has. Parameters
     and optimizer state are as before a step that is skipped, dropped or raises.
@@ -51,7 +51,7 @@ class Guard:
         self._device = model.get_input_embeddings().weight.device
         self._signals = signals or StopSignals()
         self._checked_gradients = False
-        self._window: Sequence[Batch] = ()
+        self._micro_batches: Sequence[Batch] = ()
         self.bad_in_a_row = 0
         """Skipped steps since the last one that was taken."""
         self.max_rows: int | None = None
@@ -59,18 +59,18 @@ class Guard:
         self.planned_bytes: int | None = None
         """What the run takes at most by its plan, where there is one; said in an error."""
 
-    def attempt(
-        self, gradients: Callable[[Sequence[Batch]], Tensor], window: Sequence[Batch]
+    def run_backward(
+        self, backward: Callable[[Sequence[Batch]], Tensor], micro_batches: Sequence[Batch]
     ) -> Tensor:
-        """`gradients(window)`, with smaller micro-batches where the device is full.
+        """`backward(micro_batches)`, with smaller micro-batches where the device is full.
 
         Errors: `ResourceError` where one row does not fit, `Stopped`.
         """
         while True:
-            self._window = _split(window, self.max_rows)
+            self._micro_batches = _split(micro_batches, self.max_rows)
             try:
                 with self._signals.droppable():
-                    return gradients(_Stoppable(self._window, self._signals))
+                    return backward(_Stoppable(self._micro_batches, self._signals))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -82,11 +82,11 @@ class Guard:
             self._halve(said)
 
     def drop_gradients(self) -> None:
-        """Forget what a part of a window has accumulated."""
+        """Forget what a part of a step has accumulated."""
         for parameter in self._model.parameters():
             parameter.grad = None
 
-    def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+    def before_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the optimizer may take this step.
 
         Errors: `NumericError` at the third non-finite step in a row, and where no gradient reaches
@@ -102,7 +102,7 @@ class Guard:
             return True
         problem = (
             f"step {step}: loss {loss_value:g}, gradient norm {norm_value:g}, "
-            f"first not finite in {first_non_finite(self._model, self._window, step)}, "
+            f"first not finite in {first_non_finite(self._model, self._micro_batches, step)}, "
             f"rows {self._rows_of(step)}"
         )
         if self.bad_in_a_row + 1 == SKIP_LIMIT:
@@ -128,8 +128,8 @@ class Guard:
         self.bad_in_a_row, self.max_rows = bad_in_a_row, max_rows
 
     def _halve(self, said: str) -> None:
-        largest = max(batch["input_ids"].shape[0] for batch in self._window)
-        length = max(batch["input_ids"].shape[1] for batch in self._window)
+        largest = max(batch["input_ids"].shape[0] for batch in self._micro_batches)
+        length = max(batch["input_ids"].shape[1] for batch in self._micro_batches)
         if largest == 1:
             needed, free = _needed_bytes(said), free_bytes(self._device)
             planned = ""
@@ -164,24 +164,24 @@ class Guard:
 
 
 class _Stoppable(Sequence["Batch"]):
-    """A window between whose micro-batches a signal may end the step."""
+    """Micro-batches between which a signal may end the step."""
 
-    def __init__(self, window: Sequence[Batch], signals: StopSignals) -> None:
-        self._window, self._signals = window, signals
+    def __init__(self, micro_batches: Sequence[Batch], signals: StopSignals) -> None:
+        self._micro_batches, self._signals = micro_batches, signals
 
     def __getitem__(self, index: Any) -> Any:
-        return self._window[index]
+        return self._micro_batches[index]
 
     def __len__(self) -> int:
-        return len(self._window)
+        return len(self._micro_batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._window:
+        for batch in self._micro_batches:
             self._signals.between_micro_batches()
             yield batch
 
 
-def first_non_finite(model: Any, window: Sequence[Batch], step: int) -> str:
+def first_non_finite(model: Any, micro_batches: Sequence[Batch], step: int) -> str:
     """The innermost module whose output is the first that is not finite, found by running again.
 
     Where the forward pass is finite, the parameter whose gradient is not.
@@ -200,7 +200,7 @@ def first_non_finite(model: Any, window: Sequence[Batch], step: int) -> str:
     device = model.get_input_embeddings().weight.device
     try:
         with torch.no_grad(), models_own_code():
-            for micro_step, batch in enumerate(window):
+            for micro_step, batch in enumerate(micro_batches):
                 for module in model.modules():
                     if hasattr(module, "seek"):
                         module.seek(step, micro_step)
@@ -216,13 +216,13 @@ def first_non_finite(model: Any, window: Sequence[Batch], step: int) -> str:
     return "the sum of the gradients"
 
 
-def _split(window: Sequence[Batch], max_rows: int | None) -> Sequence[Batch]:
+def _split(micro_batches: Sequence[Batch], max_rows: int | None) -> Sequence[Batch]:
     """The same rows in micro-batches of at most `max_rows`."""
     if max_rows is None:
-        return window
+        return micro_batches
     return [
         _rows(batch, first, min(first + max_rows, batch["input_ids"].shape[0]))
-        for batch in window
+        for batch in micro_batches
         for first in range(0, batch["input_ids"].shape[0], max_rows)
     ]
 

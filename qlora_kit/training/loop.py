@@ -1,8 +1,8 @@
 """The training loop: accumulate, clip, step, report; nothing else.
 
-It gets a model, windows of micro-batches, an optimizer, and callables that hear of each step. It
-knows neither adapters nor quantization nor memory. A window is one optimizer step: its gradient is
-that of the mean loss over all supervised tokens of the window, however they are spread.
+It gets a model, the micro-batches of each step, an optimizer, and callables that are called around
+a step. It knows neither adapters nor quantization nor memory. The gradient of a step is that of the
+mean loss over all supervised tokens of its micro-batches, however they are spread over them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from qlora_kit.training.loss import supervised_loss, to_device
 if TYPE_CHECKING:
     from qlora_kit.data.batch import Batch
 
-Gradients = Callable[[Sequence["Batch"]], Tensor]
-"""Runs forward and backward of a window; returns its mean loss."""
-Attempt = Callable[[Gradients, Sequence["Batch"]], Tensor]
-"""Calls a `Gradients` with a window of the same rows, again where that can help, or raises."""
-Check = Callable[[int, Tensor, Tensor], bool]
-"""Hears step, loss and gradient norm before the optimizer does; False leaves the step out."""
+Backward = Callable[[Sequence["Batch"]], Tensor]
+"""Runs forward and backward of micro-batches; returns their mean loss, a scalar in fp32."""
+RunBackward = Callable[[Backward, Sequence["Batch"]], Tensor]
+"""Calls a `Backward` with micro-batches of the same rows, again where that can help, or raises."""
+BeforeStep = Callable[[int, Tensor, Tensor], bool]
+"""Is called with step, loss and gradient norm before the optimizer; False skips the step."""
 
 FP16_LOSS_SCALE = 1024.0
 """fp16 gradients below 6e-8 would be zeros; the factor is taken out again before clipping."""
@@ -46,52 +46,52 @@ class StepReport:
 
 def train(
     model: Any,
-    windows: Iterable[Sequence[Batch]],
+    steps: Iterable[Sequence[Batch]],
     optimizer: torch.optim.Optimizer,
     *,
     learning_rate: Callable[[int], float] | None = None,
     max_grad_norm: float = 1.0,
-    attempt: Attempt | None = None,
-    check: Check | None = None,
-    listen: Callable[[StepReport], None] | None = None,
+    run_backward: RunBackward | None = None,
+    before_step: BeforeStep | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
     start_step: int = 0,
 ) -> list[StepReport]:
-    """Train `model` with one optimizer step for each window; returns the steps' reports.
+    """Train `model`, one optimizer step for the micro-batches of each of `steps`; their reports.
 
     `learning_rate` gives the rate of a step (counted from 1); without it the optimizer's own is
-    kept. `attempt` stands around the passes of a step, `check` is asked before its optimizer step
-    and `listen` hears of it afterwards. The model is left in the mode it had.
+    kept. `run_backward` wraps the passes of a step, `before_step` is called before its optimizer
+    step and `on_step` after it. The model is left in the mode it had.
     """
     was_training = model.training
     model.train()
     history = []
     try:
-        for step, window in enumerate(windows, start=start_step + 1):
+        for step, micro_batches in enumerate(steps, start=start_step + 1):
             began = time.perf_counter()
             if learning_rate is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step)
             loss, grad_norm = train_step(
                 model,
-                window,
+                micro_batches,
                 optimizer,
                 step=step,
                 max_grad_norm=max_grad_norm,
-                attempt=attempt,
-                check=check,
+                run_backward=run_backward,
+                before_step=before_step,
             )
             report = StepReport(
                 step=step,
                 loss=float(loss),
                 learning_rate=optimizer.param_groups[0]["lr"],
                 grad_norm=float(grad_norm),
-                tokens=sum(sum(batch["lengths"]) for batch in window),
-                supervised_tokens=sum(batch["num_supervised"] for batch in window),
+                tokens=sum(sum(batch["lengths"]) for batch in micro_batches),
+                supervised_tokens=sum(batch["num_supervised"] for batch in micro_batches),
                 seconds=time.perf_counter() - began,
             )
             history.append(report)
-            if listen is not None:
-                listen(report)
+            if on_step is not None:
+                on_step(report)
     finally:
         model.train(was_training)
     return history
@@ -99,49 +99,52 @@ def train(
 
 def train_step(
     model: Any,
-    window: Sequence[Batch],
+    micro_batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     *,
     step: int,
     max_grad_norm: float,
-    attempt: Attempt | None = None,
-    check: Check | None = None,
+    run_backward: RunBackward | None = None,
+    before_step: BeforeStep | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over a window; returns its mean loss and its gradient norm, as tensors.
+    """One optimizer step; returns its mean loss and its gradient norm, scalars on the device.
 
     Reads nothing back to Python, so that it also runs on fake tensors.
     """
 
-    def gradients(window: Sequence[Batch]) -> Tensor:
-        return _accumulate(model, window, step)
+    def backward(micro_batches: Sequence[Batch]) -> Tensor:
+        return _accumulate(model, micro_batches, step)
 
-    loss = gradients(window) if attempt is None else attempt(gradients, window)
+    if run_backward is None:
+        loss = backward(micro_batches)
+    else:
+        loss = run_backward(backward, micro_batches)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in trained if p.grad is not None]
     if model.get_input_embeddings().weight.dtype is torch.float16:
         torch._foreach_mul_(grads, 1 / FP16_LOSS_SCALE)
     # Not clip_grad_norm_: a norm that is not finite would spread over gradients that are.
     grad_norm = nn.utils.get_total_norm(grads)
-    if check is None or check(step, loss, grad_norm):
+    if before_step is None or before_step(step, loss, grad_norm):
         nn.utils.clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
 
 
-def _accumulate(model: Any, window: Sequence[Batch], step: int) -> Tensor:
-    """Add the gradient of a window's mean loss to the parameters; returns that loss.
+def _accumulate(model: Any, micro_batches: Sequence[Batch], step: int) -> Tensor:
+    """Add the gradient of the micro-batches' mean loss to the parameters; returns that loss.
 
     fp16 gradients come out `FP16_LOSS_SCALE` times too large.
     """
     weight = model.get_input_embeddings().weight
     scale = FP16_LOSS_SCALE if weight.dtype is torch.float16 else 1.0
-    # Divide by the window's supervised tokens, not by its micro-batches: they differ in length,
-    # and the mean of means is not the mean.
-    tokens = sum(batch["num_supervised"] for batch in window)
+    # Divide by the step's supervised tokens, not by its micro-batches: they differ in length, and
+    # the mean of means is not the mean.
+    tokens = sum(batch["num_supervised"] for batch in micro_batches)
     placed = [module for module in model.modules() if hasattr(module, "seek")]
     total = torch.zeros((), dtype=torch.float32, device=weight.device)
-    for micro_step, batch in enumerate(window):
+    for micro_step, batch in enumerate(micro_batches):
         for module in placed:
             module.seek(step, micro_step)
         loss = supervised_loss(model, to_device(batch, weight.device)) / tokens

@@ -41,11 +41,11 @@ def supervised_loss(model: Any, batch: Batch) -> Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["supervised"])
     # `supervised` points at the position that predicts; its target is the next token of the row.
     targets = batch["labels"].reshape(-1).index_select(0, batch["supervised"] + 1)
-    scale, softcap = behind_the_head(model.config)
+    scale, softcap = logit_scale_and_softcap(model.config)
     return cross_entropy_sum(rows, model.get_output_embeddings(), targets, softcap, scale)
 
 
-def behind_the_head(config: Any) -> tuple[float, float | None]:
+def logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
     """The factor on a head's logits, and their soft cap, where the family's own forward has them.
 
     In the config.json of another family the same keys mean nothing.

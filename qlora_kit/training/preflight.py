@@ -3,7 +3,7 @@
 A data set may hide its one long row at its end, hours away. `preflight` sends the largest
 micro-batch through forward and backward by the training loop's own step, which then takes no
 optimizer step, beside as much memory as the run will hold at that place: the optimizer's states,
-and the gradients where a window has several micro-batches. Where the device is full, the guard
+and the gradients where a step has several micro-batches. Where the device is full, the guard
 does what it does in a step: halves, or refuses.
 
 Everything that a step depends on is as before: no parameter, gradient, optimizer state or random
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.training.guard import Guard
-from qlora_kit.training.loop import Gradients, train_step
+from qlora_kit.training.loop import Backward, train_step
 from qlora_kit.training.optimizer import missing_states
 
 if TYPE_CHECKING:
@@ -53,15 +53,15 @@ def preflight(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     held: list[Tensor] = []
 
-    def as_in_a_run(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
+    def as_in_a_run(backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
         held[:] = missing_states(optimizer)
         if accumulates:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-        return gradients(window)
+        return backward(micro_batches)
 
-    def attempt(gradients: Gradients, window: Sequence[Batch]) -> Tensor:
-        return guard.attempt(lambda parts: as_in_a_run(gradients, parts), window)
+    def run_backward(backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
+        return guard.run_backward(lambda parts: as_in_a_run(backward, parts), micro_batches)
 
     was_training = model.training
     model.train()
@@ -75,8 +75,8 @@ def preflight(
                 optimizer,
                 step=0,
                 max_grad_norm=1.0,
-                attempt=attempt,
-                check=lambda step, loss, norm: False,
+                run_backward=run_backward,
+                before_step=lambda step, loss, norm: False,
             )
     finally:
         guard.drop_gradients()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.lora.block import use_own_blocks
+from qlora_kit.lora.block import use_fused_blocks
 from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.recompute import set_recompute
 
@@ -14,6 +14,6 @@ from qlora_kit.training.recompute import set_recompute
 def prepare_model(model: Any, config: TrainingConfig, recompute: str | Sequence[str]) -> str | None:
     """Choose attention, blocks and recompute; None, or why its own blocks stay as they are."""
     set_packed_attention(model)
-    note = use_own_blocks(model) if config.own_blocks else None
+    note = use_fused_blocks(model) if config.fused_blocks else None
     set_recompute(model, recompute)
     return note

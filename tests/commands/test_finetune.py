@@ -282,11 +282,11 @@ def losses_of(run):
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()]
 
 
-def test_without_own_blocks_a_run_has_the_same_losses_and_takes_more(inputs, tmp_path, capsys):
+def test_without_fused_blocks_a_run_has_the_same_losses_and_takes_more(inputs, tmp_path, capsys):
     """The first is equal bit for bit; the others differ by sums in another order."""
     settings = ["--bits", "4", "--max_steps", "4", "--gradient_checkpointing", "none"]
     runs = []
-    for flag in ("--own_blocks", "--no_own_blocks"):
+    for flag in ("--fused_blocks", "--no_fused_blocks"):
         output = tmp_path / flag
         assert main([*inputs, *settings, flag, "--output_dir", str(output)]) == 0
         assert "stays as it is" not in capsys.readouterr().out

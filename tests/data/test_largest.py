@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from windows import ragged_rows
+from micro_batches import ragged_rows
 
 from qlora_kit.data.batch import lengths_of, steps
 from qlora_kit.data.largest import largest_batch

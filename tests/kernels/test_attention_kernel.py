@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora_kit.kernels import attention
-from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, Stretch, causal_attention
+from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, Segment, causal_attention
 
 SHAPES = [
     (1, 4, 4, 300, 16),
@@ -41,15 +41,15 @@ def drawn(batch, heads, kv_heads, length, width, dtype):
     ]
 
 
-def exact(query, key, value, grad, scale, stretches):
+def exact(query, key, value, grad, scale, segments):
     """Output and gradients in double precision from a mask of all pairs."""
     inputs = [x.detach().double().requires_grad_() for x in (query, key, value)]
     length = query.shape[2]
     mask = torch.zeros(query.shape[0], 1, length, length, dtype=torch.bool)
-    for stretch in stretches:
-        size = stretch.end - stretch.start
+    for segment in segments:
+        size = segment.end - segment.start
         own = torch.ones(size, size, dtype=torch.bool).tril()
-        mask[stretch.batch, :, stretch.start : stretch.end, stretch.start : stretch.end] = own
+        mask[segment.batch, :, segment.start : segment.end, segment.start : segment.end] = own
     output = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale, enable_gqa=True)
     return output, *torch.autograd.grad(output, inputs, grad.double())
 
@@ -67,11 +67,11 @@ def test_output_and_gradients_are_near_double_precision(shape, dtype):
     *inputs, grad = drawn(*shape, dtype)
     for x in inputs:
         x.requires_grad_()
-    stretches = [Stretch(slice(None), 0, shape[3])]
-    output = causal_attention(*inputs, 0.3, stretches)
+    segments = [Segment(slice(None), 0, shape[3])]
+    output = causal_attention(*inputs, 0.3, segments)
     found = (output, *torch.autograd.grad(output, inputs, grad))
     assert all(a.dtype is dtype for a in found)
-    assert close(found, exact(*inputs, grad, 0.3, stretches))
+    assert close(found, exact(*inputs, grad, 0.3, segments))
 
 
 def test_gradients_of_wide_heads_stay_exact_where_scores_are_large():
@@ -80,10 +80,10 @@ def test_gradients_of_wide_heads_stay_exact_where_scores_are_large():
     inputs[0] = inputs[0] * 8
     for x in inputs:
         x.requires_grad_()
-    stretches = [Stretch(slice(None), 0, 200)]
-    output = causal_attention(*inputs, 128**-0.5, stretches)
+    segments = [Segment(slice(None), 0, 200)]
+    output = causal_attention(*inputs, 128**-0.5, segments)
     found = (output, *torch.autograd.grad(output, inputs, grad))
-    assert close(found, exact(*inputs, grad, 128**-0.5, stretches))
+    assert close(found, exact(*inputs, grad, 128**-0.5, segments))
 
 
 @pytest.mark.parametrize("width", [32, 80])
@@ -92,23 +92,23 @@ def test_rows_of_a_pack_are_what_each_is_alone(width):
     for x in inputs:
         x.requires_grad_()
     ends = [[0, 7, 8, 30], [0, 30]]
-    stretches = [
-        Stretch(slice(number, number + 1), start, end)
+    segments = [
+        Segment(slice(number, number + 1), start, end)
         for number, borders in enumerate(ends)
         for start, end in itertools.pairwise(borders)
     ]
-    output = causal_attention(*inputs, 0.2, stretches)
+    output = causal_attention(*inputs, 0.2, segments)
     found = (output, *torch.autograd.grad(output, inputs, grad))
-    assert close(found, exact(*inputs, grad, 0.2, stretches))
-    for stretch in stretches:
-        alone = [stretch.of(x).detach().requires_grad_() for x in inputs]
-        whole = [Stretch(slice(None), 0, stretch.end - stretch.start)]
+    assert close(found, exact(*inputs, grad, 0.2, segments))
+    for segment in segments:
+        alone = [segment.of(x).detach().requires_grad_() for x in inputs]
+        whole = [Segment(slice(None), 0, segment.end - segment.start)]
         part = causal_attention(*alone, 0.2, whole)
-        assert torch.equal(part, stretch.of(output))
+        assert torch.equal(part, segment.of(output))
         for mine, theirs in zip(
-            torch.autograd.grad(part, alone, stretch.of(grad)), found[1:], strict=True
+            torch.autograd.grad(part, alone, segment.of(grad)), found[1:], strict=True
         ):
-            assert torch.equal(mine, stretch.of(theirs))
+            assert torch.equal(mine, segment.of(theirs))
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4])
@@ -124,5 +124,5 @@ def test_keys_are_kept_once_a_group():
         x.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        causal_attention(*inputs, 0.2, [Stretch(slice(None), 0, 64)])
+        causal_attention(*inputs, 0.2, [Segment(slice(None), 0, 64)])
     assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in inputs]

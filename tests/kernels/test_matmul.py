@@ -127,7 +127,7 @@ def test_a_dense_base_through_its_own_code_multiplies_nothing_in_16_bits(tmp_pat
     base = BaseConfig(str(tmp_path / "base"), bits=16, dtype="bf16", device="cpu")
     with processor_with():
         model = inject_lora(read_weights(open_base(base)), LoRAConfig(r=4))
-        prepare_model(model, TrainingConfig(own_blocks=False), "none")
+        prepare_model(model, TrainingConfig(fused_blocks=False), "none")
         with In16Bits() as seen:
             for batch in batches():
                 _, gradients = loss_and_gradients(model, batch)

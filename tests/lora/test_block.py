@@ -12,7 +12,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.kernels import attention
 from qlora_kit.kernels.elementwise import ACTIVATIONS, Gate, rotate
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
-from qlora_kit.lora.block import use_own_blocks
+from qlora_kit.lora.block import use_fused_blocks
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.lora.layer import linears
 
@@ -139,7 +139,7 @@ def test_layers_below_the_first_adapter_have_no_graph():
     model.set_attn_implementation("sdpa")
     model.requires_grad_(False)
     inject_lora(model, LoRAConfig(r=RANK, target_modules=r"model\.layers\.1\..*q_proj"), seed=0)
-    assert use_own_blocks(model) is None
+    assert use_fused_blocks(model) is None
     seen = []
     model.base_model.layers[1].register_forward_pre_hook(
         lambda module, args: seen.append(args[0].requires_grad)
@@ -163,16 +163,16 @@ def test_a_layer_that_computes_something_else_is_left_alone(number):
 
     plain = type(layers[number].mlp)
     layers[number].mlp.__class__ = Doubled
-    assert "stays as it is: ours differs by" in use_own_blocks(model)
+    assert "stays as it is: ours differs by" in use_fused_blocks(model)
     layers[number].mlp.__class__ = plain
     layers[number].mlp.forward = lambda x: 2 * plain.forward(layers[number].mlp, x)
-    assert "stays as it is: ours differs by" in use_own_blocks(model)
+    assert "stays as it is: ours differs by" in use_fused_blocks(model)
     del layers[number].mlp.forward
     layers[number].mlp.forward = lambda x: torch.full_like(x, torch.nan)
-    assert "stays as it is: ours differs by nan" in use_own_blocks(model)
+    assert "stays as it is: ours differs by nan" in use_fused_blocks(model)
     del layers[number].mlp.forward
     layers[1].input_layernorm = torch.nn.LayerNorm(64)
-    assert "its parts are not those" in use_own_blocks(model)
+    assert "its parts are not those" in use_fused_blocks(model)
     assert [layer.forward for layer in layers] == before
     assert model(ids).logits.isfinite().all()
 

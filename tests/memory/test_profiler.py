@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import save_checkpoint
-from windows import trained, windows
+from micro_batches import micro_batches, trained
 
 from qlora_kit.base.load import load_base, tag_weights
 from qlora_kit.config.lora import LoRAConfig
@@ -39,23 +39,30 @@ def run(base_dir, optim, level, counted):
     set_recompute(model, level)
     optimizer = make_optimizer(optim, model.parameters(), 1e-2)
 
-    def attempt(gradients, window):
+    def run_backward(backward, micro_batches):
         if len(done) in counted:
             meter.begin(model, optimizer)
-        return gradients(window)
+        return backward(micro_batches)
 
-    def check(step, loss, norm):
+    def before_step(step, loss, norm):
         meter.before_optimizer()
         held.update(adapter_bytes(model))
         return True
 
     done = []
 
-    def listen(report):
+    def on_step(report):
         meter.end()
         done.append(report.loss)
 
-    train(model, windows(4), optimizer, attempt=attempt, check=check, listen=listen)
+    train(
+        model,
+        micro_batches(4),
+        optimizer,
+        run_backward=run_backward,
+        before_step=before_step,
+        on_step=on_step,
+    )
     held |= weight_bytes(model) | optimizer_bytes(optimizer)
     return trained(model), done, meter, held
 

@@ -70,14 +70,14 @@ def _counted(base, lora, training, levels, window):
     model.train()
 
     def step(window, counter=None):
-        def passes(gradients, window):
-            loss = gradients(window)
+        def passes(backward, micro_batches):
+            loss = backward(micro_batches)
             if counter is not None:
                 counter.at("step")
                 counter.filling = "optimizer"
             return loss
 
-        train_step(model, window, optimizer, step=1, max_grad_norm=1.0, attempt=passes)
+        train_step(model, window, optimizer, step=1, max_grad_norm=1.0, run_backward=passes)
 
     step([batch_of(1, 16)])  # makes the states
     with count_step(model, optimizer, window=window) as counter:

@@ -9,7 +9,7 @@ from families import tiny_model
 
 from qlora_kit.base.quantize import Quantization, quantize_linear
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.lora.block import use_own_blocks
+from qlora_kit.lora.block import use_fused_blocks
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.training.attention import set_packed_attention
 
@@ -43,7 +43,7 @@ def adapted_model(
     if packed:
         set_packed_attention(model)
     if own:
-        assert use_own_blocks(model) is None
+        assert use_fused_blocks(model) is None
     return model.train()
 
 

@@ -48,13 +48,15 @@ def model(base_of: Callable[..., Path]) -> Callable[..., Any]:
         family: str = "llama2",
         ffn: int = 192,
         recompute: str | tuple[str, ...] | None = "full",
-        own_blocks: bool = True,
+        fused_blocks: bool = True,
         **lora: Any,
     ) -> Any:
         loaded, _ = load_base(str(base_of(family, ffn)), bits=bits, dtype=dtype)
         inject_lora(loaded, LoRAConfig(**{"r": 4, "alpha": 8.0, **lora}), seed=1)
         if recompute is not None:
-            assert prepare_model(loaded, TrainingConfig(own_blocks=own_blocks), recompute) is None
+            assert (
+                prepare_model(loaded, TrainingConfig(fused_blocks=fused_blocks), recompute) is None
+            )
         return loaded
 
     return make

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from windows import ragged_rows, trained, windows
+from micro_batches import micro_batches, ragged_rows, trained
 
 from qlora_kit.data.batch import collate
 from qlora_kit.errors import NumericError, ResourceError
@@ -35,7 +35,13 @@ def test_one_gradient_element_that_is_not_finite_stops_before_the_optimizer(mode
     ours, notes = model(r=64), []
     guard = Guard(ours, note=notes.append, rows_of=lambda step: f"rows of {step}")
     optimizer = make_optimizer(optim, ours.parameters(), 1e-2)
-    train(ours, windows(1), optimizer, attempt=guard.attempt, check=guard.check)
+    train(
+        ours,
+        micro_batches(1),
+        optimizer,
+        run_backward=guard.run_backward,
+        before_step=guard.before_step,
+    )
     before, before_states = trained(ours), states(optimizer)
     name, poisoned = [p for p in ours.named_parameters() if p[1].requires_grad][3]
 
@@ -46,7 +52,13 @@ def test_one_gradient_element_that_is_not_finite_stops_before_the_optimizer(mode
 
     poisoned.register_hook(poison)
     with pytest.raises(NumericError) as error:
-        train(ours, windows(5), optimizer, attempt=guard.attempt, check=guard.check)
+        train(
+            ours,
+            micro_batches(5),
+            optimizer,
+            run_backward=guard.run_backward,
+            before_step=guard.before_step,
+        )
     assert "step 3" in error.value.problem
     assert f"the gradient of {name}" in error.value.problem
     assert "rows of 3" in error.value.problem
@@ -71,7 +83,13 @@ def test_adapters_that_no_gradient_reaches_are_an_error(model):
     with pytest.raises(
         NumericError, match=r"no gradient reaches 1 adapters .*layers\.0\.\S*v_proj"
     ):
-        train(ours, windows(1), optimizer, attempt=guard.attempt, check=guard.check)
+        train(
+            ours,
+            micro_batches(1),
+            optimizer,
+            run_backward=guard.run_backward,
+            before_step=guard.before_step,
+        )
     assert not optimizer.state
 
 
@@ -97,15 +115,15 @@ def test_a_full_device_halves_until_it_fits_and_stays_there(model):
     ours, notes, tried = model(), [], []
     guard = Guard(ours, note=notes.append)
 
-    def gradients(window):
-        tried.append([len(batch["lengths"]) for batch in window])
+    def gradients(micro_batches):
+        tried.append([len(batch["lengths"]) for batch in micro_batches])
         if max(tried[-1]) > 2:
             torch.empty(2**55, dtype=torch.uint8)
         return torch.zeros(())
 
     rows = [collate(ragged_rows(7), 0)]
-    guard.attempt(gradients, rows)
-    guard.attempt(gradients, rows)
+    guard.run_backward(gradients, rows)
+    guard.run_backward(gradients, rows)
     assert tried == [[7], [4, 3], [2, 2, 2, 1], [2, 2, 2, 1]]
     assert [note.split(":")[0] for note in notes] == [
         "out of memory with 7 rows at a time",
@@ -113,11 +131,11 @@ def test_a_full_device_halves_until_it_fits_and_stays_there(model):
     ]
     assert guard.max_rows == 2
 
-    def hopeless(window):
+    def hopeless(micro_batches):
         raise MemoryError
 
     with pytest.raises(ResourceError, match="one row of 32 tokens"):
-        guard.attempt(hopeless, rows)
+        guard.run_backward(hopeless, rows)
 
 
 def test_only_a_full_device_is_taken_for_one():
@@ -131,11 +149,11 @@ def test_only_a_full_device_is_taken_for_one():
 
 
 def test_other_errors_pass_through(model):
-    def broken(window):
+    def broken(micro_batches):
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        Guard(model()).attempt(broken, windows(1)[0])
+        Guard(model()).run_backward(broken, micro_batches(1)[0])
 
 
 def test_a_signal_waits_between_steps_and_raises_elsewhere():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from families import randomize_adapter, relative_error
-from windows import ragged_rows, trained, windows
+from micro_batches import micro_batches, ragged_rows, trained
 
 from qlora_kit.data.batch import collate, collate_packs, eval_batches
 from qlora_kit.training.loop import train, train_step
@@ -90,7 +90,7 @@ def test_fifty_losses_equal_those_of_peft_by_hand(
 
     Hidden sizes that are a multiple of the block: bitsandbytes is silently wrong on others.
     """
-    steps = windows(5) * 10  # random rows can only be learnt by heart
+    steps = micro_batches(5) * 10  # random rows can only be learnt by heart
     # In bf16 on all linears PEFT's own sdpa and eager attention are 3.8e-3 apart.
     everywhere = family == "qwen2" and dtype == "fp32"
     targets = "all-linear" if everywhere else ("q_proj", "v_proj")
@@ -105,7 +105,7 @@ def test_fifty_losses_equal_those_of_peft_by_hand(
         assert report.loss == pytest.approx(reference, rel=tolerance), report.step
 
 
-def gradients(model, window):
+def gradients(model, micro_batches):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)
     kept = {}
 
@@ -115,7 +115,7 @@ def gradients(model, window):
         return True
 
     model.train()
-    train_step(model, window, optimizer, step=1, max_grad_norm=1e9, check=look)
+    train_step(model, micro_batches, optimizer, step=1, max_grad_norm=1e9, before_step=look)
     return kept["loss"], kept["grads"]
 
 
@@ -166,7 +166,7 @@ def test_recomputation_changes_no_bit(model, bits, dropout, prepared):
     for level in ("none", "full", "selective", ("selective", "none")):
         ours = model(bits, "bf16", recompute=first, dropout=dropout, target_modules="all-linear")
         set_recompute(ours, level)
-        history = train(ours, windows(4), make_optimizer("adamw", ours.parameters(), 1e-2))
+        history = train(ours, micro_batches(4), make_optimizer("adamw", ours.parameters(), 1e-2))
         results.append((trained(ours), [report.loss for report in history]))
     (none, none_losses), *others = results
     for found, losses in others:
@@ -185,13 +185,18 @@ def test_evaluation_between_steps_changes_nothing(model, family, bits, dtype):
         ours = model(bits, dtype, family=family, ffn=173, dropout=0.1, target_modules="all-linear")
         losses = []
 
-        def listen(report):
+        def on_step(report):
             losses.append(report.loss)
             if evaluating:
                 evaluate(ours, eval_batches(held_out, 2, 0))
                 assert ours.training
 
-        train(ours, windows(5), make_optimizer("adamw", ours.parameters(), 1e-2), listen=listen)
+        train(
+            ours,
+            micro_batches(5),
+            make_optimizer("adamw", ours.parameters(), 1e-2),
+            on_step=on_step,
+        )
         return trained(ours), losses
 
     (plain, plain_losses), (between, losses) = run(False), run(True)
@@ -226,7 +231,7 @@ def test_gradients_are_clipped_to_the_norm(model):
         before = trained(ours)
         parameters = [p for p in ours.parameters() if p.requires_grad]
         (report,) = train(
-            ours, windows(1), torch.optim.SGD(parameters, 1.0), max_grad_norm=max_norm
+            ours, micro_batches(1), torch.optim.SGD(parameters, 1.0), max_grad_norm=max_norm
         )
         moved = math.sqrt(
             sum(float((before[n] - t).square().sum()) for n, t in trained(ours).items())
@@ -239,7 +244,7 @@ def test_a_step_that_check_refuses_is_left_out(model):
     ours = model()
     optimizer = make_optimizer("adamw", ours.parameters(), 1e-2)
     before = trained(ours)
-    history = train(ours, windows(2), optimizer, check=lambda step, loss, norm: False)
+    history = train(ours, micro_batches(2), optimizer, before_step=lambda step, loss, norm: False)
     assert [report.step for report in history] == [1, 2]
     assert not optimizer.state
     assert all(torch.equal(before[name], tensor) for name, tensor in trained(ours).items())
@@ -247,7 +252,7 @@ def test_a_step_that_check_refuses_is_left_out(model):
 
 
 def test_reports_count_tokens_without_padding(model):
-    steps = windows(3)
+    steps = micro_batches(3)
     ours = model()
     heard = []
     history = train(
@@ -255,7 +260,7 @@ def test_reports_count_tokens_without_padding(model):
         steps,
         make_optimizer("adamw", ours.parameters(), 1.0),
         learning_rate=lambda step: step * 1e-3,
-        listen=heard.append,
+        on_step=heard.append,
     )
     assert heard == history
     assert [report.learning_rate for report in history] == [1e-3, 2e-3, 3e-3]

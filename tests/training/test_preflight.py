@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from windows import ragged_rows, trained
+from micro_batches import ragged_rows, trained
 
 from qlora_kit.data.batch import steps
 from qlora_kit.data.largest import largest_batch
@@ -33,8 +33,10 @@ def run(model, optim, rows, tried):
         assert (guard.state(), guard.bad_in_a_row) == (before, 0)
         assert {m._position for m in ours.modules() if hasattr(m, "seek")} == {(0, 0)}
         assert not ours.training
-    windows = steps(rows, pad_id=0, **ORDER)
-    history = train(ours, windows, optimizer, attempt=guard.attempt, check=guard.check)
+    batches = steps(rows, pad_id=0, **ORDER)
+    history = train(
+        ours, batches, optimizer, run_backward=guard.run_backward, before_step=guard.before_step
+    )
     return trained(ours), [one.loss for one in history]
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from exact import adapter_gradients, exact_gradients, gradient_errors
 from families import randomize_adapter
+from micro_batches import micro_batches, ragged_rows
 from torch.autograd.graph import saved_tensors_hooks
-from windows import ragged_rows, windows
 
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.lora.block import OwnForward
@@ -104,16 +104,18 @@ def test_gradients_are_directional_finite_differences(model, family, bits, level
         ("qwen3", 4, "bf16", "full", 5e-3),
     ],
 )
-def test_without_own_blocks_the_numbers_are_the_same(model, family, bits, dtype, level, tolerance):
+def test_without_fused_blocks_the_numbers_are_the_same(
+    model, family, bits, dtype, level, tolerance
+):
     """The first loss bit for bit; those after it differ by sums in another order."""
     losses = []
     for own in (True, False):
-        options = {"ffn": ODD, "recompute": level, "own_blocks": own, "dropout": 0.1}
+        options = {"ffn": ODD, "recompute": level, "fused_blocks": own, "dropout": 0.1}
         ours = model(bits, dtype, family=family, target_modules="all-linear", **options)
         # The forward that a level other than `none` has around it is the one that keeps all.
         forwards = [getattr(x.forward, "kept", x.forward) for x in ours.base_model.layers]
         assert all(isinstance(forward, OwnForward) is own for forward in forwards)
-        history = train(ours, windows(6), make_optimizer("adamw", ours.parameters(), 1e-3))
+        history = train(ours, micro_batches(6), make_optimizer("adamw", ours.parameters(), 1e-3))
         losses.append([report.loss for report in history])
     with_blocks, without = losses
     assert with_blocks[0] == without[0]

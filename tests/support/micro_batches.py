@@ -1,4 +1,4 @@
-"""Ragged rows of random tokens, and windows of them."""
+"""Ragged rows of random tokens, and the micro-batches of steps over them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ragged_rows(count: int, seed: int = 0) -> list[Encoded]:
     return rows
 
 
-def windows(count: int, rows_a_step: int = 4, seed: int = 0) -> list[list[Any]]:
+def micro_batches(count: int, rows_a_step: int = 4, seed: int = 0) -> list[list[Any]]:
     """`count` steps of `rows_a_step` rows in one micro-batch each."""
     rows = ragged_rows(count * rows_a_step, seed)
     parts = [rows[i : i + rows_a_step] for i in range(0, len(rows), rows_a_step)]

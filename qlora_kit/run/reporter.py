@@ -8,22 +8,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_kit.base.load import OpenBase
-from qlora_kit.config.data import DataConfig
-from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.run import RunConfig
-from qlora_kit.data.encode import EncodedRows
-from qlora_kit.data.order import Packs
-from qlora_kit.data.rows import Row, Rows
-from qlora_kit.plan.plan import MemoryPlan
-from qlora_kit.training.loop import StepReport
-from qlora_kit.training.loss import Evaluation
+if TYPE_CHECKING:
+    # A run is refused before torch is imported, and what refuses it may have something to note.
+    from qlora_kit.base.load import OpenBase
+    from qlora_kit.config.data import DataConfig
+    from qlora_kit.config.lora import LoRAConfig
+    from qlora_kit.config.run import RunConfig
+    from qlora_kit.data.encode import EncodedRows
+    from qlora_kit.data.order import Packs
+    from qlora_kit.data.rows import Row, Rows
+    from qlora_kit.plan.plan import MemoryPlan
+    from qlora_kit.training.loop import StepReport
+    from qlora_kit.training.loss import Evaluation
 
 
 class StepReporter:
-    """Hears of the steps of a run."""
+    """Is called with each step of a run."""
 
     def start(self, before: Evaluation | None) -> None:
         """The loss before the first step, where something is held out."""
@@ -33,7 +35,7 @@ class StepReporter:
 
 
 class Reporter:
-    """Hears of a run from its preparation to its result."""
+    """Is called from the preparation of a run to its result."""
 
     def note(self, text: str) -> None:
         """One line that the reader should not miss."""

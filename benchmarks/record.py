@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.run.record import versions
+from qlora_kit.run.metrics import versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.export.merge import REPORT, export_model
     from qlora_kit.export.verify import verify
     from qlora_kit.lora.adapter import load_adapter
-    from qlora_kit.run.record import versions, write_json
+    from qlora_kit.run.metrics import versions, write_json
 
     terminal = Terminal()
     base = open_with_adapter(parsed, options.adapter, options.allow_other_base, as_trained=True)

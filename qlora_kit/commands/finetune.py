@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from qlora_kit.commands.display import Display
     from qlora_kit.data.rows import load_rows
+    from qlora_kit.run.metrics import check_trackers
     from qlora_kit.run.place import check_place, output_directory
-    from qlora_kit.run.record import check_trackers
     from qlora_kit.run.resolve import is_gone, start_from_adapter
     from qlora_kit.run.saved_adapter import look_at
 

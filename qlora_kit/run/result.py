@@ -1,24 +1,18 @@
-"""What a run has come to: its progress, its memory, and `run.json` made of both."""
+"""The results of a run: its progress, its memory, and `run.json` made of both."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
 from qlora_kit.device import describe_device, peak_bytes, reserved_bytes
 from qlora_kit.memory.measure import adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.memory.profiler import Meter
-from qlora_kit.run.record import (
-    EvalRecord,
-    MemoryRecord,
-    RunRecord,
-    TrainRecord,
-    run_record,
-)
+from qlora_kit.run.metrics import versions
 from qlora_kit.training.loss import Evaluation
 
 if TYPE_CHECKING:
@@ -28,6 +22,89 @@ if TYPE_CHECKING:
 RESIDENT = "resident at most: tensors, Python, libraries and files, so not what a plan counts"
 BLOCKS = "reserved at most: the allocator's blocks, with room between tensors that no plan counts"
 """What the memory of a process is, on the CPU and on CUDA."""
+
+
+class ModelRecord(TypedDict):
+    """The base and the adapters on it."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    parameters: int
+    trainable_parameters: int
+    weight_bytes: int
+
+
+class DataRecord(TypedDict):
+    """The rows trained on; `skipped` rows are not among `rows`.
+
+    `unused` counts the rows that have a field which nothing reads, by its name.
+    """
+
+    rows: int
+    skipped: int
+    tokens: int
+    supervised_tokens: int
+    unused: dict[str, int]
+
+
+class TrainRecord(TypedDict):
+    """The optimizer steps and what they gave; the rest where it applies.
+
+    `skipped_steps` were not finite, `micro_batch_rows` is what the device was found to hold, and
+    `best_step` the one whose adapter was saved.
+    """
+
+    steps: int
+    seconds: float
+    tokens: int
+    tokens_per_s: float
+    first_loss: float
+    last_loss: float
+    skipped_steps: NotRequired[int]
+    micro_batch_rows: NotRequired[int]
+    best_step: NotRequired[int]
+
+
+class EvalRecord(TypedDict):
+    """Nats a supervised token of the held-out rows, the same rows each time.
+
+    `history` has `step` and `loss` of each evaluation in between.
+    """
+
+    loss_before: float
+    loss_after: float
+    tokens: int
+    history: NotRequired[list[dict[str, float]]]
+
+
+class MemoryRecord(TypedDict):
+    """Bytes of tensors by component, `peak` among them; `planned` where there was a plan.
+
+    `phases` has the peak of each phase and its module, `peak_at` phase and module of the largest.
+    `process` is the most that the whole process held, which `process_is` says in words: it is not
+    to be compared with bytes of tensors.
+    """
+
+    device: str
+    planned: NotRequired[Mapping[str, int]]
+    measured: Mapping[str, int]
+    phases: NotRequired[Mapping[str, Mapping[str, Any]]]
+    peak_at: NotRequired[str]
+    process: NotRequired[int]
+    process_is: NotRequired[str]
+
+
+class RunRecord(TypedDict):
+    """What `run.json` holds; `eval` is None where nothing was held out."""
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    model: ModelRecord
+    data: DataRecord
+    train: TrainRecord
+    eval: EvalRecord | None
+    memory: MemoryRecord
 
 
 @dataclass
@@ -131,9 +208,10 @@ def result_record(
 ) -> RunRecord:
     """`run.json` of a finished run; `after` is its held-out loss at the end."""
     info = model.base_info
-    return run_record(
-        config=plan.config.as_flat(),
-        model={
+    return {
+        "config": plan.config.as_flat(),
+        "versions": versions(),
+        "model": {
             "name": info.name,
             "revision": info.revision,
             "fingerprint": info.fingerprint,
@@ -141,17 +219,17 @@ def result_record(
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "weight_bytes": weight_bytes(model)["weights"],
         },
-        data={
+        "data": {
             "rows": len(plan.encoded.rows),
             "skipped": sum(plan.encoded.skipped.values()),
             "tokens": plan.encoded.tokens,
             "supervised_tokens": plan.encoded.supervised_tokens,
             "unused": dict(plan.encoded.unused),
         },
-        train=_train_record(progress, max_rows, took_best),
-        evaluation=_eval_record(progress, after),
-        memory=memory.record(plan.memory.planned),
-    )
+        "train": _train_record(progress, max_rows, took_best),
+        "eval": _eval_record(progress, after),
+        "memory": memory.record(plan.memory.planned),
+    }
 
 
 def _train_record(progress: Progress, max_rows: int | None, took_best: bool) -> TrainRecord:

@@ -35,15 +35,15 @@ from qlora_kit.options.option import dump
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.run.directory import RESULT, RunDirectory, run_directory
-from qlora_kit.run.prepared import PreparedRun
-from qlora_kit.run.record import (
+from qlora_kit.run.metrics import (
     METRICS_FILE,
     MetricsLog,
-    model_card,
     start_trackers,
     write_json,
     write_text,
 )
+from qlora_kit.run.model_card import model_card
+from qlora_kit.run.prepared import PreparedRun
 from qlora_kit.run.reporter import Reporter, StepReporter
 from qlora_kit.run.result import Memory, Progress, result_record
 from qlora_kit.run.trial import try_largest

@@ -82,7 +82,7 @@ def test_a_finished_run_has_the_files_of_the_contract(finished):
 
 def test_run_json_says_what_the_run_was(finished):
     run = json.loads((finished / "run.json").read_text())
-    assert set(run) >= {"config", "versions", "model", "data", "train", "eval", "memory"}
+    assert list(run) == ["config", "versions", "model", "data", "train", "eval", "memory"]
     assert run["config"]["lora_r"] == 4
     assert run["model"]["name"] == "base"
     # 4 linears: 2 layers of q (64 -> 64) and v (64 -> 64, without grouping), rank 4.

@@ -1,26 +1,20 @@
-"""Laws of what a run leaves beside its weights, on real files."""
+"""Laws of the numbers that a run leaves on the disk, on real files."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
-import re
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from qlora_kit.errors import ConfigError, ResourceError
 from qlora_kit.run.directory import run_directory
-from qlora_kit.run.record import (
+from qlora_kit.run.metrics import (
     MetricsLog,
-    model_card,
-    run_record,
     start_trackers,
     versions,
     write_json,
@@ -29,7 +23,7 @@ from qlora_kit.run.record import (
 
 
 class ListTracker(GeneralTracker):
-    """A tracker of accelerate's own kind that keeps what it hears."""
+    """A tracker of accelerate's own kind that keeps what it gets."""
 
     name = "list"
     requires_logging_directory = False
@@ -75,64 +69,9 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def a_run(**changes):
-    config = {
-        "model": "/home/someone/models/my base",
-        "bits": 4,
-        "quant_type": "nf4",
-        "double_quant": True,
-        "dtype": "bf16",
-        "data": "/home/someone/secret/rows.jsonl",
-        "lora_r": 16,
-        "lora_alpha": 32.0,
-        "lora_dropout": 0.0,
-        "target_modules": ["q_proj", "v_proj"],
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "cosine",
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 16,
-        "seed": 42,
-        **changes.pop("config", {}),
-    }
-    parts = {
-        "model": {
-            "name": "/home/someone/models/my base",
-            "revision": None,
-            "fingerprint": "ab" * 32,
-            "parameters": 260_032,
-            "trainable_parameters": 4_096,
-            "weight_bytes": 200_000,
-        },
-        "data": {
-            "rows": 950,
-            "skipped": 3,
-            "tokens": 81_234,
-            "supervised_tokens": 12_345,
-            "unused": {},
-        },
-        "train": {
-            "steps": 59,
-            "seconds": 61.5,
-            "tokens": 81_234,
-            "tokens_per_s": 1320.9,
-            "first_loss": 7.27,
-            "last_loss": 2.16,
-        },
-        "evaluation": {"loss_before": 7.3, "loss_after": 2.2, "tokens": 678},
-        "memory": {"device": "cpu", "planned": {"peak": 3 * 2**29}, "measured": {"peak": 2**30}},
-    }
-    return run_record(config=config, **(parts | changes))
-
-
-def front_matter(card):
-    head = re.match(r"---\n(.*?\n)---\n", card, flags=re.DOTALL)
-    assert head is not None
-    return yaml.safe_load(head[1])
-
-
 def test_versions_are_named_without_importing_anything():
     code = (
-        "import sys; from qlora_kit.run.record import start_trackers, versions; versions();"
+        "import sys; from qlora_kit.run.metrics import start_trackers, versions; versions();"
         "assert not start_trackers('none', '.', {});"
         "print([name for name in ('torch', 'bitsandbytes', 'transformers', 'accelerate')"
         " if name in sys.modules])"
@@ -169,7 +108,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     write_json(path, {"a": 1})
     # A limit on the size of files stops the write half way, as a full disk does.
     code = (
-        "import resource, signal, sys; from qlora_kit.run.record import write_text\n"
+        "import resource, signal, sys; from qlora_kit.run.metrics import write_text\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "write_text(sys.argv[1], 'x' * 10000)"
@@ -194,7 +133,6 @@ def test_text_and_names_of_any_kind_are_written(tmp_path):
     undecodable = os.fsdecode(b"rows-\xff.jsonl")
     write_json(tmp_path / "a.json", {"data": undecodable, "你": "😀"})
     assert strict((tmp_path / "a.json").read_text("utf-8")) == {"data": undecodable, "你": "😀"}
-    write_text(tmp_path / "README.md", model_card(a_run(config={"data": undecodable})))
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
@@ -235,7 +173,7 @@ def test_a_resumed_run_has_one_line_a_step(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
-def test_trackers_hear_each_step_and_are_finished(tmp_path):
+def test_trackers_get_each_step_and_are_finished(tmp_path):
     tracker = ListTracker()
 
     def interrupted():
@@ -300,71 +238,6 @@ def test_a_tracker_that_fails_in_the_middle_is_a_note_and_ends_no_run(tmp_path):
         "list is told no more: TimeoutError: no answer",
     ]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_run_has_the_documented_keys(tmp_path):
-    run = a_run()
-    assert list(run) == ["config", "versions", "model", "data", "train", "eval", "memory"]
-    write_json(tmp_path / "run.json", run)
-    assert strict((tmp_path / "run.json").read_text()) == run
-    assert a_run(evaluation=None)["eval"] is None
-
-
-def test_the_card_says_what_was_trained_on_what(tmp_path):
-    card = model_card(a_run())
-    assert front_matter(card) == {
-        "base_model": "my base",
-        "library_name": "peft",
-        "tags": ["lora", "qlora"],
-    }
-    for part in (
-        *("`rows.jsonl`, 950 rows", "81,234 tokens", "12,345 of them supervised"),
-        *("4 bits, nf4, double quantization", "r 16, alpha 32.0", "`q_proj, v_proj`"),
-        *("59 steps", "0.0002", "seed 42", "7.3000 before, 2.2000 after", "1321 tokens/s"),
-        *("1.00 GiB measured, 1.50 GiB planned", "generate --adapter ADAPTER"),
-    ):
-        assert part in card
-    assert "someone" not in card
-    assert "None" not in card
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
-        ("tiny", "tiny"),
-        ("./models/base", "base"),
-        ("~/models/base/", "base"),
-        ("/a/b/yes: no", "yes: no"),
-        ("here/base", "base"),
-    ],
-)
-def test_a_path_is_shown_by_its_last_part_and_a_hub_id_whole(tmp_path, monkeypatch, name, shown):
-    monkeypatch.chdir(tmp_path)
-    Path("here").mkdir()
-    run = a_run()
-    run["model"]["name"] = name
-    assert front_matter(model_card(run))["base_model"] == shown
-
-
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_the_cards_python_is_python(bits):
-    run = a_run(config={"bits": bits})
-    [code] = re.findall(r"```python\n(.*?)```", model_card(run), flags=re.DOTALL)
-    ast.parse(code)
-    assert (f"load_in_{bits}bit=True" in code) == (bits != 16)
-
-
-def test_the_card_of_a_run_read_back_without_an_evaluation_or_finite_losses(tmp_path):
-    run = a_run(evaluation=None)
-    run["train"]["last_loss"] = float("nan")
-    del run["memory"]["planned"]
-    write_json(tmp_path / "run.json", run)
-    card = model_card(strict((tmp_path / "run.json").read_text()))
-    assert card == model_card(run)
-    assert "held-out" not in card
-    assert "not finite at the last" in card
-    assert "1.00 GiB measured, not planned" in card
 
 
 def test_a_run_that_keeps_nothing_leaves_what_others_put_there(tmp_path):

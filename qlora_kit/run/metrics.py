@@ -1,13 +1,10 @@
-"""What a run leaves beside its weights: `run.json`, `metrics.jsonl`, the model card, the trackers.
+"""The numbers of a run on the disk: JSON files, `metrics.jsonl`, and accelerate's trackers.
 
 A file is there whole or not at all: it is written aside, synced and renamed. Metrics are the
 exception, a line a step: what a killed run had reached is on disk, and a resumed run drops
 the lines after its checkpoint first. JSON has no NaN or infinity; such a number is written as null.
 
-The card names the base and the data by their last component where they are local paths: it is
-published with the adapter, and where things lie on the trainer's disk is nobody else's business.
-
-Left out: what the numbers are (the caller measures) and the trackers themselves (accelerate's).
+Left out: what the numbers are (the caller measures) and the trackers themselves.
 """
 
 from __future__ import annotations
@@ -23,12 +20,8 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, Protocol, Self, TypedDict
+from typing import Any, Protocol, Self
 
-import yaml
-
-from qlora_kit.base.source import is_path
-from qlora_kit.config.base import DEFAULT_BITS
 from qlora_kit.errors import ConfigError, redacted
 from qlora_kit.files.atomic import write_file
 
@@ -42,89 +35,6 @@ TRACKERS = {
 """Accelerate's trackers, and the packages of which each needs one."""
 
 
-class ModelRecord(TypedDict):
-    """The base and the adapters on it."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    parameters: int
-    trainable_parameters: int
-    weight_bytes: int
-
-
-class DataRecord(TypedDict):
-    """The rows trained on; `skipped` rows are not among `rows`.
-
-    `unused` counts the rows that have a field which nothing reads, by its name.
-    """
-
-    rows: int
-    skipped: int
-    tokens: int
-    supervised_tokens: int
-    unused: dict[str, int]
-
-
-class TrainRecord(TypedDict):
-    """The optimizer steps and what they gave; the rest where it applies.
-
-    `skipped_steps` were not finite, `micro_batch_rows` is what the device was found to hold, and
-    `best_step` the one whose adapter was saved.
-    """
-
-    steps: int
-    seconds: float
-    tokens: int
-    tokens_per_s: float
-    first_loss: float
-    last_loss: float
-    skipped_steps: NotRequired[int]
-    micro_batch_rows: NotRequired[int]
-    best_step: NotRequired[int]
-
-
-class EvalRecord(TypedDict):
-    """Nats a supervised token of the held-out rows, the same rows each time.
-
-    `history` has `step` and `loss` of each evaluation in between.
-    """
-
-    loss_before: float
-    loss_after: float
-    tokens: int
-    history: NotRequired[list[dict[str, float]]]
-
-
-class MemoryRecord(TypedDict):
-    """Bytes of tensors by component, `peak` among them; `planned` where there was a plan.
-
-    `phases` has the peak of each phase and its module, `peak_at` phase and module of the largest.
-    `process` is the most that the whole process held, which `process_is` says in words: it is not
-    to be compared with bytes of tensors.
-    """
-
-    device: str
-    planned: NotRequired[Mapping[str, int]]
-    measured: Mapping[str, int]
-    phases: NotRequired[Mapping[str, Mapping[str, Any]]]
-    peak_at: NotRequired[str]
-    process: NotRequired[int]
-    process_is: NotRequired[str]
-
-
-class RunRecord(TypedDict):
-    """What `run.json` holds; `eval` is None where nothing was held out."""
-
-    config: dict[str, Any]
-    versions: dict[str, str]
-    model: ModelRecord
-    data: DataRecord
-    train: TrainRecord
-    eval: EvalRecord | None
-    memory: MemoryRecord
-
-
 class Tracker(Protocol):
     """The part of accelerate's `GeneralTracker` that is used here."""
 
@@ -133,27 +43,6 @@ class Tracker(Protocol):
 
     def finish(self) -> None:
         """Write out what is held back."""
-
-
-def run_record(
-    *,
-    config: Mapping[str, Any],
-    model: ModelRecord,
-    data: DataRecord,
-    train: TrainRecord,
-    evaluation: EvalRecord | None,
-    memory: MemoryRecord,
-) -> RunRecord:
-    """What `run.json` holds of a run, with the versions of this process."""
-    return {
-        "config": dict(config),
-        "versions": versions(),
-        "model": model,
-        "data": data,
-        "train": train,
-        "eval": evaluation,
-        "memory": memory,
-    }
 
 
 def versions() -> dict[str, str]:
@@ -168,7 +57,7 @@ def versions() -> dict[str, str]:
 
 
 class MetricsLog:
-    """`metrics.jsonl` in `directory`, and the trackers that hear the same numbers.
+    """`metrics.jsonl` in `directory`, and the trackers that get the same numbers.
 
     A new run begins an empty file. With `resume_step`, the whole lines of an earlier part of the
     run up to that step stay and later or torn ones go. Leaving the context finishes the trackers.
@@ -302,97 +191,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_file(Path(path), text.encode("utf-8", errors="backslashreplace"))
 
 
-def model_card(run: RunRecord) -> str:
-    """The Markdown of the adapter's `README.md`, with the YAML that the hub reads at its head."""
-    config, model, data = run["config"], run["model"], run["data"]
-    train, memory = run["train"], run["memory"]
-    base, targets = _public_name(model["name"]), config.get("target_modules")
-    front = {"base_model": base, "library_name": "peft", "tags": ["lora", "qlora"]}
-    held = {4: f"4 bits, {config.get('quant_type')}", 16: "16 bits, not quantized"}
-    if config.get("double_quant"):
-        held[4] += ", double quantization"
-    bits = config.get("bits", DEFAULT_BITS)
-    result = [
-        f"training loss: {_number(train['first_loss'])} at the first step, "
-        f"{_number(train['last_loss'])} at the last",
-        f"speed: {_number(train['tokens_per_s'], '.0f')} tokens/s, "
-        f"{_number(train['seconds'], '.0f')} s in all",
-        f"peak memory on {_code(memory['device'])}: {_gib(memory['measured'])} measured, "
-        f"{_gib(memory.get('planned', {}))} planned",
-    ]
-    if evaluation := run["eval"]:
-        result.insert(
-            0,
-            f"held-out loss: {_number(evaluation['loss_before'])} before, "
-            f"{_number(evaluation['loss_after'])} after, in nats a token over "
-            f"{evaluation['tokens']:,} supervised tokens",
-        )
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
-# LoRA adapter for {_code(base)}
-
-Trained with qlora-kit. `config.yaml` holds every option, `run.json` every number.
-
-## Training
-- base: {_code(base)}, revision {_code(model["revision"] or "none")}, \
-held in {held.get(bits, f"{bits} bits")}
-- data: {_code(_public_name(str(config.get("data"))))}, {data["rows"]:,} rows \
-({data["skipped"]:,} skipped), {data["tokens"]:,} tokens, \
-{data["supervised_tokens"]:,} of them supervised
-- LoRA: r {config.get("lora_r")}, alpha {config.get("lora_alpha")}, \
-dropout {config.get("lora_dropout")}, on \
-{_code(", ".join(targets) if isinstance(targets, list) else str(targets))}: \
-{model["trainable_parameters"]:,} parameters beside {model["parameters"]:,}
-- optimization: {train["steps"]:,} steps, learning rate {config.get("learning_rate")} \
-({config.get("lr_scheduler_type")}), seed {config.get("seed")}, \
-{config.get("per_device_train_batch_size")} x {config.get("gradient_accumulation_steps")} \
-rows a step
-
-## Result
-{chr(10).join(f"- {line}" for line in result)}
-
-## Use
-`ADAPTER` is the directory of this file.
-```
-qlora-kit generate --adapter ADAPTER --prompt TEXT
-```
-```python
-{_peft_example(config)}
-```
-"""
-
-
-def _peft_example(config: Mapping[str, Any]) -> str:
-    """The lines that put the adapter on its base, quantized as it was in training.
-
-    Where the base is says the adapter's own config: the card itself holds no path.
-    """
-    compute = {"bf16": "bfloat16", "fp16": "float16"}.get(config.get("dtype", ""), "float32")
-    settings = {
-        4: f"load_in_4bit=True, bnb_4bit_quant_type={config.get('quant_type')!r}, "
-        f"bnb_4bit_use_double_quant={bool(config.get('double_quant'))}, "
-        f"bnb_4bit_compute_dtype={compute!r}",
-        8: "load_in_8bit=True",
-    }.get(config.get("bits", DEFAULT_BITS))
-    lines = [
-        "from peft import PeftConfig, PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
-        "",
-        f"quantization = {f'BitsAndBytesConfig({settings})' if settings else None}",
-        'said = PeftConfig.from_pretrained("ADAPTER")',
-        'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
-        "base = AutoModelForCausalLM.from_pretrained(",
-        "    said.base_model_name_or_path, revision=said.revision, "
-        'dtype="auto", quantization_config=quantization',
-        ")",
-        'model = PeftModel.from_pretrained(base, "ADAPTER")',
-    ]
-    if config.get("resize_embeddings"):
-        # The new rows are the mean of the others, as transformers draws them but for 1e-9 of it.
-        lines.insert(-1, "base.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)")
-    return "\n".join(lines)
-
-
 def _lines_up_to(path: Path, step: int | None) -> str:
     """The whole lines of a metrics file whose step is not after `step`; nothing for None."""
     if step is None or not path.exists():
@@ -422,23 +220,3 @@ def _written(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_written(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _public_name(name: str) -> str:
-    if is_path(name):
-        name = os.path.basename(os.path.abspath(os.path.expanduser(name)))
-    return redacted(name)
-
-
-def _code(text: str) -> str:
-    """`text` as inline code that neither ends early nor breaks the line."""
-    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    # A record read back from run.json has None where a number was not finite.
-    return format(value, form) if value is not None and math.isfinite(value) else "not finite"
-
-
-def _gib(components: Mapping[str, int]) -> str:
-    return f"{components['peak'] / 1024**3:.2f} GiB" if "peak" in components else "not"

@@ -1,0 +1,131 @@
+"""The model card: the `README.md` beside an adapter, with the YAML that the hub reads at its head.
+
+It names the base and the data by their last component where they are local paths: it is published
+with the adapter, and where things lie on the trainer's disk is nobody else's business.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from qlora_kit.base.source import is_path
+from qlora_kit.config.base import DEFAULT_BITS
+from qlora_kit.errors import redacted
+from qlora_kit.run.result import RunRecord
+
+
+def model_card(run: RunRecord) -> str:
+    """The Markdown of the adapter's `README.md`, with the YAML that the hub reads at its head."""
+    config, model, data = run["config"], run["model"], run["data"]
+    train, memory = run["train"], run["memory"]
+    base, targets = _public_name(model["name"]), config.get("target_modules")
+    front = ModelCardData(base_model=base, library_name="peft", tags=["lora", "qlora"])
+    held = {4: f"4 bits, {config.get('quant_type')}", 16: "16 bits, not quantized"}
+    if config.get("double_quant"):
+        held[4] += ", double quantization"
+    bits = config.get("bits", DEFAULT_BITS)
+    result = [
+        f"training loss: {_number(train['first_loss'])} at the first step, "
+        f"{_number(train['last_loss'])} at the last",
+        f"speed: {_number(train['tokens_per_s'], '.0f')} tokens/s, "
+        f"{_number(train['seconds'], '.0f')} s in all",
+        f"peak memory on {_code(memory['device'])}: {_gib(memory['measured'])} measured, "
+        f"{_gib(memory.get('planned', {}))} planned",
+    ]
+    if evaluation := run["eval"]:
+        result.insert(
+            0,
+            f"held-out loss: {_number(evaluation['loss_before'])} before, "
+            f"{_number(evaluation['loss_after'])} after, in nats a token over "
+            f"{evaluation['tokens']:,} supervised tokens",
+        )
+    return f"""---
+{front.to_yaml()}
+---
+# LoRA adapter for {_code(base)}
+
+Trained with qlora-kit. `config.yaml` holds every option, `run.json` every number.
+
+## Training
+- base: {_code(base)}, revision {_code(model["revision"] or "none")}, \
+held in {held.get(bits, f"{bits} bits")}
+- data: {_code(_public_name(str(config.get("data"))))}, {data["rows"]:,} rows \
+({data["skipped"]:,} skipped), {data["tokens"]:,} tokens, \
+{data["supervised_tokens"]:,} of them supervised
+- LoRA: r {config.get("lora_r")}, alpha {config.get("lora_alpha")}, \
+dropout {config.get("lora_dropout")}, on \
+{_code(", ".join(targets) if isinstance(targets, list) else str(targets))}: \
+{model["trainable_parameters"]:,} parameters beside {model["parameters"]:,}
+- optimization: {train["steps"]:,} steps, learning rate {config.get("learning_rate")} \
+({config.get("lr_scheduler_type")}), seed {config.get("seed")}, \
+{config.get("per_device_train_batch_size")} x {config.get("gradient_accumulation_steps")} \
+rows a step
+
+## Result
+{chr(10).join(f"- {line}" for line in result)}
+
+## Use
+`ADAPTER` is the directory of this file.
+```
+qlora-kit generate --adapter ADAPTER --prompt TEXT
+```
+```python
+{_peft_example(config)}
+```
+"""
+
+
+def _peft_example(config: Mapping[str, Any]) -> str:
+    """The lines that put the adapter on its base, quantized as it was in training.
+
+    Where the base is says the adapter's own config: the card itself holds no path.
+    """
+    compute = {"bf16": "bfloat16", "fp16": "float16"}.get(config.get("dtype", ""), "float32")
+    settings = {
+        4: f"load_in_4bit=True, bnb_4bit_quant_type={config.get('quant_type')!r}, "
+        f"bnb_4bit_use_double_quant={bool(config.get('double_quant'))}, "
+        f"bnb_4bit_compute_dtype={compute!r}",
+        8: "load_in_8bit=True",
+    }.get(config.get("bits", DEFAULT_BITS))
+    lines = [
+        "from peft import PeftConfig, PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
+        "",
+        f"quantization = {f'BitsAndBytesConfig({settings})' if settings else None}",
+        'said = PeftConfig.from_pretrained("ADAPTER")',
+        'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
+        "base = AutoModelForCausalLM.from_pretrained(",
+        "    said.base_model_name_or_path, revision=said.revision, "
+        'dtype="auto", quantization_config=quantization',
+        ")",
+        'model = PeftModel.from_pretrained(base, "ADAPTER")',
+    ]
+    if config.get("resize_embeddings"):
+        # The new rows are the mean of the others, as transformers draws them but for 1e-9 of it.
+        lines.insert(-1, "base.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)")
+    return "\n".join(lines)
+
+
+def _public_name(name: str) -> str:
+    if is_path(name):
+        name = os.path.basename(os.path.abspath(os.path.expanduser(name)))
+    return redacted(name)
+
+
+def _code(text: str) -> str:
+    """`text` as inline code that neither ends early nor breaks the line."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    # A record read back from run.json has None where a number was not finite.
+    return format(value, form) if value is not None and math.isfinite(value) else "not finite"
+
+
+def _gib(components: Mapping[str, int]) -> str:
+    return f"{components['peak'] / 1024**3:.2f} GiB" if "peak" in components else "not"

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,11 @@ def train(level: str, data: Path) -> dict[str, Any]:
 
     from qlora_kit.config.data import DataConfig
     from qlora_kit.config.lora import LoRAConfig
-    from qlora_kit.data.batch import lengths_of, steps
+    from qlora_kit.data.batch import lengths_of
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.order import make_packs
     from qlora_kit.data.rows import load_rows
+    from qlora_kit.data.schedule import StepSchedule
     from qlora_kit.lora.block import use_fused_blocks
     from qlora_kit.lora.inject import inject_lora
     from qlora_kit.training.attention import set_packed_attention
@@ -124,11 +126,11 @@ def train(level: str, data: Path) -> dict[str, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     packs = make_packs(lengths_of(encoded.rows), LENGTH, 0)
-    common = {"accumulation": 1, "num_steps": STEPS, "seed": 0, "pad_id": 0}
+    schedule = StepSchedule(rows=encoded.rows, batch_size=BATCH, num_steps=STEPS, seed=0)
     orders = {
-        "random": steps(encoded.rows, batch_size=BATCH, **common),
-        "grouped": steps(encoded.rows, batch_size=BATCH, group_by_length=True, **common),
-        "packed": steps(encoded.rows, batch_size=PACKS, packs=packs, **common),
+        "random": schedule,
+        "grouped": replace(schedule, group_by_length=True),
+        "packed": replace(schedule, batch_size=PACKS, packs=packs),
     }
     found = {order: {"tokens": 0, "seconds": 0.0, "slots": 0} for order in orders}
     for number, windows in enumerate(zip(*orders.values(), strict=True)):
@@ -162,10 +164,11 @@ def memory(path: Path, _: Path) -> dict[str, float]:
     from transformers import PreTrainedTokenizerFast
 
     from qlora_kit.config.data import DataConfig
-    from qlora_kit.data.batch import lengths_of, steps
+    from qlora_kit.data.batch import lengths_of
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.order import make_packs
     from qlora_kit.data.rows import load_rows
+    from qlora_kit.data.schedule import StepSchedule
 
     # A tokenizer of words: how many rows there are is what memory could depend on.
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
@@ -181,10 +184,10 @@ def memory(path: Path, _: Path) -> dict[str, float]:
         with tempfile.TemporaryDirectory(dir=path.parent) as cache:
             encoded = encode_rows(load_rows(config, 0).train, made, LENGTH, cache=Path(cache))
             packs = make_packs(lengths_of(encoded.rows), LENGTH, 0)
-            options = {"batch_size": 8, "accumulation": 1, "seed": 0, "pad_id": 0}
-            for _ in steps(encoded.rows, num_steps=20, packs=packs, **options):
+            schedule = StepSchedule(rows=encoded.rows, batch_size=8, num_steps=20, seed=0)
+            for _ in replace(schedule, packs=packs):
                 pass
-            for _ in steps(encoded.rows, num_steps=20, **options):
+            for _ in schedule:
                 pass
         found |= {
             f"{name}_rows": len(encoded.rows),

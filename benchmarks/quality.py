@@ -70,9 +70,10 @@ def losses_of_peft(case: argparse.Namespace) -> tuple[float, float]:
     from qlora_kit.base.load import open_base
     from qlora_kit.config.base import BaseConfig
     from qlora_kit.config.data import DataConfig
-    from qlora_kit.data.batch import eval_batches, padding_id, steps
+    from qlora_kit.data.batch import eval_batches, padding_id
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.rows import load_rows
+    from qlora_kit.data.schedule import StepSchedule
 
     bits, targets, seed = case.bits[0], case.targets[0], case.seeds[0]
     tokenizer = open_base(BaseConfig(model=str(TINY), bits=16, device="cpu")).tokenizer
@@ -91,8 +92,8 @@ def losses_of_peft(case: argparse.Namespace) -> tuple[float, float]:
     )
     copy_first_adapters(peer.model, targets, seed)
     before = held_out_loss(peer, held_out)
-    for (batch,) in steps(
-        train, batch_size=BATCH, accumulation=1, num_steps=case.steps, seed=seed, pad_id=pad
+    for (batch,) in StepSchedule(
+        rows=train, batch_size=BATCH, num_steps=case.steps, seed=seed, pad_id=pad
     ):
         peer.step(batch["input_ids"], batch["labels"])
     return before, held_out_loss(peer, held_out)

@@ -11,7 +11,7 @@ _HOMES = {
     "load_base": "base.load",
     "load_rows": "data.rows",
     "encode_rows": "data.encode",
-    "steps": "data.batch",
+    "StepSchedule": "data.schedule",
     "inject_lora": "lora.inject",
     "load_adapter": "lora.adapter",
     "save_adapter": "lora.adapter",

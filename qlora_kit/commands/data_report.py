@@ -15,12 +15,13 @@ from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.config.commands import ShowConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data.answers import turn_ends
-from qlora_kit.data.batch import lengths_of, padding_note, padding_share
+from qlora_kit.data.batch import lengths_of, padding_note
 from qlora_kit.data.chat_template import ChatOptions, date_of, templates_of
 from qlora_kit.data.encode import EncodedRows, encode, encode_rows, shared_rows
-from qlora_kit.data.order import epoch_order, grouped_order, make_packs
+from qlora_kit.data.order import make_packs
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row, Rows
+from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.data.token_cache import cache_directory
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped, in_use
 from qlora_kit.errors import DataError
@@ -144,11 +145,11 @@ def report_of(
         held_out = encode_rows(rows.evaluation, tokenizer, max_length, rules, cache, refuse=False)
     lengths, batch = lengths_of(encoded.rows), options.batch_size
     packs = make_packs(lengths, max_length, options.seed)
-    filled = [int(lengths[packs[i]].sum()) for i in epoch_order(len(packs), options.seed, 0)]
+    schedule = StepSchedule(rows=encoded.rows, batch_size=batch, num_steps=1, seed=options.seed)
     orders = {
-        "random": lengths[epoch_order(len(lengths), options.seed, 0)].tolist(),
-        "by length": lengths[grouped_order(lengths, batch, batch, options.seed, 0)].tolist(),
-        "packed": filled,
+        "random": schedule,
+        "by length": replace(schedule, group_by_length=True),
+        "packed": replace(schedule, packs=packs),
     }
     shown = [
         one
@@ -169,7 +170,7 @@ def report_of(
         else _part(held_out, rows.eval_source, notes_of(held_out, held_out=True)),
         held_out_source=rows.eval_source,
         shared=0 if held_out is None else shared_rows(held_out, encoded),
-        padding={name: padding_share(order, batch) for name, order in orders.items()},
+        padding={name: order.padding_share() for name, order in orders.items()},
         packs=len(packs),
         padding_note=padding_note(tokenizer),
         bins=_bins(lengths.tolist()),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qlora_kit.commands.display import Display
     from qlora_kit.data.encode import EncodedRows
     from qlora_kit.data.rows import Rows
+    from qlora_kit.data.schedule import StepSchedule
     from qlora_kit.run.prepared import PreparedRun
     from qlora_kit.run.resolve import Start
     from qlora_kit.training.checkpoint import Checkpoint
@@ -111,8 +112,9 @@ def prepare(
     from dataclasses import replace
 
     from qlora_kit.base.load import open_base
-    from qlora_kit.data.batch import pack, padding_note
+    from qlora_kit.data.batch import padding_id, padding_note
     from qlora_kit.data.chat_template import use_template
+    from qlora_kit.data.schedule import StepSchedule
     from qlora_kit.run.place import default_names, is_finished, output_directory
     from qlora_kit.run.prepared import PreparedRun
     from qlora_kit.run.resolve import settle
@@ -142,8 +144,10 @@ def prepare(
         use_template(base.tokenizer, config.data.chat_template)
     config = replace(config, data=_chats_of(config.data, rows, base.tokenizer, resume))
     encoded, held_out = _encode(config, rows, base)
-    packs = pack(config.data, encoded.rows, config.training.seed)
-    display.data(rows, encoded, held_out, packs)
+    schedule = StepSchedule.of_run(
+        encoded.rows, config.data, config.training, padding_id(base.tokenizer)
+    )
+    display.data(rows, encoded, held_out, schedule.packs)
     if rows.format == "messages":
         display.chats(base.tokenizer, config.data)
     if note := padding_note(base.tokenizer):
@@ -151,8 +155,9 @@ def prepare(
     identity = identity_of(base, encoded, held_out)
     if resume is not None:
         check_resumed(config, identity, resume, overridden, display)
-    num_rows = len(encoded.rows if packs is None else packs)
-    total_steps = _total_steps(config.training, num_rows, display)
+    total_steps = schedule.num_steps
+    if total_steps < FEW_STEPS:
+        display.note(_few_steps(schedule))
     if resume is not None and resume.step > total_steps:
         raise ConfigError(
             f"{resume.path} stands after step {resume.step}, and this run has {total_steps}",
@@ -160,7 +165,7 @@ def prepare(
         )
     from qlora_kit.run.planned import planned_run
 
-    memory = planned_run(config, base, encoded.rows, packs, total_steps, ranks)
+    memory = planned_run(config, base, schedule, ranks)
     display.memory(memory)
     if config.output.compare_bits:
         display.bits(_measure_bits(config.base))
@@ -170,8 +175,7 @@ def prepare(
         rows,
         encoded,
         held_out,
-        packs,
-        total_steps,
+        schedule,
         target_dir,
         identity,
         resume,
@@ -258,22 +262,6 @@ def _encode(
     return encoded, None
 
 
-def _total_steps(training: TrainingConfig, num_rows: int, display: Display) -> int:
-    """Steps of the run, from its rows (or packs)."""
-    from qlora_kit.data.batch import num_steps
-
-    total = num_steps(
-        num_rows,
-        training.batch_size,
-        training.gradient_accumulation_steps,
-        training.num_train_epochs,
-        training.max_steps,
-    )
-    if total < FEW_STEPS:
-        display.note(_few_steps(total, num_rows, training))
-    return total
-
-
 def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
     """The options with everything that `auto` and None stand for on this model and device.
 
@@ -316,12 +304,12 @@ def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
     )
 
 
-def _few_steps(total_steps: int, num_rows: int, training: TrainingConfig) -> str:
-    per_step = training.batch_size * training.gradient_accumulation_steps
-    epochs = -(-ENOUGH_STEPS * per_step // num_rows)
+def _few_steps(schedule: StepSchedule) -> str:
+    per_step = schedule.batch_size * schedule.accumulation
+    epochs = -(-ENOUGH_STEPS * per_step // schedule.num_sequences)
     return (
-        f"only {total_steps} optimizer steps, in which little is learnt: give --num_train_epochs "
-        f"{epochs} or --max_steps {ENOUGH_STEPS} for {ENOUGH_STEPS} of them"
+        f"only {schedule.num_steps} optimizer steps, in which little is learnt: give "
+        f"--num_train_epochs {epochs} or --max_steps {ENOUGH_STEPS} for {ENOUGH_STEPS} of them"
     )
 
 

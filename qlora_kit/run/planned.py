@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_kit.data.batch import lengths_of
-from qlora_kit.data.largest import largest_batch, most_alone, most_supervised
 from qlora_kit.device import OVERHEADS, free_bytes
 from qlora_kit.errors import ConfigError
 from qlora_kit.plan.plan import MemoryPlan, Planner, Window
@@ -17,21 +16,18 @@ from qlora_kit.plan.plan import MemoryPlan, Planner, Window
 if TYPE_CHECKING:
     from qlora_kit.base.load import OpenBase
     from qlora_kit.config.run import RunConfig
-    from qlora_kit.data.order import Packs
-    from qlora_kit.data.tokens import Encoded
+    from qlora_kit.data.schedule import StepSchedule
 
 
 def planned_run(
     config: RunConfig,
     base: OpenBase,
-    rows: Sequence[Encoded],
-    packs: Packs | None,
-    num_steps: int,
+    schedule: StepSchedule,
     ranks: Mapping[str, int] | None = None,
 ) -> MemoryPlan:
     """The plan of a run whose options are resolved; `ranks` are those of a loaded adapter.
 
-    It is that of the largest micro-batch of its `num_steps` steps, every token trained on.
+    It is that of the largest micro-batch of its steps, every token trained on.
 
     Errors: `ConfigError` for a `--memory_budget` that `auto` cannot keep.
     """
@@ -44,7 +40,7 @@ def planned_run(
     budget = training.budget_bytes
     plans = [
         planner.plan(window, budget_bytes=budget or available_bytes(base.device), micro_steps=steps)
-        for window, steps in _windows(config, rows, packs, num_steps)
+        for window, steps in _windows(schedule)
     ]
     plan = max(plans, key=lambda one: (one.recomputed, one.peak_bytes))
     plan = replace(plan, tokens=max(one.tokens for one in plans))
@@ -58,30 +54,20 @@ def planned_run(
     return plan
 
 
-def _windows(
-    config: RunConfig, rows: Sequence[Encoded], packs: Packs | None, num_steps: int
-) -> Iterator[tuple[Window, int]]:
+def _windows(schedule: StepSchedule) -> Iterator[tuple[Window, int]]:
     """The micro-batches that may take the most, with the number of them in a step.
 
     Among packs that is also the largest without any row beside another one: attention then takes
     all sequences at once.
     """
-    training, lengths = config.training, lengths_of(rows)
-    settings: dict[str, Any] = {
-        "batch_size": training.batch_size,
-        "accumulation": training.gradient_accumulation_steps,
-        "num_steps": num_steps,
-        "seed": training.seed,
-        "group_by_length": config.data.group_by_length,
-    }
-    count = len(rows) if packs is None else len(packs)
-    steps = min(training.gradient_accumulation_steps, -(-count // training.batch_size))
-    largest = largest_batch(rows, packs=packs, **settings)
+    lengths, packed = lengths_of(schedule.rows), schedule.packs is not None
+    steps = min(schedule.accumulation, -(-schedule.num_sequences // schedule.batch_size))
+    largest = schedule.largest()
     assert largest is not None  # a run has steps
-    length = max(int(lengths[list(group)].sum()) for group in largest.rows)
-    longest, trained = int(lengths.max()), most_supervised(rows, packs, length)
-    yield Window(len(largest.rows), length, trained, packs is not None, longest), steps
-    if packs is not None and (alone := most_alone(rows, packs, **settings)):
+    length = max(int(lengths[rows].sum()) for rows in largest.sequences)
+    longest, trained = int(lengths.max()), schedule.most_supervised(length)
+    yield Window(len(largest.sequences), length, trained, packed, longest), steps
+    if alone := schedule.most_single_rows():
         yield Window(alone, length, trained), steps
 
 

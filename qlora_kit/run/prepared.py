@@ -9,8 +9,8 @@ from pathlib import Path
 from qlora_kit.base.load import OpenBase
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.encode import EncodedRows
-from qlora_kit.data.order import Packs
 from qlora_kit.data.rows import Rows
+from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.plan.plan import MemoryPlan
 from qlora_kit.training.checkpoint import Checkpoint
 
@@ -19,7 +19,8 @@ from qlora_kit.training.checkpoint import Checkpoint
 class PreparedRun:
     """A run whose options, files and shapes were checked, before a weight is read.
 
-    `identity` tells the base and the encoded rows apart from others, whatever they are called.
+    `schedule` has all of its steps. `identity` tells the base and the encoded rows apart from
+    others, whatever they are called.
     `start` is the directory of the adapter that the run goes on from, checked against the base.
     `memory` says what it will take, and which layers recompute. `names` are those that the
     directory may have where none was given.
@@ -30,8 +31,7 @@ class PreparedRun:
     rows: Rows
     encoded: EncodedRows
     held_out: EncodedRows | None
-    packs: Packs | None
-    total_steps: int
+    schedule: StepSchedule
     directory: Path
     identity: Mapping[str, str | None]
     resume: Checkpoint | None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.load import read_weights
-from qlora_kit.data.batch import Batch, eval_batches, padding_id, step_rows, steps
+from qlora_kit.data.batch import Batch, eval_batches
 from qlora_kit.data.encode import prompt_ids
 from qlora_kit.data.rows import Row
 from qlora_kit.device import memory_name
@@ -89,7 +89,7 @@ def open_run(plan: PreparedRun, reporter: Reporter, signals: StopSignals) -> Ite
         trackers = start_trackers(output.report_to, place.path, config, note)
         with (
             MetricsLog(place.path, trackers=trackers, resume_step=resumed, note=note) as log,
-            reporter.progress(plan.total_steps, memory_name(plan.base.device)) as bar,
+            reporter.progress(plan.schedule.num_steps, memory_name(plan.base.device)) as bar,
             signals.between_steps(),
         ):
             try:
@@ -138,13 +138,12 @@ class Run:
         )
         if note := paging_note(training.optim, self.model.parameters(), plan.base.device):
             reporter.note(note)
-        self.learning_rate = learning_rates(training, plan.total_steps)
+        self.learning_rate = learning_rates(training, plan.schedule.num_steps)
         self.guard = Guard(
             self.model, signals=signals, note=reporter.note, rows_of=self._rows_of_step
         )
         self.progress = Progress()
         self._plan, self._place, self._reporter, self._signals = plan, place, reporter, signals
-        self._pad_id = padding_id(plan.base.tokenizer)
         self._memory = Memory(self.model, self.optimizer, meter)
         self._names: dict[Tensor, str] = {
             p: name for name, p in self.model.named_parameters() if p.requires_grad
@@ -178,22 +177,11 @@ class Run:
 
     def steps(self) -> Iterator[Sequence[Batch]]:
         """The micro-batches of each step that is left; ends early when nothing gets better."""
-        plan, training = self._plan, self._plan.config.training
-        for micro_batches in steps(
-            plan.encoded.rows,
-            batch_size=training.batch_size,
-            accumulation=training.gradient_accumulation_steps,
-            num_steps=plan.total_steps,
-            seed=training.seed,
-            pad_id=self._pad_id,
-            start_step=self.progress.step,
-            packs=plan.packs,
-            group_by_length=plan.config.data.group_by_length,
-        ):
+        for micro_batches in self._plan.schedule.after(self.progress.step):
             if self._stops_early():
                 self._reporter.note(
                     f"stopping after step {self.progress.step}: no lower held-out loss in "
-                    f"{plan.config.output.early_stopping} evaluations"
+                    f"{self._plan.config.output.early_stopping} evaluations"
                 )
                 return
             yield micro_batches
@@ -223,7 +211,7 @@ class Run:
             progress.skipped_steps += 1
         peak = self._memory.peak()
         self._bar.step(report, peak)
-        if report.step % output.logging_steps == 0 or report.step == self._plan.total_steps:
+        if report.step % output.logging_steps == 0 or report.step == self._plan.schedule.num_steps:
             self._log.write({**asdict(report), "peak_bytes": peak})
         self._signals.raise_if_received()
         self._evaluate_if_due()
@@ -237,7 +225,7 @@ class Run:
         """Whether `save_minutes` would be over before this is asked again, or the run finished."""
         now, limit = time.monotonic(), 60 * self._plan.config.output.save_minutes
         coming, self._asked_s = now - self._asked_s, now
-        if self.progress.step == self._plan.total_steps:
+        if self.progress.step == self._plan.schedule.num_steps:
             coming = self._evaluation_s
         return 0 < limit < now - self._saved_s + coming
 
@@ -304,7 +292,7 @@ class Run:
             return Stopped(signal_number, "before the first step was done, nothing is kept")
         return Stopped(
             signal_number,
-            f"after step {self.progress.step} of {self._plan.total_steps}, saved in {path}",
+            f"after step {self.progress.step} of {self._plan.schedule.num_steps}, saved in {path}",
             "go on with the same command and --resume_from_checkpoint auto",
         )
 
@@ -395,7 +383,7 @@ class Run:
                 with self._signals.droppable(at_once=True):
                     # Forward alone of as many tokens takes less than the step that is planned.
                     tokens = self._plan.memory.tokens
-                    batches = eval_batches(held_out.rows, rows, self._pad_id, tokens)
+                    batches = eval_batches(held_out.rows, rows, self._plan.schedule.pad_id, tokens)
                     return evaluate(self.model, batches)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -465,17 +453,7 @@ class Run:
 
     def _rows_of_step(self, step: int) -> str:
         """The places of a step's rows among those that are trained on, counted from 0."""
-        plan, training = self._plan, self._plan.config.training
-        rows = step_rows(
-            plan.encoded.rows,
-            step - 1,
-            batch_size=training.batch_size,
-            accumulation=training.gradient_accumulation_steps,
-            seed=training.seed,
-            packs=plan.packs,
-            group_by_length=plan.config.data.group_by_length,
-        )
-        return ", ".join(map(str, rows))
+        return ", ".join(map(str, self._plan.schedule.rows_of(step)))
 
 
 def _with_adapters(plan: PreparedRun, counter: StorageCounter) -> Any:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_kit.data.batch import padding_id
-from qlora_kit.data.largest import largest_batch
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.preflight import is_due, preflight
 
@@ -26,22 +24,12 @@ def try_largest(
 
     0 where there are no steps left. Errors: `ResourceError` where not even one of its rows fits.
     """
-    training, rows, memory = plan.config.training, plan.encoded.rows, plan.memory
+    memory, schedule = plan.memory, plan.schedule
     guard.planned_bytes = memory.peak_bytes
-    found = largest_batch(
-        rows,
-        batch_size=training.batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        num_steps=plan.total_steps,
-        seed=training.seed,
-        start_step=start_step,
-        packs=plan.packs,
-        group_by_length=plan.config.data.group_by_length,
-    )
+    found = schedule.after(start_step).largest()
     if found is None:
         return 0
     if is_due(plan.base.device, memory.peak_bytes, memory.budget_bytes):
-        batch = found.batch(rows, padding_id(plan.base.tokenizer))
-        accumulates = training.gradient_accumulation_steps > 1
+        batch, accumulates = schedule.collate(found.sequences), schedule.accumulation > 1
         preflight(model, optimizer, batch, guard, accumulates=accumulates)
     return found.step

@@ -16,10 +16,11 @@ from families import tree_hash
 from qlora_kit.commands import data_report
 from qlora_kit.commands.data_page import HEAD
 from qlora_kit.commands.show_data import main
-from qlora_kit.data.batch import collate_packs, padding_id, steps
+from qlora_kit.data.batch import collate_packs, padding_id
 from qlora_kit.data.encode import encode_rows
 from qlora_kit.data.order import make_packs
 from qlora_kit.data.rows import read_rows
+from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.errors import ERROR_LINE_LIMIT
 
 CHATS = [
@@ -95,7 +96,7 @@ def test_json_is_what_the_loop_gets(capsys, model, chats):
         assert sum(first <= length <= last for length in lengths) == count
     # Padding as the loop's own windows have it.
     pad = padding_id(tokenizer)
-    common = {"batch_size": 2, "accumulation": 1, "seed": 42, "pad_id": pad}
+    common = {"rows": encoded.rows, "batch_size": 2, "seed": 42, "pad_id": pad}
     packs = make_packs(encoded.rows.lengths, 200, 42)
     assert report["packs"] == len(packs)
     for name, count, more in (
@@ -103,8 +104,8 @@ def test_json_is_what_the_loop_gets(capsys, model, chats):
         ("by length", 6, {"group_by_length": True}),
         ("packed", len(packs), {"packs": packs}),
     ):
-        windows = steps(encoded.rows, num_steps=-(-count // 2), **common, **more)
-        batches = [batch for window in windows for batch in window]
+        schedule = StepSchedule(num_steps=-(-count // 2), **common, **more)
+        batches = [batch for micro_batches in schedule for batch in micro_batches]
         total = sum(batch["input_ids"].numel() for batch in batches)
         assert report["padding"][name] == pytest.approx(1 - encoded.tokens / total)
     # The rows, token by token.

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -8,23 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_kit.config.data import DataConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data import order as orders
 from qlora_kit.data.batch import (
     collate,
     collate_packs,
     eval_batches,
     lengths_of,
-    num_steps,
     padded,
     padding_id,
     padding_note,
-    padding_share,
     split,
-    step_rows,
-    steps,
-    steps_per_epoch,
 )
 from qlora_kit.data.order import make_packs
+from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.data.tokens import Encoded
 
 PAD = 7
@@ -48,6 +47,10 @@ def make_rows(lengths, seed=0):
         labels[-1] = ids[-1]
         rows.append(Encoded(ids, labels))
     return rows
+
+
+def schedule_of(rows, *, num_steps=1, **options):
+    return StepSchedule(rows=rows, num_steps=num_steps, pad_id=PAD, **options)
 
 
 def names(batches):
@@ -102,17 +105,9 @@ def test_supervised_positions_give_the_loss_of_shifted_labels():
 @given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**63 - 1))
 def test_an_epoch_shows_every_row_once_in_its_order(num_rows, batch_size, accumulation, seed):
     rows = make_rows([2] * num_rows)
-    per_epoch = steps_per_epoch(num_rows, batch_size, accumulation)
-    windows = list(
-        steps(
-            rows,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            num_steps=2 * per_epoch,
-            seed=seed,
-            pad_id=PAD,
-        )
-    )
+    schedule = schedule_of(rows, batch_size=batch_size, accumulation=accumulation, seed=seed)
+    per_epoch = schedule.steps_per_epoch
+    windows = list(replace(schedule, num_steps=2 * per_epoch))
     for epoch in range(2):
         part = windows[epoch * per_epoch : (epoch + 1) * per_epoch]
         assert names(b for w in part for b in w) == epoch_order(num_rows, seed, epoch)
@@ -129,20 +124,10 @@ def test_an_epoch_shows_every_row_once_in_its_order(num_rows, batch_size, accumu
 def test_a_resumed_run_sees_what_the_whole_run_would_have(lengths, batch_size, accumulation, start):
     rows = make_rows(lengths)
 
-    def windows(start_step):
-        return list(
-            steps(
-                rows,
-                batch_size=batch_size,
-                accumulation=accumulation,
-                num_steps=12,
-                seed=3,
-                pad_id=PAD,
-                start_step=start_step,
-            )
-        )
-
-    whole, resumed = windows(0), windows(start)
+    schedule = schedule_of(
+        rows, batch_size=batch_size, accumulation=accumulation, num_steps=12, seed=3
+    )
+    whole, resumed = list(schedule), list(schedule.after(start))
     assert len(whole) == 12
     assert len(resumed) == 12 - start
     for ours, theirs in zip(resumed, whole[start:], strict=True):
@@ -162,10 +147,8 @@ def test_skipped_steps_are_not_touched():
 
     touched = []
     rows = Watched(make_rows([2] * 10))
-    windows = steps(
-        rows, batch_size=2, accumulation=1, num_steps=8, seed=0, pad_id=PAD, start_step=7
-    )
-    assert names(next(windows)) == touched == epoch_order(10, 0, 1)[4:6]
+    schedule = schedule_of(rows, batch_size=2, num_steps=8, seed=0)
+    assert names(next(iter(schedule.after(7)))) == touched == epoch_order(10, 0, 1)[4:6]
 
 
 def test_order_depends_on_seed_and_epoch_alone():
@@ -196,19 +179,28 @@ def test_every_position_is_reached_alike():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 500), st.integers(1, 8), st.integers(1, 16), st.integers(0, 40))
+@given(st.integers(1, 500), st.integers(1, 8), st.integers(1, 16), st.integers(1, 40))
 def test_steps_of_a_run_are_the_epochs_rounded_up(num_rows, batch_size, accumulation, tenths):
     per_epoch = len(range(0, num_rows, batch_size * accumulation))
-    assert steps_per_epoch(num_rows, batch_size, accumulation) == per_epoch
+    config = TrainingConfig(
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=tenths / 10,
+    )
+    rows = make_rows([2]) * num_rows
+    schedule = StepSchedule.of_run(rows, DataConfig(data="sample"), config, PAD)
+    assert schedule.steps_per_epoch == per_epoch
     exact = Fraction(tenths, 10) * per_epoch
-    expected = max(1, -(-exact.numerator // exact.denominator))
-    assert num_steps(num_rows, batch_size, accumulation, tenths / 10, None) == expected
-    assert num_steps(num_rows, batch_size, accumulation, tenths / 10, 17) == 17
+    assert schedule.num_steps == -(-exact.numerator // exact.denominator)
+    config = replace(config, max_steps=17)
+    assert StepSchedule.of_run(rows, DataConfig(data="sample"), config, PAD).num_steps == 17
 
 
 def test_a_rounding_error_is_no_step():
     assert 1.1 * 50 > 55
-    assert num_steps(50, 1, 1, 1.1, None) == 55
+    config = TrainingConfig(batch_size=1, gradient_accumulation_steps=1, num_train_epochs=1.1)
+    rows = make_rows([2]) * 50
+    assert StepSchedule.of_run(rows, DataConfig(data="sample"), config, PAD).num_steps == 55
 
 
 @settings(max_examples=100, deadline=None)
@@ -287,9 +279,7 @@ def test_without_a_mask_padding_changes_no_loss():
 def test_a_short_last_window_divided_by_its_tokens_is_one_batch():
     # Five rows in micro-batches of two, weighted by tokens.
     model, rows = tiny_llama(), make_rows([9, 3, 6, 2, 4])
-    window = next(
-        steps(rows, batch_size=2, accumulation=4, num_steps=1, seed=1, pad_id=PAD, start_step=0)
-    )
+    (window,) = schedule_of(rows, batch_size=2, accumulation=4, num_steps=1, seed=1)
     assert [len(b["input_ids"]) for b in window] == [2, 2, 1]
     with torch.no_grad():
         one = collate(rows, PAD)
@@ -352,9 +342,10 @@ def test_by_length_there_is_less_padding_and_the_order_still_changes():
     draw = random.Random(0)
     lengths = np.array([draw.randint(10, 500) for _ in range(2000)], dtype=np.int32)
     grouped = grouped_order(lengths, 8, 16, 1, 0)
-    plain = epoch_order(2000, 1, 0)
-    assert padding_share(lengths[grouped].tolist(), 8) < 0.06
-    assert padding_share(lengths[plain].tolist(), 8) > 0.3
+    rows = [Encoded([3] * length, [3] * length) for length in lengths]
+    plain = schedule_of(rows, batch_size=8, accumulation=2, seed=1)
+    assert replace(plain, group_by_length=True).padding_share() < 0.06
+    assert plain.padding_share() > 0.3
     assert grouped != grouped_order(lengths, 8, 16, 1, 1)
     assert lengths[grouped].tolist() != sorted(lengths.tolist(), reverse=True)
 
@@ -363,11 +354,12 @@ def test_by_length_there_is_less_padding_and_the_order_still_changes():
 @given(lengths, st.integers(1, 3))
 def test_the_padding_share_is_what_batches_hold(lengths, batch_size):
     rows = make_rows(lengths)
-    batches = [
-        collate(rows[first : first + batch_size], PAD) for first in range(0, len(rows), batch_size)
-    ]
-    total = sum(batch["input_ids"].numel() for batch in batches)
-    assert padding_share(lengths, batch_size) == pytest.approx(1 - sum(lengths) / total, abs=1e-12)
+    schedule = schedule_of(rows, batch_size=batch_size, seed=0)
+    for kind in ({}, {"group_by_length": True}, {"packs": make_packs(lengths_of(rows), 48, 0)}):
+        order = replace(schedule, **kind)
+        epoch = replace(order, num_steps=order.steps_per_epoch)
+        total = sum(batch["input_ids"].numel() for step in epoch for batch in step)
+        assert order.padding_share() == pytest.approx(1 - sum(lengths) / total, abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -412,31 +404,26 @@ def test_every_order_resumes_and_sees_every_row_once(
 ):
     rows = make_rows(lengths)
     packs = make_packs(lengths_of(rows), 48, 5) if kind == "packed" else None
-    units = len(rows) if packs is None else len(packs)
-    per_epoch = steps_per_epoch(units, batch_size, accumulation)
-    options = {
-        "batch_size": batch_size,
-        "accumulation": accumulation,
-        "seed": 5,
-        "packs": packs,
-        "group_by_length": kind == "grouped",
-    }
-
-    def windows(start_step):
-        return list(
-            steps(rows, num_steps=per_epoch + 9, pad_id=PAD, start_step=start_step, **options)
-        )
-
-    whole, resumed = windows(0), windows(start)
+    schedule = schedule_of(
+        rows,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=5,
+        packs=packs,
+        group_by_length=kind == "grouped",
+    )
+    per_epoch = schedule.steps_per_epoch
+    schedule = replace(schedule, num_steps=per_epoch + 9)
+    whole, resumed = list(schedule), list(schedule.after(start))
     assert len(resumed) == len(whole) - start
     for ours, theirs in zip(resumed, whole[start:], strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a["input_ids"], b["input_ids"])
             assert torch.equal(a["position_ids"], b["position_ids"])
-    epoch = [step_rows(rows, step, **options) for step in range(per_epoch)]
+    epoch = [schedule.rows_of(step + 1) for step in range(per_epoch)]
     assert sorted(row for step in epoch for row in step) == list(range(len(rows)))
-    for step, window in zip(range(per_epoch), whole, strict=False):
-        tokens = sum(len(rows[row].input_ids) for row in step_rows(rows, step, **options))
+    for chosen, window in zip(epoch, whole, strict=False):
+        tokens = sum(len(rows[row].input_ids) for row in chosen)
         assert tokens == sum(sum(batch["lengths"]) for batch in window)
 
 

@@ -368,9 +368,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from qlora_kit.config.data import DataConfig
-from qlora_kit.data.batch import steps
 from qlora_kit.data.encode import encode_rows
 from qlora_kit.data.rows import load_rows
+from qlora_kit.data.schedule import StepSchedule
 
 def resident():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
@@ -382,9 +382,8 @@ tokenizer, peaks = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="
 for name in sys.argv[2:]:
     rows = load_rows(DataConfig(data=name, eval_fraction=0), 0)
     encoded = encode_rows(rows.train, tokenizer, 4096, cache=Path(sys.argv[1]))
-    options = dict(batch_size=8, accumulation=1, seed=0, pad_id=0)
-    tokens = 0
-    for (batch,) in steps(encoded.rows, num_steps=len(encoded.rows) // 8, **options):
+    num_steps, tokens = len(encoded.rows) // 8, 0
+    for (batch,) in StepSchedule(rows=encoded.rows, batch_size=8, num_steps=num_steps, seed=0):
         tokens += sum(batch["lengths"])
     assert tokens == encoded.tokens, (tokens, encoded.tokens)
     peaks.append(resident())

@@ -6,8 +6,7 @@ import pytest
 import torch
 from micro_batches import ragged_rows, trained
 
-from qlora_kit.data.batch import steps
-from qlora_kit.data.largest import largest_batch
+from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.errors import ResourceError
 from qlora_kit.memory.measure import optimizer_bytes, tensor_bytes
 from qlora_kit.training.guard import Guard
@@ -15,7 +14,14 @@ from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer, missing_states
 from qlora_kit.training.preflight import is_due, preflight
 
-ORDER = {"batch_size": 2, "accumulation": 3, "num_steps": 6, "seed": 3}
+
+def schedule_of(rows):
+    return StepSchedule(rows=rows, batch_size=2, accumulation=3, num_steps=6, seed=3)
+
+
+def largest(rows):
+    schedule = schedule_of(rows)
+    return schedule.collate(schedule.largest().sequences)
 
 
 def run(model, optim, rows, tried):
@@ -25,7 +31,7 @@ def run(model, optim, rows, tried):
     torch.manual_seed(11)
     state, before = torch.get_rng_state(), guard.state()
     if tried:
-        batch = largest_batch(rows, **ORDER).batch(rows, 0)
+        batch = largest(rows)
         preflight(ours, optimizer, batch, guard, accumulates=True)
         assert not optimizer.state
         assert all(parameter.grad is None for parameter in ours.parameters())
@@ -33,9 +39,12 @@ def run(model, optim, rows, tried):
         assert (guard.state(), guard.bad_in_a_row) == (before, 0)
         assert {m._position for m in ours.modules() if hasattr(m, "seek")} == {(0, 0)}
         assert not ours.training
-    batches = steps(rows, pad_id=0, **ORDER)
     history = train(
-        ours, batches, optimizer, run_backward=guard.run_backward, before_step=guard.before_step
+        ours,
+        schedule_of(rows),
+        optimizer,
+        run_backward=guard.run_backward,
+        before_step=guard.before_step,
     )
     return trained(ours), [one.loss for one in history]
 
@@ -54,7 +63,7 @@ def test_it_holds_the_states_that_the_first_step_makes(model, optim):
     ours, rows = model(r=64), ragged_rows(6)
     optimizer = make_optimizer(optim, ours.parameters(), 1e-2)
     expected = tensor_bytes(missing_states(optimizer))
-    train(ours, steps(rows, pad_id=0, **ORDER), optimizer)
+    train(ours, schedule_of(rows), optimizer)
     assert expected == optimizer_bytes(optimizer)["optimizer"] > 0
     assert missing_states(optimizer) == []
 
@@ -75,7 +84,7 @@ def test_where_half_fits_the_run_goes_on_with_half(model):
     guard = Guard(ours, note=notes.append)
     optimizer = make_optimizer("adamw", ours.parameters(), 1e-2)
     rows = ragged_rows(8)
-    batch = largest_batch(rows, **ORDER).batch(rows, 0)
+    batch = largest(rows)
     preflight(ours, optimizer, batch, guard, accumulates=False)
     assert guard.max_rows == 1
     assert [note.partition(":")[0] for note in notes] == ["out of memory with 2 rows at a time"]
@@ -89,7 +98,7 @@ def test_one_row_that_does_not_fit_is_refused_with_plan_and_ways_out(model):
     guard.planned_bytes = 123456789
     optimizer = make_optimizer("adamw", ours.parameters(), 1e-2)
     rows = ragged_rows(8)
-    batch = largest_batch(rows, **ORDER).batch(rows, 0)
+    batch = largest(rows)
     with pytest.raises(ResourceError) as error:
         preflight(ours, optimizer, batch, guard, accumulates=True)
     for part in ("123456789 bytes planned", "bytes free", "--max_length", "full", "--bits 4"):

@@ -25,7 +25,7 @@ from qlora_kit.base.load import load_base
 from qlora_kit.device import peak_bytes
 from qlora_kit.memory.measure import weight_bytes
 began = time.perf_counter()
-model, _ = load_base(sys.argv[1], bits=int(sys.argv[2]), dtype="bf16", device="cpu")
+model = load_base(sys.argv[1], bits=int(sys.argv[2]), dtype="bf16", device="cpu").model
 seconds = time.perf_counter() - began
 peak = peak_bytes(model.get_input_embeddings().weight.device)
 print(json.dumps({"seconds": seconds, "peak_rss": peak, "weights": weight_bytes(model)["weights"]}))

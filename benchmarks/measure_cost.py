@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--result", default="measure_cost")
     given = parser.parse_args()
-    model, _ = load_base(given.model, bits=given.bits)
+    model = load_base(given.model, bits=given.bits).model
     inject_lora(model)
     model.train()
     optimizer = make_optimizer("adamw", model.parameters(), 1e-4)

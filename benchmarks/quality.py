@@ -105,7 +105,7 @@ def copy_first_adapters(model: Any, targets: str, seed: int) -> None:
     from qlora_kit.config.lora import LoRAConfig
     from qlora_kit.lora.inject import inject_lora, lora_layers
 
-    ours, _ = load_base(str(TINY), bits=16, device="cpu")
+    ours = load_base(str(TINY), bits=16, device="cpu").model
     inject_lora(ours, LoRAConfig(r=RANK, alpha=2 * RANK, target_modules=targets), seed=seed)
     theirs = dict(model.named_parameters())
     layers = lora_layers(ours)

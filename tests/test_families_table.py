@@ -59,8 +59,8 @@ class Cell:
     def model(self) -> Any:
         """The base with the saved adapter, as this package loads both."""
         if self._model is None:
-            loaded, _ = load_base(str(self.base), bits=self.bits, dtype="fp32", device="cpu")
-            self._model = load_adapter(loaded, self.folder / "adapter")
+            loaded = load_base(str(self.base), bits=self.bits, dtype="fp32", device="cpu")
+            self._model = load_adapter(loaded, self.folder / "adapter").model
         return self._model
 
 
@@ -89,7 +89,7 @@ def train(cell: Cell) -> None:
 def save(cell: Cell) -> None:
     assert trained_on(cell.folder / "adapter")["bits"] == cell.bits
     with_adapter = logits(cell.model)
-    alone, _ = load_base(str(cell.base), bits=cell.bits, dtype="fp32", device="cpu")
+    alone = load_base(str(cell.base), bits=cell.bits, dtype="fp32", device="cpu").model
     assert relative_error(with_adapter, logits(alone)) > 100 * TOLERANCE
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from qlora_kit.base.architecture import build_on_meta, expected_shapes, tied_names
+from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_checkpoint import agree, stored_quantization
 from qlora_kit.base.checks import check_architecture, check_layers, find_config, read_config_file
 from qlora_kit.base.contents import find
-from qlora_kit.base.load import OpenBase, compute_dtype
+from qlora_kit.base.load import compute_dtype
 from qlora_kit.base.safetensors_file import (
     DTYPES,
     INDEX_FILE,
@@ -32,9 +33,7 @@ from qlora_kit.config.base import BaseConfig
 DEFAULT_DTYPE = "bfloat16"
 
 
-def open_shape(
-    config: BaseConfig, device: torch.device, embedding_rows: int | None = None
-) -> OpenBase:
+def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | None = None) -> Base:
     """The base of a plan for `device`, on the meta device, without a tokenizer.
 
     `config.model` may also be a file like config.json. Nothing but that file is read, or fetched
@@ -62,7 +61,7 @@ def open_shape(
     if embedding_rows is not None:
         model = build_on_meta({**described, "vocab_size": embedding_rows}, dtype, path)
     cpu = torch.device("cpu")
-    return OpenBase(source, entries, {}, model, None, quantization, dtype, cpu, embedding_rows)
+    return Base(model, None, source, entries, {}, quantization, cpu, dtype, embedding_rows)
 
 
 def _expected_entries(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from qlora_kit.base.architecture import (
     take_generation_config,
     tied_names,
 )
+from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_checkpoint import (
     StoredLinear,
     agree,
@@ -32,17 +32,16 @@ from qlora_kit.base.bnb_checkpoint import (
     stored_layer,
     stored_quantization,
 )
-from qlora_kit.base.checks import check_architecture, check_layers, is_computed, read_config
+from qlora_kit.base.checks import check_architecture, check_layers, read_config
 from qlora_kit.base.quantize import (
-    Quantization,
     Quantize,
     multiply_in_fp32,
     quantize_linear,
     quantized_tensors,
     shared_tables,
 )
-from qlora_kit.base.safetensors_file import TensorEntry, fingerprint, read_entries
-from qlora_kit.base.source import Source, resolve
+from qlora_kit.base.safetensors_file import TensorEntry, read_entries
+from qlora_kit.base.source import resolve
 from qlora_kit.base.tensors import (
     DTYPES,
     Read,
@@ -60,28 +59,6 @@ from qlora_kit.errors import ModelError, ResourceError
 from qlora_kit.kernels.matmul import is_native
 
 
-@dataclass(frozen=True)
-class BaseInfo:
-    """What an adapter must know about the base it was trained on."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    parameters: int
-    bits: int
-    quant_type: str | None
-    double_quant: bool | None
-    blocksize: int | None
-    source_dtype: str
-    compute_dtype: str
-    embedding_rows: int | None = None
-    """What the embedding was resized to; None where it is as in the files."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
 def load_base(
     model: str = "tiny",
     *,
@@ -92,59 +69,24 @@ def load_base(
     device: str = "auto",
     revision: str | None = None,
     resize_embeddings: bool = False,
-) -> tuple[Any, Any]:
-    """A frozen base model and its tokenizer; the options are those of `BaseConfig`.
+) -> Base:
+    """A frozen base with its model and tokenizer; the options are those of `BaseConfig`.
 
     Without `bits` it is held in 4, or in what its files are already quantized in.
-    The model is the transformers class of its architecture in evaluation mode, its decoder's
-    linears quantized; `model.base_info` is a `BaseInfo`. Errors: `ConfigError`, `ModelError`,
-    `TokenizerError`, `UnsafeInputError`, `NumericError`, `ResourceError`.
+    The model is in evaluation mode, its decoder's linears quantized.
+    Errors: `ConfigError`, `ModelError`, `TokenizerError`, `UnsafeInputError`, `NumericError`,
+    `ResourceError`.
     """
     base = open_base(
         BaseConfig(
             model, revision, bits, quant_type, double_quant, dtype, device, resize_embeddings
         )
     )
-    return read_weights(base), base.tokenizer
+    read_weights(base)
+    return base
 
 
-@dataclass(frozen=True)
-class OpenBase:
-    """A base whose files were checked, before a byte of its weights is read.
-
-    `model` has its architecture on the meta device, so that whatever depends on shapes alone
-    (targets, rank, context, tokens) can be refused at once. `entries` are all tensors of the
-    files, `stored` the linears among them that are quantized already. `embedding_rows` is what the
-    embedding (and the head) of `model` is resized to, None where the files have all of its rows.
-    """
-
-    source: Source
-    entries: Mapping[str, TensorEntry]
-    stored: Mapping[str, StoredLinear]
-    model: Any
-    tokenizer: Any
-    quantization: Quantization
-    dtype: torch.dtype
-    device: torch.device
-    embedding_rows: int | None = None
-
-    @property
-    def plain(self) -> dict[str, TensorEntry]:
-        """The tensors that are neither quantized already nor computed by the model itself."""
-        taken = {entry.name for one in self.stored.values() for entry in one.entries.values()}
-        return {
-            name: entry
-            for name, entry in self.entries.items()
-            if name not in taken and not is_computed(name)
-        }
-
-    @property
-    def context(self) -> int:
-        """The longest sequence that the model was made for, in tokens."""
-        return int(self.model.config.max_position_embeddings)
-
-
-def open_base(config: BaseConfig) -> OpenBase:
+def open_base(config: BaseConfig) -> Base:
     """Find a base and check its config, headers and tokenizer. Errors as `load_base`."""
     device = find_device(config.device)
     source = resolve(config.model, config.revision, check=read_config)
@@ -174,19 +116,16 @@ def open_base(config: BaseConfig) -> OpenBase:
         resized = needed_rows(tokenizer)
         model = build_on_meta({**described, "vocab_size": resized}, dtype, path)
     take_generation_config(model, source.directory)
-    return OpenBase(source, entries, stored, model, tokenizer, quantization, dtype, device, resized)
+    return Base(model, tokenizer, source, entries, stored, quantization, device, dtype, resized)
 
 
-def read_weights(base: OpenBase, tag: Tag = untagged) -> Any:
+def read_weights(base: Base, tag: Tag = untagged) -> Any:
     """The frozen model of an opened base on its device; `base.model` itself, filled, once.
 
     `tag` hears of every tensor that stays: `weights_quantized` or `weights_other`.
     """
-    info = open_info(base)
     model = fill(base, read_bytes, tag)
     _check_tied(model, base.entries, tied_names(model), base.dtype)
-    model.base_info = info
-    model.base_directory = base.source.directory
     model.name_or_path = base.source.reference
     return model
 
@@ -214,9 +153,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_native(torch.bfloat16) else torch.float32
 
 
-def fill(
-    base: OpenBase, read: Read, tag: Tag = untagged, quantize: Quantize = quantize_linear
-) -> Any:
+def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quantize_linear) -> Any:
     """`base.model` frozen and in evaluation mode, every tensor in its place, as `read` gives it.
 
     A linear is quantized when its weight arrives. Nothing but `read` touches a file. A plan has a
@@ -344,21 +281,3 @@ def _check_tied(
                     "ties it",
                     "set tie_word_embeddings to false in config.json, or fetch the model again",
                 )
-
-
-def open_info(base: OpenBase) -> BaseInfo:
-    """What an adapter must know about a base, from its headers; before its weights are read."""
-    dtypes = {entry.torch_dtype for entry in base.plain.values()}
-    return BaseInfo(
-        name=base.source.name,
-        revision=base.source.revision,
-        fingerprint=fingerprint(base.entries.values()),
-        parameters=sum(parameter.numel() for parameter in base.model.parameters()),
-        bits=base.quantization.bits,
-        quant_type=base.quantization.quant_type,
-        double_quant=base.quantization.double_quant,
-        blocksize=base.quantization.blocksize,
-        source_dtype="+".join(sorted(dtype_name(found) for found in dtypes)),
-        compute_dtype=dtype_name(base.dtype),
-        embedding_rows=base.embedding_rows,
-    )

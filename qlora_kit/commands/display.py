@@ -16,7 +16,7 @@ from qlora_kit.commands.terminal import Terminal
 from qlora_kit.run.reporter import Reporter
 
 if TYPE_CHECKING:
-    from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.base import Base
     from qlora_kit.config.data import DataConfig
     from qlora_kit.config.lora import LoRAConfig
     from qlora_kit.config.run import RunConfig
@@ -46,7 +46,7 @@ class Display(Reporter):
         for line in path.read_text(encoding="utf-8").splitlines():
             self._terminal.print("  ", (line, "dim"))
 
-    def base(self, base: OpenBase, targets: Sequence[str], lora: LoRAConfig) -> None:
+    def base(self, base: Base, targets: Sequence[str], lora: LoRAConfig) -> None:
         """Which base, in which form, and where the adapters go."""
         form = base.quantization
         held = "not quantized"
@@ -136,7 +136,7 @@ class Display(Reporter):
                 "available; `qlora-kit plan` with the same options names what would fit"
             )
 
-    def loading(self, base: OpenBase) -> None:
+    def loading(self, base: Base) -> None:
         """That weights are being read now."""
         self._line("loading", f"{len(base.entries)} tensors")
 

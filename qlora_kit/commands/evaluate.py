@@ -82,7 +82,7 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
     encoded = encode_rows(rows, base.tokenizer, length, EncodeRules.of(data))
     model = read_weights(base)
     if options.adapter is not None:
-        load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
+        load_adapter(base, options.adapter, allow_other_base=options.allow_other_base)
     batches = eval_batches(encoded.rows, options.batch_size, padding_id(base.tokenizer))
     result = evaluate(model, batches)
     if not math.isfinite(result.loss):

@@ -20,7 +20,7 @@ from qlora_kit.options.parsed import refuse_tokens
 from qlora_kit.run.saved_adapter import look_at, open_with_adapter, run_data
 
 if TYPE_CHECKING:
-    from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.base import Base
     from qlora_kit.commands.terminal import Terminal
     from qlora_kit.data.rows import Rows
     from qlora_kit.data.tokens import Encoded
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = sum(one.numel() for one in base.model.parameters()) * DTYPES[dtype].itemsize
     check_room(target, size, "the export")
     model = read_weights(base)
-    load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
+    load_adapter(base, options.adapter, allow_other_base=options.allow_other_base)
 
     closer = "export with a wider --dtype, or evaluate the export before it is used"
     if options.merge_base != "dequantized":
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "merge_base": options.merge_base,
         "adapter": Path(options.adapter).resolve().name,
         "dtype": dtype,
-        "base": model.base_info.as_dict()
+        "base": base.info.as_dict()
         | ({} if options.base_name is None else {"name": options.base_name}),
         "versions": versions(),
     }
@@ -107,9 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The adapter's templates and tokens to stop at, which the base need not have.
         own = bool(read_templates(adapter_dir))
         write_companions(model, base.tokenizer, base.source.directory, directory, own)
-        exported, _ = load_base(str(directory), bits=16, dtype=dtype, device=str(base.device))
+        exported = load_base(str(directory), bits=16, dtype=dtype, device=str(base.device))
         batches = eval_batches(rows, VERIFY_BATCH, padding_id(base.tokenizer))
-        report.update(verify(model, exported, batches).as_dict())
+        report.update(verify(model, exported.model, batches).as_dict())
         limit = math.inf if options.max_kl is None else options.max_kl
         if not report["kl"] <= limit or not math.isfinite(report["kl"]):
             said = (
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(directory / REPORT, report)
 
     export_model(
-        model,
+        base,
         target,
         merge_base=options.merge_base,
         dtype=dtype,
@@ -164,7 +164,7 @@ def _adapter_alone(options: ExportConfig, adapter: Path, target: Path) -> int:
 
 
 def _verification_rows(
-    adapter: str, asked: Rows | None, base: OpenBase, terminal: Terminal
+    adapter: str, asked: Rows | None, base: Base, terminal: Terminal
 ) -> tuple[Sequence[Encoded], str]:
     """The rows to compare on, and where they come from.
 

@@ -20,7 +20,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 
 if TYPE_CHECKING:
-    from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.base import Base
     from qlora_kit.commands.display import Display
     from qlora_kit.data.encode import EncodedRows
     from qlora_kit.data.rows import Rows
@@ -187,7 +187,7 @@ def prepare(
 
 def _check_adapters(
     config: RunConfig,
-    base: OpenBase,
+    base: Base,
     target_dir: Path,
     display: Display,
     ranks: Mapping[str, int] | None,
@@ -241,9 +241,7 @@ def _chats_of(
     return replace(data, chat_date=date_of(tokenizer, date))
 
 
-def _encode(
-    config: RunConfig, rows: Rows, base: OpenBase
-) -> tuple[EncodedRows, EncodedRows | None]:
+def _encode(config: RunConfig, rows: Rows, base: Base) -> tuple[EncodedRows, EncodedRows | None]:
     """The rows that are trained on and held out, as tokens. Errors: `DataError`, `ConfigError`."""
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.outcome import EncodeRules
@@ -262,7 +260,7 @@ def _encode(
     return encoded, None
 
 
-def _resolved(config: RunConfig, base: OpenBase, target_dir: Path) -> RunConfig:
+def _resolved(config: RunConfig, base: Base, target_dir: Path) -> RunConfig:
     """The options with everything that `auto` and None stand for on this model and device.
 
     Errors: `ConfigError` for a length beyond the model's context.

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     model = read_weights(base)
     if options.adapter is not None:
-        load_adapter(model, options.adapter, allow_other_base=options.allow_other_base)
+        load_adapter(base, options.adapter, allow_other_base=options.allow_other_base)
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "max_new_tokens")
     drawing = {name: getattr(options, name) for name in names}
     ends, terminal = end_ids(model, base.tokenizer), Terminal()

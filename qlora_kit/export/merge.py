@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.base import Base
 from qlora_kit.base.contents import find
 from qlora_kit.base.quantize import dequantize
-from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE, read_entries
+from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from qlora_kit.base.tensors import DTYPES, check_finite, dtype_name, read_tensors
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.errors import AdapterError, ConfigError, ExportError
@@ -46,7 +46,7 @@ class ExportTensor:
 
 
 def export_model(
-    model: Any,
+    base: Base,
     output_dir: str | os.PathLike[str],
     *,
     adapter: str | None = ADAPTER,
@@ -56,7 +56,7 @@ def export_model(
     overwrite: bool = False,
     inspect: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `model` with `adapter` merged as a plain transformers model; returns its directory.
+    """Write `base` with `adapter` merged as a plain transformers model; returns its directory.
 
     `adapter` None exports the base alone. `dtype` auto is the compute dtype of the run;
     `shard_size` is in bytes. The directory appears whole or not at all; `inspect` is called with it
@@ -64,30 +64,27 @@ def export_model(
     `ResourceError` for the place, `AdapterError`, `NumericError`, `ExportError`.
     """
     target = Path(output_dir)
-    check_output(target, overwrite, [model.base_directory])
+    check_output(target, overwrite, [base.source.directory])
     if adapter is not None and not any(
-        adapter in one.lora_A for one in lora_layers(model).values()
+        adapter in one.lora_A for one in lora_layers(base.model).values()
     ):
         raise AdapterError(f"the model has no adapter {adapter!r}", "load one, or name another")
-    run_dtype = DTYPES[model.base_info.compute_dtype]
-    export_dtype = run_dtype if dtype == "auto" else DTYPES[dtype]
-    tensors = export_tensors(model, adapter, merge_base)
+    export_dtype = base.dtype if dtype == "auto" else DTYPES[dtype]
+    tensors = export_tensors(base, adapter, merge_base)
     size = sum(tensor.shape.numel() for tensor in tensors) * export_dtype.itemsize
     check_room(target, size, "the export")
     with publish(target) as directory:
         _write_shards(tensors, directory, export_dtype, shard_size)
-        _write_settings(model, directory, export_dtype)
+        _write_settings(base, directory, export_dtype)
         said = {"merge_base": merge_base, "dtype": dtype_name(export_dtype)}
-        write_file(
-            directory / REPORT, json.dumps(said | {"base": model.base_info.as_dict()}).encode()
-        )
+        write_file(directory / REPORT, json.dumps(said | {"base": base.info.as_dict()}).encode())
         if inspect is not None:
             inspect(directory)
     return target
 
 
 def export_tensors(
-    model: Any, adapter: str | None = ADAPTER, merge_base: str = "dequantized"
+    base: Base, adapter: str | None = ADAPTER, merge_base: str = "dequantized"
 ) -> list[ExportTensor]:
     """Every tensor of the plain model in its order; each is made when it is asked for.
 
@@ -95,8 +92,8 @@ def export_tensors(
     checkpoint's own. Errors: `ConfigError` for the original weights of a checkpoint that holds
     quantized ones only.
     """
-    run_dtype = DTYPES[model.base_info.compute_dtype]
-    entries = read_entries(model.base_directory) if merge_base == "original" else {}
+    model = base.model
+    entries = base.entries if merge_base == "original" else {}
     packed = [name for name, entry in entries.items() if not entry.torch_dtype.is_floating_point]
     if packed:
         raise ConfigError(
@@ -106,7 +103,7 @@ def export_tensors(
 
     def frozen(name: str, linear: nn.Linear) -> Tensor:
         if merge_base == "dequantized":
-            return dequantize(linear, run_dtype)
+            return dequantize(linear, base.dtype)
         # The buffer that the reader lends is used again, so the tensor is copied out of it.
         key = f"{name}.weight"
         return next(tensor.clone() for _, tensor in read_tensors({key: entries[key]}))
@@ -185,8 +182,8 @@ def _save(content: dict[str, Tensor], path: Path) -> None:
         raise ExportError(f"{path}: {error}", "free some space or choose another place") from error
 
 
-def _write_settings(model: Any, directory: Path, dtype: torch.dtype) -> None:
-    source: Path = model.base_directory
+def _write_settings(base: Base, directory: Path, dtype: torch.dtype) -> None:
+    source = base.source.directory
     config = json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
     long_name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype_name(dtype)]
     for key in ("torch_dtype", "dtype"):
@@ -194,8 +191,8 @@ def _write_settings(model: Any, directory: Path, dtype: torch.dtype) -> None:
             config[key] = long_name
     if "torch_dtype" not in config:
         config["dtype"] = long_name
-    if model.base_info.embedding_rows is not None:
-        config["vocab_size"] = model.base_info.embedding_rows
+    if base.embedding_rows is not None:
+        config["vocab_size"] = base.embedding_rows
     config.pop("quantization_config", None)
     config.pop("auto_map", None)  # it names Python files that are not written
     write_file(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_kit.base.base import Base, BaseInfo
 from qlora_kit.base.json_file import is_deep
-from qlora_kit.base.load import BaseInfo
 from qlora_kit.base.safetensors_file import TensorEntry, read_header
 from qlora_kit.base.source import contained
 from qlora_kit.base.tensors import DTYPES, check_finite, read_tensors
@@ -64,21 +64,21 @@ SCALE_OPTIONS = ("r", "lora_alpha", "use_rslora")
 """What the header repeats of the config: a changed one scales the update, and no shape shows it."""
 
 
-def save_adapter(model: Any, directory: str | os.PathLike[str], adapter: str = ADAPTER) -> None:
-    """Write an adapter of `model` into `directory`, which is made where it does not exist.
+def save_adapter(base: Base, directory: str | os.PathLike[str], adapter: str = ADAPTER) -> None:
+    """Write an adapter of `base.model` into `directory`, which is made where it does not exist.
 
     Weights are in the adapter dtype. Errors: `NumericError` for an adapter with a value that is
     not finite (nothing is written), `AdapterError` where the model has no such adapter.
     """
     from safetensors.torch import save
 
-    tensors = adapter_tensors(model, adapter)
+    tensors = adapter_tensors(base.model, adapter)
     if not tensors:
         raise AdapterError(f"the model has no adapter {adapter!r}", "inject or load one first")
     for name, tensor in tensors.items():
         check_finite(tensor, name, "train it again, with a lower --learning_rate or weight decay")
-    described = adapter_config(model, adapter)
-    info = model.base_info.as_dict() if hasattr(model, "base_info") else {}
+    described = adapter_config(base, adapter)
+    info = base.info.as_dict()
     info["lora"] = {option: described[option] for option in SCALE_OPTIONS}
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
@@ -108,10 +108,11 @@ def adapter_tensors(model: Any, adapter: str = ADAPTER) -> dict[str, Tensor]:
     return tensors
 
 
-def adapter_config(model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
+def adapter_config(base: Base, adapter: str = ADAPTER) -> dict[str, Any]:
     """What PEFT's `adapter_config.json` says of it."""
-    config: LoRAConfig = model.lora_configs[adapter]
-    adapted = {n: layer for n, layer in lora_layers(model).items() if adapter in layer.lora_A}
+    layers = lora_layers(base.model).items()
+    adapted = {name: layer for name, layer in layers if adapter in layer.lora_A}
+    config = next(iter(adapted.values())).configs[adapter]
     ranks, alphas = {}, {}
     for name, layer in adapted.items():
         r = layer.weights(adapter)[0].shape[0]
@@ -123,13 +124,13 @@ def adapter_config(model: Any, adapter: str = ADAPTER) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(model, "name_or_path", None),
-        "revision": model.base_info.revision if hasattr(model, "base_info") else None,
+        "base_model_name_or_path": base.source.reference,
+        "revision": base.info.revision,
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": _plain(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": short_names(model, list(adapted)),
+        "target_modules": short_names(base.model, list(adapted)),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "use_rslora": config.use_rslora,
@@ -172,21 +173,22 @@ def trained_on(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_adapter(
-    model: Any,
+    base: Base,
     directory: str | os.PathLike[str],
     adapter: str = ADAPTER,
     *,
     allow_other_base: bool = False,
     seed: int = 42,
-) -> Any:
-    """Add the adapter in `directory` (ours or PEFT's) to `model`, and make it the active one.
+) -> Base:
+    """Add the adapter in `directory` (ours or PEFT's) to `base.model`, and make it the active one.
 
-    Returns the model; nothing is trainable. Everything is checked before the model is touched.
+    Returns the base; nothing is trainable. Everything is checked before the model is touched.
     Errors: `AdapterError` where files, shapes, targets or the base do not fit, `NumericError`.
     """
     check_name(adapter)
+    model = base.model
     path, config, entries, modules, dtype = open_adapter(
-        model, directory, None if allow_other_base else getattr(model, "base_info", None)
+        model, directory, None if allow_other_base else base.info
     )
     tensors = {name: tensor.float().clone() for name, tensor in read_tensors(entries)}
     targets = config["target_modules"]
@@ -203,15 +205,15 @@ def load_adapter(
         layer = lora_layer(model, name)
         scaling = replace(lora, r=r, alpha=alpha).scaling
         with torch.random.fork_rng(devices=[]):
-            layer.add_adapter(adapter, r, scaling, dtype, KeyedDropout(lora.dropout, seed, name))
+            dropout = KeyedDropout(lora.dropout, seed, name)
+            layer.add_adapter(adapter, lora, r, scaling, dtype, dropout)
         for part, weight in zip("AB", layer.weights(adapter), strict=True):
             weight.data.copy_(tensors[_key(name, part)])
             weight.requires_grad_(False)
     if all(not t.any() for name, t in tensors.items() if name.endswith("lora_B.weight")):
         warnings.warn(f"{path}: every lora_B is zero: the adapter has no effect", stacklevel=2)
-    model.lora_configs[adapter] = lora
     activate(model, adapter)
-    return model
+    return base
 
 
 class OpenAdapter(NamedTuple):

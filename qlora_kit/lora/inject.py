@@ -59,9 +59,8 @@ def inject_lora(
         for name in targets:
             layer = lora_layer(model, name)
             dropout = KeyedDropout(config.dropout, seed, name)
-            layer.add_adapter(adapter, config.r, config.scaling, dtype, dropout)
+            layer.add_adapter(adapter, config, config.r, config.scaling, dtype, dropout)
     train_only(model, adapter)
-    model.lora_configs[adapter] = config
     return model
 
 
@@ -77,8 +76,8 @@ def train_loaded(model: Any, config: LoRAConfig, *, seed: int = 42, adapter: str
         if adapter in layer.lora_A:
             layer.lora_dropout[adapter] = KeyedDropout(config.dropout, seed, name)
             layer.adapter_dtypes[adapter] = dtype
+            layer.configs[adapter] = config
     train_only(model, adapter)
-    model.lora_configs[adapter] = config
     return model
 
 
@@ -244,8 +243,6 @@ def clear_adapter(model: Any, adapter: str) -> None:
     for layer in lora_layers(model).values():
         if adapter in layer.lora_A:
             layer.remove_adapter(adapter)
-    configs = getattr(model, "lora_configs", {})
-    model.lora_configs = {name: config for name, config in configs.items() if name != adapter}
 
 
 def _names(layers: Iterable[LoRALinear]) -> list[str]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.quantize import product, product_grad
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.kernels.elementwise import Gate
 from qlora_kit.kernels.matmul import add_matmul, linear, matmul
 from qlora_kit.kernels.rmsnorm import FrozenNorm
@@ -89,15 +90,23 @@ class LoRALinear(nn.Module):
         self.lora_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.adapter_dtypes: dict[str, torch.dtype] = {}
+        self.configs: dict[str, LoRAConfig] = {}
         self.active: str | None = None
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
 
     def add_adapter(
-        self, name: str, r: int, scaling: float, dtype: torch.dtype, dropout: KeyedDropout
+        self,
+        name: str,
+        config: LoRAConfig,
+        r: int,
+        scaling: float,
+        dtype: torch.dtype,
+        dropout: KeyedDropout,
     ) -> None:
         """Add fp32 masters on the base layer's device: A drawn, B zero, so that nothing changes.
 
         A is drawn from the global generator as PEFT draws it (Kaiming uniform, a = sqrt(5)).
+        `config` is the whole adapter's; `r` and `scaling` are this layer's.
         """
         device = self.base_layer.weight.device
         down = nn.Linear(self.in_features, r, bias=False, device="cpu", dtype=torch.float32)
@@ -110,13 +119,15 @@ class LoRALinear(nn.Module):
             held[name] = matrix
         self.lora_dropout[name] = dropout
         self.scaling[name], self.adapter_dtypes[name] = scaling, dtype
+        self.configs[name] = config
         self.active = name
 
     def remove_adapter(self, name: str) -> None:
         """Drop an adapter; the base alone is left active if it was the active one."""
-        for held in (self.lora_A, self.lora_B, self.lora_dropout, self.scaling):
+        for held in (self.lora_A, self.lora_B, self.lora_dropout):
             del held[name]
-        del self.adapter_dtypes[name]
+        for said in (self.scaling, self.adapter_dtypes, self.configs):
+            del said[name]
         if self.active == name:
             self.active = None
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_kit.base.load import OpenBase, fill
+from qlora_kit.base.base import Base
+from qlora_kit.base.load import fill
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
@@ -62,7 +63,7 @@ class FakeRun:
 
     def __init__(
         self,
-        base: OpenBase,
+        base: Base,
         lora: LoRAConfig,
         training: TrainingConfig,
         device: torch.device,

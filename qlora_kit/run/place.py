@@ -19,7 +19,7 @@ from qlora_kit.run.reporter import Reporter
 from qlora_kit.training.checkpoint import numbered, prune_unplanned
 
 if TYPE_CHECKING:
-    from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.base import Base
 
 
 def output_directory(config: RunConfig, bits: int | None) -> Path:
@@ -47,7 +47,7 @@ def default_names(config: RunConfig, bits: int | None) -> Iterator[Path]:
         yield Path(f"{name}-{number}")
 
 
-def is_finished(config: RunConfig, target_dir: Path, base: OpenBase, reporter: Reporter) -> bool:
+def is_finished(config: RunConfig, target_dir: Path, base: Base, reporter: Reporter) -> bool:
     """Whether the run to resume is finished, which is said.
 
     One that is asked for more steps than it took is not. Errors: as `check_place`, and

@@ -14,14 +14,14 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.plan.plan import MemoryPlan, Planner, Window
 
 if TYPE_CHECKING:
-    from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.base import Base
     from qlora_kit.config.run import RunConfig
     from qlora_kit.data.schedule import StepSchedule
 
 
 def planned_run(
     config: RunConfig,
-    base: OpenBase,
+    base: Base,
     schedule: StepSchedule,
     ranks: Mapping[str, int] | None = None,
 ) -> MemoryPlan:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_kit.base.load import OpenBase
+from qlora_kit.base.base import Base
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.encode import EncodedRows
 from qlora_kit.data.rows import Rows
@@ -27,7 +27,7 @@ class PreparedRun:
     """
 
     config: RunConfig
-    base: OpenBase
+    base: Base
     rows: Rows
     encoded: EncodedRows
     held_out: EncodedRows | None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # A run is refused before torch is imported, and what refuses it may have something to note.
-    from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.base import Base
     from qlora_kit.config.data import DataConfig
     from qlora_kit.config.lora import LoRAConfig
     from qlora_kit.config.run import RunConfig
@@ -40,7 +40,7 @@ class Reporter:
     def note(self, text: str) -> None:
         """One line that the reader should not miss."""
 
-    def base(self, base: OpenBase, targets: Sequence[str], lora: LoRAConfig) -> None:
+    def base(self, base: Base, targets: Sequence[str], lora: LoRAConfig) -> None:
         """Which base, in which form, and where the adapters go."""
 
     def data(
@@ -61,7 +61,7 @@ class Reporter:
     def memory(self, plan: MemoryPlan) -> None:
         """What the run will take by component, and which layers recompute at what cost."""
 
-    def loading(self, base: OpenBase) -> None:
+    def loading(self, base: Base) -> None:
         """Weights are being read now."""
 
     def evaluation(self, step: int, found: Evaluation) -> None:

@@ -22,7 +22,7 @@ from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.saved_adapter import base_of
 
 if TYPE_CHECKING:
-    from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.base import Base
     from qlora_kit.training.checkpoint import Checkpoint
 
 FROM_ADAPTER = {"r": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora"}
@@ -107,13 +107,12 @@ def _refuse_conflicts(
 
 
 def settle(
-    config: RunConfig, base: OpenBase, start: Start, resume: Checkpoint | None
+    config: RunConfig, base: Base, start: Start, resume: Checkpoint | None
 ) -> tuple[RunConfig, Path, dict[str, int]]:
     """The options that the shapes decide, where to load from, and the rank of each linear.
 
     Errors: `AdapterError` for an adapter of another base, `ConfigError` for other targets.
     """
-    from qlora_kit.base.load import open_info
     from qlora_kit.base.tensors import dtype_name
     from qlora_kit.data.chat_template import read_templates
     from qlora_kit.lora.adapter import open_adapter
@@ -123,7 +122,7 @@ def settle(
     # A checkpoint's base is compared with the run's when it is resumed.
     free = lora.allow_other_base or resume is not None
     directory = start.directory if resume is None else resume.path
-    opened = open_adapter(base.model, directory, None if free else open_info(base))
+    opened = open_adapter(base.model, directory, None if free else base.info)
     targets = short_names(base.model, list(opened.modules))
     if start.targets_given:
         asked = lora.target_modules

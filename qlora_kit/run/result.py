@@ -198,7 +198,6 @@ class Memory:
 
 def result_record(
     plan: PreparedRun,
-    model: Any,
     progress: Progress,
     memory: Memory,
     after: Evaluation | None,
@@ -207,7 +206,7 @@ def result_record(
     took_best: bool,
 ) -> RunRecord:
     """`run.json` of a finished run; `after` is its held-out loss at the end."""
-    info = model.base_info
+    info, model = plan.base.info, plan.base.model
     return {
         "config": plan.config.as_flat(),
         "versions": versions(),

@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.base.safetensors_file import fingerprint
 from qlora_kit.config.run import RunConfig
 from qlora_kit.errors import CheckpointError, ConfigError
 from qlora_kit.files.atomic import real_path
@@ -23,7 +22,7 @@ from qlora_kit.training.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.base import Base
     from qlora_kit.data.encode import EncodedRows
 
 FREE_ON_RESUME = {
@@ -69,7 +68,7 @@ def find_checkpoint(config: RunConfig, target_dir: Path, reporter: Reporter) -> 
 
 
 def identity_of(
-    base: OpenBase, encoded: EncodedRows, held_out: EncodedRows | None
+    base: Base, encoded: EncodedRows, held_out: EncodedRows | None
 ) -> dict[str, str | None]:
     """What a checkpoint belongs to, by option: hashes of the base and of the encoded rows."""
 
@@ -77,7 +76,7 @@ def identity_of(
         return digest(itertools.chain.from_iterable((r.input_ids, r.labels) for r in part.rows))
 
     return {
-        "model": fingerprint(base.entries.values()),
+        "model": base.info.fingerprint,
         "data": identify(encoded),
         "eval_data": None if held_out is None else identify(held_out),
     }

@@ -255,7 +255,11 @@ class Run:
 
         def write() -> Path:
             return save_checkpoint(
-                run, step, tensors, state, lambda directory: save_adapter(self.model, directory)
+                run,
+                step,
+                tensors,
+                state,
+                lambda directory: save_adapter(self._plan.base, directory),
             )
 
         try:
@@ -305,7 +309,6 @@ class Run:
                 answers = [list(progress.answers_before), self._answers()]
             record = result_record(
                 plan,
-                self.model,
                 progress,
                 self._memory,
                 after,
@@ -313,7 +316,7 @@ class Run:
                 took_best=bool(self._best),
             )
             with self._place.result() as directory:
-                save_adapter(self.model, directory)
+                save_adapter(plan.base, directory)
                 write_companions(
                     self.model,
                     plan.base.tokenizer,
@@ -464,7 +467,7 @@ def _with_adapters(plan: PreparedRun, counter: StorageCounter) -> Any:
     if plan.start is None:
         return inject_lora(model, plan.config.lora, seed=seed)
     # The base was compared when the adapter's files were opened.
-    load_adapter(model, plan.start, allow_other_base=True, seed=seed)
+    load_adapter(plan.base, plan.start, allow_other_base=True, seed=seed)
     return train_loaded(model, plan.config.lora, seed=seed)
 
 

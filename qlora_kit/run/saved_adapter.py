@@ -19,7 +19,7 @@ from qlora_kit.options.parsed import Parsed, make_groups
 from qlora_kit.options.yaml_file import read_config
 
 if TYPE_CHECKING:
-    from qlora_kit.base.load import OpenBase
+    from qlora_kit.base.base import Base
     from qlora_kit.base.source import Source
     from qlora_kit.data.chat_template import ChatOptions
 
@@ -55,7 +55,7 @@ def open_with_adapter(
     allow_other_base: bool,
     *,
     as_trained: bool = False,
-) -> OpenBase:
+) -> Base:
     """The base of a command, and its adapter checked against it; no weight is read. See `base_of`.
 
     Chat templates that were saved with the adapter are the tokenizer's from here on, and the tokens
@@ -64,13 +64,13 @@ def open_with_adapter(
     Errors: those of the base's files, and `AdapterError`.
     """
     from qlora_kit.base.architecture import take_generation_config
-    from qlora_kit.base.load import open_base, open_info
+    from qlora_kit.base.load import open_base
     from qlora_kit.data.chat_template import take_template
     from qlora_kit.lora.adapter import open_adapter
 
     base = open_base(base_of(parsed, adapter, as_trained=as_trained))
     if adapter is not None:
-        open_adapter(base.model, adapter, None if allow_other_base else open_info(base))
+        open_adapter(base.model, adapter, None if allow_other_base else base.info)
         take_template(base.tokenizer, Path(adapter))
         take_generation_config(base.model, Path(adapter))
     return base

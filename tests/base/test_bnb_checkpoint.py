@@ -62,7 +62,11 @@ def rows(checkpoints, tmp_path):
 
 
 def load(directory, dtype="bf16", **options):
-    return load_base(str(directory), dtype=dtype, device="cpu", **options)[0]
+    return load_whole(directory, dtype, **options).model
+
+
+def load_whole(directory, dtype="bf16", **options):
+    return load_base(str(directory), dtype=dtype, device="cpu", **options)
 
 
 def logits(model):
@@ -72,15 +76,16 @@ def logits(model):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_quantized_checkpoint_is_what_quantizing_here_gives(checkpoints, kind):
-    stored = load(checkpoints / kind, **OPTIONS[kind])
-    made = load(checkpoints / "plain", **OPTIONS[kind])
+    stored_base = load_whole(checkpoints / kind, **OPTIONS[kind])
+    made_base = load_whole(checkpoints / "plain", **OPTIONS[kind])
+    stored, made = stored_base.model, made_base.model
     for name, module in made.named_modules():
         if isinstance(module, QuantizedLinear):
             other = stored.get_submodule(name)
             for key, tensor in module.state_dict().items():
                 assert torch.equal(tensor, other.state_dict()[key]), (name, key)
     assert torch.equal(logits(stored), logits(made))
-    one, two = stored.base_info, made.base_info
+    one, two = stored_base.info, made_base.info
     assert (one.bits, one.quant_type, one.double_quant) == (
         two.bits,
         two.quant_type,
@@ -116,16 +121,18 @@ def test_every_family_is_read(tmp_path, family, bits):
 
 
 def test_it_trains_exports_and_takes_its_adapter_again(checkpoints, tmp_path):
-    model = inject_lora(load(checkpoints / "nf4_double", "fp32"), LoRAConfig(r=2))
+    base = load_whole(checkpoints / "nf4_double", "fp32")
+    model = inject_lora(base.model, LoRAConfig(r=2))
     model.train()
     model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data -= 10 * parameter.grad
-    save_adapter(model.eval(), tmp_path / "adapter")
-    again = load_adapter(load(checkpoints / "nf4_double", "fp32"), tmp_path / "adapter")
-    assert torch.equal(logits(again), logits(model))
-    export_model(model, tmp_path / "export")
+    model.eval()
+    save_adapter(base, tmp_path / "adapter")
+    again = load_adapter(load_whole(checkpoints / "nf4_double", "fp32"), tmp_path / "adapter")
+    assert torch.equal(logits(again.model), logits(model))
+    export_model(base, tmp_path / "export")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     assert (
         exported.config.quantization_config is None
@@ -180,7 +187,7 @@ def test_other_bits_or_another_format_are_a_conflict(checkpoints, kind, options,
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_what_is_not_asked_for_is_taken_from_the_checkpoint(checkpoints, kind):
-    info = load(checkpoints / kind).base_info
+    info = load_whole(checkpoints / kind).info
     asked = {"bits": 4, "quant_type": "nf4", "double_quant": True} | OPTIONS[kind]
     if kind == "int8":
         asked = {"bits": 8, "quant_type": None, "double_quant": None}

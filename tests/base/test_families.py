@@ -40,7 +40,11 @@ def bases(tmp_path_factory):
 
 
 def load(directory, bits=16, dtype="fp32"):
-    return load_base(str(directory), bits=bits, dtype=dtype, device="cpu")[0]
+    return load_whole(directory, bits, dtype).model
+
+
+def load_whole(directory, bits=16, dtype="fp32"):
+    return load_base(str(directory), bits=bits, dtype=dtype, device="cpu")
 
 
 def transformers_model(directory, dtype=torch.float32):
@@ -206,9 +210,10 @@ def test_recomputing_layers_gives_the_same_gradients(bases, family, bits):
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_has_every_name_and_loads_in_transformers(bases, tmp_path, family, bits):
-    ours = inject_lora(load(bases / family, bits), LoRAConfig(r=2, target_modules="all-linear"))
+    base = load_whole(bases / family, bits)
+    ours = inject_lora(base.model, LoRAConfig(r=2, target_modules="all-linear"))
     randomize_adapter(ours, scale=0.05)
-    export_model(ours, tmp_path / "export")
+    export_model(base, tmp_path / "export")
     written = load_file(tmp_path / "export" / "model.safetensors")
     original = load_file(bases / family / "model.safetensors")
     assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in original.items()}
@@ -301,9 +306,9 @@ def test_phis_own_config_names_python_files_that_are_not_needed(data_dir, bases,
     real = json.loads((data_dir / "configs" / "phi-3_5.json").read_text())
     shutil.copytree(bases / "phi3", tmp_path, dirs_exist_ok=True)
     edit_config(tmp_path, auto_map=real["auto_map"])
-    model = load(tmp_path)
-    assert torch.equal(logits(model), logits(load(bases / "phi3")))
-    export_model(model, tmp_path.parent / "export", adapter=None)
+    base = load_whole(tmp_path)
+    assert torch.equal(logits(base.model), logits(load(bases / "phi3")))
+    export_model(base, tmp_path.parent / "export", adapter=None)
     assert "auto_map" not in json.loads((tmp_path.parent / "export" / "config.json").read_text())
     (tmp_path / "modeling_phi3.py").write_text("raise SystemExit('was run')")
     with refused(UnsafeInputError, "auto_map", "without Python files", directory=tmp_path):

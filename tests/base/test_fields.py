@@ -115,7 +115,7 @@ def test_so_is_the_code_of_a_tokenizer(model):
 
 def test_the_names_of_attention_that_real_files_hold_are_not_the_files_say(model):
     edit_config(model, attn_implementation="flash_attention_2", _attn_implementation="eager")
-    loaded, _ = load_base(str(model), bits=16, device="cpu")
+    loaded = load_base(str(model), bits=16, device="cpu").model
     assert loaded.config._attn_implementation == "sdpa"
 
 

@@ -295,9 +295,9 @@ def test_a_model_is_downloaded_checked_and_loaded_again_without_a_network(hub: H
     loaded = hub.python(
         "import sys\n"
         "from qlora_kit.base.load import load_base\n"
-        "model, _ = load_base(sys.argv[1], bits=16, dtype='fp32')\n"
-        "print(model.base_info.name, model.base_info.revision)\n"
-        "print(sum(float(p.double().sum()) for p in model.parameters()))\n",
+        "base = load_base(sys.argv[1], bits=16, dtype='fp32')\n"
+        "print(base.info.name, base.info.revision)\n"
+        "print(sum(float(p.double().sum()) for p in base.model.parameters()))\n",
         ID,
         HF_HUB_OFFLINE="1",
     )

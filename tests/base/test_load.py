@@ -55,7 +55,11 @@ def logits(model):
 
 
 def load(directory, bits=16, dtype="fp32", **options):
-    return load_base(str(directory), bits=bits, dtype=dtype, device="cpu", **options)[0]
+    return load_whole(directory, bits, dtype, **options).model
+
+
+def load_whole(directory, bits=16, dtype="fp32", **options):
+    return load_base(str(directory), bits=bits, dtype=dtype, device="cpu", **options)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -143,16 +147,16 @@ def test_real_weights_load_in_every_number_of_bits(data_dir):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_any_sharding_and_any_order_of_tensors_is_the_same_model(checkpoints, tmp_path, bits):
     kind = "biases"
-    whole = load(checkpoints / kind, bits)
+    whole = load_whole(checkpoints / kind, bits)
     save_checkpoint(tmp_path / "shards", KINDS[kind][0], torch.bfloat16, shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     # Biases before weights: the names in reverse, in a file whose header is not sorted either.
     shutil.copytree(checkpoints / kind, tmp_path / "reversed")
     reverse_file(tmp_path / "reversed" / "model.safetensors")
     for other in ("shards", "reversed"):
-        model = load(tmp_path / other, bits)
-        assert torch.equal(logits(model), logits(whole))
-        assert model.base_info.fingerprint == whole.base_info.fingerprint
+        base = load_whole(tmp_path / other, bits)
+        assert torch.equal(logits(base.model), logits(whole.model))
+        assert base.info.fingerprint == whole.info.fingerprint
 
 
 def reverse_file(path: Path) -> None:
@@ -348,9 +352,9 @@ def test_the_embedding_norms_and_head_stay_in_the_compute_dtype(checkpoints):
 
 def test_loading_changes_nothing_on_disk_and_says_what_it_loaded(checkpoints):
     before = tree_hash(checkpoints)
-    model = load(checkpoints / "biases", bits=4, dtype="bf16")
+    base = load_whole(checkpoints / "biases", bits=4, dtype="bf16")
     assert tree_hash(checkpoints) == before
-    info = model.base_info.as_dict()
+    info = base.info.as_dict()
     assert info["name"] == "biases"
     assert (info["bits"], info["quant_type"], info["double_quant"]) == (4, "nf4", True)
     assert (info["source_dtype"], info["compute_dtype"]) == ("bf16", "bf16")

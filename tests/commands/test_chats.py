@@ -86,9 +86,9 @@ def test_the_end_of_a_turn_stops_generation_of_adapter_and_export(
         assert tokenizer.eos_token_id in (stops if isinstance(stops, list) else [stops])
         assert settings["top_k"] == 7
     # Also of the base alone, once it has the template.
-    model, bare = load_base(str(base), bits=16)
-    take_template(bare, adapter)
-    assert end in end_ids(model, bare)
+    bare = load_base(str(base), bits=16)
+    take_template(bare.tokenizer, adapter)
+    assert end in end_ids(bare.model, bare.tokenizer)
 
 
 def test_named_templates_survive_saving_and_exporting(

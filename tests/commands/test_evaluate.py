@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import tree_hash
-from trained import trained_model, write_rows
+from trained import trained_base, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.config.base import BaseConfig
@@ -66,7 +66,7 @@ def test_the_loss_of_base_adapter_and_export(run: Run, workshop: Any, tmp_path: 
     assert (base["model"], base["bits"], base["adapter"]) == ("base", 16, None)
 
     adapted = evaluated(run, "--adapter", workshop.adapter, "--model", workshop.base, *flags)
-    loss, _ = loss_apart(trained_model(workshop.base, bits=4, dtype="fp32"), tokenizer, rows)
+    loss, _ = loss_apart(trained_base(workshop.base, bits=4, dtype="fp32").model, tokenizer, rows)
     assert adapted["loss"] == pytest.approx(loss, rel=1e-5)
     assert (adapted["bits"], adapted["dtype"], adapted["adapter"]) == (4, "fp32", "adapter")
     assert adapted["loss"] != pytest.approx(base["loss"], rel=1e-3)

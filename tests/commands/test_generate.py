@@ -14,7 +14,7 @@ import torch
 from families import tree_hash
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from trained import trained_model
+from trained import trained_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.config.base import BaseConfig
@@ -60,7 +60,7 @@ def test_an_adapter_changes_what_is_said(run: Run, workshop: Any) -> None:
     flags = ("--model", workshop.base, "--prompt", "Once", "--max_new_tokens", 20)
     answer = run("generate", "--adapter", workshop.adapter, *flags)
     assert (answer.code, answer.err) == (0, "")
-    model = trained_model(workshop.base, bits=4, dtype="fp32")
+    model = trained_base(workshop.base, bits=4, dtype="fp32").model
     tokenizer = AutoTokenizer.from_pretrained(workshop.base)
     assert answer.out == greedy(model, tokenizer, "Once", 20) + "\n"
     without = run("generate", *flags, "--bits", 4, "--dtype", "fp32")

@@ -57,13 +57,15 @@ def finetune(run: Run, *more: str) -> Any:
 @pytest.mark.parametrize("family", ["llama2", "qwen2", "gemma2", "phi3"])
 def test_new_rows_are_the_mean_and_old_ones_stay(tmp_path: Path, family: str) -> None:
     save_checkpoint(tmp_path, family)
-    before, _ = load_base(str(tmp_path), bits=16, dtype="fp32")
+    small = load_base(str(tmp_path), bits=16, dtype="fp32")
+    before = small.model
     save_tokenizer(tmp_path, extra=EXTRA)
     with pytest.raises(TokenizerError, match=rf"{TOKENS} tokens, {VOCABULARY} .*resize_embedd"):
         load_base(str(tmp_path), bits=16, dtype="fp32")
-    model, tokenizer = load_base(str(tmp_path), bits=16, dtype="fp32", resize_embeddings=True)
-    assert len(tokenizer) == TOKENS == model.config.vocab_size == model.base_info.embedding_rows
-    assert model.base_info.fingerprint == before.base_info.fingerprint
+    base = load_base(str(tmp_path), bits=16, dtype="fp32", resize_embeddings=True)
+    model = base.model
+    assert len(base.tokenizer) == TOKENS == model.config.vocab_size == base.info.embedding_rows
+    assert base.info.fingerprint == small.info.fingerprint
     for module, other in (
         (model.get_input_embeddings(), before.get_input_embeddings()),
         (model.get_output_embeddings(), before.get_output_embeddings()),
@@ -85,16 +87,16 @@ def test_a_base_that_is_quantized_already_is_resized_too(tmp_path: Path, kind: s
     save_checkpoint(tmp_path / "base", "llama2", torch.bfloat16)
     save_quantized(tmp_path / "base", tmp_path / kind, **QUANTIZED[kind])
     save_tokenizer(tmp_path / kind, extra=EXTRA)
-    model, _ = load_base(str(tmp_path / kind), resize_embeddings=True)
+    model = load_base(str(tmp_path / kind), resize_embeddings=True).model
     assert model(torch.tensor([[3, TOKENS - 1]])).logits.shape == (1, 2, TOKENS)
 
 
 def test_the_flag_changes_nothing_where_there_are_rows_enough(tmp_path: Path) -> None:
     save_checkpoint(tmp_path)
-    plain, _ = load_base(str(tmp_path), bits=16)
-    model, _ = load_base(str(tmp_path), bits=16, resize_embeddings=True)
-    assert model.base_info == plain.base_info
-    assert model.get_input_embeddings().num_embeddings == VOCABULARY
+    plain = load_base(str(tmp_path), bits=16)
+    base = load_base(str(tmp_path), bits=16, resize_embeddings=True)
+    assert base.info == plain.info
+    assert base.model.get_input_embeddings().num_embeddings == VOCABULARY
 
 
 def test_without_the_flag_it_is_refused_and_named(run: Run, home: Path) -> None:
@@ -141,7 +143,7 @@ def test_an_adapter_finds_the_rows_it_was_trained_with(run: Run, home: Path) -> 
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == TOKENS
     # Nor does the export need it.
     weights = load_file(home / "merged" / "model.safetensors")
-    expected, _ = load_base("./base", bits=16, dtype="fp32", resize_embeddings=True)
+    expected = load_base("./base", bits=16, dtype="fp32", resize_embeddings=True).model
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(weights[name], expected.get_parameter(name))
     plain = run("evaluate", "--model", "./merged", "--bits", "16", "--data", "rows.jsonl",

@@ -28,9 +28,10 @@ from families import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trained import save_trained, trained_model
+from trained import save_trained, trained_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from qlora_kit.base.base import Base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError, ExportError, NumericError
 from qlora_kit.export.merge import export_model
@@ -96,12 +97,12 @@ def rounding_steps(ours: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Made:
-    """A base, an adapter, the model as trained and its export."""
+    """A base's directory, an adapter, its export, and the base as trained."""
 
     base: Path
     adapter: Path
     export: Path
-    model: Any
+    trained: Base
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +113,9 @@ def all_made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     made = {}
     for name, options in HOLDINGS.items():
         adapter, export = folder / f"{name} adapter", folder / f"{name} export"
-        model = save_trained(folder / "base", adapter, dtype="bf16", **options)
-        export_model(model, export)
-        made[name] = Made(folder / "base", adapter, export, model)
+        trained = save_trained(folder / "base", adapter, dtype="bf16", **options)
+        export_model(trained, export)
+        made[name] = Made(folder / "base", adapter, export, trained)
     return made
 
 
@@ -175,7 +176,7 @@ def kl(reference: Tensor, ours: Tensor) -> float:
 
 def check_same_model(made: Made, plain: Tensor, ids: Tensor, noise_free: Tensor) -> None:
     """The export against the model as trained, and against the noise of bf16 itself."""
-    trained = logits_of(made.model, ids)
+    trained = logits_of(made.trained.model, ids)
     assert kl(trained, plain) <= 1e-3
     assert distance(plain, trained) <= 3e-2
 
@@ -247,15 +248,17 @@ def test_a_real_model_that_was_trained_is_read_as_it_was(data_dir: Path, tmp_pat
     training, ids = rows("train.jsonl", 128).split(8), rows("valid.jsonl", 16)
     made = []
     for name in ("nf4 double", "int8"):
-        model = trained_model(base, spread=0.0, dtype="bf16", **HOLDINGS[name]).train()
+        trained = trained_base(base, spread=0.0, dtype="bf16", **HOLDINGS[name])
+        model = trained.model.train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
         for batch in training:
             model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        save_adapter(model.eval(), tmp_path / f"{name} adapter")
-        export = export_model(model, tmp_path / f"{name} export")
-        made.append(Made(base, tmp_path / f"{name} adapter", export, model))
+        model.eval()
+        save_adapter(trained, tmp_path / f"{name} adapter")
+        export = export_model(trained, tmp_path / f"{name} export")
+        made.append(Made(base, tmp_path / f"{name} adapter", export, trained))
     plain = read_plainly([one.export for one in made], ids, tmp_path)
     for one, name, logits in zip(made, ("nf4 double", "int8"), plain, strict=True):
         weights = merged_apart(base, one.adapter, HOLDINGS[name], torch.bfloat16)
@@ -265,8 +268,8 @@ def test_a_real_model_that_was_trained_is_read_as_it_was(data_dir: Path, tmp_pat
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "phi3"])
 def test_tied_heads_soft_caps_and_fused_linears_survive(tmp_path: Path, family: str) -> None:
     save_checkpoint(tmp_path / "base", family, torch.bfloat16)
-    model = save_trained(tmp_path / "base", tmp_path / "adapter", dtype="bf16")
-    export_model(model, tmp_path / "out")
+    trained = save_trained(tmp_path / "base", tmp_path / "adapter", dtype="bf16")
+    export_model(trained, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     held = load_file(tmp_path / "base" / "model.safetensors")
     assert found.keys() == held.keys()  # a tied head is not written a second time
@@ -275,7 +278,7 @@ def test_tied_heads_soft_caps_and_fused_linears_survive(tmp_path: Path, family: 
     reference = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.bfloat16, attn_implementation="eager"
     )
-    ours = logits_of(model, ids)
+    ours = logits_of(trained.model, ids)
     assert kl(ours, logits_of(reference, ids)) <= 1e-3
 
 
@@ -284,7 +287,7 @@ def test_another_dtype_rounds_the_same_sum(
     all_made: dict[str, Made], tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
     made = all_made["nf4 double"]
-    export_model(made.model, tmp_path / "out", dtype=name)
+    export_model(made.trained, tmp_path / "out", dtype=name)
     expected = merged_apart(made.base, made.adapter, HOLDINGS["nf4 double"], torch.bfloat16)
     for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert tensor.dtype == dtype
@@ -297,7 +300,7 @@ def test_another_dtype_rounds_the_same_sum(
 
 def test_the_original_base_is_another_merge(all_made: dict[str, Made], tmp_path: Path) -> None:
     made = all_made["nf4 double"]
-    export_model(made.model, tmp_path / "out", merge_base="original")
+    export_model(made.trained, tmp_path / "out", merge_base="original")
     expected = merged_apart(made.base, made.adapter, {"bits": 16}, torch.bfloat16)
     found = load_file(tmp_path / "out" / "model.safetensors")
     for key, tensor in found.items():
@@ -317,12 +320,12 @@ def test_a_base_that_holds_quantized_weights_only_has_no_original(
     )
     quantized.save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
-    model = trained_model(tmp_path / "base", bits=4, double_quant=False, dtype="bf16")
+    trained = trained_base(tmp_path / "base", bits=4, double_quant=False, dtype="bf16")
     before = tree_hash(tmp_path)
     with pytest.raises(ConfigError, match=r"--merge_base original: the base holds .* quantized"):
-        export_model(model, tmp_path / "out", merge_base="original")
+        export_model(trained, tmp_path / "out", merge_base="original")
     assert tree_hash(tmp_path) == before
-    export_model(model, tmp_path / "out")
+    export_model(trained, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -330,7 +333,7 @@ def test_the_base_alone_is_exported_without_an_adapter(
     all_made: dict[str, Made], tmp_path: Path
 ) -> None:
     made = all_made["16 bits"]
-    export_model(made.model, tmp_path / "out", adapter=None)
+    export_model(made.trained, tmp_path / "out", adapter=None)
     held = load_file(made.base / "model.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == held.keys()
@@ -341,7 +344,7 @@ def test_shards_hold_the_same_tensors(all_made: dict[str, Made], tmp_path: Path)
     made = all_made["nf4 double"]
     whole = load_file(made.export / "model.safetensors")
     limit = 50_000
-    export_model(made.model, tmp_path / "out", shard_size=limit)
+    export_model(made.trained, tmp_path / "out", shard_size=limit)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
@@ -378,8 +381,8 @@ def test_settings_and_tokenizer_go_along(all_made: dict[str, Made]) -> None:
 def test_an_old_config_keeps_its_own_word_for_the_dtype(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", "llama2", torch.float32)
     edit_config(tmp_path / "base", dtype=None, torch_dtype="float32")
-    model = trained_model(tmp_path / "base", bits=4, dtype="bf16")
-    export_model(model, tmp_path / "out")
+    trained = trained_base(tmp_path / "base", bits=4, dtype="bf16")
+    export_model(trained, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     assert "dtype" not in config
@@ -388,7 +391,7 @@ def test_an_old_config_keeps_its_own_word_for_the_dtype(tmp_path: Path) -> None:
 
 def test_a_model_without_that_adapter_is_refused(all_made: dict[str, Made], tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no adapter 'other'"):
-        export_model(all_made["int8"].model, tmp_path / "out", adapter="other")
+        export_model(all_made["int8"].trained, tmp_path / "out", adapter="other")
     assert not any(tmp_path.iterdir())
 
 
@@ -398,10 +401,10 @@ def test_an_export_that_would_overflow_is_refused(tmp_path: Path) -> None:
         tmp_path / "base",
         lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(70000.0),
     )
-    model = trained_model(tmp_path / "base", bits=16, dtype="fp32")
+    trained = trained_base(tmp_path / "base", bits=16, dtype="fp32")
     before = tree_hash(tmp_path)
     with pytest.raises(NumericError, match=r"layers\.0\.mlp\.up_proj\.weight .*not finite"):
-        export_model(model, tmp_path / "out", dtype="fp16")
+        export_model(trained, tmp_path / "out", dtype="fp16")
     assert tree_hash(tmp_path) == before
 
 
@@ -415,7 +418,7 @@ def test_a_file_that_may_not_grow_leaves_what_was_there(
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         with pytest.raises((ExportError, OSError)) as caught:
-            export_model(all_made["int8"].model, tmp_path / "out", overwrite=True)
+            export_model(all_made["int8"].trained, tmp_path / "out", overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "File too large" in str(caught.value)
@@ -432,7 +435,7 @@ def test_an_inspector_that_raises_keeps_it_from_appearing(
         raise NumericError("too far", "look again")
 
     with pytest.raises(NumericError):
-        export_model(all_made["int8"].model, tmp_path / "out", inspect=inspect)
+        export_model(all_made["int8"].trained, tmp_path / "out", inspect=inspect)
     assert "model.safetensors" in seen[0]
     assert not any(tmp_path.iterdir())
 
@@ -442,14 +445,14 @@ def test_the_base_is_not_written_over(all_made: dict[str, Made]) -> None:
     before = tree_hash(made.base)
     for target in (made.base, made.base / "out", made.base.parent):
         with pytest.raises(ConfigError, match="overlaps with"):
-            export_model(made.model, target, overwrite=True)
+            export_model(made.trained, target, overwrite=True)
     assert tree_hash(made.base) == before
 
 
 def test_one_adapter_of_two_targets_leaves_the_other_linears_alone(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", "llama2", torch.bfloat16)
-    model = trained_model(tmp_path / "base", bits=16, dtype="bf16", lora=LoRAConfig(r=4))
-    export_model(model, tmp_path / "out")
+    trained = trained_base(tmp_path / "base", bits=16, dtype="bf16", lora=LoRAConfig(r=4))
+    export_model(trained, tmp_path / "out")
     held = load_file(tmp_path / "base" / "model.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
     changed = {key.split(".")[-2] for key in held if not torch.equal(held[key], found[key])}

@@ -132,8 +132,8 @@ def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path):
     from qlora_kit.training.checkpoint import save_checkpoint
 
     save_base(tmp_path / "base")
-    model, _ = load_base(str(tmp_path / "base"), bits=16, dtype="fp32")
-    inject_lora(model)
+    base = load_base(str(tmp_path / "base"), bits=16, dtype="fp32")
+    model = inject_lora(base.model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     list(trained.values())[3].data.view(-1)[5] = float("inf")
     (tmp_path / "run").mkdir()
@@ -141,7 +141,7 @@ def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(NumericError, match="not finite"):
         save_checkpoint(tmp_path / "run", 1, tensors, {}, lambda directory: None)
     with pytest.raises(NumericError, match="not finite"):
-        save_adapter(model, tmp_path / "run" / "adapter")
+        save_adapter(base, tmp_path / "run" / "adapter")
     assert list((tmp_path / "run").iterdir()) == []
 
 

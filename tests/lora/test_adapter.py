@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.base.base import Base
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, NumericError, UnsafeInputError
@@ -48,9 +49,9 @@ def bases(tmp_path_factory):
 def saved(bases, tmp_path_factory):
     """An adapter of ours on the llama2 base, which tests copy and spoil."""
     directory = tmp_path_factory.mktemp("adapter") / "ours"
-    model = inject_lora(load(bases / "llama2"), LoRAConfig(r=4, alpha=8))
-    randomize_adapter(model)
-    save_adapter(model, directory)
+    base = with_lora(load(bases / "llama2"), LoRAConfig(r=4, alpha=8))
+    randomize_adapter(base.model)
+    save_adapter(base, directory)
     return directory
 
 
@@ -60,21 +61,21 @@ def adapter(saved, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model(bases):
+def base(bases):
     """A base for adapters that are refused; `spotless` checks that they were."""
     return load(bases / "llama2")
 
 
 @pytest.fixture
-def spotless(model):
-    before = logits(model)
-    yield model
-    assert not lora_layers(model)
-    assert torch.equal(logits(model), before)
+def spotless(base):
+    before = logits(base)
+    yield base
+    assert not lora_layers(base.model)
+    assert torch.equal(logits(base), before)
 
 
 def load(directory, bits=16, dtype="fp32"):
-    return load_base(str(directory), bits=bits, dtype=dtype, device="cpu")[0]
+    return load_base(str(directory), bits=bits, dtype=dtype, device="cpu")
 
 
 def plain(directory, dtype=torch.float32):
@@ -82,7 +83,13 @@ def plain(directory, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
 
-def logits(model):
+def with_lora(base, *options):
+    inject_lora(base.model, *options)
+    return base
+
+
+def logits(of):
+    model = of.model if isinstance(of, Base) else of
     with torch.no_grad():
         return model(input_ids=token_ids(), use_cache=False).logits
 
@@ -104,8 +111,8 @@ def targets_of(family):
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_our_adapter_has_the_same_logits_in_peft(bases, tmp_path, family, target, use_rslora):
     config = LoRAConfig(r=4, alpha=6, target_modules=target, use_rslora=use_rslora)
-    ours = inject_lora(load(bases / family), config)
-    randomize_adapter(ours, scale=0.05)
+    ours = with_lora(load(bases / family), config)
+    randomize_adapter(ours.model, scale=0.05)
     save_adapter(ours, tmp_path)
     theirs = PeftModel.from_pretrained(plain(bases / family), tmp_path)
     assert relative_error(logits(ours), logits(theirs)) <= 1e-6
@@ -115,8 +122,8 @@ def test_our_adapter_has_the_same_logits_in_peft(bases, tmp_path, family, target
 @pytest.mark.parametrize("target", ["auto", "all-linear"])
 def test_our_bf16_adapter_has_the_same_logits_in_peft(data_dir, tmp_path, target):
     base = data_dir / "models" / "stories260K"
-    ours = inject_lora(load(base, dtype="bf16"), LoRAConfig(r=4, target_modules=target))
-    randomize_adapter(ours, scale=0.02)
+    ours = with_lora(load(base, dtype="bf16"), LoRAConfig(r=4, target_modules=target))
+    randomize_adapter(ours.model, scale=0.02)
     save_adapter(ours, tmp_path)
     theirs = PeftModel.from_pretrained(plain(base, torch.bfloat16), tmp_path)
     mine, other = logits(ours).double(), logits(theirs).double()
@@ -151,7 +158,7 @@ def test_the_header_says_what_the_adapter_was_trained_on(bases, saved):
     said = trained_on(saved)
     base = load(bases / "llama2")
     assert said.pop("lora") == {"r": 4, "lora_alpha": 8, "use_rslora": False}
-    assert said == base.base_info.as_dict()
+    assert said == base.info.as_dict()
     with safe_open(saved / WEIGHTS, "pt") as file:
         assert set(file.metadata()) == {"format", "qlora_kit"}
 
@@ -221,9 +228,9 @@ def test_every_family_takes_adapters_of_peft(bases, tmp_path, family):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_adapter_saved_and_loaded_on_a_quantized_base_is_bit_equal(bases, tmp_path, bits):
-    ours = inject_lora(load(bases / "qwen2", bits, "bf16"), LoRAConfig(r=4))
-    randomize_adapter(ours)
-    for layer in lora_layers(ours).values():
+    ours = with_lora(load(bases / "qwen2", bits, "bf16"), LoRAConfig(r=4))
+    randomize_adapter(ours.model)
+    for layer in lora_layers(ours.model).values():
         for weight in layer.weights("default"):
             weight.data = weight.data.bfloat16().float()
     save_adapter(ours, tmp_path)
@@ -317,15 +324,15 @@ def test_a_name_that_no_adapter_can_have_is_refused_before_anything_is_read(spot
             use()
 
 
-def inject(model, name):
-    inject_lora(model, LoRAConfig(r=2), adapter=name)
+def inject(base, name):
+    inject_lora(base.model, LoRAConfig(r=2), adapter=name)
 
 
 def test_any_other_name_can_be_loaded_switched_to_and_saved(bases, adapter, tmp_path):
-    model = load(bases / "llama2")
+    base = load(bases / "llama2")
     for name in ("default", "my-adapter_2", "Größe", "a b", "q_proj"):
-        load_adapter(model, adapter, name)
-        save_adapter(model, tmp_path / name, name)
+        load_adapter(base, adapter, name)
+        save_adapter(base, tmp_path / name, name)
         assert load_file(tmp_path / name / WEIGHTS).keys() == load_file(adapter / WEIGHTS).keys()
 
 
@@ -412,21 +419,21 @@ def test_surplus_tensors_and_other_dtypes_are_refused(spotless, adapter):
 
 
 def test_an_adapter_of_zeros_is_warned_of(bases, tmp_path):
-    save_adapter(inject_lora(load(bases / "llama2")), tmp_path)
+    save_adapter(with_lora(load(bases / "llama2")), tmp_path)
     with pytest.warns(UserWarning, match="every lora_B is zero: the adapter has no effect"):
         load_adapter(load(bases / "llama2"), tmp_path)
 
 
 def test_an_adapter_that_is_not_finite_is_not_saved(bases, tmp_path):
-    model = inject_lora(load(bases / "llama2"))
-    save_adapter(model, tmp_path)
+    base = with_lora(load(bases / "llama2"))
+    save_adapter(base, tmp_path)
     before = tree_hash(tmp_path)
-    next(iter(lora_layers(model).values())).weights("default")[1].data[0, 0] = float("nan")
+    next(iter(lora_layers(base.model).values())).weights("default")[1].data[0, 0] = float("nan")
     with refused(NumericError, "lora_B.weight holds 1", directory=tmp_path):
-        save_adapter(model, tmp_path)
+        save_adapter(base, tmp_path)
     assert tree_hash(tmp_path) == before
     with refused(AdapterError, "no adapter 'other'", directory=tmp_path):
-        save_adapter(model, tmp_path / "other", "other")
+        save_adapter(base, tmp_path / "other", "other")
 
 
 # Bases
@@ -439,14 +446,14 @@ def test_another_base_of_the_same_shape_is_refused_unless_allowed(bases, adapter
         tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] += 1
 
     edit_weights(other, nudge)
-    model = load(other)
+    base = load(other)
     with refused(
         AdapterError, "was trained on llama2 with other weights than other", directory=adapter
     ):
-        load_adapter(model, adapter)
-    assert not lora_layers(model)
-    load_adapter(model, adapter, allow_other_base=True)
-    assert lora_layers(model)
+        load_adapter(base, adapter)
+    assert not lora_layers(base.model)
+    load_adapter(base, adapter, allow_other_base=True)
+    assert lora_layers(base.model)
 
 
 @pytest.mark.parametrize(
@@ -465,8 +472,8 @@ def test_a_base_of_another_shape_is_refused_even_if_allowed(bases, adapter, base
 
 
 def test_fewer_layers_are_refused(bases, tmp_path):
-    model = inject_lora(load(bases / "deep"))
-    save_adapter(model, tmp_path)
+    base = with_lora(load(bases / "deep"))
+    save_adapter(base, tmp_path)
     with refused(AdapterError, "holds 4 that it does not ask for", directory=tmp_path):
         load_adapter(load(bases / "llama2"), tmp_path, allow_other_base=True)
 
@@ -485,34 +492,34 @@ def test_a_broken_header_is_named(spotless, adapter, said):
 
 
 def test_loading_again_replaces_every_layer_of_the_old_adapter(bases, adapter, tmp_path):
-    model = inject_lora(load(bases / "llama2"), LoRAConfig(r=2, target_modules="all-linear"))
-    randomize_adapter(model)
-    load_adapter(model, adapter)
+    base = with_lora(load(bases / "llama2"), LoRAConfig(r=2, target_modules="all-linear"))
+    randomize_adapter(base.model)
+    load_adapter(base, adapter)
     fresh = load_adapter(load(bases / "llama2"), adapter)
-    assert torch.equal(logits(model), logits(fresh))
-    assert not any(parameter.requires_grad for parameter in fresh.parameters())
-    activate(model, None)
-    assert torch.equal(logits(model), logits(load(bases / "llama2")))
+    assert torch.equal(logits(base), logits(fresh))
+    assert not any(parameter.requires_grad for parameter in fresh.model.parameters())
+    activate(base.model, None)
+    assert torch.equal(logits(base), logits(load(bases / "llama2")))
 
 
 def test_sixty_four_adapters_and_a_thousand_switches(bases, tmp_path):
-    model = load(bases / "shallow", bits=4)
+    base = load(bases / "shallow", bits=4)
     generator, first = torch.Generator().manual_seed(0), {}
     for number in range(64):
         config = LoRAConfig(r=1 + number % 7, target_modules="q_proj,v_proj")
-        inject_lora(model, config, seed=number, adapter=f"a{number}")
-        for layer in lora_layers(model).values():
+        inject_lora(base.model, config, seed=number, adapter=f"a{number}")
+        for layer in lora_layers(base.model).values():
             layer.weights(f"a{number}")[1].data.normal_(generator=generator)
     bases_before = {
-        name: layer.base_layer.weight.clone() for name, layer in lora_layers(model).items()
+        name: layer.base_layer.weight.clone() for name, layer in lora_layers(base.model).items()
     }
     with torch.no_grad():
         for step in range(1000):
             number = int(torch.randint(64, (), generator=generator))
-            activate(model, f"a{number}")
-            out = model(input_ids=token_ids(1, 4), use_cache=False).logits
+            activate(base.model, f"a{number}")
+            out = base.model(input_ids=token_ids(1, 4), use_cache=False).logits
             assert torch.equal(out, first.setdefault(number, out)), step
-    for name, layer in lora_layers(model).items():
+    for name, layer in lora_layers(base.model).items():
         assert torch.equal(layer.base_layer.weight, bases_before[name])
 
 

@@ -47,7 +47,7 @@ def tied(tmp_path_factory):
 
 
 def load(directory, bits=4, dtype="fp32"):
-    return load_base(str(directory), bits=bits, dtype=dtype, device="cpu")[0]
+    return load_base(str(directory), bits=bits, dtype=dtype, device="cpu").model
 
 
 @pytest.fixture(scope="module")

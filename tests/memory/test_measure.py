@@ -33,7 +33,7 @@ def base_dir(tmp_path_factory):
 def test_weights_by_bits(base_dir):
     sizes = {}
     for bits in (16, 8, 4):
-        model, _ = load_base(base_dir, bits=bits, dtype="bf16", double_quant=None)
+        model = load_base(base_dir, bits=bits, dtype="bf16", double_quant=None).model
         sizes[bits] = weight_bytes(model)
         assert sizes[bits]["weights"] == (
             sizes[bits]["weights_quantized"] + sizes[bits]["weights_other"]
@@ -52,7 +52,7 @@ def test_weights_by_bits(base_dir):
 
 
 def test_adapters_gradients_and_states(base_dir):
-    model, _ = load_base(base_dir, bits=4)
+    model = load_base(base_dir, bits=4).model
     before = weight_bytes(model)
     inject_lora(model, LoRAConfig(r=8))
     assert weight_bytes(model) == before

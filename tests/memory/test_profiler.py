@@ -32,7 +32,7 @@ def run(base_dir, optim, level, counted):
     meter, held = Meter(CPU), {}
     with meter.loading() as counter:
         counter.at("load")
-        model, _ = load_base(base_dir, bits=4, dtype="bf16")
+        model = load_base(base_dir, bits=4, dtype="bf16").model
         tag_weights(model, counter.tag)
         counter.at("inject")
         inject_lora(model, LoRAConfig(r=8, dropout=0.1), seed=1)

@@ -11,7 +11,7 @@ from families import relative_error
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.base.quantize import QuantizedLinear, dequantize
+from qlora_kit.base.quantize import Linear8bit, QuantizedLinear, dequantize
 from qlora_kit.lora.inject import lora_layers
 
 Gradients = dict[str, list[Tensor]]
@@ -32,11 +32,11 @@ def exact_gradients(model: Any, loss: Callable[[Any], Tensor]) -> Gradients:
     adapters as rounded to it; dropout keeps what the layer's own keeps where it stands.
     """
     compute, exact = model.get_input_embeddings().weight.dtype, torch.float64
-    reference = AutoModelForCausalLM.from_pretrained(model.base_directory, dtype=compute)
+    reference = AutoModelForCausalLM.from_pretrained(model.name_or_path, dtype=compute)
     reference.requires_grad_(False).to(exact).train()
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
-            dense = dequantize(layer, exact if model.base_info.bits == 8 else compute)
+            dense = dequantize(layer, exact if isinstance(layer, Linear8bit) else compute)
             linear = reference.get_submodule(name.removesuffix(".base_layer"))
             linear.weight.data = dense.double()
     leaves = {}

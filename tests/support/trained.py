@@ -8,30 +8,32 @@ from typing import Any
 
 import torch
 
+from qlora_kit.base.base import Base
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.inject import inject_lora, lora_layers
 
 
-def trained_model(
-    base: Path, *, spread: float = 0.03, lora: LoRAConfig | None = None, **options: Any
-) -> Any:
-    """The base with an adapter in evaluation mode; `options` are those of `load_base`."""
-    model, _ = load_base(str(base), **options)
-    inject_lora(model, lora or LoRAConfig(r=4, alpha=6, target_modules="all-linear"))
+def trained_base(
+    directory: Path, *, spread: float = 0.03, lora: LoRAConfig | None = None, **options: Any
+) -> Base:
+    """The base in `directory` with an adapter, evaluating; `options` are those of `load_base`."""
+    base = load_base(str(directory), **options)
+    inject_lora(base.model, lora or LoRAConfig(r=4, alpha=6, target_modules="all-linear"))
     generator = torch.Generator().manual_seed(11)
-    for layer in lora_layers(model).values():
+    for layer in lora_layers(base.model).values():
         weight = layer.lora_B["default"].weight
         weight.data = torch.randn(weight.shape, generator=generator) * spread
-    return model.eval()
+    base.model.eval()
+    return base
 
 
-def save_trained(base: Path, directory: Path, **options: Any) -> Any:
-    """The same, and its adapter saved in `directory`."""
-    model = trained_model(base, **options)
-    save_adapter(model, directory)
-    return model
+def save_trained(directory: Path, adapter: Path, **options: Any) -> Base:
+    """The same, and its adapter saved in `adapter`."""
+    base = trained_base(directory, **options)
+    save_adapter(base, adapter)
+    return base
 
 
 def write_rows(path: Path, count: int = 12) -> Path:

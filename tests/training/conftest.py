@@ -51,7 +51,7 @@ def model(base_of: Callable[..., Path]) -> Callable[..., Any]:
         fused_blocks: bool = True,
         **lora: Any,
     ) -> Any:
-        loaded, _ = load_base(str(base_of(family, ffn)), bits=bits, dtype=dtype)
+        loaded = load_base(str(base_of(family, ffn)), bits=bits, dtype=dtype).model
         inject_lora(loaded, LoRAConfig(**{"r": 4, "alpha": 8.0, **lora}), seed=1)
         if recompute is not None:
             assert (

@@ -210,7 +210,7 @@ def test_the_held_out_loss_is_the_mean_over_all_tokens(model):
 
     rows, ours = ragged_rows(7, seed=3), model()
     found = evaluate(ours, eval_batches(rows, 3, 0))
-    plain = AutoModelForCausalLM.from_pretrained(ours.base_directory, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(ours.name_or_path, dtype=torch.float32)
     total, count = 0.0, 0
     for row in rows:
         with torch.no_grad():

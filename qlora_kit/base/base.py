@@ -1,0 +1,105 @@
+"""A base: its files, checked, its model and tokenizer, and what an adapter must know of it.
+
+All that the package knows of a base is in `Base`; nothing of it hangs on transformers' model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_kit.base.bnb_checkpoint import StoredLinear
+from qlora_kit.base.checks import is_computed
+from qlora_kit.base.quantize import Quantization
+from qlora_kit.base.safetensors_file import TensorEntry, fingerprint
+from qlora_kit.base.source import Source
+from qlora_kit.base.tensors import dtype_name
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What an adapter must know about the base it was trained on."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    parameters: int
+    bits: int
+    quant_type: str | None
+    double_quant: bool | None
+    blocksize: int | None
+    source_dtype: str
+    compute_dtype: str
+    embedding_rows: int | None = None
+    """What the embedding was resized to; None where it is as in the files."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base whose files were checked; `read_weights` fills its model, once.
+
+    Until then `model` has its architecture on the meta device, so that whatever depends on shapes
+    alone (targets, rank, context, tokens) can be refused before a byte of weights is read. It is
+    the transformers class of its architecture, of `parameters` elements as the files have them.
+    `entries` are all tensors of the files, `stored` the linears among them that are quantized
+    already. `embedding_rows` is what the embedding (and the head) is resized to, None where the
+    files have all of its rows. `tokenizer` is None in a plan of a bare config.json.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    source: Source
+    entries: Mapping[str, TensorEntry]
+    stored: Mapping[str, StoredLinear]
+    quantization: Quantization
+    device: torch.device
+    dtype: torch.dtype
+    embedding_rows: int | None = None
+    parameters: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Now, for a quantized layer has fewer elements than the weight that it packs.
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        object.__setattr__(self, "parameters", count)
+
+    @cached_property
+    def info(self) -> BaseInfo:
+        """What an adapter must know, from headers and the samples of a fingerprint."""
+        dtypes = {entry.torch_dtype for entry in self.plain.values()}
+        return BaseInfo(
+            name=self.source.name,
+            revision=self.source.revision,
+            fingerprint=fingerprint(self.entries.values()),
+            parameters=self.parameters,
+            bits=self.quantization.bits,
+            quant_type=self.quantization.quant_type,
+            double_quant=self.quantization.double_quant,
+            blocksize=self.quantization.blocksize,
+            source_dtype="+".join(sorted(dtype_name(found) for found in dtypes)),
+            compute_dtype=dtype_name(self.dtype),
+            embedding_rows=self.embedding_rows,
+        )
+
+    @property
+    def plain(self) -> dict[str, TensorEntry]:
+        """The tensors that are neither quantized already nor computed by the model itself."""
+        taken = {entry.name for one in self.stored.values() for entry in one.entries.values()}
+        return {
+            name: entry
+            for name, entry in self.entries.items()
+            if name not in taken and not is_computed(name)
+        }
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model was made for, in tokens."""
+        return int(self.model.config.max_position_embeddings)

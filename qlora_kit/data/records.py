@@ -23,8 +23,8 @@ from typing import Any
 from qlora_kit.data.fields import kind
 from qlora_kit.data.json_array import elements
 from qlora_kit.data.json_text import JsonError, loads
-from qlora_kit.data.lines import CHUNK, MAX_ROW_BYTES, decoded, lines, opened
-from qlora_kit.data.source import HubSplit, check_file, kind_of
+from qlora_kit.data.lines import CHUNK, MAX_ROW_BYTES, decoded, lines, opened, too_long
+from qlora_kit.data.source import GivenRows, HubSplit, Part, check_file, kind_of
 from qlora_kit.data.tables import arrow_rows, csv_rows, extra, parquet_count, parquet_rows
 from qlora_kit.errors import DataError, ResourceError
 
@@ -36,7 +36,9 @@ Record = tuple[int, dict[str, Any]]
 
 
 def records(
-    source: Path | HubSplit, chosen: Iterable[Any] | None = None, limit: int = MAX_ROW_BYTES
+    source: Part,
+    chosen: Iterable[Any] | None = None,
+    limit: int = MAX_ROW_BYTES,
 ) -> Iterator[Record]:
     """The records of a source in their order, or those that have a true value in `chosen`.
 
@@ -56,7 +58,7 @@ def records(
         raise DataError(f"{source}:1: the file is empty or blank", "give at least one row")
 
 
-def count(source: Path | HubSplit, limit: int = MAX_ROW_BYTES) -> int:
+def count(source: Part, limit: int = MAX_ROW_BYTES) -> int:
     """How many records there are."""
     if isinstance(source, Path) and kind_of(source) == ".parquet":
         return parquet_count(source)
@@ -64,10 +66,12 @@ def count(source: Path | HubSplit, limit: int = MAX_ROW_BYTES) -> int:
     return sum(1 for _ in raws)
 
 
-def fingerprint(source: Path | HubSplit) -> str:
+def fingerprint(source: Part) -> str:
     """A hash of everything that a source holds."""
     if isinstance(source, HubSplit):
         return str(_hub(source)._fingerprint)
+    if isinstance(source, GivenRows):
+        return source.digest
     digest = hashlib.blake2b()
     with opened(source) as file:
         while chunk := file.read(CHUNK):
@@ -85,12 +89,12 @@ def hub_splits(name: str, subset: str | None) -> list[str]:
 Raws = Iterator[tuple[int, Any]]
 
 
-def _reader(
-    source: Path | HubSplit, limit: int
-) -> tuple[Raws, Callable[[Any, str], dict[str, Any]]]:
+def _reader(source: Part, limit: int) -> tuple[Raws, Callable[[Any, str], dict[str, Any]]]:
     """The unparsed records of a source, and what parses one."""
     if isinstance(source, HubSplit):
         return enumerate(_hub(source), 1), _object
+    if isinstance(source, GivenRows):
+        return _given(source, limit), _parse_line
     check_file(source)
     suffix = kind_of(source)
     if suffix in DELIMITERS:
@@ -110,6 +114,13 @@ def _json_lines(path: Path, limit: int) -> Raws:
     for line, offset, raw in lines(path, limit):
         if raw.strip():
             yield line, (raw, offset)
+
+
+def _given(source: GivenRows, limit: int) -> Raws:
+    for number, line in source.lines():
+        if len(line) > limit:
+            raise too_long(f"{source}:{number}: the row", limit)
+        yield number, (line, 0)
 
 
 def _parse_line(raw: tuple[bytes, int], where: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from qlora_kit.data.records import count, fingerprint, hub_splits, records
 from qlora_kit.data.schema import normalise, parse_columns, recognise, rename
 from qlora_kit.data.source import (
     HELD_OUT,
+    GivenRows,
     HubSplit,
     Source,
     check_file,
@@ -116,14 +117,21 @@ class Rows:
     eval_source: str
 
 
-def load_rows(config: DataConfig, seed: int) -> Rows:
+def load_rows(config: DataConfig, seed: int, given: Mapping[str, GivenRows] | None = None) -> Rows:
     """The rows of a run; no held-out row is among those that are trained on.
 
+    `given` has the rows that a program hands over, by the names that `config` has for them.
     Of each source the first row is read at once, the others when they are gone through. Raises
     `DataError` or `UnsafeInputError` for a file, `ConfigError` for options that disagree,
     `ResourceError` for a package or a network that is missing.
     """
-    train_source, eval_source = find(config.data)
+    given = given or {}
+    train_source: Source
+    eval_source: Source | None
+    if config.data in given:
+        train_source, eval_source = given[config.data], None
+    else:
+        train_source, eval_source = find(config.data)
     if isinstance(train_source, HubSplit):
         eval_source = _held_out_split(train_source)
     if eval_source and config.eval_fraction:
@@ -133,11 +141,10 @@ def load_rows(config: DataConfig, seed: int) -> Rows:
             f"leave eval_fraction out, or give --data {train_source}",
         )
     if config.eval_data is not None:
-        eval_source = files(config.eval_data)
+        eval_source = given.get(config.eval_data) or files(config.eval_data)
     elif config.eval_fraction == 0:
         eval_source = None
-    given = [*parts_of(train_source), *(parts_of(eval_source) if eval_source else ())]
-    for part in given:
+    for part in [*parts_of(train_source), *(parts_of(eval_source) if eval_source else ())]:
         if isinstance(part, Path):
             check_file(part)
     if eval_source:
@@ -232,7 +239,9 @@ def draw(num_records: int, fraction: float, seed: int) -> np.ndarray:
 def _check_different(train: Source, evaluation: Source) -> None:
     for path in parts_of(evaluation):
         for other in parts_of(train):
-            if isinstance(path, Path) and isinstance(other, Path) and path.samefile(other):
+            if path is other or (
+                isinstance(path, Path) and isinstance(other, Path) and path.samefile(other)
+            ):
                 raise ConfigError(
                     f"eval_data {path} is the file that is trained on",
                     "name another file, or leave eval_data out to hold out a share",

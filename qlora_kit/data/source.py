@@ -8,14 +8,18 @@ models: it starts with `.`, `/` or `~`, has other than one `/`, or its first par
 
 from __future__ import annotations
 
+import functools
 import glob
+import hashlib
 import itertools
+import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.data.json_text import loads
 from qlora_kit.errors import (
@@ -66,10 +70,51 @@ class Files:
         return self.name
 
 
-Source = Path | Files | HubSplit
+@dataclass(frozen=True, eq=False)
+class GivenRows:
+    """Rows that a program hands over in place of a file: a list of dicts, or a `datasets.Dataset`.
+
+    They are read as JSON lines are, so that a row is what it would be in a file.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+
+    def __str__(self) -> str:
+        return "rows"
+
+    @property
+    def name(self) -> str:
+        """What a run writes down for `--data`: the same rows have the same name."""
+        return f"rows:{self.digest[:12]}"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all rows as JSON lines. Errors: `DataError` for what is not JSON."""
+        found = hashlib.sha256()
+        for _, line in self.lines():
+            found.update(line + b"\n")
+        return found.hexdigest()
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """The number of each row, from 1, and its JSON. Errors: `DataError`."""
+        for number, row in enumerate(self.rows, 1):
+            value = dict(row) if isinstance(row, Mapping) else row
+            try:
+                text = json.dumps(value, ensure_ascii=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{self}:{number}: is no JSON: {error}",
+                    "give dicts of texts, numbers, booleans, lists and dicts",
+                ) from error
+            yield number, text.encode("utf-8", errors="surrogatepass")
 
 
-def parts_of(source: Source) -> tuple[Path | HubSplit, ...]:
+GIVEN_NAME = re.compile(r"rows:[0-9a-f]{12}")
+Part = Path | HubSplit | GivenRows
+Source = Part | Files
+
+
+def parts_of(source: Source) -> tuple[Part, ...]:
     """What of a source is opened, in its order."""
     return source.paths if isinstance(source, Files) else (source,)
 
@@ -112,6 +157,11 @@ def files(names: str) -> Path | Files:
     Errors: `DataError` for a pattern that nothing fits, `ConfigError` for a file named twice.
     """
     whole = Path(os.path.expanduser(names))
+    if GIVEN_NAME.fullmatch(names) and not _lies_there(whole):
+        raise DataError(
+            f"{names}: a program handed these rows over, and they lie in no file",
+            "hand them over again: finetune(data=rows, ...), or write them to a .jsonl file",
+        )
     if _lies_there(whole) or not set(names) & set(",*?["):
         return whole
     paths: list[Path] = []
@@ -213,6 +263,8 @@ def words(source: Source) -> str:
     """A source as people read it."""
     if isinstance(source, HubSplit):
         return str(source)
+    if isinstance(source, GivenRows):
+        return f"{len(source.rows)} rows of the program"
     if isinstance(source, Files):
         return f"{source.name} ({len(source.paths)} files)"
     in_sample = source.parent.parent == SAMPLES

@@ -1,18 +1,20 @@
 """Values by their outside names to the groups of options that a command has.
 
-Flags, config files and what an adapter's run wrote down all come through here.
+Flags, config files, a program's keyword arguments and what an adapter's run wrote down all come
+through here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qlora_kit.errors import ConfigError, redacted
-from qlora_kit.options.names import fields_of
+from qlora_kit.options.names import closest, fields_of, spellings_of
 from qlora_kit.options.option import Options, flag_of
 
 Group = TypeVar("Group", bound=Options)
@@ -29,6 +31,28 @@ class Parsed:
 
     def __getitem__(self, group: type[Group]) -> Group:
         return typing.cast(Group, self.groups[group])
+
+
+def parse_values(values: Mapping[str, Any], groups: Sequence[type[Options]]) -> Parsed:
+    """The groups of a program's keyword arguments; None leaves an option alone, as in a file.
+
+    Errors: `ConfigError` with everything that is wrong, an unknown name among it.
+    """
+    spelling = spellings_of(fields_of(groups))
+    named: dict[str, Any] = {}
+    problems = []
+    for word, value in values.items():
+        name = spelling.get(word)
+        if name is None or name in ("config", "debug"):
+            problems.append(f"unknown option {word}{closest(word[:60], spelling)}")
+        elif name in named:
+            problems.append(f"{name} is given twice, as {word} too")
+        elif value is not None:
+            named[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if problems:
+        raise ConfigError("; ".join(problems), "correct or remove these names")
+    made, given = make_groups(named, groups)
+    return Parsed(made, given, None, debug=False)
 
 
 def make_groups(

@@ -15,7 +15,6 @@ from anything import Judge, make_shop, prepare_process
 CASES = 80
 
 
-@pytest.mark.timeout(300)
 def test_a_value_of_any_type_at_any_field_is_used_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

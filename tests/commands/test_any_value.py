@@ -14,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from anything import GOOD, flags_of, text, value
 
 from qlora_kit.commands.argv import GROUP_TITLES
@@ -24,7 +23,6 @@ from qlora_kit.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.timeout(600)
 def test_any_value_of_any_option_is_taken_or_refused() -> None:
     name = "properties_of_a_test"
     path = ROOT / "benchmarks" / "results" / f"{name}.json"

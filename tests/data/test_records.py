@@ -266,7 +266,7 @@ def hub(data, home, endpoint, **more):
     environment = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, **more}
     arguments = [sys.executable, "-c", HUB, data]
     done = subprocess.run(
-        arguments, capture_output=True, text=True, check=True, env=environment, timeout=120
+        arguments, capture_output=True, text=True, check=True, env=environment, timeout=600
     )
     return done.stdout.strip()
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -141,10 +140,9 @@ def test_a_place_without_permission_is_refused_at_the_start(job, tmp_path):
     place = tmp_path / "locked"
     place.mkdir()
     place.chmod(0o555)
-    began = time.monotonic()
     refused = job.run(place / "run", inject="without_privileges")
-    assert time.monotonic() - began < 2
     assert refused.code == 4, refused.output
+    assert "step 1" not in refused.output
     assert "may not be written to" in refused.error
     assert str(place) in refused.error
     assert list(place.iterdir()) == []

@@ -49,10 +49,8 @@ def test_a_signal_ends_the_step_saves_and_leaves(job, reference, output, number)
 def test_a_step_that_does_not_end_is_dropped_and_replayed(job, reference, output):
     running = job.start(output, inject="endless_step")
     running.wait_for("step 3 goes on and on")
-    began = time.monotonic()
     running.signal(signal.SIGTERM)
     stopped = running.wait()
-    assert time.monotonic() - began < 20
     assert stopped.code == 143, stopped.output
     assert "after step 2 of 5" in stopped.error
     found, _ = newest(output)
@@ -65,14 +63,12 @@ def test_a_step_that_does_not_end_is_dropped_and_replayed(job, reference, output
 
 @pytest.mark.parametrize("number", list(CODES))
 def test_a_second_signal_leaves_the_step_at_once_and_saves(job, reference, output, number):
-    running = job.start(output, inject="endless_step_long_grace")
+    running = job.start(output, inject="endless_step_endless_grace")
     running.wait_for("step 3 goes on and on")
     running.signal(number)
     time.sleep(0.3)
-    began = time.monotonic()
     running.signal(number)
     stopped = running.wait()
-    assert time.monotonic() - began < 2
     assert stopped.code == CODES[number], stopped.output
     assert "after step 2 of 5, saved in " in stopped.error
     found, _ = newest(output)
@@ -243,11 +239,11 @@ def test_a_signal_while_something_is_imported_waits_for_the_import(tmp_path):
         "from qlora_kit.commands.failure import reports_errors\n"
         "def main(argv):\n"
         "    import slow, time\n"
-        "    time.sleep(10)\n"
+        "    time.sleep(60)\n"
+        "    print('not stopped')\n"
         "    return 0\n"
         "sys.exit(reports_errors(main)([]))\n"
     )
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -257,7 +253,6 @@ def test_a_signal_while_something_is_imported_waits_for_the_import(tmp_path):
     )
     assert (done.returncode, done.stdout) == (143, "imported\n")
     assert done.stderr.startswith("error: stopped by SIGTERM")
-    assert time.monotonic() - began < 8
 
 
 def test_stopped_in_the_last_evaluation_the_last_adapter_is_saved_and_not_the_best(job, tmp_path):

@@ -75,7 +75,8 @@ class Server:
 
     def __init__(self) -> None:
         tests, package = Path(__file__).parent.parent, Path(qlora_kit.__file__).parent
-        paths = [str(package.parent), str(tests), os.environ.get("PYTHONPATH", "")]
+        paths = [str(path) for path in (package.parent, tests, tests / "support")]
+        paths.append(os.environ.get("PYTHONPATH", ""))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
             [sys.executable, __file__],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from qlora_kit.base.contents import (
 from qlora_kit.base.growth import check_growth
 from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.json_file import read_json
-from qlora_kit.errors import ModelError, ResourceError, TokenizerError, UnsafeInputError
+from qlora_kit.errors import ResourceError, TokenizerError, UnsafeInputError
 
 LARGEST_ID = 2**24
 """tokenizers 0.23 makes a list as long as the largest id where it writes a vocabulary."""
@@ -51,7 +52,9 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with staged(files | ({"config.json": config} if config else {})) as place:
+        with staged(files) as place:
+            if config is not None:
+                _write_kind(config, place)
             tokenizer = AutoTokenizer.from_pretrained(
                 str(place), trust_remote_code=False, local_files_only=True
             )
@@ -63,8 +66,6 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
         # A broken file gives bare exceptions of many kinds, some only in use, and a panic of the
         # Rust library is no Exception at all.
         alone = present == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None
-        if config is not None:
-            read_model_settings(config)  # transformers asks it for the tokenizer's class
         raise TokenizerError(
             f"{directory / present[0]}: cannot be read as a tokenizer: {error}",
             "install sentencepiece and protobuf, or put its tokenizer.json beside it"
@@ -85,15 +86,15 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
     return tokenizer
 
 
-def read_model_settings(path: Path) -> None:
-    """Refuse a config.json that transformers cannot read. Errors: `ModelError`."""
-    from transformers import AutoConfig
+def _write_kind(config: Path, place: Path) -> None:
+    """Write a config.json of what transformers asks it for a tokenizer: which model's it is.
 
-    try:
-        with staged({"config.json": path}) as place:
-            AutoConfig.from_pretrained(str(place), trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise ModelError(f"{path}: describes no model: {error}", "correct the file") from error
+    The rest would be made into a model's config, in which a number may stand for a list as long.
+    """
+    said = read_json(config)
+    names = ("model_type", "tokenizer_class")
+    kept = {name: said[name] for name in names if isinstance(said.get(name), str)}
+    (place / "config.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
 def needed_rows(tokenizer: Any) -> int:

@@ -57,8 +57,11 @@ def chat_options(options: HasChatOptions) -> ChatOptions:
 
 
 def check_chat_options(tokenizer: Any, chat: ChatOptions) -> None:
-    """Refuse what no template of the tokenizer reads. Errors: `ConfigError`."""
-    known = set[str]().union(*(variables_of(text) for text in templates_of(tokenizer).values()))
+    """Refuse what no template of the tokenizer reads. Errors: `ConfigError`, `TokenizerError`."""
+    known = set[str]()
+    for name, text in templates_of(tokenizer).items() if chat.variables else ():
+        check_template(text, f"the tokenizer's {name} template")
+        known |= variables_of(text)
     for name in chat.variables:
         if name in GIVEN or name not in known:
             others = ", ".join(sorted(known - GIVEN - set(tokenizer.special_tokens_map)))
@@ -80,7 +83,8 @@ GIVEN |= {"dict", "range", "strftime_now"}
 def templates_of(tokenizer: Any) -> dict[str, str]:
     """The tokenizer's templates by name; the one that rows without tools take is `default`."""
     found = tokenizer.chat_template or {}
-    return {"default": found} if isinstance(found, str) else dict(found)
+    texts = {"default": found} if isinstance(found, str) else found
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def is_dated(tokenizer: Any) -> bool:

@@ -256,6 +256,26 @@ def test_a_broken_tokenizer_is_named(capsys, chats, tmp_path, damage):
     assert len(err.splitlines()[-1]) <= ERROR_LINE_LIMIT
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [("{% if x", "is no Jinja template"), ({"=": None}, "no default"), ({"default": None}, "")],
+)
+def test_a_broken_template_is_named_where_chats_are_read_and_not_before(
+    capsys, chats, tmp_path, template, reason
+):
+    directory = tmp_path / "model"
+    chat_tokenizer().save_pretrained(directory)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    err = run(capsys, "--model", directory, "--data", chats, code=3).err
+    assert "chats.jsonl:1: " in err
+    assert reason in err
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "he hello"}\n')
+    run(capsys, "--model", directory, "--data", texts)
+
+
 @pytest.mark.parametrize("context", ["many", -5, 2.5, [200]])
 def test_a_context_that_is_none_is_named(capsys, chats, tmp_path, context):
     directory = tmp_path / "model"

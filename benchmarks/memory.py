@@ -33,11 +33,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.load import tag_weights
-from qlora_kit.base.quantize import tagged_workspace
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device import peak_bytes
+from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import StorageCounter, Stretch, most_of_each
 from qlora_kit.memory.phases import follow

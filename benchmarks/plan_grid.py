@@ -21,12 +21,12 @@ import record
 import torch
 
 from qlora_kit.base.load import open_base, read_weights
-from qlora_kit.base.quantize import own_workspace
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import Batch, collate_packs
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS, StorageCounter
 from qlora_kit.memory.profiler import count_step

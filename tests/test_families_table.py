@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from trained import write_rows
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.base.linear import QuantizedLinear, dequantize
 from qlora_kit.base.load import load_base
-from qlora_kit.base.quantize import QuantizedLinear, dequantize
 from qlora_kit.commands.main import main
 from qlora_kit.lora.adapter import load_adapter, trained_on
 

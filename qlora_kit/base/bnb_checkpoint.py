@@ -23,15 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.json_file import is_deep
-from qlora_kit.base.quantize import (
-    BLOCKSIZE,
-    NESTED_BLOCKSIZE,
-    Linear4bit,
-    Linear8bit,
-    Quantization,
-    QuantizedLinear,
-    code_tables,
-)
+from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
+from qlora_kit.base.quantize import BLOCKSIZE, NESTED_BLOCKSIZE, Quantization, code_tables
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.config.base import DEFAULT_BITS, QUANT_TYPES, BaseConfig
 from qlora_kit.errors import ConfigError, ModelError

@@ -10,6 +10,7 @@ Embeddings, norms and the output head are held in the compute dtype, never widen
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -33,9 +34,10 @@ from qlora_kit.base.bnb_checkpoint import (
     stored_quantization,
 )
 from qlora_kit.base.checks import check_architecture, check_layers, read_config
-from qlora_kit.base.quantize import (
+from qlora_kit.base.linear import (
     Quantize,
-    multiply_in_fp32,
+    QuantizedLinear,
+    frozen_linear,
     quantize_linear,
     quantized_tensors,
     shared_tables,
@@ -56,7 +58,7 @@ from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import device_type
 from qlora_kit.errors import ModelError, ResourceError
-from qlora_kit.kernels.matmul import is_native
+from qlora_kit.kernels.matmul import is_native, matmul_dtype
 
 
 def load_base(
@@ -195,8 +197,20 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
         tag_linear(layer, tag)
     model.tie_weights()
     model.requires_grad_(False)
-    multiply_in_fp32(model)
+    _multiply_in_fp32(model)
     return model.eval()
+
+
+def _multiply_in_fp32(model: nn.Module) -> None:
+    """Let the frozen dense linears of a model multiply in fp32 (`kernels/matmul.py`).
+
+    Where the processor has instructions for their dtype they stay as they are.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
+            continue
+        if matmul_dtype(layer.weight) is not layer.weight.dtype:
+            layer.forward = functools.partial(frozen_linear, layer)  # type: ignore[method-assign]
 
 
 def tag_linear(layer: nn.Module, tag: Tag) -> None:

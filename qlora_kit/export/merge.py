@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.contents import find
-from qlora_kit.base.quantize import dequantize
+from qlora_kit.base.linear import dequantize
 from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from qlora_kit.base.tensors import DTYPES, check_finite, dtype_name, read_tensors
 from qlora_kit.base.tokenizer import copy_tokenizer

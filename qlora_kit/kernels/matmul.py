@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.device import device_type
+from qlora_kit.device import device_type, representative
 from qlora_kit.kernels.workspace import workspace
 
 PART = 2**24
 """Entries of a weight that are in fp32 at once: 64 MiB."""
+SCALED_AT_ONCE = 32
+"""Rows that `scale_columns` multiplies at once on the CPU."""
 
 
 def _of_this_processor() -> frozenset[torch.dtype]:
@@ -143,3 +145,14 @@ def add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
         y.add_(left @ right, alpha=alpha)
     else:
         y.add_(left.float() @ right.float(), alpha=alpha)
+
+
+def scale_columns(rows: Tensor, scales: Tensor, out: Tensor) -> None:
+    """16-bit `rows` (..., n) times fp32 `scales` (n,), rounded once, into `out`.
+
+    Few rows at once on the CPU: torch makes fp32 copies of both sides, which then stay in cache.
+    """
+    rows, out = rows.reshape(-1, rows.shape[-1]), out.view(-1, rows.shape[-1])
+    step = SCALED_AT_ONCE if device_type(rows) == "cpu" else max(1, rows.shape[0])
+    for start in representative(range(0, rows.shape[0], step), rows):
+        torch.mul(rows[start : start + step], scales, out=out[start : start + step])

@@ -206,7 +206,8 @@ def load_adapter(
         scaling = replace(lora, r=r, alpha=alpha).scaling
         with torch.random.fork_rng(devices=[]):
             dropout = KeyedDropout(lora.dropout, seed, name)
-            layer.add_adapter(adapter, lora, r, scaling, dtype, dropout)
+            layer.add_adapter(adapter, r, scaling, dtype, dropout)
+        layer.configs[adapter] = lora
         for part, weight in zip("AB", layer.weights(adapter), strict=True):
             weight.data.copy_(tensors[_key(name, part)])
             weight.requires_grad_(False)

@@ -59,7 +59,8 @@ def inject_lora(
         for name in targets:
             layer = lora_layer(model, name)
             dropout = KeyedDropout(config.dropout, seed, name)
-            layer.add_adapter(adapter, config, config.r, config.scaling, dtype, dropout)
+            layer.add_adapter(adapter, config.r, config.scaling, dtype, dropout)
+            layer.configs[adapter] = config
     train_only(model, adapter)
     return model
 

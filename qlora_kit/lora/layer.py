@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.base.quantize import product, product_grad
+from qlora_kit.base.linear import base_grad_input, base_matmul
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.kernels.elementwise import Gate
 from qlora_kit.kernels.matmul import add_matmul, linear, matmul
@@ -91,22 +91,16 @@ class LoRALinear(nn.Module):
         self.scaling: dict[str, float] = {}
         self.adapter_dtypes: dict[str, torch.dtype] = {}
         self.configs: dict[str, LoRAConfig] = {}
+        """Of each adapter the options, whose r and alpha a layer may have otherwise."""
         self.active: str | None = None
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
 
     def add_adapter(
-        self,
-        name: str,
-        config: LoRAConfig,
-        r: int,
-        scaling: float,
-        dtype: torch.dtype,
-        dropout: KeyedDropout,
+        self, name: str, r: int, scaling: float, dtype: torch.dtype, dropout: KeyedDropout
     ) -> None:
         """Add fp32 masters on the base layer's device: A drawn, B zero, so that nothing changes.
 
         A is drawn from the global generator as PEFT draws it (Kaiming uniform, a = sqrt(5)).
-        `config` is the whole adapter's; `r` and `scaling` are this layer's.
         """
         device = self.base_layer.weight.device
         down = nn.Linear(self.in_features, r, bias=False, device="cpu", dtype=torch.float32)
@@ -119,7 +113,6 @@ class LoRALinear(nn.Module):
             held[name] = matrix
         self.lora_dropout[name] = dropout
         self.scaling[name], self.adapter_dtypes[name] = scaling, dtype
-        self.configs[name] = config
         self.active = name
 
     def remove_adapter(self, name: str) -> None:
@@ -127,7 +120,7 @@ class LoRALinear(nn.Module):
         for held in (self.lora_A, self.lora_B, self.lora_dropout):
             del held[name]
         for said in (self.scaling, self.adapter_dtypes, self.configs):
-            del said[name]
+            said.pop(name, None)  # type: ignore[attr-defined]
         if self.active == name:
             self.active = None
 
@@ -252,7 +245,7 @@ class _Linears(torch.autograd.Function):
             rows, _ = read.before.apply(*tensors[: read.count])
         outputs = []
         for part in read.parts:
-            y = product(part.base, rows)
+            y = base_matmul(part.base, rows)
             if part.weights:
                 lora_b = part.weights[1].to(part.dtype)
                 _add_product(y, next(low_rank), lora_b.t(), part.scaling)
@@ -283,7 +276,7 @@ class _Linears(torch.autograd.Function):
                 grad_weights += [None] * len(part.weights)
                 continue
             if any(ctx.needs_input_grad[2 : 2 + read.count]):
-                grad_rows = product_grad(part.base, grad, grad_rows)
+                grad_rows = base_grad_input(part.base, grad, grad_rows)
             if part.weights:
                 grad_weights += _adapter_grads(part, grad, rows, hidden, matrices, grad_rows)
         grad_inputs: Sequence[Tensor | None] = (grad_rows,)

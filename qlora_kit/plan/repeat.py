@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.base.quantize import (
-    Quantization,
-    QuantizedLinear,
-    quantize_linear,
-    shared_tables,
-)
+from qlora_kit.base.linear import QuantizedLinear, quantize_linear, shared_tables
+from qlora_kit.base.quantize import Quantization
 from qlora_kit.memory.counter import StorageCounter, Stretch
 from qlora_kit.plan.extrapolate import moved
 

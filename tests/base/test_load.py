@@ -21,8 +21,8 @@ from families import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_kit.base.linear import dequantize
 from qlora_kit.base.load import load_base
-from qlora_kit.base.quantize import dequantize
 from qlora_kit.base.safetensors_file import fingerprint, read_entries
 from qlora_kit.base.tensors import read_tensors
 from qlora_kit.errors import ModelError, NumericError, ResourceError, TokenizerError

@@ -1,4 +1,4 @@
-"""Laws of the quantized linears against bitsandbytes' own bytes and products in double.
+"""Laws of the quantized linears against bitsandbytes' own bytes and matmuls in double.
 
 The decoders here are written from the published tables and share nothing with the package.
 """
@@ -18,16 +18,16 @@ from families import tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kit.base.quantize import (
-    Quantization,
+from qlora_kit.base.linear import (
+    base_grad_input,
+    base_matmul,
     dequantize,
-    own_workspace,
-    product,
-    product_grad,
     quantize_linear,
-    quantized_bytes,
+    quantized_tensors,
 )
+from qlora_kit.base.quantize import Quantization
 from qlora_kit.errors import NumericError
+from qlora_kit.kernels.workspace import own_workspace
 
 NF4 = [
     -1.0,
@@ -159,7 +159,7 @@ def test_dequantized_weight_is_table_times_scale_rounded_once(form, shape, dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", [*FORMATS, Quantization(16)])
-def test_product_and_its_gradient_equal_double_precision(form, shape, dtype, bias):
+def test_matmul_and_its_gradient_equal_double_precision(form, shape, dtype, bias):
     weight = random_weight(shape, dtype)
     offset = random_weight(shape[:1], dtype, seed=1) if bias else None
     if form.bits == 16:
@@ -170,14 +170,14 @@ def test_product_and_its_gradient_equal_double_precision(form, shape, dtype, bia
         dense = weight
     else:
         layer = quantize_linear(weight, offset, form)
-        # 8-bit products never round the weight; 4-bit ones multiply by it in the compute dtype.
+        # 8-bit matmuls never round the weight; 4-bit ones multiply by it in the compute dtype.
         dense = decode(layer, form)
         dense = dense if form.bits == 8 else dense.to(dtype)
     x, grad = random_weight((2, 3, shape[1]), dtype, 2), random_weight((2, 3, shape[0]), dtype, 3)
     y = x.double() @ dense.double().t()
     y = y if offset is None else y + offset.double()
     dx = grad.double() @ dense.double()
-    for ours, reference in ((product(layer, x), y), (product_grad(layer, grad), dx)):
+    for ours, reference in ((base_matmul(layer, x), y), (base_grad_input(layer, grad), dx)):
         assert ours.dtype is dtype
         assert ours.shape == reference.shape
         error = (ours.double() - reference).norm() / reference.norm()
@@ -185,12 +185,12 @@ def test_product_and_its_gradient_equal_double_precision(form, shape, dtype, bia
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_autograd_of_a_quantized_layer_is_its_product_gradient(form):
+def test_autograd_of_a_quantized_layer_is_grad_input(form):
     layer = quantize_linear(random_weight((40, 72)), random_weight((40,), seed=1), form)
     x = random_weight((3, 72), seed=2).requires_grad_()
     grad = random_weight((3, 40), seed=3)
     layer(x).backward(grad)
-    assert torch.equal(x.grad, product_grad(layer, grad))
+    assert torch.equal(x.grad, base_grad_input(layer, grad))
     assert layer.weight.grad is None
 
 
@@ -216,8 +216,9 @@ def test_bytes_of_a_layer_are_those_that_the_formats_say():
         Quantization(8): numel + 4 * 130,
     }
     for form, size in sizes.items():
-        assert quantized_bytes(quantize_linear(random_weight((130, 33)), None, form)) == size
-    assert quantized_bytes(torch.nn.Linear(4, 4)) == 0
+        layer = quantize_linear(random_weight((130, 33)), None, form)
+        assert sum(tensor.nbytes for tensor in quantized_tensors(layer)) == size
+    assert quantized_tensors(torch.nn.Linear(4, 4)) == []
 
 
 def test_double_quant_is_exact_over_several_groups_of_scales():
@@ -238,13 +239,13 @@ def test_what_counts_is_the_numbers_that_were_quantized_not_their_dtype(form):
     for dtype in DTYPES:
         x, grad = random_weight((3, 64), dtype, 1), random_weight((3, 32), dtype, 2)
         for layer in others:
-            assert torch.equal(product(layer, x), product(first, x))
-            assert torch.equal(product_grad(layer, grad), product_grad(first, grad))
+            assert torch.equal(base_matmul(layer, x), base_matmul(first, x))
+            assert torch.equal(base_grad_input(layer, grad), base_grad_input(first, grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_share_one_workspace_that_grows_once(dtype):
-    # From the smallest to the largest; each is larger than all that comes out of a product.
+def test_matmuls_share_one_workspace_that_grows_once(dtype):
+    # From the smallest to the largest; each is larger than all that comes out of a matmul.
     layers = [
         quantize_linear(random_weight(shape), None, form)
         for shape, form in (
@@ -261,7 +262,7 @@ def test_products_share_one_workspace_that_grows_once(dtype):
 
     def multiply(index):
         x, grad = inputs[index]
-        return product(layers[index], x), product_grad(layers[index], grad)
+        return base_matmul(layers[index], x), base_grad_input(layers[index], grad)
 
     with own_workspace(held):
         expected = [multiply(index) for index in range(3)]
@@ -388,7 +389,7 @@ def test_8bit_refuses_what_bitsandbytes_turns_into_zeros():
     assert "--bits 4 or 16" in caught.value.remedy
 
 
-def test_products_are_made_in_the_dtype_of_the_input_whatever_was_quantized():
+def test_matmuls_are_made_in_the_dtype_of_the_input_whatever_was_quantized():
     weight = random_weight((32, 64))
     grad = random_weight((3, 32), torch.bfloat16)
 
@@ -408,17 +409,17 @@ def test_products_are_made_in_the_dtype_of_the_input_whatever_was_quantized():
         layer = quantize_linear(weight, None, form)
         assert decoded_in_backward(layer) == {torch.bfloat16}
     layer = quantize_linear(weight, None, Quantization(4, "nf4", True))
-    assert product_grad(layer, grad).dtype is torch.bfloat16
-    assert torch.equal(product_grad(layer, grad), grad @ dequantize(layer, torch.bfloat16))
+    assert base_grad_input(layer, grad).dtype is torch.bfloat16
+    assert torch.equal(base_grad_input(layer, grad), grad @ dequantize(layer, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_8bit_scales_fold_out_of_both_products(dtype):
+def test_8bit_scales_fold_out_of_both_matmuls(dtype):
     # In 16 bits the scale never touches the weight, which the next test shows; in fp32 it does.
     layer = quantize_linear(random_weight((96, 80)), None, Quantization(8))
     x, grad = random_weight((5, 80), dtype, seed=1), random_weight((5, 96), dtype, seed=2)
     dense = bf.int8_vectorwise_dequant(layer.weight, layer.row_absmax)
-    ours, references = (product(layer, x), product_grad(layer, grad)), []
+    ours, references = (base_matmul(layer, x), base_grad_input(layer, grad)), []
     for rows, weight in ((x, dense.t()), (grad, dense)):
         references.append(rows.double() @ weight.double())
     if dtype is torch.float32:
@@ -430,11 +431,11 @@ def test_8bit_scales_fold_out_of_both_products(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 1), (torch.float16, 128)])
-def test_8bit_products_make_no_weight_but_the_whole_numbers(dtype, unit):
+def test_8bit_matmuls_make_no_weight_but_the_whole_numbers(dtype, unit):
     layer = quantize_linear(random_weight((96, 80)), random_weight((96,), dtype), Quantization(8))
     inputs = (
-        (product, random_weight((5, 80), dtype)),
-        (product_grad, random_weight((5, 96), dtype)),
+        (base_matmul, random_weight((5, 80), dtype)),
+        (base_grad_input, random_weight((5, 96), dtype)),
     )
     for multiply, rows in inputs:
         held = {}
@@ -446,7 +447,7 @@ def test_8bit_products_make_no_weight_but_the_whole_numbers(dtype, unit):
         assert places == {held[dtype].data_ptr()}
 
 
-def test_8bit_products_need_no_fp32_memory_of_the_size_of_the_weight():
+def test_8bit_matmuls_need_no_fp32_memory_of_the_size_of_the_weight():
     weight = random_weight((256, 512), torch.bfloat16)
     layers = {
         "upstream": upstream_8bit(weight),

@@ -13,8 +13,8 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_kit.base.linear import dequantize
 from qlora_kit.base.load import load_base
-from qlora_kit.base.quantize import dequantize
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import AdapterError, ConfigError

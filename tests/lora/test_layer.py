@@ -11,7 +11,8 @@ from adapted import adapted_model
 from families import tiny_model, token_ids
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kit.base.quantize import Quantization, dequantize, quantize_linear
+from qlora_kit.base.linear import dequantize, quantize_linear
+from qlora_kit.base.quantize import Quantization
 from qlora_kit.lora.layer import KeyedDropout, LoRALinear, delta_weight
 from qlora_kit.training.optimizer import make_optimizer
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from families import tiny_model
 
-from qlora_kit.base.quantize import Quantization, quantize_linear
+from qlora_kit.base.linear import quantize_linear
+from qlora_kit.base.quantize import Quantization
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.block import use_fused_blocks
 from qlora_kit.lora.inject import inject_lora

@@ -11,7 +11,7 @@ from families import relative_error
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_kit.base.quantize import Linear8bit, QuantizedLinear, dequantize
+from qlora_kit.base.linear import Linear8bit, QuantizedLinear, dequantize
 from qlora_kit.lora.inject import lora_layers
 
 Gradients = dict[str, list[Tensor]]

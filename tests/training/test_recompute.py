@@ -8,7 +8,7 @@ from adapted import RANK, adapted_model
 from families import FAMILIES, tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kit.base.quantize import QuantizedLinear
+from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.kernels import attention
@@ -196,9 +196,9 @@ def count_products(layer):
 
         def counted(x, name=name, module=module):
             counts[name] += 1
-            return type(module).product(module, x)
+            return type(module).matmul(module, x)
 
-        module.product = counted
+        module.matmul = counted
     return found, counts
 
 

@@ -52,6 +52,7 @@ LIGHT = (
     *("errors", "redact", "files.atomic", "files.lock", "files.publish"),
     *("options.option", "options.names", "options.yaml_file", "options.parsed"),
     *("process.signals", "process.out_of_memory", "process.start", "process.streams"),
+    "process.worker",
     *(f"commands.{name}" for name in COMMANDS),
     *("commands.main", "commands.argv", "commands.failure", "run.saved_adapter"),
 )

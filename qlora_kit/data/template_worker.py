@@ -1,22 +1,16 @@
-"""The process that runs chat templates; `sandbox.py` starts it and asks.
+"""What runs chat templates, in the process of `process/worker.py`; `sandbox.py` asks.
 
 It gives a template what transformers gives it (`tojson`, `raise_exception`, `strftime_now`, the
 marks of `{% generation %}`, loop controls), so that it writes what `apply_chat_template` writes.
-Limits are the system's: a timer of this process's time ends it, and its address space is bounded.
-The one check here is on the length of what is written.
+The one limit that is checked here is that on the length of what is written.
 
-A message is its length in eight bytes and JSON. Imports neither torch nor transformers.
+Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import resource
-import select
-import signal
-import struct
-import sys
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -32,55 +26,33 @@ from jinja2.utils import Namespace
 OPEN, CLOSE = "\ue000", "\ue001"
 """Marks around generated text, as in `sandbox.py`."""
 
-IDLE_S = 60.0
-"""Without a question the process ends: a run encodes its rows once, and then trains for hours."""
-
 MESSAGE = 500
 """Characters of an error that a template raises."""
 
 
-def serve() -> None:
-    """Answer until the other process goes, or asks nothing for a while."""
-    known: dict[int, str] = {}
-    source, target = sys.stdin.buffer, sys.stdout.buffer
-    while select.select([source], [], [], IDLE_S)[0]:
-        head = source.read(8)
-        if len(head) < 8:
-            return
-        content = source.read(*struct.unpack(">Q", head))
-        try:
-            asked = json.loads(content)
-            if asked["template"] is not None:
-                known[asked["number"]] = asked["template"]
-            _limit(asked["seconds"], asked["memory"])
-            answer = {"result": _answer(known[asked["number"]], asked)}
-        except BaseException as error:
-            answer = _refusal(error)
-        del content
-        _limit(0, resource.RLIM_INFINITY)
-        reply = json.dumps(answer).encode()
-        target.write(struct.pack(">Q", len(reply)) + reply)
-        target.flush()
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """What a template writes or holds, or why it did not run to its end. Errors: want of memory."""
+    try:
+        if asked["do"] == "describe":
+            return {"result": _described(asked["template"])}
+        return {"result": _rendered(asked)}
+    except (MemoryError, SystemError):
+        raise
+    except BaseException as error:
+        return _refusal(error)
 
 
-def _limit(seconds: float, memory: int) -> None:
-    """Let this process live so long, of the processor's time, and have so much address space."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    bounded = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
-    soft = hard if memory == resource.RLIM_INFINITY else bounded
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def _described(template: str) -> dict[str, Any]:
+    _compiled(template)
+    tree = _Environment().parse(template)
+    data = [node.data for node in tree.find_all(nodes.TemplateData)]
+    data += [n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)]
+    variables = jinja2.meta.find_undeclared_variables(tree)
+    return {"literal": "\0".join(data), "variables": sorted(variables)}
 
 
-def _answer(template: str, asked: dict[str, Any]) -> Any:
-    if asked["do"] == "describe":
-        _compiled(template)
-        tree = _Environment().parse(template)
-        data = [node.data for node in tree.find_all(nodes.TemplateData)]
-        data += [n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)]
-        variables = jinja2.meta.find_undeclared_variables(tree)
-        return {"literal": "\0".join(data), "variables": sorted(variables)}
-    program = _compiled(template)
+def _rendered(asked: dict[str, Any]) -> str:
+    program = _compiled(asked["template"])
     for message in asked["variables"].get("messages", ()):
         for call in message.get("tool_calls") or ():
             function = call.get("function", {})
@@ -102,8 +74,6 @@ def _refusal(error: BaseException) -> dict[str, str]:
     """What is said of a template that did not run to its end."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return {"kind": "syntax", "message": f"line {error.lineno}: {error}"[:MESSAGE]}
-    if isinstance(error, (MemoryError, SystemError)):  # the latter where C has no memory
-        return {"kind": "stopped", "message": "it takes more memory than a template may have"}
     if isinstance(error, (_LimitError, SecurityError, RecursionError)):
         return {"kind": "stopped", "message": f"{error or type(error).__name__}"[:MESSAGE]}
     # A template raises what it likes, often on purpose.

@@ -31,7 +31,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.memory.profiler import count_step
-from qlora_kit.plan.plan import MemoryPlan, Planner, Window
+from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
 from qlora_kit.training.recompute import set_recompute
 
 BELOW, ABOVE = 0.97, 1.01
@@ -127,12 +127,12 @@ def main() -> None:
             make_checkpoint(shape, given.directory)
             copy_tokenizer(TINY, given.directory)
         planner = planner_of(given.directory, given)
-        window = Window(given.batch, given.length, given.length)
-        ends = [planner.plan(window, level).peak_bytes for level in ("full", "none")]
+        shape = BatchShape(given.batch, given.length, given.length)
+        ends = [planner.plan(shape, level).peak_bytes for level in ("full", "none")]
         low, high = BELOW * ends[0], ABOVE * ends[1]
         steps = [number / (given.budgets - 1) for number in range(given.budgets)]
         budgets = [int(low + (high - low) * step) for step in steps]
-        plans = [planner.plan(window, "auto", budget) for budget in budgets]
+        plans = [planner.plan(shape, "auto", budget) for budget in budgets]
         peer = Peer(given.directory, given.bits, "none", given.rank, given.device)
         found = measure(peer, plans, given)
     name = "tiny" if given.shape == "tiny" else shape.stem

@@ -20,7 +20,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import size_bytes
-from qlora_kit.plan.plan import Planner, Window
+from qlora_kit.plan.plan import BatchShape, Planner
 
 MODELS = {
     "llama3.2-1b": "llama3_2_1b",
@@ -48,7 +48,7 @@ def peaks_of(config: Path, targets: str) -> dict[int, int]:
     planner = Planner(BaseConfig(str(config), bits=4), lora, training, "cuda")
     lengths = (length for length in LENGTHS if length <= planner.run.context)
     return {
-        length: planner.plan(Window(1, length, length), "full").peak_bytes for length in lengths
+        length: planner.plan(BatchShape(1, length, length), "full").peak_bytes for length in lengths
     }
 
 

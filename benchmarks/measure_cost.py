@@ -20,7 +20,7 @@ from qlora_kit.base.load import load_base
 from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.memory.profiler import Meter
+from qlora_kit.memory.profiler import MemoryProfiler
 from qlora_kit.run.result import Memory
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
@@ -42,7 +42,7 @@ def main() -> None:
     model.train()
     optimizer = make_optimizer("adamw", model.parameters(), 1e-4)
     device = model.get_input_embeddings().weight.device
-    memory = Memory(model, optimizer, Meter(device))
+    memory = Memory(model, optimizer, MemoryProfiler(device))
     row = Encoded([5] * given.length, [5] * given.length)
     micro_batches = [collate([row] * given.batch, 0)]
 

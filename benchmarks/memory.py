@@ -39,7 +39,7 @@ from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device import peak_bytes
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
-from qlora_kit.memory.counter import StorageCounter, Stretch, most_of_each
+from qlora_kit.memory.counter import Interval, StorageCounter, most_of_each
 from qlora_kit.memory.phases import follow
 from qlora_kit.memory.profiler import AllocatorCounter
 from qlora_kit.plan.fake_run import FakeRun
@@ -56,8 +56,8 @@ def planned(directory: Path, bits: int, level: str, given: argparse.Namespace) -
     device = torch.device(given.device)
     lora = LoRAConfig(r=given.rank, alpha=2 * given.rank, target_modules="q_proj,v_proj")
     run = FakeRun(open_shape(base, device), lora, TrainingConfig(optim="adamw"), device)
-    window = run.window(given.batch, given.length, given.length - 1, 1)
-    return described([*run.passes(window, [level] * len(run.layers)), *run.updates])
+    micro_batches = run.micro_batches(given.batch, given.length, given.length - 1, 1)
+    return described([*run.passes(micro_batches, [level] * len(run.layers)), *run.updates])
 
 
 def planned_full(directory: Path, level: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def planned_full(directory: Path, level: str, given: argparse.Namespace) -> dict
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.ones(given.batch, given.length, dtype=torch.int64)
         for _ in range(2):  # the first has no states yet
-            first = len(counter.stretches)
+            first = len(counter.intervals)
             with counter, follow(model, counter):
                 model(input_ids=ids, labels=ids).loss.backward()
                 optimizer_step(counter, optimizer)
-    return described(counter.stretches[first:])
+    return described(counter.intervals[first:])
 
 
 def optimizer_step(counter: StorageCounter, optimizer: torch.optim.Optimizer) -> None:
@@ -125,7 +125,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     wait(given.device)
     if given.snapshot:
         torch.cuda.memory._dump_snapshot(given.snapshot)
-    found = described(counter.stretches) | {"process": peak_bytes(torch.device(given.device))}
+    found = described(counter.intervals) | {"process": peak_bytes(torch.device(given.device))}
     if isinstance(counter, AllocatorCounter):
         found["allocator"] = {phase: list(said) for phase, said in counter.said.items()}
     return found
@@ -171,9 +171,9 @@ def counted(peer: Any, counter: StorageCounter) -> Iterator[None]:
         hook.remove()
 
 
-def described(stretches: list[Stretch]) -> dict[str, Any]:
+def described(intervals: list[Interval]) -> dict[str, Any]:
     """For JSON: the most of each component, the peak with its place, and the places in order."""
-    places = [one for one in stretches if one.phase]
+    places = [one for one in intervals if one.phase]
     top = max(places, key=lambda one: one.peak)
     return {
         "bytes": {name: size for name, size in most_of_each(places).items() if size},

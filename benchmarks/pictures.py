@@ -86,29 +86,29 @@ def draw_bars(path: Path, title: str, bars: Sequence[Bar]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_step(path: Path, title: str, stretches: Sequence[Mapping[str, Any]]) -> None:
+def draw_step(path: Path, title: str, intervals: Sequence[Mapping[str, Any]]) -> None:
     """What is in memory from place to place of one step, stacked, with its peak marked.
 
-    `stretches` have `phase`, `module` and `at_peak`, in the order of time. Errors: `ImportError`
+    `intervals` have `phase`, `module` and `at_peak`, in the order of time. Errors: `ImportError`
     without matplotlib.
     """
     from matplotlib.figure import Figure
 
-    totals = [sum(one["at_peak"].values()) for one in stretches]
+    totals = [sum(one["at_peak"].values()) for one in intervals]
     unit, name = _unit(max(totals))
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     # A place of the step is as wide as any other: the axis has the order, not the seconds.
-    edges = range(len(stretches) + 1)
-    bottom = [0.0] * len(stretches)
+    edges = range(len(intervals) + 1)
+    bottom = [0.0] * len(intervals)
     for component, (_, colour) in ORDER.items():
-        sizes = [one["at_peak"].get(component, 0) / unit for one in stretches]
+        sizes = [one["at_peak"].get(component, 0) / unit for one in intervals]
         top = [low + size for low, size in zip(bottom, sizes, strict=True)]
         low, high = [*bottom, bottom[-1]], [*top, top[-1]]
         axes.fill_between(edges, low, high, step="post", color=colour, linewidth=0)
         bottom = top
     first = totals.index(max(totals))
-    where = f"{stretches[first]['phase']} {stretches[first]['module']}".strip()
+    where = f"{intervals[first]['phase']} {intervals[first]['module']}".strip()
     axes.axhline(totals[first] / unit, color="black", linewidth=0.7, linestyle=":")
     axes.text(
         0.01,
@@ -118,12 +118,12 @@ def draw_step(path: Path, title: str, stretches: Sequence[Mapping[str, Any]]) ->
         va="bottom",
         fontsize=9,
     )
-    _phases(axes, [one["phase"] for one in stretches])
+    _phases(axes, [one["phase"] for one in intervals])
     axes.set_ylim(0, 1.12 * totals[first] / unit)
     axes.set_ylabel(f"live bytes, {name}")
     axes.set_xlabel("places of the step, in their order", labelpad=24)
     axes.set_title(title, fontsize=11)
-    _finish(axes, {key for one in stretches for key, size in one["at_peak"].items() if size})
+    _finish(axes, {key for one in intervals for key, size in one["at_peak"].items() if size})
     figure.savefig(path, dpi=150)
 
 

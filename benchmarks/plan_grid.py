@@ -30,7 +30,7 @@ from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS, StorageCounter
 from qlora_kit.memory.profiler import count_step
-from qlora_kit.plan.plan import Planner, Window
+from qlora_kit.plan.plan import BatchShape, Planner
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model
@@ -119,7 +119,7 @@ def _points(
                 continue
             longest, batches = length - length // 4, _window(rows, length, packed)
             supervised = batches[0]["num_supervised"] // rows
-            plan = planner.plan(Window(rows, length, supervised, packed, longest), level)
+            plan = planner.plan(BatchShape(rows, length, supervised, packed, longest), level)
             set_recompute(model, level)
             counted = _counted(model, optimizer, batches)
             planned = {**{name: plan.bytes[name] for name in COMPONENTS}, **plan.phases}
@@ -152,20 +152,24 @@ def _window(rows: int, length: int, packed: bool = False) -> list[Batch]:
     return [collate_packs([pack] * rows, 0) for _ in range(MICRO_STEPS)]
 
 
-def _counted(model: Any, optimizer: torch.optim.Optimizer, window: list[Batch]) -> dict[str, int]:
+def _counted(
+    model: Any, optimizer: torch.optim.Optimizer, micro_batches: list[Batch]
+) -> dict[str, int]:
     """Components and the peak of each phase of a real step, not the first one."""
-    with count_step(model, optimizer, window=window) as counter:
-        _step(model, optimizer, window, counter)
-    stretches = [one for one in counter.stretches if one.phase]
-    passes = [one for one in stretches if one.phase != "step"]
+    with count_step(model, optimizer, micro_batches=micro_batches) as counter:
+        _step(model, optimizer, micro_batches, counter)
+    intervals = [one for one in counter.intervals if one.phase]
+    passes = [one for one in intervals if one.phase != "step"]
     sizes = {name: max(one.largest.get(name, 0) for one in passes) for name in COMPONENTS}
     sizes["optimizer"] = passes[0].start["optimizer"]
     for phase in ("forward", "backward", "step"):
-        sizes[phase] = max(one.peak for one in stretches if one.phase == phase)
+        sizes[phase] = max(one.peak for one in intervals if one.phase == phase)
     return sizes
 
 
-def _step(model: Any, optimizer: Any, window: list[Batch], counter: StorageCounter | None) -> None:
+def _step(
+    model: Any, optimizer: Any, micro_batches: list[Batch], counter: StorageCounter | None
+) -> None:
     def passes(backward: Any, micro_batches: Any) -> torch.Tensor:
         loss: torch.Tensor = backward(micro_batches)
         if counter is not None:
@@ -173,7 +177,7 @@ def _step(model: Any, optimizer: Any, window: list[Batch], counter: StorageCount
             counter.filling = "optimizer"
         return loss
 
-    train_step(model, window, optimizer, step=1, max_grad_norm=1.0, run_backward=passes)
+    train_step(model, micro_batches, optimizer, step=1, max_grad_norm=1.0, run_backward=passes)
 
 
 if __name__ == "__main__":

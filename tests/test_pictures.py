@@ -29,9 +29,9 @@ def test_pictures_are_pngs(tmp_path):
     pytest.importorskip("matplotlib")
     sizes = {"weights_quantized": 3 * 2**30, "activations": 2**30}
     draw_bars(tmp_path / "bars.png", "title", [Bar("4 bits", "none", sizes)])
-    stretches = [
+    intervals = [
         {"phase": phase, "module": "", "at_peak": sizes} for phase in ("forward", "backward")
     ]
-    draw_step(tmp_path / "step.png", "title", stretches)
+    draw_step(tmp_path / "step.png", "title", intervals)
     for name in ("bars.png", "step.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -316,7 +316,7 @@ def _measure_bits(config: BaseConfig) -> dict[int, dict[str, int]]:
     from dataclasses import replace
 
     from qlora_kit.base.load import open_base, read_weights
-    from qlora_kit.memory.measure import weight_bytes
+    from qlora_kit.memory.held import weight_bytes
 
     measured = {}
     for bits in (16, 8, 4):

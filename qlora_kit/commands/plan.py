@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     length = data.length_in(planner.run.context)
     options = Options(base, lora, training, length, asked.packing)
     budget = _budget(device, training, asked)
-    plan = planner.plan(options.window, budget_bytes=budget)
+    plan = planner.plan(options.largest, budget_bytes=budget)
     suggestions = [] if plan.fits or budget is None else suggest(options, planner, device, budget)
     grid = _grid(planner, options, budget) if asked.grid else None
     if asked.json:
@@ -99,13 +99,13 @@ def _budget(device: str, training: TrainingConfig, asked: PlanConfig) -> int | N
 
 def _grid(planner: Planner, options: Options, budget: int | None) -> list[dict[str, Any]]:
     """The plans of batches and lengths, up to the model's context."""
-    from qlora_kit.plan.plan import Window
+    from qlora_kit.plan.plan import BatchShape
 
     cells, longest = [], min(LONGEST, planner.run.context)
     for length in (longest // part for part in PARTS):
         for rows in ROWS:
-            window = Window(rows, length, length, options.packing)
-            plan = planner.plan(window, budget_bytes=budget)
+            shape = BatchShape(rows, length, length, options.packing)
+            plan = planner.plan(shape, budget_bytes=budget)
             cells.append({"batch_size": rows, "max_length": length, "plan": plan})
     return cells
 

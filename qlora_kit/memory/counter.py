@@ -1,9 +1,9 @@
-"""Live bytes of a process's tensors, by component and by stretch of time, each storage once.
+"""Live bytes of a process's tensors, by component and by interval, each storage once.
 
 `StorageCounter` is entered around some work. Every operation's tensors are looked at; a storage
 that is new is counted until it dies. What it belongs to is a tag that was handed in (loading,
 injection, the optimizer), else the component that is being filled now (`filling`). Time is cut into
-stretches by `at`, each with its own peak, so that one run of a step says where each byte went and
+intervals by `at`, each with its own peak, so that one run of a step says where each byte went and
 when. It counts real and fake tensors alike: a memory plan is this counter around fake ones.
 
 Left out: bytes inside kernels, which are not tensors. It slows the work down; without it nothing
@@ -41,7 +41,7 @@ ASKS_DEVICE = torch.ops.prim.device.default
 
 
 @dataclass
-class Stretch:
+class Interval:
     """What was alive while a step was at one place: in `phase`, in `module`.
 
     `peak` is the most at once, `at_peak` its components, `largest` the most of each component.
@@ -60,7 +60,7 @@ class StorageCounter(TorchDispatchMode):
     """Counts the bytes of live tensors while it is entered.
 
     What `model` holds is there from the beginning. `peak` is the most that was alive at once,
-    `before` what was alive when counting began; `stretches` are in the order of time. Components
+    `before` what was alive when counting began; `intervals` are in the order of time. Components
     that lie `apart`, in other memory, are counted by themselves and are in no sum.
     """
 
@@ -77,12 +77,12 @@ class StorageCounter(TorchDispatchMode):
         self.filling = filling
         self.sizes: Sizes = dict.fromkeys(COMPONENTS, 0)
         self.current = self.before = 0
-        self.stretches = [Stretch("", "", {}, {}, {}, {})]
+        self.intervals = [Interval("", "", {}, {}, {}, {})]
 
     @property
     def peak(self) -> int:
-        """The most bytes at once, over all stretches."""
-        return max(stretch.peak for stretch in self.stretches)
+        """The most bytes at once, over all intervals."""
+        return max(interval.peak for interval in self.intervals)
 
     def __enter__(self) -> StorageCounter:
         if self._model is not None:
@@ -92,14 +92,14 @@ class StorageCounter(TorchDispatchMode):
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.stretches[-1].end = dict(self.sizes)
+        self.intervals[-1].end = dict(self.sizes)
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def at(self, phase: str, module: str = "") -> None:
-        """A new stretch begins."""
+        """A new interval begins."""
         now = dict(self.sizes)
-        self.stretches[-1].end = now
-        self.stretches.append(Stretch(phase, module, now, now, now, dict(now), peak=self.current))
+        self.intervals[-1].end = now
+        self.intervals.append(Interval(phase, module, now, now, now, dict(now), peak=self.current))
 
     def tag(self, component: str, tensors: Iterable[Tensor]) -> None:
         """Count some tensors as `component` from here on."""
@@ -158,20 +158,20 @@ class StorageCounter(TorchDispatchMode):
         if component not in self._apart:
             self.current += size
         now = self.sizes[component] = self.sizes.get(component, 0) + size
-        largest = self.stretches[-1].largest
+        largest = self.intervals[-1].largest
         if now > largest.get(component, 0):
             largest[component] = now
 
     def _look(self) -> None:
-        stretch = self.stretches[-1]
-        if self.current > stretch.peak:
-            stretch.peak, stretch.at_peak = self.current, dict(self.sizes)
+        interval = self.intervals[-1]
+        if self.current > interval.peak:
+            interval.peak, interval.at_peak = self.current, dict(self.sizes)
 
 
-def most_of_each(stretches: Iterable[Stretch]) -> Sizes:
-    """The most bytes of each component over some stretches, all of `COMPONENTS` among them."""
+def most_of_each(intervals: Iterable[Interval]) -> Sizes:
+    """The most bytes of each component over some intervals, all of `COMPONENTS` among them."""
     found = dict.fromkeys(COMPONENTS, 0)
-    for stretch in stretches:
-        for component, most in stretch.largest.items():
+    for interval in intervals:
+        for component, most in interval.largest.items():
             found[component] = max(most, found.get(component, 0))
     return found

@@ -21,7 +21,7 @@ EMBEDDING, NORM, HEAD = "embedding", "final norm", "head and loss"
 
 @contextlib.contextmanager
 def follow(model: Any, counter: StorageCounter) -> Iterator[None]:
-    """Inside, the counter's stretches and what is being filled follow the steps of `model`."""
+    """Inside, the counter's intervals and what is being filled follow the steps of `model`."""
     names = {id(module): name for name, module in model.named_modules()}
     layers = list(model.base_model.layers)
     trained = [p for p in model.parameters() if p.requires_grad]

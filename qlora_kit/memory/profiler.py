@@ -1,8 +1,8 @@
 """What a real run takes, counted like a planned one: by component, and by phase with its peak.
 
-`count_step` stands around one training step and sees every tensor of it. `Meter` does so around
-loading and around the few steps of a run that it is told to count; around all others it does
-nothing, so that they are as fast as without it. A counted step computes the same bit for bit.
+`count_step` wraps one training step and sees every tensor of it. `MemoryProfiler` wraps loading and
+the few steps of a run that it is told to count; for all other steps it does nothing, so that they
+are as fast as without it. A counted step computes the same bit for bit.
 
 On CUDA the phases also have the caching allocator's own peaks, allocated and reserved: what they
 are above the counted ones is rounding and workspace inside kernels. On the CPU they have the
@@ -26,7 +26,7 @@ from qlora_kit.device import peak_bytes
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each
-from qlora_kit.memory.measure import optimizer_bytes
+from qlora_kit.memory.held import optimizer_bytes
 from qlora_kit.memory.phases import follow
 from qlora_kit.training.optimizer import tag_states
 
@@ -45,7 +45,7 @@ class Phase:
     resident: int = 0
 
 
-class Meter:
+class MemoryProfiler:
     """Counts loading and chosen steps of a run on `device`; costs nothing elsewhere.
 
     `sizes` has the most bytes of each component in the counted steps, `phases` what was at each
@@ -96,7 +96,7 @@ class Meter:
         tag_states(self._optimizer, counter.tag)
         self._open.close()
         self._take(counter)
-        found = most_of_each(counter.stretches)
+        found = most_of_each(counter.intervals)
         # What came and went in the optimizer's step is in its peak, and no state.
         found |= optimizer_bytes(self._optimizer)
         for component, most in found.items():
@@ -113,14 +113,14 @@ class Meter:
         return AllocatorCounter() if self._device.type == "cuda" else StorageCounter()
 
     def _take(self, counter: StorageCounter) -> None:
-        for stretch in counter.stretches:
-            if not stretch.phase:
+        for interval in counter.intervals:
+            if not interval.phase:
                 continue
-            phase = self.phases.setdefault(stretch.phase, Phase())
-            if stretch.peak > phase.peak:
-                phase.peak, phase.module = stretch.peak, stretch.module
+            phase = self.phases.setdefault(interval.phase, Phase())
+            if interval.peak > phase.peak:
+                phase.peak, phase.module = interval.peak, interval.module
             if isinstance(counter, AllocatorCounter):
-                allocated, reserved = counter.said.get(stretch.phase, (0, 0))
+                allocated, reserved = counter.said.get(interval.phase, (0, 0))
                 phase.allocated = max(phase.allocated, allocated)
                 phase.reserved = max(phase.reserved, reserved)
                 self.highest = max(self.highest, allocated)
@@ -129,7 +129,7 @@ class Meter:
 
 
 class AllocatorCounter(StorageCounter):  # type: ignore[no-untyped-call]
-    """Counts what is on the GPU, and asks the caching allocator in every stretch.
+    """Counts what is on the GPU, and asks the caching allocator in every interval.
 
     `said` has the most allocated and reserved bytes by phase.
     """
@@ -143,12 +143,12 @@ class AllocatorCounter(StorageCounter):  # type: ignore[no-untyped-call]
         super().__exit__(*exception)
 
     def at(self, phase: str, module: str = "") -> None:
-        """A new stretch begins."""
+        """A new interval begins."""
         self._ask()
         super().at(phase, module)
 
     def _ask(self) -> None:
-        phase = self.stretches[-1].phase
+        phase = self.intervals[-1].phase
         allocated, reserved = self.said.get(phase, (0, 0))
         self.said[phase] = (
             max(allocated, torch.cuda.max_memory_allocated()),
@@ -167,21 +167,21 @@ def count_step(
     model: Any,
     optimizer: torch.optim.Optimizer,
     counter: StorageCounter | None = None,
-    window: Sequence[Batch] = (),
+    micro_batches: Sequence[Batch] = (),
 ) -> Iterator[StorageCounter]:
     """Inside, the counter sees a step of `model` come and go; what is there already is tagged.
 
-    The batches of `window` count as activations.
+    The tensors of `micro_batches` count as activations.
     """
     counter = counter or StorageCounter()
     tag_weights(model, counter.tag)
     tag_adapters(model, counter.tag)
     tag_states(optimizer, counter.tag)
-    counter.tag("activations", batch_tensors(window))
+    counter.tag("activations", batch_tensors(micro_batches))
     with tagged_workspace(counter.tag), counter, follow(model, counter):
         yield counter
 
 
-def batch_tensors(window: Sequence[Batch]) -> list[Tensor]:
+def batch_tensors(micro_batches: Sequence[Batch]) -> list[Tensor]:
     """The tensors of some batches."""
-    return [one for batch in window for one in batch.values() if isinstance(one, Tensor)]
+    return [one for batch in micro_batches for one in batch.values() if isinstance(one, Tensor)]

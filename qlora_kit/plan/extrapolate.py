@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
-from qlora_kit.memory.counter import Sizes, Stretch
+from qlora_kit.memory.counter import Interval, Sizes
 
 TRACED = 3
 """Layers of a run: the first, one between, the last."""
@@ -27,12 +27,12 @@ def cut(kinds: Sequence[Hashable]) -> list[int]:
 
 
 def extend(
-    traced: Sequence[Stretch],
+    traced: Sequence[Interval],
     chosen: Sequence[int],
     names: Sequence[str],
     apart: Collection[str],
-) -> list[Stretch]:
-    """The stretches of all layers, from those through `chosen` ones.
+) -> list[Interval]:
+    """The intervals of all layers, from those through `chosen` ones.
 
     `names` are the modules' names of all layers; the traced ones are named after their places in
     `chosen`. Components that lie `apart` are in no sum.
@@ -42,36 +42,37 @@ def extend(
         names[place]: range(first, end)
         for place, (first, end) in enumerate(zip(chosen, ends, strict=True))
     }
-    result: list[Stretch] = []
+    result: list[Interval] = []
     now = dict(traced[0].start) if traced else {}
-    for stretch in traced:
-        layers = covered.get(stretch.module)
-        modules = [stretch.module] if layers is None else [names[i] for i in layers]
-        if stretch.phase == "backward":
+    for interval in traced:
+        layers = covered.get(interval.module)
+        modules = [interval.module] if layers is None else [names[i] for i in layers]
+        if interval.phase == "backward":
             modules.reverse()
         for module in modules:
-            made = moved(stretch, module, now, apart)
+            made = moved(interval, module, now, apart)
             result.append(made)
             now = dict(made.end)
     return result
 
 
-def moved(stretch: Stretch, module: str, start: Sizes, apart: Collection[str]) -> Stretch:
-    """The same stretch of another `module`, beginning with `start`."""
+def moved(interval: Interval, module: str, start: Sizes, apart: Collection[str]) -> Interval:
+    """The same interval of another `module`, beginning with `start`."""
     shift = {
-        name: start.get(name, 0) - stretch.start.get(name, 0) for name in {**stretch.start, **start}
+        name: start.get(name, 0) - interval.start.get(name, 0)
+        for name in {**interval.start, **start}
     }
 
     def shifted(sizes: Mapping[str, int]) -> Sizes:
         return {name: sizes.get(name, 0) + shift.get(name, 0) for name in {**sizes, **shift}}
 
-    at_peak = shifted(stretch.at_peak)
-    return Stretch(
-        stretch.phase,
+    at_peak = shifted(interval.at_peak)
+    return Interval(
+        interval.phase,
         module,
         dict(start),
-        shifted(stretch.end),
+        shifted(interval.end),
         at_peak,
-        shifted(stretch.largest),
+        shifted(interval.largest),
         peak=sum(size for name, size in at_peak.items() if name not in apart),
     )

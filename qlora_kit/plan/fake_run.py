@@ -29,7 +29,7 @@ from qlora_kit.device import planned_device
 from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
-from qlora_kit.memory.counter import Sizes, StorageCounter, Stretch
+from qlora_kit.memory.counter import Interval, Sizes, StorageCounter
 from qlora_kit.memory.phases import follow
 from qlora_kit.memory.profiler import batch_tensors
 from qlora_kit.plan.extrapolate import cut, extend
@@ -53,10 +53,10 @@ HOST, IDLE = "host", "idle"
 
 
 class FakeRun:
-    """A model with adapters and its optimizer; `loading` are the stretches until they were there.
+    """A model with adapters and its optimizer; `loading` are the intervals until they were there.
 
-    `updates` is that of the optimizer's step. `packed` says of what kind the next windows are,
-    `longest_row` how long the longest row of a pack is.
+    `updates` is that of the optimizer's step. `packed` says whether the next
+    micro-batches hold packs, `longest_row` how long the longest row of a pack is.
 
     Errors of the constructor: `ConfigError` for targets or a rank that do not fit the base.
     """
@@ -104,11 +104,13 @@ class FakeRun:
         self._kinds = [self._kind_of(layer) for layer in self.layers]
         # The workspace that the CPU keeps: any step but the first finds it, and a forward pass
         # takes all of it.
-        (batch,) = self.window(1, 2, 1, 1)
+        (batch,) = self.micro_batches(1, 2, 1, 1)
         with self._only(cut(self._kinds)), self._inside(), torch.no_grad():
             supervised_loss(self.model, batch)
 
-    def window(self, rows: int, length: int, supervised: int, micro_steps: int) -> list[Batch]:
+    def micro_batches(
+        self, rows: int, length: int, supervised: int, micro_steps: int
+    ) -> list[Batch]:
         """Micro-batches of `rows` rows of `length` tokens, the last `supervised` trained on.
 
         The last one is what a step gets; those before it, where there are any, lie in one. So it
@@ -140,25 +142,25 @@ class FakeRun:
             waiting = [made((micro_steps - 1,))] if micro_steps > 1 else []
             return [*waiting, made(())]
 
-    def passes(self, window: Sequence[Batch], levels: Sequence[str]) -> list[Stretch]:
-        """The stretches of forward and backward of a window; `levels` has one for each layer."""
+    def passes(self, micro_batches: Sequence[Batch], levels: Sequence[str]) -> list[Interval]:
+        """The intervals of forward and backward of a step; `levels` has one for each layer."""
         chosen = cut(list(zip(self._kinds, levels, strict=True)))
-        return extend(self.trace(window, chosen, levels), chosen, self.names, self.apart)
+        return extend(self.trace(micro_batches, chosen, levels), chosen, self.names, self.apart)
 
     def total(self, sizes: Sizes) -> int:
         """Their sum, what lies apart left out."""
         return sum(size for name, size in sizes.items() if name not in self.apart)
 
     def trace(
-        self, window: Sequence[Batch], chosen: Sequence[int], levels: Sequence[str]
-    ) -> list[Stretch]:
+        self, micro_batches: Sequence[Batch], chosen: Sequence[int], levels: Sequence[str]
+    ) -> list[Interval]:
         """As `passes`, through the `chosen` layers only; the other layers are there, untouched.
 
-        Of a window the last micro-batch is traced: it finds the gradients of those before it.
+        Only the last micro-batch is traced: it finds the gradients of those before it.
         """
 
         def passes(backward: Backward, last: Sequence[Batch]) -> Tensor:
-            if len(window) > 1:
+            if len(micro_batches) > 1:
                 self._take_gradients()
             loss = backward(last)
             self._counter.at("")
@@ -170,18 +172,18 @@ class FakeRun:
 
         with self._only(chosen), self._inside():
             # On a GPU there is a copy of one batch, the others wait on the host.
-            waiting = window[:-1] if HOST in self.apart else []
+            waiting = micro_batches[:-1] if HOST in self.apart else []
             self._counter.tag(HOST, batch_tensors(waiting))
-            self._counter.tag("activations", batch_tensors(window[len(waiting) :]))
+            self._counter.tag("activations", batch_tensors(micro_batches[len(waiting) :]))
             set_recompute(self.model, [levels[i] for i in chosen])
-            first = len(self._counter.stretches)
+            first = len(self._counter.intervals)
             self._counter.filling = "activations"
             with follow(self.model, self._counter):
-                self._step(window[-1:], passes, update=False)
+                self._step(micro_batches[-1:], passes, update=False)
             return self._taken(first)
 
-    def _update(self) -> list[Stretch]:
-        """The stretch of clipping and of the optimizer's step, with states and all gradients."""
+    def _update(self) -> list[Interval]:
+        """The interval of clipping and of the optimizer's step, with states and all gradients."""
 
         def given(backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
             self._take_gradients()
@@ -194,7 +196,7 @@ class FakeRun:
             self._counter.filling = "optimizer"
             make_states(self._optimizer)
             tag_states(self._optimizer, self._counter.tag)
-            first = len(self._counter.stretches)
+            first = len(self._counter.intervals)
             self._counter.at("")
             self._step([], given, update=True)
             taken = self._taken(first)
@@ -211,10 +213,10 @@ class FakeRun:
             if parameter in traced:
                 parameter.grad = gradient
 
-    def _step(self, window: Sequence[Batch], run_backward: Any, *, update: bool) -> None:
+    def _step(self, micro_batches: Sequence[Batch], run_backward: Any, *, update: bool) -> None:
         train_step(
             self.model,
-            window,
+            micro_batches,
             self._optimizer,
             step=1,
             max_grad_norm=1.0,
@@ -235,10 +237,10 @@ class FakeRun:
             stack.enter_context(self._counter)
             yield
 
-    def _taken(self, first: int) -> list[Stretch]:
-        """The stretches since `first`; they are forgotten here."""
+    def _taken(self, first: int) -> list[Interval]:
+        """The intervals since `first`; they are forgotten here."""
         self._counter.at("")
-        taken = self._counter.stretches[first:-1]
+        taken = self._counter.intervals[first:-1]
         return [one for one in taken if one.phase]
 
     def _kind_of(self, layer: nn.Module) -> Hashable:

@@ -20,24 +20,24 @@ from torch import nn
 
 from qlora_kit.config.training import RECOMPUTE_LEVELS
 from qlora_kit.data.batch import Batch
-from qlora_kit.memory.counter import Stretch
+from qlora_kit.memory.counter import Interval
 from qlora_kit.plan.fake_run import FakeRun
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Levels of the decoder layers, and the stretches of the passes with them."""
+    """Levels of the decoder layers, and the intervals of the passes with them."""
 
     levels: tuple[str, ...]
-    stretches: tuple[Stretch, ...]
+    intervals: tuple[Interval, ...]
 
     @property
     def peak(self) -> int:
         """The most bytes of tensors at once."""
-        return max(stretch.peak for stretch in self.stretches)
+        return max(interval.peak for interval in self.intervals)
 
 
-def choose_levels(run: FakeRun, window: Sequence[Batch], budget: int | None) -> Chosen:
+def choose_levels(run: FakeRun, micro_batches: Sequence[Batch], budget: int | None) -> Chosen:
     """The levels with the least work whose passes stay within `budget` bytes of tensors.
 
     Without a budget all layers keep everything; where `full` does not fit all are `full`. On very
@@ -47,7 +47,7 @@ def choose_levels(run: FakeRun, window: Sequence[Batch], budget: int | None) -> 
     count = len(run.layers)
 
     def traced(levels: Sequence[str]) -> Chosen:
-        return Chosen(tuple(levels), tuple(run.passes(window, levels)))
+        return Chosen(tuple(levels), tuple(run.passes(micro_batches, levels)))
 
     least = traced(["none"] * count)
     if budget is None or least.peak <= budget:
@@ -57,7 +57,7 @@ def choose_levels(run: FakeRun, window: Sequence[Batch], budget: int | None) -> 
         return most
     between = traced(["selective"] * count)
     ledger = _Ledger(run, {"none": least, "selective": between, "full": most})
-    length = int(window[-1]["input_ids"].shape[1])
+    length = int(micro_batches[-1]["input_ids"].shape[1])
     work = {level: layer_work(run.layers[-1], level, length, run.own) for level in RECOMPUTE_LEVELS}
     mixes = []
     for keeping in range(count):
@@ -108,19 +108,19 @@ class _Ledger:
     def __init__(self, run: FakeRun, traces: dict[str, Chosen]) -> None:
         self._count = len(run.layers)
         place = {name: number for number, name in enumerate(run.names)}
-        self._start = traces["none"].stretches[0].start
+        self._start = traces["none"].intervals[0].start
         self._rows = [
             (
-                place.get(stretches[0].module),
+                place.get(intervals[0].module),
                 {
                     level: (
-                        stretch.peak - run.total(stretch.start),
-                        run.total(stretch.end) - run.total(stretch.start),
+                        interval.peak - run.total(interval.start),
+                        run.total(interval.end) - run.total(interval.start),
                     )
-                    for level, stretch in zip(traces, stretches, strict=True)
+                    for level, interval in zip(traces, intervals, strict=True)
                 },
             )
-            for stretches in zip(*(chosen.stretches for chosen in traces.values()), strict=True)
+            for intervals in zip(*(chosen.intervals for chosen in traces.values()), strict=True)
         ]
         self._begin = run.total(self._start)
 

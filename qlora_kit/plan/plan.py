@@ -32,7 +32,7 @@ HELD = ("weights_quantized", "weights_other", "adapters", "optimizer", "paged")
 
 
 @dataclass(frozen=True)
-class Window:
+class BatchShape:
     """The largest micro-batch of a run: `rows` of `length` tokens, `supervised` of each trained on.
 
     `packed` rows hold several shorter ones, isolated from each other, the longest of which has
@@ -139,16 +139,16 @@ def plan_memory(
     """
     lora, training = lora or LoRAConfig(), training or TrainingConfig()
     planner = Planner(base or BaseConfig(), lora, training, device)
-    window = Window(training.batch_size, length, length, packing)
+    shape = BatchShape(training.batch_size, length, length, packing)
     budget = training.budget_bytes if budget_bytes is None else budget_bytes
-    return planner.plan(window, budget_bytes=budget)
+    return planner.plan(shape, budget_bytes=budget)
 
 
 class Planner:
-    """Plans of one base, its adapters and its optimizer, for any window and any levels.
+    """Plans of one base, its adapters and its optimizer, for any micro-batch and any levels.
 
     `embedding_rows` is what a run resizes the base's embedding to. With `margin` a share of every
-    budget is left free, as `memory/overhead.py` has it for the device.
+    budget is left free, as `device.py` has it for the device.
 
     Errors of the constructor are those of `plan_memory`.
     """
@@ -173,27 +173,27 @@ class Planner:
 
     def plan(
         self,
-        window: Window,
+        shape: BatchShape,
         level: str | None = None,
         budget_bytes: int | None = None,
         micro_steps: int | None = None,
     ) -> MemoryPlan:
-        """The plan of a window; `auto` takes the fastest levels whose peak is within the budget.
+        """The plan of a shape; `auto` takes the fastest levels whose peak is within the budget.
 
         `level` and the `micro_steps` of a step are those of the options unless given.
         """
         level = level or self.training.gradient_checkpointing
         micro_steps = micro_steps or self.training.gradient_accumulation_steps
-        asked = window, level, budget_bytes, micro_steps
+        asked = shape, level, budget_bytes, micro_steps
         if asked not in self._made:
             self._made[asked] = self._plan(*asked)
         return self._made[asked]
 
     def _plan(
-        self, window: Window, level: str, budget_bytes: int | None, micro_steps: int
+        self, shape: BatchShape, level: str, budget_bytes: int | None, micro_steps: int
     ) -> MemoryPlan:
-        batches = self.run.window(window.rows, window.length, window.supervised, micro_steps)
-        self.run.packed, self.run.longest_row = window.packed, window.longest_row or window.length
+        batches = self.run.micro_batches(shape.rows, shape.length, shape.supervised, micro_steps)
+        self.run.packed, self.run.longest_row = shape.packed, shape.longest_row or shape.length
         if level == "auto":
             budget = None
             if budget_bytes is not None:
@@ -202,30 +202,30 @@ class Planner:
         else:
             levels = (level,) * len(self.run.layers)
             chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
-        return self._plan_of(chosen, window, budget_bytes)
+        return self._plan_of(chosen, shape, budget_bytes)
 
     @property
     def overhead(self) -> Overhead:
         """What lies outside tensors on the device."""
         return OVERHEADS[self.device]
 
-    def _plan_of(self, chosen: Chosen, window: Window, budget_bytes: int | None) -> MemoryPlan:
+    def _plan_of(self, chosen: Chosen, shape: BatchShape, budget_bytes: int | None) -> MemoryPlan:
         run = self.run
-        passed = chosen.stretches[-1].end
+        passed = chosen.intervals[-1].end
         updates = [moved(one, "", passed, run.apart) for one in run.updates]
-        everything = (*run.loading, *chosen.stretches, *updates)
-        highest = max(everything, key=lambda stretch: stretch.peak)
+        everything = (*run.loading, *chosen.intervals, *updates)
+        highest = max(everything, key=lambda interval: interval.peak)
         overhead = self.overhead.of(highest.peak)
         at_peak = {k: n for k, n in highest.at_peak.items() if n and k not in (HOST, IDLE)}
         # What is held is what the passes find; the optimizer's step has more for a moment.
-        sizes = most_of_each(chosen.stretches) | {
-            name: size for name, size in chosen.stretches[0].start.items() if name in HELD
+        sizes = most_of_each(chosen.intervals) | {
+            name: size for name, size in chosen.intervals[0].start.items() if name in HELD
         }
         bytes_ = {name: sizes.get(name, 0) for name in COMPONENTS}
         bytes_["weights"] = bytes_["weights_quantized"] + bytes_["weights_other"]
         phases: Sizes = {}
-        for stretch in everything:
-            phases[stretch.phase] = max(phases.get(stretch.phase, 0), stretch.peak)
+        for interval in everything:
+            phases[interval.phase] = max(phases.get(interval.phase, 0), interval.peak)
         on_host = self.device != "cpu"
         return MemoryPlan(
             bytes=bytes_,
@@ -237,10 +237,10 @@ class Planner:
             host_peak_bytes=most_of_each(run.loading).get(HOST, 0) if on_host else phases["load"],
             device=self.device,
             levels=chosen.levels,
-            recomputed=recomputed_share(run, chosen.levels, window.length),
+            recomputed=recomputed_share(run, chosen.levels, shape.length),
             budget_bytes=budget_bytes,
             margin_bytes=self._left_free(budget_bytes),
-            tokens=window.rows * padded(window.length),
+            tokens=shape.rows * padded(shape.length),
         )
 
     def _left_free(self, budget_bytes: int | None) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora_kit.base.linear import QuantizedLinear, quantize_linear, shared_tables
 from qlora_kit.base.quantize import Quantization
-from qlora_kit.memory.counter import StorageCounter, Stretch
+from qlora_kit.memory.counter import Interval, StorageCounter
 from qlora_kit.plan.extrapolate import moved
 
 
@@ -26,24 +26,24 @@ class RepeatedQuantize:
 
     def __init__(self, counter: StorageCounter, apart: Collection[str]) -> None:
         self._counter, self._apart = counter, apart
-        self._known: dict[Any, tuple[QuantizedLinear, Stretch]] = {}
+        self._known: dict[Any, tuple[QuantizedLinear, Interval]] = {}
 
     def __call__(
         self, weight: Tensor, bias: Tensor | None, quantization: Quantization, *, name: str
     ) -> QuantizedLinear:
         """A layer as `quantize_linear` gives it, with fake tensors of its own."""
-        phase, key = self._counter.stretches[-1].phase, (weight.shape, weight.dtype)
+        phase, key = self._counter.intervals[-1].phase, (weight.shape, weight.dtype)
         if key not in self._known:
             self._counter.at(phase)
             layer = quantize_linear(weight, bias, quantization, name=name)
             self._counter.at(phase)
-            self._known[key] = layer, self._counter.stretches[-2]
+            self._known[key] = layer, self._counter.intervals[-2]
             return layer
-        first, stretch = self._known[key]
+        first, interval = self._known[key]
         before = dict(self._counter.sizes)
         layer = _like(first)
         self._counter.at(phase)
-        self._counter.stretches[-1] = moved(stretch, "", before, self._apart)
+        self._counter.intervals[-1] = moved(interval, "", before, self._apart)
         self._counter.at(phase)
         return layer
 

@@ -15,7 +15,7 @@ from qlora_kit.config.base import DEFAULT_BITS, BaseConfig
 from qlora_kit.config.limits import MOST_ROWS
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.plan.plan import MemoryPlan, Planner, Window
+from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
 
 SHORTEST = 128
 """Tokens; shorter rows than that are not suggested."""
@@ -33,9 +33,9 @@ class Options:
     packing: bool = False
 
     @property
-    def window(self) -> Window:
+    def largest(self) -> BatchShape:
         """The largest micro-batch."""
-        return Window(self.training.batch_size, self.length, self.length, self.packing)
+        return BatchShape(self.training.batch_size, self.length, self.length, self.packing)
 
     def differences(self, other: Options) -> str:
         """The flags that make these options of the `other` ones."""
@@ -81,7 +81,7 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
             )
         made, training = planners[key], changed.training
         return made.plan(
-            changed.window,
+            changed.largest,
             training.gradient_checkpointing,
             budget_bytes,
             training.gradient_accumulation_steps,

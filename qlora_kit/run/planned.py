@@ -11,7 +11,7 @@ import torch
 from qlora_kit.data.batch import lengths_of
 from qlora_kit.device import OVERHEADS, free_bytes
 from qlora_kit.errors import ConfigError
-from qlora_kit.plan.plan import MemoryPlan, Planner, Window
+from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
@@ -39,8 +39,8 @@ def planned_run(
     planner = Planner(where, lora, training, embedding_rows=base.embedding_rows, margin=True)
     budget = training.budget_bytes
     plans = [
-        planner.plan(window, budget_bytes=budget or available_bytes(base.device), micro_steps=steps)
-        for window, steps in _windows(schedule)
+        planner.plan(shape, budget_bytes=budget or available_bytes(base.device), micro_steps=steps)
+        for shape, steps in _largest_shapes(schedule)
     ]
     plan = max(plans, key=lambda one: (one.recomputed, one.peak_bytes))
     plan = replace(plan, tokens=max(one.tokens for one in plans))
@@ -54,7 +54,7 @@ def planned_run(
     return plan
 
 
-def _windows(schedule: StepSchedule) -> Iterator[tuple[Window, int]]:
+def _largest_shapes(schedule: StepSchedule) -> Iterator[tuple[BatchShape, int]]:
     """The micro-batches that may take the most, with the number of them in a step.
 
     Among packs that is also the largest without any row beside another one: attention then takes
@@ -66,9 +66,9 @@ def _windows(schedule: StepSchedule) -> Iterator[tuple[Window, int]]:
     assert largest is not None  # a run has steps
     length = max(int(lengths[rows].sum()) for rows in largest.sequences)
     longest, trained = int(lengths.max()), schedule.most_supervised(length)
-    yield Window(len(largest.sequences), length, trained, packed, longest), steps
+    yield BatchShape(len(largest.sequences), length, trained, packed, longest), steps
     if alone := schedule.most_single_rows():
-        yield Window(alone, length, trained), steps
+        yield BatchShape(alone, length, trained), steps
 
 
 def available_bytes(device: torch.device) -> int:

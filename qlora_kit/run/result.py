@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 import torch
 
 from qlora_kit.device import describe_device, peak_bytes, reserved_bytes
-from qlora_kit.memory.measure import adapter_bytes, optimizer_bytes, weight_bytes
-from qlora_kit.memory.profiler import Meter
+from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
+from qlora_kit.memory.profiler import MemoryProfiler
 from qlora_kit.run.metrics import versions
 from qlora_kit.training.loss import Evaluation
 
@@ -148,11 +148,13 @@ class Memory:
     """What a run measured of its memory: some of its steps are counted, tensor by tensor.
 
     They are the first two, because only from the second on there are optimizer states, and the one
-    with the largest batch. `meter` has counted how the model was loaded.
+    with the largest batch. `profiler` has counted how the model was loaded.
     """
 
-    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, meter: Meter) -> None:
-        self._model, self._optimizer, self._meter = model, optimizer, meter
+    def __init__(
+        self, model: Any, optimizer: torch.optim.Optimizer, profiler: MemoryProfiler
+    ) -> None:
+        self._model, self._optimizer, self._profiler = model, optimizer, profiler
         self._device = model.get_input_embeddings().weight.device
         self._held = {**weight_bytes(model), **adapter_bytes(model)}
         self._counted: set[int] = set()
@@ -164,32 +166,32 @@ class Memory:
     def before_step(self, step: int) -> None:
         """A step begins."""
         if step in self._counted:
-            self._meter.begin(self._model, self._optimizer)
+            self._profiler.begin(self._model, self._optimizer)
 
     def after_backward(self) -> None:
         """The optimizer's part of the step begins."""
-        self._meter.before_optimizer()
+        self._profiler.before_optimizer()
 
     def after_step(self) -> None:
         """The step is over, or given up."""
-        self._meter.end()
+        self._profiler.end()
 
     def peak(self) -> int:
         """The peak so far in bytes."""
-        return max(peak_bytes(self._device), self._meter.highest)
+        return max(peak_bytes(self._device), self._profiler.highest)
 
     def record(self, planned: Mapping[str, int]) -> MemoryRecord:
         """The `memory` part of run.json."""
-        counted, phase, module = self._meter.peak
+        counted, phase, module = self._profiler.peak
         on_gpu = self._device.type == "cuda"
-        measured = {**self._held, **self._meter.sizes, **optimizer_bytes(self._optimizer)}
+        measured = {**self._held, **self._profiler.sizes, **optimizer_bytes(self._optimizer)}
         measured["weights"] = self._held["weights"]
         measured["peak"] = self.peak() if on_gpu else counted
         return {
             "device": describe_device(self._device),
             "planned": planned,
             "measured": measured,
-            "phases": self._meter.record(),
+            "phases": self._profiler.record(),
             "peak_at": " ".join(part for part in (phase, module) if part),
             "process": reserved_bytes(self._device),
             "process_is": BLOCKS if on_gpu else RESIDENT,

@@ -30,7 +30,7 @@ from qlora_kit.generation.decode import generate_text
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora, train_loaded
 from qlora_kit.memory.counter import StorageCounter
-from qlora_kit.memory.profiler import Meter
+from qlora_kit.memory.profiler import MemoryProfiler
 from qlora_kit.options.option import dump
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.process.signals import Stopped, StopSignals
@@ -128,8 +128,8 @@ class Run:
     ) -> None:
         training = plan.config.training
         reporter.loading(plan.base)
-        meter = Meter(plan.base.device)
-        with meter.loading() as counter:
+        profiler = MemoryProfiler(plan.base.device)
+        with profiler.loading() as counter:
             self.model = _with_adapters(plan, counter)
         if left_alone := prepare_model(self.model, training, plan.memory.levels):
             reporter.note(left_alone)
@@ -144,7 +144,7 @@ class Run:
         )
         self.progress = Progress()
         self._plan, self._place, self._reporter, self._signals = plan, place, reporter, signals
-        self._memory = Memory(self.model, self.optimizer, meter)
+        self._memory = Memory(self.model, self.optimizer, profiler)
         self._names: dict[Tensor, str] = {
             p: name for name, p in self.model.named_parameters() if p.requires_grad
         }

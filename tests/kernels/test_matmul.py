@@ -18,7 +18,7 @@ from qlora_kit.kernels.matmul import NATIVE, add_matmul, grad_input, linear, mat
 from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.profiler import count_step
-from qlora_kit.plan.plan import Planner, Window
+from qlora_kit.plan.plan import BatchShape, Planner
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.optimizer import make_optimizer
@@ -141,18 +141,18 @@ def test_the_plan_of_a_processor_without_instructions_is_what_is_counted(tmp_pat
     save_checkpoint(tmp_path / "base", "llama3", torch.bfloat16)
     base = BaseConfig(str(tmp_path / "base"), bits=bits, dtype="bf16", device="cpu")
     rows = [[Encoded([1] * n, [1] * n) for n in pack] for pack in ([40, 24], [64])]
-    window = [collate_packs(rows if packed else [pack[-1:] for pack in rows[1:]] * 2, 0)]
+    micro_batches = [collate_packs(rows if packed else [pack[-1:] for pack in rows[1:]] * 2, 0)]
     training = TrainingConfig(optim="adamw", batch_size=2, gradient_accumulation_steps=1)
     with processor_with(), own_workspace({}):
         planner = Planner(base, LoRAConfig(), training)
-        planned = planner.plan(Window(2, 64, 64, packed, 63), "none")
+        planned = planner.plan(BatchShape(2, 64, 64, packed, 63), "none")
         model = inject_lora(read_weights(open_base(base)), LoRAConfig())
         prepare_model(model, training, "none")
         optimizer = make_optimizer("adamw", model.parameters(), 1e-3)
         model.train()
-        train_step(model, window, optimizer, step=1, max_grad_norm=1.0)
-        with count_step(model, optimizer, window=window) as counter:
-            train_step(model, window, optimizer, step=2, max_grad_norm=1.0)
+        train_step(model, micro_batches, optimizer, step=1, max_grad_norm=1.0)
+        with count_step(model, optimizer, micro_batches=micro_batches) as counter:
+            train_step(model, micro_batches, optimizer, step=2, max_grad_norm=1.0)
     peak = max(planned.phases[phase] for phase in ("forward", "backward", "step"))
     assert 0 <= peak - counter.peak <= (0.03 * peak if packed else 0)
 

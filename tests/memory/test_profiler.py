@@ -1,4 +1,4 @@
-"""Laws of the meter: a counted step is the same step, and each component is what is held."""
+"""Laws of the profiler: a counted step is the same step, and each component is what is held."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qlora_kit.base.load import load_base, tag_weights
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
-from qlora_kit.memory.measure import adapter_bytes, optimizer_bytes, weight_bytes
-from qlora_kit.memory.profiler import Meter
+from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
+from qlora_kit.memory.profiler import MemoryProfiler
 from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.recompute import set_recompute
@@ -22,15 +22,15 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("meter") / "base"
+    directory = tmp_path_factory.mktemp("profiler") / "base"
     save_checkpoint(directory, intermediate_size=192)
     return str(directory)
 
 
 def run(base_dir, optim, level, counted):
-    """Four steps, of which some are counted; trained parameters, the meter and what was held."""
-    meter, held = Meter(CPU), {}
-    with meter.loading() as counter:
+    """Four steps, of which some are counted; trained parameters, the profiler and what was held."""
+    profiler, held = MemoryProfiler(CPU), {}
+    with profiler.loading() as counter:
         counter.at("load")
         model = load_base(base_dir, bits=4, dtype="bf16").model
         tag_weights(model, counter.tag)
@@ -41,18 +41,18 @@ def run(base_dir, optim, level, counted):
 
     def run_backward(backward, micro_batches):
         if len(done) in counted:
-            meter.begin(model, optimizer)
+            profiler.begin(model, optimizer)
         return backward(micro_batches)
 
     def before_step(step, loss, norm):
-        meter.before_optimizer()
+        profiler.before_optimizer()
         held.update(adapter_bytes(model))
         return True
 
     done = []
 
     def on_step(report):
-        meter.end()
+        profiler.end()
         done.append(report.loss)
 
     train(
@@ -64,34 +64,34 @@ def run(base_dir, optim, level, counted):
         on_step=on_step,
     )
     held |= weight_bytes(model) | optimizer_bytes(optimizer)
-    return trained(model), done, meter, held
+    return trained(model), done, profiler, held
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("level", ["none", "full"])
 def test_a_counted_step_is_the_same_bit_for_bit(base_dir, optim, level):
-    ours, losses, meter, held = run(base_dir, optim, level, {0, 1, 3})
+    ours, losses, profiler, held = run(base_dir, optim, level, {0, 1, 3})
     plain, plain_losses, off, _ = run(base_dir, optim, level, set())
     assert losses == plain_losses
     assert all(torch.equal(ours[name], tensor) for name, tensor in plain.items())
     assert off.sizes == {}
     assert off.phases.keys() == {"load", "inject"}
     same = ("weights_quantized", "weights_other", "adapters", "gradients", "optimizer", "paged")
-    assert {name: meter.sizes[name] for name in same} == {name: held[name] for name in same}
-    assert set(COMPONENTS) <= meter.sizes.keys()
-    assert min(meter.sizes[name] for name in ("activations", "loss", "workspace")) > 0
+    assert {name: profiler.sizes[name] for name in same} == {name: held[name] for name in same}
+    assert set(COMPONENTS) <= profiler.sizes.keys()
+    assert min(profiler.sizes[name] for name in ("activations", "loss", "workspace")) > 0
 
 
 def test_the_peak_has_its_phase_and_its_module(base_dir):
-    _, _, meter, held = run(base_dir, "adamw", "none", {1})
-    assert meter.phases.keys() == {"load", "inject", "forward", "backward", "step"}
-    peak, phase, module = meter.peak
-    assert peak == meter.phases[phase].peak == max(one.peak for one in meter.phases.values())
+    _, _, profiler, held = run(base_dir, "adamw", "none", {1})
+    assert profiler.phases.keys() == {"load", "inject", "forward", "backward", "step"}
+    peak, phase, module = profiler.peak
+    assert peak == profiler.phases[phase].peak == max(one.peak for one in profiler.phases.values())
     assert (phase, module) == ("backward", "final norm")
     resting = held["weights"] + held["adapters"] + held["gradients"] + held["optimizer"]
-    assert meter.phases["step"].peak >= resting
-    assert meter.phases["load"].peak >= held["weights"]
-    assert meter.record()["step"].keys() == {"peak", "resident"}
+    assert profiler.phases["step"].peak >= resting
+    assert profiler.phases["load"].peak >= held["weights"]
+    assert profiler.record()["step"].keys() == {"peak", "resident"}
 
 
 def test_recomputing_takes_less_and_is_seen_to(base_dir):

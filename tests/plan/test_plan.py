@@ -28,7 +28,7 @@ from qlora_kit.memory.profiler import count_step
 from qlora_kit.plan import fake_run
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.levels import choose_levels, layer_work
-from qlora_kit.plan.plan import Planner, Window, plan_memory
+from qlora_kit.plan.plan import BatchShape, Planner, plan_memory
 from qlora_kit.plan.suggest import Options, suggest
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
@@ -53,24 +53,24 @@ def batch_of(rows, length, seed=0):
 
 
 def counted(base, lora, training, levels, rows, length, micro_steps=3):
-    """The stretches of a real second step, the optimizer's at its end."""
-    window = [batch_of(rows, length, seed) for seed in range(micro_steps)]
-    return counted_of(base, lora, training, levels, window)
+    """The intervals of a real second step, the optimizer's at its end."""
+    micro_batches = [batch_of(rows, length, seed) for seed in range(micro_steps)]
+    return counted_of(base, lora, training, levels, micro_batches)
 
 
-def counted_of(base, lora, training, levels, window):
+def counted_of(base, lora, training, levels, micro_batches):
     """As `counted`; its workspace is one of its own: what other models left is not counted."""
     with own_workspace({}):
-        return _counted(base, lora, training, levels, window)
+        return _counted(base, lora, training, levels, micro_batches)
 
 
-def _counted(base, lora, training, levels, window):
+def _counted(base, lora, training, levels, micro_batches):
     model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
     prepare_model(model, training, levels)
     optimizer = make_optimizer(training.optim, model.parameters(), 1e-3)
     model.train()
 
-    def step(window, counter=None):
+    def step(micro_batches, counter=None):
         def passes(backward, micro_batches):
             loss = backward(micro_batches)
             if counter is not None:
@@ -78,27 +78,27 @@ def _counted(base, lora, training, levels, window):
                 counter.filling = "optimizer"
             return loss
 
-        train_step(model, window, optimizer, step=1, max_grad_norm=1.0, run_backward=passes)
+        train_step(model, micro_batches, optimizer, step=1, max_grad_norm=1.0, run_backward=passes)
 
     step([batch_of(1, 16)])  # makes the states
-    with count_step(model, optimizer, window=window) as counter:
-        step(window, counter)
-    return [one for one in counter.stretches if one.phase]
+    with count_step(model, optimizer, micro_batches=micro_batches) as counter:
+        step(micro_batches, counter)
+    return [one for one in counter.intervals if one.phase]
 
 
-def sizes_of(stretches):
+def sizes_of(intervals):
     most = {}
-    for stretch in stretches:
-        for name, size in stretch.largest.items():
+    for interval in intervals:
+        for name, size in interval.largest.items():
             most[name] = max(most.get(name, 0), size)
     return most
 
 
-def assert_equal(plan, stretches):
+def assert_equal(plan, intervals):
     """Planned equals counted: each component and the peak of each phase."""
-    passes = [one for one in stretches if one.phase != "step"]
+    passes = [one for one in intervals if one.phase != "step"]
     peaks = {
-        phase: max(one.peak for one in stretches if one.phase == phase)
+        phase: max(one.peak for one in intervals if one.phase == phase)
         for phase in ("forward", "backward", "step")
     }
     assert {phase: plan.phases[phase] for phase in peaks} == peaks
@@ -133,15 +133,15 @@ def test_planned_equals_counted(base_dir, model, bits, level, rows, length, targ
     training = TrainingConfig(
         optim=optim, gradient_checkpointing=level, batch_size=rows, gradient_accumulation_steps=3
     )
-    stretches = counted(base, lora, training, level, rows, length)
-    assert_equal(plan_memory(base, lora, training, length=length), stretches)
+    intervals = counted(base, lora, training, level, rows, length)
+    assert_equal(plan_memory(base, lora, training, length=length), intervals)
 
 
 PACKS = [[100, 27, 1], [64, 64], [100, 20]]
 """Rows of three packs of 128 tokens, the last one padded."""
 
 
-def packed_window(micro_steps=2):
+def packed_micro_batches(micro_steps=2):
     rows = [[Encoded([1] * length, [1] * length) for length in pack] for pack in PACKS]
     return [collate_packs(rows, 0) for _ in range(micro_steps)]
 
@@ -163,11 +163,11 @@ def test_planned_equals_counted_for_packs(tmp_path, family, dtype, bits, level):
     training = TrainingConfig(
         optim="adamw", batch_size=3, gradient_accumulation_steps=2, gradient_checkpointing=level
     )
-    window = packed_window()
-    supervised = window[0]["num_supervised"]
-    assert supervised % 3 == 0  # a planned window has as many in each of its rows
-    planned = Planner(base, lora, training).plan(Window(3, 128, supervised // 3, True, 100))
-    assert_equal(planned, counted_of(base, lora, training, level, window))
+    micro_batches = packed_micro_batches()
+    supervised = micro_batches[0]["num_supervised"]
+    assert supervised % 3 == 0  # a planned micro-batch has as many in each of its rows
+    planned = Planner(base, lora, training).plan(BatchShape(3, 128, supervised // 3, True, 100))
+    assert_equal(planned, counted_of(base, lora, training, level, micro_batches))
 
 
 def test_a_plan_without_data_is_not_below_any_packs(base_dir):
@@ -177,8 +177,8 @@ def test_a_plan_without_data_is_not_below_any_packs(base_dir):
     for level in LEVELS:
         changed = replace(training, gradient_checkpointing=level)
         planned = plan_memory(base, LoRAConfig(), changed, length=128, packing=True)
-        stretches = counted_of(base, LoRAConfig(), changed, level, packed_window())
-        peak = max(one.peak for one in stretches)
+        intervals = counted_of(base, LoRAConfig(), changed, level, packed_micro_batches())
+        peak = max(one.peak for one in intervals)
         assert peak <= planned.peak_bytes <= 1.03 * peak
 
 
@@ -199,13 +199,13 @@ def test_the_cost_of_a_plan_does_not_depend_on_batch_and_accumulation(base_dir, 
         peaks, seconds = [], []
         for rows, micro_steps in ((4, 2), (2**20, 2**10)):
             began = time.process_time()
-            window = Window(rows, 256, 256, packed)
-            peaks.append(planner.plan(window, micro_steps=micro_steps).peak_bytes)
+            shape = BatchShape(rows, 256, 256, packed)
+            peaks.append(planner.plan(shape, micro_steps=micro_steps).peak_bytes)
             seconds.append(time.process_time() - began)
         assert peaks[1] > 2**20 * 256 * 64 * 2  # one layer's input, in 16 bits
         assert seconds[1] < 3 * seconds[0] + 1
     with pytest.raises(ConfigError, match="tokens a step; lower --batch_size"):
-        planner.plan(Window(10**14, 256, 256))
+        planner.plan(BatchShape(10**14, 256, 256))
 
 
 def run_of(base_dir, device="cpu", **options):
@@ -219,27 +219,29 @@ def run_of(base_dir, device="cpu", **options):
     ("device", "targets"), [("cuda", "all-linear"), ("cpu", r"model\.layers\.[2-5]\..*q_proj")]
 )
 def test_an_extended_trace_is_the_whole_one(base_dir, device, targets):
-    """Every stretch with all its components, at single levels and at mixes."""
+    """Every interval with all its components, at single levels and at mixes."""
     run = run_of(base_dir, device, target_modules=targets)
-    window = run.window(2, 64, 48, 3)
+    micro_batches = run.micro_batches(2, 64, 48, 3)
     mixes = [[level] * 6 for level in LEVELS]
     mixes += [["full", "full", "full", "full", "selective", "none"], ["none"] * 4 + ["full"] * 2]
     for levels in mixes:
-        extended, whole = run.passes(window, levels), run.trace(window, range(6), levels)
-        assert extended == whole
+        whole = run.trace(micro_batches, range(6), levels)
+        assert run.passes(micro_batches, levels) == whole
 
 
 def test_auto_fills_the_budget_and_never_exceeds_it(base_dir):
     """Within 90 % of it or all that `none` takes; more memory never means more work."""
     run = run_of(base_dir)
-    window = run.window(4, 128, 128, 2)
-    peaks = {level: max(one.peak for one in run.passes(window, [level] * 6)) for level in LEVELS}
+    micro_batches = run.micro_batches(4, 128, 128, 2)
+    peaks = {
+        level: max(one.peak for one in run.passes(micro_batches, [level] * 6)) for level in LEVELS
+    }
     assert peaks["full"] < peaks["selective"] < peaks["none"]
     before = None
     for part in (0, 3, 7, 10):
         budget = peaks["full"] + (peaks["none"] - peaks["full"]) * part // 10
-        found = choose_levels(run, window, budget)
-        assert found.peak == max(one.peak for one in run.passes(window, found.levels))
+        found = choose_levels(run, micro_batches, budget)
+        assert found.peak == max(one.peak for one in run.passes(micro_batches, found.levels))
         assert 0.9 * budget <= found.peak <= budget
         work = sum(
             layer_work(layer, level, 128, run.own)
@@ -248,8 +250,8 @@ def test_auto_fills_the_budget_and_never_exceeds_it(base_dir):
         assert before is None or work <= before
         before = work
     assert set(found.levels) == {"none"}
-    assert set(choose_levels(run, window, None).levels) == {"none"}
-    assert set(choose_levels(run, window, peaks["full"] - 1).levels) == {"full"}
+    assert set(choose_levels(run, micro_batches, None).levels) == {"none"}
+    assert set(choose_levels(run, micro_batches, peaks["full"] - 1).levels) == {"full"}
 
 
 def test_a_plan_sums_up(base_dir):
@@ -265,11 +267,11 @@ def test_no_plan_fills_a_card_to_its_brim(base_dir):
     """A margin is part of what fits, and of what auto chooses its levels for."""
     base, training = BaseConfig(base_dir, bits=4, dtype="bf16"), TrainingConfig(batch_size=8)
     planner = Planner(base, LoRAConfig(), training, "cuda", margin=True)
-    window = Window(8, 512, 512)
-    full = planner.plan(window, "full").peak_bytes
-    assert not planner.plan(window, "full", full).fits
+    shape = BatchShape(8, 512, 512)
+    full = planner.plan(shape, "full").peak_bytes
+    assert not planner.plan(shape, "full", full).fits
     for budget in (full + full // 60, full + full // 40, 2 * full):
-        plan = planner.plan(window, "auto", budget)
+        plan = planner.plan(shape, "auto", budget)
         assert plan.margin_bytes == budget // 50
         assert plan.fits == (plan.peak_bytes + plan.margin_bytes <= budget)
         assert plan.fits == (budget - budget // 50 >= full)
@@ -296,7 +298,7 @@ def test_every_suggestion_is_the_plan_of_the_run_so_changed(base_dir):
     training = TrainingConfig(batch_size=2, gradient_accumulation_steps=2)
     options = Options(base, lora, training, 256)
     planner = Planner(base, lora, training, "cuda")
-    least = planner.plan(options.window, "full").peak_bytes
+    least = planner.plan(options.largest, "full").peak_bytes
     found = suggest(options, planner, "cuda", least - 1)
     assert len(found) > 2
     assert found[0].change == "--batch_size 1 --gradient_accumulation_steps 4"
@@ -330,14 +332,14 @@ def test_the_counter_agrees_with_the_profiler_on_a_real_step(base_dir):
     training = TrainingConfig()
     prepare_model(model, training, "none")
     optimizer = make_optimizer("adamw", model.parameters(), 1e-3)
-    window = [batch_of(4, 256)]
+    micro_batches = [batch_of(4, 256)]
     model.train()
 
     def step():
-        train_step(model, window, optimizer, step=1, max_grad_norm=1.0)
+        train_step(model, micro_batches, optimizer, step=1, max_grad_norm=1.0)
 
     step()
-    with count_step(model, optimizer, window=window) as counter:
+    with count_step(model, optimizer, micro_batches=micro_batches) as counter:
         start = counter.current
         step()
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -358,9 +360,9 @@ def test_quantizing_once_for_each_shape_takes_what_all_of_it_takes(
     def loading():
         target = torch.device(device)
         base = open_shape(BaseConfig(base_dir, bits=bits, dtype="bf16"), target)
-        stretches = FakeRun(base, LoRAConfig(), TrainingConfig(), target).loading
-        highest = max(stretches, key=lambda one: one.peak)
-        return highest.peak, highest.at_peak, sizes_of(stretches), stretches[-1].end
+        intervals = FakeRun(base, LoRAConfig(), TrainingConfig(), target).loading
+        highest = max(intervals, key=lambda one: one.peak)
+        return highest.peak, highest.at_peak, sizes_of(intervals), intervals[-1].end
 
     repeated = loading()
     monkeypatch.setattr(fake_run, "RepeatedQuantize", lambda counter, apart: quantize_linear)

@@ -105,7 +105,7 @@ def test_logits_of_one_chunk_are_alive_at_most(dtype, softcap, bias):
         loss = cross_entropy_sum(rows, head, targets, softcap)
         counter.at("backward")
         loss.backward()
-    forward, backward = (stretch.peak - known for stretch in counter.stretches)
+    forward, backward = (interval.peak - known for interval in counter.intervals)
     a_logit = (4 if dtype is torch.float32 else 6) + (0 if softcap is None else 4)
     assert forward <= a_logit * vocabulary * CHUNK_ROWS + 2 * rows.nbytes
     assert backward <= 3 * rows.nbytes  # ours, times the gradient of the loss, and what is kept

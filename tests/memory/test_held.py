@@ -16,7 +16,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device import describe_device, peak_bytes
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import StorageCounter
-from qlora_kit.memory.measure import adapter_bytes, optimizer_bytes, weight_bytes
+from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.training.optimizer import make_optimizer
 
 LINEAR_ELEMENTS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)
@@ -69,9 +69,10 @@ def test_adapters_gradients_and_states(base_dir):
 
 def test_the_peak_on_the_cpu_is_the_kernels():
     cpu = torch.device("cpu")
+    # psutil reads the resident set elsewhere, and the peak is never below what it was.
+    resident = psutil.Process().memory_info().rss
     before = peak_bytes(cpu)
-    # psutil reads the resident set elsewhere, and the peak is never below it.
-    assert before >= psutil.Process().memory_info().rss
+    assert before >= resident
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * resource.getpagesize()
     grown = before - resident + 64 * 1024**2
@@ -84,7 +85,7 @@ def test_the_peak_on_the_cpu_is_the_kernels():
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     held = b"1" * (600 * 1024**2)
     code = (
-        "import torch; from qlora_kit.memory.measure import peak_bytes; "
+        "import torch; from qlora_kit.device import peak_bytes; "
         "print(peak_bytes(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Bytes that are live, by component: sums over the tensors that a model and an optimizer hold.
+"""Bytes that a model and its optimizer hold, by component.
 
 What comes and goes within a step is counted by `memory/counter.py`.
 """
@@ -12,31 +12,32 @@ from torch import Tensor, nn
 
 from qlora_kit.base.load import tag_weights
 from qlora_kit.base.tensors import Tag
+from qlora_kit.memory.counter import Sizes
 from qlora_kit.training.optimizer import tag_states
 
 
-def weight_bytes(model: nn.Module) -> dict[str, int]:
+def weight_bytes(model: nn.Module) -> Sizes:
     """Bytes of the frozen base: `weights_quantized`, `weights_other` and `weights`, their sum."""
     sizes = {"weights_quantized": 0, "weights_other": 0}
     sizes |= held_bytes(lambda tag: tag_weights(model, tag))
     return {**sizes, "weights": sum(sizes.values())}
 
 
-def adapter_bytes(model: nn.Module) -> dict[str, int]:
+def adapter_bytes(model: nn.Module) -> Sizes:
     """Bytes of the adapters' masters, and of the gradients that are there now."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in trained if p.grad is not None]
     return {"adapters": tensor_bytes(trained), "gradients": tensor_bytes(gradients)}
 
 
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> Sizes:
     """Bytes of the optimizer's states; `paged` are those in managed memory."""
     return {"optimizer": 0, "paged": 0} | held_bytes(lambda tag: tag_states(optimizer, tag))
 
 
-def held_bytes(hand_over: Callable[[Tag], None]) -> dict[str, int]:
+def held_bytes(hand_over: Callable[[Tag], None]) -> Sizes:
     """Bytes by component of what is handed over, each storage once."""
-    sizes: dict[str, int] = {}
+    sizes: Sizes = {}
     seen: set[int] = set()
 
     def tag(component: str, tensors: Iterable[Tensor]) -> None:

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.base.linear import QuantizedLinear, dequantize
 from qlora_kit.base.load import load_base
 from qlora_kit.commands.main import main
-from qlora_kit.lora.adapter import load_adapter, trained_on
+from qlora_kit.lora.adapter import load_adapter
+from qlora_kit.lora.adapter_files import read_adapter
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 TITLES = {
@@ -87,7 +88,7 @@ def train(cell: Cell) -> None:
 
 
 def save(cell: Cell) -> None:
-    assert trained_on(cell.folder / "adapter")["bits"] == cell.bits
+    assert read_adapter(cell.folder / "adapter").trained_on["bits"] == cell.bits
     with_adapter = logits(cell.model)
     alone = load_base(str(cell.base), bits=cell.bits, dtype="fp32", device="cpu").model
     assert relative_error(with_adapter, logits(alone)) > 100 * TOLERANCE

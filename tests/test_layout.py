@@ -54,7 +54,7 @@ LIGHT = (
     *("process.signals", "process.out_of_memory", "process.start", "process.streams"),
     "process.worker",
     *(f"commands.{name}" for name in COMMANDS),
-    *("commands.main", "commands.argv", "commands.failure", "run.saved_adapter"),
+    *("commands.main", "commands.argv", "commands.failure"),
 )
 """Modules whose top imports the standard library, yaml and each other only."""
 

@@ -120,6 +120,13 @@ def _read_sharded(directory: Path, path: Path) -> dict[str, TensorEntry]:
 
 def read_header(path: Path, error: type[InputError] = ModelError) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file; offsets cover the data without overlap or hole."""
+    return read_whole_header(path, error)[0]
+
+
+def read_whole_header(
+    path: Path, error: type[InputError] = ModelError
+) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+    """As `read_header`, and the file's metadata: texts by name, of which nothing is checked."""
 
     def corrupt(reason: str) -> InputError:
         refuse_kind(path, error, SAFETENSORS)
@@ -153,7 +160,8 @@ def read_header(path: Path, error: type[InputError] = ModelError) -> dict[str, T
         position = entry.end
     if position != size:
         raise corrupt(f"tensors end at byte {position}, the file at {size}")
-    return {entry.name: entry for entry in entries}
+    metadata = header.get("__metadata__")
+    return {entry.name: entry for entry in entries}, metadata if isinstance(metadata, dict) else {}
 
 
 def _entry(name: str, described: Any, path: Path, begin: int) -> TensorEntry | str:

@@ -21,7 +21,6 @@ from qlora_kit.config.commands import EvaluateConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.errors import ConfigError, NumericError, redacted
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import look_at, open_with_adapter, run_data
 
 if TYPE_CHECKING:
     from qlora_kit.commands.terminal import Terminal
@@ -48,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(parsed: Parsed) -> dict[str, Any]:
     """What `--json` prints."""
     from qlora_kit.data.rows import load_rows
+    from qlora_kit.run.saved_adapter import look_at, open_with_adapter
 
     options = parsed[EvaluateConfig]
     look_at(parsed, options.adapter)
@@ -121,6 +121,7 @@ def _evaluate(parsed: Parsed) -> dict[str, Any]:
 def _data(parsed: Parsed) -> tuple[DataConfig, int]:
     """What to read, and the seed that draws a share of it."""
     from qlora_kit.data.source import is_one_table
+    from qlora_kit.run.saved_adapter import run_data
 
     options, data = parsed[EvaluateConfig], parsed[DataConfig]
     given = parsed.given[DataConfig]

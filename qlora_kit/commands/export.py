@@ -17,7 +17,6 @@ from qlora_kit.config.commands import ExportConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.errors import ConfigError, DataError, NumericError, QloraKitError
 from qlora_kit.options.parsed import refuse_tokens
-from qlora_kit.run.saved_adapter import look_at, open_with_adapter, run_data
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
@@ -51,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.data.rows import load_rows
     from qlora_kit.files.atomic import check_output, check_room
     from qlora_kit.files.publish import mend
+    from qlora_kit.run.saved_adapter import look_at, open_with_adapter
 
     target, adapter_dir = Path(options.output_dir), Path(options.adapter)
     named = (options.adapter, options.verify, parsed.config_file)
@@ -174,6 +174,7 @@ def _verification_rows(
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.outcome import EncodeRules
     from qlora_kit.data.rows import load_rows
+    from qlora_kit.run.saved_adapter import run_data
 
     tokenizer, length = base.tokenizer, min(base.context, VERIFY_LENGTH)
     if asked is not None:

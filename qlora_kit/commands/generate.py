@@ -12,7 +12,6 @@ from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import GenerateConfig
-from qlora_kit.run.saved_adapter import look_at, open_with_adapter, reads_literally, run_chat
 
 SUMMARY = "Generate text with a base, or with an adapter on it."
 
@@ -24,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parse("qlora-kit generate", SUMMARY, (BaseConfig, GenerateConfig), given)
     options = parsed[GenerateConfig]
     from qlora_kit.commands.prompts import check_prompt, one_prompt, rows_of_prompts
+    from qlora_kit.run.saved_adapter import look_at, open_with_adapter, reads_literally, run_chat
 
     check_prompt(options)
     look_at(parsed, options.adapter)

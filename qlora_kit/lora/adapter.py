@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.base import Base, BaseInfo
-from qlora_kit.base.json_file import is_deep
-from qlora_kit.base.safetensors_file import TensorEntry, read_header
-from qlora_kit.base.source import contained
+from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.tensors import DTYPES, check_finite, read_tensors
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError
 from qlora_kit.files.atomic import write_file
+from qlora_kit.lora.adapter_files import HEADER_KEY, AdapterFiles, read_adapter
 from qlora_kit.lora.inject import (
     ADAPTER,
     activate,
@@ -37,29 +36,9 @@ from qlora_kit.lora.inject import (
     short_names,
 )
 from qlora_kit.lora.layer import KeyedDropout
-from qlora_kit.lora.peft_config import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    adapted_modules,
-    read_adapter_config,
-)
+from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, adapted_modules
 
-HEADER_KEY = "qlora_kit"
 KEY_PREFIX = "base_model.model."
-TRAINED_ON = {
-    "name": str,
-    "revision": str,
-    "fingerprint": str,
-    "parameters": int,
-    "bits": int,
-    "quant_type": str,
-    "double_quant": bool,
-    "blocksize": int,
-    "source_dtype": str,
-    "compute_dtype": str,
-    "embedding_rows": int,
-    "lora": dict,
-}
 SCALE_OPTIONS = ("r", "lora_alpha", "use_rslora")
 """What the header repeats of the config: a changed one scales the update, and no shape shows it."""
 
@@ -146,35 +125,9 @@ def _plain(number: float) -> float:
     return int(number) if float(number).is_integer() else number
 
 
-def trained_on(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an adapter's header says of its base; empty for one that does not say (PEFT's)."""
-    path = contained(Path(directory), WEIGHTS_FILE, AdapterError)
-    read_header(path, AdapterError)
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    metadata = header.get("__metadata__")
-    text = metadata.get(HEADER_KEY, "{}") if isinstance(metadata, dict) else "{}"
-    try:
-        said = dict(json.loads(text))
-        if is_deep(said):
-            raise ValueError("nested too deeply")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise AdapterError(
-            f"{path}: the header's {HEADER_KEY} is no JSON object", "save the adapter again"
-        ) from error
-    known = {option: said[option] for option in TRAINED_ON if option in said}
-    for option, value in known.items():
-        if value is not None and not isinstance(value, TRAINED_ON[option]):
-            raise AdapterError(
-                f"{path}: the header's {HEADER_KEY} says {option} {str(value)[:60]!r}",
-                "save the adapter again",
-            )
-    return known
-
-
 def load_adapter(
     base: Base,
-    directory: str | os.PathLike[str],
+    directory: AdapterFiles | str | os.PathLike[str],
     adapter: str = ADAPTER,
     *,
     allow_other_base: bool = False,
@@ -182,6 +135,7 @@ def load_adapter(
 ) -> Base:
     """Add the adapter in `directory` (ours or PEFT's) to `base.model`, and make it the active one.
 
+    Files that were opened already are not opened again for their headers.
     Returns the base; nothing is trainable. Everything is checked before the model is touched.
     Errors: `AdapterError` where files, shapes, targets or the base do not fit, `NumericError`.
     """
@@ -221,27 +175,26 @@ class OpenAdapter(NamedTuple):
     """An adapter whose files were checked against a model, before its weights are read."""
 
     path: Path
-    config: dict[str, Any]
-    entries: dict[str, TensorEntry]
+    config: Mapping[str, Any]
+    entries: Mapping[str, TensorEntry]
     modules: dict[str, tuple[int, float]]
     """Rank and alpha of each linear that it adapts."""
     dtype: torch.dtype
 
 
 def open_adapter(
-    model: Any, directory: str | os.PathLike[str], base: BaseInfo | None
+    model: Any, files: AdapterFiles | str | os.PathLike[str], base: BaseInfo | None
 ) -> OpenAdapter:
     """Check an adapter's files against `model`, which may still be on the meta device.
 
     `base` says what the model is; None takes any that has the same shapes.
     Errors: `AdapterError` where files, shapes, targets or the base do not fit.
     """
-    config = read_adapter_config(directory)
-    path = contained(Path(directory), WEIGHTS_FILE, AdapterError)
-    entries = read_header(path, AdapterError)
-    said = trained_on(directory)
-    _check_base(base, said, path)
-    _check_scale(config, said, path.parent / CONFIG_FILE)
+    if not isinstance(files, AdapterFiles):
+        files = read_adapter(files)
+    path, config, entries = files.weights, files.config, files.entries
+    _check_base(base, files.trained_on, path)
+    _check_scale(config, files.trained_on, path.parent / CONFIG_FILE)
     modules = adapted_modules(model, config, path.parent / CONFIG_FILE)
     expected = _expected(model, modules)
     _check_tensors({name: entry.shape for name, entry in entries.items()}, expected, path)

@@ -19,7 +19,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import base_of
+from qlora_kit.run.saved_adapter import SavedAdapter, base_of
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
@@ -58,7 +58,8 @@ def start_from_adapter(parsed: Parsed, config: RunConfig, run: Path) -> tuple[Ru
         directory = checkpoint.path
     described = read_adapter_config(directory)
     if checkpoint is None:
-        base = base_of(parsed, str(directory), as_trained=not lora.allow_other_base)
+        adapter = SavedAdapter.of(str(directory))
+        base = base_of(parsed, adapter, as_trained=not lora.allow_other_base)
         found = _sha256(directory / WEIGHTS_FILE)
     else:
         saved = checkpoint.state.get("config")

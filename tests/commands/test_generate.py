@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.run import RunConfig
-from qlora_kit.lora.adapter import trained_on
+from qlora_kit.lora.adapter_files import read_adapter
 from qlora_kit.options.option import dump
 from qlora_kit.run.saved_adapter import reads_literally
 
@@ -149,7 +149,7 @@ def test_an_adapter_that_was_made_with_impossible_options_is_named(
 ) -> None:
     adapter = shutil.copytree(workshop.adapter, tmp_path / "adapter")
     weights = adapter / "adapter_model.safetensors"
-    said = {**trained_on(adapter), "name": str(workshop.base), "bits": 7}
+    said = {**read_adapter(adapter).trained_on, "name": str(workshop.base), "bits": 7}
     save_file(load_file(weights), weights, {"qlora_kit": json.dumps(said)})
     before = tree_hash(tmp_path)
     answer = run("generate", "--adapter", adapter, "--prompt", "x")

@@ -29,7 +29,8 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, NumericError, UnsafeInputError
-from qlora_kit.lora.adapter import load_adapter, save_adapter, trained_on
+from qlora_kit.lora.adapter import load_adapter, save_adapter
+from qlora_kit.lora.adapter_files import read_adapter
 from qlora_kit.lora.inject import activate, inject_lora, lora_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -155,7 +156,7 @@ def test_keys_shapes_and_config_are_those_of_pefts_own_save(bases, tmp_path):
 
 
 def test_the_header_says_what_the_adapter_was_trained_on(bases, saved):
-    said = trained_on(saved)
+    said = read_adapter(saved).trained_on
     base = load(bases / "llama2")
     assert said.pop("lora") == {"r": 4, "lora_alpha": 8, "use_rslora": False}
     assert said == base.info.as_dict()

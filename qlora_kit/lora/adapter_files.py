@@ -1,0 +1,79 @@
+"""The files of an adapter, each opened once: PEFT's config, and the header of the weights.
+
+The header also says what the adapter was trained on, where a run of ours saved it. Nothing here
+needs torch, so that what paths, JSON and headers show is refused before it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.base.json_file import is_deep
+from qlora_kit.base.safetensors_file import TensorEntry, read_whole_header
+from qlora_kit.base.source import contained
+from qlora_kit.errors import AdapterError
+from qlora_kit.lora.peft_config import WEIGHTS_FILE, read_adapter_config
+
+HEADER_KEY = "qlora_kit"
+TRAINED_ON = {
+    "name": str,
+    "revision": str,
+    "fingerprint": str,
+    "parameters": int,
+    "bits": int,
+    "quant_type": str,
+    "double_quant": bool,
+    "blocksize": int,
+    "source_dtype": str,
+    "compute_dtype": str,
+    "embedding_rows": int,
+    "lora": dict,
+}
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter's files say; `trained_on` is empty for one of PEFT's own, which says nothing.
+
+    `entries` are the tensors of `weights`, of which no byte was read.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    weights: Path
+    entries: Mapping[str, TensorEntry]
+    trained_on: Mapping[str, Any]
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
+    """Open an adapter's files. Errors: `AdapterError`, `UnsafeInputError`."""
+    config = read_adapter_config(directory)
+    path = contained(Path(directory), WEIGHTS_FILE, AdapterError)
+    entries, metadata = read_whole_header(path, AdapterError)
+    said = _trained_on(metadata.get(HEADER_KEY, "{}"), path)
+    return AdapterFiles(Path(directory), config, path, entries, said)
+
+
+def _trained_on(text: Any, path: Path) -> dict[str, Any]:
+    """What the header's JSON says of the base. Errors: `AdapterError`."""
+    try:
+        said = dict(json.loads(text))
+        if is_deep(said):
+            raise ValueError("nested too deeply")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(
+            f"{path}: the header's {HEADER_KEY} is no JSON object", "save the adapter again"
+        ) from error
+    known = {option: said[option] for option in TRAINED_ON if option in said}
+    for option, value in known.items():
+        if value is not None and not isinstance(value, TRAINED_ON[option]):
+            raise AdapterError(
+                f"{path}: the header's {HEADER_KEY} says {option} {str(value)[:60]!r}",
+                "save the adapter again",
+            )
+    return known

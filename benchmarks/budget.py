@@ -32,7 +32,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.memory.profiler import count_step
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
-from qlora_kit.training.recompute import set_recompute
+from qlora_kit.training.layer_forward import set_recompute
 
 BELOW, ABOVE = 0.97, 1.01
 """The first budget, of what `full` takes, and the last, of what `none` takes."""

@@ -96,16 +96,15 @@ def train(level: str, data: Path) -> dict[str, Any]:
 
     from qlora_kit.config.data import DataConfig
     from qlora_kit.config.lora import LoRAConfig
+    from qlora_kit.config.training import TrainingConfig
     from qlora_kit.data.batch import lengths_of
     from qlora_kit.data.encode import encode_rows
     from qlora_kit.data.order import make_packs
     from qlora_kit.data.rows import load_rows
     from qlora_kit.data.schedule import StepSchedule
-    from qlora_kit.lora.block import use_fused_blocks
     from qlora_kit.lora.inject import inject_lora
-    from qlora_kit.training.attention import set_packed_attention
     from qlora_kit.training.loop import train as run
-    from qlora_kit.training.recompute import set_recompute
+    from qlora_kit.training.prepare import prepare_model
 
     made = tokenizer(data)
     path = str(data / "text/gsm8k/train.jsonl")
@@ -120,9 +119,7 @@ def train(level: str, data: Path) -> dict[str, Any]:
     model = LlamaForCausalLM(llama).to(torch.bfloat16).requires_grad_(False)
     inject_lora(model, LoRAConfig(), seed=0)
     # Attends as the library does wherever a sequence holds one row.
-    set_packed_attention(model)
-    assert use_fused_blocks(model) is None
-    set_recompute(model, level)
+    assert prepare_model(model, TrainingConfig(), level) is None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     packs = make_packs(lengths_of(encoded.rows), LENGTH, 0)

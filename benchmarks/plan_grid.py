@@ -31,10 +31,10 @@ from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS, StorageCounter
 from qlora_kit.memory.profiler import count_step
 from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model
-from qlora_kit.training.recompute import set_recompute
 
 MICRO_STEPS = 2
 LEVELS = ("none", "selective", "full")

@@ -52,6 +52,45 @@ def representative(places: Sequence[int], like: Tensor) -> Sequence[int]:
     return [places[0], places[-2], places[-1]]
 
 
+TILES = torch.cpu._is_amx_tile_supported()  # torch 2.13 has no public name for it
+"""Whether the processor has matrix tiles (AMX)."""
+
+
+def _native_dtypes() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes that the processor multiplies."""
+    has = torch.cpu.get_capabilities()
+    if has.get("architecture") in ("x86_64", "amd64", "i386"):
+        found = {
+            torch.bfloat16: has.get("avx512_bf16") or has.get("amx_bf16"),
+            torch.float16: has.get("avx512_fp16") or has.get("amx_fp16"),
+        }
+    else:
+        found = {
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        }
+    return frozenset(dtype for dtype, there in found.items() if there)
+
+
+NATIVE = _native_dtypes()
+_NATIVE: ContextVar[frozenset[torch.dtype]] = ContextVar("native_dtypes", default=NATIVE)
+
+
+@contextmanager
+def processor_with(*dtypes: torch.dtype) -> Iterator[None]:
+    """Inside, the processor is taken for one that multiplies these 16-bit dtypes and no others."""
+    before = _NATIVE.set(frozenset(dtypes))
+    try:
+        yield
+    finally:
+        _NATIVE.reset(before)
+
+
+def is_native(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies in `dtype`."""
+    return dtype not in (torch.bfloat16, torch.float16) or dtype in _NATIVE.get()
+
+
 @contextmanager
 def planned_device(kind: str) -> Iterator[None]:
     """Inside, fake tensors stand for tensors on a device of this kind."""

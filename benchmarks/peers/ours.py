@@ -13,12 +13,11 @@ from qlora_kit.base.load import open_base, read_weights
 from qlora_kit.base.tensors import dtype_name
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.lora.block import use_fused_blocks
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
-from qlora_kit.training.recompute import set_recompute
+from qlora_kit.training.prepare import prepare_model
 
 
 class Peer:
@@ -29,10 +28,8 @@ class Peer:
         base = BaseConfig(model=str(directory), bits=bits, dtype=dtype, device=device)
         config = LoRAConfig(r=rank, alpha=2 * rank, target_modules="q_proj,v_proj")
         self.model: Any = inject_lora(read_weights(open_base(base)), config)
-        set_packed_attention(self.model)
-        note = use_fused_blocks(self.model)
+        note = prepare_model(self.model, TrainingConfig(), level)
         assert note is None, note
-        set_recompute(self.model, level)
         self.optimizer = make_optimizer("adamw", self.model.parameters(), 1e-4)
         self.model.train()
         self._step = 0

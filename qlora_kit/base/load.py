@@ -56,9 +56,9 @@ from qlora_kit.base.tensors import (
 )
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import device_type
+from qlora_kit.device import device_type, is_native
 from qlora_kit.errors import ModelError, ResourceError
-from qlora_kit.kernels.matmul import is_native, matmul_dtype
+from qlora_kit.kernels.matmul import matmul_dtype
 
 
 def load_base(

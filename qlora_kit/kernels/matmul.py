@@ -8,15 +8,13 @@ is ever whole. On a GPU, and where the processor has the instructions, these are
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.device import device_type, representative
+from qlora_kit.device import device_type, is_native, representative
 from qlora_kit.kernels.workspace import workspace
 
 PART = 2**24
@@ -25,50 +23,15 @@ SCALED_AT_ONCE = 32
 """Rows that `scale_columns` multiplies at once on the CPU."""
 
 
-def _of_this_processor() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes that the processor multiplies."""
-    has = torch.cpu.get_capabilities()
-    if has.get("architecture") in ("x86_64", "amd64", "i386"):
-        found = {
-            torch.bfloat16: has.get("avx512_bf16") or has.get("amx_bf16"),
-            torch.float16: has.get("avx512_fp16") or has.get("amx_fp16"),
-        }
-    else:
-        found = {
-            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-        }
-    return frozenset(dtype for dtype, there in found.items() if there)
-
-
-NATIVE = _of_this_processor()
-_NATIVE: ContextVar[frozenset[torch.dtype]] = ContextVar("native_dtypes", default=NATIVE)
-
-
-@contextlib.contextmanager
-def processor_with(*dtypes: torch.dtype) -> Iterator[None]:
-    """Inside, the processor is taken for one that multiplies these 16-bit dtypes and no others."""
-    before = _NATIVE.set(frozenset(dtypes))
-    try:
-        yield
-    finally:
-        _NATIVE.reset(before)
-
-
-def is_native(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies in `dtype`."""
-    return dtype not in (torch.bfloat16, torch.float16) or dtype in _NATIVE.get()
-
-
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """What tensors like `x` are multiplied in: their own dtype, or fp32."""
     return x.dtype if device_type(x) != "cpu" or is_native(x.dtype) else torch.float32
 
 
 def weight_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a `weight` (out, in) in `dtype`, with their places: all of it where it is in it.
+    """Parts (some, in) of a `weight` (out, in) in `dtype`, with the slices of out that they are.
 
-    What is given is good until the next one.
+    One part where the weight has that dtype. Each is valid until the next one is asked for.
     """
     if weight.dtype is dtype:
         yield slice(None), weight
@@ -92,15 +55,16 @@ def linear(
     if dtype is x.dtype is weight.dtype:
         return F.linear(x, weight, bias)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    rows, results = x.reshape(-1, x.shape[-1]).to(dtype), y.view(-1, weight.shape[0])
+    # (..., in) to (N, in), and (..., out) to (N, out): N tokens, in any number of dimensions.
+    tokens, results = x.reshape(-1, x.shape[-1]).to(dtype), y.view(-1, weight.shape[0])
     for place, part in weight_parts(weight, dtype):
-        product = rows @ part.t()
+        columns = tokens @ part.t()
         if scales is not None:
-            product.mul_(scales[place])
+            columns.mul_(scales[place])
         if bias is not None:
-            product.add_(bias[place])
-        results[:, place].copy_(product)
-        del product  # before the next one comes
+            columns.add_(bias[place])
+        results[:, place].copy_(columns)
+        del columns  # before the next ones come
     return y
 
 
@@ -117,20 +81,20 @@ def grad_input(
             return grad @ weight
         total.view(-1, weight.shape[1]).addmm_(grad.reshape(-1, weight.shape[0]), weight)
         return total
-    rows = grad.reshape(-1, weight.shape[0]).to(dtype, copy=scales is not None)
+    tokens = grad.reshape(-1, weight.shape[0]).to(dtype, copy=scales is not None)  # (N, out)
     if scales is not None:
-        rows.mul_(scales)
-    found = rows.new_zeros(rows.shape[0], weight.shape[1])
+        tokens.mul_(scales)
+    result = tokens.new_zeros(tokens.shape[0], weight.shape[1])  # (N, in)
     for place, part in weight_parts(weight, dtype):
-        found.addmm_(rows[:, place], part)
+        result.addmm_(tokens[:, place], part)
     if total is None:
-        return found.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
-    total.view(-1, weight.shape[1]).add_(found)
+        return result.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+    total.view(-1, weight.shape[1]).add_(result)
     return total
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of two activations or adapters, in the dtype of `left`."""
+    """`left` (m, k) times `right` (k, n), activations or adapters, in the dtype of `left`."""
     dtype = matmul_dtype(left)
     if dtype is left.dtype:
         return left @ right
@@ -138,7 +102,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """`y += alpha * left @ right` in place; all of two dimensions."""
+    """`y += alpha * left @ right` in place: `y` (m, n), `left` (m, k), `right` (k, n)."""
     if left.dtype is y.dtype is matmul_dtype(left):
         y.addmm_(left, right, alpha=alpha)
     elif left.dtype is matmul_dtype(left):

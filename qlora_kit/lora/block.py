@@ -1,47 +1,45 @@
-"""A decoder block whose nodes keep the least for backward.
+"""A fused decoder block: the model's numbers from nodes that keep the least for backward.
 
 Kept without recompute, for T tokens, hidden h, kv = kv heads x head size, ffn f, rank r:
 
-    x (T, h) and its norm's scale; q (T, h), k, v (T, kv each) after the rotary turn; attention's
-    output (T, h) where its backward or an adapter on the output projection reads it, and where its
-    backward does, a statistic (4 bytes) of every row and head; the middle residual (T, h) and its
-    norm's scale; gate and up (T, f each); the low-rank product (T, r) of every adapted linear;
-    what further norms read (of heads, behind attention and MLP), with their scales.
+    x (T, h) and its norm's scale; q (T, h), k, v (T, kv each) after the rotary embedding;
+    attention's output (T, h) where its backward or an adapter on the output projection reads it,
+    and where its backward does, a statistic (4 bytes) of every token and head; the middle residual
+    (T, h) and its norm's scale; gate and up (T, f each); the low-rank activation (T, r) of every
+    adapted linear; what further norms read (of heads, after attention and MLP), with their scales.
 
-Normalized rows, the activation and all dequantized weights are made again in backward. A model's
-block is taken up by its structure, after one comparison of its output with ours on random input,
-and left alone where they differ.
+Normalized tokens, the gated activation and all dequantized weights are recomputed in backward. A
+block is found by the structure of a model's layer, after one comparison of its output with ours on
+random input; a layer whose output differs keeps its own code (`training/layer_forward.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
+import copy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.device import has_values
-from qlora_kit.kernels.elementwise import ACTIVATIONS, Gate, rotate
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
+from qlora_kit.kernels.rotary import rotate
+from qlora_kit.kernels.swiglu import ACTIVATIONS, Gate
 from qlora_kit.lora.layer import linears
 
 COMPARED_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Relative; both sides do the same operations, a product of other width may round otherwise."""
-
-_PLAIN = contextvars.ContextVar("models_own_code", default=False)
+"""Relative; both sides do the same operations, a matmul of other width may round otherwise."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """The parts of a decoder layer, found by name; `after` norms stand behind attention and MLP."""
+    """The parts of a decoder layer, found by name; `after` norms follow attention and MLP."""
 
     layer: Any
     attention: Any
@@ -61,11 +59,11 @@ class Block:
         names = [first, second]
         if hasattr(layer, "pre_feedforward_layernorm"):
             names = [first, "pre_feedforward_layernorm", second, "post_feedforward_layernorm"]
-        norms = [FrozenNorm.of(getattr(layer, name, None) or nn.Identity()) for name in names]
+        norms = [norm_of(getattr(layer, name, None) or nn.Identity()) for name in names]
         if hasattr(attention, "q_norm") != hasattr(attention, "k_norm"):
             return None
         heads = [
-            FrozenNorm.of(getattr(attention, name))
+            norm_of(getattr(attention, name))
             for name in ("q_norm", "k_norm")
             if hasattr(attention, name)
         ]
@@ -103,12 +101,12 @@ class Block:
         options: dict[str, Any],
         around: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
-        """The layer's input to the middle residual; attention itself runs inside `around`."""
-        around = around or contextlib.nullcontext()
+        """The layer's input (B, T, h) to the middle residual; attention runs inside `around`."""
+        around = around or nullcontext()
         return self._added(x, self._attend(x, position_embeddings, mask, options, around))
 
     def mlp_half(self, x: Tensor) -> Tensor:
-        """The middle residual to the next layer's input."""
+        """The middle residual (B, T, h) to the next layer's input."""
         return self._added(x, self._mlp(x))
 
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
@@ -123,18 +121,19 @@ class Block:
         around: AbstractContextManager[Any],
     ) -> Tensor:
         attention = self.attention
-        heads = (*x.shape[:-1], -1, attention.head_dim)
+        heads = (*x.shape[:-1], -1, attention.head_dim)  # (B, T, heads, d)
         if hasattr(attention, "qkv_proj"):
             (fused,) = linears((x,), [attention.qkv_proj], self.before[0])
             groups = attention.num_key_value_groups
             kv = fused.shape[-1] // (groups + 2)
             queries, keys, values = torch.split(fused, [groups * kv, kv, kv], dim=-1)
-            # A view would keep all of `fused` for backward; the other two are turned into copies.
+            # (B, T, (groups + 2) * kv) into queries and keys and values of width kv. A view would
+            # keep all of `fused` for backward; the rotary embeddings copy the other two.
             parts: tuple[Tensor, ...] = (queries, keys, values.contiguous())
         else:
             layers = [attention.q_proj, attention.k_proj, attention.v_proj]
             parts = linears((x,), layers, self.before[0])
-        q, k, v = (part.view(heads) for part in parts)
+        q, k, v = (part.view(heads) for part in parts)  # (B, T, heads or kv heads, d)
         if self.head_norms is not None:
             q, k = normalize(self.head_norms[0], q), normalize(self.head_norms[1], k)
         cos, sin = position_embeddings
@@ -149,12 +148,13 @@ class Block:
         with around:
             attended, _ = attend(
                 attention,
-                *(one.transpose(1, 2) for one in (q, k, v)),
+                *(part.transpose(1, 2) for part in (q, k, v)),  # (B, heads, T, d)
                 mask,
                 dropout=attention.attention_dropout if attention.training else 0.0,
                 scaling=attention.scaling,
                 **options,
             )
+        # (B, T, heads, d) to (B, T, heads * d), and through the output projection to (B, T, h).
         y: Tensor = attention.o_proj(attended.reshape(*x.shape[:-1], -1))
         return y if self.after is None else normalize(self.after[0], y)
 
@@ -166,61 +166,51 @@ class Block:
         return y if self.after is None else normalize(self.after[1], y)
 
 
-@dataclass(frozen=True)
-class OwnForward:
-    """A decoder layer's forward: its block's, or the model's own code where that is asked for.
-
-    `run` takes the block and the arguments of `Block.forward`, and gives what that gives.
-    """
-
-    block: Block
-    original: Callable[..., Any]
-    run: Callable[..., Tensor] = Block.forward
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        """As the layer's own forward; a call with a cache goes through the model's code."""
-        positions = options.pop("position_embeddings", None)
-        cached = options.get("past_key_values") is not None
-        if args or positions is None or cached or _PLAIN.get():
-            return self.original(hidden_states, *args, position_embeddings=positions, **options)
-        for unused in ("past_key_values", "use_cache"):
-            options.pop(unused, None)
-        return self.run(self.block, hidden_states, positions, **options)
-
-
-def use_fused_blocks(model: Any) -> str | None:
-    """Let the decoder layers of `model` run through `Block`; None, or why they stay as they are.
-
-    A call with a cache, as generation makes it, goes through the model's own code.
-    """
-    layers = model.base_model.layers
-    blocks = [Block.of(layer) for layer in layers]
+def fused_blocks(model: Any) -> list[Block] | str:
+    """The blocks of the decoder layers of `model`, or why they stay as they are."""
+    layers, blocks, compared = model.base_model.layers, [], set()
     name = type(layers[0]).__name__
-    if any(block is None for block in blocks):
-        return f"{name} stays as it is: its parts are not those of a known block"
-    compared = set()
+    for layer in layers:
+        block = Block.of(layer)
+        if block is None:
+            return f"{name} stays as it is: its parts are not those of a known block"
+        blocks.append(block)
     for layer, block in zip(layers, blocks, strict=True):
-        assert block is not None
         kind = (_code(layer), _window(block.attention))
         if kind not in compared:
             compared.add(kind)
             # Not `>`: NaN is no agreement.
             if not (error := _difference(model, layer, block)) <= TOLERANCE[_dtype(model)]:
                 return f"{name} stays as it is: ours differs by {error:.1e} on random input"
-    for layer, block in zip(layers, blocks, strict=True):
-        assert block is not None
-        layer.forward = OwnForward(block, layer.forward)
+    return blocks
+
+
+def norm_of(module: Any) -> FrozenNorm | None:
+    """The norm that gives the numbers of `module`, or None where neither style does.
+
+    Which style a module follows is found by comparing outputs, not by its class.
+    """
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.dim() != 1:
+        return None
+    if not has_values(weight):
+        # A plan has no numbers; which style it is depends on the code alone.
+        with unset_fake_temporarily():
+            like = copy.copy(module)
+            like._parameters = {"weight": nn.Parameter(torch.ones(weight.shape) + 0.5)}
+            like.to(weight.dtype)
+            found = norm_of(like)
+        return None if found is None else replace(found, weight=weight)
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.numel(), generator=drawn).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        expected = module(x)
+        for from_zero in (False, True):
+            norm = FrozenNorm(weight, eps, from_zero)
+            if torch.equal(norm.apply(x)[0], expected):
+                return norm
     return None
-
-
-@contextlib.contextmanager
-def models_own_code() -> Iterator[None]:
-    """Let every model run its own layers meanwhile, module by module, as hooks on them expect."""
-    before = _PLAIN.set(True)
-    try:
-        yield
-    finally:
-        _PLAIN.reset(before)
 
 
 def _code(layer: nn.Module) -> tuple[object, ...]:

@@ -29,9 +29,9 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.linear import base_grad_input, base_matmul
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.kernels.elementwise import Gate
 from qlora_kit.kernels.matmul import add_matmul, linear, matmul
 from qlora_kit.kernels.rmsnorm import FrozenNorm
+from qlora_kit.kernels.swiglu import Gate
 
 Before = FrozenNorm | Gate
 """What stands in front of linears, and is made again in backward."""
@@ -266,7 +266,7 @@ class _Linears(torch.autograd.Function):
         low_rank, weights = iter(saved[:adapted]), iter(saved[adapted:])
         rows = inputs[0]
         if before is not None and adapted:
-            rows = before.again(*inputs, kept=kept)
+            rows = before.recompute(*inputs, kept=kept)
         grad_rows: Tensor | None = None
         grad_weights: list[Tensor | None] = []
         for part, grad in zip(parts, grads, strict=True):

@@ -35,6 +35,7 @@ from qlora_kit.memory.profiler import batch_tensors
 from qlora_kit.plan.extrapolate import cut, extend
 from qlora_kit.plan.repeat import RepeatedQuantize
 from qlora_kit.training.attention import known_rows
+from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import Backward, train_step
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.optimizer import (
@@ -44,7 +45,6 @@ from qlora_kit.training.optimizer import (
     tag_states,
 )
 from qlora_kit.training.prepare import prepare_model
-from qlora_kit.training.recompute import set_recompute
 
 MOST_TOKENS = 2**52
 """Of a step; beyond some number of them sizes overflow 64 bits."""

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from qlora_kit.device import free_bytes
 from qlora_kit.errors import NumericError, ResourceError
-from qlora_kit.lora.block import models_own_code
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.process.signals import StopSignals
+from qlora_kit.training.layer_forward import models_own_code
 from qlora_kit.training.loss import supervised_loss, to_device
 
 if TYPE_CHECKING:

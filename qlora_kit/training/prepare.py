@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.lora.block import use_fused_blocks
 from qlora_kit.training.attention import set_packed_attention
-from qlora_kit.training.recompute import set_recompute
+from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
 
 
 def prepare_model(model: Any, config: TrainingConfig, recompute: str | Sequence[str]) -> str | None:
-    """Choose attention, blocks and recompute; None, or why its own blocks stay as they are."""
+    """Choose attention, code and recompute of the layers; None, or why no blocks are fused."""
     set_packed_attention(model)
     note = use_fused_blocks(model) if config.fused_blocks else None
     set_recompute(model, recompute)

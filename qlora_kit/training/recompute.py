@@ -1,4 +1,4 @@
-"""Carries out which activations of a decoder layer are kept for backward, or recomputed.
+"""The levels of recompute: which activations of a decoder layer are kept for backward.
 
 Kept by a layer of ours at each level, for T tokens, hidden h, query width a (heads x head size) and
 n heads, in 16 bits, in bytes:
@@ -11,7 +11,7 @@ n heads, in 16 bits, in bytes:
 without attention: the replay of attention's half ends before its output projection, that of the
 MLP's before its last one, where no norm reads what these give. Our own forward of attention
 (`kernels/attention.py`) has no statistics. Attention that is not one kernel (soft caps) has nothing
-to keep and is made again; so is that of a base with dropout of its own.
+to keep and is recomputed; so is that of a base with dropout of its own.
 
 A layer that runs through the model's own code keeps 2Th at `full`, and its input with attention's
 output and statistics, 2Th + 2Ta + 4Tn, at `selective`.
@@ -22,14 +22,13 @@ Dropout of adapters is keyed, so nothing random has to be saved for the second r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -37,7 +36,7 @@ from torch.utils.checkpoint import (
 )
 
 from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, ATTEND_ROWS
-from qlora_kit.lora.block import Block, OwnForward
+from qlora_kit.lora.block import Block
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -50,71 +49,29 @@ ATTENTION = {
 """The kernels whose results `selective` keeps."""
 
 
-def set_recompute(model: Any, levels: str | Sequence[str]) -> None:
-    """Set the decoder layers of `model` to `none`, `selective` or `full`, all or each to its own.
+def recompute(run: Callable[..., Any], level: str, random: bool, *args: Any, **options: Any) -> Any:
+    """`run(*args, **options)` of a layer, recomputed in backward: `full`, or but for attention.
 
-    Outputs and gradients are equal bit for bit, whatever the levels.
+    `random` says that it draws from torch's own generator.
     """
-    layers = list(model.base_model.layers)
-    chosen = [levels] * len(layers) if isinstance(levels, str) else list(levels)
-    for layer, level in zip(layers, chosen, strict=True):
-        forward = layer.forward
-        if isinstance(forward, _Recomputed):
-            forward = forward.kept
-        layer.forward = _at_level(layer, forward, level, _draws(model.config, layer))
-
-
-def _draws(config: Any, layer: nn.Module) -> bool:
-    """Whether a layer draws from torch's own generator: a base with dropout in it."""
-    dropouts = (one.p for one in layer.modules() if isinstance(one, nn.Dropout))
-    return any((getattr(config, "attention_dropout", 0), *dropouts))
-
-
-@dataclass(frozen=True)
-class _Recomputed:
-    """A layer's forward that keeps less while it trains; `kept` is the one that keeps all."""
-
-    layer: nn.Module
-    kept: Callable[..., Any]
-    training: Callable[..., Any]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        trains = self.layer.training and torch.is_grad_enabled()
-        return (self.training if trains else self.kept)(*args, **kwargs)
-
-
-def _at_level(
-    layer: nn.Module, forward: Callable[..., Any], level: str, random: bool
-) -> Callable[..., Any]:
-    if level == "none":
-        return forward
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
-    if level == "full":
-        return _Recomputed(layer, forward, partial(again, forward))
     # Attention that is not run again does not draw either, and what follows it would draw others.
-    without_attention = again if random else partial(again, context_fn=_kept_attention)
-    if not isinstance(forward, OwnForward):
-        return _Recomputed(layer, forward, partial(without_attention, forward))
-    halves = replace(
-        forward,
-        original=partial(without_attention, forward.original),
-        run=partial(_halves, again, not random),
-    )
-    return _Recomputed(layer, forward, halves)
+    keeps_attention = level == "selective" and not random
+    context = {"context_fn": _kept_attention} if keeps_attention else {}
+    return _replayed(random)(run, *args, **context, **options)
 
 
-def _halves(
-    again: Callable[..., Any],
-    keeps_attention: bool,
+def recompute_halves(
     block: Block,
+    random: bool,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """As `Block.forward`, each half to be run again by itself."""
+    """`Block.forward` at `selective`, (B, T, h) to (B, T, h): each half recomputed by itself."""
+    again = _replayed(random)
     # Around attention alone: such a context looks at every operation inside, in Python.
-    keeping, kept = _kept_attention() if keeps_attention else (nullcontext(), nullcontext())
+    keeping, kept = (nullcontext(), nullcontext()) if random else _kept_attention()
     contexts = [keeping]
 
     def attention_half(x: Tensor) -> Tensor:
@@ -124,6 +81,11 @@ def _halves(
     middle: Tensor = again(attention_half, hidden_states)
     result: Tensor = again(block.mlp_half, middle)
     return result
+
+
+def _replayed(random: bool) -> Callable[..., Any]:
+    """torch's checkpoint of a function and its arguments."""
+    return partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
 
 
 def _kept_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -27,8 +27,8 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError
 from qlora_kit.export.merge import export_model
 from qlora_kit.lora.inject import find_targets, inject_lora
+from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loss import supervised_loss
-from qlora_kit.training.recompute import set_recompute
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,17 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.kernels.matmul import NATIVE, add_matmul, grad_input, linear, matmul, processor_with
+from qlora_kit.device import NATIVE, processor_with
+from qlora_kit.kernels.matmul import add_matmul, grad_input, linear, matmul
 from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.profiler import count_step
 from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model
-from qlora_kit.training.recompute import set_recompute
 
 HALVES = (torch.bfloat16, torch.float16)
 MATMULS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "matmul", "linear", "dot", "mv")

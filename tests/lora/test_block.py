@@ -10,11 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.kernels import attention
-from qlora_kit.kernels.elementwise import ACTIVATIONS, Gate, rotate
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
-from qlora_kit.lora.block import use_fused_blocks
+from qlora_kit.kernels.rotary import rotate
+from qlora_kit.kernels.swiglu import ACTIVATIONS, Gate
+from qlora_kit.lora.block import norm_of
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.lora.layer import linears
+from qlora_kit.training.layer_forward import use_fused_blocks
 
 
 def outputs_of(model, ids):
@@ -192,14 +194,14 @@ def test_a_norms_gradient_is_autograds(from_zero):
     module = torch.nn.Module()
     drawn = torch.Generator().manual_seed(0)
     module.weight = torch.nn.Parameter(torch.randn(24, generator=drawn).double(), False)
-    norm = FrozenNorm(module, 1e-6, from_zero)
+    norm = FrozenNorm(module.weight, 1e-6, from_zero)
     x = torch.randn(3, 5, 24, generator=drawn, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(3, 5, 24, generator=drawn, dtype=torch.float64)
     (found,) = torch.autograd.grad(normalize(norm, x), x, grad)
     weight = module.weight + 1 if from_zero else module.weight
     exact = x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
     (expected,) = torch.autograd.grad(exact, x, grad)
-    # The scale of a row is fp32.
+    # The scale of a token is fp32.
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -212,11 +214,11 @@ def test_a_norm_is_known_by_its_numbers():
         def forward(self, x):
             return torch.nn.functional.layer_norm(x, (8,), self.weight)
 
-    assert FrozenNorm.of(Centered()) is None
-    assert FrozenNorm.of(torch.nn.Identity()) is None
+    assert norm_of(Centered()) is None
+    assert norm_of(torch.nn.Identity()) is None
     gemma = tiny_model("gemma2").base_model.layers[0].input_layernorm
-    assert FrozenNorm.of(gemma).from_zero
-    assert not FrozenNorm.of(tiny_model("llama2").base_model.norm).from_zero
+    assert norm_of(gemma).from_zero
+    assert not norm_of(tiny_model("llama2").base_model.norm).from_zero
 
 
 @pytest.mark.parametrize("width", [8, 6])
@@ -224,9 +226,9 @@ def test_rotation_and_its_gradient(width):
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 3, 8, generator=drawn, dtype=torch.float64, requires_grad=True)
     cos, sin = (torch.randn(2, 5, width, generator=drawn, dtype=torch.float64) for _ in "cs")
-    turned, passed = x[..., :width], x[..., width:]
-    first, second = turned.chunk(2, -1)
-    expected = turned * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
+    rotated, passed = x[..., :width], x[..., width:]
+    first, second = rotated.chunk(2, -1)
+    expected = rotated * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
     expected = torch.cat((expected, passed), -1)
     assert torch.equal(rotate(x, cos, sin), expected)
     assert torch.autograd.gradcheck(rotate, (x, cos, sin))

@@ -13,9 +13,9 @@ from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.memory.profiler import MemoryProfiler
+from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer
-from qlora_kit.training.recompute import set_recompute
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ from families import tiny_model
 from qlora_kit.base.linear import quantize_linear
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.lora.block import use_fused_blocks
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.training.attention import set_packed_attention
+from qlora_kit.training.layer_forward import use_fused_blocks
 
 RANK = 4
 BITS = {4: Quantization(4, "nf4", True), 8: Quantization(8)}

@@ -8,8 +8,8 @@ from families import FAMILIES, VOCABULARY, relative_error, tiny_model, token_ids
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.training.attention import NAME, set_packed_attention
+from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loss import supervised_loss
-from qlora_kit.training.recompute import set_recompute
 
 LENGTHS = [[9, 5, 23, 2], [17, 30], [3]]
 OURS = ("llama2", "llama3", "llama_bias", "qwen2", "qwen3", "phi3", "granite")

@@ -10,10 +10,10 @@ from families import randomize_adapter, relative_error
 from micro_batches import micro_batches, ragged_rows, trained
 
 from qlora_kit.data.batch import collate, collate_packs, eval_batches
+from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train, train_step
 from qlora_kit.training.loss import evaluate
 from qlora_kit.training.optimizer import make_optimizer
-from qlora_kit.training.recompute import set_recompute
 
 
 def peft_losses(base_dir, start, steps, bits, dtype, rate, max_norm):

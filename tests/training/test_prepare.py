@@ -17,8 +17,8 @@ from micro_batches import micro_batches, ragged_rows
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_kit.data.batch import collate, collate_packs
-from qlora_kit.lora.block import OwnForward
 from qlora_kit.lora.layer import KeyedDropout
+from qlora_kit.training.layer_forward import LayerForward
 from qlora_kit.training.loop import train
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.optimizer import make_optimizer
@@ -112,9 +112,9 @@ def test_without_fused_blocks_the_numbers_are_the_same(
     for own in (True, False):
         options = {"ffn": ODD, "recompute": level, "fused_blocks": own, "dropout": 0.1}
         ours = model(bits, dtype, family=family, target_modules="all-linear", **options)
-        # The forward that a level other than `none` has around it is the one that keeps all.
-        forwards = [getattr(x.forward, "kept", x.forward) for x in ours.base_model.layers]
-        assert all(isinstance(forward, OwnForward) is own for forward in forwards)
+        forwards = [layer.forward for layer in ours.base_model.layers]
+        assert all(isinstance(forward, LayerForward) for forward in forwards)
+        assert all((forward.block is not None) is own for forward in forwards)
         history = train(ours, micro_batches(6), make_optimizer("adamw", ours.parameters(), 1e-3))
         losses.append([report.loss for report in history])
     with_blocks, without = losses

@@ -12,12 +12,11 @@ from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.kernels import attention
-from qlora_kit.kernels.elementwise import Gate
-from qlora_kit.lora.block import models_own_code
+from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.plan.levels import layer_work
+from qlora_kit.training.layer_forward import models_own_code, set_recompute
 from qlora_kit.training.loss import supervised_loss
-from qlora_kit.training.recompute import set_recompute
 
 LAYERS = 3
 LEVELS = ("none", "selective", "full")
@@ -222,8 +221,10 @@ def test_selective_ends_before_the_last_products(targets):
 )
 def test_rows_of_the_last_product_are_made_where_they_are_read(targets, made, monkeypatch):
     """In forward, and for an adapter's gradients; a replay hands them to the adapter alone."""
-    real, calls = Gate.again, []
-    monkeypatch.setattr(Gate, "again", lambda *args, **kept: calls.append(1) or real(*args, **kept))
+    real, calls = Gate.recompute, []
+    monkeypatch.setattr(
+        Gate, "recompute", lambda *args, **kept: calls.append(1) or real(*args, **kept)
+    )
     model, batch = prepared(targets=targets), batch_of(packed=False)
     found = []
     for level in ("none", "selective", "full"):

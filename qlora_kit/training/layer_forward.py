@@ -1,0 +1,93 @@
+"""The one override of a decoder layer's forward: its code x its recompute level.
+
+A layer runs through its fused block (`lora/block.py`) or through the model's own code, and its
+activations are kept for backward or recomputed (`recompute.py`). Both are chosen layer by layer,
+and one object on the layer composes them; nothing else replaces a layer's forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.lora.block import Block, fused_blocks
+from qlora_kit.training.recompute import recompute, recompute_halves
+
+_OWN_CODE = contextvars.ContextVar("models_own_code", default=False)
+
+
+@dataclass(frozen=True)
+class LayerForward:
+    """What a decoder layer is called as; `original` is the forward that it came with.
+
+    `random` says that the layer draws from torch's own generator (a base with dropout in it).
+    """
+
+    layer: nn.Module
+    original: Callable[..., Any]
+    block: Block | None = None
+    level: str = "none"
+    random: bool = False
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        """As the layer's own forward, `hidden_states` (B, T, h) to the next layer's.
+
+        A call with a cache, as generation makes it, goes through the model's code.
+        """
+        run, block = self.original, self.block
+        cached = options.get("past_key_values") is not None
+        if args or cached or options.get("position_embeddings") is None or _OWN_CODE.get():
+            block = None
+        if block is not None:
+            run = block.forward
+            for unused in ("past_key_values", "use_cache"):
+                options.pop(unused, None)
+        if self.level == "none" or not (self.layer.training and torch.is_grad_enabled()):
+            return run(hidden_states, *args, **options)
+        if self.level == "selective" and block is not None:
+            return recompute_halves(block, self.random, hidden_states, **options)
+        return recompute(run, self.level, self.random, hidden_states, *args, **options)
+
+
+def use_fused_blocks(model: Any) -> str | None:
+    """Let the decoder layers of `model` run through `Block`; None, or why they stay as they are."""
+    blocks = fused_blocks(model)
+    if isinstance(blocks, str):
+        return blocks
+    for layer, block in zip(model.base_model.layers, blocks, strict=True):
+        layer.forward = replace(_forward_of(layer), block=block)
+    return None
+
+
+def set_recompute(model: Any, levels: str | Sequence[str]) -> None:
+    """Set the decoder layers of `model` to `none`, `selective` or `full`, all or each to its own.
+
+    Outputs and gradients are equal bit for bit, whatever the levels.
+    """
+    layers = list(model.base_model.layers)
+    chosen = [levels] * len(layers) if isinstance(levels, str) else list(levels)
+    for layer, level in zip(layers, chosen, strict=True):
+        dropouts = (one.p for one in layer.modules() if isinstance(one, nn.Dropout))
+        random = any((getattr(model.config, "attention_dropout", 0), *dropouts))
+        layer.forward = replace(_forward_of(layer), level=level, random=random)
+
+
+@contextlib.contextmanager
+def models_own_code() -> Iterator[None]:
+    """Let every model run its own layers meanwhile, module by module, as hooks on them expect."""
+    before = _OWN_CODE.set(True)
+    try:
+        yield
+    finally:
+        _OWN_CODE.reset(before)
+
+
+def _forward_of(layer: Any) -> LayerForward:
+    forward = layer.forward
+    return forward if isinstance(forward, LayerForward) else LayerForward(layer, forward)

@@ -143,9 +143,9 @@ def train(level: str, data: Path) -> dict[str, Any]:
 
 def padding(data: Path) -> dict[str, float]:
     """The share of padding over a whole epoch, in each order."""
-    from qlora_kit.commands.data_report import report_of
     from qlora_kit.config.commands import ShowConfig
     from qlora_kit.config.data import DataConfig
+    from qlora_kit.data.report import report_of
     from qlora_kit.data.rows import load_rows
 
     path = str(data / "text/gsm8k/train.jsonl")

@@ -141,6 +141,11 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
+def available_bytes(device: torch.device) -> int:
+    """What a process may take of a device: what is free, and what it has taken already."""
+    return free_bytes(device) + OVERHEADS[device.type].fixed
+
+
 def describe_device(device: torch.device) -> str:
     """The device in words, with what its peak means."""
     if device.type == "cuda":

@@ -55,6 +55,7 @@ LIGHT = (
     "process.worker",
     *(f"commands.{name}" for name in COMMANDS),
     *("commands.main", "commands.argv", "commands.failure"),
+    *("commands.terminal", "commands.plan_text", "commands.data_text", "commands.data_page"),
 )
 """Modules whose top imports the standard library, yaml and each other only."""
 

@@ -1,12 +1,14 @@
-"""The report of `show-data` on a terminal."""
+"""The report of `show-data` as it is printed, on a terminal and in a page."""
 
 from __future__ import annotations
 
-from rich.text import Text
+from typing import TYPE_CHECKING
 
-from qlora_kit.commands.data_report import Part, Report, ShownRow
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.process.streams import plain
+
+if TYPE_CHECKING:
+    from qlora_kit.data.report import Part, Report, ShownRow
 
 BAR = 40
 SHOWN = 5
@@ -28,6 +30,8 @@ OPEN, CLOSE = "⟦", "⟧"
 
 def print_report(report: Report, terminal: Terminal) -> None:
     """Rows first, then counts, lengths and padding, so that the summary is what stays on screen."""
+    from rich.text import Text
+
     coloured = terminal.has_colour
     for row in report.rows:
         _print_row(terminal, row, coloured)
@@ -61,6 +65,8 @@ def print_report(report: Report, terminal: Terminal) -> None:
 
 
 def _print_row(terminal: Terminal, row: ShownRow, coloured: bool) -> None:
+    from rich.text import Text
+
     title = row.where
     if row.parts > 1:
         title += f" (part {row.part} of {row.parts})"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from qlora_kit.commands.data_notes import notes_of
-from qlora_kit.commands.progress import TrainingProgress, size
-from qlora_kit.commands.terminal import Terminal
+from qlora_kit.commands.progress import TrainingProgress
+from qlora_kit.commands.terminal import Terminal, size
+from qlora_kit.data.notes import notes_of
 from qlora_kit.run.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ class Display(Reporter):
 
     def chats(self, tokenizer: Any, data: DataConfig) -> None:
         """At which tokens answers stop, and the day that a dated template writes."""
-        from qlora_kit.commands.data_report import ends_text
         from qlora_kit.data.chat_template import chat_options
+        from qlora_kit.data.report import ends_text
 
         self._line("chats", ends_text(tokenizer, chat_options(data)))
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from qlora_kit.commands.progress import size
-from qlora_kit.commands.terminal import Terminal, styled
+from qlora_kit.commands.terminal import Terminal, size
 
 if TYPE_CHECKING:
-    from qlora_kit.plan.plan import MemoryPlan, Planner
-    from qlora_kit.plan.suggest import Options, Suggestion
+    from rich.table import Table
+
+    from qlora_kit.plan.answer import Answer, Cell
 
 SHOWN = {
     "weights_quantized": "quantized linears",
@@ -29,15 +27,11 @@ SHOWN = {
 OVER = "!"
 
 
-def print_plan(
-    options: Options,
-    planner: Planner,
-    plan: MemoryPlan,
-    suggestions: Sequence[Suggestion],
-    grid: Sequence[dict[str, Any]] | None,
-) -> None:
+def print_plan(answer: Answer, terminal: Terminal) -> None:
     """Print all of it."""
-    terminal = Terminal()
+    from rich.table import Table
+
+    options, plan, grid = answer.options, answer.plan, answer.grid
     training = options.training
     terminal.print(
         (options.base.model, "bold"),
@@ -57,7 +51,7 @@ def print_plan(
     again = f"{plan.recomputed:.0%} of a forward pass is done again"
     terminal.print(f"gradient checkpointing: {plan.recompute}; {again}")
     terminal.print(f"host memory of loading: {size(plan.host_peak_bytes)}")
-    terminal.print(f"outside tensors: {planner.overhead.source}")
+    terminal.print(f"outside tensors: {answer.overhead}")
     if plan.device == "cpu" and options.base.device == "auto":
         terminal.print(
             "planned for the CPU, for no GPU is here: --device cuda or --device_memory SIZE plans "
@@ -69,29 +63,34 @@ def print_plan(
         if plan.margin_bytes:
             margin = f"with a margin of {size(plan.margin_bytes)}"
         terminal.print(word, f": {size(plan.peak_bytes)} of {size(plan.budget_bytes)}, {margin}")
-    for one in suggestions:
+    for one in answer.suggestions:
         terminal.print(f"  {one.change}: {size(one.plan.peak_bytes)}")
-    if not plan.fits and not suggestions:
+    if not plan.fits and not answer.suggestions:
         terminal.print("  no change of these options makes it fit: take a smaller base")
     if grid is not None:
         terminal.show(_grid_table(grid))
-        if not all(cell["plan"].fits for cell in grid):
-            terminal.print(f"{OVER} does not fit {size(grid[0]['plan'].budget_bytes)}")
+        if not all(cell.plan.fits for cell in grid):
+            budget = grid[0].plan.budget_bytes
+            assert budget is not None
+            terminal.print(f"{OVER} does not fit {size(budget)}")
 
 
-def _grid_table(grid: Sequence[dict[str, Any]]) -> Table:
+def _grid_table(grid: Sequence[Cell]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title="peak by batch and length", title_justify="left", show_edge=False)
-    rows = sorted({cell["batch_size"] for cell in grid})
+    rows = sorted({cell.batch_size for cell in grid})
     table.add_column("length", justify="right")
     for count in rows:
         table.add_column(f"batch {count}", justify="right")
-    for length in sorted({cell["max_length"] for cell in grid}):
-        cells = [cell["plan"] for cell in grid if cell["max_length"] == length]
+    for length in sorted({cell.max_length for cell in grid}):
+        cells = [cell.plan for cell in grid if cell.max_length == length]
         # A mark as well as a colour, which not every terminal and no file has.
         shown = (
-            styled((size(plan.peak_bytes), "green"))
+            Text(size(plan.peak_bytes), "green")
             if plan.fits
-            else styled((f"{OVER} {size(plan.peak_bytes)}", "red"))
+            else Text(f"{OVER} {size(plan.peak_bytes)}", "red")
             for plan in cells
         )
         table.add_row(str(length), *shown)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from qlora_kit.commands.terminal import Terminal
+from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.run.reporter import StepReporter
 
 if TYPE_CHECKING:
@@ -93,11 +93,3 @@ def clock(seconds: float) -> str:
     """Hours, minutes and seconds, `1:02:03`."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-
-
-def size(n: int) -> str:
-    """Bytes in the largest fitting unit of 1024."""
-    value, units = float(n), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.2f} {units[0]}"

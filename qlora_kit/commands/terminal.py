@@ -8,24 +8,27 @@ JSON in every encoding. What happens when the stream cannot be written to is `st
 from __future__ import annotations
 
 import json
-
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
-from rich.segment import Segment
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from qlora_kit.errors import redacted
 from qlora_kit.process.streams import plain
+
+if TYPE_CHECKING:
+    from rich.console import ConsoleRenderable
+    from rich.text import Text
 
 LABEL = 9
 """Characters of the label in front of a line."""
 
 
 class Terminal:
-    """Standard output, with styles where it is a terminal."""
+    """Standard output, with styles where it is a terminal; or a record of what would be there."""
 
-    def __init__(self) -> None:
-        self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-        self.console.push_render_hook(_Plain())
+    def __init__(self, *, record: bool = False) -> None:
+        # Rich is imported where something is printed: `--help` takes no time for it.
+        from qlora_kit.commands.console import PlainConsole
+
+        self.console = PlainConsole(record=record)
 
     @property
     def is_live(self) -> bool:
@@ -40,7 +43,7 @@ class Terminal:
 
     def print(self, *parts: str | tuple[str, str], end: str = "\n") -> None:
         """One text of several parts, each a text or a (text, style)."""
-        self.console.print(styled(*parts), end=end)
+        self.console.print(_styled(*parts), end=end)
 
     def line(self, label: str, *parts: str | tuple[str, str], width: int = LABEL) -> None:
         """`label`, then a text of several parts."""
@@ -66,8 +69,10 @@ class Terminal:
         self.console.file.flush()
 
 
-def styled(*parts: str | tuple[str, str]) -> Text:
-    """A text of several parts, each a text or a (text, style), without what a terminal obeys."""
+def _styled(*parts: str | tuple[str, str]) -> Text:
+    """A text of several parts, each a text or a (text, style), with no secret."""
+    from rich.text import Text
+
     text = Text()
     for part in parts:
         said, style = (part, "") if isinstance(part, str) else part
@@ -75,26 +80,9 @@ def styled(*parts: str | tuple[str, str]) -> Text:
     return text
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Rich's own would end the process, with exit code 1."""
-        raise
-
-
-class _Plain(RenderHook):
-    """Makes every text of whatever is rendered plain, cells of tables too."""
-
-    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        return [_PlainRenderable(one) for one in renderables]
-
-
-class _PlainRenderable:
-    def __init__(self, renderable: ConsoleRenderable) -> None:
-        self._renderable = renderable
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for segment in console.render(self._renderable, options):
-            if segment.control:
-                yield segment
-            else:
-                yield Segment(plain(segment.text), segment.style)
+def size(n: int) -> str:
+    """Bytes in the largest fitting unit of 1024."""
+    value, units = float(n), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.2f} {units[0]}"

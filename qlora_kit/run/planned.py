@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from qlora_kit.data.batch import lengths_of
-from qlora_kit.device import OVERHEADS, free_bytes
+from qlora_kit.device import available_bytes
 from qlora_kit.errors import ConfigError
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
 
@@ -69,8 +67,3 @@ def _largest_shapes(schedule: StepSchedule) -> Iterator[tuple[BatchShape, int]]:
     yield BatchShape(len(largest.sequences), length, trained, packed, longest), steps
     if alone := schedule.most_single_rows():
         yield BatchShape(alone, length, trained), steps
-
-
-def available_bytes(device: torch.device) -> int:
-    """What a process may take of a device: what is free, and what it has taken already."""
-    return free_bytes(device) + OVERHEADS[device.type].fixed

@@ -7,8 +7,8 @@ import json
 import torch
 from families import SIZES, VOCABULARY, save_checkpoint, save_tokenizer
 
-from qlora_kit.commands.display import size
 from qlora_kit.commands.plan import main
+from qlora_kit.commands.terminal import size
 
 OPTIONS = ["--model", "tiny", "--device", "cpu", "--max_length", "64", "--lora_r", "8"]
 

@@ -13,9 +13,9 @@ import pytest
 from chat_tokenizer import chat_tokenizer
 from families import tree_hash
 
-from qlora_kit.commands import data_report
 from qlora_kit.commands.data_page import HEAD
 from qlora_kit.commands.show_data import main
+from qlora_kit.data import report as data_report
 from qlora_kit.data.batch import collate_packs, padding_id
 from qlora_kit.data.encode import encode_rows
 from qlora_kit.data.order import make_packs
@@ -195,10 +195,16 @@ def test_the_page_stands_alone_and_says_the_same(capsys, model, chats, tmp_path)
     assert page.links == []
     assert "<script" not in text
     assert "http" not in text
-    learnt = "".join(data for kinds, data in page.spans if "t" in kinds)
-    assert learnt == "hello</s>on\n🙂</s>it is </s></s>yes</s>"
-    control = [data for kinds, data in page.spans if "c" in kinds]
-    assert "".join(control) == "<s></s></s><s></s><s></s>"
+    # The legend says which style is which.
+    legend = ("trained on", "its end", "control tokens")
+    style = {data: kinds for kinds, data in page.spans if data in legend}
+    texts = [(kinds, data) for kinds, data in page.spans if data not in legend]
+    learnt = [data for kinds, data in texts if kinds in (style["trained on"], style["its end"])]
+    assert "".join(learnt) == "hello</s>on⏎🙂</s>it is </s></s>yes</s>"
+    ends = [data for kinds, data in texts if kinds == style["its end"]]
+    assert "".join(ends) == "</s>" * 4
+    control = [data for kinds, data in texts if kinds == style["control tokens"]]
+    assert "".join(control) == "<s>" * 3
     # What a row says is text, never a tag.
     assert "he <b> & 'x'" in page.text
     assert "he &lt;b&gt; &amp;" in text
@@ -337,7 +343,7 @@ def test_a_page_replaces_a_page_and_nothing_else(capsys, model, chats, tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for count in (1, 2):
         run(capsys, *arguments(base, rows, "--rows", count, "--html", page))
-    assert page.read_text().count('<section class="row">') == 2
+    assert page.read_text().count(f"── {rows}:") == 2
     # A page may itself be what is read.
     shutil.copy(page, tmp_path / "page.txt")
     text = (tmp_path / "page.txt").read_bytes()

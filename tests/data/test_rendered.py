@@ -11,10 +11,10 @@ from test_encode import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data import tokens as tokens_module
 from qlora_kit.data.encode import encode, encode_rows, prompt_ids
+from qlora_kit.data.notes import notes_of
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row, load_rows
 from qlora_kit.data.tokens import pieces

@@ -32,11 +32,6 @@ class Question:
     expected: str
 
 
-def has_answer(row: Row) -> bool:
-    """Whether a row says what is to be answered."""
-    return "completion" in row.content or "messages" in row.content
-
-
 def questions(
     rows: Iterable[Row], tokenizer: Any, rules: EncodeRules, ends: Collection[int]
 ) -> list[Question]:

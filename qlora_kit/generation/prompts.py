@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.config.commands import GenerateConfig
+from qlora_kit.data.fields import text
+from qlora_kit.data.lines import decoded, lines
+from qlora_kit.data.records import records
 from qlora_kit.errors import ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
@@ -34,21 +37,15 @@ def one_prompt(options: GenerateConfig) -> str:
         raise DataError(
             f"standard input: has more than {LIMIT // 1024**2} MiB", "give a shorter prompt"
         )
-    from qlora_kit.data.lines import decoded
-
     # As in a shell's $(...), where text that is written by line ends in one that is not meant.
-    text = decoded(raw, 0, "standard input").removesuffix("\n").removesuffix("\r")
-    if not text:
+    whole = decoded(raw, 0, "standard input").removesuffix("\n").removesuffix("\r")
+    if not whole:
         raise ConfigError("standard input holds no prompt", "give --prompt TEXT, or pipe a text in")
-    return text
+    return whole
 
 
 def rows_of_prompts(name: str) -> list[dict[str, Any]]:
     """The rows of a file, each with a `prompt`. Errors: `DataError` with `file:line`."""
-    from qlora_kit.data.fields import text
-    from qlora_kit.data.lines import decoded, lines
-    from qlora_kit.data.records import records
-
     path = Path(name)
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(

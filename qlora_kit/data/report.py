@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qlora_kit.commands.data_notes import notes_of
 from qlora_kit.config.commands import ShowConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data.answers import turn_ends
 from qlora_kit.data.batch import lengths_of, padding_note
 from qlora_kit.data.chat_template import ChatOptions, date_of, templates_of
 from qlora_kit.data.encode import EncodedRows, encode, encode_rows, shared_rows
+from qlora_kit.data.notes import notes_of
 from qlora_kit.data.order import make_packs
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row, Rows

@@ -1,0 +1,28 @@
+"""What `plan` is asked, refused where it cannot be planned before torch is imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_kit.base.checks import find_config, read_config_file
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.errors import ConfigError
+from qlora_kit.options.parsed import Parsed
+
+if TYPE_CHECKING:
+    from qlora_kit.plan.answer import Answer
+
+
+def plan_for(parsed: Parsed) -> Answer:
+    """The plan that the options ask for. Errors: `ConfigError`, and those of a `config.json`."""
+    base, given = parsed[BaseConfig], parsed.given[LoRAConfig]
+    if "adapter" in given and not given >= {"r", "target_modules"}:
+        raise ConfigError(
+            f"--adapter {parsed[LoRAConfig].adapter}: a plan does not read adapters",
+            "give its --lora_r and --target_modules too, or --config with its run's config.yaml",
+        )
+    read_config_file(find_config(base.model, base.revision)[1])
+    from qlora_kit.plan.answer import answer
+
+    return answer(parsed)

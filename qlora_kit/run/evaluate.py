@@ -1,0 +1,57 @@
+"""What `evaluate` evaluates on, refused or read before torch is imported.
+
+It is the whole of a file, or what a run would hold out: the held-out file of a directory,
+`--eval_data`, or the share that a given `--eval_fraction` draws. Without `--data` it is what the
+adapter's own run held out, so that the loss is the one in its run.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from qlora_kit.config.commands import EvaluateConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.data.rows import load_rows
+from qlora_kit.data.source import is_one_table
+from qlora_kit.errors import ConfigError
+from qlora_kit.options.parsed import Parsed
+from qlora_kit.run.saved_adapter import look_at, run_data
+
+
+def evaluate_model(parsed: Parsed) -> dict[str, Any]:
+    """The loss, perplexity and answers of what the options name: what `--json` prints.
+
+    Errors: those of the files, `ConfigError`, `NumericError`.
+    """
+    options = parsed[EvaluateConfig]
+    look_at(parsed, options.adapter)
+    data, seed = _data(parsed)
+    found = load_rows(data, seed)
+    rows, source = found.train, found.train_source
+    if found.evaluation:
+        rows, source = found.evaluation, found.eval_source
+    if options.generate and not any(
+        {"completion", "messages"} & row.content.keys() for row in rows
+    ):
+        raise ConfigError(
+            f"generate {options.generate}: {source} has rows of {found.format}, which have no "
+            "completion to compare an answer with",
+            "use rows of prompt and completion, or leave --generate out",
+        )
+    from qlora_kit.run.scores import scores
+
+    return scores(parsed, data, rows, source)
+
+
+def _data(parsed: Parsed) -> tuple[DataConfig, int]:
+    """What to read, and the seed that draws a share of it."""
+    options, data = parsed[EvaluateConfig], parsed[DataConfig]
+    given = parsed.given[DataConfig]
+    if "data" not in given and options.adapter is not None:
+        run = run_data(options.adapter)
+        if run is not None:
+            own = {name: getattr(data, name) for name in given}
+            return replace(run[0], **own), run[1]
+    whole = not given & {"eval_data", "eval_fraction"} and is_one_table(data.data)
+    return replace(data, eval_fraction=0) if whole else data, options.seed

@@ -1,0 +1,31 @@
+"""What `generate` answers: one prompt in pieces, or the rows of a file.
+
+Prompts are read, and what paths, JSON and headers show is refused, before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_kit.config.commands import GenerateConfig
+from qlora_kit.generation.prompts import check_prompt, one_prompt, rows_of_prompts
+from qlora_kit.options.parsed import Parsed
+from qlora_kit.run.saved_adapter import look_at
+
+
+def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
+    """The answer to the one prompt in pieces, a line end behind it; or each row with its answer.
+
+    Errors: `ConfigError`, `DataError`, those of the base, the adapter and generation.
+    """
+    options = parsed[GenerateConfig]
+    check_prompt(options)
+    look_at(parsed, options.adapter)
+    if options.prompts is None:
+        rows = [{"prompt": one_prompt(options)}]
+    else:
+        rows = rows_of_prompts(options.prompts)
+    from qlora_kit.run.answers import answer_pieces, answer_rows
+
+    return answer_pieces(parsed, rows[0]) if options.prompts is None else answer_rows(parsed, rows)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import edit_config, refused, save_checkpoint
+from pickles import Payload
 
 from qlora_kit.base.checks import check_architecture, read_config
 from qlora_kit.base.load import open_base
@@ -146,21 +147,13 @@ def test_python_files_of_a_tokenizer_are_never_run(model, tmp_path):
     assert not canary.exists()
 
 
-class _Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
 @pytest.mark.parametrize("kind", ["weights", "other_keys", "payload"])
 def test_pickles_are_refused_and_not_opened(model, tmp_path, kind):
     (model / WEIGHTS).unlink()
     content = {"model.norm.weight": torch.ones(64)} if kind == "weights" else {"x": 1}
     torch.save(content, model / "pytorch_model.bin")
     if kind == "payload":
-        (model / "pytorch_model.bin").write_bytes(pickle.dumps(_Payload(tmp_path / "canary")))
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
     with refused(UnsafeInputError, "pytorch_model.bin", "convert it", directory=model):
         check(model)
     assert not (tmp_path / "canary").exists()

@@ -13,7 +13,6 @@ from families import (
     randomize_adapter,
     refused,
     relative_error,
-    save_checkpoint,
     token_ids,
     tree_hash,
 )
@@ -29,14 +28,6 @@ from qlora_kit.export.merge import export_model
 from qlora_kit.lora.inject import find_targets, inject_lora
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loss import supervised_loss
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bases")
-    for family in FAMILIES:
-        save_checkpoint(root / family, family)
-    return root
 
 
 def load(directory, bits=16, dtype="fp32"):
@@ -117,12 +108,12 @@ def test_traits_of_the_family_are_in_the_checkpoint(bases, family):
     assert config["intermediate_size"] % 2 == 1
 
 
-def test_gemmas_soft_cap_of_attention_is_kept(bases):
+def test_gemmas_soft_cap_of_attention_is_kept(bases, tmp_path):
     # torch's fused product has no soft cap; transformers only warns when it is asked for both.
     ours = load(bases / "gemma2")
     assert ours.config._attn_implementation == "eager"
-    edited = bases.parent / "uncapped"
-    shutil.copytree(bases / "gemma2", edited, dirs_exist_ok=True)
+    edited = tmp_path / "uncapped"
+    shutil.copytree(bases / "gemma2", edited)
     edit_config(edited, attn_logit_softcapping=1e4)
     assert relative_error(logits(load(edited)), logits(ours)) > 1e-3
 
@@ -158,9 +149,9 @@ def batch(ids, prompt=4):
     }
 
 
-def test_keys_of_another_family_mean_nothing_to_the_loss(bases):
-    plain, edited = bases / "llama2", bases.parent / "stray"
-    shutil.copytree(plain, edited, dirs_exist_ok=True)
+def test_keys_of_another_family_mean_nothing_to_the_loss(bases, tmp_path):
+    plain, edited = bases / "llama2", tmp_path / "stray"
+    shutil.copytree(plain, edited)
     edit_config(edited, final_logit_softcapping=3.0, logits_scaling=0.25)
     data = batch(token_ids(2, 20))
     with torch.no_grad():

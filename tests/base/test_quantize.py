@@ -14,6 +14,7 @@ import bitsandbytes.functional as bf
 import pytest
 import torch
 from adapted import adapted_model
+from allocations import profiled_peak
 from families import tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -456,13 +457,7 @@ def test_8bit_matmuls_need_no_fp32_memory_of_the_size_of_the_weight():
     x = random_weight((4, 512), torch.bfloat16).requires_grad_()
     for name, layer in layers.items():
         layer(x).sum().backward()  # the workspace is there from now on
-        with torch.profiler.profile(profile_memory=True) as profile:
-            layer(x).sum().backward()
-        total = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                total += event.nbytes()
-                peak = max(peak, total)
+        peak = profiled_peak(lambda layer=layer: layer(x).sum().backward())
         if name == "upstream":
             # A copy in bf16 that is scaled in place by fp32: torch makes fp32 of it and rounds.
             assert peak >= (2 + 4 + 4) * weight.numel()

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 from families import edit_weights, save_checkpoint, tree_hash
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from trained import save_trained, write_rows
+from trained import save_peft, save_trained, write_rows
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.config.base import BaseConfig
@@ -235,12 +234,7 @@ def test_another_base_needs_a_word(run: Run, workshop: Any, tmp_path: Path) -> N
 def test_an_adapter_of_peft_is_exported_in_the_bits_that_are_given(
     run: Run, workshop: Any, tmp_path: Path
 ) -> None:
-    base = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(tmp_path / "adapter")
+    model = save_peft(workshop.base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
     answer = run(
         "export", "--adapter", tmp_path / "adapter", "--bits", "16", "--output_dir",
         tmp_path / "out", "--verify", workshop.rows, "--dtype", "fp32",

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from families import tree_hash
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from trained import trained_base
+from trained import save_peft, trained_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.config.base import BaseConfig
@@ -106,12 +105,7 @@ def test_a_base_that_is_not_where_its_adapter_says_is_never_looked_up_on_the_hub
 def test_an_adapter_of_peft_says_its_base_and_not_its_bits(
     run: Run, workshop: Any, tmp_path: Path
 ) -> None:
-    base = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(tmp_path / "adapter")
+    model = save_peft(workshop.base, tmp_path / "adapter", r=4, target_modules=["v_proj"])
     answer = run(
         "generate", "--adapter", tmp_path / "adapter", "--bits", 16, "--dtype", "fp32", "--prompt",
         "Once", "--max_new_tokens", 12,

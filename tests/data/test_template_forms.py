@@ -1,7 +1,7 @@
 """Templates of the forms that real families have: a turn is trained as the model will meet it."""
 
 import pytest
-from chat_tokenizer import chat_tokenizer
+from chat_tokenizer import chat_tokenizer, sentencepiece_decoder
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -206,14 +206,7 @@ def spaced(kind):
             )
         else:
             made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
-        made.decoder = decoders.Sequence(
-            [
-                decoders.Replace("▁", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
+        made.decoder = sentencepiece_decoder()
     made.add_special_tokens([AddedToken(word, special=True) for word in words[:2]])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 

@@ -7,33 +7,14 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from folders import Stop, contents
 
 from qlora_kit.errors import ConfigError, ResourceError
 from qlora_kit.files.atomic import check_output, replace_file, write_file
 from qlora_kit.files.lock import locked
-
-
-class Stop(BaseException):
-    """Neither an `Exception` nor foreseen, like a signal."""
-
-
-def contents(directory: Path) -> dict[str, bytes | None]:
-    """Every path below a directory, and what a file holds."""
-    return {
-        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
-        for path in sorted(directory.rglob("*"))
-    }
-
-
-@pytest.fixture
-def umask() -> Iterator[None]:
-    before = os.umask(0o027)
-    yield
-    os.umask(before)
 
 
 def test_a_file_is_written_whole_with_the_mode_of_the_umask(tmp_path: Path, umask: None) -> None:

@@ -12,28 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from folders import Stop, contents
 
 from qlora_kit.errors import ResourceError
 from qlora_kit.files.publish import mend, new_directory, publish
-
-
-class Stop(BaseException):
-    """Neither an `Exception` nor foreseen, like a signal."""
-
-
-def contents(directory: Path) -> dict[str, bytes | None]:
-    """Every path below a directory, and what a file holds."""
-    return {
-        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
-        for path in sorted(directory.rglob("*"))
-    }
-
-
-@pytest.fixture
-def umask() -> Iterator[None]:
-    before = os.umask(0o027)
-    yield
-    os.umask(before)
 
 
 def test_a_directory_appears_when_it_is_whole(tmp_path: Path, umask: None) -> None:

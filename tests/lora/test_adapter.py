@@ -15,12 +15,12 @@ from families import (
     randomize_adapter,
     refused,
     relative_error,
-    save_checkpoint,
     token_ids,
     tree_hash,
 )
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from pickles import Payload
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -34,16 +34,6 @@ from qlora_kit.lora.adapter_files import read_adapter
 from qlora_kit.lora.inject import activate, inject_lora, lora_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bases")
-    for family in FAMILIES:
-        save_checkpoint(root / family, family)
-    save_checkpoint(root / "deep", "llama2", num_hidden_layers=3)
-    save_checkpoint(root / "shallow", "llama2", num_hidden_layers=1)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -360,17 +350,9 @@ def test_missing_and_broken_files_are_named(spotless, adapter, tmp_path):
         load_adapter(spotless, adapter)
 
 
-class _Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
 def test_a_pickle_is_not_opened(spotless, adapter, tmp_path):
     (adapter / WEIGHTS).unlink()
-    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(_Payload(tmp_path / "canary")))
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
     with refused(UnsafeInputError, "adapter_model.bin", "convert it", directory=adapter):
         load_adapter(spotless, adapter)
     assert not (tmp_path / "canary").exists()

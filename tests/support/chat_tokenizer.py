@@ -16,6 +16,18 @@ CONTROL = [
 MERGES = [("Ġ", "h"), ("h", "e"), ("l", "l"), ("Ċ", "Ċ"), (":", "Ċ"), ("<", "|"), ("|", ">")]
 
 
+def sentencepiece_decoder():
+    """As Llama 2's: `▁` is a space, unknown characters are bytes, the first space is dropped."""
+    return decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+
+
 def chat_tokenizer(pad=None, adds_bos=True):
     """With `<s>` before a text or not; `</s>` ends a text; `pad` may be the same or None."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

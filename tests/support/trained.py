@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.load import load_base
@@ -34,6 +35,19 @@ def save_trained(directory: Path, adapter: Path, **options: Any) -> Base:
     base = trained_base(directory, **options)
     save_adapter(base, adapter)
     return base
+
+
+def save_peft(base: Path, directory: Path, *, r: int, **settings: Any) -> Any:
+    """An adapter that PEFT makes and saves, its B no longer zero; returns PEFT's model in fp32."""
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(directory)
+    return model
 
 
 def write_rows(path: Path, count: int = 12) -> Path:

@@ -83,7 +83,7 @@ GIVEN |= {"dict", "range", "strftime_now"}
 def templates_of(tokenizer: Any) -> dict[str, str]:
     """The tokenizer's templates by name; the one that rows without tools take is `default`."""
     found = tokenizer.chat_template or {}
-    texts = {"default": found} if isinstance(found, str) else found
+    texts = found if isinstance(found, Mapping) else {"default": found}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 

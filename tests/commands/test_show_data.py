@@ -264,7 +264,7 @@ def test_a_broken_tokenizer_is_named(capsys, chats, tmp_path, damage):
 
 @pytest.mark.parametrize(
     ("template", "reason"),
-    [("{% if x", "is no Jinja template"), ({"=": None}, "no default"), ({"default": None}, "")],
+    [("{% if x", "is no Jinja"), ({"=": None}, "no default"), ({"default": None}, ""), (5, "")],
 )
 def test_a_broken_template_is_named_where_chats_are_read_and_not_before(
     capsys, chats, tmp_path, template, reason

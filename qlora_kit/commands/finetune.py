@@ -200,7 +200,7 @@ def _check_adapters(
     import warnings
 
     from qlora_kit.files.atomic import check_room
-    from qlora_kit.lora.inject import check_rank, find_targets
+    from qlora_kit.lora.targets import check_rank, find_targets
     from qlora_kit.training.checkpoint import SLACK_BYTES
     from qlora_kit.training.optimizer import state_bytes
 

@@ -26,6 +26,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError
 from qlora_kit.files.atomic import write_file
 from qlora_kit.lora.adapter_files import HEADER_KEY, AdapterFiles, read_adapter
+from qlora_kit.lora.dropout import KeyedDropout
 from qlora_kit.lora.inject import (
     ADAPTER,
     activate,
@@ -33,10 +34,9 @@ from qlora_kit.lora.inject import (
     clear_adapter,
     lora_layer,
     lora_layers,
-    short_names,
 )
-from qlora_kit.lora.layer import KeyedDropout
-from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, adapted_modules
+from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE
+from qlora_kit.lora.targets import adapted_modules, short_names
 
 KEY_PREFIX = "base_model.model."
 SCALE_OPTIONS = ("r", "lora_alpha", "use_rslora")

@@ -2,13 +2,12 @@
 
     y = W x + b + scaling * B (A dropout(x))
 
-Two nodes of the graph compute the products of all linears that read the same rows (q, k and v; gate
-and up), with their adapters and with the norm or the gated activation in front of them. The
-low-rank part comes first, and the update is added into the base product in place. For backward it
-keeps the input once, A x of each adapter, nothing of W; normalized, gated and dropped-out rows are
-made again. `lora_A` and `lora_B` are fp32 masters; copies in the adapter dtype compute, made where
-they are read. One pass over the 1b shape casts for 0.5 ms; copies kept through a step would hold 2
-bytes a parameter, and an optimizer that writes past torch would leave them stale.
+One function, `linears`, computes all linears that read the same tokens (q, k and v; gate and up),
+with their adapters and with the norm or the gated activation before them. For backward it keeps the
+input once, A x of each adapter, nothing of W; normalized, gated and dropped-out tokens are
+recomputed. `lora_A` and `lora_B` are fp32 masters, cast to the adapter dtype where they are read.
+One pass over the 1b shape casts for 0.5 ms; copies kept through a step would hold 2 bytes a
+parameter, and an optimizer that writes past torch would leave them stale.
 
 Module and parameter names are PEFT's: `base_layer`, `lora_A.<adapter>.weight` (r, in_features),
 `lora_B.<adapter>.weight` (out_features, r).
@@ -17,7 +16,6 @@ Source: Hu et al., LoRA (arXiv 2106.09685).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,51 +30,10 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.kernels.matmul import add_matmul, linear, matmul
 from qlora_kit.kernels.rmsnorm import FrozenNorm
 from qlora_kit.kernels.swiglu import Gate
+from qlora_kit.lora.dropout import KeyedDropout
 
 Before = FrozenNorm | Gate
-"""What stands in front of linears, and is made again in backward."""
-
-
-class KeyedDropout(nn.Module):
-    """Dropout whose mask follows from seed, layer, step and micro-step alone.
-
-    Recomputing a layer, or a step that is tried again, draws the same mask without any saved
-    random state. The training loop calls `seek` on whatever has it.
-    """
-
-    def __init__(self, p: float, seed: int, layer_name: str) -> None:
-        super().__init__()
-        self.p = p
-        self._key = f"{seed} {layer_name}"
-        self._position = (0, 0)
-
-    def seek(self, step: int, micro_step: int) -> None:
-        """Say where the run stands; masks drawn from here on belong to that place."""
-        self._position = (step, micro_step)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zero a share `p` of `x` and scale up the rest; the identity in evaluation mode."""
-        return self.at(self.position, x)
-
-    @property
-    def position(self) -> tuple[int, int] | None:
-        """Where masks are drawn for now; None where nothing is dropped."""
-        return self._position if self.training and self.p else None
-
-    def at(self, position: tuple[int, int] | None, x: Tensor) -> Tensor:
-        """Drop out `x`, or its gradient, with the mask of a `position`."""
-        if position is None:
-            return x
-        step, micro_step = position
-        digest = hashlib.sha256(f"{self._key} {step} {micro_step}".encode()).digest()
-        generator = torch.Generator(device=x.device)
-        generator.manual_seed(int.from_bytes(digest[:7], "little"))
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p, generator=generator)
-        return x * keep * (1 / (1 - self.p))
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"p={self.p}"
+"""What comes before linears, and is recomputed in backward."""
 
 
 class LoRALinear(nn.Module):
@@ -149,21 +106,32 @@ def delta_weight(layer: LoRALinear, name: str) -> Tensor:
 def linears(
     inputs: Sequence[Tensor], layers: Sequence[nn.Module], before: Before | None = None
 ) -> tuple[Tensor, ...]:
-    """The outputs (..., out_features) of linears that read the same rows (..., in_features).
+    """The outputs (..., out_features) of linears that read the same tokens (..., in_features).
 
-    The rows are the one input, or what `before` makes of the inputs, which is not kept. The layers
-    are frozen linears in any number of bits, with or without an adapter.
+    The tokens are the one input, or `before` of the inputs, which is not kept. The layers are
+    frozen linears in any number of bits, with or without an adapter.
+
+    Two nodes of the graph, because of recomputation. torch's checkpoint runs a forward again in
+    backward until all that it kept the first time is there again, and a node's tensors are kept
+    when its forward returns. In one node the base matmuls, which are nearly all of the work, would
+    come before that, and a replay would run them even where nothing reads their results: those of
+    the last linears of what is replayed. So `_Keep` computes what backward needs, which is little,
+    and keeps it; `_Linears` runs the base matmuls and keeps nothing. A replay that ends with these
+    linears stops between the two.
     """
     parts = tuple(_Part.of(layer) for layer in layers)
     weights = [weight for part in parts for weight in part.weights]
-    read = _Read(parts, before, len(inputs))
-    tie = _Keep.apply(read, *inputs, *weights)  # type: ignore[no-untyped-call]
-    return _Linears.apply(read, tie, *inputs, *weights)  # type: ignore[no-any-return, no-untyped-call]
+    group = _Group(parts, before, len(inputs))
+    tie = _Keep.apply(group, *inputs, *weights)  # type: ignore[no-untyped-call]
+    return _Linears.apply(group, tie, *inputs, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One linear of a group: its base, and what its active adapter computes with."""
+    """One linear of a group: its base, and what its active adapter computes with.
+
+    `weights` are the masters A (r, in_features) and B (out_features, r), or none.
+    """
 
     base: nn.Linear
     weights: tuple[nn.Parameter, ...] = ()
@@ -183,49 +151,50 @@ class _Part:
         return cls(layer.base_layer, layer.weights(name), scaling, dtype, dropout, dropout.position)
 
     def dropped(self, x: Tensor) -> Tensor:
-        """`x`, or its gradient, through the mask of the forward pass."""
+        """`x` (..., in_features), or its gradient, through the mask of the forward pass."""
         return x if self.dropout is None else self.dropout.at(self.position, x)
 
 
 @dataclass
-class _Read:
-    """What linears that read the same rows share: `node` keeps for backward what `_Keep` gave it.
+class _Group:
+    """What linears that read the same tokens share, and what `_Keep` hands to `_Linears`.
 
-    The rows come of `count` inputs; `rows` and `low_rank` are handed from one forward to the other.
+    `node` is the context of `_Keep`, where backward finds what is kept. `tokens` (..., in_features)
+    and `low_rank`, A x (..., r) of each adapter, go from one forward to the other and no further.
     """
 
     parts: tuple[_Part, ...]
     before: Before | None
-    count: int
+    num_inputs: int
     node: Any = None
-    rows: Tensor | None = None
+    tokens: Tensor | None = None
     low_rank: Sequence[Tensor] = ()
 
 
 class _Keep(torch.autograd.Function):
-    """Low-rank products, and all that backward needs, before any base product is made.
+    """Computes A x of each adapter, and keeps all that backward needs.
 
-    A node by itself, for tensors are kept when a forward ends: so a replay that wants them back
-    ends here, and the last product of what is replayed is not made again. Its result is empty; it
-    only ties `_Linears` to it.
+    Kept, in this order: what `before` keeps besides its inputs (or None), the inputs, A x (..., r)
+    of each adapter, and the masters A and B of each. The result is empty and has no gradient: it
+    only ties `_Linears` to this node, so that what is kept lives as long as the graph.
     """
 
     @staticmethod
-    def forward(ctx: Any, read: _Read, *tensors: Tensor) -> Tensor:
-        inputs = tensors[: read.count]
-        rows, kept = (inputs[0] if read.before is None else None), None
-        if read.before is not None and (read.before.keeps or any(p.weights for p in read.parts)):
-            rows, kept = read.before.apply(*inputs)
-        # Else the product makes the rows, which a replay that ends here does not come to.
+    def forward(ctx: Any, group: _Group, *tensors: Tensor) -> Tensor:
+        inputs, before = tensors[: group.num_inputs], group.before
+        tokens, kept = (inputs[0] if before is None else None), None
+        if before is not None and (before.keeps or any(p.weights for p in group.parts)):
+            tokens, kept = before.apply(*inputs)
+        # Else `_Linears` computes the tokens, which a replay that ends here does not come to.
         low_rank = []
-        for part in read.parts:
+        for part in group.parts:
             if part.weights:
-                assert rows is not None
+                assert tokens is not None
                 lora_a = part.weights[0].to(part.dtype)
-                low_rank.append(linear(part.dropped(rows).to(part.dtype), lora_a))
-        ctx.save_for_backward(kept, *inputs, *low_rank, *tensors[read.count :])
+                low_rank.append(linear(part.dropped(tokens).to(part.dtype), lora_a))
+        ctx.save_for_backward(kept, *inputs, *low_rank, *tensors[group.num_inputs :])
         ctx.set_materialize_grads(False)
-        read.node, read.rows, read.low_rank = ctx, rows, low_rank
+        group.node, group.tokens, group.low_rank = ctx, tokens, low_rank
         return inputs[0].new_empty(0)
 
     @staticmethod
@@ -235,39 +204,43 @@ class _Keep(torch.autograd.Function):
 
 
 class _Linears(torch.autograd.Function):
-    """`W_i n + b_i + scaling_i * B_i A_i n` for n = before(*inputs), as one node."""
+    """`W_i n + b_i + scaling_i * B_i A_i n` for tokens n = before(*inputs), as one node.
+
+    The update is added into the result of the base matmul in place. Backward sums the gradients by
+    the tokens over all linears in one tensor, and then goes through `before`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, read: _Read, tie: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        rows, low_rank = read.rows, iter(read.low_rank)
-        if rows is None:
-            assert read.before is not None
-            rows, _ = read.before.apply(*tensors[: read.count])
+    def forward(ctx: Any, group: _Group, tie: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        tokens, low_rank = group.tokens, iter(group.low_rank)
+        if tokens is None:
+            assert group.before is not None
+            tokens, _ = group.before.apply(*tensors[: group.num_inputs])
         outputs = []
-        for part in read.parts:
-            y = base_matmul(part.base, rows)
+        for part in group.parts:
+            y = base_matmul(part.base, tokens)  # (..., out_features)
             if part.weights:
                 lora_b = part.weights[1].to(part.dtype)
-                _add_product(y, next(low_rank), lora_b.t(), part.scaling)
+                _add_matmul(y, next(low_rank), lora_b.t(), part.scaling)
             outputs.append(y)
-        read.rows, read.low_rank = None, ()
-        ctx.read = read
+        group.tokens, group.low_rank = None, ()
+        ctx.group = group
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        read: _Read = ctx.read
-        parts, before = read.parts, read.before
-        kept, *saved = read.node.saved_tensors
-        inputs, saved = saved[: read.count], saved[read.count :]
+        group: _Group = ctx.group
+        parts, before, num_inputs = group.parts, group.before, group.num_inputs
+        kept, *saved = group.node.saved_tensors
+        inputs, saved = saved[:num_inputs], saved[num_inputs:]
         adapted = sum(bool(part.weights) for part in parts)
         low_rank, weights = iter(saved[:adapted]), iter(saved[adapted:])
-        rows = inputs[0]
+        tokens = inputs[0]
         if before is not None and adapted:
-            rows = before.recompute(*inputs, kept=kept)
-        grad_rows: Tensor | None = None
+            tokens = before.recompute(*inputs, kept=kept)
+        grad_tokens: Tensor | None = None  # (..., in_features), the sum over the parts
         grad_weights: list[Tensor | None] = []
         for part, grad in zip(parts, grads, strict=True):
             if part.weights:
@@ -275,47 +248,48 @@ class _Linears(torch.autograd.Function):
             if grad is None:
                 grad_weights += [None] * len(part.weights)
                 continue
-            if any(ctx.needs_input_grad[2 : 2 + read.count]):
-                grad_rows = base_grad_input(part.base, grad, grad_rows)
+            if any(ctx.needs_input_grad[2 : 2 + num_inputs]):
+                grad_tokens = base_grad_input(part.base, grad, grad_tokens)
             if part.weights:
-                grad_weights += _adapter_grads(part, grad, rows, hidden, matrices, grad_rows)
-        grad_inputs: Sequence[Tensor | None] = (grad_rows,)
+                grad_weights += _adapter_grads(part, grad, tokens, hidden, matrices, grad_tokens)
+        grad_inputs: Sequence[Tensor | None] = (grad_tokens,)
         if before is not None:
-            del rows  # before the gradients by the inputs come
-            grad_inputs = [None] * read.count
-            if grad_rows is not None:
-                grad_inputs = before.backward(grad_rows, *inputs, kept=kept)
+            del tokens  # before the gradients by the inputs come
+            grad_inputs = [None] * num_inputs
+            if grad_tokens is not None:
+                grad_inputs = before.backward(grad_tokens, *inputs, kept=kept)
         return None, None, *grad_inputs, *grad_weights
 
 
 def _adapter_grads(
     part: _Part,
     grad: Tensor,
-    rows: Tensor,
+    tokens: Tensor,
     hidden: Tensor,
     matrices: tuple[Tensor, Tensor],
-    grad_rows: Tensor | None,
+    grad_tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by A and B from that by the output; what A sends back joins `grad_rows`.
+    """The gradients by A (r, in) and B (out, r) from `grad` (..., out), that by the output.
 
-    `rows` (..., in_features) went in, `hidden` (..., r) is their product with A.
+    `tokens` (..., in) went in, `hidden` (..., r) is A times them. What A sends back is added into
+    `grad_tokens` (..., in).
     """
     lora_a, lora_b = matrices
-    # (..., out) to (N, out): the products below sum over every token.
+    # (..., out) to (N, out): the matmuls below sum over all N tokens.
     flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
-    grad_hidden = matmul(flat, lora_b.to(part.dtype)).mul_(part.scaling)
-    low = part.dropped(rows).reshape(-1, rows.shape[-1]).to(part.dtype)
-    grad_a = matmul(grad_hidden.t(), low).to(lora_a.dtype)
+    grad_hidden = matmul(flat, lora_b.to(part.dtype)).mul_(part.scaling)  # (N, r)
+    dropped = part.dropped(tokens).reshape(-1, tokens.shape[-1]).to(part.dtype)  # (N, in)
+    grad_a = matmul(grad_hidden.t(), dropped).to(lora_a.dtype)
     grad_b = matmul(flat.t(), hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
-    if grad_rows is not None and part.position is None:
-        _add_product(grad_rows, grad_hidden, lora_a.to(part.dtype), 1.0)
-    elif grad_rows is not None:
-        grad_low = matmul(grad_hidden, lora_a.to(part.dtype)).view(grad_rows.shape)
-        grad_rows.add_(part.dropped(grad_low))
+    if grad_tokens is not None and part.position is None:
+        _add_matmul(grad_tokens, grad_hidden, lora_a.to(part.dtype), 1.0)
+    elif grad_tokens is not None:
+        # The gradient goes through the mask too: it cannot be added by the matmul itself.
+        grad_dropped = matmul(grad_hidden, lora_a.to(part.dtype)).view(grad_tokens.shape)
+        grad_tokens.add_(part.dropped(grad_dropped))
     return grad_a, grad_b.mul_(part.scaling)
 
 
-def _add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+def _add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """`y += alpha * left @ right` in place; `y` (..., n), `left` (..., r), `right` (r, n)."""
-    rows = y.view(-1, y.shape[-1])
-    add_matmul(rows, left.reshape(-1, left.shape[-1]), right, alpha)
+    add_matmul(y.view(-1, y.shape[-1]), left.reshape(-1, left.shape[-1]), right, alpha)

@@ -16,9 +16,7 @@ from typing import Any
 from qlora_kit.base.contents import BESIDE_AN_ADAPTER, find
 from qlora_kit.base.json_file import read_json
 from qlora_kit.config.limits import LARGEST_ALPHA, LARGEST_RANK
-from qlora_kit.errors import AdapterError, ConfigError, UnsafeInputError
-from qlora_kit.lora.inject import target_candidates, targets_by_name, targets_by_regex
-from qlora_kit.lora.pattern import full_matches
+from qlora_kit.errors import AdapterError, UnsafeInputError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -160,73 +158,3 @@ def _is_rank(value: Any) -> bool:
 
 def _is_alpha(value: Any) -> bool:
     return _is_number(value) and value > 0
-
-
-def adapted_modules(
-    model: Any, config: Mapping[str, Any], path: Path
-) -> dict[str, tuple[int, float]]:
-    """The linears of `model` that a checked `config` (of `path`) adapts, with rank and alpha.
-
-    In the model's order. Errors: `AdapterError` where it asks for what the model does not have.
-    """
-    targets = config["target_modules"]
-    try:
-        if isinstance(targets, list):
-            names = _in_layers(config, targets_by_name(model, targets))
-        elif targets.lower() == "all-linear":
-            names = target_candidates(model)
-        else:
-            names = targets_by_regex(model, targets)
-        excluded = _excluded(config, names)
-        names = [name for name in names if name not in excluded]
-        ranks, alphas = (
-            _by_pattern(config.get(f"{kind}_pattern") or {}, names) for kind in ("rank", "alpha")
-        )
-        modules = {
-            name: (
-                int(ranks.get(name, config["r"])),
-                float(alphas.get(name, config["lora_alpha"])),
-            )
-            for name in names
-        }
-    except ConfigError as error:
-        raise AdapterError(
-            f"{path}: {error.problem}", f"use its base, or correct it: {error.remedy}"
-        ) from error
-    if not modules:
-        raise AdapterError(f"{path}: selects no linear of this model", "use its base model")
-    return modules
-
-
-def _in_layers(config: Mapping[str, Any], names: list[str]) -> list[str]:
-    """PEFT's rule: the first number after a dot, or after one of `layers_pattern`."""
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
-        return names
-    chosen = layers if isinstance(layers, list) else [layers]
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    found: dict[str, str | None] = {}
-    for matches in full_matches(
-        [patterns] if isinstance(patterns, str) else patterns,
-        names,
-        r"(?:^|.*?\.){}\.(?P<index>\d+)\..*",
-    ):
-        found = {name: groups["index"] for name, groups in matches.items()} | found
-    selected = {name for name, index in found.items() if int(str(index)) in chosen}
-    return [name for name in names if name in selected or name in config["target_modules"]]
-
-
-def _excluded(config: Mapping[str, Any], names: list[str]) -> set[str]:
-    excluded = config.get("exclude_modules") or []
-    if isinstance(excluded, str):
-        return set(full_matches([excluded], names)[0])
-    return {name for name in names for one in excluded if name == one or name.endswith(f".{one}")}
-
-
-def _by_pattern(pattern: Mapping[str, float], names: list[str]) -> dict[str, float]:
-    """The value of the first key that matches the end of a name, as PEFT looks it up."""
-    values: dict[str, float] = {}
-    matches = full_matches(list(pattern), names, r"(.*\.)?({})")
-    for value, matched in zip(pattern.values(), matches, strict=True):
-        values = dict.fromkeys(matched, value) | values
-    return values

@@ -117,7 +117,7 @@ def settle(
     from qlora_kit.base.tensors import dtype_name
     from qlora_kit.data.chat_template import read_templates
     from qlora_kit.lora.adapter import open_adapter
-    from qlora_kit.lora.inject import find_targets, short_names
+    from qlora_kit.lora.targets import find_targets, short_names
 
     lora, data = config.lora, config.data
     # A checkpoint's base is compared with the run's when it is resumed.

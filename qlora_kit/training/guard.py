@@ -10,23 +10,22 @@ A signal's `Stopped` comes out of `run_backward` as well: the step is dropped.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.data.batch import Batch, split
 from qlora_kit.device import free_bytes
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.process.signals import StopSignals
 from qlora_kit.training.layer_forward import models_own_code
 from qlora_kit.training.loss import supervised_loss, to_device
-
-if TYPE_CHECKING:
-    from qlora_kit.data.batch import Batch
 
 SKIP_LIMIT = 3
 """A run stops at this many non-finite steps in a row."""
@@ -67,7 +66,11 @@ class Guard:
         Errors: `ResourceError` where one row does not fit, `Stopped`.
         """
         while True:
-            self._micro_batches = _split(micro_batches, self.max_rows)
+            if self.max_rows is None:
+                self._micro_batches = micro_batches
+            else:
+                parts = (split(batch, self.max_rows) for batch in micro_batches)
+                self._micro_batches = list(itertools.chain.from_iterable(parts))
             try:
                 with self._signals.droppable():
                     return backward(_Stoppable(self._micro_batches, self._signals))
@@ -163,7 +166,7 @@ class Guard:
             )
 
 
-class _Stoppable(Sequence["Batch"]):
+class _Stoppable(Sequence[Batch]):
     """Micro-batches between which a signal may end the step."""
 
     def __init__(self, micro_batches: Sequence[Batch], signals: StopSignals) -> None:
@@ -214,32 +217,6 @@ def first_non_finite(model: Any, micro_batches: Sequence[Batch], step: int) -> s
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"the gradient of {name}"
     return "the sum of the gradients"
-
-
-def _split(micro_batches: Sequence[Batch], max_rows: int | None) -> Sequence[Batch]:
-    """The same rows in micro-batches of at most `max_rows`."""
-    if max_rows is None:
-        return micro_batches
-    return [
-        _rows(batch, first, min(first + max_rows, batch["input_ids"].shape[0]))
-        for batch in micro_batches
-        for first in range(0, batch["input_ids"].shape[0], max_rows)
-    ]
-
-
-def _rows(batch: Batch, first: int, last: int) -> Batch:
-    """Rows `first` .. `last` - 1 of a batch, as wide as it is."""
-    width, supervised = batch["input_ids"].shape[1], batch["supervised"]
-    inside = (supervised >= first * width) & (supervised < last * width)
-    own = supervised[inside] - first * width
-    return {
-        "input_ids": batch["input_ids"][first:last],
-        "labels": batch["labels"][first:last],
-        "position_ids": batch["position_ids"][first:last],
-        "supervised": own,
-        "num_supervised": len(own),
-        "lengths": batch["lengths"][first:last],
-    }
 
 
 def _needed_bytes(said: str) -> str:

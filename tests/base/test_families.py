@@ -25,7 +25,8 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError
 from qlora_kit.export.merge import export_model
-from qlora_kit.lora.inject import find_targets, inject_lora
+from qlora_kit.lora.inject import inject_lora
+from qlora_kit.lora.targets import find_targets
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loss import supervised_loss
 

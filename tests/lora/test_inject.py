@@ -18,6 +18,7 @@ from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.lora.dropout import KeyedDropout
 from qlora_kit.lora.inject import (
     activate,
     adapter_names,
@@ -26,7 +27,6 @@ from qlora_kit.lora.inject import (
     lora_layers,
     remove_adapter,
 )
-from qlora_kit.lora.layer import KeyedDropout
 from qlora_kit.training.prepare import prepare_model
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

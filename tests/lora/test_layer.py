@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.base.linear import dequantize, quantize_linear
 from qlora_kit.base.quantize import Quantization
-from qlora_kit.lora.layer import KeyedDropout, LoRALinear, delta_weight
+from qlora_kit.lora.dropout import KeyedDropout
+from qlora_kit.lora.layer import LoRALinear, delta_weight
 from qlora_kit.training.optimizer import make_optimizer
 
 IN, OUT, R, SCALING = 44, 28, 4, 1.5

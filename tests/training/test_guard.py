@@ -13,7 +13,7 @@ from qlora_kit.data.batch import collate
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.process.signals import Stopped, StopSignals
-from qlora_kit.training.guard import Guard, _split
+from qlora_kit.training.guard import Guard
 from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer
 
@@ -93,22 +93,21 @@ def test_adapters_that_no_gradient_reaches_are_an_error(model):
     assert not optimizer.state
 
 
-def test_split_rows_are_the_same_rows(model):
-    """Against collating the smaller batches by hand."""
-    rows = ragged_rows(7)
-    (whole,) = [collate(rows, 0)]
-    parts = _split([whole], 3)
-    assert [len(part["lengths"]) for part in parts] == [3, 3, 1]
-    assert sum(part["num_supervised"] for part in parts) == whole["num_supervised"]
-    for part, own in zip(parts, (rows[:3], rows[3:6], rows[6:]), strict=True):
-        expected = collate(own, 0)
-        width = expected["input_ids"].shape[1]
-        assert torch.equal(part["input_ids"][:, :width], expected["input_ids"])
-        assert torch.equal(part["labels"][:, :width], expected["labels"])
-        assert part["num_supervised"] == expected["num_supervised"]
-        assert part["lengths"] == expected["lengths"]
-        targets = part["labels"].flatten()[part["supervised"] + 1]
-        assert torch.equal(targets, expected["labels"].flatten()[expected["supervised"] + 1])
+def test_smaller_micro_batches_are_those_of_their_rows(model):
+    """As if their rows had been collated so: no wider than they have to be."""
+    rows, seen = ragged_rows(7), []
+    guard = Guard(model())
+    guard.max_rows = 3
+
+    def backward(micro_batches):
+        seen.extend(micro_batches)
+        return torch.zeros(())
+
+    guard.run_backward(backward, [collate(rows, 0)])
+    for part, own in zip(seen, (rows[:3], rows[3:6], rows[6:]), strict=True):
+        for key, value in collate(own, 0).items():
+            same = torch.equal(part[key], value) if torch.is_tensor(value) else part[key] == value
+            assert same, key
 
 
 def test_a_full_device_halves_until_it_fits_and_stays_there(model):

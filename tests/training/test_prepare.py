@@ -17,7 +17,7 @@ from micro_batches import micro_batches, ragged_rows
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_kit.data.batch import collate, collate_packs
-from qlora_kit.lora.layer import KeyedDropout
+from qlora_kit.lora.dropout import KeyedDropout
 from qlora_kit.training.layer_forward import LayerForward
 from qlora_kit.training.loop import train
 from qlora_kit.training.loss import supervised_loss

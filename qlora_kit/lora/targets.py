@@ -1,0 +1,219 @@
+"""Which linears get an adapter: by flag, or by PEFT's config.
+
+`auto`, `all-linear`, names or a regex select linears of a model; the output head and the embedding
+never. PEFT's config also selects by layer index, leaves out by `exclude_modules`, and gives a rank
+and an alpha to each module (`rank_pattern`, `alpha_pattern`).
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.lora.layer import LoRALinear
+from qlora_kit.lora.pattern import full_matches
+
+AUTO_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",))
+"""Query and value, or the fused projection where a family has one."""
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """The names of the linears that `target_modules` asks for, in the model's order.
+
+    `auto`, `all-linear` (every linear but the output head), names (`q_proj` matches
+    `model.layers.0.self_attn.q_proj`), or a regex over whole names.
+    Errors: `ConfigError` listing the model's linears where a name or the regex matches nothing, or
+    naming the head or the embedding where one is asked for.
+    """
+    candidates = target_candidates(model)
+    if target_modules == "all-linear":
+        return candidates
+    if target_modules == "auto":
+        for names in AUTO_TARGETS:
+            found = [one for one in candidates if one.rpartition(".")[2] in names]
+            if {one.rpartition(".")[2] for one in found} == set(names):
+                return found
+        raise _no_match("auto", candidates)
+    if not isinstance(target_modules, str):
+        return targets_by_name(model, target_modules)
+    if re.fullmatch(r"[\w.,\- ]+", target_modules):
+        asked = [name.strip() for name in target_modules.split(",")]
+        return targets_by_name(model, [name for name in asked if name])
+    return targets_by_regex(model, target_modules)
+
+
+def targets_by_name(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The linears whose name is one of `names` or ends in it; each has to match one."""
+    candidates = target_candidates(model)
+    matches = {
+        name: [one for one in candidates if one == name or one.endswith(f".{name}")]
+        for name in names
+    }
+    for end in _ends(model):
+        if any(end == name or end.endswith(f".{name}") for name in names):
+            raise _refused_end(model, end)
+    unmatched = [name for name, found in matches.items() if not found]
+    if unmatched or not matches:
+        raise _no_match(", ".join(unmatched), candidates)
+    chosen = {one for found in matches.values() for one in found}
+    return [one for one in candidates if one in chosen]
+
+
+def targets_by_regex(model: nn.Module, regex: str) -> list[str]:
+    """The linears whose whole name matches `regex`."""
+    candidates, ends = target_candidates(model), list(_ends(model))
+    (matched,) = full_matches([regex], [*ends, *candidates])
+    for end in ends:
+        if end in matched:
+            raise _refused_end(model, end)
+    found = [one for one in candidates if one in matched]
+    if not found:
+        raise _no_match(regex, candidates)
+    return found
+
+
+def target_candidates(model: nn.Module) -> list[str]:
+    """Every linear that can carry an adapter: all but the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [
+        name
+        for name, module in model.named_modules()
+        if (
+            isinstance(module, LoRALinear) or (isinstance(module, nn.Linear) and module is not head)
+        )
+        and not re.search(r"\.(base_layer|lora_[AB]\..*)$", name)
+    ]
+
+
+def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The last parts of the names of `targets` where they select just these, else the names."""
+    short = sorted({name.rpartition(".")[2] for name in targets})
+    chosen = [name for name in target_candidates(model) if name.rpartition(".")[2] in short]
+    return short if set(chosen) == set(targets) else list(targets)
+
+
+def check_rank(model: nn.Module, targets: Sequence[str], r: int) -> None:
+    """Refuse a rank that no target can use. Errors: `ConfigError`."""
+    shapes = {}
+    for name in targets:
+        layer = model.get_submodule(name)
+        shapes[name] = (int(layer.in_features), int(layer.out_features))  # type: ignore[arg-type]
+    widest = max(max(shape) for shape in shapes.values())
+    narrowest = min(min(shape) for shape in shapes.values())
+    if r > widest:
+        raise ConfigError(
+            f"lora_r {r} is above the largest dimension of every target ({widest})",
+            f"give 1 to {narrowest}",
+        )
+    if r > narrowest:
+        warnings.warn(
+            f"lora_r {r} is above the smallest dimension of a target ({narrowest}): "
+            "its update cannot use that rank",
+            stacklevel=3,
+        )
+
+
+def adapted_modules(
+    model: Any, config: Mapping[str, Any], path: Path
+) -> dict[str, tuple[int, float]]:
+    """The linears of `model` that a checked `config` (of `path`) adapts, with rank and alpha.
+
+    In the model's order. Errors: `AdapterError` where it asks for what the model does not have.
+    """
+    targets = config["target_modules"]
+    try:
+        if isinstance(targets, list):
+            names = _in_layers(config, targets_by_name(model, targets))
+        elif targets.lower() == "all-linear":
+            names = target_candidates(model)
+        else:
+            names = targets_by_regex(model, targets)
+        excluded = _excluded(config, names)
+        names = [name for name in names if name not in excluded]
+        ranks, alphas = (
+            _by_pattern(config.get(f"{kind}_pattern") or {}, names) for kind in ("rank", "alpha")
+        )
+        modules = {
+            name: (
+                int(ranks.get(name, config["r"])),
+                float(alphas.get(name, config["lora_alpha"])),
+            )
+            for name in names
+        }
+    except ConfigError as error:
+        raise AdapterError(
+            f"{path}: {error.problem}", f"use its base, or correct it: {error.remedy}"
+        ) from error
+    if not modules:
+        raise AdapterError(f"{path}: selects no linear of this model", "use its base model")
+    return modules
+
+
+def _in_layers(config: Mapping[str, Any], names: list[str]) -> list[str]:
+    """PEFT's rule: the first number after a dot, or after one of `layers_pattern`."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return names
+    chosen = layers if isinstance(layers, list) else [layers]
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    found: dict[str, str | None] = {}
+    for matches in full_matches(
+        [patterns] if isinstance(patterns, str) else patterns,
+        names,
+        r"(?:^|.*?\.){}\.(?P<index>\d+)\..*",
+    ):
+        found = {name: groups["index"] for name, groups in matches.items()} | found
+    selected = {name for name, index in found.items() if int(str(index)) in chosen}
+    return [name for name in names if name in selected or name in config["target_modules"]]
+
+
+def _excluded(config: Mapping[str, Any], names: list[str]) -> set[str]:
+    excluded = config.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        return set(full_matches([excluded], names)[0])
+    return {name for name in names for one in excluded if name == one or name.endswith(f".{one}")}
+
+
+def _by_pattern(pattern: Mapping[str, float], names: list[str]) -> dict[str, float]:
+    """The value of the first key that matches the end of a name, as PEFT looks it up."""
+    values: dict[str, float] = {}
+    matches = full_matches(list(pattern), names, r"(.*\.)?({})")
+    for value, matched in zip(pattern.values(), matches, strict=True):
+        values = dict.fromkeys(matched, value) | values
+    return values
+
+
+def _ends(model: Any) -> dict[str, nn.Module]:
+    """The output head and the embedding by name: what carries no adapter."""
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    return {name: one for name, one in model.named_modules() if any(one is end for end in ends)}
+
+
+def _refused_end(model: Any, name: str) -> ConfigError:
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    reason = (
+        f"the head and the embedding ({', '.join(_ends(model))}) share one tensor, and an update "
+        "of one would be merged into both"
+        if tied
+        else "the head and the embedding stay frozen"
+    )
+    return ConfigError(
+        f"target_modules asks for {name}: {reason}",
+        "leave it out; all-linear takes every linear but the head",
+    )
+
+
+def _no_match(asked: str, candidates: Sequence[str]) -> ConfigError:
+    counts = collections.Counter(name.rpartition(".")[2] for name in candidates)
+    listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    return ConfigError(
+        f"target_modules {asked!r} matches no linear of this model",
+        f"its linears are {listed}",
+    )

@@ -6,7 +6,7 @@ All that the package knows of a base is in `Base`; nothing of it hangs on transf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry, fingerprint
 from qlora_kit.base.source import Source
 from qlora_kit.base.tensors import dtype_name
+from qlora_kit.config.base import BaseConfig
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,19 @@ class Base:
             source_dtype="+".join(sorted(dtype_name(found) for found in dtypes)),
             compute_dtype=dtype_name(self.dtype),
             embedding_rows=self.embedding_rows,
+        )
+
+    def options(self, asked: BaseConfig) -> BaseConfig:
+        """The options that this base was opened by, with what `auto` and None stood for."""
+        return replace(
+            asked,
+            model=asked.model if self.source.is_portable else self.source.reference,
+            bits=self.quantization.bits,
+            quant_type=self.quantization.quant_type,
+            double_quant=self.quantization.double_quant,
+            dtype=dtype_name(self.dtype),
+            device=str(self.device),
+            resize_embeddings=self.embedding_rows is not None,
         )
 
     @property

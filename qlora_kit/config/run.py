@@ -17,6 +17,8 @@ from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import as_flat
 
+RUN_GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -132,19 +132,24 @@ def use_template(tokenizer: Any, name: str) -> None:
                 f"--chat_template {name}: neither a file nor one of ours",
                 f"give a file, or one of {', '.join([*template_names(), *sorted(own)])}",
             )
-        if path.is_dir() and read_templates(path):
-            take_template(tokenizer, path)
+        if path.is_dir() and take_template(tokenizer, path):
             return
         text = _read(path)
     check_template(text, f"--chat_template {name}")
     tokenizer.chat_template = text
 
 
-def take_template(tokenizer: Any, directory: Path) -> None:
-    """Give a tokenizer the templates that were saved beside an adapter, where there are some."""
+def take_template(tokenizer: Any, directory: Path) -> bool:
+    """Give a tokenizer the templates that were saved beside an adapter; whether there are some."""
     found = read_templates(directory)
     if found:
         tokenizer.chat_template = found["default"] if found.keys() == {"default"} else found
+    return bool(found)
+
+
+def has_templates(directory: str | os.PathLike[str]) -> bool:
+    """Whether templates lie in a directory as files of their own."""
+    return bool(_template_files(Path(directory)))
 
 
 def read_templates(directory: Path) -> dict[str, str]:
@@ -152,17 +157,22 @@ def read_templates(directory: Path) -> dict[str, str]:
 
     As transformers reads them: chat_template.jinja is `default`, the others have their own names.
     """
+    files = _template_files(directory)
+    texts = {name: _read(path) for name, path in files.items()}
+    for name, text in texts.items():
+        check_template(text, str(files[name]))
+    return texts
+
+
+def _template_files(directory: Path) -> dict[str, Path]:
+    """Templates by name. Errors: `UnsafeInputError` for too many."""
     files = {"default": directory / SAVED} if os.path.lexists(directory / SAVED) else {}
     others = sorted((directory / OTHERS).glob("*.jinja"))
     if len(others) > MOST_TEMPLATES:
         raise UnsafeInputError(
             f"{directory / OTHERS}: holds {len(others)} templates", f"keep {MOST_TEMPLATES} at most"
         )
-    files |= {path.stem: path for path in others}
-    texts = {name: _read(path) for name, path in files.items()}
-    for name, text in texts.items():
-        check_template(text, str(files[name]))
-    return texts
+    return files | {path.stem: path for path in others}
 
 
 def write_templates(tokenizer: Any, directory: Path) -> None:

@@ -7,6 +7,7 @@ nothing else leaves, and no name beside it that neither would have written.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -216,6 +217,12 @@ def check_room(directory: Path, needed: int, what: str) -> None:
             f"{directory}: {what} needs {needed} bytes, and {free} are free",
             "free some space or choose another place with --output_dir",
         )
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

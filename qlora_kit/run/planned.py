@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from qlora_kit.base.base import Base
+from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.run import RunConfig
 from qlora_kit.data.batch import lengths_of
+from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.device import available_bytes
 from qlora_kit.errors import ConfigError
+from qlora_kit.memory.held import weight_bytes
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
-
-if TYPE_CHECKING:
-    from qlora_kit.base.base import Base
-    from qlora_kit.config.run import RunConfig
-    from qlora_kit.data.schedule import StepSchedule
 
 
 def planned_run(
     config: RunConfig,
     base: Base,
     schedule: StepSchedule,
-    ranks: Mapping[str, int] | None = None,
+    rank: int,
 ) -> MemoryPlan:
-    """The plan of a run whose options are resolved; `ranks` are those of a loaded adapter.
+    """The plan of a run whose options are resolved; `rank` is the largest of its adapters.
 
     It is that of the largest micro-batch of its steps, every token trained on.
 
     Errors: `ConfigError` for a `--memory_budget` that `auto` cannot keep.
     """
-    training, lora = config.training, config.lora
-    if ranks:
-        lora = replace(lora, r=max(ranks.values()))
+    training, lora = config.training, replace(config.lora, r=rank)
     # The files are the ones that were checked, wherever the name came from.
     where = replace(config.base, model=str(base.source.directory), revision=None)
     planner = Planner(where, lora, training, embedding_rows=base.embedding_rows, margin=True)
@@ -67,3 +65,12 @@ def _largest_shapes(schedule: StepSchedule) -> Iterator[tuple[BatchShape, int]]:
     yield BatchShape(len(largest.sequences), length, trained, packed, longest), steps
     if alone := schedule.most_single_rows():
         yield BatchShape(alone, length, trained), steps
+
+
+def measured_bits(config: BaseConfig) -> dict[int, dict[str, int]]:
+    """Load the base in 16, 8 and 4 bits one after another; bytes by component of each."""
+    measured = {}
+    for bits in (16, 8, 4):
+        other = replace(config, bits=bits, quant_type=None, double_quant=None)
+        measured[bits] = weight_bytes(read_weights(open_base(other)))
+    return measured

@@ -1,149 +1,135 @@
-"""A run that goes on training an adapter: what it takes from `--adapter`, and what it refuses.
-
-Rank, scale and targets are the adapter's; so are the base and its bits where they are not given.
-Dropout, adapter dtype, data and optimization are free. The SHA-256 of the adapter's weights, which
-the run's config.yaml and checkpoints hold, says what it started from. A checkpoint has an adapter
-of the same shape beside its masters, so that resuming needs the first one no more.
-"""
+"""Options, adapter and checkpoint to one `ResolvedRun`, in which every option has its value."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Self
 
-from qlora_kit.config.base import BaseConfig
+from qlora_kit.base.base import Base
+from qlora_kit.base.load import open_base
+from qlora_kit.config.data import DataConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.run import RunConfig
-from qlora_kit.errors import ConfigError
-from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import SavedAdapter, base_of
+from qlora_kit.data.chat_template import (
+    chat_options,
+    check_chat_options,
+    date_of,
+    has_templates,
+    use_template,
+)
+from qlora_kit.run.continued import Start, fit_adapter, start_of
+from qlora_kit.run.place import default_names, is_finished, output_directory
+from qlora_kit.run.reporter import Reporter
+from qlora_kit.run.request import RunRequest
+from qlora_kit.run.resume import find_checkpoint, overridden_options
+from qlora_kit.run.targets import check_targets
+from qlora_kit.training.checkpoint import Checkpoint
+from qlora_kit.training.optimizer import optimizer_name
 
-if TYPE_CHECKING:
-    from qlora_kit.base.base import Base
-    from qlora_kit.training.checkpoint import Checkpoint
 
-FROM_ADAPTER = {"r": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora"}
-"""Fields of `LoRAConfig` that are the adapter's, and their names in PEFT's config."""
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """A run whose options have their values, and its base, before a row is encoded.
+
+    `names` are those that `directory` may have where none was given: the first one that is free
+    when the run begins is taken. `start` has the files of the adapter that the run goes on from,
+    checked against the base; `ranks` are those of the adapted linears, by name. `overridden` names
+    the options that may differ from those of the checkpoint.
+    """
+
+    config: RunConfig
+    base: Base
+    directory: Path
+    names: Iterator[Path] | None
+    resume: Checkpoint | None
+    overridden: set[str]
+    start: Start
+    ranks: Mapping[str, int]
+
+    def at(self, directory: Path) -> Self:
+        """The same run in a directory of another name."""
+        output = replace(self.config.output, output_dir=str(directory))
+        return replace(self, directory=directory, config=replace(self.config, output=output))
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where the adapter lies that a run starts from, and whether `--target_modules` was given."""
+class FinishedRun(NamedTuple):
+    """The directory of a run that was to be resumed, and has nothing left to do."""
 
     directory: Path
-    targets_given: bool
 
 
-def is_gone(config: RunConfig) -> bool:
-    """Whether the adapter that a run to resume started from is no longer there."""
-    adapter, resumes = config.lora.adapter, config.output.resume_from_checkpoint is not None
-    return adapter is not None and resumes and not Path(adapter).exists()
+def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | FinishedRun:
+    """Decide every option, from the files of the base, the adapter and the checkpoint.
 
-
-def start_from_adapter(parsed: Parsed, config: RunConfig, run: Path) -> tuple[RunConfig, Start]:
-    """The options of a run with those that its `--adapter` decides; `run` is where it writes.
-
-    Where the adapter is gone, the checkpoint to resume says the same of it.
-    Errors: `ConfigError` for a flag that contradicts the adapter, and those of its files.
+    Nothing is written. Errors: those of the base, the adapter, the checkpoint, the chat template
+    and the directory, `ConfigError` for options that do not go together, `ResourceError` where
+    there is no room for the results.
     """
-    from qlora_kit.lora.peft_config import WEIGHTS_FILE, read_adapter_config
-
-    assert config.lora.adapter is not None
-    directory, lora = Path(config.lora.adapter), config.lora
-    checkpoint = _checkpoint(config, run) if is_gone(config) else None
-    if checkpoint is not None:
-        directory = checkpoint.path
-    described = read_adapter_config(directory)
-    if checkpoint is None:
-        adapter = SavedAdapter.of(str(directory))
-        base = base_of(parsed, adapter, as_trained=not lora.allow_other_base)
-        found = _sha256(directory / WEIGHTS_FILE)
-    else:
-        saved = checkpoint.state.get("config")
-        saved = saved if isinstance(saved, dict) else {}
-        base = _saved_base(parsed, saved)
-        found = str(saved.get("adapter_fingerprint"))
-    given = parsed.given[LoRAConfig]
-    theirs: dict[str, Any] = {
-        name: described.get(key) or False for name, key in FROM_ADAPTER.items()
-    }
-    _refuse_conflicts(lora, given, {**theirs, "adapter_fingerprint": found}, directory)
-    dropout = lora.dropout if "dropout" in given else described.get("lora_dropout") or 0.0
-    lora = replace(lora, **theirs, dropout=dropout, adapter_fingerprint=found)
-    start = Start(directory, "target_modules" in given)
-    return replace(config, base=base, lora=lora), start
-
-
-def _checkpoint(config: RunConfig, run: Path) -> Checkpoint | None:
-    """The checkpoint that is to be resumed, if there is one."""
-    from qlora_kit.training.checkpoint import load_checkpoint, newest
-
-    name = str(config.output.resume_from_checkpoint)
-    return newest(run)[0] if name == "auto" else load_checkpoint(Path(name).expanduser())
-
-
-def _saved_base(parsed: Parsed, saved: Mapping[str, Any]) -> BaseConfig:
-    """The base of a checkpoint's run, below what is given; differences are refused on resuming."""
-    known = {one.name: saved[one.name] for one in fields(BaseConfig) if one.name in saved}
-    given = {name: getattr(parsed[BaseConfig], name) for name in parsed.given[BaseConfig]}
-    return BaseConfig(**{**known, **given})
-
-
-def _refuse_conflicts(
-    lora: LoRAConfig, given: frozenset[str], theirs: Mapping[str, Any], directory: Path
-) -> None:
-    flags = {one.name: one.metadata["option"]["flag"] or one.name for one in fields(LoRAConfig)}
-    conflicts = [name for name in theirs if name in given and getattr(lora, name) != theirs[name]]
-    if conflicts:
-        said = (
-            f"--{flags[name]} {getattr(lora, name)} is given, and {directory} has {theirs[name]}"
-            for name in conflicts
-        )
-        raise ConfigError(
-            "; ".join(said), f"leave {', '.join(f'--{flags[name]}' for name in conflicts)} out"
-        )
-
-
-def settle(
-    config: RunConfig, base: Base, start: Start, resume: Checkpoint | None
-) -> tuple[RunConfig, Path, dict[str, int]]:
-    """The options that the shapes decide, where to load from, and the rank of each linear.
-
-    Errors: `AdapterError` for an adapter of another base, `ConfigError` for other targets.
-    """
-    from qlora_kit.base.tensors import dtype_name
-    from qlora_kit.data.chat_template import read_templates
-    from qlora_kit.lora.adapter import open_adapter
-    from qlora_kit.lora.targets import find_targets, short_names
-
-    lora, data = config.lora, config.data
-    # A checkpoint's base is compared with the run's when it is resumed.
-    free = lora.allow_other_base or resume is not None
-    directory = start.directory if resume is None else resume.path
-    opened = open_adapter(base.model, directory, None if free else base.info)
-    targets = short_names(base.model, list(opened.modules))
-    if start.targets_given:
-        asked = lora.target_modules
-        if set(find_targets(base.model, asked)) != set(opened.modules):
-            shown = asked if isinstance(asked, str) else ",".join(asked)
-            raise ConfigError(
-                f"--target_modules {shown} is given, and {lora.adapter} adapts "
-                f"{', '.join(targets)}",
-                "leave --target_modules out",
-            )
-    else:
-        lora = replace(lora, target_modules=tuple(targets))
+    asked = request.config
+    # Without its adapter a run is known by its checkpoint alone, which is looked for first.
+    searched, found = None, None
+    if asked.lora.adapter is not None and request.adapter is None:
+        searched = output_directory(asked, asked.base.bits)
+        found = find_checkpoint(asked, searched)
+    start = start_of(request, None if found is None else found[0])
+    base = open_base(start.base)
+    asked = replace(asked, base=start.base)
+    directory = output_directory(asked, base.quantization.bits)
+    if is_finished(asked, directory, base, reporter):
+        return FinishedRun(directory)
+    names = None
+    if asked.output.output_dir is None and asked.output.resume_from_checkpoint is None:
+        names = default_names(asked, base.quantization.bits)
+    overridden = overridden_options(asked)
+    if found is None or searched != directory:
+        found = find_checkpoint(asked, directory)
+    resume, notes = found
+    for note in notes:
+        reporter.note(note)
+    targets_given = "target_modules" in request.parsed.given[LoRAConfig]
+    start = fit_adapter(start, base, resume, targets_given=targets_given)
+    if start.files is not None:
+        reporter.note(f"going on with the adapter {start.lora.adapter}")
+    data, lora, base_options = asked.data, start.lora, base.options(start.base)
+    if lora.adapter and data.chat_template is None and has_templates(lora.adapter):
+        data = replace(data, chat_template=lora.adapter)
+    data = replace(data, max_length=data.length_in(base.context))
     if lora.adapter_dtype == "auto":
-        lora = replace(lora, adapter_dtype=dtype_name(opened.dtype))
-    if data.chat_template is None and read_templates(Path(str(lora.adapter))):
-        data = replace(data, chat_template=str(lora.adapter))
-    ranks = {name: r for name, (r, _) in opened.modules.items()}
-    return replace(config, lora=lora, data=data), directory, ranks
+        lora = replace(lora, adapter_dtype=base_options.dtype)
+    training = replace(asked.training, optim=optimizer_name(asked.training.optim, base.device))
+    ranks = check_targets(lora, base, directory, training.optim, start.ranks, reporter)
+    if data.chat_template is not None:
+        use_template(base.tokenizer, data.chat_template)
+    is_chat = request.rows.format == "messages"
+    data = replace(data, chat_date=_chat_date(data, is_chat, base.tokenizer, resume))
+    # How this process began is no part of what the run is.
+    output = replace(
+        asked.output, output_dir=str(directory), resume_from_checkpoint=None, override=None
+    )
+    return ResolvedRun(
+        config=RunConfig(base_options, data, lora, training, output),
+        base=base,
+        directory=directory,
+        names=names,
+        resume=resume,
+        overridden=overridden,
+        start=start,
+        ranks=ranks,
+    )
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _chat_date(
+    data: DataConfig, is_chat: bool, tokenizer: Any, resume: Checkpoint | None
+) -> str | None:
+    """The day on which a run's chats are written, the same on resuming.
+
+    Errors: `ConfigError` for what the chat template does not read.
+    """
+    check_chat_options(tokenizer, chat_options(data))
+    if not is_chat:
+        return data.chat_date
+    saved = {} if resume is None else resume.state.get("config")
+    kept = saved.get("chat_date") if isinstance(saved, dict) else None
+    return date_of(tokenizer, data.chat_date or (kept if isinstance(kept, str) else None))

@@ -16,7 +16,7 @@ from qlora_kit.run.metrics import versions
 from qlora_kit.training.loss import Evaluation
 
 if TYPE_CHECKING:
-    from qlora_kit.run.prepared import PreparedRun
+    from qlora_kit.run.prepare import PreparedRun
 
 
 RESIDENT = "resident at most: tensors, Python, libraries and files, so not what a plan counts"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.config.run import RunConfig
 from qlora_kit.errors import CheckpointError, ConfigError
 from qlora_kit.files.atomic import real_path
+from qlora_kit.options.names import closest
 from qlora_kit.options.option import flag_of, types_of
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.training.checkpoint import (
@@ -40,14 +40,14 @@ FIXED_ON_RESUME = (
 """What a checkpoint's tensors, or its losses so far, have no other form for."""
 
 
-def find_checkpoint(config: RunConfig, target_dir: Path, reporter: Reporter) -> Checkpoint | None:
-    """The checkpoint to go on from, verified.
+def find_checkpoint(config: RunConfig, target_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, verified, and notes on how it was found.
 
     Errors: `CheckpointError`, `UnsafeInputError`, `ConfigError` where another run's would be lost.
     """
     name = config.output.resume_from_checkpoint
     if name is None:
-        return None
+        return None, []
     if name != "auto":
         path = Path(name).expanduser()
         elsewhere = real_path(path.parent) != real_path(target_dir)
@@ -56,15 +56,11 @@ def find_checkpoint(config: RunConfig, target_dir: Path, reporter: Reporter) -> 
                 f"--output_dir {target_dir} has checkpoints of its own, and {path} is none of them",
                 "go on from them with --resume_from_checkpoint auto, or choose another directory",
             )
-        return load_checkpoint(path)
+        return load_checkpoint(path), []
     found, notes = newest(target_dir)
-    for note in notes:
-        reporter.note(note)
     if found is None:
-        reporter.note(f"{target_dir} has no checkpoint: starting from the start")
-    else:
-        reporter.note(f"going on from {found.path}")
-    return found
+        return None, [*notes, f"{target_dir} has no checkpoint: starting from the start"]
+    return found, [*notes, f"going on from {found.path}"]
 
 
 def identity_of(
@@ -128,8 +124,7 @@ def overridden_options(config: RunConfig) -> set[str]:
     """The options in `--override` by their main names. Errors: `ConfigError` for unknown ones."""
     names = _option_names()
     if unknown := sorted(config.output.overridden - names.keys()):
-        near = difflib.get_close_matches(unknown[0], names, n=1)
-        guess = f", did you mean {near[0]}?" if near else ""
+        guess = closest(unknown[0], names)
         raise ConfigError(f"override {unknown[0]}: no such option{guess}", "name options of --help")
     return {names[name] for name in config.output.overridden}
 

@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from qlora_kit.run.metrics import (
     write_text,
 )
 from qlora_kit.run.model_card import model_card
-from qlora_kit.run.prepared import PreparedRun
+from qlora_kit.run.prepare import PreparedRun
 from qlora_kit.run.reporter import Reporter, StepReporter
 from qlora_kit.run.result import Memory, Progress, result_record
 from qlora_kit.run.trial import try_largest
@@ -114,9 +114,7 @@ def _hold_directory(
         return plan, stack.enter_context(run_directory(plan.directory, overwrite))
     for path in plan.names:
         with contextlib.suppress(FileExistsError):
-            place = stack.enter_context(run_directory(path, overwrite, fresh=True))
-            output = replace(plan.config.output, output_dir=str(path))
-            return replace(plan, directory=path, config=replace(plan.config, output=output)), place
+            return plan.at(path), stack.enter_context(run_directory(path, overwrite, fresh=True))
     raise AssertionError("the names do not end")
 
 
@@ -185,6 +183,20 @@ class Run:
                 )
                 return
             yield micro_batches
+
+    def training(self) -> dict[str, Any]:
+        """The arguments with which `train` trains this run."""
+        return {
+            "model": self.model,
+            "steps": self.steps(),
+            "optimizer": self.optimizer,
+            "learning_rate": self.learning_rate,
+            "max_grad_norm": self._plan.config.training.max_grad_norm,
+            "run_backward": self.run_backward,
+            "before_step": self.before_step,
+            "on_step": self.on_step,
+            "start_step": self.progress.step,
+        }
 
     def run_backward(self, backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
         """The passes of the next step. Errors: as the guard's."""
@@ -464,10 +476,10 @@ def _with_adapters(plan: PreparedRun, counter: StorageCounter) -> Any:
     counter.at("load")
     model, seed = read_weights(plan.base, counter.tag), plan.config.training.seed
     counter.at("inject")
-    if plan.start is None:
+    if plan.start.files is None:
         return inject_lora(model, plan.config.lora, seed=seed)
     # The base was compared when the adapter's files were opened.
-    load_adapter(plan.base, plan.start, allow_other_base=True, seed=seed)
+    load_adapter(plan.base, plan.start.files, allow_other_base=True, seed=seed)
     return train_loaded(model, plan.config.lora, seed=seed)
 
 

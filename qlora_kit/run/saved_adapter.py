@@ -18,8 +18,7 @@ from qlora_kit.base.contents import find
 from qlora_kit.base.source import TINY, Source, is_known, is_path, resolve
 from qlora_kit.config.base import DEFAULT_BITS, BaseConfig
 from qlora_kit.config.data import DataConfig
-from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.run import RUN_GROUPS
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.files.atomic import real_path
@@ -32,8 +31,6 @@ from qlora_kit.options.yaml_file import read_config
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
     from qlora_kit.data.chat_template import ChatOptions
-
-RUN_GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 
 
 @dataclass(frozen=True)

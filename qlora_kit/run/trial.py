@@ -14,7 +14,7 @@ from qlora_kit.training.guard import Guard
 from qlora_kit.training.preflight import is_due, preflight
 
 if TYPE_CHECKING:
-    from qlora_kit.run.prepared import PreparedRun
+    from qlora_kit.run.prepare import PreparedRun
 
 
 def try_largest(

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import read_header
 from qlora_kit.errors import CheckpointError, UnsafeInputError
-from qlora_kit.files.atomic import check_room, write_plain
+from qlora_kit.files.atomic import check_room, sha256, write_plain
 from qlora_kit.files.publish import new_directory
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
 PREFIX = "checkpoint-"
 SLACK_BYTES = 256 * 1024
 """For JSON, headers and the file system's own blocks."""
-READ_BYTES = 1024**2
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def save_checkpoint(
         content = {"format": FORMAT, "step": step, **state}
         write_plain(directory / STATE, json.dumps(content, indent=1).encode())
         files = {
-            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
+            file.name: {"size": file.stat().st_size, "sha256": sha256(file)}
             for file in sorted(directory.iterdir())
         }
         write_plain(directory / MANIFEST, _manifest(files))
@@ -233,7 +232,7 @@ def verify(path: Path) -> None:
                 f"{path / name}: has {status.st_size} bytes, and {listed.get('size')} were written",
                 remedy,
             )
-        if _sha256(path / name) != listed.get("sha256"):
+        if sha256(path / name) != listed.get("sha256"):
             raise CheckpointError(f"{path / name}: its bytes are not those written", remedy)
 
 
@@ -268,11 +267,3 @@ def _manifest(files: Mapping[str, Mapping[str, Any]]) -> bytes:
     body = json.dumps(files, sort_keys=True)
     own = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True).encode()
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            found.update(block)
-    return found.hexdigest()

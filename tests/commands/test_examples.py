@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.commands.argv import parse
-from qlora_kit.commands.finetune import GROUPS
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.run import RUN_GROUPS
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import size_bytes
 
@@ -30,7 +30,7 @@ DATA = os.environ.get("QLORA_KIT_DATA")
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_accepted_and_names_its_card(path):
-    parsed = parse("qlora-kit finetune", "", GROUPS, ["--config", str(path)])
+    parsed = parse("qlora-kit finetune", "", RUN_GROUPS, ["--config", str(path)])
     budget = parsed[TrainingConfig].memory_budget
     assert path.stem == f"{budget.lower()}-{parsed[BaseConfig].model}"
     assert parsed[BaseConfig].model in SHAPES
@@ -41,7 +41,7 @@ def test_the_example_for_the_smallest_card_fits_it():
     (path,) = (path for path in EXAMPLES if path.stem.startswith("8gb"))
     from qlora_kit.plan.plan import plan_memory
 
-    parsed = parse("qlora-kit finetune", "", GROUPS, ["--config", str(path)])
+    parsed = parse("qlora-kit finetune", "", RUN_GROUPS, ["--config", str(path)])
     shape = Path(DATA) / "configs" / f"{SHAPES[parsed[BaseConfig].model]}.json"
     training, length = parsed[TrainingConfig], parsed[DataConfig].max_length
     base = BaseConfig(str(shape), bits=parsed[BaseConfig].bits)

@@ -1,0 +1,90 @@
+"""A request to a run that may begin: no weight is read for it, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlora_kit.data.batch import padding_id, padding_note
+from qlora_kit.data.encode import EncodedRows
+from qlora_kit.data.rows import Rows
+from qlora_kit.data.schedule import StepSchedule
+from qlora_kit.errors import ConfigError
+from qlora_kit.plan.plan import MemoryPlan
+from qlora_kit.run.encoding import encode_run
+from qlora_kit.run.planned import measured_bits, planned_run
+from qlora_kit.run.reporter import Reporter
+from qlora_kit.run.request import RunRequest
+from qlora_kit.run.resolve import FinishedRun, ResolvedRun, resolve_run
+from qlora_kit.run.resume import check_resumed, identity_of
+
+FEW_STEPS, ENOUGH_STEPS = 20, 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun(ResolvedRun):
+    """A run whose options, files and shapes were checked, before a weight is read.
+
+    `schedule` has all of its steps. `identity` tells the base and the encoded rows apart from
+    others, whatever they are called. `memory` says what it will take, and which layers recompute.
+    """
+
+    rows: Rows
+    encoded: EncodedRows
+    held_out: EncodedRows | None
+    schedule: StepSchedule
+    identity: Mapping[str, str | None]
+    memory: MemoryPlan
+
+
+def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | FinishedRun:
+    """Check everything that can be refused without the weights.
+
+    Nothing is written. Errors: those of the options, the base, the data and the checkpoint,
+    `ResourceError` where there is no room for the results.
+    """
+    resolved = resolve_run(request, reporter)
+    if isinstance(resolved, FinishedRun):
+        return resolved
+    config, base, resume, rows = resolved.config, resolved.base, resolved.resume, request.rows
+    encoded, held_out = encode_run(config, rows, base)
+    schedule = StepSchedule.of_run(
+        encoded.rows, config.data, config.training, padding_id(base.tokenizer)
+    )
+    reporter.data(rows, encoded, held_out, schedule.packs)
+    if rows.format == "messages":
+        reporter.chats(base.tokenizer, config.data)
+    if note := padding_note(base.tokenizer):
+        reporter.note(note)
+    identity = identity_of(base, encoded, held_out)
+    if resume is not None:
+        check_resumed(config, identity, resume, resolved.overridden, reporter)
+    if schedule.num_steps < FEW_STEPS:
+        reporter.note(_few_steps(schedule))
+    if resume is not None and resume.step > schedule.num_steps:
+        raise ConfigError(
+            f"{resume.path} stands after step {resume.step}, and this run has {schedule.num_steps}",
+            "raise --max_steps or --num_train_epochs",
+        )
+    memory = planned_run(config, base, schedule, max(resolved.ranks.values()))
+    reporter.memory(memory)
+    if config.output.compare_bits:
+        reporter.bits(measured_bits(config.base))
+    return PreparedRun(
+        **vars(resolved),
+        rows=rows,
+        encoded=encoded,
+        held_out=held_out,
+        schedule=schedule,
+        identity=identity,
+        memory=memory,
+    )
+
+
+def _few_steps(schedule: StepSchedule) -> str:
+    per_step = schedule.batch_size * schedule.accumulation
+    epochs = -(-ENOUGH_STEPS * per_step // schedule.num_sequences)
+    return (
+        f"only {schedule.num_steps} optimizer steps, in which little is learnt: give "
+        f"--num_train_epochs {epochs} or --max_steps {ENOUGH_STEPS} for {ENOUGH_STEPS} of them"
+    )

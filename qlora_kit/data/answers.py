@@ -6,8 +6,9 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.chat_mask import Chat, Messages, chats, header_text
+from qlora_kit.data.chat_mask import Chat, chats
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
+from qlora_kit.data.rendering import Messages, header_text
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import Tokens
 from qlora_kit.errors import DataError, QloraKitError

@@ -14,9 +14,9 @@ often written by a chat template; a start or an end that a row spells is not wri
   are tokenized apart: a token across the border would be one that generation, which is handed the
   prompt alone, could never begin with. Their ids decode to both texts and nothing between. Where
   both are too long together, the prompt loses its beginning, never the completion its end.
-- messages: the chat template's text (`mask.py`); every assistant turn is trained on, its end token
-  too, and a token that reaches across its border. A longer chat ends with the last turn that fits
-  whole.
+- messages: the chat template's text (`chat_mask.py`); every assistant turn is trained on, its end
+  token too, and a token that reaches across its border. A longer chat ends with the last turn that
+  fits whole.
 
 A row that cannot be trained on is skipped, with the reason; no row is lost in silence.
 """

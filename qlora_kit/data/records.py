@@ -7,7 +7,7 @@ hub has its number for a line. Errors have `file:line`.
 Plain text is one document; it comes in blocks of whole lines. Parquet, Arrow and the hub need the
 extra `data` (pyarrow, datasets).
 
-Left out: what the fields mean (`shapes.py`).
+Left out: what the fields mean (`schema.py`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ grow with the file. Held-out rows are the file that was named for them, else the
 `valid.*` or `test.*`, else a share of the records drawn by the seed. The shape is recognised from
 the first row and held to in the rest.
 
-Left out: file types (`records.py`), fields (`shapes.py`), tokens (`prompt.py`).
+Left out: file types (`records.py`), fields (`schema.py`), tokens (`encode.py`).
 """
 
 from __future__ import annotations

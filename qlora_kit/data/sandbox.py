@@ -29,7 +29,7 @@ MEMORY_LIMIT = 640 * 1024**2
 OPEN, CLOSE, LITERAL = "\ue000", "\ue001", "\ue002"
 """Marks around generated text, and around the numbers that stand for control tokens in messages.
 
-Private characters; `chat_mask.py` hides those that a message holds itself.
+Private characters; `rendering.py` hides those that a message holds itself.
 """
 
 _worker = Worker("qlora_kit.data.template_worker:answer")

@@ -48,7 +48,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row that cannot be trained on; `reason` is a key of `prompt.REMEDIES`."""
+    """A row that cannot be trained on; `reason` is a key of `encode.REMEDIES`."""
 
     reason: str
 

@@ -253,14 +253,14 @@ def test_generation_is_handed_what_training_puts_before_an_answer(name, adds_bos
 
 MUTATIONS = {
     "the end token is left out of the turn": (
-        "chat_mask",
-        "        first, last = len(before.text), len(after.text)\n",
-        "        first, last = len(before.text), len(after.text.rstrip()) - 4\n",
+        "turn_spans",
+        "    first, last = len(before.text), len(after.text)\n",
+        "    first, last = len(before.text), len(after.text.rstrip()) - 4\n",
     ),
     "the header belongs to the answer": (
-        "chat_mask",
-        "before = self.render(messages[:index], header=True)",
-        "before = self.render(messages[:index], header=False)",
+        "turn_spans",
+        "before = template.render(messages[:index], header=True)",
+        "before = template.render(messages[:index], header=False)",
     ),
     "only the last turn is trained on": (
         "chat_mask",
@@ -273,12 +273,12 @@ MUTATIONS = {
         "trained = list(assistants)",
     ),
     "the line end behind the end token is trained on": (
-        "chat_mask",
+        "turn_spans",
         "return len(text) if ended else len(turn.text)",
         "return len(turn.text)",
     ),
     "control tokens in messages are control tokens": (
-        "chat_mask",
+        "rendering",
         '            marked = re.compile(f"{pattern.pattern}|[{OPEN}{CLOSE}{LITERAL}]")\n',
         '            marked = re.compile(f"[{OPEN}{CLOSE}{LITERAL}]")\n',
     ),
@@ -295,9 +295,13 @@ MUTATIONS = {
 }
 
 
+COPIED = ("tokens", "rendering", "turn_spans", "chat_mask", "token_cache", "encode")
+"""In the order in which they import each other."""
+
+
 def mutated(monkeypatch, module, old, new):
     """Our `encode` on a copy of the code in which `old` is `new`."""
-    for name in ("tokens", "chat_mask", "token_cache", "encode"):
+    for name in COPIED:
         source = (Path(rows_to_tokens.__file__).parent / f"{name}.py").read_text()
         if name == module:
             assert source.count(old) == 1, f"the mutation of {name} no longer applies"

@@ -19,7 +19,7 @@ from record import write_result
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.options.option import size_bytes
+from qlora_kit.options.checks import size_bytes
 from qlora_kit.plan.plan import BatchShape, Planner
 
 MODELS = {

@@ -15,7 +15,7 @@ _HOMES = {
     "inject_lora": "lora.inject",
     "load_adapter": "lora.adapter",
     "save_adapter": "lora.adapter",
-    "export_model": "export.merge",
+    "export_model": "export.export",
     "make_optimizer": "training.optimizer",
     "plan_memory": "plan.plan",
     "train": "training.loop",

@@ -19,7 +19,8 @@ from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError
-from qlora_kit.options.option import Options, as_flat, dump, flag_of
+from qlora_kit.options.option import Options, as_flat, flag_of
+from qlora_kit.options.yaml_file import dump
 
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 ALL = (*GROUPS, ExportConfig, GenerateConfig, EvaluateConfig)

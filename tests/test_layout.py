@@ -50,8 +50,8 @@ BITSANDBYTES = {"base.quantize", "training.optimizer"}
 LIGHT = (
     *(f"config.{name}" for name in ("base", "commands", "data", "limits", "lora")),
     *("config.output", "config.run", "config.training"),
-    *("errors", "redact", "files.atomic", "files.lock", "files.publish"),
-    *("options.option", "options.names", "options.yaml_file", "options.parsed"),
+    *("errors", "redact", "files.aside", "files.atomic", "files.lock", "files.publish"),
+    *("options.checks", "options.option", "options.names", "options.yaml_file", "options.parsed"),
     *("process.signals", "process.out_of_memory", "process.start", "process.streams"),
     "process.worker",
     *(f"commands.{name}" for name in COMMANDS),

@@ -28,18 +28,10 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError, excerpt
-from qlora_kit.options.names import closest, fields_of, spellings_of, version_line
-from qlora_kit.options.option import (
-    FALSE,
-    TRUE,
-    OneOf,
-    Options,
-    alternatives,
-    flag_of,
-    types_of,
-)
+from qlora_kit.options.checks import FALSE, TRUE, OneOf
+from qlora_kit.options.names import MOST_PROBLEMS, closest, fields_of, spellings_of, version_line
+from qlora_kit.options.option import Options, alternatives, flag_of, types_of
 from qlora_kit.options.parsed import Parsed, make_groups
-from qlora_kit.options.yaml_file import MOST_PROBLEMS, read_config
 
 GROUP_TITLES = {
     BaseConfig: "model",
@@ -73,9 +65,13 @@ def parse(
     tokens = _with_known_names(argv, spelling, fields, parser)
     arguments = vars(parser.parse_args(tokens))
     config_file, debug = arguments.pop("config", None), arguments.pop("debug", False)
+    stored = {}
     if config_file is not None:
+        # `--help` and a command without a file take no time for yaml.
+        from qlora_kit.options.yaml_file import read_config
+
         config_file = os.path.expanduser(config_file)
-    stored = {} if config_file is None else read_config(config_file, [*groups, *beside])
+        stored = read_config(config_file, [*groups, *beside])
     try:
         made, given = make_groups({**stored, **arguments}, [*groups, *beside])
     except ConfigError as error:

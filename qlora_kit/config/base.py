@@ -6,7 +6,8 @@ import re
 import typing
 from dataclasses import dataclass
 
-from qlora_kit.options.option import Options, a_name, one_of, option
+from qlora_kit.options.checks import a_name, one_of
+from qlora_kit.options.option import Options, option
 
 QUANT_TYPES = ("nf4", "fp4")
 DTYPES = ("bf16", "fp16", "fp32")

@@ -9,7 +9,8 @@ from qlora_kit.config.base import DTYPES
 from qlora_kit.config.data import DEFAULT_LENGTH
 from qlora_kit.config.limits import MOST_DRAWN, MOST_ROWS, MOST_TOKENS, SEEDS
 from qlora_kit.config.lora import OTHER_BASE_HELP
-from qlora_kit.options.option import Options, a_name, a_size, between, one_of, option
+from qlora_kit.options.checks import a_name, a_size, between, one_of
+from qlora_kit.options.option import Options, option
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Every number has a largest value, whatever a run could do with a larger one.
 
 from __future__ import annotations
 
-from qlora_kit.options.option import between
+from qlora_kit.options.checks import between
 
 LARGEST_ALPHA = 1e9
 LARGEST_RANK = 2**16

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from qlora_kit.config.base import DTYPES
 from qlora_kit.config.limits import LARGEST_ALPHA, LARGEST_RANK
-from qlora_kit.options.option import Options, a_name, between, one_of, option
+from qlora_kit.options.checks import a_name, between, one_of
+from qlora_kit.options.option import Options, option
 
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
 

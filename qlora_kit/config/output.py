@@ -6,7 +6,8 @@ import typing
 from dataclasses import dataclass
 
 from qlora_kit.config.limits import MOST_STEPS
-from qlora_kit.options.option import FALSE, TRUE, Options, a_name, also, between, joined, option
+from qlora_kit.options.checks import FALSE, TRUE, a_name, also, between, joined
+from qlora_kit.options.option import Options, option
 
 
 def _option_names(value: str | tuple[str, ...]) -> str | None:

@@ -6,16 +6,8 @@ import typing
 from dataclasses import dataclass
 
 from qlora_kit.config.limits import MOST_ROWS, MOST_STEPS, SEEDS
-from qlora_kit.options.option import (
-    FALSE,
-    Options,
-    a_size,
-    also,
-    between,
-    one_of,
-    option,
-    size_bytes,
-)
+from qlora_kit.options.checks import FALSE, a_size, also, between, one_of, size_bytes
+from qlora_kit.options.option import Options, option
 
 OPTIMIZERS = (
     "adamw",

@@ -17,7 +17,7 @@ from typing import IO
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data.source import check_file
 from qlora_kit.errors import DataError, from_os_error
-from qlora_kit.options.option import size_bytes
+from qlora_kit.options.checks import size_bytes
 
 MAX_ROW_BYTES = size_bytes(DataConfig.max_row_size)
 """A longer row is refused, so that a file without ends cannot fill the memory."""

@@ -39,7 +39,7 @@ from qlora_kit.data.source import (
     words,
 )
 from qlora_kit.errors import ConfigError, DataError
-from qlora_kit.options.option import size_bytes
+from qlora_kit.options.checks import size_bytes
 
 
 @dataclass(frozen=True)

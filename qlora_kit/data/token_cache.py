@@ -33,7 +33,8 @@ import numpy as np
 from qlora_kit.data.outcome import EncodeRules, Outcome, Tally
 from qlora_kit.data.rows import Row, Table
 from qlora_kit.data.token_rows import CHUNK, COLUMNS, TokenRows, duplicates, writer
-from qlora_kit.files.publish import mend, new_directory
+from qlora_kit.files.aside import new_directory
+from qlora_kit.files.publish import mend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

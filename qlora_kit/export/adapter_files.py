@@ -14,18 +14,18 @@ from qlora_kit.base.contents import find
 from qlora_kit.base.source import is_path
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.errors import AdapterError
-from qlora_kit.files.atomic import write_file
+from qlora_kit.files.atomic import EXPORT_REPORT, write_file
 from qlora_kit.files.publish import publish
 from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 
 CARD = "README.md"
 
 
-def export_adapter(adapter: Path, target: Path, base_name: str | None, report: str) -> str | None:
+def export_adapter(adapter: Path, target: Path, base_name: str | None) -> str | None:
     """Write the adapter in `adapter` to `target`; returns the name of its base there.
 
-    `base_name` takes the place of the one that it has; `report` is the name of the file that says
-    what this directory is. The place was checked. Errors: `AdapterError`, `ResourceError`.
+    `base_name` takes the place of the one that it has. The place was checked.
+    Errors: `AdapterError`, `ResourceError`.
     """
     described = dict(read_adapter_config(adapter))
     before = described.get("base_model_name_or_path")
@@ -43,7 +43,7 @@ def export_adapter(adapter: Path, target: Path, base_name: str | None, report: s
             text = card.read_text(encoding="utf-8", errors="replace")
             write_file(directory / CARD, _renamed(text, base_name).encode())
         said = {"format": "adapter", "merge_base": None, "dtype": None, "base": base_name or before}
-        write_file(directory / report, (json.dumps(said, indent=2) + "\n").encode())
+        write_file(directory / EXPORT_REPORT, (json.dumps(said, indent=2) + "\n").encode())
     name = described["base_model_name_or_path"]
     return None if name is None else str(name)
 

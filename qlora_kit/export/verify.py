@@ -7,21 +7,26 @@ and the largest difference of a logit. The export is read back from disk for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_kit.base.base import Base
+from qlora_kit.base.load import load_base
+from qlora_kit.data.batch import Batch, eval_batches, padding_id
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.errors import NumericError
 from qlora_kit.training.loss import logit_scale_and_softcap, to_device
-
-if TYPE_CHECKING:
-    from qlora_kit.data.batch import Batch
 
 TOKEN_LIMIT = 4096
 """Tokens that are compared; each needs the logits of both models."""
 CHUNK_ROWS = 256
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,25 @@ def verify(trained: Any, exported: Any, batches: Iterable[Batch]) -> Verificatio
                 break
     # Rounding can leave a divergence of nothing a hair below zero.
     return Verification(max(0.0, kl / tokens), agreed / tokens, largest, tokens)
+
+
+def verify_export(base: Base, directory: Path, dtype: str, rows: Sequence[Encoded]) -> Verification:
+    """Compare the model that is read back from `directory` with that of `base` on some rows."""
+    exported = load_base(str(directory), bits=16, dtype=dtype, device=str(base.device))
+    batches = eval_batches(rows, BATCH_SIZE, padding_id(base.tokenizer))
+    return verify(base.model, exported.model, batches)
+
+
+def check_distance(kl: float, limit: float | None, closer: str) -> None:
+    """Refuse an export that is too far from the model as trained. Errors: `NumericError`."""
+    if math.isfinite(kl) and (limit is None or kl <= limit):
+        return
+    said = f"above --max_kl {limit:g}" if math.isfinite(kl) else "which is no number"
+    raise NumericError(
+        f"the export is {kl:.3g} nats a token from the model as trained, {said}; "
+        "nothing was written",
+        closer,
+    )
 
 
 def _positions(batch: Batch) -> Tensor:

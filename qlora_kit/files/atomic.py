@@ -22,7 +22,9 @@ from qlora_kit.files.lock import LOCK, check_free
 PUBLISHING = (".export.new", ".export.part", ".export.old")
 """Folders of an export that is put into a directory file by file; see `publish.py`."""
 
-MARKS = {"run.json": {"config", "versions", "train"}, "export.json": {"merge_base", "dtype"}}
+EXPORT_REPORT = "export.json"
+"""What an export says of itself."""
+MARKS = {"run.json": {"config", "versions", "train"}, EXPORT_REPORT: {"merge_base", "dtype"}}
 """The file that a finished run and an export leave, and keys that it holds."""
 MARK_LIMIT = 64 * 1024**2
 

@@ -1,9 +1,7 @@
 """A directory that is the old one or the whole new one, whatever happens meanwhile.
 
-It is filled aside, as `.NAME.N.tmp` beside its place, synced and renamed; what it replaces is
-`.NAME.N.old` for as long as the two renames take. A kill leaves one or both of them: `mend`, which
-every new one begins with, puts the old one back, or removes what is no longer needed. The folder
-aside is locked (flock) while its process lives, so that nobody mends under a living one.
+It is filled beside its place, synced and renamed (`aside.py`); `mend`, which every new one begins
+with, undoes or completes what a kill left.
 
 A directory that cannot be renamed (a mount point, as a container's volume is; one's own in a parent
 that is not; the working directory) is filled from the inside instead, and its lock must be held:
@@ -20,16 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import itertools
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from qlora_kit.errors import ResourceError
+from qlora_kit.files.aside import discard, folder_beside, mend_beside, new_directory, sync_all
 from qlora_kit.files.atomic import PUBLISHING, contents, is_worked_in, sync
 from qlora_kit.files.lock import locked
 
@@ -71,134 +67,16 @@ def publish(path: Path) -> Iterator[Path]:
             yield held.enter_context(new_directory(path, check))
 
 
-@contextlib.contextmanager
-def new_directory(path: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """A directory beside `path` to fill; it takes the place of `path` when the block ends well.
-
-    What was at `path` stays until then, and stays for good when the block raises. `check` is called
-    with where that lies, out of everybody's way, and may raise to keep it.
-    """
-    path = path.resolve()
-    missing = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _mend_beside(path)
-    aside, handle = _folder_beside(path)
-    old = aside.with_suffix(".old")
-    try:
-        yield aside
-        _sync_all(aside)
-        if os.path.lexists(path):
-            if path.is_dir():
-                shutil.copymode(path, aside)
-            os.rename(path, old)
-            if check is not None:
-                check(old)
-        os.rename(aside, path)
-        sync(path.parent)
-    except BaseException:
-        if aside.exists():  # not yet moved
-            if os.path.lexists(old):
-                os.rename(old, path)
-            shutil.rmtree(aside, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                for parent in missing:
-                    parent.rmdir()
-        raise
-    finally:
-        os.close(handle)
-        if not aside.exists() and path.exists():
-            _discard(old)
-
-
 def mend(path: Path) -> None:
     """Undo or complete what killed processes left of new directories at `path`."""
     path = Path(os.path.realpath(path))  # which takes a loop of links for what it is
-    _mend_beside(path)
+    mend_beside(path)
     if any((path / name).exists() for name in PUBLISHING):
         with locked(path, " exports"):
             if (path / PUBLISHING[2]).exists():
                 _go_forward(path)
             else:
                 _go_back(path)
-
-
-def _mend_beside(path: Path) -> None:
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(?:tmp|old)")
-    try:
-        names = os.listdir(path.parent)
-    except OSError:  # not there, or not ours to look into: then we made nothing in it
-        return
-    for number in {int(found[1]) for name in names if (found := pattern.fullmatch(name))}:
-        aside, old = (path.with_name(f".{path.name}.{number}.{kind}") for kind in ("tmp", "old"))
-        if not all(_is_own(folder) for folder in (aside, old) if os.path.lexists(folder)):
-            continue
-        handle = None
-        if aside.exists():
-            try:
-                handle = _hold(aside, number)
-            except (BlockingIOError, FileNotFoundError):  # its process lives, or is just done
-                continue
-        try:
-            if old.exists() and aside.exists() and (not path.exists() or _is_empty(path)):
-                os.rename(old, path)  # killed between its two renames
-            elif old.exists() and aside.exists():
-                continue  # and then something else came to its place: neither is ours to remove
-            elif old.exists() and not path.exists():
-                os.rename(old, path)
-            else:
-                _discard(old)
-            _discard(aside)
-        finally:
-            if handle is not None:
-                os.close(handle)
-
-
-def _folder_beside(path: Path) -> tuple[Path, int]:
-    """A new folder beside `path`, and the open file that holds it."""
-    for number in itertools.count(os.getpid()):
-        aside = path.with_name(f".{path.name}.{number}.tmp")
-        if os.path.lexists(aside.with_suffix(".old")):
-            continue
-        try:
-            os.mkdir(aside)
-        except FileExistsError:
-            continue
-        # Another process may take it for a dead one's until it is locked.
-        with contextlib.suppress(BlockingIOError, FileNotFoundError, NotADirectoryError):
-            handle = _hold(aside, os.getpid())
-            if aside.exists() and os.path.samestat(os.fstat(handle), os.stat(aside)):
-                return aside, handle
-            os.close(handle)
-    raise AssertionError
-
-
-def _hold(folder: Path, process: int) -> int:
-    """Lock a folder for as long as the file that is returned stays open.
-
-    Errors: `BlockingIOError` where a living process holds it. Where the file system has no locks,
-    `process`, which made it, is asked for instead.
-    """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise
-    except OSError:
-        if process != os.getpid() and _lives(process):
-            os.close(handle)
-            raise BlockingIOError from None
-    return handle
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _is_movable(path: Path) -> bool:
@@ -211,7 +89,7 @@ def _is_movable(path: Path) -> bool:
     if is_worked_in(path):
         return False  # who works there would work in a folder that is gone
     try:
-        aside, handle = _folder_beside(path)
+        aside, handle = folder_beside(path)
     except OSError:
         return False
     try:
@@ -232,7 +110,7 @@ def _inside(path: Path, names: list[str], check: Callable[[Path], None]) -> Iter
     try:
         os.mkdir(new)
         yield new
-        _sync_all(new)
+        sync_all(new)
         check(path)
         os.mkdir(part)
         _move(_in_order(names), path, part)
@@ -267,7 +145,7 @@ def _go_forward(path: Path) -> None:
         _move(reversed(_in_order(os.listdir(new))), new, path)
         sync(path)
         new.rmdir()
-    _discard(old)
+    discard(old)
 
 
 def _move(names: Iterable[str], source: Path, target: Path) -> None:
@@ -298,27 +176,3 @@ def _listing(path: Path) -> Listing:
             is_folder = stat.S_ISDIR(status.st_mode)
             found[str(entry.relative_to(path))] = () if is_folder else known
     return found
-
-
-def _is_own(folder: Path) -> bool:
-    """Whether we made a folder: another user may leave one of that name where anybody may write."""
-    status = os.lstat(folder)
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not os.listdir(path)
-
-
-def _discard(path: Path) -> None:
-    """Remove what is no longer needed; what cannot be removed stays for the next run."""
-    if path.is_symlink() or path.is_file():
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync_all(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        sync(file)
-    sync(folder)

@@ -11,6 +11,8 @@ from typing import Any
 
 from qlora_kit.options.option import Options, flag_of
 
+MOST_PROBLEMS = 20
+"""As many are told: a line has room for fewer, and each closest name takes a millisecond."""
 FOREIGN = {
     # What to write here for what Hugging Face's Trainer, PEFT, TRL, Axolotl, LLaMA-Factory and
     # Unsloth call it; the first name here that the command has is the one.

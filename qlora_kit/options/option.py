@@ -7,7 +7,7 @@ checks are all read off these fields. Values come as text, as Python's values, o
 once.
 
 Left out: the options themselves (the folder `config`), and reading flags and files (`commands/`).
-Imports the standard library and yaml only, so that `--help` and a misspelt flag answer at once.
+Imports the standard library only, so that `--help` and a misspelt flag answer at once.
 """
 
 from __future__ import annotations
@@ -19,26 +19,11 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from qlora_kit.errors import ConfigError, excerpt
+from qlora_kit.options.checks import FALSE, TRUE, Check, OneOf, is_long
 
-Check = Callable[[Any], str | None]
-"""Gives None for a good value, else what is allowed: `at least 1`."""
-
-SIZE_UNITS: dict[str, int] = {"": 1, "B": 1} | {
-    f"{letter}{kind}": base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for kind, base in (("iB", 1024), ("B", 1000))
-}
-SMALLEST_SIZE, LARGEST_SIZE = 2**20, 2**50
-LONGEST_NAME = 4096
-"""Characters of a name or a path: the system takes no longer one."""
-TRUE, FALSE = ("true", "on", "yes"), ("false", "off", "no")
-"""How a switch is spelt where it has a value; YAML reads all of them so."""
 NUMBERS = ("a number", "a whole number")
 
 
@@ -74,105 +59,6 @@ def option(
         "shown_default": shown_default,
     }
     return dataclasses.field(default=default, metadata={"option": details})
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """A check for a closed list of values; `--help` lists them."""
-
-    allowed: tuple[object, ...]
-
-    def __call__(self, value: Any) -> str | None:
-        """As every check: None, or what is allowed."""
-        return None if value in self.allowed else str(self)
-
-    def __str__(self) -> str:
-        *others, last = map(str, self.allowed)
-        return f"{', '.join(others)} or {last}" if others else last
-
-
-def one_of(*allowed: object) -> OneOf:
-    """A check for a closed list of values."""
-    return OneOf(allowed)
-
-
-def between(
-    low: float, high: float, *, open_low: bool = False, open_high: bool = False, tiny: float = 0
-) -> Check:
-    """A check for a number in a range; an open end is not part of it.
-
-    Every number has a largest value: beyond it lie loops that do not end and sizes that fit
-    nowhere. What is closer to 0 than `tiny`, and not 0, has no effect in the arithmetic it enters.
-    """
-    allowed = f"{'above' if open_low else 'at least'} {_plain(low)}"
-    allowed += f" and {'below' if open_high else 'at most'} {_plain(high)}"
-
-    def check(value: float) -> str | None:
-        if 0 < abs(value) < tiny:
-            zero = "" if open_low else "0, or "
-            return f"{zero}at least {_plain(tiny)} and at most {_plain(high)}"
-        good = (low < value if open_low else low <= value) and (
-            value < high if open_high else value <= high
-        )
-        return None if good else allowed
-
-    return check
-
-
-def a_name(what: str = "a name or a path") -> Check:
-    """A check for a text that names something: not blank, and no longer than a path may be."""
-
-    def check(value: str) -> str | None:
-        if len(value) > LONGEST_NAME:
-            return f"{what} of at most {LONGEST_NAME} characters"
-        return None if value.strip() else what
-
-    return check
-
-
-def also(meanings: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """A reading of single values: `{"false": "none"}` takes false, in any case, for none."""
-
-    def read(value: Any) -> Any:
-        if isinstance(value, (bool, int, str)):
-            # A whole number may have more digits than Python turns into text.
-            key = str(value).strip().lower() if not _is_long(value) else ""
-            return meanings.get(key, value)
-        return value
-
-    return read
-
-
-def joined(value: Any) -> Any:
-    """A reading of a list of names as the text that has commas between them; of none, as `none`."""
-    if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
-        return ",".join(value) or "none"
-    return value
-
-
-def size_bytes(text: str) -> int:
-    """Bytes of a size: `8GiB`, `8 GB`, `500MiB`, `1.5GiB` or plain bytes. Errors: `ValueError`.
-
-    Less than 1 MiB is refused: who writes 8 means GB.
-    """
-    units = {unit.lower(): factor for unit, factor in SIZE_UNITS.items()}
-    found = re.fullmatch(r"([0-9]{1,16}(?:\.[0-9]{1,9})?)\s*([a-z]*)", text.strip().lower())
-    size = round(float(found[1]) * units.get(found[2], 0)) if found else 0
-    if not SMALLEST_SIZE <= size <= LARGEST_SIZE:
-        raise ValueError(
-            "a size of 1 MiB or more, and 1024 TiB at most, as 8GiB, 8GB, 500MiB or a number of "
-            "bytes"
-        )
-    return size
-
-
-def a_size(value: str) -> str | None:
-    """A check for what `size_bytes` reads."""
-    try:
-        size_bytes(value)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 class Options:
@@ -295,7 +181,7 @@ def convert(value: Any, annotation: Any) -> Any:
 
 def _as_text(value: str | float) -> str:
     """A text that can be written, sent and handed to the system. Errors: `ValueError`."""
-    if _is_long(value):
+    if is_long(value):
         raise ValueError("text")
     text = str(value)
     try:
@@ -306,16 +192,6 @@ def _as_text(value: str | float) -> str:
     if "\0" in text:
         raise ValueError("text without NUL characters")
     return text
-
-
-def _is_long(value: Any) -> bool:
-    """Whether a whole number has more digits than Python makes text of."""
-    return isinstance(value, int) and value.bit_length() > 10_000
-
-
-def dump(values: Mapping[str, Any]) -> str:
-    """The text of a config file that `--config` accepts."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -338,13 +214,8 @@ def _shown(value: Any) -> str:
     """`value` for an error; a container of a file may be of any size, so only its kind is said."""
     if isinstance(value, (list, tuple, dict, set)):
         return f"a {type(value).__name__} of {len(value)}"
-    if _is_long(value):
+    if is_long(value):
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, bool):
         return str(value).lower()
     return excerpt(str(value)) if value != "" else "nothing"
-
-
-def _plain(number: float) -> str:
-    """A bound as one writes it."""
-    return str(number) if isinstance(number, int) else f"{number:g}"

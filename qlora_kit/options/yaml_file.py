@@ -12,20 +12,18 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qlora_kit.errors import ConfigError, UnsafeInputError, excerpt
-from qlora_kit.options.names import closest, fields_of, spellings_of
+from qlora_kit.options.names import MOST_PROBLEMS, closest, fields_of, spellings_of
 from qlora_kit.options.option import Options, convert, types_of
 
 CONFIG_LIMIT = 64 * 1024
 """Bytes of a config file, which take up to a second; an option's line has some fifty."""
-MOST_PROBLEMS = 20
-"""As many are told: a line has room for fewer, and each closest name takes a millisecond."""
 YAML_TAG = "tag:yaml.org,2002:"
 NULL = f"{YAML_TAG}null"
 PLAIN_TAGS = {"null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp"}
@@ -96,6 +94,11 @@ def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
     if problems:
         raise ConfigError("; ".join(problems), "correct or remove these lines")
     return values
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """The text of a config file that `--config` accepts."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 def _refuse_tags(root: yaml.Node, path: str) -> None:

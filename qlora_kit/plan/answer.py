@@ -15,7 +15,7 @@ from qlora_kit.config.data import DataConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device import available_bytes
-from qlora_kit.options.option import size_bytes
+from qlora_kit.options.checks import size_bytes
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
 from qlora_kit.plan.suggest import Options, Suggestion, suggest

@@ -16,7 +16,7 @@ from qlora_kit.data.rows import load_rows
 from qlora_kit.data.source import is_one_table
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import look_at, run_data
+from qlora_kit.run.saved_adapter import SavedAdapter, look_at, run_data
 
 
 def evaluate_model(parsed: Parsed) -> dict[str, Any]:
@@ -25,8 +25,9 @@ def evaluate_model(parsed: Parsed) -> dict[str, Any]:
     Errors: those of the files, `ConfigError`, `NumericError`.
     """
     options = parsed[EvaluateConfig]
-    look_at(parsed, options.adapter)
-    data, seed = _data(parsed)
+    adapter = None if options.adapter is None else SavedAdapter.of(options.adapter)
+    look_at(parsed, adapter)
+    data, seed = _data(parsed, adapter)
     found = load_rows(data, seed)
     rows, source = found.train, found.train_source
     if found.evaluation:
@@ -41,15 +42,15 @@ def evaluate_model(parsed: Parsed) -> dict[str, Any]:
         )
     from qlora_kit.run.scores import scores
 
-    return scores(parsed, data, rows, source)
+    return scores(parsed, adapter, data, rows, source)
 
 
-def _data(parsed: Parsed) -> tuple[DataConfig, int]:
+def _data(parsed: Parsed, adapter: SavedAdapter | None) -> tuple[DataConfig, int]:
     """What to read, and the seed that draws a share of it."""
     options, data = parsed[EvaluateConfig], parsed[DataConfig]
     given = parsed.given[DataConfig]
-    if "data" not in given and options.adapter is not None:
-        run = run_data(options.adapter)
+    if "data" not in given and adapter is not None:
+        run = run_data(adapter)
         if run is not None:
             own = {name: getattr(data, name) for name in given}
             return replace(run[0], **own), run[1]

@@ -11,7 +11,7 @@ from typing import Any
 from qlora_kit.config.commands import GenerateConfig
 from qlora_kit.generation.prompts import check_prompt, one_prompt, rows_of_prompts
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import look_at
+from qlora_kit.run.saved_adapter import SavedAdapter, look_at
 
 
 def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
@@ -21,11 +21,14 @@ def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
     """
     options = parsed[GenerateConfig]
     check_prompt(options)
-    look_at(parsed, options.adapter)
+    adapter = None if options.adapter is None else SavedAdapter.of(options.adapter)
+    look_at(parsed, adapter)
     if options.prompts is None:
         rows = [{"prompt": one_prompt(options)}]
     else:
         rows = rows_of_prompts(options.prompts)
     from qlora_kit.run.answers import answer_pieces, answer_rows
 
-    return answer_pieces(parsed, rows[0]) if options.prompts is None else answer_rows(parsed, rows)
+    if options.prompts is None:
+        return answer_pieces(parsed, adapter, rows[0])
+    return answer_rows(parsed, adapter, rows)

@@ -31,7 +31,7 @@ from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora, train_loaded
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.memory.profiler import MemoryProfiler
-from qlora_kit.options.option import dump
+from qlora_kit.options.yaml_file import dump
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.run.directory import RESULT, RunDirectory, run_directory

@@ -20,24 +20,26 @@ from qlora_kit.generation.decode import end_ids
 from qlora_kit.generation.questions import answered, questions
 from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import open_with_adapter
+from qlora_kit.run.saved_adapter import SavedAdapter, open_with_adapter
 from qlora_kit.training.loss import evaluate
 
 
-def scores(parsed: Parsed, data: DataConfig, rows: Table, source: str) -> dict[str, Any]:
+def scores(
+    parsed: Parsed, adapter: SavedAdapter | None, data: DataConfig, rows: Table, source: str
+) -> dict[str, Any]:
     """What `evaluate --json` prints of the rows of `source`, which `data` says how to encode.
 
     Errors: those of the base, the adapter and encoding; `NumericError` for a loss that is none.
     """
     options, rules = parsed[EvaluateConfig], EncodeRules.of(data)
-    base = open_with_adapter(parsed, options.adapter, options.allow_other_base)
+    base = open_with_adapter(parsed, adapter, options.allow_other_base)
     if "chat_template" in parsed.given[DataConfig] and data.chat_template is not None:
         use_template(base.tokenizer, data.chat_template)
     check_chat_options(base.tokenizer, chat_options(data))
     encoded = encode_rows(rows, base.tokenizer, data.length_in(base.context), rules)
     model = read_weights(base)
-    if options.adapter is not None:
-        load_adapter(base, options.adapter, allow_other_base=options.allow_other_base)
+    if adapter is not None:
+        load_adapter(base, adapter.files, allow_other_base=options.allow_other_base)
     batches = eval_batches(encoded.rows, options.batch_size, padding_id(base.tokenizer))
     result = evaluate(model, batches)
     if not math.isfinite(result.loss):
@@ -50,14 +52,13 @@ def scores(parsed: Parsed, data: DataConfig, rows: Table, source: str) -> dict[s
         ends = end_ids(model, base.tokenizer)
         asked = questions(rows, base.tokenizer, rules, ends)
         answers = answered(model, base.tokenizer, asked, options, base.context, ends)
-    adapter = options.adapter
     right = sum(answer["right"] for answer in answers)
     return {
         "model": base.source.name,
         "revision": base.source.revision,
         "bits": base.quantization.bits,
         "dtype": dtype_name(base.dtype),
-        "adapter": None if adapter is None else redacted(Path(adapter).resolve().name),
+        "adapter": None if adapter is None else redacted(Path(adapter.name).resolve().name),
         "data": redacted(source),
         "rows": len(encoded.rows),
         "skipped": sum(encoded.skipped.values()),

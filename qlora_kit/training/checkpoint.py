@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import read_header
 from qlora_kit.errors import CheckpointError, UnsafeInputError
+from qlora_kit.files.aside import new_directory
 from qlora_kit.files.atomic import check_room, sha256, write_plain
-from qlora_kit.files.publish import new_directory
 
 if TYPE_CHECKING:
     # What a directory of a run holds is looked at before torch is imported.

@@ -28,7 +28,7 @@ from qlora_kit.base.linear import QuantizedLinear, dequantize
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, ModelError, NumericError
-from qlora_kit.export.merge import export_model
+from qlora_kit.export.export import export_model
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora
 

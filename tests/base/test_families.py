@@ -24,7 +24,7 @@ from qlora_kit.base.load import load_base, open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError
-from qlora_kit.export.merge import export_model
+from qlora_kit.export.export import export_model
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.lora.targets import find_targets
 from qlora_kit.training.layer_forward import set_recompute

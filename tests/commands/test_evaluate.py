@@ -19,7 +19,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.options.option import dump
+from qlora_kit.options.yaml_file import dump
 
 Run = Callable[..., Any]
 

@@ -17,7 +17,7 @@ from qlora_kit.config.data import DataConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.run import RUN_GROUPS
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.options.option import size_bytes
+from qlora_kit.options.checks import size_bytes
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 SHAPES = {

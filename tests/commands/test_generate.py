@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.lora.adapter_files import read_adapter
-from qlora_kit.options.option import dump
+from qlora_kit.options.yaml_file import dump
 from qlora_kit.run.saved_adapter import reads_literally
 
 Run = Callable[..., Any]

@@ -15,7 +15,8 @@ import pytest
 from folders import Stop, contents
 
 from qlora_kit.errors import ResourceError
-from qlora_kit.files.publish import mend, new_directory, publish
+from qlora_kit.files.aside import new_directory
+from qlora_kit.files.publish import mend, publish
 
 
 def test_a_directory_appears_when_it_is_whole(tmp_path: Path, umask: None) -> None:

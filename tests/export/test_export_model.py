@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora_kit.base.base import Base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError, ExportError, NumericError
-from qlora_kit.export.merge import export_model
+from qlora_kit.export.export import export_model
 from qlora_kit.lora.adapter import save_adapter
 
 HOLDINGS: dict[str, dict[str, Any]] = {

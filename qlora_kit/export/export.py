@@ -1,0 +1,61 @@
+"""A model with its adapter in it, in a directory that appears whole or not at all.
+
+It is written aside, inspected while nobody sees it, and put in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.tensors import DTYPES, dtype_name
+from qlora_kit.errors import AdapterError
+from qlora_kit.export.hf import write_model
+from qlora_kit.export.tensors import export_tensors
+from qlora_kit.files.atomic import EXPORT_REPORT, check_output, check_room, write_file
+from qlora_kit.files.publish import publish
+from qlora_kit.lora.inject import ADAPTER, lora_layers
+
+SHARD_SIZE = 4 * 1024**3
+
+
+def export_model(
+    base: Base,
+    output_dir: str | os.PathLike[str],
+    *,
+    adapter: str | None = ADAPTER,
+    merge_base: str = "dequantized",
+    dtype: str = "auto",
+    shard_size: int = SHARD_SIZE,
+    overwrite: bool = False,
+    inspect: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write `base` with `adapter` merged as a plain transformers model; returns its directory.
+
+    `adapter` None exports the base alone. `dtype` auto is the compute dtype of the run;
+    `shard_size` is in bytes. The directory appears whole or not at all; `inspect` is called with it
+    while it still lies aside, and may raise to keep it from appearing. Errors: `ConfigError` and
+    `ResourceError` for the place, `AdapterError`, `NumericError`, `ExportError`.
+    """
+    target = Path(output_dir)
+    check_output(target, overwrite, [base.source.directory])
+    if adapter is not None and not any(
+        adapter in one.lora_A for one in lora_layers(base.model).values()
+    ):
+        raise AdapterError(f"the model has no adapter {adapter!r}", "load one, or name another")
+    export_dtype = base.dtype if dtype == "auto" else DTYPES[dtype]
+    tensors = export_tensors(base, adapter, merge_base)
+    size = sum(tensor.shape.numel() for tensor in tensors) * export_dtype.itemsize
+    check_room(target, size, "the export")
+    with publish(target) as directory:
+        write_model(base, tensors, directory, export_dtype, shard_size)
+        said: dict[str, Any] = {"merge_base": merge_base, "dtype": dtype_name(export_dtype)}
+        said |= {"base": base.info.as_dict()}
+        write_file(directory / EXPORT_REPORT, json.dumps(said).encode())
+        if inspect is not None:
+            inspect(directory)
+    return target

@@ -1,0 +1,97 @@
+"""The writer of plain transformers models: safetensors in shards, config.json, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.contents import find
+from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
+from qlora_kit.base.tensors import check_finite, dtype_name
+from qlora_kit.base.tokenizer import copy_tokenizer
+from qlora_kit.errors import ExportError
+from qlora_kit.export.tensors import ExportTensor
+from qlora_kit.files.atomic import replace_file, write_file
+
+
+def write_model(
+    base: Base,
+    tensors: Sequence[ExportTensor],
+    directory: Path,
+    dtype: torch.dtype,
+    shard_size: int,
+) -> None:
+    """Write the tensors in `dtype`, in files of `shard_size` bytes, with config and tokenizer.
+
+    Host memory holds one file. Errors: `NumericError`, `ExportError`, `ResourceError`.
+    """
+    _write_shards(tensors, directory, dtype, shard_size)
+    _write_settings(base, directory, dtype)
+
+
+def _write_shards(
+    tensors: Sequence[ExportTensor], directory: Path, dtype: torch.dtype, shard_size: int
+) -> None:
+    shards: list[list[ExportTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = tensor.shape.numel() * dtype.itemsize
+        if shards[-1] and filled + size > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    where = {}
+    for number, shard in enumerate(shards, start=1):
+        file = (
+            SINGLE_FILE
+            if len(shards) == 1
+            else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        content = {}
+        for tensor in shard:
+            value = tensor.make().to("cpu", dtype)
+            check_finite(value, f"{tensor.name} of the export", "use a wider --dtype")
+            content[tensor.name] = value.contiguous()
+            where[tensor.name] = file
+        _save(content, directory / file)
+    if len(shards) > 1:
+        total = sum(tensor.shape.numel() * dtype.itemsize for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_file(directory / INDEX_FILE, json.dumps(index, indent=2).encode())
+
+
+def _save(content: dict[str, Tensor], path: Path) -> None:
+    try:
+        replace_file(path, lambda aside: save_file(content, aside, {"format": "pt"}))
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        # safetensors raises its own class for what the system refuses.
+        raise ExportError(f"{path}: {error}", "free some space or choose another place") from error
+
+
+def _write_settings(base: Base, directory: Path, dtype: torch.dtype) -> None:
+    source = base.source.directory
+    config = json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
+    long_name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype_name(dtype)]
+    for key in ("torch_dtype", "dtype"):
+        if key in config:
+            config[key] = long_name
+    if "torch_dtype" not in config:
+        config["dtype"] = long_name
+    if base.embedding_rows is not None:
+        config["vocab_size"] = base.embedding_rows
+    config.pop("quantization_config", None)
+    config.pop("auto_map", None)  # it names Python files that are not written
+    write_file(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    copy_tokenizer(source, directory)
+    if settings := find(source, "generation_config.json"):
+        shutil.copyfile(settings, directory / "generation_config.json")

@@ -1,0 +1,88 @@
+"""Dequantize, add, round once: the tensors of a plain model with an adapter in it, one by one.
+
+The update is added in fp32 to the base weight as training multiplied by it (dequantized in the
+run's compute dtype); a writer rounds the sum once, to the dtype of what it writes. Merging into the
+original weights is offered; it is another model, and `verify` says how far it is from what was
+trained. Every writer reads this list; a tensor is made when it is asked for, so that host memory
+holds as many as the writer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.linear import dequantize
+from qlora_kit.base.tensors import read_tensors
+from qlora_kit.errors import ConfigError
+from qlora_kit.lora.inject import ADAPTER, lora_layers
+from qlora_kit.lora.layer import LoRALinear, delta_weight
+
+
+@dataclass(frozen=True)
+class ExportTensor:
+    """One tensor of the exported model: its shape, and how to make it."""
+
+    name: str
+    shape: torch.Size
+    make: Callable[[], Tensor]
+
+
+def export_tensors(
+    base: Base, adapter: str | None = ADAPTER, merge_base: str = "dequantized"
+) -> list[ExportTensor]:
+    """Every tensor of the plain model in its order; each is made when it is asked for.
+
+    `merge_base`: `dequantized` adds to the weights that training multiplied by, `original` to the
+    checkpoint's own. Errors: `ConfigError` for the original weights of a checkpoint that holds
+    quantized ones only.
+    """
+    model = base.model
+    entries = base.entries if merge_base == "original" else {}
+    packed = [name for name, entry in entries.items() if not entry.torch_dtype.is_floating_point]
+    if packed:
+        raise ConfigError(
+            f"--merge_base original: the base holds {packed[0]} in quantized form only",
+            "use --merge_base dequantized",
+        )
+
+    def frozen(name: str, linear: nn.Linear) -> Tensor:
+        if merge_base == "dequantized":
+            return dequantize(linear, base.dtype)
+        # The buffer that the reader lends is used again, so the tensor is copied out of it.
+        key = f"{name}.weight"
+        return next(tensor.clone() for _, tensor in read_tensors({key: entries[key]}))
+
+    def merged(name: str, layer: LoRALinear) -> Tensor:
+        weight = frozen(name, layer.base_layer)
+        if adapter is None or adapter not in layer.lora_A:
+            return weight
+        return weight.float().add_(delta_weight(layer, adapter).to(weight.device))
+
+    tensors, adapted = [], lora_layers(model)
+    inside = tuple(f"{name}." for name in adapted)
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        linear = adapted[name].base_layer if name in adapted else module
+        made = dict(linear.named_parameters(recurse=False))
+        if isinstance(linear, nn.Linear) and module is not model.get_output_embeddings():
+            shape = torch.Size((linear.out_features, linear.in_features))
+            make = (
+                partial(merged, name, adapted[name])
+                if name in adapted
+                else partial(frozen, name, linear)
+            )
+            tensors.append(ExportTensor(f"{name}.weight", shape, make))
+            made.pop("weight")
+        for leaf, parameter in made.items():
+            full = f"{name}.{leaf}"
+            if parameter is model.get_input_embeddings().weight and "embed" not in name:
+                continue  # a tied head: the embedding is written, and config.json says tied
+            tensors.append(ExportTensor(full, parameter.shape, parameter.detach))
+    return tensors

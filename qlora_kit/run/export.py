@@ -1,0 +1,86 @@
+"""What `export` writes: a merged model, or an adapter alone for others.
+
+Places, the adapter's files, headers and the first rows are refused before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config.commands import ExportConfig
+from qlora_kit.config.data import DataConfig
+from qlora_kit.data.rows import load_rows
+from qlora_kit.errors import ConfigError
+from qlora_kit.export.adapter_files import export_adapter, is_portable
+from qlora_kit.files.atomic import check_output
+from qlora_kit.files.publish import mend
+from qlora_kit.options.parsed import Parsed
+from qlora_kit.run.saved_adapter import SavedAdapter, look_at
+from qlora_kit.run.verification import verification_rows
+
+if TYPE_CHECKING:
+    from qlora_kit.base.base import Base
+    from qlora_kit.data.tokens import Encoded
+
+NOT_PORTABLE = (
+    "the base is named by a path of this machine, {}, which others do not have: --base_name "
+    "OWNER/NAME names it for them"
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the place in words, and what is to be noted.
+
+    A merged model has the `report` of its export.json, and what would make it `closer`.
+    """
+
+    place: str
+    notes: tuple[str, ...] = ()
+    report: Mapping[str, Any] | None = None
+    closer: str = ""
+
+
+def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
+    """Export what the options name; `note` is called with what a user should know meanwhile.
+
+    Errors: `ConfigError`, those of the adapter's, the base's and the data's files, `NumericError`,
+    `ExportError`, `ResourceError`.
+    """
+    options = parsed[ExportConfig]
+    missing = [f"--{name}" for name in ("adapter", "output_dir") if not getattr(options, name)]
+    if options.adapter is None or options.output_dir is None:
+        raise ConfigError(f"{' and '.join(missing)} not given", "give both")
+    target = Path(options.output_dir)
+    named = (options.adapter, options.verify, parsed.config_file)
+    read = [Path(path) for path in named if path is not None]
+    adapter = SavedAdapter.of(options.adapter)
+    source = look_at(parsed, adapter)
+    if source is not None:
+        read.append(source.directory)
+    mend(target)  # what a killed export left: the old one is in its place again
+    check_output(target, options.overwrite, read)
+    if options.format == "adapter":
+        name = export_adapter(Path(options.adapter), target, options.base_name)
+        notes = () if is_portable(name) else (NOT_PORTABLE.format(name),)
+        return Exported(f"{target}, for the base {name}", notes)
+    asked = None
+    if options.verify is not None:
+        asked = load_rows(DataConfig(data=options.verify, eval_fraction=0), 0)
+    from qlora_kit.run.merge import merge
+
+    closer = "export with a wider --dtype, or evaluate the export before it is used"
+    if options.merge_base != "dequantized":
+        closer = "export with --merge_base dequantized, or evaluate the export before it is used"
+
+    def rows_for(base: Base) -> tuple[Sequence[Encoded], str]:
+        rows = verification_rows(adapter, asked, base, note)
+        if options.base_name is None and not base.source.is_portable:
+            note(NOT_PORTABLE.format(base.source.reference))
+        return rows
+
+    report = merge(parsed, adapter, read, rows_for, closer)
+    return Exported(str(target), report=report, closer=closer)

@@ -12,7 +12,6 @@ ends by a signal, by its limit of time, or with a fault of the program's own (ex
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -24,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from record import make_parser, write_result
 
 MIB, GIB = 2**20, 2**30
 SPACE = 8 * GIB
@@ -59,11 +60,10 @@ class Case:
 
 def main() -> None:
     """Run every case, print a line each, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "bounds")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("QLORA_KIT_DATA", ".")))
     parser.add_argument("--only", default="", help="cases whose names hold this")
     parser.add_argument("--slow", type=float, default=1.0, help="times the time that is allowed")
-    parser.add_argument("--result", default="bounds")
     given = parser.parse_args()
     found = []
     for case in cases(given.data.resolve()):
@@ -71,10 +71,7 @@ def main() -> None:
             found.append(run(case, given.slow))
             print(line(found[-1]), flush=True)
     print(f"{sum(one['held'] for one in found)} of {len(found)} held")
-    # What the results carry is imported last: a child begins with the memory of this process.
-    from record import write_result
-
-    print(write_result(given.result, {"cases": found}))
+    print(write_result(given, {"cases": found}))
 
 
 def run(case: Case, slow: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 from peers.ours import Peer
 from pictures import draw_budgets
 from random_checkpoint import copy_tokenizer, make_checkpoint
-from record import write_result
+from record import make_parser, write_result
 from speed import TINY, batches, wait
 
 from qlora_kit.config.base import BaseConfig
@@ -102,7 +102,7 @@ def measure(peer: Peer, plans: list[MemoryPlan], given: Any) -> list[dict[str, A
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "budget")
     shapes = Path(os.environ.get("QLORA_KIT_DATA", "")) / "configs"
     shape = shapes / "tinyllama_1b_chat_v1.0.json"
     parser.add_argument("--shape", default=str(shape), help="a config.json, or tiny")
@@ -113,7 +113,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--result", default="budget", help="name of the result")
     parser.add_argument("--directory", type=Path, help="of a checkpoint that is there already")
     return parser.parse_args()
 
@@ -127,18 +126,18 @@ def main() -> None:
             make_checkpoint(shape, given.directory)
             copy_tokenizer(TINY, given.directory)
         planner = planner_of(given.directory, given)
-        shape = BatchShape(given.batch, given.length, given.length)
-        ends = [planner.plan(shape, level).peak_bytes for level in ("full", "none")]
+        largest = BatchShape(given.batch, given.length, given.length)
+        ends = [planner.plan(largest, level).peak_bytes for level in ("full", "none")]
         low, high = BELOW * ends[0], ABOVE * ends[1]
         steps = [number / (given.budgets - 1) for number in range(given.budgets)]
         budgets = [int(low + (high - low) * step) for step in steps]
-        plans = [planner.plan(shape, "auto", budget) for budget in budgets]
+        plans = [planner.plan(largest, "auto", budget) for budget in budgets]
         peer = Peer(given.directory, given.bits, "none", given.rank, given.device)
         found = measure(peer, plans, given)
     name = "tiny" if given.shape == "tiny" else shape.stem
     setting = {"shape": name, "bits": given.bits, "batch": given.batch, "length": given.length}
     result = {**setting, "full_bytes": ends[0], "none_bytes": ends[1], "budgets": found}
-    path = write_result(given.result, result)
+    path = write_result(given, result)
     for one in found:
         print(one)
     title = f"{name}, {given.bits} bits, {given.batch} x {given.length} tokens"

@@ -11,7 +11,6 @@ side that spins beside the busy process.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,7 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from record import write_result
+from record import make_parser, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES: dict[str, dict[str, str]] = {
@@ -67,7 +66,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "busy_machine")
     parser.add_argument("--steps", type=int, default=10, help="steps of the default job")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
@@ -94,7 +93,7 @@ def main() -> None:
             for place, one in measured.items()
         }
         print(result["passive_to_spinning"])
-    print(write_result("busy_machine", result))
+    print(write_result(arguments, result))
 
 
 if __name__ == "__main__":

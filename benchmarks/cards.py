@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from record import write_result
+from record import make_parser, write_result
 
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
@@ -70,12 +70,13 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    given = make_parser(__doc__, "cards").parse_args()
     configs = Path(os.environ["QLORA_KIT_DATA"]) / "configs"
     found: dict[str, Any] = {}
     for model, name in MODELS.items():
         found[model] = {targets: peaks_of(configs / f"{name}.json", targets) for targets in TARGETS}
         print(model, found[model], flush=True)
-    print(write_result("cards", {"lengths": LENGTHS, "cards": CARDS, "peak_bytes": found}))
+    print(write_result(given, {"lengths": LENGTHS, "cards": CARDS, "peak_bytes": found}))
     text = README.read_text()
     README.write_text(MARKS.sub(lambda marks: f"{marks[1]}{table(found)}\n{marks[2]}", text))
 

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from record import write_result
+from record import make_parser, write_result
 
 COLUMNS = "question=prompt,answer=completion"
 LENGTH = 1024
@@ -262,7 +262,7 @@ def write_rows(path: Path, source: Path, lines: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "data")
     parser.add_argument("--only", choices=["encoding", "training", "memory"], default=None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the generated file")
@@ -288,12 +288,12 @@ def main() -> None:
                 "gsm8k": compare_encoding(small, given.rounds),
                 f"generated_{given.rows}": compare_encoding(large, max(1, given.rounds - 1)),
             }
-            print(write_result("data_encoding", result))
+            print(write_result(given, result, "encoding"))
             large.unlink()
         if given.only in (None, "training"):
             epoch = padding(data)
             result = {"padding_of_an_epoch": epoch, **compare_training()}
-            print(write_result("data_training", result))
+            print(write_result(given, result, "training"))
         if given.only in (None, "memory"):
             path = Path(folder) / "large.jsonl"
             line = json.dumps({"text": ""}) + "\n"
@@ -305,7 +305,7 @@ def main() -> None:
             size = path.stat().st_size
             result = {"lines": given.lines, "bytes": size, **in_process("memory", str(path))}
             print(result)
-            print(write_result("data_memory", result))
+            print(write_result(given, result, "memory"))
 
 
 if __name__ == "__main__":

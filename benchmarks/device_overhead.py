@@ -28,6 +28,7 @@ LENGTH, ROWS, STEPS = 128, 8, 3
 
 def main() -> None:
     """Measure and write."""
+    given = record.make_parser(__doc__, "device_overhead").parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device; run this where the GPU is")
     device = torch.device("cuda")
@@ -53,7 +54,7 @@ def main() -> None:
         "allocated_bytes": allocated,
     }
     print(f"{result['device']}: {fixed} bytes outside the allocator")
-    print(record.write_result("device_overhead", result))
+    print(record.write_result(given, result))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ all defaults), of which a few are run. About 10 minutes on 2 cores.
 
 from __future__ import annotations
 
-import argparse
 import array
 import os
 import statistics
@@ -23,10 +22,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from record import write_result  # noqa: E402
+from record import make_parser, write_result  # noqa: E402
 
-from qlora_kit.commands import run  # noqa: E402
 from qlora_kit.commands.finetune import main as finetune  # noqa: E402
+from qlora_kit.run import run  # noqa: E402
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FIRST_STEP = 100
@@ -111,7 +110,7 @@ def default_job(directory: Path, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "endurance")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--saves", type=int, default=200)
     arguments = parser.parse_args()
@@ -119,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         long = long_run(Path(name), arguments.steps, arguments.saves)
         default = default_job(Path(name), 40)
-    print(write_result("endurance", {"long_run": long, "default_job": default}))
+    print(write_result(arguments, {"long_run": long, "default_job": default}))
 
 
 if __name__ == "__main__":

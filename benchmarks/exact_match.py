@@ -10,7 +10,6 @@ twenty minutes on a core.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from record import write_result
+from record import make_parser, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = (
@@ -82,7 +81,7 @@ def measure(name: str, steps: int, seeds: Sequence[int], directory: Path) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "exact_match")
     parser.add_argument("--data", nargs="+", default=DATA, choices=DATA)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", nargs="+", type=int, default=(42, 43, 44))
@@ -93,9 +92,7 @@ def main() -> None:
             for name in arguments.data
             for row in measure(name, arguments.steps, arguments.seeds, Path(directory))
         ]
-    print(
-        write_result("exact_match", {"settings": SETTINGS, "steps": arguments.steps, "rows": rows})
-    )
+    print(write_result(arguments, {"settings": SETTINGS, "steps": arguments.steps, "rows": rows}))
 
 
 if __name__ == "__main__":

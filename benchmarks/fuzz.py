@@ -13,7 +13,6 @@ look at files was reached. 10,000 mutants take about 10 minutes on one core.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import functools
 import gc
@@ -41,7 +40,7 @@ from families import tree_hash  # noqa: E402
 from mutations import kinds_of  # noqa: E402
 from originals import FILES, make_originals  # noqa: E402
 from raises import raises_of, sites_of  # noqa: E402
-from record import write_result  # noqa: E402
+from record import make_parser, write_result  # noqa: E402
 
 from qlora_kit.commands import generate, show_data  # noqa: E402
 from qlora_kit.errors import AdapterError, ModelError, QloraKitError, error_line  # noqa: E402
@@ -244,11 +243,10 @@ class Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "fuzz")
     parser.add_argument("--count", type=int, default=10_000, help="mutants")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--mutant", type=int, help="judge the one of this number, and print it")
-    parser.add_argument("--result", default="fuzz", help="name of the result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a fork has no threads but its own
     gc.disable()  # what a fork looks at is copied
@@ -272,7 +270,7 @@ def main() -> int:
         assert tree_hash(originals) == before, "the originals were changed"
     times = {"seconds": round(took, 1), "processor_s": round(used, 1)}
     result = {"seed": arguments.seed, **times, **report.result()}
-    print(write_result(arguments.result, result))
+    print(write_result(arguments, result))
     return 1 if report.findings else 0
 
 

@@ -12,7 +12,6 @@ minutes on 2 cores.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import random
 import shutil
@@ -27,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 
 from faults.harness import WRITES, Fault, Job, Server, damages, leftovers  # noqa: E402
 from faults.harness import result_of as bytes_of  # noqa: E402
-from record import write_result  # noqa: E402
+from record import make_parser, write_result  # noqa: E402
 
 from qlora_kit.training.checkpoint import newest  # noqa: E402
 
@@ -148,7 +147,7 @@ def after_damage(job: Job, directory: Path, reference: dict[str, bytes]) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "kills")
     parser.add_argument("--random", type=int, default=200, help="kills at random times")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
@@ -174,7 +173,7 @@ def main() -> None:
         server.close()
     if arguments.hard:
         result["options"] = " ".join(HARD)
-    print(write_result("kills_hard" if arguments.hard else "kills", result))
+    print(write_result(arguments, result, "hard" if arguments.hard else ""))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and file pages included. Needs QLORA_KIT_DATA (for the shape and a tokenizer) an
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from random_checkpoint import copy_tokenizer, make_checkpoint
-from record import write_result
+from record import make_parser, write_result
 
 LOAD = """
 import json, sys, time
@@ -44,7 +43,7 @@ def load_once(directory: Path, bits: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "loading")
     data = Path(os.environ["QLORA_KIT_DATA"])
     parser.add_argument("--config", type=Path, default=data / "configs/tinyllama_1b_chat_v1.0.json")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8, 16])
@@ -65,7 +64,7 @@ def main() -> None:
                     f"peak RSS {row['peak_rss'] / 2**30:.3f} GiB",
                     flush=True,
                 )
-    print(write_result("loading", {"shape": arguments.config.stem, "table": table}))
+    print(write_result(arguments, {"shape": arguments.config.stem, "table": table}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ words says what the process takes anyway. Needs the extra `data`. Takes about fi
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import write_result
+from record import make_parser, write_result
 
 SIZE = 15 * 2**20
 SENTENCE = "once upon a time there was a little girl who liked to count things. "
@@ -127,9 +126,8 @@ def measured(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every case, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__, "long_rows")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
-    parser.add_argument("--result", default="long_rows")
     options = parser.parse_args()
     # What a case would take without bounds must not take the machine with it.
     resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
@@ -146,7 +144,7 @@ def main() -> None:
             results[name] = found = measured(next(Path(folder).iterdir()))
         peak = found["peak_bytes"] / 2**20
         print(f"{name:48} exit {found['exit']}  {peak:6.0f} MiB  {found['cpu_seconds']:6.1f} s")
-    write_result(options.result, {"cases": results})
+    write_result(options, {"cases": results})
 
 
 if __name__ == "__main__":

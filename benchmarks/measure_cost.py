@@ -8,13 +8,12 @@ is three calls that find nothing to do, so a ratio beyond 1 % is noise of the ma
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from typing import Any
 
 import torch
-from record import write_result
+from record import make_parser, write_result
 
 from qlora_kit.base.load import load_base
 from qlora_kit.data.batch import collate
@@ -26,17 +25,18 @@ from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 
 WARM_UP = 5
+SETTINGS = ("model", "bits", "steps", "batch", "length")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "measure_cost")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--steps", type=int, default=50, help="of each side")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--result", default="measure_cost")
     given = parser.parse_args()
+    settings = {name: getattr(given, name) for name in SETTINGS}
     model = load_base(given.model, bits=given.bits).model
     inject_lora(model)
     model.train()
@@ -71,7 +71,7 @@ def main() -> None:
     medians = {side: statistics.median(taken) for side, taken in seconds.items()}
     ratio = medians["with"] / medians["without"]
     print(f"with {medians['with']:.5f} s, without {medians['without']:.5f} s, ratio {ratio:.4f}")
-    print(write_result(given.result, {**vars(given), "step_s": medians, "ratio": ratio}))
+    print(write_result(given, {**settings, "step_s": medians, "ratio": ratio}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from pictures import GIB, Bar, draw_bars, draw_step, table
 from random_checkpoint import copy_tokenizer, make_checkpoint
-from record import RESULTS, write_result
+from record import make_parser, write_result
 from speed import TINY, batches, make, wait
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -231,7 +231,7 @@ def bars_of(found: dict[str, Any]) -> list[Bar]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "memory")
     parser.add_argument("--shape", default=str(SHAPES / "smollm2_135m.json"), help="file, or tiny")
     parser.add_argument("--bits", type=int, nargs="+", default=BITS, choices=BITS)
     parser.add_argument("--level", nargs="+", default=LEVELS, choices=LEVELS)
@@ -239,7 +239,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--result", default="memory", help="name of the result")
     parser.add_argument("--snapshot", help="on CUDA: begin of the names of allocator snapshots")
     parser.add_argument("--side", choices=("ours", "peft"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -252,7 +251,7 @@ def main() -> None:
         print(json.dumps(measure(given)))
         return
     if given.device.startswith("cuda") and not given.snapshot:
-        given.snapshot = str(RESULTS / given.result)
+        given.snapshot = str(given.results / given.result)
     shape = TINY / "config.json" if given.shape == "tiny" else Path(given.shape)
     name = "tiny" if given.shape == "tiny" else shape.stem
     found: dict[str, Any] = {}
@@ -277,7 +276,7 @@ def main() -> None:
         for side in setting.values():
             del side["step"]
     result = {"shape": name, "batch": given.batch, "length": given.length, "rank": given.rank}
-    path = write_result(given.result, {**result, "device": given.device, "settings": found})
+    path = write_result(given, {**result, "device": given.device, "settings": found})
     print(table(TITLES, rows_of(found)))
     setting = f"{name}, {given.batch} x {given.length} tokens, LoRA r {given.rank} on q and v"
     draw_bars(path.with_suffix(".png"), f"Memory of a training step: {setting}", bars_of(found))

@@ -60,7 +60,7 @@ SHAPE = {
 
 def main() -> None:
     """Count, plan, compare and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.make_parser(__doc__, "plan_grid")
     parser.add_argument(
         "--shapes", nargs="+", default=["tiny"], choices=("tiny", "stories", "shape")
     )
@@ -69,7 +69,6 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--result", default="plan_grid")
     asked = parser.parse_args()
     points = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,7 +80,7 @@ def main() -> None:
                 points += _points(shape, model, bits, targets, optim, asked)
     largest = max(point["error_bytes"] for point in points)
     print(f"{len(points)} points, the largest difference {largest} bytes")
-    print(record.write_result(asked.result, {"largest_error_bytes": largest, "points": points}))
+    print(record.write_result(asked, {"largest_error_bytes": largest, "points": points}))
 
 
 def _model(shape: str, asked: argparse.Namespace, scratch: Path) -> str:

@@ -9,7 +9,6 @@ the table of batch and length.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import write_result
+from record import make_parser, write_result
 
 COMMAND = str(Path(__file__).resolve().parent.parent / "scripts" / "plan.py")
 IMPORTS = "import torch, transformers.modeling_utils, bitsandbytes"
@@ -35,12 +34,11 @@ def timed(*command: str) -> tuple[float, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "plan_time")
     data = os.environ.get("QLORA_KIT_DATA", "")
     default = Path(data) / "configs/llama2_70b.json"
     parser.add_argument("--model", type=Path, default=default, help="a config.json")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--result", default="plan_time")
     given = parser.parse_args()
     commands = {"imports": ["-c", IMPORTS]}
     for name, options in (("plan", PLAN), ("auto, suggestions, grid", ALL)):
@@ -64,7 +62,7 @@ def main() -> None:
                 "suggestions": [one["change"] for one in found["suggestions"]],
                 "cells": len(found.get("grid", ())),
             }
-    print(write_result(given.result, results))
+    print(write_result(given, results))
 
 
 if __name__ == "__main__":

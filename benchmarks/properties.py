@@ -12,7 +12,6 @@ core.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import gc
 import json
@@ -29,7 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a value may name any base
 
 from any_fields import Fields  # noqa: E402
 from anything import Answer, Case, Judge, Options, Target, make_shop, prepare_process  # noqa: E402
-from record import write_result  # noqa: E402
+from record import make_parser, write_result  # noqa: E402
 
 TARGETS: dict[str, tuple[Target, int]] = {
     # What is given values, and how many of each 5,000 cases.
@@ -73,12 +72,11 @@ class Report:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "properties")
     parser.add_argument("--count", type=int, help="cases of each target, else as many as it has")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--target", choices=TARGETS, help="this one only")
     parser.add_argument("--case", type=int, help="run the one of this number, and print it")
-    parser.add_argument("--result", default="properties", help="name of the result")
     arguments = parser.parse_args()
     prepare_process()
     gc.disable()  # what a fork looks at is copied
@@ -104,7 +102,7 @@ def main() -> int:
         return 0
     took, used = time.perf_counter() - began, sum(os.times()[:4])
     times = {"seconds": round(took, 1), "processor_s": round(used, 1)}
-    print(write_result(arguments.result, {"seed": arguments.seed, **times, **report.result()}))
+    print(write_result(arguments, {"seed": arguments.seed, **times, **report.result()}))
     return 1 if report.findings else 0
 
 

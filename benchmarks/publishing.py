@@ -9,7 +9,6 @@ the next export has looked, and the next one works and leaves nothing else.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import hashlib
@@ -32,7 +31,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from families import save_checkpoint  # noqa: E402
-from record import write_result  # noqa: E402
+from record import make_parser, write_result  # noqa: E402
 from trained import save_trained, write_rows  # noqa: E402
 
 from qlora_kit.commands.main import main as command  # noqa: E402
@@ -504,9 +503,8 @@ def kills(shop: Shop, kind: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "publishing")
     parser.add_argument("--case", help="the cases whose name has this text, and no kills")
-    parser.add_argument("--result", default="publishing", help="name of the result")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     began = time.perf_counter()
@@ -555,7 +553,7 @@ def main() -> int:
     took = round(time.perf_counter() - began, 1)
     print(json.dumps(table, indent=1))
     if not arguments.case:
-        print(write_result(arguments.result, {"seconds": took, "table": table, "faults": faults}))
+        print(write_result(arguments, {"seconds": took, "table": table, "faults": faults}))
     return 1 if faults else 0
 
 

@@ -23,7 +23,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from record import RESULTS, provenance, write_result
+from record import make_parser, provenance, write_result
 
 if TYPE_CHECKING:
     from peers.peft_guide import Peer
@@ -224,7 +224,7 @@ def plot(runs: list[dict[str, Any]], path: Path, steps: int) -> bool:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "quality")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--bits", type=int, nargs="+", default=BITS, choices=BITS)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
@@ -232,7 +232,6 @@ def parse() -> argparse.Namespace:
     data = Path(os.environ.get("QLORA_KIT_DATA", "")) / "text" / "wikisql"
     parser.add_argument("--data", default=str(data), help="what --data of finetune takes")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--result", default="quality", help="name of the result")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -246,7 +245,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             print(json.dumps(losses_of_ours(given, Path(directory))))
         return
-    path = RESULTS / f"{given.result}.json"
+    path = given.results / f"{given.result}.json"
     measured = {
         "model": "tiny",
         "data": Path(given.data).name,
@@ -275,7 +274,7 @@ def main() -> None:
             run = {**ended.result(), "commit": commit}
             print(*(run[name] for name in (*KEY, "loss_before", "loss")), flush=True)
             runs.append(run)
-            write_result(given.result, {**measured, "runs": runs, "table": table(runs)})
+            write_result(given, {**measured, "runs": runs, "table": table(runs)})
     show(table(runs))
     print(path)
     picture = path.with_suffix(".png")

@@ -1,7 +1,8 @@
-"""What every benchmark result carries: machine, versions, commit and command."""
+"""The options that every benchmark has, and what its result carries: machine, versions, commit."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -12,15 +13,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.run.metrics import versions
-
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write `results/<name>.json`: the result below where and how it was measured."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+def make_parser(documentation: str, result: str) -> argparse.ArgumentParser:
+    """A parser with `--result` and `--results`: name and folder of what the benchmark writes."""
+    parser = argparse.ArgumentParser(description=documentation.splitlines()[0])
+    parser.add_argument("--result", default=result, help="name of the result (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    return parser
+
+
+def write_result(given: argparse.Namespace, result: dict[str, Any], part: str = "") -> Path:
+    """Write a result below where and how it was measured, into the file that was asked for.
+
+    `part` is the end of its name where a benchmark writes several.
+    """
+    path: Path = given.results / f"{given.result}{part and '_'}{part}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"measured": provenance(), **result}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
@@ -28,6 +38,9 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
 
 def provenance() -> dict[str, Any]:
     """Where, when, with what and by which command this process measures."""
+    # Here: importing a benchmark must not import torch, whose memory its child processes inherit.
+    from qlora_kit.run.metrics import versions
+
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "gpu": _gpu()},

@@ -10,7 +10,6 @@ About 4 minutes on 2 cores.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import os
 import random
@@ -27,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 
 from faults.harness import Job, Server, leftovers, result_of  # noqa: E402
 from faults.injections import PHASES  # noqa: E402
-from record import write_result  # noqa: E402
+from record import make_parser, write_result  # noqa: E402
 
 from qlora_kit.process.signals import SIGNALS  # noqa: E402
 from qlora_kit.training.checkpoint import newest  # noqa: E402
@@ -137,7 +136,7 @@ def at_random(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "signals")
     parser.add_argument("--early", type=int, default=2, help="processes for each early case")
     parser.add_argument("--random", type=int, default=30, help="runs with signals at random times")
     parser.add_argument("--seed", type=int, default=42)
@@ -168,7 +167,7 @@ def main() -> None:
     held = sum(fault == "held" for row in table.values() for fault in row.values())
     print(f"{tried} tried, {held} held")
     result = {"tried": tried, "held": held, "table": table, "at_random": drawn}
-    print(write_result("signals", {**result, "early_processes": arguments.early}))
+    print(write_result(arguments, {**result, "early_processes": arguments.early}))
 
 
 if __name__ == "__main__":

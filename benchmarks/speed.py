@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from peers import step_dtype
 from random_checkpoint import copy_tokenizer, make_checkpoint
-from record import write_result
+from record import make_parser, write_result
 from torch import Tensor
 
 from qlora_kit.memory.counter import StorageCounter
@@ -282,7 +282,7 @@ def ratios(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "speed")
     data = os.environ.get("QLORA_KIT_DATA", "")
     shape = Path(data) / "configs/tinyllama_1b_chat_v1.0.json"
     parser.add_argument("--shape", type=Path, default=shape, help="a config.json")
@@ -293,14 +293,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--result", default=None, help="name of the result; default: by device")
     parser.add_argument("--directory", type=Path, help="of a checkpoint that is there already")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
         serve(given)
         return
-    name = given.result or ("speed" if given.device == "cpu" else "speed_cuda")
     results: dict[str, Any] = {"shape": given.shape.stem}
     results |= {"batch": given.batch, "length": given.length, "rank": given.rank}
     with tempfile.TemporaryDirectory() as folder:
@@ -313,7 +311,7 @@ def main() -> None:
             print(bits, json.dumps(found["ratios"], indent=1), flush=True)
             if "16 bits" in results:
                 results["between bits"] = between_bits(results, given.level)
-            path = write_result(name, results)
+            path = write_result(given, results, "" if given.device == "cpu" else "cuda")
     print(path)
 
 

@@ -15,7 +15,6 @@ distribution of llama-cpp-python (models/templates/*.jinja) and trl.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import os
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from record import write_result  # noqa: E402
+from record import make_parser, write_result  # noqa: E402
 from tokenizers import (  # noqa: E402
     AddedToken,
     Regex,
@@ -372,7 +371,7 @@ def compared(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__, "templates")
     parser.add_argument("--templates", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--only", help="files with this in their name; nothing is recorded")
@@ -414,7 +413,7 @@ def main() -> None:
         if asked.only:
             print(json.dumps(differences, indent=1, ensure_ascii=False))
     if not asked.only:
-        print(write_result("templates", {"chats": list(CHATS), "table": table}))
+        print(write_result(asked, {"chats": list(CHATS), "table": table}))
 
 
 if __name__ == "__main__":

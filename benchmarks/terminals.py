@@ -10,7 +10,6 @@ minutes on 2 cores.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import fcntl
 import json
@@ -25,7 +24,7 @@ import termios
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from record import write_result
+from record import make_parser, write_result
 
 MAIN = "import sys; from qlora_kit.commands.main import main; sys.exit(main(sys.argv[1:]))"
 HOSTILE = "\x1b]0;pwned\x07\x1b[2J\x9b2J\u202e\u2066na\u00efve \u4e2d\r\x08\u200f\u2028"
@@ -172,7 +171,7 @@ def prepare(directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, "terminals")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--commands", nargs="*", help="all by default")
     parser.add_argument("--jobs", type=int, default=2)
@@ -198,7 +197,7 @@ def main() -> None:
     tried = sum(len(row) for row in table.values())
     held = sum(fault == "held" for row in table.values() for fault in row.values())
     print(f"{tried} tried, {held} held")
-    print(write_result("terminals", {"tried": tried, "held": held, "table": table}))
+    print(write_result(arguments, {"tried": tried, "held": held, "table": table}))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""The speed benchmark runs, and its sides compute the same."""
+"""Every benchmark starts and finds what it imports; those of speed, quality and memory run."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from benchmark import BENCHMARKS, run_benchmark
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -28,21 +29,47 @@ SHAPE = {
 }
 
 
+@pytest.mark.parametrize(
+    "path", [*SCRIPTS, *sorted(BENCHMARKS.glob("peers/*.py"))], ids=lambda path: path.stem
+)
+def test_every_name_that_a_benchmark_imports_is_there(path):
+    """Also those that are imported within functions, which `--help` does not reach."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("qlora_kit"):
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                if not hasattr(module, name):
+                    importlib.import_module(f"{node.module}.{name}")
+
+
+START = """
+import runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, script
+    else:
+        raise AssertionError(f"{script} did its work")
+"""
+
+
+def test_every_benchmark_says_what_it_takes():
+    scripts = [str(one) for one in SCRIPTS if "__main__" in one.read_text()]
+    assert len(scripts) > 20
+    command = [sys.executable, "-c", START, *scripts]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(scripts)
+
+
 def test_speed_compares_the_same_computation(tmp_path):
     """Random weights give a loss near ln(vocabulary): bf16 moves it by less than 1 %."""
     (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
-    name = "speed_of_a_test"
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "speed.py")]
-    command += ["--shape", str(tmp_path / "shape.json"), "--bits", "4", "--level", "full"]
-    command += ["--steps", "2", "--length", "32", "--rank", "4", "--result", name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
-        result = json.loads(path.read_text())
-    finally:
-        path.unlink(missing_ok=True)
+    options = ["--shape", str(tmp_path / "shape.json"), "--bits", "4", "--level", "full"]
+    options += ["--steps", "2", "--length", "32", "--rank", "4"]
+    result = run_benchmark("speed", tmp_path, *options)
     found = result["4 bits"]
     sides = [f"{side}, full" for side in ("ours", "peft_guide", "peft_best")]
     for side in sides:
@@ -61,28 +88,13 @@ def test_speed_compares_the_same_computation(tmp_path):
     assert {"torch", "peft"} <= set(result["measured"]["versions"])
 
 
-def test_quality_begins_every_side_with_the_same_model():
+def test_quality_begins_every_side_with_the_same_model(tmp_path):
     """The same bits and a B of zero: the losses differ by roundings to bf16, 2^-8 each at most."""
-    name = "quality_of_a_test"
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--data", "sample:query"]
-    command += ["--bits", "4", "--targets", "all-linear", "--seeds", "42", "--steps", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        done = subprocess.run(
-            [*command, "--result", name],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr
-        result = json.loads(path.read_text())
-    finally:
-        path.unlink(missing_ok=True)
-        picture = path.with_suffix(".png")
-        drawn = picture.exists() and picture.stat().st_size > 10_000
-        picture.unlink(missing_ok=True)
+    options = ["--data", "sample:query", "--bits", "4", "--targets", "all-linear"]
+    options += ["--seeds", "42", "--steps", "3"]
+    result = run_benchmark("quality", tmp_path, *options)
+    picture = tmp_path / "quality.png"
+    drawn = picture.exists() and picture.stat().st_size > 10_000
     assert drawn == (importlib.util.find_spec("matplotlib") is not None)
     ours, peft = sorted(result["runs"], key=lambda run: run["side"])
     assert (ours["side"], peft["side"]) == ("ours", "peft")
@@ -97,21 +109,12 @@ def test_memory_plans_what_it_measures(tmp_path):
     """Components to the byte; the optimizer's step is planned with what comes and goes in it."""
     pytest.importorskip("matplotlib")
     (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
-    name = "memory_of_a_test"
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--result", name]
-    command += ["--shape", str(tmp_path / "shape.json"), "--bits", "4", "--level", "full"]
-    command += ["--batch", "2", "--length", "32", "--rank", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pictures = [path.with_suffix(".png"), path.with_name(f"{name}_step.png")]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
-        settings = json.loads(path.read_text())["settings"]
-        assert all(picture.stat().st_size > 10_000 for picture in pictures)
-    finally:
-        for one in (path, *pictures):
-            one.unlink(missing_ok=True)
+    options = ["--shape", str(tmp_path / "shape.json"), "--bits", "4", "--level", "full"]
+    options += ["--batch", "2", "--length", "32", "--rank", "4"]
+    result = run_benchmark("memory", tmp_path, *options)
+    for picture in ("memory.png", "memory_step.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    settings = result["settings"]
     sides = settings["4 bits, full"]
     planned, measured, peft = (sides[side] for side in ("planned", "measured", "peft"))
     for component in set(measured["bytes"]) - {"optimizer"}:

@@ -1,11 +1,10 @@
-"""qlora_kit, as `finetune` builds and steps a model."""
+"""qlora_kit, built and stepped as `finetune` does it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peers import step_dtype
@@ -14,6 +13,8 @@ from qlora_kit.base.tensors import dtype_name
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
+from qlora_kit.data.batch import collate
+from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
@@ -25,30 +26,23 @@ class Peer:
 
     def __init__(self, directory: Path, bits: int, level: str, rank: int, device: str) -> None:
         dtype = dtype_name(step_dtype(device))
-        base = BaseConfig(model=str(directory), bits=bits, dtype=dtype, device=device)
-        config = LoRAConfig(r=rank, alpha=2 * rank, target_modules="q_proj,v_proj")
-        self.model: Any = inject_lora(read_weights(open_base(base)), config)
-        note = prepare_model(self.model, TrainingConfig(), level)
+        base = open_base(BaseConfig(str(directory), bits=bits, dtype=dtype, device=device))
+        lora = LoRAConfig(r=rank, alpha=2 * rank, target_modules="q_proj,v_proj")
+        training = TrainingConfig(optim="adamw", learning_rate=1e-4)
+        self.model: Any = inject_lora(read_weights(base), lora, seed=training.seed)
+        note = prepare_model(self.model, training, level)
         assert note is None, note
-        self.optimizer = make_optimizer("adamw", self.model.parameters(), 1e-4)
+        self.optimizer = make_optimizer(
+            training.optim, self.model.parameters(), training.learning_rate
+        )
         self.model.train()
         self._step = 0
 
     def step(self, ids: Tensor) -> Tensor:
         """One optimizer step; its loss."""
-        batch, length = ids.shape
         self._step += 1
-        places = torch.arange(batch * length).view(batch, length)
-        supervised = places[:, :-1].reshape(-1)
-        window = {
-            "input_ids": ids,
-            "labels": ids,
-            "position_ids": torch.arange(length).repeat(batch, 1),
-            "supervised": supervised,
-            "num_supervised": supervised.numel(),
-            "lengths": [length] * batch,
-        }
+        batch = collate([Encoded(row, row) for row in ids.tolist()], 0)
         loss, _ = train_step(
-            self.model, [window], self.optimizer, step=self._step, max_grad_norm=1.0
+            self.model, [batch], self.optimizer, step=self._step, max_grad_norm=1.0
         )
         return loss

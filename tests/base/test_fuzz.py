@@ -6,16 +6,12 @@ and the error branches of what looks at them first, each of which damage reaches
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark import run_benchmark
 from families import save_checkpoint
 from mutations import kinds_of
 from raises import raises_of, sites_of
@@ -26,7 +22,6 @@ from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.base.source import Source
 from qlora_kit.errors import ModelError, QloraKitError
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKS = ("base/safetensors_file", "base/checks")
 DAMAGED = {
     "single": ("config.json", "generation_config.json", "model.safetensors"),
@@ -34,24 +29,9 @@ DAMAGED = {
 }
 
 
-def test_damaged_files_of_every_kind_are_accepted_or_refused():
-    name = "fuzz_of_a_test"
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--count", "150"]
-    try:
-        done = subprocess.run(
-            [*command, "--result", name],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert path.exists(), done.stderr
-        result = json.loads(path.read_text())
-    finally:
-        path.unlink(missing_ok=True)
+def test_damaged_files_of_every_kind_are_accepted_or_refused(tmp_path):
+    result = run_benchmark("fuzz", tmp_path, "--count", "150")
     assert result["findings"] == []
-    assert done.returncode == 0
     assert result["mutants"] == 150 == sum(result["outcomes"].values())
     assert {"accepted", "ModelError", "AdapterError", "UnsafeInputError"} <= set(result["outcomes"])
     assert len({kind for kinds in result["files"].values() for kind in kinds}) > 40

@@ -7,40 +7,21 @@ A small part of `benchmarks/properties.py`, whose 5,000 cases are in
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 from anything import GOOD, flags_of, text, value
+from benchmark import run_benchmark
 
 from qlora_kit.commands.argv import GROUP_TITLES
 from qlora_kit.commands.main import COMMANDS
 from qlora_kit.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def test_any_value_of_any_option_is_taken_or_refused() -> None:
-    name = "properties_of_a_test"
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "properties.py"), "--result", name]
-    try:
-        done = subprocess.run(
-            [*command, "--target", "options", "--count", "150"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert path.exists(), done.stderr
-        result = json.loads(path.read_text())
-    finally:
-        path.unlink(missing_ok=True)
+def test_any_value_of_any_option_is_taken_or_refused(tmp_path: Path) -> None:
+    options = ["--target", "options", "--count", "150"]
+    result = run_benchmark("properties", tmp_path, *options)
     assert result["findings"] == []
-    assert done.returncode == 0
     codes = result["exit_codes"]["options"]
     assert codes.keys() == GOOD.keys()
     for found in codes.values():

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def run_benchmark(name: str, results: Path, *arguments: object) -> dict[str, Any]:
     """Run `benchmarks/NAME.py` on one thread of the CPU; what it wrote into `results`."""
     done = subprocess.run(
         [
-            *(sys.executable, str(SCRIPTS / f"{name}.py"), "--results", str(results)),
+            *(sys.executable, str(BENCHMARKS / f"{name}.py"), "--results", str(results)),
             *map(str, arguments),
         ],
         capture_output=True,
@@ -24,6 +24,6 @@ def run_benchmark(name: str, results: Path, *arguments: object) -> dict[str, Any
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     result: dict[str, Any] = json.loads((results / f"{name}.json").read_text())
     return result

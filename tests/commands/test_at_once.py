@@ -1,37 +1,28 @@
 """What paths, JSON, headers and counts show is refused in two seconds, before torch is imported.
 
-What needs the architecture is refused before weights are read, in ten seconds with the imports. On
-some machines importing torch and transformers takes ten by itself, so these are measured, and four
-seconds beyond them are allowed: less than ten in all where they take less than six. Each case is a
-process of its own, as a user starts it.
+What needs the architecture is refused before weights are read, in four seconds beyond the imports.
+The seconds are the processor's. Each case is a process of its own, forked from one that has
+imported nothing, or torch and transformers.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from families import edit_weights, save_tokenizer, tree_hash
-from processor import processor_s
+from forked import Forks
 
+Refused = Callable[..., None]
 LIMIT_S, BEYOND_IMPORTS_S = 2.0, 4.0
-IMPORTS = "import torch, transformers.modeling_utils"
-ANY_COMMAND = """
-import sys
-from qlora_kit.commands.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-COMMAND = """
-import sys
-from qlora_kit.commands.main import main
-code = main(sys.argv[1:])
+IMPORTS = "import torch, transformers.modeling_utils, qlora_kit.base.load"
+NOTHING_HEAVY = """
 heavy = {"torch", "transformers", "bitsandbytes"} & set(sys.modules)
 assert not heavy, heavy
-sys.exit(code)
 """
 ADAPTER = {
     "finetune": "finetune --data rows.jsonl --output_dir out",
@@ -78,65 +69,68 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
 
 
-def refused(
-    home: Path, command: str, code: int, *words: str, how: str = COMMAND, limit_s: float = LIMIT_S
-) -> None:
-    """The command ends with that code and those words, in time, with nothing changed."""
-    before, used = tree_hash(home), processor_s()
-    done = subprocess.run(
-        [sys.executable, "-c", how, *command.split()],
-        cwd=home,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    took = processor_s() - used
-    assert done.returncode == code, done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    for word in words:
-        assert word in line
-    assert took < limit_s
-    assert tree_hash(home) == before
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("light"), after=NOTHING_HEAVY)
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="module")
-def imports_s() -> float:
-    """Seconds of the processor for importing what a command needs, at the second time."""
-    for _ in range(2):
-        used = processor_s()
-        subprocess.run([sys.executable, "-c", IMPORTS], check=True)
-        took = processor_s() - used
-    return took
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("heavy"), before=IMPORTS)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def refused(light: Forks, home: Path) -> Callable[..., None]:
+    """Run a command that must be refused before anything heavy is imported."""
+    return functools.partial(check_refused, light, LIMIT_S, home)
+
+
+def check_refused(
+    forks: Forks, limit_s: float, home: Path, command: str, code: int, *words: str
+) -> None:
+    """The command ends with that code and those words, in time, with nothing changed."""
+    before = tree_hash(home)
+    done = forks.run(home, *command.split())
+    assert done.code == code, done.err
+    line = done.err.splitlines()[-1]
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert done.seconds < limit_s
+    assert tree_hash(home) == before
 
 
 @pytest.mark.parametrize("command", ADAPTER)
-def test_an_adapter_that_is_missing_or_cut(home: Path, command: str) -> None:
+def test_an_adapter_that_is_missing_or_cut(refused: Refused, command: str) -> None:
     asked = f"{ADAPTER[command]} --adapter"
-    refused(home, f"{asked} ./nowhere", 3, "nowhere: no such directory")
-    refused(home, f"{asked} ./cut_json_adapter", 3, "adapter_config.json:", "not JSON")
-    refused(home, f"{asked} ./cut_weights_adapter", 3, "corrupt safetensors")
+    refused(f"{asked} ./nowhere", 3, "nowhere: no such directory")
+    refused(f"{asked} ./cut_json_adapter", 3, "adapter_config.json:", "not JSON")
+    refused(f"{asked} ./cut_weights_adapter", 3, "corrupt safetensors")
 
 
 @pytest.mark.parametrize("command", BASE)
-def test_a_base_that_is_missing_or_cut(home: Path, command: str) -> None:
+def test_a_base_that_is_missing_or_cut(refused: Refused, command: str) -> None:
     asked = f"{BASE[command]} --model"
-    refused(home, f"{asked} ./nowhere", 3, "nowhere: no such directory")
-    refused(home, f"{asked} ./cut_json_base", 3, "config.json:", "not JSON")
-    refused(home, f"{asked} ./cut_weights_base", 3, "corrupt safetensors")
+    refused(f"{asked} ./nowhere", 3, "nowhere: no such directory")
+    refused(f"{asked} ./cut_json_base", 3, "config.json:", "not JSON")
+    refused(f"{asked} ./cut_weights_base", 3, "corrupt safetensors")
 
 
 @pytest.mark.parametrize("command", DATA)
-def test_rows_that_are_missing_or_bad(home: Path, command: str) -> None:
-    refused(home, f"{DATA[command]} ./nowhere.jsonl", 3, "nowhere.jsonl: no such file")
-    refused(home, f"{DATA[command]} ./bad.jsonl", 3, "bad.jsonl:2")
-    refused(home, f"{DATA[command]} ./empty.jsonl", 3, "empty.jsonl")
+def test_rows_that_are_missing_or_bad(refused: Refused, command: str) -> None:
+    refused(f"{DATA[command]} ./nowhere.jsonl", 3, "nowhere.jsonl: no such file")
+    refused(f"{DATA[command]} ./bad.jsonl", 3, "bad.jsonl:2")
+    refused(f"{DATA[command]} ./empty.jsonl", 3, "empty.jsonl")
 
 
-def test_a_base_without_a_tokenizer_file_to_show_data_with(home: Path) -> None:
+def test_a_base_without_a_tokenizer_file_to_show_data_with(refused: Refused) -> None:
     show = "show-data --data rows.jsonl --model"
-    refused(home, f"{show} ./nowhere", 3, "nowhere: no such directory")
-    refused(home, f"{show} ./used", 3, "holds no tokenizer")
+    refused(f"{show} ./nowhere", 3, "nowhere: no such directory")
+    refused(f"{show} ./used", 3, "holds no tokenizer")
 
 
 PLACES = {
@@ -154,17 +148,17 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_run_into_a_place_that_is_taken(home: Path, place: str) -> None:
+def test_a_run_into_a_place_that_is_taken(refused: Refused, home: Path, place: str) -> None:
     (home / "stopped" / "checkpoint-3").mkdir(parents=True, exist_ok=True)
     (home / "stopped" / "checkpoint-3" / "manifest.json").write_text("{}")
     code, said = PLACES[place]
-    refused(home, f"finetune --model ./base --data rows.jsonl --output_dir {place}", code, said)
+    refused(f"finetune --model ./base --data rows.jsonl --output_dir {place}", code, said)
 
 
 @pytest.mark.parametrize("place", ["used", "adapter", "base/inside"])
-def test_an_export_into_a_place_that_is_taken(home: Path, place: str) -> None:
+def test_an_export_into_a_place_that_is_taken(refused: Refused, place: str) -> None:
     said = "is not empty" if place == "used" else "overlaps with"
-    refused(home, f"export --adapter adapter --model ./base --output_dir {place}", 2, said)
+    refused(f"export --adapter adapter --model ./base --output_dir {place}", 2, said)
 
 
 TRAIN = "finetune --data rows.jsonl --output_dir out --model"
@@ -198,7 +192,6 @@ def shapes(home: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", SHAPES)
-def test_what_the_architecture_shows(shapes: Path, imports_s: float, command: str) -> None:
+def test_what_the_architecture_shows(shapes: Path, heavy: Forks, command: str) -> None:
     code, words = SHAPES[command]
-    limit_s = imports_s + BEYOND_IMPORTS_S
-    refused(shapes, command, code, words, how=ANY_COMMAND, limit_s=limit_s)
+    check_refused(heavy, BEYOND_IMPORTS_S, shapes, command, code, words)

@@ -2,7 +2,7 @@
 
 What needs the architecture is refused before weights are read, in four seconds beyond the imports.
 The seconds are the processor's. Each case is a process of its own, forked from one that has
-imported nothing, or torch and transformers.
+imported nothing, or what such a command imports.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from forked import Forks
 
 Refused = Callable[..., None]
 LIMIT_S, BEYOND_IMPORTS_S = 2.0, 4.0
-IMPORTS = "import torch, transformers.modeling_utils, qlora_kit.base.load"
+IMPORTS = """
+import contextlib, io
+from qlora_kit.commands.main import main
+os.chdir({folder!r})
+with contextlib.redirect_stderr(io.StringIO()):
+    main({arguments!r})
+"""
 NOTHING_HEAVY = """
 heavy = {"torch", "transformers", "bitsandbytes"} & set(sys.modules)
 assert not heavy, heavy
@@ -72,13 +78,6 @@ def cut(path: Path) -> None:
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     forks = Forks(tmp_path_factory.mktemp("light"), after=NOTHING_HEAVY)
-    yield forks
-    forks.close()
-
-
-@pytest.fixture(scope="module")
-def heavy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("heavy"), before=IMPORTS)
     yield forks
     forks.close()
 
@@ -189,6 +188,14 @@ def shapes(home: Path) -> Path:
         edit_weights(home / name, change)
     save_tokenizer(home / "tokens", extra=100)
     return home
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Iterator[Forks]:
+    before = IMPORTS.format(folder=str(shapes), arguments=next(iter(SHAPES)).split())
+    forks = Forks(tmp_path_factory.mktemp("heavy"), before)
+    yield forks
+    forks.close()
 
 
 @pytest.mark.parametrize("command", SHAPES)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.chat_mask import Chat, chats
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
+from qlora_kit.data.chat_tokens import chat_tokens
 from qlora_kit.data.rendering import Messages, header_text
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import Tokens
@@ -41,7 +42,7 @@ def chat_ids(
     # Where the template writes the turn otherwise, the prompt alone says what comes before it.
     if chat is not None and chat.text.startswith(text):
         text, literals = chat.text, chat.literals
-    encoded = tokens.chat(text, literals)
+    encoded = chat_tokens(tokens, text, literals)
     if encoded is None:
         raise DataError(
             "prompt: a control token that cannot be taken apart", "leave the control token out"
@@ -91,7 +92,7 @@ def _probe(answer: str, kind: str, system: bool) -> Row:
 def _end(row: Row, tokens: Tokens, options: ChatOptions) -> int | None:
     """The last trained token of a chat."""
     chat = _last_chat(row, tokens, options)
-    encoded = None if chat is None else tokens.chat(chat.text, chat.literals)
+    encoded = None if chat is None else chat_tokens(tokens, chat.text, chat.literals)
     if chat is None or encoded is None:
         return None
     last = max(turn.span[1] for turn in chat.turns if turn.trained)

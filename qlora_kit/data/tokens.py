@@ -2,8 +2,6 @@
 
 A control token is a special token, or an added one that the chat template itself writes (`<think>`,
 `<tool_call>`). Spelled in a message it must reach the model as the characters that stand there.
-
-Sources: transformers' `encode_marked_chat` (5.x), for encoding a piece behind a line end.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row that cannot be trained on; `reason` is a key of `encode.REMEDIES`."""
+    """A row that cannot be trained on; `reason` is a key of `labels.REMEDIES`."""
 
     reason: str
 
@@ -260,56 +258,6 @@ class Tokens:
             longest_first = sorted(found, key=len, reverse=True)
             self._controls[key] = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         return self._controls[key]
-
-    def chat(
-        self, text: str, literals: Sequence[Span], limit: int | None = None
-    ) -> tuple[list[int], list[Span]] | None:
-        """Ids of a rendered chat and the characters of each, no special token added.
-
-        In the spans `literals`, control tokens are plain text; None where the tokenizer cannot
-        take one apart. Of more than `limit` ids the first ones are given, and perhaps not all.
-        """
-        ids: list[int] = []
-        spans: list[Span] = []
-        done = 0
-        for first, last in [*literals, (len(text), len(text))]:
-            for piece in pieces(text[done:first]):
-                self._append(text, done, done + len(piece), ids, spans)
-                done += len(piece)
-                if limit is not None and len(ids) > limit:
-                    return ids, spans
-            before = len(ids)
-            # Cut behind its first character, a control token is in neither part.
-            self._append(text, first, min(first + 1, last), ids, spans)
-            self._append(text, min(first + 1, last), last, ids, spans)
-            added = set(self.tokenizer.convert_ids_to_tokens(ids[before:]))
-            if added & self.special or text[first:last] in added & self.added:
-                return None
-            done = last
-        return ids, spans
-
-    def _append(self, text: str, first: int, last: int, ids: list[int], spans: list[Span]) -> None:
-        """Add the tokens of a part of the text as what follows the parts before it."""
-        if first == last:
-            return
-        # Behind a line end, which is taken off again: at the beginning of a text some tokenizers
-        # put a space before the first word.
-        lead = "\n" if first else ""
-        more, places = self._with_places(lead + text[first:last])
-        if any(place[0] < len(lead) < place[1] for place in places):
-            lead = ""
-            more, places = self._with_places(text[first:last])
-        kept = [i for i, place in enumerate(places) if not lead or place[1] > len(lead)]
-        ids += [more[i] for i in kept]
-        shift = first - len(lead)
-        spans += [(places[i][0] + shift, places[i][1] + shift) for i in kept]
-
-    def _with_places(self, text: str) -> tuple[list[int], list[Span]]:
-        with in_use(self.tokenizer):
-            encoded = self.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
     def one_start(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
         """The start exactly once, whether the template writes it never, once or again."""

@@ -15,7 +15,8 @@ from masker import TEMPLATES, labels_of, pieces
 from qlora_kit.data import chat_mask, tokens
 from qlora_kit.data import encode as rows_to_tokens
 from qlora_kit.data.chat_template import template_names, use_template
-from qlora_kit.data.encode import TOO_LONG, TOO_LONG_ANSWER, encode_rows
+from qlora_kit.data.encode import encode_rows
+from qlora_kit.data.labels import TOO_LONG, TOO_LONG_ANSWER
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import Encoded, Skipped
 
@@ -283,7 +284,7 @@ MUTATIONS = {
         '            marked = re.compile(f"[{OPEN}{CLOSE}{LITERAL}]")\n',
     ),
     "a cut chat ends anywhere": (
-        "encode",
+        "labels",
         "length = max((end + shift for end in ends if end + shift <= max_length), default=0)",
         "length = max_length if ends[0] + shift <= max_length else 0",
     ),
@@ -295,7 +296,10 @@ MUTATIONS = {
 }
 
 
-COPIED = ("tokens", "rendering", "turn_spans", "chat_mask", "token_cache", "encode")
+COPIED = (
+    *("tokens", "chat_tokens", "rendering", "turn_spans", "chat_mask", "labels"),
+    *("token_cache", "encode"),
+)
 """In the order in which they import each other."""
 
 

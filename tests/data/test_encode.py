@@ -13,16 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.data import encode as prompt_module
 from qlora_kit.data.chat_mask import LEFT_OUT, NO_TURN
-from qlora_kit.data.encode import (
+from qlora_kit.data.encode import encode_rows, prompt_ids, shared_rows
+from qlora_kit.data.labels import (
     CONTROL,
     DROPPED,
     ONE_TOKEN,
     REMEDIES,
     TOO_LONG,
     TOO_LONG_ANSWER,
-    encode_rows,
-    prompt_ids,
-    shared_rows,
 )
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row, read_rows

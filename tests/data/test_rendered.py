@@ -182,5 +182,6 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch):
     whole = one(tokenizer, max_length=10**6, text=text)
     monkeypatch.setattr(tokens_module, "PIECE", 500)
     monkeypatch.setattr("qlora_kit.data.encode.PIECE", 500)
+    monkeypatch.setattr("qlora_kit.data.labels.PIECE", 500)
     assert one(tokenizer, max_length=10**6, text=text) == whole
     assert one(tokenizer, max_length=10**6, prompt=text, completion=text)[0][-1] == EOS

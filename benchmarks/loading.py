@@ -26,7 +26,7 @@ from qlora_kit.memory.held import weight_bytes
 began = time.perf_counter()
 model = load_base(sys.argv[1], bits=int(sys.argv[2]), dtype="bf16", device="cpu").model
 seconds = time.perf_counter() - began
-peak = peak_bytes(model.get_input_embeddings().weight.device)
+peak = peak_bytes(model.device)
 print(json.dumps({"seconds": seconds, "peak_rss": peak, "weights": weight_bytes(model)["weights"]}))
 """
 

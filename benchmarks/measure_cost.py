@@ -41,7 +41,7 @@ def main() -> None:
     inject_lora(model)
     model.train()
     optimizer = make_optimizer("adamw", model.parameters(), 1e-4)
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     memory = Memory(model, optimizer, MemoryProfiler(device))
     row = Encoded([5] * given.length, [5] * given.length)
     micro_batches = [collate([row] * given.batch, 0)]

@@ -26,8 +26,46 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qlora_kit.errors import ResourceError
+
 _PLANNED: ContextVar[str | None] = ContextVar("planned_device", default=None)
 REPRESENTATIVES = 3
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The compute dtypes by their short names."""
+
+
+def find_device(name: str) -> torch.device:
+    """The device of `--device`. Errors: `ResourceError` where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ResourceError(
+            f"--device {name}: {count} CUDA devices here", "use --device cpu, or install CUDA"
+        )
+    return device
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `--dtype`; auto is bf16 where the device has it, else fp16 (GPU) or fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    if has_own_memory(device):
+        # Where there is no GPU it is planned for one: all since 2020 have bf16.
+        found = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
+        return torch.bfloat16 if found else torch.float16
+    return torch.bfloat16 if is_native(torch.bfloat16) else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bf16`, `fp16` or `fp32`; torch's own name for any other."""
+    short = {value: key for key, value in DTYPES.items()}
+    return short.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether a device has memory of its own, an allocator for it, and managed memory beside it."""
+    return device.type == "cuda"
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -103,7 +141,7 @@ def planned_device(kind: str) -> Iterator[None]:
 
 def peak_bytes(device: torch.device) -> int:
     """The largest number of bytes so far: allocated on CUDA, resident on the CPU."""
-    if device.type == "cuda":
+    if has_own_memory(device):
         return torch.cuda.max_memory_allocated(device)
     # Not ru_maxrss where it can be helped: a process inherits that from the one that started it.
     with contextlib.suppress(OSError, StopIteration):
@@ -115,19 +153,19 @@ def peak_bytes(device: torch.device) -> int:
 
 def memory_name(device: torch.device) -> str:
     """What `peak_bytes` are those of."""
-    return "tensors" if device.type == "cuda" else "process"
+    return "tensors" if has_own_memory(device) else "process"
 
 
 def reserved_bytes(device: torch.device) -> int:
     """The most that the process took from the system: the allocator's blocks, or resident."""
-    if device.type == "cuda":
+    if has_own_memory(device):
         return torch.cuda.max_memory_reserved(device)
     return peak_bytes(device)
 
 
 def free_bytes(device: torch.device) -> int:
     """What is left: of the GPU, or of the host within this process's limit."""
-    if device.type == "cuda":
+    if has_own_memory(device):
         return int(torch.cuda.mem_get_info(device)[0])
     page = os.sysconf("SC_PAGE_SIZE")
     free = os.sysconf("SC_AVPHYS_PAGES") * page
@@ -146,9 +184,28 @@ def available_bytes(device: torch.device) -> int:
     return free_bytes(device) + OVERHEADS[device.type].fixed
 
 
+def empty_cache() -> None:
+    """Give freed memory that the allocator holds back to the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def synchronize() -> None:
+    """Wait for what the GPU was given, before the host reads managed memory."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+
+def allocator_peaks() -> tuple[int, int]:
+    """The most allocated and reserved bytes of the GPU since this was called before."""
+    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return peaks
+
+
 def describe_device(device: torch.device) -> str:
     """The device in words, with what its peak means."""
-    if device.type == "cuda":
+    if has_own_memory(device):
         return f"{torch.cuda.get_device_name(device)} (peak: allocated by the process)"
     return "cpu (peak: tensors of loading and of counted steps)"
 

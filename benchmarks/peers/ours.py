@@ -9,7 +9,6 @@ from torch import Tensor
 
 from peers import step_dtype
 from qlora_kit.base.load import open_base, read_weights
-from qlora_kit.base.tensors import dtype_name
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig

@@ -18,8 +18,8 @@ from qlora_kit.base.checks import is_computed
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry, fingerprint
 from qlora_kit.base.source import Source
-from qlora_kit.base.tensors import dtype_name
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.device import dtype_name
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_checkpoint import agree, stored_quantization
 from qlora_kit.base.checks import check_architecture, check_layers, find_config, read_config_file
 from qlora_kit.base.contents import find
-from qlora_kit.base.load import compute_dtype
 from qlora_kit.base.safetensors_file import (
     DTYPES,
     INDEX_FILE,
@@ -29,6 +28,7 @@ from qlora_kit.base.safetensors_file import (
 )
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.device import compute_dtype
 
 DEFAULT_DTYPE = "bfloat16"
 

@@ -45,19 +45,17 @@ from qlora_kit.base.linear import (
 from qlora_kit.base.safetensors_file import TensorEntry, read_entries
 from qlora_kit.base.source import resolve
 from qlora_kit.base.tensors import (
-    DTYPES,
     Read,
     Tag,
     check_finite,
-    dtype_name,
     read_bytes,
     read_tensors,
     untagged,
 )
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import device_type, is_native
-from qlora_kit.errors import ModelError, ResourceError
+from qlora_kit.device import compute_dtype, device_type, dtype_name, find_device
+from qlora_kit.errors import ModelError
 from qlora_kit.kernels.matmul import matmul_dtype
 
 
@@ -130,29 +128,6 @@ def read_weights(base: Base, tag: Tag = untagged) -> Any:
     _check_tied(model, base.entries, tied_names(model), base.dtype)
     model.name_or_path = base.source.reference
     return model
-
-
-def find_device(name: str) -> torch.device:
-    """The device of `--device`. Errors: `ResourceError` where it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ResourceError(
-            f"--device {name}: {count} CUDA devices here", "use --device cpu, or install CUDA"
-        )
-    return device
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of `--dtype`; auto is bf16 where the device has it, else fp16 (GPU) or fp32."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        # Where there is no GPU it is planned for one: all since 2020 have bf16.
-        found = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
-        return torch.bfloat16 if found else torch.float16
-    return torch.bfloat16 if is_native(torch.bfloat16) else torch.float32
 
 
 def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quantize_linear) -> Any:

@@ -14,18 +14,9 @@ from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.device import has_values
 from qlora_kit.errors import ModelError, NumericError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""The compute dtypes by their short names."""
-
 
 def untagged(component: str, tensors: Iterable[Tensor]) -> None:
     """The `Tag` where nobody counts."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bf16`, `fp16` or `fp32`; torch's own name for any other."""
-    short = {value: key for key, value in DTYPES.items()}
-    return short.get(dtype, str(dtype).removeprefix("torch."))
 
 
 Tag = Callable[[str, Iterable[Tensor]], None]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.tensors import DTYPES, dtype_name
+from qlora_kit.device import DTYPES, dtype_name
 from qlora_kit.errors import AdapterError
 from qlora_kit.export.hf import write_model
 from qlora_kit.export.tensors import export_tensors

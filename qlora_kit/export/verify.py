@@ -55,7 +55,7 @@ def verify(trained: Any, exported: Any, batches: Iterable[Batch]) -> Verificatio
         for batch in batches:
             positions = _positions(batch)
             hidden = [
-                _hidden(model, batch).index_select(0, positions.to(_device(model)))
+                _hidden(model, batch).index_select(0, positions.to(model.device))
                 for model in (trained, exported)
             ]
             for start in range(0, positions.numel(), CHUNK_ROWS):
@@ -102,13 +102,8 @@ def _positions(batch: Batch) -> Tensor:
     return torch.cat(rows)
 
 
-def _device(model: Any) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
-
-
 def _hidden(model: Any, batch: Batch) -> Tensor:
-    moved = to_device(batch, _device(model))
+    moved = to_device(batch, model.device)
     hidden: Tensor = model.base_model(
         input_ids=moved["input_ids"], position_ids=moved["position_ids"], use_cache=False
     ).last_hidden_state

@@ -235,7 +235,7 @@ def _decode(
 ) -> Iterator[list[int | None]]:
     if not prompts:
         return
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     # (B, T), a row's tokens at the right end
     width = max(map(len, prompts))
     rows = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]

@@ -273,5 +273,5 @@ def _window(attention: Any) -> int | None:
 
 
 def _dtype(model: Any) -> torch.dtype:
-    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+    dtype: torch.dtype = model.dtype
     return dtype

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.base.tensors import DTYPES
 from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.device import DTYPES
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.dropout import KeyedDropout
 from qlora_kit.lora.layer import LoRALinear
@@ -161,4 +161,4 @@ def _check_known(adapter: str, layers: Iterable[LoRALinear]) -> None:
 def _adapter_dtype(model: nn.Module, config: LoRAConfig) -> torch.dtype:
     if config.adapter_dtype != "auto":
         return DTYPES[config.adapter_dtype]
-    return model.get_input_embeddings().weight.dtype  # type: ignore[operator, no-any-return]
+    return model.dtype  # type: ignore[return-value]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qlora_kit.base.load import tag_weights
 from qlora_kit.data.batch import Batch
-from qlora_kit.device import peak_bytes
+from qlora_kit.device import allocator_peaks, has_own_memory, peak_bytes
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each
@@ -110,7 +110,7 @@ class MemoryProfiler:
         }
 
     def _counter_here(self) -> StorageCounter:
-        return AllocatorCounter() if self._device.type == "cuda" else StorageCounter()
+        return AllocatorCounter() if has_own_memory(self._device) else StorageCounter()
 
     def _take(self, counter: StorageCounter) -> None:
         for interval in counter.intervals:
@@ -149,12 +149,8 @@ class AllocatorCounter(StorageCounter):  # type: ignore[no-untyped-call]
 
     def _ask(self) -> None:
         phase = self.intervals[-1].phase
-        allocated, reserved = self.said.get(phase, (0, 0))
-        self.said[phase] = (
-            max(allocated, torch.cuda.max_memory_allocated()),
-            max(reserved, torch.cuda.max_memory_reserved()),
-        )
-        torch.cuda.reset_peak_memory_stats()
+        before, (allocated, reserved) = self.said.get(phase, (0, 0)), allocator_peaks()
+        self.said[phase] = max(before[0], allocated), max(before[1], reserved)
 
     def _add(self, tensor: Tensor, component: str) -> None:
         # Batches come from the host, and paged states are in managed memory.

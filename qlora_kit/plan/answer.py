@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from qlora_kit.base.load import find_device
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.data import DataConfig

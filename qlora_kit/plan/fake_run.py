@@ -25,7 +25,7 @@ from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import Batch, padded
-from qlora_kit.device import planned_device
+from qlora_kit.device import has_own_memory, planned_device
 from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
@@ -71,7 +71,7 @@ class FakeRun:
         self.device, self.packed = device, False
         self.longest_row: int | None = None
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.apart = ("paged", IDLE, HOST) if device.type == "cuda" else ("paged", IDLE)
+        self.apart = ("paged", IDLE, HOST) if has_own_memory(device) else ("paged", IDLE)
         self._counter = StorageCounter(apart=self.apart)
         self._workspace: dict[torch.dtype, Tensor] = {}
         with self._inside():
@@ -251,7 +251,7 @@ class FakeRun:
         return type(layer), getattr(attention, "sliding_window", None), tensors
 
     def _read(self, entry: TensorEntry, into: Tensor) -> None:
-        self._counter.tag(HOST if self.device.type == "cuda" else "loading", (into,))
+        self._counter.tag(HOST if has_own_memory(self.device) else "loading", (into,))
 
     def _on_fakes(self, model: nn.Module) -> None:
         """Replace the buffers, which the architecture computes when it is built."""

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from qlora_kit.base.config_only import open_shape
-from qlora_kit.base.load import find_device
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DEFAULT_LENGTH
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import padded
-from qlora_kit.device import OVERHEADS, Overhead
+from qlora_kit.device import OVERHEADS, Overhead, find_device
 from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
 from qlora_kit.plan.extrapolate import moved
 from qlora_kit.plan.fake_run import HOST, IDLE, FakeRun

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.tensors import dtype_name
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.device import dtype_name
 from qlora_kit.errors import ConfigError
 from qlora_kit.files.atomic import sha256
 from qlora_kit.lora.adapter import open_adapter

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
-from qlora_kit.device import describe_device, peak_bytes, reserved_bytes
+from qlora_kit.device import describe_device, has_own_memory, peak_bytes, reserved_bytes
 from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.memory.profiler import MemoryProfiler
 from qlora_kit.run.metrics import versions
@@ -155,7 +155,7 @@ class Memory:
         self, model: Any, optimizer: torch.optim.Optimizer, profiler: MemoryProfiler
     ) -> None:
         self._model, self._optimizer, self._profiler = model, optimizer, profiler
-        self._device = model.get_input_embeddings().weight.device
+        self._device = model.device
         self._held = {**weight_bytes(model), **adapter_bytes(model)}
         self._counted: set[int] = set()
 
@@ -183,7 +183,7 @@ class Memory:
     def record(self, planned: Mapping[str, int]) -> MemoryRecord:
         """The `memory` part of run.json."""
         counted, phase, module = self._profiler.peak
-        on_gpu = self._device.type == "cuda"
+        on_gpu = has_own_memory(self._device)
         measured = {**self._held, **self._profiler.sizes, **optimizer_bytes(self._optimizer)}
         measured["weights"] = self._held["weights"]
         measured["peak"] = self.peak() if on_gpu else counted

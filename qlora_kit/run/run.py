@@ -15,14 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qlora_kit.base.load import read_weights
 from qlora_kit.data.batch import Batch, eval_batches
 from qlora_kit.data.encode import prompt_ids
 from qlora_kit.data.rows import Row
-from qlora_kit.device import memory_name
+from qlora_kit.device import empty_cache, memory_name
 from qlora_kit.errors import CheckpointError, QloraKitError, ResourceError
 from qlora_kit.export.companions import write_companions
 from qlora_kit.files.atomic import sync
@@ -410,8 +409,7 @@ class Run:
                         "lower --max_length, use --bits 4, or --eval_fraction 0",
                     ) from error
             # Here, not above: the exception held the frames, and they the activations.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            empty_cache()
             self._eval_rows = -(-rows // 2)
             self._reporter.note(
                 f"out of memory with {rows} held-out rows at a time: going on with "

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.base.load import read_weights
-from qlora_kit.base.tensors import dtype_name
 from qlora_kit.config.commands import EvaluateConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data.batch import eval_batches, padding_id
@@ -15,6 +14,7 @@ from qlora_kit.data.chat_template import chat_options, check_chat_options, use_t
 from qlora_kit.data.encode import encode_rows
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Table
+from qlora_kit.device import dtype_name
 from qlora_kit.errors import NumericError, redacted
 from qlora_kit.generation.decode import end_ids
 from qlora_kit.generation.questions import answered, questions

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.data.batch import Batch, split
-from qlora_kit.device import free_bytes
+from qlora_kit.device import empty_cache, free_bytes
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.process.signals import StopSignals
@@ -47,7 +47,7 @@ class Guard:
         rows_of: Callable[[int], str] = lambda step: "unknown",
     ) -> None:
         self._model, self._note, self._rows_of = model, note, rows_of
-        self._device = model.get_input_embeddings().weight.device
+        self._device = model.device
         self._signals = signals or StopSignals()
         self._checked_gradients = False
         self._micro_batches: Sequence[Batch] = ()
@@ -80,8 +80,7 @@ class Guard:
                 said = str(error)
             # Here, not above: the exception held the frames, and they the activations.
             self.drop_gradients()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            empty_cache()
             self._halve(said)
 
     def drop_gradients(self) -> None:
@@ -200,14 +199,13 @@ def first_non_finite(model: Any, micro_batches: Sequence[Batch], step: int) -> s
         return look
 
     hooks = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
-    device = model.get_input_embeddings().weight.device
     try:
         with torch.no_grad(), models_own_code():
             for micro_step, batch in enumerate(micro_batches):
                 for module in model.modules():
                     if hasattr(module, "seek"):
                         module.seek(step, micro_step)
-                loss = supervised_loss(model, to_device(batch, device))
+                loss = supervised_loss(model, to_device(batch, model.device))
                 if found or not torch.isfinite(loss):
                     return found[0] if found else "the loss"
     finally:

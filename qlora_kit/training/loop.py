@@ -121,7 +121,7 @@ def train_step(
         loss = run_backward(backward, micro_batches)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in trained if p.grad is not None]
-    if model.get_input_embeddings().weight.dtype is torch.float16:
+    if model.dtype is torch.float16:
         torch._foreach_mul_(grads, 1 / FP16_LOSS_SCALE)
     # Not clip_grad_norm_: a norm that is not finite would spread over gradients that are.
     grad_norm = nn.utils.get_total_norm(grads)
@@ -137,17 +137,16 @@ def _accumulate(model: Any, micro_batches: Sequence[Batch], step: int) -> Tensor
 
     fp16 gradients come out `FP16_LOSS_SCALE` times too large.
     """
-    weight = model.get_input_embeddings().weight
-    scale = FP16_LOSS_SCALE if weight.dtype is torch.float16 else 1.0
+    scale = FP16_LOSS_SCALE if model.dtype is torch.float16 else 1.0
     # Divide by the step's supervised tokens, not by its micro-batches: they differ in length, and
     # the mean of means is not the mean.
     tokens = sum(batch["num_supervised"] for batch in micro_batches)
     placed = [module for module in model.modules() if hasattr(module, "seek")]
-    total = torch.zeros((), dtype=torch.float32, device=weight.device)
+    total = torch.zeros((), dtype=torch.float32, device=model.device)
     for micro_step, batch in enumerate(micro_batches):
         for module in placed:
             module.seek(step, micro_step)
-        loss = supervised_loss(model, to_device(batch, weight.device)) / tokens
+        loss = supervised_loss(model, to_device(batch, model.device)) / tokens
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
         del loss  # nothing of a micro-batch is there when the next one begins

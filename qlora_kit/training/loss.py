@@ -56,7 +56,7 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     try:
         with torch.no_grad():
             for batch in batches:

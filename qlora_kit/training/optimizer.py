@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.device import device_type, has_values
+from qlora_kit.device import device_type, has_own_memory, has_values, synchronize
 from qlora_kit.errors import CheckpointError
 
 PAGED_FROM_ELEMENTS = 100_000
@@ -27,7 +27,7 @@ def optimizer_name(name: str, device: torch.device) -> str:
     """What `auto` stands for on this device; any other name unchanged."""
     if name != "auto":
         return name
-    return "paged_adamw_8bit" if device.type == "cuda" else "adamw"
+    return "paged_adamw_8bit" if has_own_memory(device) else "adamw"
 
 
 def make_optimizer(
@@ -60,7 +60,7 @@ def paging_note(name: str, parameters: Iterable[nn.Parameter], device: torch.dev
     """One sentence where a paged optimizer pages nothing, else None."""
     if not name.startswith("paged"):
         return None
-    if device.type != "cuda":
+    if not has_own_memory(device):
         return f"{name}: paging needs CUDA; on {device.type} its states stay in ordinary memory"
     largest = max((p.numel() for p in parameters if p.requires_grad), default=0)
     if largest < PAGED_FROM_ELEMENTS:
@@ -101,8 +101,7 @@ def optimizer_state(
 
     Both are by `<parameter name>.<state name>`. Constant tables of bitsandbytes are left out.
     """
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()  # paged states are read from the host
+    synchronize()  # paged states are read from the host
     constants = _constants(optimizer)
     tensors, numbers = {}, {}
     for parameter, state in optimizer.state.items():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qlora_kit.device import has_own_memory
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.loop import Backward, train_step
 from qlora_kit.training.optimizer import missing_states
@@ -33,7 +34,7 @@ TIGHT = 0.9
 def is_due(device: torch.device, planned_bytes: int, budget_bytes: int | None) -> bool:
     """Whether a run of this plan should be tried first; without a budget, on CUDA only."""
     near = budget_bytes is not None and planned_bytes > TIGHT * budget_bytes
-    return device.type == "cuda" or near
+    return has_own_memory(device) or near
 
 
 def preflight(
@@ -49,7 +50,7 @@ def preflight(
     `accumulates` says that other micro-batches come before it in its step. Errors:
     `ResourceError` where one row does not fit, `Stopped`.
     """
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     held: list[Tensor] = []
 
@@ -66,7 +67,7 @@ def preflight(
     was_training = model.training
     model.train()
     # A base with dropout of its own draws from torch's generators.
-    devices = [device] if device.type == "cuda" else []
+    devices = [device] if has_own_memory(device) else []
     try:
         with torch.random.fork_rng(devices):
             train_step(

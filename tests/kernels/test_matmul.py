@@ -8,13 +8,13 @@ from adapted import adapted_model
 from families import relative_error, save_checkpoint, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kit.base.load import compute_dtype, open_base, read_weights
+from qlora_kit.base.load import open_base, read_weights
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.device import NATIVE, processor_with
+from qlora_kit.device import NATIVE, compute_dtype, processor_with
 from qlora_kit.kernels.matmul import add_matmul, grad_input, linear, matmul
 from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora

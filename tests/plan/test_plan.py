@@ -14,13 +14,13 @@ from families import save_checkpoint
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.linear import quantize_linear
 from qlora_kit.base.load import open_base, read_weights
-from qlora_kit.base.tensors import DTYPES
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.limits import MOST_ROWS
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.device import DTYPES
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora

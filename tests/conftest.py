@@ -1,8 +1,10 @@
-"""What tests share: this folder on the import path, and the material that is not in the package."""
+"""What tests share, and that they leave the repository as it was."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,36 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: more threads of each would wait for those of the others. It is read
     # when torch is imported, which no test module has done yet.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+ROOT = Path(__file__).resolve().parent.parent
+BEFORE = pytest.StashKey[set[str]]()
+
+
+def changed_files() -> set[str]:
+    """What git says of the files that differ from the commit; nothing outside a checkout."""
+    if shutil.which("git") is None:
+        return set()
+    command = ["git", "status", "--porcelain", "--untracked-files=all"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return set(done.stdout.splitlines()) if done.returncode == 0 else set()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[BEFORE] = changed_files()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A session in which files of the repository changed has failed."""
+    if hasattr(session.config, "workerinput"):
+        return
+    for line in sorted(changed_files() - session.config.stash[BEFORE]):
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.ensure_newline()
+            reporter.write_line(f"FAILED: changed in the repository by the tests: {line}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def test_any_value_handed_to_a_constructor_is_taken_or_a_config_error() -> None:
         for group in GROUP_TITLES
         for field in dataclasses.fields(group)  # type: ignore[arg-type]
     ]
-    for _ in range(10_000):
+    for _ in range(4_000):
         group, name = draw.choice(places)
         given = text(draw) if draw.random() < 0.3 else value(draw)
         try:
@@ -45,8 +45,8 @@ def test_any_value_handed_to_a_constructor_is_taken_or_a_config_error() -> None:
             taken += 1
         except ConfigError:
             refused += 1
-    assert taken > 1000
-    assert refused > 1000
+    assert taken > 400
+    assert refused > 400
 
 
 def test_every_command_is_given_values() -> None:

@@ -35,9 +35,10 @@ def check_growth(described: Mapping[str, Any], path: Path) -> None:
                 "fetch the tokenizer's files again, or correct it",
             )
     model, added = described.get("model"), described.get("added_tokens")
+    listed = added if isinstance(added, list) else []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens = list(vocabulary) if isinstance(vocabulary, (dict, list)) else []
-    tokens += [one.get("content") for one in added or [] if isinstance(one, dict)]
+    tokens += [one.get("content") for one in listed if isinstance(one, dict)]
     texts = (one[0] if isinstance(one, list) and one else one for one in tokens)
     longest = max((len(one) for one in texts if isinstance(one, str)), default=0)
     if longest > TOKEN_LIMIT:

@@ -69,7 +69,7 @@ def is_path(name: str) -> bool:
 def is_known(name: str) -> bool:
     """Whether a name says where a model is: a short name, a hub id, or a path that exists."""
     if is_path(name):
-        return _path(name).exists()
+        return local_path(name).exists()
     return name == "tiny" or "/" in SHORT_NAMES.get(name, name)
 
 
@@ -92,7 +92,7 @@ def resolve(
     if name == "tiny":
         return Source("tiny", None, TINY)
     if is_path(name):
-        directory = _path(name)
+        directory = local_path(name)
         if not directory.exists():
             broken = broken_link(directory)
             raise ModelError(
@@ -117,7 +117,7 @@ def resolve(
     return Source(hub_id, directory.name, directory)
 
 
-def _path(name: str) -> Path:
+def local_path(name: str) -> Path:
     """A name as a path; `~nobody`, which stands for nobody's home, stays as it is."""
     return Path(os.path.expanduser(name))
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.base.checks import look
 from qlora_kit.base.checks import read_config as read_model_config
 from qlora_kit.base.contents import find
-from qlora_kit.base.source import TINY, Source, is_known, is_path, resolve
+from qlora_kit.base.source import TINY, Source, is_known, is_path, local_path, resolve
 from qlora_kit.config.base import DEFAULT_BITS, BaseConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.run import RUN_GROUPS
@@ -181,9 +180,13 @@ def _named_base(adapter: SavedAdapter, run: Mapping[str, Any]) -> str | None:
     for name in (named, run.get("model")):
         if not name:
             continue
-        if is_path(name) and real_path(Path(name)) == TINY:
-            return "tiny"
-        if is_known(name) and (is_path(name) or "/" in name or name == run.get("model")):
+        if is_path(name):
+            path = real_path(local_path(name))
+            if path == TINY:
+                return "tiny"
+            if path.is_dir():
+                return str(name)
+        elif is_known(name) and ("/" in name or name == run.get("model")):
             return str(name)
     if said.get("name") == "tiny":
         return "tiny"

@@ -259,6 +259,14 @@ def test_a_tokenizer_that_multiplies_a_text_is_not_loaded(model, steps):
         load_tokenizer(model)
 
 
+@pytest.mark.parametrize("added", [True, 5, "x", {"content": 5}])
+def test_added_tokens_that_are_no_list_are_named(model, added):
+    path = model / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens": added}))
+    with refused(TokenizerError, "tokenizer.json", directory=model):
+        load_tokenizer(model)
+
+
 def test_what_real_tokenizers_put_in_a_text_is_no_growth(model, data_dir):
     usual = [
         {"type": "Prepend", "prepend": "▁"},

@@ -90,7 +90,7 @@ def test_the_adapter_names_its_base(
     assert run("generate", "--adapter", "adapter", *flags).out == named.out
 
 
-@pytest.mark.parametrize("name", ["base", "llama-7b", "/nowhere/base", "./base"])
+@pytest.mark.parametrize("name", ["base", "llama-7b", "/nowhere/base", "./base", "/etc/hosts"])
 def test_a_base_that_is_not_where_its_adapter_says_is_never_looked_up_on_the_hub(
     run: Run, workshop: Any, tmp_path: Path, name: str
 ) -> None:

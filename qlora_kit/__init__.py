@@ -4,6 +4,8 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "finetune": "library",
+    "RunResult": "run.finished",
     "BaseConfig": "config.base",
     "DataConfig": "config.data",
     "LoRAConfig": "config.lora",

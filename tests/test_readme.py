@@ -24,8 +24,9 @@ def table_rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_the_python_example_trains_saves_and_exports(tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+@pytest.mark.parametrize("name", ["README.md", "docs/training-by-hand.md"])
+def test_the_python_examples_train_save_and_export(tmp_path, name):
+    code = re.search(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)[1]
     assert len([line for line in code.splitlines() if line and not line.startswith(" ")]) <= 12
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False

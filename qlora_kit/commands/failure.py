@@ -87,7 +87,7 @@ def _report(error: BaseException, output: Stream, debug: bool, command: str) -> 
     if not isinstance(error, Exception):
         raise error
     try:
-        failure = _stands_for(error, command)
+        failure = stands_for(error, command)
         if error is output.lost:
             failure = ResourceError(output.problem, "free some space, or send the output elsewhere")
         if failure is not error:
@@ -117,7 +117,7 @@ def _short_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def _stands_for(error: Exception, command: str) -> QloraKitError:
+def stands_for(error: Exception, command: str) -> QloraKitError:
     """Name what the system or torch raise; everything else is called a bug of ours.
 
     An error of ours that only passes on that memory ended, such as a model that could not be

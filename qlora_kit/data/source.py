@@ -109,6 +109,28 @@ class GivenRows:
             yield number, text.encode("utf-8", errors="surrogatepass")
 
 
+def given_rows(option: str, value: Any) -> GivenRows | None:
+    """The rows that a program gives for an option; None where it names files.
+
+    Errors: `ConfigError` for what is no list of rows, `DataError` for one that is empty.
+    """
+    is_list = isinstance(value, (list, tuple))
+    if value is None or isinstance(value, (str, os.PathLike)):
+        return None
+    if is_list and value and all(isinstance(one, str) for one in value):
+        return None  # several files
+    # Of a `datasets.Dataset` no more is asked than that its rows can be gone through again.
+    if not is_list and (isinstance(value, Mapping) or not hasattr(value, "__getitem__")):
+        raise ConfigError(
+            f"{option} is given a {type(value).__name__}",
+            "give a list of dicts, a datasets.Dataset (of several splits one), or the name of a "
+            "file",
+        )
+    if not len(value):
+        raise DataError(f"{option}: holds no row", "give at least one")
+    return GivenRows(value)
+
+
 GIVEN_NAME = re.compile(r"rows:[0-9a-f]{12}")
 Part = Path | HubSplit | GivenRows
 Source = Part | Files

@@ -52,6 +52,9 @@ class Stopped(KeyboardInterrupt):
         self.problem = f"stopped by {signal.Signals(signal_number).name}: {problem}"
         self.remedy = remedy
 
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}"
+
 
 class StopSignals:
     """The signals while a command runs; inside another one's context it is that other one."""

@@ -183,6 +183,11 @@ class Run:
                 return
             yield micro_batches
 
+    @property
+    def directory(self) -> Path:
+        """Where the run writes."""
+        return self._plan.directory
+
     def training(self) -> dict[str, Any]:
         """The arguments with which `train` trains this run."""
         return {

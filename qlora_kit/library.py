@@ -1,0 +1,61 @@
+"""`finetune` of Python: the run of the command, with all that it checks, writes and keeps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.commands.failure import stands_for
+from qlora_kit.config.run import RUN_GROUPS
+from qlora_kit.data.source import GivenRows, given_rows
+from qlora_kit.options.parsed import parse_values
+from qlora_kit.process.signals import StopSignals
+from qlora_kit.process.start import ready_for_torch
+
+if TYPE_CHECKING:
+    from qlora_kit.run.finished import RunResult
+
+ROWS = ("data", "dataset", "eval_data")
+"""The options whose value may also be rows: `dataset` is `data`."""
+
+
+def finetune(*, progress: bool = False, **options: Any) -> RunResult:
+    """Train LoRA adapters on a base, as `qlora-kit finetune` does; `options` are its options.
+
+    Their names, checks and defaults are those of a config file. `data` and `eval_data` may also be
+    a list of dicts or a `datasets.Dataset`, whose rows are checked like those of a file; a run on
+    such rows is resumed with the same rows. Nothing is printed, unless `progress` shows what the
+    command shows. ^C and the signals that stop the command save where the run stands and raise
+    `KeyboardInterrupt`; handlers are as they were when this returns.
+
+    Errors: `QloraKitError`, of the kinds that give the command its exit codes.
+    """
+    with StopSignals() as signals, ready_for_torch():
+        try:
+            given: dict[str, GivenRows] = {}
+            for name in ROWS:
+                rows = given_rows(name, options.get(name))
+                if rows is not None:
+                    given[rows.name], options[name] = rows, rows.name
+            from qlora_kit.run.request import read_request
+
+            request = read_request(parse_values(options, RUN_GROUPS), given)
+            from qlora_kit.commands.display import Display
+            from qlora_kit.run.finished import RunResult
+            from qlora_kit.run.prepare import PreparedRun, prepare_run
+            from qlora_kit.run.reporter import Reporter
+            from qlora_kit.run.run import open_run
+            from qlora_kit.training.loop import train
+
+            reporter = Display() if progress else Reporter()
+            prepared = prepare_run(request, reporter)
+            if not isinstance(prepared, PreparedRun):
+                return RunResult.read(prepared.directory)
+            with open_run(prepared, reporter, signals) as run:
+                train(**run.training())
+                run.finish()
+            return RunResult.read(run.directory)
+        except Exception as error:
+            failure = stands_for(error, "finetune")
+            if failure is error:
+                raise
+            raise failure from error

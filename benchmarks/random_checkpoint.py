@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qlora_kit.base.architecture import build_on_meta, expected_shapes
 from qlora_kit.base.checks import read_config
+from qlora_kit.base.meta_model import build_on_meta, expected_shapes
 
 STD = 0.02
 

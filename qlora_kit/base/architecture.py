@@ -1,125 +1,137 @@
-"""A config.json to transformers' model on the meta device, and which of its tensors are what."""
+"""What is special about each supported model family, and why another one is refused.
+
+`ARCHITECTURES` is the one table of such facts: whoever needs one reads it from there. A family is a
+`model_type` of transformers whose decoder consists of ordinary linear layers. What is refused is
+refused by name, with the bytes that would stay in 16 bits where that is the reason: a base that is
+called quantized and mostly is not would be a lie about memory.
+"""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from qlora_kit.base.checks import read_generation_config
-from qlora_kit.base.families import FAMILIES
-from qlora_kit.base.fields import MODEL_FIELDS
-from qlora_kit.errors import ModelError
-
-DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}
-UNDECLARED = {
-    # What the classes of some families read or convert without declaring it.
-    "head_dim",
-    "rope_theta",
-    "rope_scaling",
-    "partial_rotary_factor",
-    "original_max_position_embeddings",
-}
+from qlora_kit.base.fields import LARGEST, asks_for_code, problems
+from qlora_kit.errors import ModelError, UnsafeInputError
 
 
-def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> Any:
-    """The architecture of `config` (read from `path`) on the meta device: shapes, no storage.
+@dataclass(frozen=True)
+class Architecture:
+    """The facts about one model_type; the defaults are Llama's.
 
-    Only fields whose values were checked reach the family's class, and of those only what it
-    declares. The dropout that the base was pretrained with is off: it does not train here, and its
-    masks are not keyed to the step. Errors: `ModelError`.
+    `attention` is transformers' name of how it is computed. `query_key_value` and `gate_up` name
+    the projections of attention and of the MLP, one name each where they are fused. `targets` get
+    adapters where none are named. `layers` is where the text decoder's layers lie in a checkpoint.
+    `logit_divisor` and `logit_softcap` name the fields of config.json that the family's own forward
+    applies behind the head; in another family's config.json they mean nothing.
     """
-    from accelerate import init_empty_weights
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    family = CONFIG_MAPPING[config["model_type"]]
-    declared = {field.name for field in dataclasses.fields(family)} | UNDECLARED
-    described = {
-        name: copy.deepcopy(config[name])
-        for name in config
-        if name in MODEL_FIELDS and name in declared
-    }
-    described |= dict.fromkeys(DROPOUTS & described.keys(), 0.0)
-    try:
-        settings = family.from_dict(described)
-        _check_heads(settings)
-        # Buffers are real: rotary tables are computed when the modules are made.
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(
-                settings,
-                dtype=dtype,
-                attn_implementation=FAMILIES[config["model_type"]],
-                trust_remote_code=False,
-            )
-        for name, table in model.named_buffers():
-            if not table.isfinite().all():
-                raise ValueError(f"{name} is not finite: its rope fields do not go together")
-    except Exception as error:
-        # transformers raises what its own validation and arithmetic happen to raise.
+    attention: str = "sdpa"
+    query_key_value: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    layers: str = "model.layers"
+    logit_divisor: str | None = None
+    logit_softcap: str | None = None
+
+    def logit_scale_and_softcap(self, config: Any) -> tuple[float, float | None]:
+        """The factor on a head's logits and their soft cap, of a model of this `config`."""
+        scale = 1 / getattr(config, self.logit_divisor) if self.logit_divisor else 1.0
+        return scale, getattr(config, self.logit_softcap) if self.logit_softcap else None
+
+
+ARCHITECTURES = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    # torch's fused attention has no soft cap of the scores.
+    "gemma2": Architecture(attention="eager", logit_softcap="final_logit_softcapping"),
+    "phi3": Architecture(
+        query_key_value=("qkv_proj",), gate_up=("gate_up_proj",), targets=("qkv_proj",)
+    ),
+    "granite": Architecture(logit_divisor="logits_scaling"),
+}
+CONV1D = ("gpt2", "openai-gpt")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOWERS = ("vision_config", "vision_tower", "audio_config", "vision_model", "mm_vision_tower")
+
+
+def check_family(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a `config` (from `path`) of a model that cannot be quantized and trained whole.
+
+    Errors: `ModelError`, `UnsafeInputError`.
+    """
+    kind = config.get("model_type")
+    refuse_code(config, path)
+    towers = [key for key in TOWERS if config.get(key)]
+    if towers:
         raise ModelError(
-            f"{path}: describes no model that can be built: {error}", "correct the file"
-        ) from error
-    return model
-
-
-def _check_heads(settings: Any) -> None:
-    """Refuse heads that a rotary embedding cannot turn. Errors: `ValueError`."""
-    head_dim = getattr(settings, "head_dim", None)
-    head_dim = head_dim or settings.hidden_size // settings.num_attention_heads
-    rope = settings.rope_parameters or {}
-    turned = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
-    if turned < 2 or turned % 2:
-        raise ValueError(
-            f"{settings.num_attention_heads} heads of {head_dim} elements, of which {turned} are "
-            "turned by the rotary embedding: an even number from 2 on"
+            f"{path}: model_type {kind!r} has a tower for other input than text ({towers[0]}), "
+            "whose layers would be quantized and adapted as if they were the language model's",
+            "give the language model alone, as a checkpoint of its own",
         )
-    for name in ("short_factor", "long_factor"):
-        if name in rope and len(rope[name]) != turned // 2:
-            raise ValueError(
-                f"{name} has {len(rope[name])} numbers for {turned // 2} rotary frequencies"
-            )
+    if any(_whole(config, key) > 1 for key in EXPERT_COUNTS):
+        raise ModelError(
+            f"{path}: model_type {kind!r} is a mixture of experts: its experts are fused tensors, "
+            f"not linear layers, so that {_size(_expert_bytes(config))} would stay unquantized",
+            "use a dense model",
+        )
+    if kind in CONV1D:
+        raise ModelError(
+            f"{path}: model_type {kind!r} keeps its layers as Conv1D, not as linear layers, so "
+            f"that {_size(_conv1d_bytes(config))} would stay unquantized",
+            f"use a model of another family ({', '.join(ARCHITECTURES)})",
+        )
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise ModelError(
+            f"{path}: model_type {kind!r} is not supported",
+            f"supported families are {', '.join(ARCHITECTURES)}",
+        )
+    stored = config.get("quantization_config")
+    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else stored
+    if stored and (method != "bitsandbytes" or not isinstance(stored, dict)):
+        raise ModelError(
+            f"{path}: the weights are quantized by {str(method)[:60]!r}, which is not supported",
+            "give the original 16-bit model (--bits quantizes it), or one that bitsandbytes "
+            "quantized",
+        )
+    wrong = list(problems(config))
+    if wrong:
+        raise ModelError(f"{path}: {'; '.join(wrong)}", "correct the file")
 
 
-def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of every tensor that a checkpoint of `model` holds."""
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+def refuse_code(said: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of settings that has something fetched or run. Errors: `UnsafeInputError`."""
+    if asked := asks_for_code(said):
+        raise UnsafeInputError(
+            f"{path}: {asked[0]} is {str(asked[1])[:60]!r}, which transformers would fetch or run",
+            "remove it from the file: nothing that a model names is fetched or run",
+        )
 
 
-def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linears that are quantized, by module name: all but the output head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+def _expert_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes in 16 bits of all experts, each a gated MLP of three matrices."""
+    experts = max(_whole(config, key) for key in EXPERT_COUNTS)
+    inner = _whole(config, "moe_intermediate_size") or _whole(config, "intermediate_size")
+    layers = _whole(config, "num_hidden_layers") - _whole(config, "first_k_dense_replace")
+    layers //= max(1, _whole(config, "decoder_sparse_step"))
+    return 2 * 3 * layers * experts * _whole(config, "hidden_size") * inner
 
 
-def tied_names(model: Any) -> dict[str, str]:
-    """Names of tensors that share another one's storage, to that other name."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return {}
-    names = {id(module): name for name, module in model.named_modules()}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+def _conv1d_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes in 16 bits of GPT-2's layers: queries, keys, values, output, and a two-matrix MLP."""
+    width = _whole(config, "n_embd")
+    inner = _whole(config, "n_inner") or 4 * width
+    return 2 * _whole(config, "n_layer") * (4 * width * width + 2 * width * inner)
 
 
-def take_generation_config(model: Any, directory: Path) -> None:
-    """Give `model` the generation settings of its directory. Errors: `ModelError`."""
-    said = read_generation_config(directory)
-    if said is None:
-        return
-    from transformers import GenerationConfig
+def _whole(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    return min(value, LARGEST) if isinstance(value, int) and value > 0 else 0
 
-    try:
-        model.generation_config = GenerationConfig.from_dict(said)
-    except Exception as error:
-        path = directory / "generation_config.json"
-        raise ModelError(f"{path}: {error}", "correct or remove the file") from error
+
+def _size(count: int) -> str:
+    return f"{count} bytes ({count / 1024**3:.1f} GiB)" if count else "most of it"

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.base.architecture import ARCHITECTURES, check_family, refuse_code
 from qlora_kit.base.contents import find, names_code, tokenizer_files
-from qlora_kit.base.families import FAMILIES, check_family, refuse_code
 from qlora_kit.base.fields import TOKENS
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, read_entries, some
@@ -25,8 +25,6 @@ from qlora_kit.files.atomic import real_path
 
 if TYPE_CHECKING:
     import torch
-
-LAYER = r"model\.layers\.(\d{1,9})\."
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -54,12 +52,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """As `read_config`, of a file of any name."""
     config = read_json(path)
     if "auto_map" in config and (
-        str(config.get("model_type")) not in FAMILIES or names_code(config["auto_map"], path.parent)
+        str(config.get("model_type")) not in ARCHITECTURES
+        or names_code(config["auto_map"], path.parent)
     ):
         raise UnsafeInputError(
             f"{path}: auto_map asks to run Python files of the model",
             "remote code is never run: use a supported family "
-            f"({', '.join(FAMILIES)}), without Python files in its directory",
+            f"({', '.join(ARCHITECTURES)}), without Python files in its directory",
         )
     check_family(config, path)
     return config
@@ -90,7 +89,8 @@ def check_layers(
 
     Done before the architecture is built, which takes the longer the more layers are promised.
     """
-    stored = {int(found[1]) for name in entries if (found := re.match(LAYER, name))}
+    layer = re.escape(ARCHITECTURES[config["model_type"]].layers) + r"\.(\d{1,9})\."
+    stored = {int(found[1]) for name in entries if (found := re.match(layer, name))}
     said = config.get("num_hidden_layers")
     if said is not None and said != len(stored):
         raise ModelError(

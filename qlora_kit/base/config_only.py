@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from qlora_kit.base.architecture import build_on_meta, expected_shapes, tied_names
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_checkpoint import agree, stored_quantization
 from qlora_kit.base.checks import check_architecture, check_layers, find_config, read_config_file
 from qlora_kit.base.contents import find
+from qlora_kit.base.meta_model import build_on_meta, expected_shapes, tied_names
 from qlora_kit.base.safetensors_file import (
     DTYPES,
     INDEX_FILE,

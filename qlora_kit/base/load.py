@@ -18,13 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.base.architecture import (
-    build_on_meta,
-    decoder_linears,
-    expected_shapes,
-    take_generation_config,
-    tied_names,
-)
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_checkpoint import (
     StoredLinear,
@@ -41,6 +34,13 @@ from qlora_kit.base.linear import (
     quantize_linear,
     quantized_tensors,
     shared_tables,
+)
+from qlora_kit.base.meta_model import (
+    build_on_meta,
+    decoder_linears,
+    expected_shapes,
+    take_generation_config,
+    tied_names,
 )
 from qlora_kit.base.safetensors_file import TensorEntry, read_entries
 from qlora_kit.base.source import resolve

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kit.base.architecture import ARCHITECTURES
 from qlora_kit.base.base import Base
 from qlora_kit.base.load import load_base
 from qlora_kit.data.batch import Batch, eval_batches, padding_id
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import NumericError
-from qlora_kit.training.loss import logit_scale_and_softcap, to_device
+from qlora_kit.training.loss import to_device
 
 TOKEN_LIMIT = 4096
 """Tokens that are compared; each needs the logits of both models."""
@@ -112,7 +113,8 @@ def _hidden(model: Any, batch: Batch) -> Tensor:
 
 def _logits(model: Any, rows: Tensor) -> Tensor:
     """fp32 logits on the CPU, through the head, its factor and its soft cap."""
-    scale, softcap = logit_scale_and_softcap(model.config)
+    config = model.config
+    scale, softcap = ARCHITECTURES[config.model_type].logit_scale_and_softcap(config)
     logits: Tensor = model.get_output_embeddings()(rows).float() * scale
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_kit.base.architecture import ARCHITECTURES
 from qlora_kit.device import has_values
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
 from qlora_kit.kernels.rotary import rotate
@@ -122,17 +123,16 @@ class Block:
     ) -> Tensor:
         attention = self.attention
         heads = (*x.shape[:-1], -1, attention.head_dim)  # (B, T, heads, d)
-        if hasattr(attention, "qkv_proj"):
-            (fused,) = linears((x,), [attention.qkv_proj], self.before[0])
+        names = ARCHITECTURES[attention.config.model_type].query_key_value
+        parts = linears((x,), [getattr(attention, name) for name in names], self.before[0])
+        if len(parts) == 1:
+            (fused,) = parts
             groups = attention.num_key_value_groups
             kv = fused.shape[-1] // (groups + 2)
             queries, keys, values = torch.split(fused, [groups * kv, kv, kv], dim=-1)
             # (B, T, (groups + 2) * kv) into queries and keys and values of width kv. A view would
             # keep all of `fused` for backward; the rotary embeddings copy the other two.
-            parts: tuple[Tensor, ...] = (queries, keys, values.contiguous())
-        else:
-            layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-            parts = linears((x,), layers, self.before[0])
+            parts = (queries, keys, values.contiguous())
         q, k, v = (part.view(heads) for part in parts)  # (B, T, heads or kv heads, d)
         if self.head_norms is not None:
             q, k = normalize(self.head_norms[0], q), normalize(self.head_norms[1], k)
@@ -160,8 +160,8 @@ class Block:
 
     def _mlp(self, x: Tensor) -> Tensor:
         mlp = self.layer.mlp
-        fused = hasattr(mlp, "gate_up_proj")
-        layers = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
+        names = ARCHITECTURES[self.attention.config.model_type].gate_up
+        layers = [getattr(mlp, name) for name in names]
         (y,) = linears(linears((x,), layers, self.before[1]), [mlp.down_proj], self.gate)
         return y if self.after is None else normalize(self.after[1], y)
 
@@ -248,14 +248,12 @@ def _eager(attention: nn.Module) -> Any:
 
 
 def _has_projections(attention: Any, mlp: Any) -> bool:
-    queries = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
-    gates = all(hasattr(mlp, name) for name in ("gate_proj", "up_proj"))
-    return (
-        (queries or hasattr(attention, "qkv_proj"))
-        and hasattr(attention, "o_proj")
-        and (gates or hasattr(mlp, "gate_up_proj"))
-        and hasattr(mlp, "down_proj")
-    )
+    """Whether a layer has the projections that its architecture's record names."""
+    known = ARCHITECTURES.get(attention.config.model_type)
+    if known is None:
+        return False
+    of_attention = all(hasattr(attention, name) for name in (*known.query_key_value, "o_proj"))
+    return of_attention and all(hasattr(mlp, name) for name in (*known.gate_up, "down_proj"))
 
 
 def _activation(config: Any) -> str | None:

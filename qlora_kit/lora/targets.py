@@ -16,12 +16,10 @@ from typing import Any
 
 from torch import nn
 
+from qlora_kit.base.architecture import ARCHITECTURES
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.lora.pattern import full_matches
-
-AUTO_TARGETS = (("q_proj", "v_proj"), ("qkv_proj",))
-"""Query and value, or the fused projection where a family has one."""
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
@@ -36,11 +34,7 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     if target_modules == "all-linear":
         return candidates
     if target_modules == "auto":
-        for names in AUTO_TARGETS:
-            found = [one for one in candidates if one.rpartition(".")[2] in names]
-            if {one.rpartition(".")[2] for one in found} == set(names):
-                return found
-        raise _no_match("auto", candidates)
+        return targets_by_name(model, ARCHITECTURES[model.config.model_type].targets)  # type: ignore[index, union-attr]
     if not isinstance(target_modules, str):
         return targets_by_name(model, target_modules)
     if re.fullmatch(r"[\w.,\- ]+", target_modules):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qlora_kit.base.architecture import ARCHITECTURES
 from qlora_kit.kernels.cross_entropy import cross_entropy_sum
 
 if TYPE_CHECKING:
@@ -35,17 +36,9 @@ def supervised_loss(model: Any, batch: Batch) -> Tensor:
     tokens = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["supervised"])
     # `supervised` points at the positions that predict; their targets are the next tokens, (N,).
     targets = batch["labels"].reshape(-1).index_select(0, batch["supervised"] + 1)
-    scale, softcap = logit_scale_and_softcap(model.config)
+    config = model.config
+    scale, softcap = ARCHITECTURES[config.model_type].logit_scale_and_softcap(config)
     return cross_entropy_sum(tokens, model.get_output_embeddings(), targets, softcap, scale)
-
-
-def logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
-    """The factor on a head's logits, and their soft cap, where the family's own forward has them.
-
-    In the config.json of another family the same keys mean nothing.
-    """
-    scale = 1 / config.logits_scaling if config.model_type == "granite" else 1.0
-    return scale, config.final_logit_softcapping if config.model_type == "gemma2" else None
 
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:

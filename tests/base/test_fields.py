@@ -9,10 +9,10 @@ import pytest
 import torch
 from families import TRAITS, edit_config, refused, save_checkpoint, tiny_model
 
-from qlora_kit.base.architecture import build_on_meta
 from qlora_kit.base.checks import look, read_config
 from qlora_kit.base.fields import MODEL_FIELDS, ROPE_FIELDS, problems
 from qlora_kit.base.load import load_base
+from qlora_kit.base.meta_model import build_on_meta
 from qlora_kit.base.source import Source
 from qlora_kit.base.tokenizer import load_tokenizer
 from qlora_kit.errors import ModelError, UnsafeInputError

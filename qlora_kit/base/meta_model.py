@@ -1,0 +1,125 @@
+"""A config.json to transformers' model on the meta device, and which of its tensors are what."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_kit.base.architecture import ARCHITECTURES
+from qlora_kit.base.checks import read_generation_config
+from qlora_kit.base.fields import MODEL_FIELDS
+from qlora_kit.errors import ModelError
+
+DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}
+UNDECLARED = {
+    # What the classes of some families read or convert without declaring it.
+    "head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+}
+
+
+def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> Any:
+    """The architecture of `config` (read from `path`) on the meta device: shapes, no storage.
+
+    Only fields whose values were checked reach the family's class, and of those only what it
+    declares. The dropout that the base was pretrained with is off: it does not train here, and its
+    masks are not keyed to the step. Errors: `ModelError`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    family = CONFIG_MAPPING[config["model_type"]]
+    declared = {field.name for field in dataclasses.fields(family)} | UNDECLARED
+    described = {
+        name: copy.deepcopy(config[name])
+        for name in config
+        if name in MODEL_FIELDS and name in declared
+    }
+    described |= dict.fromkeys(DROPOUTS & described.keys(), 0.0)
+    try:
+        settings = family.from_dict(described)
+        _check_heads(settings)
+        # Buffers are real: rotary tables are computed when the modules are made.
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(
+                settings,
+                dtype=dtype,
+                attn_implementation=ARCHITECTURES[config["model_type"]].attention,
+                trust_remote_code=False,
+            )
+        for name, table in model.named_buffers():
+            if not table.isfinite().all():
+                raise ValueError(f"{name} is not finite: its rope fields do not go together")
+    except Exception as error:
+        # transformers raises what its own validation and arithmetic happen to raise.
+        raise ModelError(
+            f"{path}: describes no model that can be built: {error}", "correct the file"
+        ) from error
+    return model
+
+
+def _check_heads(settings: Any) -> None:
+    """Refuse heads that a rotary embedding cannot turn. Errors: `ValueError`."""
+    head_dim = getattr(settings, "head_dim", None)
+    head_dim = head_dim or settings.hidden_size // settings.num_attention_heads
+    rope = settings.rope_parameters or {}
+    turned = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
+    if turned < 2 or turned % 2:
+        raise ValueError(
+            f"{settings.num_attention_heads} heads of {head_dim} elements, of which {turned} are "
+            "turned by the rotary embedding: an even number from 2 on"
+        )
+    for name in ("short_factor", "long_factor"):
+        if name in rope and len(rope[name]) != turned // 2:
+            raise ValueError(
+                f"{name} has {len(rope[name])} numbers for {turned // 2} rotary frequencies"
+            )
+
+
+def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every tensor that a checkpoint of `model` holds."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears that are quantized, by module name: all but the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Names of tensors that share another one's storage, to that other name."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+
+
+def take_generation_config(model: Any, directory: Path) -> None:
+    """Give `model` the generation settings of its directory. Errors: `ModelError`."""
+    said = read_generation_config(directory)
+    if said is None:
+        return
+    from transformers import GenerationConfig
+
+    try:
+        model.generation_config = GenerationConfig.from_dict(said)
+    except Exception as error:
+        path = directory / "generation_config.json"
+        raise ModelError(f"{path}: {error}", "correct or remove the file") from error

@@ -6,11 +6,11 @@ import dataclasses
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processor import processor_s
 
 import qlora_kit
 from qlora_kit.commands.argv import parse
@@ -330,13 +330,13 @@ def test_a_file_of_any_content_is_read_or_refused_at_once(tmp_path: Path) -> Non
         "model: " + "x" * (CONFIG_LIMIT - 10),
     ):
         path = write(tmp_path, text)
-        began = time.process_time()
+        began = processor_s()
         problem("--config", path)
-        assert time.process_time() - began < 2, text[:20]
+        assert processor_s() - began < 2, text[:20]
     many = [f"--k{n}" for n in range(5000)]
-    began = time.process_time()
+    began = processor_s()
     problem(*many)
-    assert time.process_time() - began < 2
+    assert processor_s() - began < 2
 
 
 def test_a_few_lines_that_stand_for_a_huge_value_build_nothing(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def refused(run: Run, home: Path, raised: list[QloraKitError]) -> Callable[..., 
 FINETUNE = ("finetune", "--model", "./base", "--data", "rows.jsonl", "--output_dir", "out")
 
 
-def test_a1_no_or_an_unknown_command(refused: Callable[..., str], run: Run) -> None:
+def test_no_or_an_unknown_command_is_refused(refused: Callable[..., str], run: Run) -> None:
     cases = (
         ((), "no command is given"),
         (("finetun",), "unknown command 'finetun', did you mean finetune?"),
@@ -109,7 +109,7 @@ def test_a1_no_or_an_unknown_command(refused: Callable[..., str], run: Run) -> N
         assert run(*arguments).err.startswith("usage: qlora-kit COMMAND")
 
 
-def test_a1_a_misspelt_flag(refused: Callable[..., str], run: Run) -> None:
+def test_a_misspelt_flag_is_told_the_nearest_one(refused: Callable[..., str], run: Run) -> None:
     for flag in ("--learning_rte", "--learning-rte", "--learning_rte=1"):
         words = ("did you mean --learning_rate?", "see `qlora-kit finetune --help`")
         refused(ConfigError, *FINETUNE, flag, words=words, seconds=WEIGHTS)
@@ -159,20 +159,20 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize("flags", BAD_VALUES)
-def test_a2_to_a6_a13_a14_values_out_of_their_range(
+def test_a_value_out_of_its_range_is_told_the_range(
     refused: Callable[..., str], flags: str
 ) -> None:
     words = (BAD_VALUES[flags], "correct the values named above")
     refused(ConfigError, *FINETUNE, *flags.split(), words=words, seconds=WEIGHTS)
 
 
-def test_a2_a_rank_that_no_target_has_room_for(refused: Callable[..., str]) -> None:
+def test_a_rank_that_no_target_has_room_for_is_refused(refused: Callable[..., str]) -> None:
     # q_proj is 64 x 64 and v_proj 64 x 32.
     words = ("lora_r 65 is above the largest dimension of every target (64)", "give 1 to 32")
     refused(ConfigError, *FINETUNE, "--lora_r", "65", words=words, seconds=SHAPES)
 
 
-def test_a2_a_rank_above_a_smaller_side_is_one_warning(run: Run, home: Path) -> None:
+def test_a_rank_above_a_smaller_side_is_one_warning(run: Run, home: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         answer = run(*FINETUNE, "--lora_r", "40", "--max_steps", "1", "--eval_fraction", "0")
@@ -184,7 +184,9 @@ def test_a2_a_rank_above_a_smaller_side_is_one_warning(run: Run, home: Path) -> 
 
 
 @pytest.mark.parametrize("targets", ["nope_proj", "q_proj,nope", r".*\.nope_\w+"])
-def test_a7_a8_targets_that_match_nothing(refused: Callable[..., str], targets: str) -> None:
+def test_targets_that_match_nothing_are_told_what_there_is(
+    refused: Callable[..., str], targets: str
+) -> None:
     listed = "q_proj (2), k_proj (2), v_proj (2), o_proj (2), gate_proj (2), up_proj (2), down_proj"
     line = refused(
         ConfigError, *FINETUNE, "--target_modules", targets, words=(listed,), seconds=SHAPES
@@ -194,7 +196,7 @@ def test_a7_a8_targets_that_match_nothing(refused: Callable[..., str], targets: 
 
 
 @pytest.mark.parametrize("place", ["base", "base/out", "."])
-def test_a11_an_output_over_the_model(refused: Callable[..., str], place: str) -> None:
+def test_an_output_over_the_model_is_refused(refused: Callable[..., str], place: str) -> None:
     for more in ((), ("--overwrite",)):
         arguments = ("finetune", "--model", "./base", "--data", "rows.jsonl", "--output_dir", place)
         words = (f"--output_dir {place} overlaps with", "choose another place")
@@ -202,7 +204,9 @@ def test_a11_an_output_over_the_model(refused: Callable[..., str], place: str) -
 
 
 @pytest.mark.parametrize("data", ["data/train.jsonl", "data", "other.jsonl"])
-def test_a11_an_output_over_the_rows(refused: Callable[..., str], home: Path, data: str) -> None:
+def test_an_output_over_the_rows_is_refused(
+    refused: Callable[..., str], home: Path, data: str
+) -> None:
     (home / "data").mkdir()
     shutil.copy(home / "rows.jsonl", home / "data" / "train.jsonl")
     shutil.copy(home / "rows.jsonl", home / "other.jsonl")
@@ -213,13 +217,13 @@ def test_a11_an_output_over_the_rows(refused: Callable[..., str], home: Path, da
 
 
 @pytest.mark.parametrize("place", ["adapter", "base"])
-def test_a11_an_export_over_its_inputs(refused: Callable[..., str], place: str) -> None:
+def test_an_export_over_its_inputs_is_refused(refused: Callable[..., str], place: str) -> None:
     arguments = ("export", "--adapter", "adapter", "--model", "./base", "--output_dir", place)
     words = (f"--output_dir {place} overlaps with", "choose another place")
     refused(ConfigError, *arguments, "--overwrite", words=words, seconds=SHAPES)
 
 
-def test_a12_an_output_that_is_used(refused: Callable[..., str]) -> None:
+def test_an_output_that_is_used_is_refused(refused: Callable[..., str]) -> None:
     words = ("--output_dir used is not empty", "give --overwrite")
     arguments = ("finetune", "--model", "./base", "--data", "rows.jsonl", "--output_dir", "used")
     refused(ConfigError, *arguments, words=words, seconds=SHAPES)
@@ -227,7 +231,7 @@ def test_a12_an_output_that_is_used(refused: Callable[..., str]) -> None:
     refused(ConfigError, *arguments, words=words, seconds=SHAPES)
 
 
-def test_a12_overwrite_replaces_what_was_there_or_leaves_it_all(run: Run, home: Path) -> None:
+def test_overwrite_replaces_what_was_there_or_leaves_it_all(run: Run, home: Path) -> None:
     command = ("finetune", "--model", "./base", "--output_dir", "used", "--overwrite")
     short = ("--max_steps", "1", "--eval_fraction", "0")
     before = tree_hash(home)
@@ -245,7 +249,9 @@ def test_a12_overwrite_replaces_what_was_there_or_leaves_it_all(run: Run, home: 
     assert {path.name for path in home.iterdir()} == {"base", "adapter", "rows.jsonl", "used"}
 
 
-def test_a13_a_length_beyond_the_context(refused: Callable[..., str], run: Run) -> None:
+def test_a_length_beyond_the_context_is_refused_or_allowed_by_name(
+    refused: Callable[..., str], run: Run
+) -> None:
     words = ("max_length 129 is above the model's context of 128", "--allow_longer_context")
     refused(ConfigError, *FINETUNE, "--max_length", "129", words=words, seconds=SHAPES)
     more = ("--max_length", "129", "--allow_longer_context", "--max_steps", "1")
@@ -254,7 +260,7 @@ def test_a13_a_length_beyond_the_context(refused: Callable[..., str], run: Run) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() & {"finetune", "export", "generate"}))
-def test_a15_cuda_where_there_is_none(refused: Callable[..., str], command: str) -> None:
+def test_cuda_where_there_is_none_is_a_resource(refused: Callable[..., str], command: str) -> None:
     arguments = {
         "finetune": FINETUNE[1:],
         "export": ("--adapter", "adapter", "--model", "./base", "--output_dir", "out"),
@@ -265,7 +271,7 @@ def test_a15_cuda_where_there_is_none(refused: Callable[..., str], command: str)
         refused(ResourceError, command, *arguments, "--device", device, words=words, seconds=SHAPES)
 
 
-def test_a15_paging_on_the_cpu_is_said_once(run: Run, home: Path) -> None:
+def test_paging_on_the_cpu_is_said_once(run: Run, home: Path) -> None:
     answer = run(
         *FINETUNE, "--device", "cpu", "--optim", "paged_adamw_8bit", "--max_steps", "1",
         "--eval_fraction", "0",
@@ -299,7 +305,9 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("text", BAD_FILES)
-def test_a16_a_bad_config_file(refused: Callable[..., str], home: Path, text: str) -> None:
+def test_a_bad_config_file_is_refused_with_its_line(
+    refused: Callable[..., str], home: Path, text: str
+) -> None:
     kind, *words = BAD_FILES[text]
     (home / "run.yaml").write_text(text)
     refused(kind, *FINETUNE, "--config", "run.yaml", words=tuple(words), seconds=WEIGHTS)

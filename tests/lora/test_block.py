@@ -102,9 +102,10 @@ SHAPES = {
     ("family", "tiles"), [*((family, True) for family in SHAPES), ("mistral", False)]
 )
 def test_a_layer_keeps_what_its_docstring_lists(family, tiles, bits, targets, dropout, monkeypatch):
-    """2T(4h + 2kv + 2f) of limits.md, queries of width a; less attention's output where it is made
+    """In 16 bits `2T(4h + 2kv + 2f)` bytes for T tokens, with queries as wide as their heads.
 
-    again, and the scales of norms (4 bytes a row each) and low-rank products of adapted linears.
+    Less attention's output where it is recomputed, and the scales of norms (4 bytes a token each)
+    and the low-rank products of adapted linears.
     """
     monkeypatch.setattr(attention, "TILES", tiles)
     batch, length, hidden, ffn = 2, 32, 64, 160

@@ -172,12 +172,6 @@ class Hub:
         self, code: str, *arguments: str, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run code in a new process that knows this hub and nothing of the machine's own login."""
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()
-        }
-        settings = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.home / "hf")}
         return subprocess.run(
             [sys.executable, "-c", code, *arguments],
             capture_output=True,
@@ -185,8 +179,18 @@ class Hub:
             check=False,
             timeout=600,
             cwd=self.home,
-            env={**kept, **settings, **environment},
+            env=self.environment(**environment),
         )
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """That of a process that knows this hub and nothing of the machine's own login."""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()
+        }
+        settings = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.home / "hf")}
+        return {**kept, **settings, **more}
 
     def resolve(
         self, name: str = ID, revision: str = "", **environment: str
@@ -220,15 +224,28 @@ import sys
 from qlora_kit.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
-LOAD = """
-import sys
+ONE_BY_ONE = """
+import contextlib, io, os, sys
 from qlora_kit.commands.failure import reports_errors
-@reports_errors
-def main(argv):
+from qlora_kit.commands.main import main
+how, name = sys.argv[1:]
+if how == "load_base":
     from qlora_kit.base.load import load_base
+@reports_errors
+def load(argv):
     load_base(argv[0])
     return 0
-sys.exit(main(sys.argv[1:]))
+for _ in sys.stdin:
+    if not os.fork():
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            if how == "command":
+                code = main(["generate", "--model", name, "--prompt", "x"])
+            else:
+                code = load([name])
+        print(code, said.getvalue().splitlines()[-1], flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
@@ -398,29 +415,41 @@ def test_a_repository_of_pickles_or_of_nothing_is_refused_before_a_download(hub:
     assert not [line for line in hub.repository.asked if "/resolve/" in line]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
-        ({"num_local_experts": 8}, "is a mixture of experts"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "are quantized by 'gptq'"),
-        ({"auto_map": {"AutoConfig": "x.X"}, "model_type": "own"}, "remote code is never run"),
-        (None, "config.json: no such file"),
-    ],
-    ids=["family", "experts", "method", "code", "missing"],
+SHOWN: tuple[tuple[dict[str, Any] | None, str], ...] = (
+    (None, "config.json: no such file"),
+    ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+    ({"num_local_experts": 8}, "is a mixture of experts"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "are quantized by 'gptq'"),
+    ({"auto_map": {"AutoConfig": "x.X"}, "model_type": "own"}, "remote code is never run"),
 )
-def test_what_config_shows_is_refused_before_weights_are_fetched(
-    hub: Hub, changes: dict[str, Any] | None, words: str
-) -> None:
+
+
+@pytest.mark.parametrize("how", ["command", "load_base"])
+def test_what_config_shows_is_refused_before_weights_are_fetched(hub: Hub, how: str) -> None:
+    """Each in a process of its own, forked from one that has imported what it needs."""
     files = hub.repository.files
     config = json.loads(files.pop("config.json"))
-    if changes is not None:
-        files["config.json"] = json.dumps(config | changes).encode()
-    command = ["generate", "--model", ID, "--prompt", "x"]
-    done = hub.python(COMMAND, *command)
-    refused(done, 3, words)
-    loaded = hub.python(LOAD, ID)
-    refused(loaded, 3, words)
+    command = [sys.executable, "-c", ONE_BY_ONE, how, ID]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=hub.home,
+        env=hub.environment(),
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        for changes, words in SHOWN:
+            files.pop("config.json", None)
+            if changes is not None:
+                files["config.json"] = json.dumps(config | changes).encode()
+            shutil.rmtree(hub.home / "hf", ignore_errors=True)
+            print(file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            assert line.startswith("3 error: ")
+            assert words in line
+        process.stdin.close()
     fetched = {line.split("/")[-1] for line in hub.repository.asked if "/resolve/" in line}
     assert fetched <= {"config.json"}
 

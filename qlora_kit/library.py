@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.failure import stands_for
 from qlora_kit.config.run import RUN_GROUPS
-from qlora_kit.data.source import GivenRows, given_rows
+from qlora_kit.data.given_rows import GivenRows, given_rows
 from qlora_kit.options.parsed import parse_values
 from qlora_kit.process.signals import StopSignals
 from qlora_kit.process.start import ready_for_torch

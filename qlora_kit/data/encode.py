@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlora_kit.data.answers import chat_ids
+from qlora_kit.data.cache_entry import Entry
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, date_of
 from qlora_kit.data.labels import (
     DROPPED,
@@ -28,7 +29,7 @@ from qlora_kit.data.labels import (
 )
 from qlora_kit.data.outcome import DEFAULT_RULES, EncodeRules, Outcome
 from qlora_kit.data.rows import Row
-from qlora_kit.data.token_cache import Entry, cached, encoding_key, id_limit
+from qlora_kit.data.token_cache import cached, encoding_key, id_limit
 from qlora_kit.data.token_rows import TokenRows
 from qlora_kit.data.tokens import PIECE, Encoded, Ids, Skipped, Tokens
 from qlora_kit.errors import DataError

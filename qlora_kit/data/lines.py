@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from qlora_kit.config.data import DataConfig
-from qlora_kit.data.source import check_file
+from qlora_kit.data.file_types import check_file
 from qlora_kit.errors import DataError, from_os_error
 from qlora_kit.options.checks import size_bytes
 

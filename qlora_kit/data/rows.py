@@ -22,22 +22,13 @@ from typing import Any
 import numpy as np
 
 from qlora_kit.config.data import DEFAULT_EVAL_FRACTION, DataConfig
+from qlora_kit.data.file_types import check_file, kind_of
+from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.json_text import JsonError, check_depth, present
 from qlora_kit.data.lines import MAX_ROW_BYTES
 from qlora_kit.data.records import count, fingerprint, hub_splits, records
 from qlora_kit.data.schema import normalise, parse_columns, recognise, rename
-from qlora_kit.data.source import (
-    HELD_OUT,
-    GivenRows,
-    HubSplit,
-    Source,
-    check_file,
-    files,
-    find,
-    kind_of,
-    parts_of,
-    words,
-)
+from qlora_kit.data.source import HELD_OUT, HubSplit, Source, files, find, parts_of, words
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.options.checks import size_bytes
 
@@ -125,30 +116,7 @@ def load_rows(config: DataConfig, seed: int, given: Mapping[str, GivenRows] | No
     `DataError` or `UnsafeInputError` for a file, `ConfigError` for options that disagree,
     `ResourceError` for a package or a network that is missing.
     """
-    given = given or {}
-    train_source: Source
-    eval_source: Source | None
-    if config.data in given:
-        train_source, eval_source = given[config.data], None
-    else:
-        train_source, eval_source = find(config.data)
-    if isinstance(train_source, HubSplit):
-        eval_source = _held_out_split(train_source)
-    if eval_source and config.eval_fraction:
-        raise ConfigError(
-            f"eval_fraction {config.eval_fraction:g} is given beside {eval_source}, which is held "
-            "out already",
-            f"leave eval_fraction out, or give --data {train_source}",
-        )
-    if config.eval_data is not None:
-        eval_source = given.get(config.eval_data) or files(config.eval_data)
-    elif config.eval_fraction == 0:
-        eval_source = None
-    for part in [*parts_of(train_source), *(parts_of(eval_source) if eval_source else ())]:
-        if isinstance(part, Path):
-            check_file(part)
-    if eval_source:
-        _check_different(train_source, eval_source)
+    train_source, eval_source = _sources(config, given or {})
     columns = parse_columns(config.columns)
     limit = size_bytes(config.max_row_size)
     format = _format(train_source, config.format, columns, limit)
@@ -179,6 +147,34 @@ def load_rows(config: DataConfig, seed: int, given: Mapping[str, GivenRows] | No
         words(train_source),
         f"{100 * fraction:g} % of {words(train_source)}, drawn by seed {seed}",
     )
+
+
+def _sources(config: DataConfig, given: Mapping[str, GivenRows]) -> tuple[Source, Source | None]:
+    """Where the rows come from that are trained on, and those that are held out beside them."""
+    train_source: Source
+    eval_source: Source | None
+    if config.data in given:
+        train_source, eval_source = given[config.data], None
+    else:
+        train_source, eval_source = find(config.data)
+    if isinstance(train_source, HubSplit):
+        eval_source = _held_out_split(train_source)
+    if eval_source and config.eval_fraction:
+        raise ConfigError(
+            f"eval_fraction {config.eval_fraction:g} is given beside {eval_source}, which is held "
+            "out already",
+            f"leave eval_fraction out, or give --data {train_source}",
+        )
+    if config.eval_data is not None:
+        eval_source = given.get(config.eval_data) or files(config.eval_data)
+    elif config.eval_fraction == 0:
+        eval_source = None
+    for part in [*parts_of(train_source), *(parts_of(eval_source) if eval_source else ())]:
+        if isinstance(part, Path):
+            check_file(part)
+    if eval_source:
+        _check_different(train_source, eval_source)
+    return train_source, eval_source
 
 
 def read_rows(path: Path, format: str = "auto", columns: str | None = None) -> Iterator[Row]:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.data.fields import SHAPE_FIELDS, Fields, closest, kind, listed, text
-from qlora_kit.data.turns import TOOLS, check_order, messages_of, tools_of
+from qlora_kit.data.tool_calls import TOOLS, tools_of
+from qlora_kit.data.turns import check_order, messages_of
 from qlora_kit.errors import ConfigError, DataError
 
 SHAPES = {

@@ -8,36 +8,29 @@ models: it starts with `.`, `/` or `~`, has other than one `/`, or its first par
 
 from __future__ import annotations
 
-import functools
 import glob
-import hashlib
 import itertools
-import json
 import os
 import re
-import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from qlora_kit.data.file_types import SUFFIXES, check_file, check_plain, kind_of
+from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.json_text import loads
 from qlora_kit.errors import (
     ConfigError,
     DataError,
     QloraKitError,
     UnsafeInputError,
-    from_os_error,
     redacted,
 )
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
-PLAIN = (".jsonl", ".json", ".csv", ".tsv", ".txt")
-SUFFIXES = (*PLAIN, *(f"{suffix}.gz" for suffix in PLAIN), ".parquet", ".arrow")
 HELD_OUT = ("valid", "validation", "test")
 """The stems of a directory's held-out file, the first one that is there."""
 
-READ = "a .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file, or a directory with train.*"
 STATE, SPLITS = "state.json", "dataset_dict.json"
 """The files by which `save_to_disk` lists the shards of a data set, and its splits."""
 
@@ -68,67 +61,6 @@ class Files:
 
     def __str__(self) -> str:
         return self.name
-
-
-@dataclass(frozen=True, eq=False)
-class GivenRows:
-    """Rows that a program hands over in place of a file: a list of dicts, or a `datasets.Dataset`.
-
-    They are read as JSON lines are, so that a row is what it would be in a file.
-    """
-
-    rows: Sequence[Mapping[str, Any]]
-
-    def __str__(self) -> str:
-        return "rows"
-
-    @property
-    def name(self) -> str:
-        """What a run writes down for `--data`: the same rows have the same name."""
-        return f"rows:{self.digest[:12]}"
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of all rows as JSON lines. Errors: `DataError` for what is not JSON."""
-        found = hashlib.sha256()
-        for _, line in self.lines():
-            found.update(line + b"\n")
-        return found.hexdigest()
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """The number of each row, from 1, and its JSON. Errors: `DataError`."""
-        for number, row in enumerate(self.rows, 1):
-            value = dict(row) if isinstance(row, Mapping) else row
-            try:
-                text = json.dumps(value, ensure_ascii=False)
-            except (TypeError, ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{self}:{number}: is no JSON: {error}",
-                    "give dicts of texts, numbers, booleans, lists and dicts",
-                ) from error
-            yield number, text.encode("utf-8", errors="surrogatepass")
-
-
-def given_rows(option: str, value: Any) -> GivenRows | None:
-    """The rows that a program gives for an option; None where it names files.
-
-    Errors: `ConfigError` for what is no list of rows, `DataError` for one that is empty.
-    """
-    is_list = isinstance(value, (list, tuple))
-    if value is None or isinstance(value, (str, os.PathLike)):
-        return None
-    if is_list and value and all(isinstance(one, str) for one in value):
-        return None  # several files
-    # Of a `datasets.Dataset` no more is asked than that its rows can be gone through again.
-    if not is_list and (isinstance(value, Mapping) or not hasattr(value, "__getitem__")):
-        raise ConfigError(
-            f"{option} is given a {type(value).__name__}",
-            "give a list of dicts, a datasets.Dataset (of several splits one), or the name of a "
-            "file",
-        )
-    if not len(value):
-        raise DataError(f"{option}: holds no row", "give at least one")
-    return GivenRows(value)
 
 
 GIVEN_NAME = re.compile(r"rows:[0-9a-f]{12}")
@@ -247,40 +179,6 @@ def lasting(data: str) -> str:
     return whole if redacted(whole) == whole else data
 
 
-def kind_of(path: Path) -> str:
-    """The suffix that says how a file is read: `.jsonl` also of `rows.jsonl.gz`."""
-    name = path.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix if suffix in SUFFIXES else Path(name).suffix
-
-
-def check_file(path: Path) -> None:
-    """Before it is opened: opening a FIFO waits for a writer, and a device need not end."""
-    _check_plain(path)
-    if not path.name.lower().endswith(SUFFIXES):
-        raise DataError(
-            f"{path}: files with the suffix {path.suffix or '(none)'} are not read",
-            f"give {READ}",
-        )
-
-
-def _check_plain(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise DataError(
-            f"{path}: no such file", f"check the path; what is read: {READ}, or a hub id"
-        ) from error
-    except OSError as error:
-        raise from_os_error(error) from error
-    if stat.S_ISDIR(mode):
-        raise DataError(f"{path}: is a directory", "name a file in it")
-    if not stat.S_ISREG(mode):
-        raise UnsafeInputError(
-            f"{path}: is a pipe, socket or device", "write the rows to a .jsonl file first"
-        )
-
-
 def words(source: Source) -> str:
     """A source as people read it."""
     if isinstance(source, HubSplit):
@@ -356,7 +254,7 @@ def _saved_splits(directory: Path) -> tuple[Source, Source | None]:
 
 def _listing(path: Path) -> dict[str, object]:
     """A small JSON object that lists files."""
-    _check_plain(path)
+    check_plain(path)
     with path.open("rb") as file:
         raw = file.read(STATE_BYTES + 1)
     try:

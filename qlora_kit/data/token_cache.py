@@ -1,10 +1,8 @@
 """Encoded rows on disk, found again under a key of all they depend on.
 
 An entry is a directory of `token_rows.py`'s columns and of `facts.json`, written last. The key
-covers the rows' content, the tokenizer, its template, the settings and this code. An entry counts
-where it is this user's alone, every file is as it was written, and the tokens are what the key
-says: ids that the tokenizer has, rows of the lengths that were asked for, as many as were counted.
-Any other is made again.
+covers the rows' content, the tokenizer, its template, the settings and this code. An entry that
+`cache_entry.py` refuses is made again.
 
 Keeping tokens is a convenience. Where the directory cannot be used they go to a temporary folder,
 which goes with the rows, and where there is none either they stay in memory.
@@ -19,10 +17,8 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_kit.data.cache_entry import FACTS, Entry, checksum, facts_sum, verified
 from qlora_kit.data.outcome import EncodeRules, Outcome, Tally
 from qlora_kit.data.rows import Row, Table
 from qlora_kit.data.token_rows import CHUNK, COLUMNS, TokenRows, duplicates, writer
@@ -41,20 +38,6 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 20 * 1024**3
 """Older entries of the default cache are removed beyond this."""
-FACTS, FACTS_LIMIT = "facts.json", 16 * 1024**2
-
-SHAPES: dict[str, Any] = {
-    **dict.fromkeys(("source_rows", "rows", "tokens", "supervised_tokens", "unknown_tokens"), 0),
-    **dict.fromkeys(("controls", "doubled", "truncated", "cut_tokens", "duplicates"), 0),
-    "skipped": {"": 0},
-    "unused": {"": 0},
-    "cut": {"": (0, 0)},
-    "lost": [("", "")],
-    "shortened": [("", 0)],
-    "checksums": {"": 0},
-    "key": "",
-}
-"""What facts.json holds; no number is negative."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +46,6 @@ class Stored:
 
     rows: TokenRows
     facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What is looked for: a key, and what its tokens must be."""
-
-    key: str
-    max_length: int
-    id_limit: Callable[[], int]
-    """above every id that the tokenizer has; asked where there is something to check"""
 
 
 class _RowsError(Exception):
@@ -121,7 +94,7 @@ def _kept(
     cache: Path, wanted: Entry, make: Callable[[], Iterable[Outcome]], unknown_id: int | None
 ) -> Stored:
     entry = cache / wanted.key
-    found = _verified(entry, wanted)
+    found = verified(entry, wanted)
     if found is None:
         cache.mkdir(parents=True, exist_ok=True)
         if entry.is_symlink():
@@ -220,11 +193,11 @@ def _write(
     facts = {
         **tally.facts(),
         "duplicates": duplicates(np.fromfile(directory / "digests", np.uint64)),
-        "checksums": {name: _checksum((directory / name).open("rb")) for name in COLUMNS},
+        "checksums": {name: checksum((directory / name).open("rb")) for name in COLUMNS},
         "key": key,
     }
     with _private(directory / FACTS) as file:
-        file.write(json.dumps({**facts, "sum": _sum(facts)}).encode())
+        file.write(json.dumps({**facts, "sum": facts_sum(facts)}).encode())
     return facts
 
 
@@ -235,99 +208,6 @@ def _private(path: Path, buffering: int = -1) -> Any:
         return os.open(name, flags, 0o600)
 
     return open(path, "wb", buffering=buffering, opener=opened)
-
-
-def _sum(facts: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
-
-
-def _checksum(file: Any, look: Callable[[bytes], object] = len) -> int:
-    """Of all that a file holds, which is closed; `look` is shown every part."""
-    value = 0
-    with file:
-        while chunk := file.read(CHUNK):
-            look(chunk)
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _verified(entry: Path, wanted: Entry) -> dict[str, Any] | None:
-    """The facts of an entry that is ours, as it was written, and what is looked for."""
-    try:
-        return _facts(entry, wanted)
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def _facts(entry: Path, wanted: Entry) -> dict[str, Any]:
-    """Errors: `OSError` and `ValueError` for whatever is not as it should be."""
-    status = os.lstat(entry)
-    _expect(stat.S_ISDIR(status.st_mode) and _is_own(status))
-    with _own(entry / FACTS) as file:
-        facts = json.loads(file.read(FACTS_LIMIT))
-    _expect(isinstance(facts, dict))
-    said = facts.pop("sum", None)
-    _expect(facts.keys() == SHAPES.keys() and _fits(facts, SHAPES))
-    _expect(said == _sum(facts) and facts["key"] == wanted.key)
-    _expect(facts["checksums"].keys() == set(COLUMNS))
-    _expect(bool(facts["lost"]) == bool(sum(facts["skipped"].values())))
-    limit, sums = wanted.id_limit(), {"rows": 0, "tokens": 0, "supervised": 0}
-
-    def tokens(chunk: bytes) -> None:
-        raw = np.frombuffer(chunk, np.int32)
-        _expect(int(np.where(raw < 0, ~raw, raw).max()) < limit)
-        sums["supervised"] += int((raw >= 0).sum())
-
-    def lengths(chunk: bytes) -> None:
-        found = np.frombuffer(chunk, np.int32)
-        _expect(int(found.min()) >= 2 and int(found.max()) <= wanted.max_length)
-        sums["rows"] += len(found)
-        sums["tokens"] += int(found.sum(dtype=np.int64))
-
-    for name, look in (("lengths", lengths), ("tokens", tokens), ("digests", len)):
-        file = _own(entry / name)
-        size = os.fstat(file.fileno()).st_size
-        _expect(_checksum(file, look) == facts["checksums"][name])
-        width = {"lengths": 4 * facts["rows"], "tokens": 4 * facts["tokens"]}
-        _expect(size == width.get(name, 8 * facts["rows"]))
-    _expect(sums["rows"] == facts["rows"] and sums["tokens"] == facts["tokens"])
-    _expect(facts["rows"] <= sums["supervised"] == facts["supervised_tokens"])
-    return dict(facts)
-
-
-def _expect(holds: bool) -> None:
-    if not holds:
-        raise ValueError
-
-
-def _fits(value: Any, shape: Any) -> bool:
-    """Whether JSON is of a shape: a tuple stands for as many values, a list for any number."""
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(
-            _fits(one, shape.get(name, shape.get(""))) for name, one in value.items()
-        )
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
-    if isinstance(shape, tuple):
-        return (
-            isinstance(value, list) and len(value) == len(shape) and all(map(_fits, value, shape))
-        )
-    return type(value) is type(shape) and (shape == "" or value >= 0)
-
-
-def _is_own(status: os.stat_result) -> bool:
-    """Whether nobody else could have written a file or a directory."""
-    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
-def _own(path: Path) -> Any:
-    """A file of ours, open. Errors: `OSError`; `ValueError` for another's, a link or a pipe."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode) or not _is_own(status):
-        os.close(handle)
-        raise ValueError
-    return open(handle, "rb")
 
 
 def _prune(cache: Path, keep: Path) -> None:

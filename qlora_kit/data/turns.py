@@ -2,9 +2,8 @@
 
 A message that leaves here has `role` and, where they are there, `content`, `tool_calls`, thoughts
 under the name that the file has for them, `name`, `tool_call_id` and `weight`, which is 0 or 1 (an
-assistant's turn of weight 0 is read, not learnt). A call is
-`{"type": "function", "function": {"name", "arguments"}}` with an object for arguments, and so is a
-tool: what templates expect, and files often shorten or keep as JSON text.
+assistant's turn of weight 0 is read, not learnt). Calls and tools are made alike in
+`tool_calls.py`.
 
 Sources: OpenAI's chat files, ShareGPT's and LLaMA-Factory's, TRL's and axolotl's documentation.
 """
@@ -12,13 +11,12 @@ Sources: OpenAI's chat files, ShareGPT's and LLaMA-Factory's, TRL's and axolotl'
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_kit.data.fields import Fields, kind, text
-from qlora_kit.data.json_text import is_plain, loads
+from qlora_kit.data.tool_calls import calls_in_text, calls_of, tools_of
 from qlora_kit.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -42,7 +40,6 @@ WEIGHTS = ("weight", "train", "trainable", "training", "loss", "loss_mask", "los
 """Fields of a turn that say whether it is trained on."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-TOOLS = ("tools", "functions")
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}
 THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "reasoning"}
 """Kinds of the parts of a content, and the field that holds the text of each."""
@@ -86,28 +83,6 @@ def check_order(messages: list[dict[str, Any]], where: str) -> None:
                 f"{here}: a tool's answer before any assistant turn", "start with the user's turn"
             )
         before.add(role)
-
-
-def tools_of(row: Fields) -> list[Any]:
-    """The descriptions of a row's tools, each `{"type": "function", "function": {...}}`."""
-    field = row.first(TOOLS)
-    tools = row.value(field) if field else None
-    if tools is None:
-        return []
-    if not isinstance(tools, list):
-        raise DataError(f'{row.where}: "{field}" is {kind(tools)}', "give a list of objects")
-    if not all(isinstance(tool, Mapping) for tool in tools):
-        raise DataError(f'{row.where}: "{field}" holds what is no object', "give a list of objects")
-    _check_plain(tools, f'{row.where}: "{field}"')
-    return [_tool(tool) for tool in tools]
-
-
-def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool that is told flat, with or without its type, as templates expect it."""
-    if "function" in tool or "name" not in tool or tool.get("type", "function") != "function":
-        return tool
-    described = {name: value for name, value in tool.items() if name != "type"}
-    return {"type": "function", "function": described}
 
 
 def for_template(message: Mapping[str, Any], template: str) -> dict[str, Any]:
@@ -169,10 +144,10 @@ def _message(turn: Fields, share_gpt: bool) -> dict[str, Any]:
             f'{turn.where}: unknown role "{named[:40]}"{hint}', f"use {', '.join(names)}"
         )
     message: dict[str, Any] = {"role": role}
-    calls = _calls(turn, role)
+    calls = calls_of(turn, role)
     thoughts: list[str] = []
     if named in CALLS:
-        calls = [*calls, *_calls_in(turn, field)]
+        calls = [*calls, *calls_in_text(turn, field)]
     # A turn that only calls a tool has no text; templates tell a missing one from an empty one.
     elif not calls or field in turn:
         message["content"] = _content(turn, field, thoughts)
@@ -218,68 +193,6 @@ def _content(turn: Fields, field: str, thoughts: list[str]) -> str:
     return "".join(texts)
 
 
-def _calls(turn: Fields, role: str) -> list[dict[str, Any]]:
-    """The calls of an assistant's turn in `tool_calls` or, as OpenAI had it, `function_call`."""
-    found: list[Any] = []
-    for field in ("tool_calls", "function_call"):
-        value = turn.value(field)
-        if value is None:
-            continue
-        if role != "assistant":
-            raise DataError(
-                f'{turn.where}: "{field}" of a {role} turn', "only the assistant calls tools"
-            )
-        calls = [value] if isinstance(value, Mapping) else value
-        if not isinstance(calls, list):
-            raise DataError(f'{turn.where}: "{field}" is {kind(value)}', "give a list of objects")
-        found += [
-            _call(call, f"{turn.where}: {field}[{number}]", turn)
-            for number, call in enumerate(calls)
-        ]
-    return found
-
-
-def _calls_in(turn: Fields, field: str) -> list[dict[str, Any]]:
-    """The calls that a turn's whole text is."""
-    what = f'{turn.where}: "{field}"'
-    remedy = 'write {"name": ..., "arguments": {...}}, or a list of such objects'
-    try:
-        calls = loads(turn.text(field))  # no table fills in what is null in a text
-    except ValueError as error:
-        raise DataError(f"{what} is a call that is not JSON: {error}", remedy) from error
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls:
-        raise DataError(f"{what} has no call", remedy)
-    return [_call(call, what, turn) for call in calls]
-
-
-def _call(call: Any, where: str, turn: Fields) -> dict[str, Any]:
-    """One call with its arguments as an object."""
-    if not isinstance(call, Mapping):
-        raise DataError(f"{where} is {kind(call)}, not an object", "give name and arguments")
-    outer = Fields(call, where, "tool_calls[]")
-    inner = outer
-    if isinstance(function := outer.get("function"), Mapping):
-        inner = Fields(function, where, "tool_calls[].function")
-    field = inner.first(("arguments", "parameters"))
-    # A null in a text is the call's own: "due": null clears what no "due" leaves alone.
-    arguments = inner.value(field, as_written=True) if field else {}
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, Mapping):
-        raise DataError(f'{where}: "{field}" is {kind(arguments)}, not an object', "give an object")
-    _check_plain(arguments, f'{where}: "{field}"')
-    made: dict[str, Any] = {
-        name: outer.get(name) for name in ("id", "index") if outer.optional(name) is not None
-    }
-    made["type"] = outer.optional("type") or "function"
-    made["function"] = {"name": inner.text("name"), "arguments": dict(arguments)}
-    if inner is not outer:
-        outer.inside(inner)
-    turn.inside(outer)
-    return made
-
-
 def _weight(turn: Fields, role: str) -> int | None:
     """Whether the turn is trained on, in whichever field says so; None where none does."""
     found: dict[str, int] = {}
@@ -301,15 +214,3 @@ def _weight(turn: Fields, role: str) -> int | None:
         names = " and ".join(f'"{name}" {value}' for name, value in found.items())
         raise DataError(f"{turn.where}: {names} contradict each other", "keep one of them")
     return next(iter(found.values()), None)
-
-
-def _check_plain(value: Any, what: str) -> None:
-    """Errors: `DataError` for what JSON, and so a template, cannot write."""
-    if not is_plain(value):
-        raise DataError(
-            f"{what} holds bytes, dates or numbers that JSON has not", "write them as text"
-        )
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{what} has half a surrogate pair", "write the whole character") from error

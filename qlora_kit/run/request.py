@@ -15,8 +15,9 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.config.training import TrainingConfig
+from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.rows import Rows, load_rows
-from qlora_kit.data.source import GivenRows, lasting
+from qlora_kit.data.source import lasting
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 from qlora_kit.run.metrics import check_trackers
 from qlora_kit.run.place import check_place

@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 from qlora_kit.config.data import DataConfig
+from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.rows import load_rows
-from qlora_kit.data.source import GivenRows
 from qlora_kit.errors import ConfigError, DataError
 
 ROWS = [{"prompt": f"p{n} ü", "completion": f"c{n}", "note": None} for n in range(20)]

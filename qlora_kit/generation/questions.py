@@ -17,7 +17,7 @@ from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
-from qlora_kit.generation.decode import added_text, generate_text
+from qlora_kit.generation.decode import added_text, answers
 
 WHOLE = 2**31
 """Tokens of a row that is not cut."""
@@ -83,7 +83,7 @@ def answered(
         if limit < 1:
             continue
         chosen = list(group)
-        found = generate_text(
+        found = answers(
             model,
             tokenizer,
             [asked[index].ids for index in chosen],

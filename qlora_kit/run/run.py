@@ -25,7 +25,7 @@ from qlora_kit.device import empty_cache, memory_name
 from qlora_kit.errors import CheckpointError, QloraKitError, ResourceError
 from qlora_kit.export.companions import write_companions
 from qlora_kit.files.atomic import sync
-from qlora_kit.generation.decode import generate_text
+from qlora_kit.generation.decode import answers
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora, train_loaded
 from qlora_kit.memory.counter import StorageCounter
@@ -428,7 +428,7 @@ class Run:
             for row in self._questions
         ]
         limit = _answer_tokens(self._plan.base.context)
-        return generate_text(self.model, tokenizer, prompts, max_new_tokens=limit)
+        return list(answers(self.model, tokenizer, prompts, max_new_tokens=limit))
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint holds: tensors, and the rest for JSON."""

@@ -13,7 +13,7 @@ from qlora_kit.commands.export import main as export
 from qlora_kit.commands.finetune import main
 from qlora_kit.commands.generate import main as generate
 from qlora_kit.data.chat_template import use_template
-from qlora_kit.generation.decode import generate_text
+from qlora_kit.generation.decode import answers
 
 COMMON = ("--bits", "16", "--dtype", "fp32", "--device", "cpu", "--max_length", "96")
 
@@ -117,7 +117,7 @@ def test_the_last_turn_of_a_chat_is_asked_for_as_training_has_it(place, capsys, 
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert ids[0] == tokenizer.bos_token_id
-        (answer,) = generate_text(model, tokenizer, [ids], max_new_tokens=5)
+        (answer,) = answers(model, tokenizer, [ids], max_new_tokens=5)
         answer = answer.strip()
         # What the random model says need not be text that can be read again.
         content = answer if answer.isprintable() and "\ufffd" not in answer else "else"

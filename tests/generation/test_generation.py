@@ -28,9 +28,9 @@ from transformers import (
 from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.generation.decode import (
     added_text,
+    answers,
     end_ids,
     generate_ids,
-    generate_text,
     stream_text,
     until,
 )
@@ -381,15 +381,15 @@ def test_texts_do_not_depend_on_how_they_are_batched():
     model.generation_config.eos_token_id = [1, 5]
     assert end_ids(model, tokenizer) == {1, 5}
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in ("ab", "o", "hi 你")]
-    one = generate_text(model, tokenizer, prompts, max_new_tokens=8, temperature=1.0, batch_size=1)
-    assert one == generate_text(model, tokenizer, prompts, max_new_tokens=8, temperature=1.0)
+    one = list(answers(model, tokenizer, prompts, max_new_tokens=8, temperature=1.0, batch_size=1))
+    assert one == list(answers(model, tokenizer, prompts, max_new_tokens=8, temperature=1.0))
     assert len(one) == 3
-    assert generate_text(model, tokenizer, [], max_new_tokens=8) == []
-    assert generate_text(
-        model, tokenizer, prompts, max_new_tokens=8, eos_ids=range(len(tokenizer))
+    assert list(answers(model, tokenizer, [], max_new_tokens=8)) == []
+    assert list(
+        answers(model, tokenizer, prompts, max_new_tokens=8, eos_ids=range(len(tokenizer)))
     ) == ["", "", ""]
     with pytest.raises(ConfigError, match="prompt 2 is empty"):
-        generate_text(model, tokenizer, [[5], [6], []], max_new_tokens=8, batch_size=1)
+        list(answers(model, tokenizer, [[5], [6], []], max_new_tokens=8, batch_size=1))
 
 
 @pytest.mark.skipif("QLORA_KIT_DATA" not in os.environ, reason="QLORA_KIT_DATA is not set")
@@ -403,7 +403,7 @@ def test_the_greedy_text_of_stories260k_is_its_story():
     bos = tokenizer.bos_token_id
     # The story is cut where the program that printed it stops by default: after 256 tokens.
     options = {"max_new_tokens": 256, "eos_ids": end_ids(model, tokenizer)}
-    assert generate_text(model, tokenizer, [[bos]], **options) == [story]
+    assert list(answers(model, tokenizer, [[bos]], **options)) == [story]
     steps = generate_ids(model, [[bos]], pad_id=bos, **options)
     assert "".join(stream_text(tokenizer, (step[0] for step in steps))) == story
 
@@ -452,9 +452,9 @@ def test_nothing_of_a_stop_string_is_shown(pieces, stops):
 def test_a_row_ends_where_its_stop_string_is_and_the_others_go_on(model):
     tokenizer = byte_fallback()
     asked = {"max_new_tokens": 16, "eos_ids": (), "batch_size": 3}
-    whole = generate_text(model, tokenizer, PROMPTS, **asked)
+    whole = list(answers(model, tokenizer, PROMPTS, **asked))
     for row in range(3):
         assert len(whole[row]) > 4
         stop = whole[row][2:4]
-        cut = generate_text(model, tokenizer, PROMPTS, stops=[stop, "never"], **asked)
+        cut = list(answers(model, tokenizer, PROMPTS, stops=[stop, "never"], **asked))
         assert cut == [text.partition(stop)[0] for text in whole]

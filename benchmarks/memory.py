@@ -42,6 +42,7 @@ from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Interval, StorageCounter, most_of_each
 from qlora_kit.memory.phases import follow
 from qlora_kit.memory.profiler import AllocatorCounter
+from qlora_kit.plan.fake_model import FakeModel
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.training.attention import known_rows
 from qlora_kit.training.optimizer import tag_states
@@ -55,7 +56,8 @@ def planned(directory: Path, bits: int, level: str, given: argparse.Namespace) -
     base = BaseConfig(model=str(directory / "config.json"), bits=bits, dtype="bf16")
     device = torch.device(given.device)
     lora = LoRAConfig(r=given.rank, alpha=2 * given.rank, target_modules="q_proj,v_proj")
-    run = FakeRun(open_shape(base, device), lora, TrainingConfig(optim="adamw"), device)
+    training = TrainingConfig(optim="adamw")
+    run = FakeRun(FakeModel(open_shape(base, device), lora, training, device))
     micro_batches = run.micro_batches(given.batch, given.length, given.length - 1, 1)
     return described([*run.passes(micro_batches, [level] * len(run.layers)), *run.updates])
 

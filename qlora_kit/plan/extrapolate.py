@@ -1,9 +1,15 @@
 """The step of a deep model from a step through few of its layers.
 
-Layers that are equal, at the same level and neighbours, do the same between the first and the last
-of them: each begins with what the one before left. So of a run of equal layers three are traced,
-and what the middle one adds is repeated. That this equals the whole trace is tested; nothing else
-about a layer is assumed.
+Neighbouring layers of one kind at one level allocate and free the same bytes in the same order;
+only what is there when they begin differs. So of a run of equal layers three are traced: the first
+and the last, whose other neighbours may be of another kind, and one between, which stands for all
+that lie between. Its interval is repeated for each of them, moved to begin with what the interval
+before left: `start`, `end`, `at_peak` and `largest` change by the same bytes of each component. In
+backward the intervals of those layers come in the opposite order.
+
+This is exact and no estimate: fake tensors have neither values nor an allocator, so what an
+interval changes depends on the layer's shapes alone. A test compares every component of every
+interval with a trace through all layers; nothing else about a layer is assumed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,17 @@
 """Which decoder layers keep, and which recompute: the fastest mix of levels within a budget.
 
-Bytes come from three traces, one for each level: what a layer adds in forward and takes at its
-peak is the same beside layers of another level. The mix that this finds is traced itself before it
-is taken. Layers that keep more are the last ones: their activations are the first to go, so that
-the peak of backward sees the least of them.
+Layers that keep more are the last ones: backward frees their activations first, so that its peak
+sees the least of them. A mix is thus two numbers, how many layers are `selective` and how many keep
+everything, and a model of n layers has about n^2 / 2 mixes: too many to trace each. `_Ledger`
+computes their peaks from three traces. The mix that is found is traced itself before it is taken,
+so that a plan never rests on the ledger alone.
 
-Time is counted in the multiply-adds that backward does again; the products of a layer's linears and
-of attention are all of it that matters.
+Time is the multiply-adds that backward recomputes: the matmuls of a layer's frozen linears and of
+attention, all of it that matters. They are written down here and not counted by
+`torch.utils.flop_counter` around the traces, which was tried (torch 2.13): it has no formula for
+attention on the CPU and in packs, whose work it leaves out (10 % of what a Llama 2 7B recomputes in
+rows of 4,096 tokens), takes causal attention for twice its work elsewhere, and makes a trace a
+quarter slower. Without attention it agrees with what is here within 0.1 %, which are the adapters.
 """
 
 from __future__ import annotations
@@ -58,7 +63,8 @@ def choose_levels(run: FakeRun, micro_batches: Sequence[Batch], budget: int | No
     between = traced(["selective"] * count)
     ledger = _Ledger(run, {"none": least, "selective": between, "full": most})
     length = int(micro_batches[-1]["input_ids"].shape[1])
-    work = {level: layer_work(run.layers[-1], level, length, run.own) for level in RECOMPUTE_LEVELS}
+    last = run.layers[-1]
+    work = {level: layer_work(last, level, length, run.fused) for level in RECOMPUTE_LEVELS}
     mixes = []
     for keeping in range(count):
         # The largest number of selective layers that fits beside `keeping` others.
@@ -69,8 +75,9 @@ def choose_levels(run: FakeRun, micro_batches: Sequence[Batch], budget: int | No
         )
         if fitting:
             selective = fitting - 1
-            again = work["selective"] * selective + work["full"] * (count - keeping - selective)
-            mixes.append((again, keeping, selective))
+            full = count - keeping - selective
+            recomputed = work["selective"] * selective + work["full"] * full
+            mixes.append((recomputed, keeping, selective))
     for _, keeping, selective in sorted(mixes):
         found = traced(_levels(count, selective, keeping))
         if found.peak <= budget:
@@ -78,40 +85,53 @@ def choose_levels(run: FakeRun, micro_batches: Sequence[Batch], budget: int | No
     return most
 
 
-def layer_work(layer: nn.Module, level: str, length: int, own: bool) -> int:
-    """Multiply-adds a token that backward does again at a level, in rows of `length` tokens.
+def layer_work(layer: nn.Module, level: str, length: int, fused: bool) -> int:
+    """Multiply-adds a token that backward recomputes at a level, in rows of `length` tokens.
 
-    `own` says whether the layer runs through a block of ours. See `training/recompute.py`.
+    Recomputation stops before the linear that ends the layer: backward does not need its output.
+    `selective` does not recompute attention, and in a fused block `o_proj` neither. See
+    `training/recompute.py`.
     """
     if level == "none":
         return 0
     left_out = _left_out(layer, "down_proj")
-    if level == "selective" and own:
+    if level == "selective" and fused:
         left_out += _left_out(layer, "o_proj")
     attention = 0 if level == "selective" else _attention_work(layer, length)
-    return _products(layer) - left_out + attention
+    return _linear_work(layer) - left_out + attention
 
 
 def recomputed_share(run: FakeRun, levels: Sequence[str], length: int) -> float:
-    """The work that backward does again, of the forward pass through the decoder."""
-    again = sum(
-        layer_work(layer, level, length, run.own)
+    """The work that backward recomputes, as a share of the forward pass through the decoder."""
+    recomputed = sum(
+        layer_work(layer, level, length, run.fused)
         for layer, level in zip(run.layers, levels, strict=True)
     )
-    forward = sum(_products(layer) + _attention_work(layer, length) for layer in run.layers)
-    return again / forward
+    forward = sum(_linear_work(layer) + _attention_work(layer, length) for layer in run.layers)
+    return recomputed / forward
 
 
 class _Ledger:
-    """The peak of any mix, from the traces of each level: bytes of what a layer adds and takes."""
+    """The peak of any mix of levels, from the traces of all layers at each single level.
+
+    A trace is a sequence of intervals, and the three traces have the same ones in the same order:
+    forward through each layer, head and loss, backward through each layer. So the ledger has an
+    entry for each interval: the layer that it is of (None for embedding, norm and head), and for
+    each level two numbers, `over` and `added`: by how much the interval's peak is above the bytes
+    at its beginning, and by how much its end is. What a layer allocates depends on its own level
+    alone, so the entry of its level holds beside layers of any other level.
+
+    The peak of a mix is then a walk: begin with the bytes before the step, take each interval's
+    entry at the level of its layer, look at `now + over`, go on with `now + added`.
+    """
 
     def __init__(self, run: FakeRun, traces: dict[str, Chosen]) -> None:
         self._count = len(run.layers)
-        place = {name: number for number, name in enumerate(run.names)}
-        self._start = traces["none"].intervals[0].start
-        self._rows = [
+        layers = {name: number for number, name in enumerate(run.names)}
+        self._begin = run.total(traces["none"].intervals[0].start)
+        self._entries = [
             (
-                place.get(intervals[0].module),
+                layers.get(intervals[0].module),
                 {
                     level: (
                         interval.peak - run.total(interval.start),
@@ -122,13 +142,13 @@ class _Ledger:
             )
             for intervals in zip(*(chosen.intervals for chosen in traces.values()), strict=True)
         ]
-        self._begin = run.total(self._start)
 
     def peak(self, selective: int, keeping: int) -> int:
+        """The most bytes at once with so many layers at `selective` and at `none`."""
         levels = _levels(self._count, selective, keeping)
         now = peak = self._begin
-        for layer, sizes in self._rows:
-            over, added = sizes["none" if layer is None else levels[layer]]
+        for layer, entry in self._entries:
+            over, added = entry["none" if layer is None else levels[layer]]
             peak = max(peak, now + over)
             now += added
         return peak
@@ -140,8 +160,8 @@ def _levels(count: int, selective: int, keeping: int) -> list[str]:
     return ["full"] * full + ["selective"] * selective + ["none"] * keeping
 
 
-def _products(layer: nn.Module) -> int:
-    """Weights of the linears of a layer, adapters left out."""
+def _linear_work(layer: nn.Module) -> int:
+    """Multiply-adds a token of a layer's linears, adapters left out: one for each weight."""
     linears = (module for module in layer.modules() if isinstance(module, nn.Linear))
     return sum(_size(linear) for linear in linears if not linear.weight.requires_grad)
 
@@ -151,7 +171,7 @@ def _size(linear: nn.Linear) -> int:
 
 
 def _left_out(layer: nn.Module, name: str) -> int:
-    """The weights of a linear that ends what is replayed; 0 where a norm reads its output."""
+    """The work of a linear that ends what is recomputed; 0 where a norm reads its output."""
     if hasattr(layer, "post_feedforward_layernorm"):
         return 0
     linear = next((m for found, m in layer.named_modules() if found.endswith(f".{name}")), None)

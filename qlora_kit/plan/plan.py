@@ -2,8 +2,9 @@
 
     plan = plan_memory(BaseConfig("llama-7b"), LoRAConfig(), TrainingConfig(), length=1024)
 
-There is no formula beside the code that trains: `plan/fake_run.py` runs it, a counter adds up what
-it makes. Only what lies outside tensors is a table (`device.py`). `auto` takes the levels of
+There is no formula beside the code that trains: `plan/fake_model.py` loads the model and
+`plan/fake_run.py` steps it, with the run's own code on fake tensors, while a counter adds up what
+is allocated. Only what lies outside tensors is a table (`device.py`). `auto` takes the levels of
 recompute from `plan/levels.py`.
 """
 
@@ -23,7 +24,8 @@ from qlora_kit.data.batch import padded
 from qlora_kit.device import OVERHEADS, Overhead, find_device
 from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
 from qlora_kit.plan.extrapolate import moved
-from qlora_kit.plan.fake_run import HOST, IDLE, FakeRun
+from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
+from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.levels import Chosen, choose_levels, recomputed_share
 
 HELD = ("weights_quantized", "weights_other", "adapters", "optimizer", "paged")
@@ -168,7 +170,8 @@ class Planner:
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._made: dict[Any, MemoryPlan] = {}
-        self.run = FakeRun(open_shape(base, target, embedding_rows), fresh, training, target)
+        files = open_shape(base, target, embedding_rows)
+        self.run = FakeRun(FakeModel(files, fresh, training, target))
 
     def plan(
         self,

@@ -1,9 +1,10 @@
 """Quantizing on fake tensors, once for each shape.
 
-Linears of one shape and dtype are quantized by the same operations, which make the same tensors
-beside whatever is there. So of those of a shape the first is traced; for each other one its result
-is made at once, and what the first took in between is noted again. A large base has hundreds of
-linears, and a handful of shapes.
+Linears of one shape and dtype are quantized by the same operations, which allocate the same tensors
+whatever else is there. So the first linear of a shape is traced. For each further one its result is
+allocated at once, and the interval of the first is noted again, moved to what is there by then (as
+`plan/extrapolate.py` does with layers). A large base has hundreds of linears and a handful of
+shapes.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.profiler import count_step
-from qlora_kit.plan import fake_run
+from qlora_kit.plan import fake_model
+from qlora_kit.plan.fake_model import FakeModel
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.levels import choose_levels, layer_work
 from qlora_kit.plan.plan import BatchShape, Planner, plan_memory
@@ -213,7 +214,7 @@ def run_of(base_dir, device="cpu", **options):
     base = BaseConfig(base_dir, bits=4, dtype="bf16", device="cpu")
     lora = LoRAConfig(r=4, **options)
     target = torch.device(device)
-    return FakeRun(open_shape(base, target), lora, TrainingConfig(), target)
+    return FakeRun(FakeModel(open_shape(base, target), lora, TrainingConfig(), target))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ def test_auto_fills_the_budget_and_never_exceeds_it(base_dir):
         assert found.peak == max(one.peak for one in run.passes(micro_batches, found.levels))
         assert 0.9 * budget <= found.peak <= budget
         work = sum(
-            layer_work(layer, level, 128, run.own)
+            layer_work(layer, level, 128, run.fused)
             for layer, level in zip(run.layers, found.levels, strict=True)
         )
         assert before is None or work <= before
@@ -355,10 +356,10 @@ def test_quantizing_once_for_each_shape_takes_what_all_of_it_takes(
     def loading():
         target = torch.device(device)
         base = open_shape(BaseConfig(base_dir, bits=bits, dtype="bf16"), target)
-        intervals = FakeRun(base, LoRAConfig(), TrainingConfig(), target).loading
+        intervals = FakeModel(base, LoRAConfig(), TrainingConfig(), target).loading
         highest = max(intervals, key=lambda one: one.peak)
         return highest.peak, highest.at_peak, sizes_of(intervals), intervals[-1].end
 
     repeated = loading()
-    monkeypatch.setattr(fake_run, "RepeatedQuantize", lambda counter, apart: quantize_linear)
+    monkeypatch.setattr(fake_model, "RepeatedQuantize", lambda counter, apart: quantize_linear)
     assert repeated == loading()

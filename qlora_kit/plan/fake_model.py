@@ -1,0 +1,136 @@
+"""A run's model, adapters and optimizer on fake tensors, made by the run's own code.
+
+Fake tensors have a shape and a dtype and no values: an operation says which tensors it would make,
+and a counter adds them up. So nothing is read and nothing is computed. The device that the run is
+meant for is data: it decides kernels, dtype and paging, while the tensors themselves are on the CPU
+(`device.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.load import fill
+from qlora_kit.base.safetensors_file import TensorEntry
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
+from qlora_kit.device import has_own_memory, planned_device
+from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
+from qlora_kit.lora.inject import inject_lora, tag_adapters
+from qlora_kit.memory.counter import Interval, StorageCounter
+from qlora_kit.plan.repeat import RepeatedQuantize
+from qlora_kit.training.optimizer import make_optimizer, make_states, optimizer_name, tag_states
+from qlora_kit.training.prepare import prepare_model
+
+HOST, IDLE = "host", "idle"
+"""What lies in the host's memory where the device has its own; what is kept for another trace."""
+
+
+class FakeModel:
+    """A model with adapters and its optimizer; `loading` are the intervals until they were there.
+
+    What `counter` counts as one of `apart` is in no sum. `layers` are the decoder's, `names` their
+    modules' names, `kinds` equal for layers that do the same. `fused` says whether they run through
+    blocks of ours. `gradients` has a tensor for each of `trained`, like what backward leaves there.
+
+    Errors: `ConfigError` for targets or a rank that do not fit the base.
+    """
+
+    def __init__(
+        self, base: Base, lora: LoRAConfig, training: TrainingConfig, device: torch.device
+    ) -> None:
+        self.device, self.context = device, base.context
+        self.apart = ("paged", IDLE, HOST) if has_own_memory(device) else ("paged", IDLE)
+        self.counter = StorageCounter(apart=self.apart)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._workspace: dict[torch.dtype, Tensor] = {}
+        with self.counted():
+            self.counter.at("load")
+            self.counter.filling = "loading"
+            self._on_fakes(base.model)
+            quantize = RepeatedQuantize(self.counter, self.apart)
+            self.model: Any = fill(base, self._read, self.counter.tag, quantize)
+            self.counter.at("inject")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a rank, which the run says itself
+                inject_lora(self.model, lora, seed=training.seed)
+            tag_adapters(self.model, self.counter.tag)
+            note = prepare_model(self.model, training, "none")
+        self.loading = self.taken(0)
+        self.fused = training.fused_blocks and note is None
+        self.model.train()
+        self.layers = list(self.model.base_model.layers)
+        found = {id(module): name for name, module in self.model.named_modules()}
+        self.names = [found[id(layer)] for layer in self.layers]
+        self.kinds = [_kind_of(layer) for layer in self.layers]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        with planned_device(device.type):
+            name = optimizer_name(training.optim, device)
+            self.optimizer = make_optimizer(name, self.trained, 1e-4)
+        with self.counted(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of paging, which a CPU has not
+            self.gradients = [torch.empty_like(parameter) for parameter in self.trained]
+            self.counter.tag(IDLE, self.gradients)
+            self.counter.filling = "optimizer"
+            make_states(self.optimizer)
+            tag_states(self.optimizer, self.counter.tag)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Fake tensors, counted, for the planned device; the workspace stays between calls."""
+        with (
+            self.mode,
+            planned_device(self.device.type),
+            own_workspace(self._workspace),
+            tagged_workspace(self.counter.tag),
+            self.counter,
+        ):
+            yield
+
+    def taken(self, first: int) -> list[Interval]:
+        """The intervals of a phase since `first`."""
+        self.counter.at("")
+        return [one for one in self.counter.intervals[first:-1] if one.phase]
+
+    @contextlib.contextmanager
+    def only(self, chosen: Sequence[int]) -> Iterator[None]:
+        """Let the model have these of its layers meanwhile."""
+        body, config = self.model.base_model, self.model.config
+        kinds = getattr(config, "layer_types", None)
+        before = (body.layers, config.num_hidden_layers)
+        try:
+            body.layers = nn.ModuleList(self.layers[i] for i in chosen)
+            config.num_hidden_layers = len(chosen)
+            if kinds is not None:
+                config.layer_types = [kinds[i] for i in chosen]
+            yield
+        finally:
+            body.layers, config.num_hidden_layers = before
+            if kinds is not None:
+                config.layer_types = kinds
+
+    def _read(self, entry: TensorEntry, into: Tensor) -> None:
+        self.counter.tag(HOST if HOST in self.apart else "loading", (into,))
+
+    def _on_fakes(self, model: nn.Module) -> None:
+        """Replace the buffers, which the architecture computes when it is built."""
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, self.mode.from_tensor(buffer))
+
+
+def _kind_of(layer: nn.Module) -> Hashable:
+    """What makes a layer the same as another one: code, settings and tensors."""
+    attention = getattr(layer, "self_attn", None)
+    named = itertools.chain(layer.named_parameters(), layer.named_buffers())
+    tensors = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in named)
+    return type(layer), getattr(attention, "sliding_window", None), tensors

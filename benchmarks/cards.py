@@ -1,8 +1,8 @@
-"""Which model fits which card: the table of the README, planned as `qlora-kit plan` plans.
+"""Which model fits which card, planned as `qlora-kit plan` plans.
 
 For each model the longest rows that fit with everything recomputed, one row at a time: the step on
 fake tensors for CUDA, with the overhead that the plan counts. Writes results/cards.json and the
-table between the marks in README.md.
+tables between the marks in README.md, here and at the top.
 
     python benchmarks/cards.py
 """
@@ -37,7 +37,8 @@ MODELS = {
 CARDS = ("8GB", "12GB", "16GB", "24GB")
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 TARGETS = {"auto": "query and value", "all-linear": "all linears"}
-README = Path(__file__).resolve().parent.parent / "README.md"
+HERE = Path(__file__).resolve().parent
+PAGES = (HERE / "README.md", HERE.parent / "README.md")
 MARKS = re.compile(r"(<!-- cards -->\n).*?(<!-- /cards -->)", re.S)
 
 
@@ -77,8 +78,9 @@ def main() -> None:
         found[model] = {targets: peaks_of(configs / f"{name}.json", targets) for targets in TARGETS}
         print(model, found[model], flush=True)
     print(write_result(given, {"lengths": LENGTHS, "cards": CARDS, "peak_bytes": found}))
-    text = README.read_text()
-    README.write_text(MARKS.sub(lambda marks: f"{marks[1]}{table(found)}\n{marks[2]}", text))
+    for page in PAGES:
+        text = page.read_text()
+        page.write_text(MARKS.sub(lambda marks: f"{marks[1]}{table(found)}\n{marks[2]}", text))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""The tables of benchmarks/README.md are the measured ones, and every script is named there."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from benchmark import BENCHMARKS
+
+PAGE = (BENCHMARKS / "README.md").read_text()
+
+
+def measured(name):
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+
+
+def table_rows(title):
+    text = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M)[1]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_every_script_that_writes_a_result_is_named():
+    scripts = {p.name for p in BENCHMARKS.glob("*.py") if "write_result(" in p.read_text()}
+    assert set(re.findall(r"^\| `(\w+\.py)` ", PAGE, re.M)) == scripts - {"record.py"}
+
+
+def test_the_tables_of_quality_and_loading_are_what_was_measured():
+    losses = {
+        (row["bits"], row["targets"]): f"{row['mean']:.2f} ({row['peft_mean']:.2f})"
+        for row in measured("quality")["table"]
+    }
+    loaded = {row["bits"]: row for row in measured("loading")["table"] if row["files"] == 1}
+    for number in (16, 8, 4):
+        row = loaded[number]
+        sizes = [f"{row[name] / 2**30:.2f} GiB" for name in ("weights", "peak_rss")]
+        both = [losses[number, targets] for targets in ("auto", "all-linear")]
+        assert [str(number), *both, *sizes] in table_rows("Measured")
+    assert len(table_rows("Measured")) == len(losses) / 2 == 3
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    results, expected = measured("speed"), []
+    for bits in (4, 8, 16):
+        for level in ("none", "full"):
+            found, ours = results[f"{bits} bits"], f"ours, {level}"
+            sides = (ours, "peft_guide, full", f"peft_best, {level}")
+            cells = [
+                f"{found[side]['tokens_per_s']:.1f}, {found[side]['steps_bytes'] / 2**30:.2f} GiB"
+                for side in sides
+            ]
+            faster = (found["ratios"][f"tokens_per_s: {ours} / {side}"] for side in sides[1:])
+            expected.append([str(bits), level, *cells, ", ".join(f"{one:.2f}" for one in faster)])
+    assert table_rows("How fast, and how much memory") == expected

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_checkpoint import agree, stored_quantization
@@ -65,7 +66,7 @@ def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | N
 
 
 def _expected_entries(
-    model: Any, described: Mapping[str, Any], path: Path
+    model: PreTrainedModel, described: Mapping[str, Any], path: Path
 ) -> dict[str, TensorEntry]:
     """Headers as a checkpoint of this architecture would have them, one tensor after another."""
     said = described.get("dtype") or described.get("torch_dtype") or DEFAULT_DTYPE

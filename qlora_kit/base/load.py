@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_checkpoint import (
@@ -54,9 +55,8 @@ from qlora_kit.base.tensors import (
 )
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import compute_dtype, device_type, dtype_name, find_device
+from qlora_kit.device import compute_dtype, device_type, dtype_name, find_device, is_native
 from qlora_kit.errors import ModelError
-from qlora_kit.kernels.matmul import matmul_dtype
 
 
 def load_base(
@@ -119,10 +119,10 @@ def open_base(config: BaseConfig) -> Base:
     return Base(model, tokenizer, source, entries, stored, quantization, device, dtype, resized)
 
 
-def read_weights(base: Base, tag: Tag = untagged) -> Any:
+def read_weights(base: Base, tag: Tag = untagged) -> PreTrainedModel:
     """The frozen model of an opened base on its device; `base.model` itself, filled, once.
 
-    `tag` hears of every tensor that stays: `weights_quantized` or `weights_other`.
+    `tag` is called with every tensor that stays: `weights_quantized` or `weights_other`.
     """
     model = fill(base, read_bytes, tag)
     _check_tied(model, base.entries, tied_names(model), base.dtype)
@@ -165,7 +165,7 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
     for name, stored in base.stored.items():
         by_name = {entry.name: suffix for suffix, entry in stored.entries.items()}
         own = {entry.name: entry for entry in stored.entries.values()}
-        # The reader lends one buffer, so what is kept is copied out of it.
+        # The reader reuses one buffer, so what is kept is copied out of it.
         parts = {by_name[key]: tensor.clone() for key, tensor in read_tensors(own, read)}
         layer = stored_layer(linears[name], stored, base.quantization, parts, base.device)
         _replace(model, name, layer)
@@ -184,7 +184,7 @@ def _multiply_in_fp32(model: nn.Module) -> None:
     for layer in model.modules():
         if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
             continue
-        if matmul_dtype(layer.weight) is not layer.weight.dtype:
+        if device_type(layer.weight) == "cpu" and not is_native(layer.weight.dtype):
             layer.forward = functools.partial(frozen_linear, layer)  # type: ignore[method-assign]
 
 

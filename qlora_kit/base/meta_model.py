@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import ARCHITECTURES
 from qlora_kit.base.checks import read_generation_config
@@ -102,7 +103,7 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def tied_names(model: Any) -> dict[str, str]:
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Names of tensors that share another one's storage, to that other name."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return {}
@@ -111,7 +112,7 @@ def tied_names(model: Any) -> dict[str, str]:
     return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
 
 
-def take_generation_config(model: Any, directory: Path) -> None:
+def take_generation_config(model: PreTrainedModel, directory: Path) -> None:
     """Give `model` the generation settings of its directory. Errors: `ModelError`."""
     said = read_generation_config(directory)
     if said is None:

@@ -20,7 +20,7 @@ def untagged(component: str, tensors: Iterable[Tensor]) -> None:
 
 
 Tag = Callable[[str, Iterable[Tensor]], None]
-"""Hears which component of a run's memory some tensors are."""
+"""Is called with a component of a run's memory and tensors that belong to it."""
 Read = Callable[[TensorEntry, Tensor], None]
 """Fills a flat uint8 tensor with the bytes of an entry."""
 

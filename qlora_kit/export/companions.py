@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from qlora_kit.base.contents import find
 from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.json_file import read_json
@@ -19,7 +21,7 @@ SETTINGS = "generation_config.json"
 
 
 def write_companions(
-    model: Any, tokenizer: Any, source: Path, directory: Path, own_templates: bool
+    model: PreTrainedModel, tokenizer: Any, source: Path, directory: Path, own_templates: bool
 ) -> None:
     """Write the tokenizer and the generation settings of `source` for what was trained.
 
@@ -33,7 +35,9 @@ def write_companions(
     write_settings(model, tokenizer, find(source, SETTINGS), directory)
 
 
-def write_settings(model: Any, tokenizer: Any, known: Path | None, directory: Path) -> None:
+def write_settings(
+    model: PreTrainedModel, tokenizer: Any, known: Path | None, directory: Path
+) -> None:
     """Write generation_config.json, as it is in the file `known` but for the tokens to stop at."""
     target = directory / SETTINGS
     if known is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import ARCHITECTURES
 from qlora_kit.base.base import Base
@@ -103,7 +104,7 @@ def _positions(batch: Batch) -> Tensor:
     return torch.cat(rows)
 
 
-def _hidden(model: Any, batch: Batch) -> Tensor:
+def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     moved = to_device(batch, model.device)
     hidden: Tensor = model.base_model(
         input_ids=moved["input_ids"], position_ids=moved["position_ids"], use_cache=False
@@ -111,7 +112,7 @@ def _hidden(model: Any, batch: Batch) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def _logits(model: Any, rows: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
     """fp32 logits on the CPU, through the head, its factor and its soft cap."""
     config = model.config
     scale, softcap = ARCHITECTURES[config.model_type].logit_scale_and_softcap(config)

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from qlora_kit.config.commands import EvaluateConfig
 from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
@@ -67,7 +69,7 @@ def _last_turn(chat: Encoded, tokenizer: Any, ends: Collection[int]) -> Question
 
 
 def answered(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Any,
     asked: Sequence[Question],
     options: EvaluateConfig,

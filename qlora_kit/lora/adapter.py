@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base, BaseInfo
 from qlora_kit.base.safetensors_file import TensorEntry
@@ -77,7 +78,7 @@ def _in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def adapter_tensors(model: Any, adapter: str = ADAPTER) -> dict[str, Tensor]:
+def adapter_tensors(model: PreTrainedModel, adapter: str = ADAPTER) -> dict[str, Tensor]:
     """PEFT's keys to the adapter's weights on the CPU, in the adapter dtype."""
     tensors = {}
     for name, layer in lora_layers(model).items():
@@ -184,7 +185,7 @@ class OpenAdapter(NamedTuple):
 
 
 def open_adapter(
-    model: Any, files: AdapterFiles | str | os.PathLike[str], base: BaseInfo | None
+    model: PreTrainedModel, files: AdapterFiles | str | os.PathLike[str], base: BaseInfo | None
 ) -> OpenAdapter:
     """Check an adapter's files against `model`, which may still be on the meta device.
 
@@ -241,7 +242,9 @@ def _check_scale(config: Mapping[str, Any], said: Mapping[str, Any], where: Path
             )
 
 
-def _expected(model: Any, modules: Mapping[str, tuple[int, float]]) -> dict[str, tuple[int, ...]]:
+def _expected(
+    model: PreTrainedModel, modules: Mapping[str, tuple[int, float]]
+) -> dict[str, tuple[int, ...]]:
     """The keys and shapes of the tensors of an adapter on these modules."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, (r, _) in modules.items():

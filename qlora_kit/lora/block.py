@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.base.architecture import ARCHITECTURES
@@ -166,7 +167,7 @@ class Block:
         return y if self.after is None else normalize(self.after[1], y)
 
 
-def fused_blocks(model: Any) -> list[Block] | str:
+def fused_blocks(model: PreTrainedModel) -> list[Block] | str:
     """The blocks of the decoder layers of `model`, or why they stay as they are."""
     layers, blocks, compared = model.base_model.layers, [], set()
     name = type(layers[0]).__name__
@@ -220,7 +221,7 @@ def _code(layer: nn.Module) -> tuple[object, ...]:
     )
 
 
-def _difference(model: Any, layer: Any, block: Block) -> float:
+def _difference(model: PreTrainedModel, layer: Any, block: Block) -> float:
     """The largest difference of both outputs, relative to the largest output."""
     embeddings = model.get_input_embeddings().weight
     if not has_values(embeddings):
@@ -270,6 +271,6 @@ def _window(attention: Any) -> int | None:
     return None
 
 
-def _dtype(model: Any) -> torch.dtype:
+def _dtype(model: PreTrainedModel) -> torch.dtype:
     dtype: torch.dtype = model.dtype
     return dtype

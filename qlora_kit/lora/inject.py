@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device import DTYPES
@@ -21,8 +21,12 @@ NAME_LIMIT = 200
 
 
 def inject_lora(
-    model: Any, config: LoRAConfig | None = None, *, seed: int = 42, adapter: str = ADAPTER
-) -> Any:
+    model: PreTrainedModel,
+    config: LoRAConfig | None = None,
+    *,
+    seed: int = 42,
+    adapter: str = ADAPTER,
+) -> PreTrainedModel:
     """Put an adapter around every target linear of `model`, in place, and make only it trainable.
 
     Returns the model. The outputs do not change: B starts at zero. `seed` alone decides A.
@@ -51,7 +55,9 @@ def inject_lora(
     return model
 
 
-def train_loaded(model: Any, config: LoRAConfig, *, seed: int = 42, adapter: str = ADAPTER) -> Any:
+def train_loaded(
+    model: PreTrainedModel, config: LoRAConfig, *, seed: int = 42, adapter: str = ADAPTER
+) -> PreTrainedModel:
     """Make a loaded adapter of `model` trainable, and only it; its weights are the fp32 masters.
 
     Dropout and adapter dtype are those of `config`; ranks and scales stay as they were loaded.
@@ -115,7 +121,7 @@ def activate(model: nn.Module, adapter: str | None) -> None:
         layer.active = adapter if adapter is not None and adapter in layer.lora_A else None
 
 
-def remove_adapter(model: Any, adapter: str) -> None:
+def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Take an adapter out of the model. Errors: `AdapterError` for an unknown or the active one."""
     layers = lora_layers(model).values()
     _check_known(adapter, layers)
@@ -138,7 +144,7 @@ def check_name(adapter: object) -> None:
         )
 
 
-def clear_adapter(model: Any, adapter: str) -> None:
+def clear_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Take every trace of an adapter of that name out of the model, if there is one."""
     for layer in lora_layers(model).values():
         if adapter in layer.lora_A:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import ARCHITECTURES
 from qlora_kit.errors import AdapterError, ConfigError
@@ -115,7 +116,7 @@ def check_rank(model: nn.Module, targets: Sequence[str], r: int) -> None:
 
 
 def adapted_modules(
-    model: Any, config: Mapping[str, Any], path: Path
+    model: PreTrainedModel, config: Mapping[str, Any], path: Path
 ) -> dict[str, tuple[int, float]]:
     """The linears of `model` that a checked `config` (of `path`) adapts, with rank and alpha.
 
@@ -184,13 +185,13 @@ def _by_pattern(pattern: Mapping[str, float], names: list[str]) -> dict[str, flo
     return values
 
 
-def _ends(model: Any) -> dict[str, nn.Module]:
+def _ends(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The output head and the embedding by name: what carries no adapter."""
     ends = (model.get_output_embeddings(), model.get_input_embeddings())
     return {name: one for name, one in model.named_modules() if any(one is end for end in ends)}
 
 
-def _refused_end(model: Any, name: str) -> ConfigError:
+def _refused_end(model: PreTrainedModel, name: str) -> ConfigError:
     tied = getattr(model.config, "tie_word_embeddings", False)
     reason = (
         f"the head and the embedding ({', '.join(_ends(model))}) share one tensor, and an update "

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_kit.memory.counter import StorageCounter
 
@@ -20,7 +21,7 @@ EMBEDDING, NORM, HEAD = "embedding", "final norm", "head and loss"
 
 
 @contextlib.contextmanager
-def follow(model: Any, counter: StorageCounter) -> Iterator[None]:
+def follow(model: PreTrainedModel, counter: StorageCounter) -> Iterator[None]:
     """Inside, the counter's intervals and what is being filled follow the steps of `model`."""
     names = {id(module): name for name, module in model.named_modules()}
     layers = list(model.base_model.layers)

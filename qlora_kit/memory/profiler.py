@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qlora_kit.base.load import tag_weights
 from qlora_kit.data.batch import Batch
@@ -77,7 +78,7 @@ class MemoryProfiler:
             yield counter
         self._take(counter)
 
-    def begin(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    def begin(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
         """A step that is counted begins; `end` has to follow, whatever happens."""
         self._optimizer = optimizer
         self._counter = self._open.enter_context(count_step(model, optimizer, self._counter_here()))
@@ -160,7 +161,7 @@ class AllocatorCounter(StorageCounter):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def count_step(
-    model: Any,
+    model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     counter: StorageCounter | None = None,
     micro_batches: Sequence[Batch] = (),

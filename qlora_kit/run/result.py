@@ -16,6 +16,8 @@ from qlora_kit.run.metrics import versions
 from qlora_kit.training.loss import Evaluation
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qlora_kit.run.prepare import PreparedRun
 
 
@@ -152,7 +154,7 @@ class Memory:
     """
 
     def __init__(
-        self, model: Any, optimizer: torch.optim.Optimizer, profiler: MemoryProfiler
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, profiler: MemoryProfiler
     ) -> None:
         self._model, self._optimizer, self._profiler = model, optimizer, profiler
         self._device = model.device

@@ -6,7 +6,7 @@ comes near to the budget.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,11 +14,17 @@ from qlora_kit.training.guard import Guard
 from qlora_kit.training.preflight import is_due, preflight
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qlora_kit.run.prepare import PreparedRun
 
 
 def try_largest(
-    plan: PreparedRun, model: Any, optimizer: torch.optim.Optimizer, guard: Guard, start_step: int
+    plan: PreparedRun,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    start_step: int,
 ) -> int:
     """Run the preflight of the steps after `start_step` where it is due; the largest batch's step.
 

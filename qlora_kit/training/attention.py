@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -34,7 +34,7 @@ PLANNED = "sdpa_planned"
 _LONGEST_ROW: ContextVar[int | None] = ContextVar("longest_row", default=None)
 
 
-def set_packed_attention(model: Any) -> bool:
+def set_packed_attention(model: PreTrainedModel) -> bool:
     """Let a model on the CPU attend within rows; returns whether it does now.
 
     The results are those of `sdpa` up to rounding, packed or not, with a cache or a mask too.

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_kit.data.batch import Batch, split
 from qlora_kit.device import empty_cache, free_bytes
@@ -40,7 +41,7 @@ class Guard:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         *,
         signals: StopSignals | None = None,
         note: Callable[[str], None] = lambda line: None,
@@ -183,7 +184,7 @@ class _Stoppable(Sequence[Batch]):
             yield batch
 
 
-def first_non_finite(model: Any, micro_batches: Sequence[Batch], step: int) -> str:
+def first_non_finite(model: PreTrainedModel, micro_batches: Sequence[Batch], step: int) -> str:
     """The innermost module whose output is the first that is not finite, found by running again.
 
     Where the forward pass is finite, the parameter whose gradient is not.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora_kit.lora.block import Block, fused_blocks
 from qlora_kit.training.recompute import recompute, recompute_halves
@@ -55,7 +56,7 @@ class LayerForward:
         return recompute(run, self.level, self.random, hidden_states, *args, **options)
 
 
-def use_fused_blocks(model: Any) -> str | None:
+def use_fused_blocks(model: PreTrainedModel) -> str | None:
     """Let the decoder layers of `model` run through `Block`; None, or why they stay as they are."""
     blocks = fused_blocks(model)
     if isinstance(blocks, str):
@@ -65,7 +66,7 @@ def use_fused_blocks(model: Any) -> str | None:
     return None
 
 
-def set_recompute(model: Any, levels: str | Sequence[str]) -> None:
+def set_recompute(model: PreTrainedModel, levels: str | Sequence[str]) -> None:
     """Set the decoder layers of `model` to `none`, `selective` or `full`, all or each to its own.
 
     Outputs and gradients are equal bit for bit, whatever the levels.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from qlora_kit.training.loss import supervised_loss, to_device
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qlora_kit.data.batch import Batch
 
 Backward = Callable[[Sequence["Batch"]], Tensor]
@@ -45,7 +47,7 @@ class StepReport:
 
 
 def train(
-    model: Any,
+    model: PreTrainedModel,
     steps: Iterable[Sequence[Batch]],
     optimizer: torch.optim.Optimizer,
     *,
@@ -98,7 +100,7 @@ def train(
 
 
 def train_step(
-    model: Any,
+    model: PreTrainedModel,
     micro_batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     *,
@@ -132,7 +134,7 @@ def train_step(
     return loss, grad_norm
 
 
-def _accumulate(model: Any, micro_batches: Sequence[Batch], step: int) -> Tensor:
+def _accumulate(model: PreTrainedModel, micro_batches: Sequence[Batch], step: int) -> Tensor:
     """Add the gradient of the micro-batches' mean loss to the parameters; returns that loss.
 
     fp16 gradients come out `FP16_LOSS_SCALE` times too large.

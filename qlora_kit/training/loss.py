@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from qlora_kit.base.architecture import ARCHITECTURES
 from qlora_kit.kernels.cross_entropy import cross_entropy_sum
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qlora_kit.data.batch import Batch
 
 
@@ -27,7 +29,7 @@ class Evaluation:
     tokens: int
 
 
-def supervised_loss(model: Any, batch: Batch) -> Tensor:
+def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The sum (not the mean) over a batch's supervised tokens of -log p, a scalar in fp32."""
     hidden = model.base_model(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
@@ -41,7 +43,7 @@ def supervised_loss(model: Any, batch: Batch) -> Tensor:
     return cross_entropy_sum(tokens, model.get_output_embeddings(), targets, softcap, scale)
 
 
-def evaluate(model: Any, batches: Iterable[Batch]) -> Evaluation:
+def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
     """Minus the log-probability of all supervised tokens divided by their number.
 
     Runs in evaluation mode and restores the mode that was set; draws no random number.

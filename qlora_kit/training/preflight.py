@@ -14,7 +14,7 @@ is never touched. Only `max_rows` of the guard is kept where it was found to be 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from qlora_kit.training.loop import Backward, train_step
 from qlora_kit.training.optimizer import missing_states
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qlora_kit.data.batch import Batch
 
 TIGHT = 0.9
@@ -38,7 +40,7 @@ def is_due(device: torch.device, planned_bytes: int, budget_bytes: int | None) -
 
 
 def preflight(
-    model: Any,
+    model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     guard: Guard,

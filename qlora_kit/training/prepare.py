@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
 
 
-def prepare_model(model: Any, config: TrainingConfig, recompute: str | Sequence[str]) -> str | None:
+def prepare_model(
+    model: PreTrainedModel, config: TrainingConfig, recompute: str | Sequence[str]
+) -> str | None:
     """Choose attention, code and recompute of the layers; None, or why no blocks are fused."""
     set_packed_attention(model)
     note = use_fused_blocks(model) if config.fused_blocks else None

@@ -19,15 +19,15 @@ from qlora_kit.errors import ConfigError
 
 
 def test_any_value_of_any_option_is_taken_or_refused(tmp_path: Path) -> None:
-    options = ["--target", "options", "--count", "150"]
+    options = ["--target", "options", "--count", "100"]
     result = run_benchmark("properties", tmp_path, *options)
     assert result["findings"] == []
     codes = result["exit_codes"]["options"]
     assert codes.keys() == GOOD.keys()
     for found in codes.values():
         assert {"2", "3"} <= found.keys(), "no value was refused, or none was taken"
-    assert sum(sum(found.values()) for found in codes.values()) == 150
-    assert result["places"]["options"] > 100
+    assert sum(sum(found.values()) for found in codes.values()) == 100
+    assert result["places"]["options"] > 70
 
 
 def test_any_value_handed_to_a_constructor_is_taken_or_a_config_error() -> None:

@@ -57,7 +57,7 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> list[QloraKitError]:
         seen.append(error)
         return error_line(error)
 
-    monkeypatch.setattr("qlora_kit.errors.error_line", note)
+    monkeypatch.setattr("qlora_kit.commands.failure.error_line", note)
     return seen
 
 

@@ -60,8 +60,7 @@ def check_chat_options(tokenizer: Any, chat: ChatOptions) -> None:
     """Refuse what no template of the tokenizer reads. Errors: `ConfigError`, `TokenizerError`."""
     known = set[str]()
     for name, text in templates_of(tokenizer).items() if chat.variables else ():
-        check_template(text, f"the tokenizer's {name} template")
-        known |= variables_of(text)
+        known |= variables_of(text, f"the tokenizer's {name} template")
     for name in chat.variables:
         if name in GIVEN or name not in known:
             others = ", ".join(sorted(known - GIVEN - set(tokenizer.special_tokens_map)))

@@ -1,8 +1,8 @@
 """The order in which rows come, and which rows share a pack; both from seed and epoch alone.
 
 - random: a permutation of the rows for each epoch.
-- by length: a permutation, cut into stretches of 50 windows; each is sorted by length and cut
-  into batches, and the batches of the epoch are shuffled. Padding is small, the order still random.
+- by length: a permutation, cut into groups of 50 steps' rows; each is sorted by length and cut into
+  batches, and the batches of the epoch are shuffled. Padding is small, the order still random.
 - packs: rows that together fill `max_length`, best fit in the order of falling length, ties by the
   seed; the packs stay the same from epoch to epoch and come in a permutation for each.
 
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STRETCH = 50
-"""Windows that are sorted by length together; more leave less padding and less chance."""
+SORTED_STEPS = 50
+"""Steps whose rows are sorted by length together; more leave less padding and less chance."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,16 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def grouped_order(
-    lengths: np.ndarray, batch_size: int, window: int, seed: int, epoch: int
+    lengths: np.ndarray, batch_size: int, per_step: int, seed: int, epoch: int
 ) -> np.ndarray:
-    """A permutation in which every `batch_size` rows have like lengths; the short one is last."""
+    """A permutation in which every `batch_size` rows have like lengths; the short batch is last.
+
+    A step has `per_step` rows.
+    """
     order = _permutation(len(lengths), f"order {seed} {epoch}")
-    stretch = STRETCH * window
-    for first in range(0, len(order), stretch):
-        part = order[first : first + stretch]
+    together = SORTED_STEPS * per_step
+    for first in range(0, len(order), together):
+        part = order[first : first + together]
         part[:] = part[np.argsort(-lengths[part], kind="stable")]
     whole = len(order) // batch_size
     batches = order[: whole * batch_size].reshape(whole, batch_size)

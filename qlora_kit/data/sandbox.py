@@ -69,9 +69,9 @@ def literal_text(template: str) -> str:
     return str(_result(_described(template), "the tokenizer")["literal"])
 
 
-def variables_of(template: str) -> frozenset[str]:
-    """Names that a template reads and does not set itself everywhere."""
-    return frozenset(_result(_described(template), "the tokenizer")["variables"])
+def variables_of(template: str, where: str) -> frozenset[str]:
+    """Names that a template reads and does not set itself everywhere. Errors: as above."""
+    return frozenset(_result(_described(template), where)["variables"])
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,7 +2,7 @@
 
 An entry is a directory of `token_rows.py`'s columns and of `facts.json`, written last. The key
 covers the rows' content, the tokenizer, its template, the settings and this code. An entry that
-`cache_entry.py` refuses is made again.
+`cache_entry.py` refuses is encoded anew.
 
 Keeping tokens is a convenience. Where the directory cannot be used they go to a temporary folder,
 which goes with the rows, and where there is none either they stay in memory.

@@ -107,13 +107,13 @@ def test_an_epoch_shows_every_row_once_in_its_order(num_rows, batch_size, accumu
     rows = make_rows([2] * num_rows)
     schedule = schedule_of(rows, batch_size=batch_size, accumulation=accumulation, seed=seed)
     per_epoch = schedule.steps_per_epoch
-    windows = list(replace(schedule, num_steps=2 * per_epoch))
+    steps = list(replace(schedule, num_steps=2 * per_epoch))
     for epoch in range(2):
-        part = windows[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert names(b for w in part for b in w) == epoch_order(num_rows, seed, epoch)
-        # Full windows of full micro-batches; what is short comes last.
-        sizes = [[len(b["input_ids"]) for b in w] for w in part]
-        assert all(window == [batch_size] * accumulation for window in sizes[:-1])
+        part = steps[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert names(batch for step in part for batch in step) == epoch_order(num_rows, seed, epoch)
+        # Full steps of full micro-batches; what is short comes last.
+        sizes = [[len(batch["input_ids"]) for batch in step] for step in part]
+        assert all(step == [batch_size] * accumulation for step in sizes[:-1])
         assert all(size == batch_size for size in sizes[-1][:-1])
         assert 1 <= len(sizes[-1]) <= accumulation
         assert 1 <= sizes[-1][-1] <= batch_size
@@ -276,16 +276,18 @@ def test_without_a_mask_padding_changes_no_loss():
     torch.testing.assert_close(together, other_padding, rtol=1e-5, atol=0)
 
 
-def test_a_short_last_window_divided_by_its_tokens_is_one_batch():
+def test_a_short_last_step_divided_by_its_tokens_is_one_batch():
     # Five rows in micro-batches of two, weighted by tokens.
     model, rows = tiny_llama(), make_rows([9, 3, 6, 2, 4])
-    (window,) = schedule_of(rows, batch_size=2, accumulation=4, num_steps=1, seed=1)
-    assert [len(b["input_ids"]) for b in window] == [2, 2, 1]
+    (micro_batches,) = schedule_of(rows, batch_size=2, accumulation=4, num_steps=1, seed=1)
+    assert [len(b["input_ids"]) for b in micro_batches] == [2, 2, 1]
     with torch.no_grad():
         one = collate(rows, PAD)
         reference = summed_loss(model, one) / one["num_supervised"]
-        ours = sum(summed_loss(model, b) for b in window) / sum(b["num_supervised"] for b in window)
-        means = [summed_loss(model, b) / b["num_supervised"] for b in window]
+        ours = sum(summed_loss(model, b) for b in micro_batches) / sum(
+            b["num_supervised"] for b in micro_batches
+        )
+        means = [summed_loss(model, b) / b["num_supervised"] for b in micro_batches]
     torch.testing.assert_close(ours, reference, rtol=1e-6, atol=0)
     # What this guards against: the mean of means is another number.
     assert abs(sum(means) / 3 - reference) > 1e-4
@@ -325,12 +327,12 @@ def test_packs_of_equal_rows_are_full_and_depend_on_the_seed():
 @given(many_lengths, st.integers(1, 5), st.integers(1, 3), st.integers(0, 99), st.integers(0, 3))
 def test_rows_by_length_are_a_permutation_of_like_rows(lengths, batch, accumulation, seed, epoch):
     lengths = np.array(lengths, dtype=np.int32)
-    window = batch * accumulation
-    order = grouped_order(lengths, batch, window, seed, epoch)
+    per_step = batch * accumulation
+    order = grouped_order(lengths, batch, per_step, seed, epoch)
     assert sorted(order) == list(range(len(lengths)))
-    assert order == grouped_order(lengths, batch, window, seed, epoch)
-    if len(lengths) <= 50 * window:
-        # One stretch: the batches are those of the sorted rows, in some order.
+    assert order == grouped_order(lengths, batch, per_step, seed, epoch)
+    if len(lengths) <= 50 * per_step:
+        # Sorted together: the batches are those of the sorted rows, in some order.
         ranked = -np.sort(-lengths)
         whole = len(lengths) // batch * batch
         expected = sorted(map(tuple, ranked[:whole].reshape(-1, batch).tolist()))
@@ -422,9 +424,9 @@ def test_every_order_resumes_and_sees_every_row_once(
             assert torch.equal(a["position_ids"], b["position_ids"])
     epoch = [schedule.rows_of(step + 1) for step in range(per_epoch)]
     assert sorted(row for step in epoch for row in step) == list(range(len(rows)))
-    for chosen, window in zip(epoch, whole, strict=False):
+    for chosen, micro_batches in zip(epoch, whole, strict=False):
         tokens = sum(len(rows[row].input_ids) for row in chosen)
-        assert tokens == sum(sum(batch["lengths"]) for batch in window)
+        assert tokens == sum(sum(batch["lengths"]) for batch in micro_batches)
 
 
 @settings(max_examples=60, deadline=None)

@@ -20,22 +20,18 @@ Left out: beams, speculative decoding, models without attention.
 from __future__ import annotations
 
 import math
-import os
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora_kit.data.answers import turn_ends
-from qlora_kit.data.tokens import in_use
 from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.generation.sampling import Sampling
+from qlora_kit.generation.text import added_text, stop_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def generate_ids(
@@ -65,78 +61,6 @@ def generate_ids(
     drawn = Sampling(**sampling)
     _check_prompts(model, prompts, pad_id, max_new_tokens)
     return _decode(model, prompts, max_new_tokens, frozenset(eos_ids), pad_id, drawn, ended)
-
-
-def stream_text(
-    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int | None], *, after: Sequence[int] = ()
-) -> Iterator[str]:
-    """The text of one row in pieces, each final when it comes.
-
-    The pieces together are the decoding of all `ids` (special tokens and None skipped). What a
-    later token could still change is held back: bytes that are not yet a character. With `after`,
-    the prompt's tokens, the pieces are what `ids` add to its text: the space before the first word
-    is kept, which some tokenizers drop at the beginning of a text.
-    """
-    seen = list(after)
-    text = _decoded(tokenizer, seen)
-    printed = text.rstrip("\ufffd")
-    for token in ids:
-        if token is None:
-            continue
-        seen.append(token)
-        # All of it again, 1 ms for 1,000 tokens: byte fallback, joined spaces and added tokens
-        # make the text of a part differ from the part of the text.
-        before, text = text, _decoded(tokenizer, seen)
-        # Incomplete UTF-8 decodes to U+FFFD. With byte fallback, one bad byte turns the whole run
-        # of byte tokens into U+FFFD, complete characters included, so a run waits for its end;
-        # a special token, which adds nothing, does not end it.
-        if text == before or _BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
-            continue
-        final = text.rstrip("\ufffd")
-        if final.startswith(printed) and len(final) > len(printed):
-            yield final[len(printed) :]
-            printed = final
-    # Not simply a continuation where `ids` spoil a run of bytes that `after` ends with.
-    rest = text[len(os.path.commonprefix((printed, text))) :]  # noqa: RUF071
-    if rest:
-        yield rest
-
-
-def added_text(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequence[int] = ()
-) -> str:
-    """What `ids` add to the text of the tokens before them: the pieces of `stream_text` joined."""
-    before, text = _decoded(tokenizer, after), _decoded(tokenizer, [*after, *ids])
-    before = before.rstrip("\ufffd")
-    return text[len(os.path.commonprefix((before, text))) :]  # noqa: RUF071
-
-
-def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text before the first of `stops`, of which no part is shown either."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if (end := stop_at(held, stops)) is not None:
-            yield held[:end]
-            return
-        longest = max(map(len, stops), default=1) - 1
-        kept = next(
-            (
-                size
-                for size in range(min(longest, len(held)), 0, -1)
-                if any(stop.startswith(held[-size:]) for stop in stops)
-            ),
-            0,
-        )
-        yield held[: len(held) - kept]
-        held = held[len(held) - kept :]
-    yield held
-
-
-def stop_at(text: str, stops: Sequence[str]) -> int | None:
-    """Where that of `stops` begins whose end comes first in a text, or None."""
-    found = [(place + len(one), place) for one in stops if (place := text.find(one)) >= 0]
-    return min(found)[1] if found else None
 
 
 def answers(
@@ -302,11 +226,3 @@ def _check_prompts(
                 f"that is beyond the model's context of {context}",
                 f"give at most {room} as --max_new_tokens" if room > 0 else "shorten the prompt",
             )
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    # Without the clean-up of spaces, which rewrites text that is printed already.
-    with in_use(tokenizer):
-        return str(
-            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )

@@ -19,7 +19,8 @@ from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
-from qlora_kit.generation.decode import added_text, answers
+from qlora_kit.generation.decode import answers
+from qlora_kit.generation.text import added_text
 
 WHOLE = 2**31
 """Tokens of a row that is not cut."""

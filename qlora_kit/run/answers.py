@@ -10,7 +10,8 @@ from qlora_kit.config.commands import GenerateConfig
 from qlora_kit.data.batch import padding_id
 from qlora_kit.data.chat_template import NO_OPTIONS
 from qlora_kit.data.encode import prompt_ids
-from qlora_kit.generation.decode import answers, end_ids, generate_ids, stream_text, until
+from qlora_kit.generation.decode import answers, end_ids, generate_ids
+from qlora_kit.generation.text import stream_text, until
 from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.saved_adapter import (

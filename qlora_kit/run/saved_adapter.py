@@ -15,7 +15,7 @@ from qlora_kit.base.checks import look
 from qlora_kit.base.checks import read_config as read_model_config
 from qlora_kit.base.contents import find
 from qlora_kit.base.source import TINY, Source, is_known, is_path, local_path, resolve
-from qlora_kit.config.base import DEFAULT_BITS, BaseConfig
+from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.run import RUN_GROUPS
 from qlora_kit.config.training import TrainingConfig
@@ -156,7 +156,7 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
         raise AdapterError(
             f"{adapter.name}: says of its base: {error.problem}", "save the adapter again"
         ) from error
-    if given.get("bits", DEFAULT_BITS) != DEFAULT_BITS:
+    if given.get("bits") not in (None, 4):
         known.pop("quant_type", None)
         known.pop("double_quant", None)
     if "model" in given or is_path(known.get("model", "tiny")):

@@ -26,16 +26,10 @@ from transformers import (
 )
 
 from qlora_kit.errors import ConfigError, NumericError
-from qlora_kit.generation.decode import (
-    added_text,
-    answers,
-    end_ids,
-    generate_ids,
-    stream_text,
-    until,
-)
+from qlora_kit.generation.decode import answers, end_ids, generate_ids
 from qlora_kit.generation.sampling import Sampling
 from qlora_kit.generation.sampling import nucleus as draw_nucleus
+from qlora_kit.generation.text import added_text, stream_text, until
 
 VOCABULARY = 96
 CONTEXT = 48

@@ -41,9 +41,9 @@ def finetune(*, progress: bool = False, **options: Any) -> RunResult:
             request = read_request(parse_values(options, RUN_GROUPS), given)
             from qlora_kit.commands.display import Display
             from qlora_kit.run.finished import RunResult
+            from qlora_kit.run.opening import open_run
             from qlora_kit.run.prepare import PreparedRun, prepare_run
             from qlora_kit.run.reporter import Reporter
-            from qlora_kit.run.run import open_run
             from qlora_kit.training.loop import train
 
             reporter = Display() if progress else Reporter()

@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     request = read_request(parsed)  # without torch, which takes longer to import than this
     from qlora_kit.commands.display import Display
+    from qlora_kit.run.opening import open_run
     from qlora_kit.run.prepare import PreparedRun, prepare_run
-    from qlora_kit.run.run import open_run
     from qlora_kit.training.loop import train
 
     display = Display()

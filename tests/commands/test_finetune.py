@@ -196,7 +196,7 @@ def test_what_cannot_work_is_refused_before_a_weight_is_read(
         arguments = [*arguments, "--data", data]
     if "--report_to" not in arguments:
         # Weights are only read through this name.
-        monkeypatch.setattr("qlora_kit.run.run.read_weights", lambda base: 1 / 0)
+        monkeypatch.setattr("qlora_kit.run.assembly.read_weights", lambda base: 1 / 0)
     output = tmp_path / "run"
     assert main([*inputs, *arguments, "--output_dir", str(output)]) == code
     error = error_of(capsys)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qlora_kit.device import has_values
-from qlora_kit.run import run
+from qlora_kit.run import assembly, evaluation, run, saving
 from qlora_kit.training import loop
 
 
@@ -116,18 +116,18 @@ def room_for_half() -> None:
 
 def stop_in_load() -> None:
     """SIGTERM comes while weights are read."""
-    real = run.read_weights
+    real = assembly.read_weights
 
     def read_weights(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    run.read_weights = read_weights
+    assembly.read_weights = read_weights
 
 
 def stop_in_save() -> None:
     """SIGTERM comes while the second checkpoint is being written."""
-    real = run.save_adapter
+    real = saving.save_adapter
     saves = []
 
     def save_adapter(*args: Any, **options: Any) -> None:
@@ -136,7 +136,7 @@ def stop_in_save() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         real(*args, **options)
 
-    run.save_adapter = save_adapter
+    saving.save_adapter = save_adapter
 
 
 def stop_twice_in_save() -> None:
@@ -155,7 +155,7 @@ def time_is_up_in_save() -> None:
 
 
 def _signals_in_save(number: signal.Signals, later_s: float) -> None:
-    real = run.save_adapter
+    real = saving.save_adapter
     saves = []
 
     def save_adapter(*args: Any, **options: Any) -> None:
@@ -166,7 +166,7 @@ def _signals_in_save(number: signal.Signals, later_s: float) -> None:
             time.sleep(later_s)
             os.kill(os.getpid(), number)
 
-    run.save_adapter = save_adapter
+    saving.save_adapter = save_adapter
 
 
 def interrupt_once() -> None:
@@ -201,19 +201,19 @@ def stop_in_next_step() -> None:
 
 def killed_before_tidying() -> None:
     """SIGKILL comes when the result is there, and the checkpoints that nobody asked for still."""
-    run.prune_unplanned = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    saving.prune_unplanned = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def full_disk_at_checkpoint_2() -> None:
     """The second checkpoint finds no room."""
-    real = run.save_checkpoint
+    real = saving.save_checkpoint
 
     def save_checkpoint(directory: Any, step: int, *args: Any) -> Any:
         if step == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
         return real(directory, step, *args)
 
-    run.save_checkpoint = save_checkpoint
+    saving.save_checkpoint = save_checkpoint
 
 
 def name_looked_for_too_early() -> None:
@@ -294,7 +294,7 @@ def without_privileges() -> None:
 
 
 def _full_evaluation(too_much: Any) -> None:
-    real = run.evaluate
+    real = evaluation.evaluate
     calls = []
 
     def evaluate(model: Any, batches: Any) -> Any:
@@ -304,7 +304,7 @@ def _full_evaluation(too_much: Any) -> None:
             torch.empty(2**55, dtype=torch.uint8)
         return real(model, batches)
 
-    run.evaluate = evaluate
+    evaluation.evaluate = evaluate
 
 
 def _room(mebibytes: int) -> None:

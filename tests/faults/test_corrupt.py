@@ -155,13 +155,14 @@ def test_what_only_looks_like_a_checkpoint_is_passed_over(job, reference, run_di
 
 def rewritten(run_dir, **changes):
     """checkpoint-4 with another state, and a manifest that fits it."""
-    from qlora_kit.training.checkpoint import _manifest, _sha256
+    from qlora_kit.files.atomic import sha256
+    from qlora_kit.training.checkpoint import _manifest
 
     path = run_dir / "checkpoint-4"
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | changes))
     names = [file for file in sorted(path.iterdir()) if file.name != "manifest.json"]
-    files = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in names}
+    files = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in names}
     (path / "manifest.json").write_bytes(_manifest(files))
     return path
 

@@ -1,0 +1,60 @@
+"""Around a run: its directory is held, its files are open, and what it reached is saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from qlora_kit.device import memory_name
+from qlora_kit.errors import QloraKitError
+from qlora_kit.process.signals import Stopped, StopSignals
+from qlora_kit.run.directory import RunDirectory, run_directory
+from qlora_kit.run.metrics import MetricsLog, start_trackers
+from qlora_kit.run.prepare import PreparedRun
+from qlora_kit.run.reporter import Reporter
+from qlora_kit.run.run import Run
+
+
+@contextlib.contextmanager
+def open_run(plan: PreparedRun, reporter: Reporter, signals: StopSignals) -> Iterator[Run]:
+    """Hold the run's directory, load the model, restore the checkpoint; then hand over.
+
+    When the block stops between two steps (a signal, a numeric error, a full device), what was
+    reached is saved first. Errors: those of loading, `ResourceError`, `Stopped`.
+    """
+    output = plan.config.output
+    with contextlib.ExitStack() as stack:
+        plan, place = _hold_directory(plan, stack)
+        run = Run(plan, place, reporter, signals)
+        resumed = None if plan.resume is None else run.state.progress.step
+        config, note = plan.config.as_flat(), reporter.note
+        trackers = start_trackers(output.report_to, place.path, config, note)
+        with (
+            MetricsLog(place.path, trackers=trackers, resume_step=resumed, note=note) as log,
+            reporter.progress(plan.schedule.num_steps, memory_name(plan.base.device)) as bar,
+            signals.between_steps(),
+        ):
+            try:
+                run.begin(log.write, bar)
+                yield run
+            except Stopped as stopped:
+                run.leave_step()
+                raise run.stopped(stopped.signal_number) from None
+            except (QloraKitError, OSError):
+                run.leave_step()
+                with contextlib.suppress(QloraKitError, OSError):
+                    run.state.save()
+                raise
+
+
+def _hold_directory(
+    plan: PreparedRun, stack: contextlib.ExitStack
+) -> tuple[PreparedRun, RunDirectory]:
+    """Hold the run's directory; of the default names the first that nobody else has by now."""
+    overwrite = plan.config.output.overwrite
+    if plan.names is None:
+        return plan, stack.enter_context(run_directory(plan.directory, overwrite))
+    for path in plan.names:
+        with contextlib.suppress(FileExistsError):
+            return plan.at(path), stack.enter_context(run_directory(path, overwrite, fresh=True))
+    raise AssertionError("the names do not end")

@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+FIGURES = (ROOT / "benchmarks" / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def section(title):
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.S | re.M)
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", FIGURES, re.S | re.M)
     assert found, title
     return found[1]
 
@@ -52,9 +53,10 @@ def test_the_quality_table_is_what_was_measured():
     assert found == expected
 
 
-def test_the_speed_table_is_what_was_measured():
+@pytest.mark.parametrize("page", [README, FIGURES], ids=["README.md", "benchmarks/README.md"])
+def test_the_speed_table_is_what_was_measured(page):
     measured = json.loads((RESULTS / "speed.json").read_text())
-    rows = table_rows(re.search(r"<!-- speed -->\n(.*?)<!-- /speed -->", README, re.S)[1])
+    rows = table_rows(re.search(r"<!-- speed -->\n(.*?)<!-- /speed -->", page, re.S)[1])
     assert [(bits, level) for bits, level, *_ in rows] == [
         (bits, level) for bits in ("4", "8", "16") for level in ("none", "full")
     ]
@@ -76,6 +78,10 @@ def test_the_loading_figures_are_what_was_measured():
         row = one_file[int(bits)]
         assert weights == f"{row['weights'] / 2**30:.2f} GiB"
         assert peak == f"{row['peak_rss'] / 2**30:.2f} GiB"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
 
 
 def test_the_two_lines_make_their_own_environment():

@@ -54,7 +54,7 @@ LOOKED_AT = (
     "base/json_file",
     "base/growth",
     "base/source",
-    "base/families",
+    "base/meta_model",
     "base/architecture",
     "base/tokenizer",
     "base/bnb_checkpoint",
@@ -63,6 +63,7 @@ LOOKED_AT = (
     "lora/peft_config",
     "lora/pattern",
     "lora/adapter",
+    "lora/adapter_files",
 )
 NAMED = (ModelError, AdapterError)
 """Refusals that say which file or directory they are about; others may be about its content."""

@@ -146,8 +146,8 @@ def attend_rows(
         segment = Segment(slice(sequence, sequence + 1), start, end)
         q, k, v = (segment.of(x) for x in (query, key, value))
         if _by_library(query):
-            output, found = _library_forward(q, k, v, scale)
-            segment.of(normalizer).copy_(found)
+            output, statistics = _library_forward(q, k, v, scale)
+            segment.of(normalizer).copy_(statistics)
         else:
             output = forward_in_blocks(q, k, v, scale)
         segment.of(result).copy_(output)
@@ -224,7 +224,7 @@ def _library_backward(
     )
     # (B, H, T, d) to (B, H / n, n, T, d), and the sum over the heads that share a key.
     by_key, by_value = (
-        one if shared == 1 else one.unflatten(1, (-1, shared)).sum(2) for one in by_others
+        x if shared == 1 else x.unflatten(1, (-1, shared)).sum(2) for x in by_others
     )
     return by_query, by_key, by_value
 

@@ -60,11 +60,11 @@ class _CrossEntropySum(torch.autograd.Function):
             count = part.shape[0]  # the last chunk is short
             raw, logits = multiplied[:count], space[:count]
             values = part.to(dtype)
-            for place, some in weight_parts(weight, dtype):
+            for columns, some in weight_parts(weight, dtype):
                 if bias is None:
-                    torch.mm(values, some.t(), out=raw[:, place])
+                    torch.mm(values, some.t(), out=raw[:, columns])
                 else:
-                    torch.addmm(bias[place].to(dtype), values, some.t(), out=raw[:, place])
+                    torch.addmm(bias[columns].to(dtype), values, some.t(), out=raw[:, columns])
             logits.copy_(raw)
             if scale != 1.0:
                 logits.mul_(scale)

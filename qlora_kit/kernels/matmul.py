@@ -20,7 +20,7 @@ from qlora_kit.kernels.workspace import workspace
 PART = 2**24
 """Entries of a weight that are in fp32 at once: 64 MiB."""
 SCALED_AT_ONCE = 32
-"""Rows that `scale_columns` multiplies at once on the CPU."""
+"""Tokens that `scale_columns` multiplies at once on the CPU."""
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
@@ -57,14 +57,14 @@ def linear(
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     # (..., in) to (N, in), and (..., out) to (N, out): N tokens, in any number of dimensions.
     tokens, results = x.reshape(-1, x.shape[-1]).to(dtype), y.view(-1, weight.shape[0])
-    for place, part in weight_parts(weight, dtype):
-        columns = tokens @ part.t()
+    for columns, part in weight_parts(weight, dtype):
+        values = tokens @ part.t()
         if scales is not None:
-            columns.mul_(scales[place])
+            values.mul_(scales[columns])
         if bias is not None:
-            columns.add_(bias[place])
-        results[:, place].copy_(columns)
-        del columns  # before the next ones come
+            values.add_(bias[columns])
+        results[:, columns].copy_(values)
+        del values  # before the next ones come
     return y
 
 
@@ -85,8 +85,8 @@ def grad_input(
     if scales is not None:
         tokens.mul_(scales)
     result = tokens.new_zeros(tokens.shape[0], weight.shape[1])  # (N, in)
-    for place, part in weight_parts(weight, dtype):
-        result.addmm_(tokens[:, place], part)
+    for columns, part in weight_parts(weight, dtype):
+        result.addmm_(tokens[:, columns], part)
     if total is None:
         return result.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
     total.view(-1, weight.shape[1]).add_(result)
@@ -111,12 +111,12 @@ def add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
         y.add_(left.float() @ right.float(), alpha=alpha)
 
 
-def scale_columns(rows: Tensor, scales: Tensor, out: Tensor) -> None:
-    """16-bit `rows` (..., n) times fp32 `scales` (n,), rounded once, into `out`.
+def scale_columns(tokens: Tensor, scales: Tensor, out: Tensor) -> None:
+    """16-bit `tokens` (..., n) times fp32 `scales` (n,), rounded once, into `out`.
 
-    Few rows at once on the CPU: torch makes fp32 copies of both sides, which then stay in cache.
+    Few at once on the CPU: torch makes fp32 copies of both sides, which then stay in cache.
     """
-    rows, out = rows.reshape(-1, rows.shape[-1]), out.view(-1, rows.shape[-1])
-    step = SCALED_AT_ONCE if device_type(rows) == "cpu" else max(1, rows.shape[0])
-    for start in representative(range(0, rows.shape[0], step), rows):
-        torch.mul(rows[start : start + step], scales, out=out[start : start + step])
+    tokens, out = tokens.reshape(-1, tokens.shape[-1]), out.view(-1, tokens.shape[-1])
+    step = SCALED_AT_ONCE if device_type(tokens) == "cpu" else max(1, tokens.shape[0])
+    for start in representative(range(0, tokens.shape[0], step), tokens):
+        torch.mul(tokens[start : start + step], scales, out=out[start : start + step])

@@ -42,7 +42,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = (one.unsqueeze(2) for one in ctx.saved_tensors)
+        cos, sin = (x.unsqueeze(2) for x in ctx.saved_tensors)
         (grad,) = grads
         width = cos.shape[-1]
         half = width // 2

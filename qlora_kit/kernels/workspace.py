@@ -18,7 +18,7 @@ from qlora_kit.device import device_type
 Listener = Callable[[str, Iterable[Tensor]], None]
 
 
-class _Lent(threading.local):
+class _Held(threading.local):
     """The workspace of a thread, by dtype."""
 
     def __init__(self) -> None:
@@ -26,28 +26,28 @@ class _Lent(threading.local):
         self.tag: Listener | None = None
 
 
-_LENT = _Lent()
+_HELD = _Held()
 
 
 @contextlib.contextmanager
 def own_workspace(held: dict[torch.dtype, Tensor]) -> Iterator[None]:
     """Inside, this thread has the workspace `held`, which may be empty and is kept up to date."""
-    before, _LENT.held = _LENT.held, held
+    before, _HELD.held = _HELD.held, held
     try:
         yield
     finally:
-        _LENT.held = before
+        _HELD.held = before
 
 
 @contextlib.contextmanager
 def tagged_workspace(tag: Listener) -> Iterator[None]:
     """Inside, `tag` is called with the workspace of this thread: what is there, what is made."""
-    tag("workspace", _LENT.held.values())
-    before, _LENT.tag = _LENT.tag, tag
+    tag("workspace", _HELD.held.values())
+    before, _HELD.tag = _HELD.tag, tag
     try:
         yield
     finally:
-        _LENT.tag = before
+        _HELD.tag = before
 
 
 def workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
 
     On CUDA it comes from the caching allocator, which does this for the whole process.
     """
-    held = _LENT.held
+    held = _HELD.held
     if device_type(like) != "cpu":
         fresh = torch.empty(numel, dtype=dtype, device=like.device)
     elif dtype not in held or held[dtype].numel() < numel:
@@ -63,6 +63,6 @@ def workspace(numel: int, dtype: torch.dtype, like: Tensor) -> Tensor:
         fresh = held[dtype] = torch.empty(numel, dtype=dtype)
     else:
         return held[dtype][:numel]
-    if _LENT.tag is not None:
-        _LENT.tag("workspace", (fresh,))
+    if _HELD.tag is not None:
+        _HELD.tag("workspace", (fresh,))
     return fresh[:numel]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -51,8 +52,6 @@ def save_adapter(base: Base, directory: str | os.PathLike[str], adapter: str = A
     Weights are in the adapter dtype. Errors: `NumericError` for an adapter with a value that is
     not finite (nothing is written), `AdapterError` where the model has no such adapter.
     """
-    from safetensors.torch import save
-
     tensors = adapter_tensors(base.model, adapter)
     if not tensors:
         raise AdapterError(f"the model has no adapter {adapter!r}", "inject or load one first")
@@ -154,7 +153,7 @@ def load_adapter(
         dropout=config.get("lora_dropout") or 0.0,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_rslora=bool(config.get("use_rslora")),
-        adapter_dtype=next(name for name, one in DTYPES.items() if one is dtype),
+        adapter_dtype=next(name for name, known in DTYPES.items() if known is dtype),
     )
     clear_adapter(model, adapter)
     for name, (r, alpha) in modules.items():
@@ -255,9 +254,9 @@ def _expected(
 
 
 def _check_tensors(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: Path
+    present: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: Path
 ) -> None:
-    missing, surplus = sorted(expected.keys() - found), sorted(found.keys() - expected.keys())
+    missing, surplus = sorted(expected.keys() - present), sorted(present.keys() - expected.keys())
     if missing or surplus:
         parts = []
         if missing:
@@ -270,8 +269,8 @@ def _check_tensors(
             f"{path}: {'; '.join(parts)}", "use the base and config that belong to the adapter"
         )
     for name, shape in expected.items():
-        if found[name] != shape:
+        if present[name] != shape:
             raise AdapterError(
-                f"{path}: {name} is {list(found[name])}, expected {list(shape)}",
+                f"{path}: {name} is {list(present[name])}, expected {list(shape)}",
                 "use the base and the r that belong to the adapter",
             )

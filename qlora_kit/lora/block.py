@@ -70,16 +70,16 @@ class Block:
             if hasattr(attention, name)
         ]
         activation = _activation(attention.config)
-        dropouts = [one for one in layer.modules() if isinstance(one, nn.Dropout) and one.p]
-        found = [one for one in (*norms, *heads) if one is not None]
-        if len(found) != len(norms) + len(heads) or activation is None or dropouts:
+        dropouts = [m for m in layer.modules() if isinstance(m, nn.Dropout) and m.p]
+        known = [norm for norm in (*norms, *heads) if norm is not None]
+        if len(known) != len(norms) + len(heads) or activation is None or dropouts:
             return None
         return cls(
             layer,
             attention,
-            (found[0], found[1]),
-            (found[2], found[3]) if len(norms) == 4 else None,
-            (found[-2], found[-1]) if heads else None,
+            (known[0], known[1]),
+            (known[2], known[3]) if len(norms) == 4 else None,
+            (known[-2], known[-1]) if heads else None,
             Gate(activation),
             getattr(layer, "residual_multiplier", 1.0),
         )
@@ -201,8 +201,8 @@ def norm_of(module: Any) -> FrozenNorm | None:
             like = copy.copy(module)
             like._parameters = {"weight": nn.Parameter(torch.ones(weight.shape) + 0.5)}
             like.to(weight.dtype)
-            found = norm_of(like)
-        return None if found is None else replace(found, weight=weight)
+            norm = norm_of(like)
+        return None if norm is None else replace(norm, weight=weight)
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(4, weight.numel(), generator=drawn).to(weight.device, weight.dtype)
     with torch.no_grad():

@@ -74,7 +74,7 @@ def train_loaded(
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The layers that carry adapters, by the name of the linear they replaced."""
-    return {name: one for name, one in model.named_modules() if isinstance(one, LoRALinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def lora_layer(model: nn.Module, name: str) -> LoRALinear:
@@ -100,7 +100,7 @@ def train_only(model: nn.Module, adapter: str) -> None:
 
 def tag_adapters(model: nn.Module, tag: Callable[[str, Iterable[Tensor]], None]) -> None:
     """Hand over the masters of all adapters as `adapters`."""
-    tag("adapters", [one for name, one in model.named_parameters() if ".lora_" in name])
+    tag("adapters", [p for name, p in model.named_parameters() if ".lora_" in name])
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -48,17 +48,17 @@ def targets_by_name(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The linears whose name is one of `names` or ends in it; each has to match one."""
     candidates = target_candidates(model)
     matches = {
-        name: [one for one in candidates if one == name or one.endswith(f".{name}")]
+        name: {linear for linear in candidates if linear == name or linear.endswith(f".{name}")}
         for name in names
     }
     for end in _ends(model):
         if any(end == name or end.endswith(f".{name}") for name in names):
             raise _refused_end(model, end)
-    unmatched = [name for name, found in matches.items() if not found]
+    unmatched = [name for name, linears in matches.items() if not linears]
     if unmatched or not matches:
         raise _no_match(", ".join(unmatched), candidates)
-    chosen = {one for found in matches.values() for one in found}
-    return [one for one in candidates if one in chosen]
+    chosen = set().union(*matches.values())
+    return [linear for linear in candidates if linear in chosen]
 
 
 def targets_by_regex(model: nn.Module, regex: str) -> list[str]:
@@ -68,10 +68,10 @@ def targets_by_regex(model: nn.Module, regex: str) -> list[str]:
     for end in ends:
         if end in matched:
             raise _refused_end(model, end)
-    found = [one for one in candidates if one in matched]
-    if not found:
+    chosen = [name for name in candidates if name in matched]
+    if not chosen:
         raise _no_match(regex, candidates)
-    return found
+    return chosen
 
 
 def target_candidates(model: nn.Module) -> list[str]:
@@ -158,14 +158,14 @@ def _in_layers(config: Mapping[str, Any], names: list[str]) -> list[str]:
         return names
     chosen = layers if isinstance(layers, list) else [layers]
     patterns = config.get("layers_pattern") or [r"[^.]*"]
-    found: dict[str, str | None] = {}
+    indices: dict[str, str | None] = {}
     for matches in full_matches(
         [patterns] if isinstance(patterns, str) else patterns,
         names,
         r"(?:^|.*?\.){}\.(?P<index>\d+)\..*",
     ):
-        found = {name: groups["index"] for name, groups in matches.items()} | found
-    selected = {name for name, index in found.items() if int(str(index)) in chosen}
+        indices = {name: groups["index"] for name, groups in matches.items()} | indices
+    selected = {name for name, index in indices.items() if int(str(index)) in chosen}
     return [name for name in names if name in selected or name in config["target_modules"]]
 
 
@@ -173,7 +173,7 @@ def _excluded(config: Mapping[str, Any], names: list[str]) -> set[str]:
     excluded = config.get("exclude_modules") or []
     if isinstance(excluded, str):
         return set(full_matches([excluded], names)[0])
-    return {name for name in names for one in excluded if name == one or name.endswith(f".{one}")}
+    return {name for name in names for end in excluded if name == end or name.endswith(f".{end}")}
 
 
 def _by_pattern(pattern: Mapping[str, float], names: list[str]) -> dict[str, float]:
@@ -188,7 +188,8 @@ def _by_pattern(pattern: Mapping[str, float], names: list[str]) -> dict[str, flo
 def _ends(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The output head and the embedding by name: what carries no adapter."""
     ends = (model.get_output_embeddings(), model.get_input_embeddings())
-    return {name: one for name, one in model.named_modules() if any(one is end for end in ends)}
+    modules = model.named_modules()
+    return {name: module for name, module in modules if any(module is end for end in ends)}
 
 
 def _refused_end(model: PreTrainedModel, name: str) -> ConfigError:

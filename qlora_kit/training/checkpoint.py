@@ -207,7 +207,7 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path}: holds no {MANIFEST}, so it is not complete", remedy)
     content = read_json(path / MANIFEST, CheckpointError)
     files = content.get("files")
-    if not isinstance(files, dict) or not all(isinstance(one, dict) for one in files.values()):
+    if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
         raise CheckpointError(f"{path / MANIFEST}: lists no files", remedy)
     for name in files:
         if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or "\0" in name:
@@ -256,10 +256,10 @@ def take(
 
 def digest(rows: Iterable[Sequence[int]]) -> str:
     """SHA-256 of rows of whole numbers, as an identity of encoded rows."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for row in rows:
-        found.update(array.array("q", (len(row), *row)).tobytes())
-    return found.hexdigest()
+        hashed.update(array.array("q", (len(row), *row)).tobytes())
+    return hashed.hexdigest()
 
 
 def _manifest(files: Mapping[str, Mapping[str, Any]]) -> bytes:

@@ -105,7 +105,7 @@ def test_a_layer_keeps_what_its_docstring_lists(family, tiles, bits, targets, dr
     """In 16 bits `2T(4h + 2kv + 2f)` bytes for T tokens, with queries as wide as their heads.
 
     Less attention's output where it is recomputed, and the scales of norms (4 bytes a token each)
-    and the low-rank products of adapted linears.
+    and the low-rank activations of adapted linears.
     """
     monkeypatch.setattr(attention, "TILES", tiles)
     batch, length, hidden, ffn = 2, 32, 64, 160

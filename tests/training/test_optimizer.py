@@ -57,7 +57,7 @@ def test_every_optimizer_steps_against_the_gradient(name):
 
 
 def test_adamw_is_torchs_fused_one():
-    """Facts 8: on the CPU it is a kernel, bitsandbytes' are passes of torch's operations."""
+    """On the CPU it is a kernel, bitsandbytes' are passes of torch's operations."""
     optimizer = make_optimizer("adamw", parameters().values(), 1e-2)
     assert type(optimizer) is torch.optim.AdamW
     assert all(group["fused"] for group in optimizer.param_groups)
@@ -159,7 +159,7 @@ def test_states_of_another_optimizer_are_refused_and_change_nothing():
 
 
 def test_bitsandbytes_own_way_of_loading_unpages_and_ours_does_not():
-    """Facts 8: needed while `load_state_dict` copies managed memory into ordinary tensors."""
+    """Needed while `load_state_dict` copies managed memory into ordinary tensors."""
     if not torch.cuda.is_available():
         pytest.skip("paged states need CUDA")
     own = {"large": nn.Parameter(torch.randn(400, 400, device="cuda"))}

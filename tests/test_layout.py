@@ -171,6 +171,60 @@ def defined(name: str) -> frozenset[str]:
     return frozenset(found)
 
 
+LONGEST_MODULE, LONGEST_FUNCTION, MOST_IMPORTED = 300, 60, 12
+# What is above a limit, and by how much it may be: no name is added here, and no figure grows.
+IMPORT_MORE = {
+    "commands.display": 15,
+    "data.report": 14,
+    "library": 13,
+    "run.export": 13,
+    "run.request": 13,
+    "run.resolve": 14,
+    "run.saved_adapter": 19,
+    "run.scores": 16,
+    "run.show_data": 13,
+}
+LATE = 35
+
+
+def functions(name: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for child in ast.walk(tree(name)):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield child
+
+
+def test_a_module_is_read_in_one_sitting() -> None:
+    lines = {name: len(path.read_text("utf-8").splitlines()) for name, path in MODULES.items()}
+    assert {name: n for name, n in lines.items() if n > LONGEST_MODULE} == {}
+
+
+def test_a_function_fits_on_a_screen() -> None:
+    lines = {
+        f"{name}.{one.name}": (one.end_lineno or 0) - one.lineno + 1
+        for name in MODULES
+        for one in functions(name)
+    }
+    assert {name: n for name, n in lines.items() if n > LONGEST_FUNCTION} == {}
+
+
+def test_a_module_knows_few_others() -> None:
+    counts = {name: len(own(name, types=True)) for name in MODULES}
+    more = {name: count for name, count in counts.items() if count > MOST_IMPORTED}
+    assert more == {name: min(counts[name], most) for name, most in IMPORT_MORE.items()}
+
+
+def test_imports_inside_functions_are_few() -> None:
+    """One in each command, behind which torch is imported, and what else has a reason."""
+    late = [
+        f"{name} imports {node.module}"
+        for name in MODULES
+        for function in functions(name)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qlora_kit")
+    ]
+    assert len(late) <= LATE, late
+
+
 def test_sub_packages_are_empty() -> None:
     assert [name for name in PACKAGES if name and MODULES[name].read_text().strip()] == []
 

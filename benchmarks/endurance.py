@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from record import make_parser, write_result  # noqa: E402
 
 from qlora_kit.commands.finetune import main as finetune  # noqa: E402
-from qlora_kit.run import run  # noqa: E402
+from qlora_kit.run import opening  # noqa: E402
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FIRST_STEP = 100
@@ -33,7 +33,7 @@ SAVE_EVERY = 100
 """Steps between two saves, of which the share is reported."""
 
 
-class Watched(run.Run):
+class Watched(opening.Run):
     """A run that notes its memory and files after each step, and the time of each save."""
 
     resident: array.array[int]
@@ -46,13 +46,15 @@ class Watched(run.Run):
         # Eight bytes an entry: what watches is not to be what grows.
         Watched.resident, Watched.files = array.array("q"), array.array("q")
         Watched.step_s, Watched.save_s = array.array("d"), array.array("d")
+        save = self.state.save
 
-    def save(self) -> Path | None:
-        """As ever, on the clock."""
-        began = time.perf_counter()
-        path = super().save()
-        self.save_s.append(time.perf_counter() - began)
-        return path
+        def timed() -> Path | None:
+            began = time.perf_counter()
+            path = save()
+            self.save_s.append(time.perf_counter() - began)
+            return path
+
+        self.state.save = timed  # type: ignore[method-assign]
 
     def on_step(self, report: Any) -> None:
         """As ever; then look at the process."""
@@ -114,7 +116,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--saves", type=int, default=200)
     arguments = parser.parse_args()
-    run.Run = Watched  # type: ignore[misc]
+    opening.Run = Watched  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as name:
         long = long_run(Path(name), arguments.steps, arguments.saves)
         default = default_job(Path(name), 40)

@@ -1,4 +1,4 @@
-"""What a device is, has and takes: the one place that knows about devices.
+"""Which device and dtype a run takes, and what a device has: the one place that knows of devices.
 
 A plan runs the real loading and the real training step on torch's fake tensors, which have a shape
 and a dtype only. They are all on the CPU, whatever device the plan is for: fake CUDA tensors end

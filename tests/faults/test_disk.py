@@ -90,7 +90,7 @@ def test_a_disk_that_fills_keeps_the_last_checkpoint(job, tmp_path):
         tmp_path,
         "2m",
         """
-        from qlora_kit.run import run as module
+        from qlora_kit.run import saving as module
         from qlora_kit.training.checkpoint import newest
         save, saves = module.save_checkpoint, []
         def fills(directory, step, *rest):

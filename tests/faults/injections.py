@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qlora_kit.device import has_values
-from qlora_kit.run import assembly, evaluation, run, saving
+from qlora_kit.run import assembly, evaluation, publish, run, saving
 from qlora_kit.training import loop
 
 
@@ -239,11 +239,11 @@ def signal_in(phase: str, name: str) -> None:
             arrived.append(name)
             os.kill(os.getpid(), signal.Signals[name])
 
-    where, nth = PHASES[phase]
-    if where == "step":
+    module, where, nth = PHASES[phase]
+    if module is loop:
         _before_each_step(lambda step, model: strike() if step == nth else None)
         return
-    real, calls = getattr(run, where), []
+    real, calls = getattr(module, where), []
 
     def call(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -251,18 +251,18 @@ def signal_in(phase: str, name: str) -> None:
             strike()
         return real(*args, **options)
 
-    setattr(run, where, call)
+    setattr(module, where, call)
 
 
-PHASES = {
-    "loading": ("read_weights", 1),
-    "first-evaluation": ("evaluate", 1),
-    "step": ("step", 3),
-    "save": ("save_adapter", 2),
-    "last-evaluation": ("evaluate", 4),
-    "writing": ("model_card", 1),
+PHASES: dict[str, tuple[Any, str, int]] = {
+    "loading": (assembly, "read_weights", 1),
+    "first-evaluation": (evaluation, "evaluate", 1),
+    "step": (loop, "", 3),
+    "save": (saving, "save_adapter", 2),
+    "last-evaluation": (evaluation, "evaluate", 4),
+    "writing": (publish, "model_card", 1),
 }
-"""Each is a function of a run and which of its calls, or `step` and which one."""
+"""Each is a function in a room of a run and which of its calls, or `step` and which one."""
 
 
 def adapter_value_flips_at_3() -> None:

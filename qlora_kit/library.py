@@ -40,7 +40,6 @@ def finetune(*, progress: bool = False, **options: Any) -> RunResult:
 
             request = read_request(parse_values(options, RUN_GROUPS), given)
             from qlora_kit.commands.display import Display
-            from qlora_kit.kernels.workspace import own_workspace
             from qlora_kit.run.finished import RunResult
             from qlora_kit.run.opening import open_run
             from qlora_kit.run.prepare import PreparedRun, prepare_run
@@ -51,8 +50,7 @@ def finetune(*, progress: bool = False, **options: Any) -> RunResult:
             prepared = prepare_run(request, reporter)
             if not isinstance(prepared, PreparedRun):
                 return RunResult.read(prepared.directory)
-            # What another run of this process has left is no part of this one's memory.
-            with own_workspace({}), open_run(prepared, reporter, signals) as run:
+            with open_run(prepared, reporter, signals) as run:
                 train(**run.training())
                 run.finish()
             return RunResult.read(run.directory)

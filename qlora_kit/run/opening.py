@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from qlora_kit.device import memory_name
 from qlora_kit.errors import QloraKitError
+from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.run.directory import RunDirectory, run_directory
 from qlora_kit.run.metrics import MetricsLog, start_trackers
@@ -25,6 +26,8 @@ def open_run(plan: PreparedRun, reporter: Reporter, signals: StopSignals) -> Ite
     output = plan.config.output
     with contextlib.ExitStack() as stack:
         plan, place = _hold_directory(plan, stack)
+        # What another run of this process has left is no part of this one's memory.
+        stack.enter_context(own_workspace({}))
         run = Run(plan, place, reporter, signals)
         resumed = None if plan.resume is None else run.state.progress.step
         config, note = plan.config.as_flat(), reporter.note

@@ -6,17 +6,14 @@ Everything is read off the syntax tree, imports inside functions and of types al
 from __future__ import annotations
 
 import ast
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from forked import Answer, Forks
 
 from qlora_kit.commands.main import COMMANDS
 
@@ -277,61 +274,23 @@ def test_every_command_has_a_script_of_three_lines() -> None:
 
 
 HEAVY = ("torch", "transformers", "bitsandbytes", "numpy", "safetensors", "accelerate", "peft")
-BLOCKED = f"""
-import json, os, sys
+REFUSE = f"""
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {HEAVY}:
             raise AssertionError(name + " is imported before the arguments are read")
 sys.meta_path.insert(0, Refuse())
-answers = []
-for number, arguments in enumerate(json.loads(sys.argv[1])):
-    child = os.fork()
-    if not child:
-        for handle, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{{number}}.{{name}}", os.O_CREAT | os.O_WRONLY), handle)
-        from qlora_kit.commands.main import main
-        sys.exit(main(arguments))
-    _, status, used = os.wait4(child, 0)
-    answers.append([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime])
-print(json.dumps(answers))
 """
-"""Runs each command in a process of its own in which nothing heavy can be imported."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command gave, and its CPU seconds: what else the machine does is not in them."""
-
-    code: int
-    seconds: float
-    out: str
-    err: str
+"""From here on nothing heavy can be imported."""
 
 
 @pytest.fixture(scope="module")
-def answer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Answer]:
+def answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Answer]]:
     """What a command says to `--help` or to a misspelt flag."""
     folder = tmp_path_factory.mktemp("answers")
-    asked = [[*([command] if command else []), "--help"] for command in ("", *COMMANDS)]
-    asked += [[command, "--modle", "x"] for command in COMMANDS]
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, json.dumps(asked)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
-    answers = {
-        tuple(arguments): Answer(
-            code, seconds, *((folder / f"{number}.{name}").read_text() for name in ("out", "err"))
-        )
-        for number, (arguments, (code, seconds)) in enumerate(
-            zip(asked, json.loads(done.stdout), strict=True)
-        )
-    }
-    return lambda *arguments: answers[arguments]
+    forks = Forks(folder, REFUSE)
+    yield lambda *arguments: forks.run(folder, *arguments)
+    forks.close()
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, ""])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.lora.block import Block, fused_blocks
+from qlora_kit.lora.block import Block
+from qlora_kit.lora.block_compare import fused_blocks
 from qlora_kit.training.recompute import recompute, recompute_halves
 
 _OWN_CODE = contextvars.ContextVar("models_own_code", default=False)

@@ -13,7 +13,7 @@ from qlora_kit.kernels import attention
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
 from qlora_kit.kernels.rotary import rotate
 from qlora_kit.kernels.swiglu import ACTIVATIONS, Gate
-from qlora_kit.lora.block import norm_of
+from qlora_kit.lora.block_parts import norm_of
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.lora.layer import linears
 from qlora_kit.training.layer_forward import use_fused_blocks

@@ -1,0 +1,70 @@
+"""Whether fused blocks give the numbers of a model's own layers: tried once on random input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_kit.device import has_values
+from qlora_kit.lora.block import Block
+from qlora_kit.lora.block_parts import window
+
+COMPARED_TOKENS = 8
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Relative; both sides do the same operations, a matmul of other width may round otherwise."""
+
+
+def fused_blocks(model: PreTrainedModel) -> list[Block] | str:
+    """The blocks of the decoder layers of `model`, or why they stay as they are."""
+    layers, blocks, compared = model.base_model.layers, [], set()
+    name = type(layers[0]).__name__
+    for layer in layers:
+        block = Block.of(layer)
+        if block is None:
+            return f"{name} stays as it is: its parts are not those of a known block"
+        blocks.append(block)
+    for layer, block in zip(layers, blocks, strict=True):
+        kind = (_code(layer), window(block.attention))
+        if kind not in compared:
+            compared.add(kind)
+            # Not `>`: NaN is no agreement.
+            if not (error := _difference(model, layer, block)) <= TOLERANCE[_dtype(model)]:
+                return f"{name} stays as it is: ours differs by {error:.1e} on random input"
+    return blocks
+
+
+def _code(layer: nn.Module) -> tuple[object, ...]:
+    """What a layer runs, weights apart: its modules' classes, and forwards that were put on one."""
+    return tuple(
+        (name, type(module), vars(module).get("forward")) for name, module in layer.named_modules()
+    )
+
+
+def _difference(model: PreTrainedModel, layer: Any, block: Block) -> float:
+    """The largest difference of both outputs, relative to the largest output."""
+    embeddings = model.get_input_embeddings().weight
+    if not has_values(embeddings):
+        return 0.0  # a plan has no numbers to compare; the run does it
+    device, dtype = embeddings.device, embeddings.dtype
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(1, COMPARED_TOKENS, embeddings.shape[1], generator=drawn).to(device, dtype)
+    positions = torch.arange(COMPARED_TOKENS, device=device).unsqueeze(0)
+    kind = getattr(block.attention, "layer_type", None)
+    rotary = model.base_model.rotary_emb
+    options = {"position_ids": positions, "attention_mask": None}
+    with torch.no_grad():
+        try:
+            embedded = rotary(x, positions)
+        except TypeError:
+            embedded = rotary(x, positions, kind)
+        expected = layer(x, position_embeddings=embedded, **options)
+        ours = block.forward(x, embedded, **options)
+    return float((ours - expected).abs().max() / expected.abs().max())
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    dtype: torch.dtype = model.dtype
+    return dtype

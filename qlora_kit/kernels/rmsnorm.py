@@ -1,8 +1,9 @@
 """RMSNorm with a frozen weight: forward as the model's own, backward from its input alone.
 
-Two styles exist. Llama's rounds x / rms to the dtype of x and then multiplies by the weight;
-Gemma's multiplies by 1 + weight in fp32 and rounds once. For backward the input and one fp32 number
-a token are kept; the normalized tokens are recomputed where they are needed.
+Three styles exist. Llama's rounds x / rms to the dtype of x and then multiplies by the weight;
+OLMo 2's multiplies by the weight in fp32 and rounds once, and so does Gemma's by 1 + weight. For
+backward the input and one fp32 number a token are kept; the normalized tokens are recomputed where
+they are needed.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).
 """
 
@@ -20,12 +21,14 @@ from torch.autograd.function import once_differentiable
 class FrozenNorm:
     """RMSNorm over the last dimension, n; `weight` is (n,), `from_zero` means 1 + weight.
 
+    `rounds_once` says that the weight is applied in fp32, as it is where it counts from zero.
     Besides its input the scale of every token is kept for backward (`keeps`).
     """
 
     weight: Tensor
     eps: float
     from_zero: bool
+    rounds_once: bool = False
     keeps: ClassVar[bool] = True
 
     def apply(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +52,8 @@ class FrozenNorm:
     def _weighted(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         if self.from_zero:
             return tokens.mul_(1.0 + self.weight.float()).to(dtype)
+        if self.rounds_once:
+            return tokens.mul_(self.weight.float()).to(dtype)
         return tokens.to(dtype).mul_(self.weight)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from adapted import RANK, adapted_model
@@ -190,6 +192,22 @@ def test_generation_with_a_cache_goes_through_the_models_own_code():
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("from_zero", "rounds_once"), [(0, 0), (0, 1), (1, 0)])
+def test_a_norm_rounds_where_its_family_does(from_zero, rounds_once, dtype):
+    drawn = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, generator=drawn).to(dtype)
+    x = torch.randn(3, 5, 24, generator=drawn).to(dtype)
+    tokens = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    expected = ((1.0 if from_zero else 0.0) + weight.float()) * tokens
+    if not (from_zero or rounds_once):
+        expected = weight * tokens.to(dtype)
+    norm = FrozenNorm(weight, 1e-6, bool(from_zero), bool(rounds_once))
+    found, scale = norm.apply(x)
+    assert torch.equal(found, expected.to(dtype))
+    assert torch.equal(norm.recompute(x, kept=scale), found)
+
+
 @pytest.mark.parametrize("from_zero", [False, True])
 def test_a_norms_gradient_is_autograds(from_zero):
     module = torch.nn.Module()
@@ -222,17 +240,31 @@ def test_a_norm_is_known_by_its_numbers():
     assert not norm_of(tiny_model("llama2").base_model.norm).from_zero
 
 
+@pytest.mark.parametrize("family", ["llama", "glm4"])
 @pytest.mark.parametrize("width", [8, 6])
-def test_rotation_and_its_gradient(width):
+def test_rotation_and_its_gradient(family, width):
+    """By halves and by neighbours, as transformers writes both."""
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 3, 8, generator=drawn, dtype=torch.float64, requires_grad=True)
-    cos, sin = (torch.randn(2, 5, width, generator=drawn, dtype=torch.float64) for _ in "cs")
-    rotated, passed = x[..., :width], x[..., width:]
-    first, second = rotated.chunk(2, -1)
-    expected = rotated * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
-    expected = torch.cat((expected, passed), -1)
-    assert torch.equal(rotate(x, cos, sin), expected)
-    assert torch.autograd.gradcheck(rotate, (x, cos, sin))
+    angles = torch.randn(2, 5, width // 2, generator=drawn, dtype=torch.float64).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    expected, _ = module.apply_rotary_pos_emb(x[..., :width], x[..., :width], cos, sin, 2)
+    expected = torch.cat((expected, x[..., width:]), -1)
+    interleaved = family == "glm4"
+    assert torch.equal(rotate(x, cos, sin, interleaved), expected)
+    assert torch.autograd.gradcheck(rotate, (x, cos, sin, interleaved))
+
+
+@pytest.mark.parametrize("family", ["olmo2", "ernie4_5"])
+def test_a_rotation_by_fp32_angles_rounds_once(family):
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, generator=drawn).bfloat16()
+    angles = torch.randn(2, 5, 4, generator=drawn).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    expected, _ = module.apply_rotary_pos_emb(x, x, cos, sin, 2)
+    assert torch.equal(rotate(x, cos, sin, family == "ernie4_5"), expected)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -61,7 +61,7 @@ LOOKED_AT = (
     "base/tensors",
     "base/load",
     "lora/peft_config",
-    "lora/pattern",
+    "base/pattern",
     "lora/adapter",
     "lora/adapter_files",
 )

@@ -53,7 +53,8 @@ class Base:
     the transformers class of its architecture, of `parameters` elements as the files have them.
     `entries` are all tensors of the files, `stored` the linears among them that are quantized
     already. `embedding_rows` is what the embedding (and the head) is resized to, None where the
-    files have all of its rows. `tokenizer` is None in a plan of a bare config.json.
+    files have all of its rows. `tokenizer` is None in a plan of a bare config.json. `notes`
+    are what a user should know of the files, a sentence each.
     """
 
     model: PreTrainedModel
@@ -65,6 +66,7 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     embedding_rows: int | None = None
+    notes: tuple[str, ...] = ()
     parameters: int = field(init=False)
 
     def __post_init__(self) -> None:

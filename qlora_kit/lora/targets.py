@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import ARCHITECTURES
+from qlora_kit.base.pattern import full_matches
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.layer import LoRALinear
-from qlora_kit.lora.pattern import full_matches
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:

@@ -77,6 +77,8 @@ def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
         closer = "export with --merge_base dequantized, or evaluate the export before it is used"
 
     def rows_for(base: Base) -> tuple[Sequence[Encoded], str]:
+        for said in base.notes:
+            note(said)
         rows = verification_rows(adapter, asked, base, note)
         if options.base_name is None and not base.source.is_portable:
             note(NOT_PORTABLE.format(base.source.reference))

@@ -75,6 +75,8 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
         found = find_checkpoint(asked, searched)
     start = start_of(request, None if found is None else found[0])
     base = open_base(start.base)
+    for note in base.notes:
+        reporter.note(note)
     asked = replace(asked, base=start.base)
     directory = output_directory(asked, base.quantization.bits)
     if is_finished(asked, directory, base, reporter):

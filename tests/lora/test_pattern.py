@@ -12,11 +12,11 @@ from processor import processor_s
 from trained import save_trained
 
 from qlora_kit.base.load import open_base
+from qlora_kit.base.pattern import PLAIN, TIME_LIMIT_S, full_matches
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.adapter import open_adapter
-from qlora_kit.lora.pattern import PLAIN, TIME_LIMIT_S, full_matches
 from qlora_kit.lora.targets import find_targets
 
 NAMES = [f"model.layers.{n}.{part}_proj" for n in (0, 1, 11) for part in ("self_attn.q", "mlp.up")]
@@ -63,7 +63,7 @@ def test_what_is_no_regex_is_named(patterns):
 @pytest.fixture
 def impatient(monkeypatch):
     """Less time than a user's pattern has, so that the suite need not wait for all of it."""
-    monkeypatch.setattr("qlora_kit.lora.pattern.TIME_LIMIT_S", 0.5)
+    monkeypatch.setattr("qlora_kit.base.pattern.TIME_LIMIT_S", 0.5)
 
 
 @pytest.mark.parametrize("pattern", HOSTILE)

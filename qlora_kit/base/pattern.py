@@ -25,7 +25,7 @@ PLAIN_LIMIT = 2000
 
 Matches = list[dict[str, dict[str, str | None]]]
 
-_worker = Worker("qlora_kit.lora.pattern:answer")
+_worker = Worker("qlora_kit.base.pattern:answer")
 
 
 def full_matches(patterns: Sequence[str], names: Sequence[str], form: str = "{}") -> Matches:

@@ -20,7 +20,8 @@ import random_checkpoint
 import record
 import torch
 
-from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.base.load import read_weights
+from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig

@@ -67,7 +67,7 @@ def losses_of_peft(case: argparse.Namespace) -> tuple[float, float]:
     """The same with PEFT as its guide says."""
     from peers.peft_guide import QUERY_AND_VALUE, Peer
 
-    from qlora_kit.base.load import open_base
+    from qlora_kit.base.open import open_base
     from qlora_kit.config.base import BaseConfig
     from qlora_kit.config.data import DataConfig
     from qlora_kit.data.batch import eval_batches, padding_id

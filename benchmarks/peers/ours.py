@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from peers import step_dtype
-from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.base.load import read_weights
+from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig

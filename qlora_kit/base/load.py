@@ -1,9 +1,8 @@
 """Files to a frozen model on the device: one tensor at a time is read, checked and quantized.
 
-The architecture is built on the meta device and compared with the files' headers before any
-weight is read. Then each tensor is read into one reused buffer, checked for non-finite values,
-cast to the compute dtype, quantized on the device where it belongs to a decoder layer's linear,
-and freed. Host memory stays at the result, one tensor and its buffer.
+The files were checked before (`open.py`). Each tensor is read into one reused buffer, checked for
+non-finite values, cast to the compute dtype, quantized on the device where it belongs to a decoder
+layer's linear, and freed. Host memory stays at the result, one tensor and its buffer.
 
 Embeddings, norms and the output head are held in the compute dtype, never widened to fp32.
 """
@@ -20,14 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.bnb_checkpoint import (
-    StoredLinear,
-    agree,
-    split_stored,
-    stored_layer,
-    stored_quantization,
-)
-from qlora_kit.base.checks import check_architecture, check_layers, read_config
+from qlora_kit.base.bnb_checkpoint import stored_layer
 from qlora_kit.base.linear import (
     Quantize,
     QuantizedLinear,
@@ -36,15 +28,9 @@ from qlora_kit.base.linear import (
     quantized_tensors,
     shared_tables,
 )
-from qlora_kit.base.meta_model import (
-    build_on_meta,
-    decoder_linears,
-    expected_shapes,
-    take_generation_config,
-    tied_names,
-)
-from qlora_kit.base.safetensors_file import TensorEntry, read_entries
-from qlora_kit.base.source import resolve
+from qlora_kit.base.meta_model import decoder_linears, tied_names
+from qlora_kit.base.open import open_base
+from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.tensors import (
     Read,
     Tag,
@@ -53,9 +39,8 @@ from qlora_kit.base.tensors import (
     read_tensors,
     untagged,
 )
-from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import compute_dtype, device_type, dtype_name, find_device, is_native
+from qlora_kit.device import device_type, dtype_name, is_native
 from qlora_kit.errors import ModelError
 
 
@@ -84,39 +69,6 @@ def load_base(
     )
     read_weights(base)
     return base
-
-
-def open_base(config: BaseConfig) -> Base:
-    """Find a base and check its config, headers and tokenizer. Errors as `load_base`."""
-    device = find_device(config.device)
-    source = resolve(config.model, config.revision, check=read_config)
-    dtype = compute_dtype(config.dtype, device)
-    described = read_config(source.directory)
-    path = source.directory / "config.json"
-    quantized = stored_quantization(described, path)
-    quantization = agree(config, quantized, path)
-    entries = read_entries(source.directory)
-    check_layers(entries, described, path)
-    model = build_on_meta(described, dtype, path)
-    expected, plain = expected_shapes(model), entries
-    stored: dict[str, StoredLinear] = {}
-    if quantized is not None:
-        stored, plain = split_stored(
-            entries, decoder_linears(model), quantization, source.directory
-        )
-        expected = {
-            name: shape
-            for name, shape in expected.items()
-            if name.removesuffix(".weight") not in stored
-        }
-    check_architecture(plain, expected, tied_names(model), source.directory)
-    rows, resized = model.get_input_embeddings().num_embeddings, None
-    tokenizer = load_tokenizer(source.directory, None if config.resize_embeddings else rows)
-    if needed_rows(tokenizer) > rows:
-        resized = needed_rows(tokenizer)
-        model = build_on_meta({**described, "vocab_size": resized}, dtype, path)
-    take_generation_config(model, source.directory)
-    return Base(model, tokenizer, source, entries, stored, quantization, device, dtype, resized)
 
 
 def read_weights(base: Base, tag: Tag = untagged) -> PreTrainedModel:

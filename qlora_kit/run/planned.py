@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.base.load import read_weights
+from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.batch import lengths_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.load import open_base
+from qlora_kit.base.open import open_base
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.run import RunConfig

@@ -107,8 +107,8 @@ def open_with_adapter(
 
     Errors: those of the base's files, and `AdapterError`.
     """
-    from qlora_kit.base.load import open_base
     from qlora_kit.base.meta_model import take_generation_config
+    from qlora_kit.base.open import open_base
     from qlora_kit.data.chat_template import take_template
     from qlora_kit.lora.adapter import open_adapter
 

@@ -20,7 +20,7 @@ from families import edit_config, refused, save_checkpoint
 from pickles import Payload
 
 from qlora_kit.base.checks import check_architecture, read_config
-from qlora_kit.base.load import open_base
+from qlora_kit.base.open import open_base
 from qlora_kit.base.safetensors_file import read_entries, read_header
 from qlora_kit.base.tokenizer import load_tokenizer
 from qlora_kit.config.base import BaseConfig

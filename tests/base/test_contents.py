@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from qlora_kit.base.checks import look
 from qlora_kit.base.contents import find, tokenizer_files
 from qlora_kit.base.hub import TEMPLATES
-from qlora_kit.base.load import open_base
+from qlora_kit.base.open import open_base
 from qlora_kit.base.source import Source
 from qlora_kit.base.tokenizer import copy_tokenizer, load_tokenizer
 from qlora_kit.config.base import BaseConfig

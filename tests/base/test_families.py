@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.base.linear import QuantizedLinear, dequantize
-from qlora_kit.base.load import load_base, open_base
+from qlora_kit.base.load import load_base
+from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError

@@ -8,7 +8,8 @@ from adapted import adapted_model
 from families import relative_error, save_checkpoint, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.base.load import read_weights
+from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig

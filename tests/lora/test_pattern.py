@@ -11,7 +11,7 @@ from families import refused, save_checkpoint
 from processor import processor_s
 from trained import save_trained
 
-from qlora_kit.base.load import open_base
+from qlora_kit.base.open import open_base
 from qlora_kit.base.pattern import PLAIN, TIME_LIMIT_S, full_matches
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig

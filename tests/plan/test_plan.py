@@ -13,7 +13,8 @@ from processor import processor_s
 
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.linear import quantize_linear
-from qlora_kit.base.load import open_base, read_weights
+from qlora_kit.base.load import read_weights
+from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.limits import MOST_ROWS
 from qlora_kit.config.lora import LoRAConfig

@@ -1,0 +1,56 @@
+"""A base's files found and checked, before a byte of weights is read.
+
+The architecture is built on the meta device and compared with the files' headers; `load.py` reads
+what is described here.
+"""
+
+from __future__ import annotations
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.bnb_checkpoint import StoredLinear, agree, split_stored, stored_quantization
+from qlora_kit.base.checks import check_architecture, check_layers, read_config
+from qlora_kit.base.meta_model import (
+    build_on_meta,
+    decoder_linears,
+    expected_shapes,
+    take_generation_config,
+    tied_names,
+)
+from qlora_kit.base.safetensors_file import read_entries
+from qlora_kit.base.source import resolve
+from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.device import compute_dtype, find_device
+
+
+def open_base(config: BaseConfig) -> Base:
+    """Find a base and check its config, headers and tokenizer. Errors as `load_base`."""
+    device = find_device(config.device)
+    source = resolve(config.model, config.revision, check=read_config)
+    dtype = compute_dtype(config.dtype, device)
+    described = read_config(source.directory)
+    path = source.directory / "config.json"
+    quantized = stored_quantization(described, path)
+    quantization = agree(config, quantized, path)
+    entries = read_entries(source.directory)
+    check_layers(entries, described, path)
+    model = build_on_meta(described, dtype, path)
+    expected, plain = expected_shapes(model), entries
+    stored: dict[str, StoredLinear] = {}
+    if quantized is not None:
+        stored, plain = split_stored(
+            entries, decoder_linears(model), quantization, source.directory
+        )
+        expected = {
+            name: shape
+            for name, shape in expected.items()
+            if name.removesuffix(".weight") not in stored
+        }
+    check_architecture(plain, expected, tied_names(model), source.directory)
+    rows, resized = model.get_input_embeddings().num_embeddings, None
+    tokenizer = load_tokenizer(source.directory, None if config.resize_embeddings else rows)
+    if needed_rows(tokenizer) > rows:
+        resized = needed_rows(tokenizer)
+        model = build_on_meta({**described, "vocab_size": resized}, dtype, path)
+    take_generation_config(model, source.directory)
+    return Base(model, tokenizer, source, entries, stored, quantization, device, dtype, resized)

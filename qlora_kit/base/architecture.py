@@ -25,7 +25,9 @@ class Architecture:
     the projections of attention and of the MLP, one name each where they are fused. `targets` get
     adapters where none are named. `layers` is where the text decoder's layers lie in a checkpoint.
     `logit_divisor` and `logit_softcap` name the fields of config.json that the family's own forward
-    applies behind the head; in another family's config.json they mean nothing.
+    applies behind the head; in another family's config.json they mean nothing. `mlp` is what a
+    layer calls its MLP, `down` the projection out of it. `rotates_in_windows_alone` says that
+    layers without a sliding window have no rotary embedding where others have a window.
     """
 
     attention: str = "sdpa"
@@ -35,6 +37,9 @@ class Architecture:
     layers: str = "model.layers"
     logit_divisor: str | None = None
     logit_softcap: str | None = None
+    mlp: str = "mlp"
+    down: str = "down_proj"
+    rotates_in_windows_alone: bool = False
 
     def logit_scale_and_softcap(self, config: Any) -> tuple[float, float | None]:
         """The factor on a head's logits and their soft cap, of a model of this `config`."""
@@ -53,6 +58,20 @@ ARCHITECTURES = {
         query_key_value=("qkv_proj",), gate_up=("gate_up_proj",), targets=("qkv_proj",)
     ),
     "granite": Architecture(logit_divisor="logits_scaling"),
+    # Experts are refused; what they share is then the MLP.
+    "granitemoehybrid": Architecture(
+        gate_up=("input_linear",),
+        logit_divisor="logits_scaling",
+        mlp="shared_mlp",
+        down="output_linear",
+    ),
+    "smollm3": Architecture(),
+    "olmo2": Architecture(),
+    "olmo3": Architecture(),
+    "ministral3": Architecture(),
+    "glm": Architecture(gate_up=("gate_up_proj",)),
+    "glm4": Architecture(gate_up=("gate_up_proj",)),
+    "exaone4": Architecture(rotates_in_windows_alone=True),
 }
 CONV1D = ("gpt2", "openai-gpt")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

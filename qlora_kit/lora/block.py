@@ -6,7 +6,8 @@ Kept without recompute, for T tokens, hidden h, kv = kv heads x head size, ffn f
     attention's output (T, h) where its backward or an adapter on the output projection reads it,
     and where its backward does, a statistic (4 bytes) of every token and head; the middle residual
     (T, h) and its norm's scale; gate and up (T, f each); the low-rank activation (T, r) of every
-    adapted linear; what further norms read (of heads, after attention and MLP), with their scales.
+    adapted linear; what further norms read (of heads, behind attention and MLP), with their scales;
+    a factor (T) of queries where they have one.
 
 Normalized tokens, the gated activation and all dequantized weights are recomputed in backward. A
 block is found by the structure of a model's layer, after one comparison of its output with ours on
@@ -15,6 +16,7 @@ random input; a layer whose output differs keeps its own code (`training/layer_f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +32,12 @@ from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.lora.block_parts import (
     activation,
     eager_attention,
-    has_projections,
+    norm_names,
     norm_of,
+    projections,
+    query_scale,
+    rotation_of,
+    unexplained,
     window,
 )
 from qlora_kit.lora.layer import linears
@@ -39,53 +45,58 @@ from qlora_kit.lora.layer import linears
 
 @dataclass(frozen=True)
 class Block:
-    """The parts of a decoder layer, found by name; `after` norms follow attention and MLP."""
+    """The parts of a decoder layer, found by name; norms come before and behind both halves.
+
+    `rotation` is what `rotation_of` says, `query_scale` the factor of queries by their positions.
+    """
 
     layer: Any
     attention: Any
-    before: tuple[FrozenNorm, FrozenNorm]
-    after: tuple[FrozenNorm, FrozenNorm] | None
+    before: tuple[FrozenNorm | None, FrozenNorm | None]
+    after: tuple[FrozenNorm | None, FrozenNorm | None]
     head_norms: tuple[FrozenNorm, FrozenNorm] | None
     gate: Gate
     residual_scale: float
+    rotation: str
+    query_scale: Callable[[Tensor], Tensor] | None
 
     @classmethod
     def of(cls, layer: Any) -> Block | None:
         """The parts of `layer`, or None where something is missing or more than expected."""
-        attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-        if attention is None or mlp is None or not has_projections(attention, mlp):
+        attention, names = getattr(layer, "self_attn", None), norm_names(layer)
+        if attention is None or names is None or (linear_names := projections(layer)) is None:
             return None
-        first, second = "input_layernorm", "post_attention_layernorm"
-        names = [first, second]
-        if hasattr(layer, "pre_feedforward_layernorm"):
-            names = [first, "pre_feedforward_layernorm", second, "post_feedforward_layernorm"]
-        norms = [norm_of(getattr(layer, name, None) or nn.Identity()) for name in names]
-        if hasattr(attention, "q_norm") != hasattr(attention, "k_norm"):
-            return None
-        heads = [
-            norm_of(getattr(attention, name))
-            for name in ("q_norm", "k_norm")
-            if hasattr(attention, name)
-        ]
-        gated = activation(attention.config)
+        heads = [f"self_attn.{n}" for n in ("q_norm", "k_norm") if hasattr(attention, n)]
+        norms = {name: norm_of(layer.get_submodule(name)) for name in (*names, *heads) if name}
+        gated, rotation = activation(attention.config), rotation_of(attention)
         dropouts = [m for m in layer.modules() if isinstance(m, nn.Dropout) and m.p]
-        known = [norm for norm in (*norms, *heads) if norm is not None]
-        if len(known) != len(norms) + len(heads) or gated is None or dropouts:
+        if None in norms.values() or len(heads) == 1 or gated is None or rotation is None:
             return None
+        if dropouts or unexplained(layer, (*norms, *linear_names)):
+            return None
+        first, behind_first, second, behind_second = (norms.get(name or "") for name in names)
+        query, key = (norms[name] for name in heads) if heads else (None, None)
         return cls(
             layer,
             attention,
-            (known[0], known[1]),
-            (known[2], known[3]) if len(norms) == 4 else None,
-            (known[-2], known[-1]) if heads else None,
+            (first, second),
+            (behind_first, behind_second),
+            None if query is None or key is None else (query, key),
             Gate(gated),
             getattr(layer, "residual_multiplier", 1.0),
+            rotation,
+            query_scale(attention),
         )
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What sets a layer apart from others of the same code."""
+        return window(self.attention), self.rotation
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
@@ -96,7 +107,7 @@ class Block:
     def attention_half(
         self,
         x: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         options: dict[str, Any],
         around: AbstractContextManager[Any] | None = None,
@@ -115,7 +126,7 @@ class Block:
     def _attend(
         self,
         x: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         options: dict[str, Any],
         around: AbstractContextManager[Any],
@@ -132,11 +143,19 @@ class Block:
             # (B, T, (groups + 2) * kv) into queries and keys and values of width kv. A view would
             # keep all of `fused` for backward; the rotary embeddings copy the other two.
             parts = (queries, keys, values.contiguous())
-        q, k, v = (part.view(heads) for part in parts)  # (B, T, heads or kv heads, d)
         if self.head_norms is not None:
-            q, k = normalize(self.head_norms[0], q), normalize(self.head_norms[1], k)
-        cos, sin = position_embeddings
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            # Of each head, or (OLMo 2) of all of them at once.
+            q, k = (
+                normalize(norm, part.view(*x.shape[:-1], -1, norm.weight.numel()))
+                for norm, part in zip(self.head_norms, parts, strict=False)
+            )
+            parts = (q, k, parts[2])
+        q, k, v = (part.view(heads) for part in parts)  # (B, T, heads or kv heads, d)
+        if self.rotation != "none":
+            assert position_embeddings is not None
+            q, k = (rotate(x, *position_embeddings, self.rotation == "neighbours") for x in (q, k))
+        if self.query_scale is not None:
+            q = q * self.query_scale(options["position_ids"]).to(q.dtype)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, eager_attention(attention)
         )
@@ -155,11 +174,15 @@ class Block:
             )
         # (B, T, heads, d) to (B, T, heads * d), and through the output projection to (B, T, h).
         y: Tensor = attention.o_proj(attended.reshape(*x.shape[:-1], -1))
-        return y if self.after is None else normalize(self.after[0], y)
+        return _normalized(self.after[0], y)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        mlp = self.layer.mlp
-        names = ARCHITECTURES[self.attention.config.model_type].gate_up
-        layers = [getattr(mlp, name) for name in names]
-        (y,) = linears(linears((x,), layers, self.before[1]), [mlp.down_proj], self.gate)
-        return y if self.after is None else normalize(self.after[1], y)
+        family = ARCHITECTURES[self.attention.config.model_type]
+        mlp = getattr(self.layer, family.mlp)
+        gate_up = linears((x,), [getattr(mlp, name) for name in family.gate_up], self.before[1])
+        (y,) = linears(gate_up, [getattr(mlp, family.down)], self.gate)
+        return _normalized(self.after[1], y)
+
+
+def _normalized(norm: FrozenNorm | None, y: Tensor) -> Tensor:
+    return y if norm is None else normalize(norm, y)

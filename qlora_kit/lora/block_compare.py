@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from qlora_kit.device import has_values
 from qlora_kit.lora.block import Block
-from qlora_kit.lora.block_parts import window
 
 COMPARED_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -27,7 +26,7 @@ def fused_blocks(model: PreTrainedModel) -> list[Block] | str:
             return f"{name} stays as it is: its parts are not those of a known block"
         blocks.append(block)
     for layer, block in zip(layers, blocks, strict=True):
-        kind = (_code(layer), window(block.attention))
+        kind = (_code(layer), block.kind)
         if kind not in compared:
             compared.add(kind)
             # Not `>`: NaN is no agreement.
@@ -53,11 +52,12 @@ def _difference(model: PreTrainedModel, layer: Any, block: Block) -> float:
     x = torch.randn(1, COMPARED_TOKENS, embeddings.shape[1], generator=drawn).to(device, dtype)
     positions = torch.arange(COMPARED_TOKENS, device=device).unsqueeze(0)
     kind = getattr(block.attention, "layer_type", None)
+    kind = kind or getattr(block.attention, "attention_type", None)
     rotary = model.base_model.rotary_emb
     options = {"position_ids": positions, "attention_mask": None}
     with torch.no_grad():
         try:
-            embedded = rotary(x, positions)
+            embedded = None if rotary is None else rotary(x, positions)
         except TypeError:
             embedded = rotary(x, positions, kind)
         expected = layer(x, position_embeddings=embedded, **options)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +17,31 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from qlora_kit.base.architecture import ARCHITECTURES
 from qlora_kit.device import has_values
 from qlora_kit.kernels.rmsnorm import FrozenNorm
+from qlora_kit.kernels.rotary import rotate
 from qlora_kit.kernels.swiglu import ACTIVATIONS
+
+NORMS = (
+    # Before attention, behind it, before the MLP, behind it; the first whose norms are all there.
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+     "post_feedforward_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm",
+     "post_mlp_layernorm"),
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+)  # fmt: skip
+"""The names of a layer's norms in Gemma, GLM 4, Llama and OLMo 2, in this order."""
+
+
+def norm_names(layer: Any) -> tuple[str | None, ...] | None:
+    """The names of a layer's four norms as `NORMS` has them, or None where none of these fit."""
+    for names in NORMS:
+        if all(isinstance(getattr(layer, name, None), nn.Module) for name in names if name):
+            return names
+    return None
 
 
 def norm_of(module: Any) -> FrozenNorm | None:
-    """The norm that gives the numbers of `module`, or None where neither style does.
+    """The norm that gives the numbers of `module`, or None where no style does.
 
     Which style a module follows is found by comparing outputs, not by its class.
     """
@@ -38,20 +61,79 @@ def norm_of(module: Any) -> FrozenNorm | None:
     x = torch.randn(4, weight.numel(), generator=drawn).to(weight.device, weight.dtype)
     with torch.no_grad():
         expected = module(x)
-        for from_zero in (False, True):
-            norm = FrozenNorm(weight, eps, from_zero)
+        for from_zero, rounds_once in ((False, False), (False, True), (True, False)):
+            norm = FrozenNorm(weight, eps, from_zero, rounds_once)
             if torch.equal(norm.apply(x)[0], expected):
                 return norm
     return None
 
 
-def has_projections(attention: Any, mlp: Any) -> bool:
-    """Whether a layer has the projections that its architecture's record names."""
-    known = ARCHITECTURES.get(attention.config.model_type)
+def projections(layer: Any) -> list[str] | None:
+    """The names of a layer's linears as its family's record has them, None where one is missing."""
+    known = ARCHITECTURES.get(layer.self_attn.config.model_type)
     if known is None:
-        return False
-    of_attention = all(hasattr(attention, name) for name in (*known.query_key_value, "o_proj"))
-    return of_attention and all(hasattr(mlp, name) for name in (*known.gate_up, "down_proj"))
+        return None
+    names = [f"self_attn.{name}" for name in (*known.query_key_value, "o_proj")]
+    names += [f"{known.mlp}.{name}" for name in (*known.gate_up, known.down)]
+    modules = dict(layer.named_modules())
+    return names if all(name in modules for name in names) else None
+
+
+def rotation_of(attention: Any) -> str | None:
+    """Which values of a head a layer turns with each other: `halves`, `neighbours` or `none`.
+
+    None where its code does something else. Which it is is found by comparing numbers.
+    """
+    config = attention.config
+    without = getattr(config, "position_embedding_type", "rope") is None
+    if without or not getattr(attention, "use_rope", True):
+        return "none"
+    if ARCHITECTURES[config.model_type].rotates_in_windows_alone and not (
+        attention.sliding_window is None or attention.is_sliding
+    ):
+        return "none"
+    return _rotation_by(getattr(_code_of(attention), "apply_rotary_pos_emb", None))
+
+
+@functools.cache
+def _rotation_by(function: Callable[..., Any] | None) -> str | None:
+    """What a family's own function does to queries and keys, or None for something else."""
+    if function is None:
+        return None
+    with unset_fake_temporarily(), torch.no_grad():
+        drawn = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 2, 3, 8, generator=drawn)  # (B, heads, T, d)
+        angles = torch.randn(1, 3, 4, generator=drawn).repeat(1, 1, 2)
+        cos, sin = angles.cos(), angles.sin()
+        try:
+            found = function(x, x, cos, sin)
+        except (TypeError, RuntimeError):
+            return None
+        for kind in ("halves", "neighbours"):
+            ours = rotate(x.transpose(1, 2), cos, sin, kind == "neighbours").transpose(1, 2)
+            if isinstance(found, tuple) and all(torch.equal(one, ours) for one in found):
+                return kind
+    return None
+
+
+def query_scale(attention: Any) -> Callable[[Tensor], Tensor] | None:
+    """The factor of queries (B, T, 1, 1) by their positions (B, T), None where it is always 1.
+
+    Ministral 3 scales queries beyond the length that it was first trained on, as Llama 4 does.
+    """
+    scale = getattr(_code_of(attention), "get_llama_4_attn_scale", None)
+    if scale is None:
+        return None
+    rope = attention.config.rope_parameters
+    beta, length = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+    return lambda positions: scale(positions, beta, length).transpose(1, 2)
+
+
+def unexplained(layer: nn.Module, explained: Sequence[str | None]) -> bool:
+    """Whether a layer has a tensor that belongs to none of the modules named."""
+    known = tuple(f"{name}." for name in explained if name)
+    named = itertools.chain(layer.named_parameters(), layer.named_buffers())
+    return any(not name.startswith(known) for name, _ in named)
 
 
 def activation(config: Any) -> str | None:
@@ -62,6 +144,8 @@ def activation(config: Any) -> str | None:
 
 def window(attention: Any) -> int | None:
     """The sliding window of a layer, where it has one."""
+    if not getattr(attention, "is_sliding", True):
+        return None
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window  # type: ignore[no-any-return]
     if getattr(attention, "layer_type", "full_attention") == "full_attention":
@@ -71,4 +155,9 @@ def window(attention: Any) -> int | None:
 
 def eager_attention(attention: nn.Module) -> Any:
     """The plain attention of a model's own module, which no registry holds."""
-    return getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+    return getattr(_code_of(attention), "eager_attention_forward", None)
+
+
+def _code_of(module: nn.Module) -> Any:
+    """The Python module of a family's class."""
+    return sys.modules[type(module).__module__]

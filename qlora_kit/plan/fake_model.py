@@ -130,7 +130,8 @@ class FakeModel:
 
 def _kind_of(layer: nn.Module) -> Hashable:
     """What makes a layer the same as another one: code, settings and tensors."""
-    attention = getattr(layer, "self_attn", None)
+    attention, block = getattr(layer, "self_attn", None), getattr(layer.forward, "block", None)
     named = itertools.chain(layer.named_parameters(), layer.named_buffers())
     tensors = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in named)
-    return type(layer), getattr(attention, "sliding_window", None), tensors
+    ours = None if block is None else block.kind
+    return type(layer), getattr(attention, "sliding_window", None), ours, tensors

@@ -44,8 +44,10 @@ class LayerForward:
         """
         run, block = self.original, self.block
         cached = options.get("past_key_values") is not None
-        if args or cached or options.get("position_embeddings") is None or _OWN_CODE.get():
+        if args or cached or _OWN_CODE.get():
             block = None
+        elif block is not None and block.rotation != "none":
+            block = None if options.get("position_embeddings") is None else block
         if block is not None:
             run = block.forward
             for unused in ("past_key_values", "use_cache"):

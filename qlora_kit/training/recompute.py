@@ -64,7 +64,7 @@ def recompute_halves(
     block: Block,
     random: bool,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:

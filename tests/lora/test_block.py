@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import pytest
 import torch
 from adapted import RANK, adapted_model
-from families import FAMILIES, tiny_model, token_ids
+from families import DENSE, FAMILIES, tiny_model, token_ids
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_kit.config.lora import LoRAConfig
@@ -49,7 +50,15 @@ def test_numbers_are_those_of_transformers(family, bits, targets, dropout):
         assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "bits", "dropout"),
+    zip(DENSE, itertools.cycle((4, 8, 16)), itertools.cycle((0, 0.1))),
+)
+def test_numbers_of_newer_families_are_those_of_transformers(family, bits, dropout):
+    test_numbers_are_those_of_transformers(family, bits, "all-linear", dropout)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *DENSE])
 def test_bf16_is_as_near_to_fp32_as_transformers(family):
     """Outputs bit for bit; of the gradients none is further from fp32 than twice the other way."""
     ids = token_ids(2, 11)

@@ -101,6 +101,86 @@ TRAITS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(TRAITS)
+"""Those that every law is tried on; the ones below have tests of their own."""
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+DENSE: dict[str, dict[str, Any]] = {
+    "smollm3": {
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 0],
+        "tie_word_embeddings": True,
+    },
+    "smollm3_window": {
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 8,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {
+        "model_type": "olmo3",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        # As published: the layers without a window alone have a longer context.
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {k: v for k, v in YARN.items() if k != "llama_4_scaling_beta"},
+        },
+    },
+    "ministral3": {"model_type": "ministral3", "head_dim": 32, "rope_parameters": YARN},
+    "granite4": {
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 0,
+        "layer_types": ["full_attention"] * LAYERS,
+        "shared_intermediate_size": 173,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 4,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 0.7,
+        "tie_word_embeddings": True,
+    },
+    "granite4_nope": {
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 0,
+        "layer_types": ["full_attention"] * LAYERS,
+        "shared_intermediate_size": 173,
+        "position_embedding_type": None,
+        "mamba_n_heads": 4,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+    },
+    "glm": {"model_type": "glm", "head_dim": 32, "partial_rotary_factor": 0.5},
+    "glm4": {"model_type": "glm4", "head_dim": 32, "partial_rotary_factor": 0.5},
+    "phi4": {"model_type": "phi3", "intermediate_size": 186},
+    "phi4_mini": {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + 0.02 * i for i in range(6)],
+            "long_factor": [1.5 + 0.5 * i for i in range(6)],
+        },
+        "original_max_position_embeddings": 16,
+        "tie_word_embeddings": True,
+    },
+    "exaone4": {
+        "model_type": "exaone4",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },
+}
+TRAITS |= DENSE
 QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4_double": {
         "load_in_4bit": True,

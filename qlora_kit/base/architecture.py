@@ -8,6 +8,9 @@ called quantized and mostly is not would be a lie about memory.
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +30,11 @@ class Architecture:
     `logit_divisor` and `logit_softcap` name the fields of config.json that the family's own forward
     applies behind the head; in another family's config.json they mean nothing. `mlp` is what a
     layer calls its MLP, `down` the projection out of it. `rotates_in_windows_alone` says that
-    layers without a sliding window have no rotary embedding where others have a window.
+    layers without a sliding window have no rotary embedding where others have a window. `known` says
+    that the family has a record; one without is found out from the model that transformers builds.
     """
+
+    known: bool = True
 
     attention: str = "sdpa"
     query_key_value: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
@@ -73,9 +79,33 @@ ARCHITECTURES = {
     "glm4": Architecture(gate_up=("gate_up_proj",)),
     "exaone4": Architecture(rotates_in_windows_alone=True),
 }
+CAUSAL_TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+GENERIC = Architecture(known=False)
 CONV1D = ("gpt2", "openai-gpt")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOWERS = ("vision_config", "vision_tower", "audio_config", "vision_model", "mm_vision_tower")
+
+
+def architecture_of(model_type: Any) -> Architecture:
+    """The record of a family, or the generic one (`known` is False) where it has none."""
+    return ARCHITECTURES.get(str(model_type), GENERIC)
+
+
+@functools.cache
+def causal_families() -> frozenset[str]:
+    """Every model_type that transformers has a causal language model for.
+
+    Read off the source of its table, for importing it imports torch, which takes seconds.
+    """
+    found = importlib.util.find_spec("transformers")
+    assert found is not None
+    assert found.origin is not None
+    table = Path(found.origin).parent / "models" / "auto" / "modeling_auto.py"
+    for node in ast.parse(table.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == CAUSAL_TABLE:
+            pairs = ast.literal_eval(node.value.args[0])  # type: ignore[attr-defined]
+            return frozenset(model_type for model_type, _ in pairs)
+    raise AssertionError(f"{table} has no {CAUSAL_TABLE}")
 
 
 def check_family(config: Mapping[str, Any], path: Path) -> None:
@@ -104,10 +134,10 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             f"that {_size(_conv1d_bytes(config))} would stay unquantized",
             f"use a model of another family ({', '.join(ARCHITECTURES)})",
         )
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or (kind not in ARCHITECTURES and kind not in causal_families()):
         raise ModelError(
-            f"{path}: model_type {kind!r} is not supported",
-            f"supported families are {', '.join(ARCHITECTURES)}",
+            f"{path}: transformers has no causal language model of model_type {kind!r}",
+            "give a model of a family that transformers builds as one",
         )
     stored = config.get("quantization_config")
     method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else stored
@@ -117,7 +147,7 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             "give the original 16-bit model (--bits quantizes it), or one that bitsandbytes "
             "quantized",
         )
-    wrong = list(problems(config))
+    wrong = list(problems(config, architecture_of(kind).known))
     if wrong:
         raise ModelError(f"{path}: {'; '.join(wrong)}", "correct the file")
 

@@ -14,7 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.base.architecture import ARCHITECTURES, check_family, refuse_code
+from qlora_kit.base.architecture import (
+    ARCHITECTURES,
+    architecture_of,
+    causal_families,
+    check_family,
+    refuse_code,
+)
 from qlora_kit.base.contents import find, names_code, tokenizer_files
 from qlora_kit.base.fields import TOKENS
 from qlora_kit.base.json_file import read_json
@@ -22,6 +28,9 @@ from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, read_entries, so
 from qlora_kit.base.source import Source, contained, is_path, resolve
 from qlora_kit.errors import ModelError, UnsafeInputError
 from qlora_kit.files.atomic import real_path
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Names that config.json has for the number of decoder layers."""
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +61,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """As `read_config`, of a file of any name."""
     config = read_json(path)
     if "auto_map" in config and (
-        str(config.get("model_type")) not in ARCHITECTURES
+        str(config.get("model_type")) not in causal_families() | ARCHITECTURES.keys()
         or names_code(config["auto_map"], path.parent)
     ):
         raise UnsafeInputError(
@@ -89,12 +98,18 @@ def check_layers(
 
     Done before the architecture is built, which takes the longer the more layers are promised.
     """
-    layer = re.escape(ARCHITECTURES[config["model_type"]].layers) + r"\.(\d{1,9})\."
-    stored = {int(found[1]) for name in entries if (found := re.match(layer, name))}
-    said = config.get("num_hidden_layers")
-    if said is not None and said != len(stored):
+    record = architecture_of(config["model_type"])
+    layer = (re.escape(record.layers) if record.known else r"\D*?") + r"\.(\d{1,9})\."
+    lists: dict[str, set[int]] = {}
+    for name in entries:
+        if found := re.match(layer, name):
+            lists.setdefault(name[: found.start(1)], set()).add(int(found[1]))
+    said = next((config[name] for name in LAYER_COUNTS if config.get(name) is not None), None)
+    # Of several lists one has as many, or else the longest one is shown.
+    counts = {len(numbers) for numbers in lists.values()} or {0}
+    if said is not None and said not in counts:
         raise ModelError(
-            f"{path}: num_hidden_layers is {said!r}, and the weights hold {len(stored)} layers",
+            f"{path}: num_hidden_layers is {said!r}, and the weights hold {max(counts)} layers",
             "fetch the files again, or correct config.json",
         )
 

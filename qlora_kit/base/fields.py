@@ -106,6 +106,14 @@ def _range(low: float, high: float, what: str = "whole number") -> str:
 
 
 FLAG = Field(lambda value: isinstance(value, bool), "true or false")
+TEXT = Field(
+    lambda value: isinstance(value, str) and len(value) <= 200 and value.isprintable(),
+    "a text of at most 200 characters",
+)
+DECIMAL = Field(
+    lambda value: type(value) is float and abs(value) <= LARGEST,
+    f"a number from {-LARGEST:g} to {LARGEST:g}",
+)
 # A config may name a token that is no token (`pad_token_id` -1): it is not used then.
 TOKEN = whole(-1, LARGEST_ID)
 TOKENS = or_null(either(TOKEN, list_of(TOKEN, TOKENS_LIMIT)))
@@ -135,6 +143,8 @@ ROPE_FIELDS = {
     "truncate": FLAG,
     "finetuned": FLAG,
 }
+ANY = either(FLAG, either(whole(-LARGEST_ID, LARGEST_ID), either(DECIMAL, TEXT)))
+DEPTH_LIMIT, LENGTH_LIMIT = 4, 4096
 ROPE = or_null(Field(lambda value: isinstance(value, dict), "an object"))
 MODEL_FIELDS = {
     "vocab_size": whole(1, LARGEST_ID),
@@ -185,6 +195,41 @@ SAID_FIELDS = {
 }
 
 
+OTHER_FIELDS = {
+    # Of families without a record, whose class knows which texts it takes.
+    "layer_types": or_null(list_of(TEXT, 1000)),
+    "hidden_act": or_null(TEXT),
+    "hidden_activation": or_null(TEXT),
+    "query_pre_attn_scalar": or_null(number(0, above=True)),
+    "max_window_layers": or_null(whole(0, 1000)),
+    "use_sliding_window": or_null(FLAG),
+    "rope_theta": or_null(number(0, above=True)),
+    "intermediate_size": or_null(either(whole(1, 2**20), list_of(whole(1, 2**20), 1000))),
+    **dict.fromkeys(("n_layer", "n_layers", "num_layers"), whole(1, 1000)),
+    **dict.fromkeys(("n_head", "n_heads"), whole(1, HEADS_LIMIT)),
+    **dict.fromkeys(("n_embd", "d_model", "n_embed"), whole(1, 2**17)),
+}
+
+
+def beyond(value: Any, name: str = "", depth: int = 0) -> Iterator[str]:
+    """Which values of a config are beyond the bounds of any field, those apart that are here."""
+    if isinstance(value, dict):
+        if depth > DEPTH_LIMIT or len(value) > LENGTH_LIMIT:
+            yield f"{name} has more than {LENGTH_LIMIT} fields or {DEPTH_LIMIT} levels"
+            return
+        for key, inner in value.items():
+            if depth or (key not in MODEL_FIELDS and key not in OTHER_FIELDS):
+                yield from beyond(inner, f"{name}.{key}" if name else key, depth + 1)
+    elif isinstance(value, list):
+        if depth > DEPTH_LIMIT or len(value) > LENGTH_LIMIT:
+            yield f"{name} has more than {LENGTH_LIMIT} values or {DEPTH_LIMIT} levels"
+            return
+        for inner in value:
+            yield from beyond(inner, name, depth + 1)
+    elif value is not None and not ANY.accepts(value):
+        yield f"{name} is {repr(value)[:60]}, not {ANY.allowed}"
+
+
 def asks_for_code(config: Mapping[str, Any]) -> tuple[str, Any] | None:
     """The first field by which a config would have something fetched or run, and its value."""
     for key in ASKS_FOR_CODE:
@@ -195,9 +240,16 @@ def asks_for_code(config: Mapping[str, Any]) -> tuple[str, Any] | None:
     return next(((key, config[key]) for key in ASKS_FOR_MORE if config.get(key)), None)
 
 
-def problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the fields of a config, each with its value and what is allowed."""
-    yield from _wrong(config, {**MODEL_FIELDS, **SAID_FIELDS})
+def problems(config: Mapping[str, Any], known: bool = True) -> Iterator[str]:
+    """What is wrong with the fields of a config, each with its value and what is allowed.
+
+    Of a family without a record (not `known`) some may hold more: its class checks their values.
+    """
+    yield from _wrong(config, {**MODEL_FIELDS, **SAID_FIELDS, **({} if known else OTHER_FIELDS)})
+    if not known and isinstance(config.get("rope_parameters"), dict):
+        per_layer = [v for v in config["rope_parameters"].values() if isinstance(v, dict)]
+        for problem in (found for one in per_layer for found in _wrong(one, ROPE_FIELDS)):
+            yield f"rope_parameters: {problem}"
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(config.get(key), dict):
             for problem in _wrong(config[key], ROPE_FIELDS):

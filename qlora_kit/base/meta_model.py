@@ -13,9 +13,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.architecture import ARCHITECTURES
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.checks import read_generation_config
 from qlora_kit.base.fields import MODEL_FIELDS
+from qlora_kit.base.generic import (
+    attention_of,
+    check_generic,
+    declared_fields,
+    turn_off_dropout,
+)
 from qlora_kit.errors import ModelError
 
 DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}
@@ -39,24 +45,21 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
     from accelerate import init_empty_weights
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    family = CONFIG_MAPPING[config["model_type"]]
-    declared = {field.name for field in dataclasses.fields(family)} | UNDECLARED
-    described = {
-        name: copy.deepcopy(config[name])
-        for name in config
-        if name in MODEL_FIELDS and name in declared
-    }
-    described |= dict.fromkeys(DROPOUTS & described.keys(), 0.0)
+    record, family = architecture_of(config["model_type"]), CONFIG_MAPPING[config["model_type"]]
     try:
+        described = _described(config, family) if record.known else declared_fields(config, family)
         settings = family.from_dict(described)
-        _check_heads(settings)
+        if record.known:
+            _check_heads(settings)
+        else:
+            check_generic(settings, dtype)
         # Buffers are real: rotary tables are computed when the modules are made.
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(
                 settings,
                 dtype=dtype,
-                attn_implementation=ARCHITECTURES[config["model_type"]].attention,
+                attn_implementation=record.attention if record.known else attention_of(settings),
                 trust_remote_code=False,
             )
         for name, table in model.named_buffers():
@@ -67,7 +70,19 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
         raise ModelError(
             f"{path}: describes no model that can be built: {error}", "correct the file"
         ) from error
+    turn_off_dropout(model)
     return model
+
+
+def _described(config: Mapping[str, Any], family: Any) -> dict[str, Any]:
+    """The fields of `config` that the class of a family with a record gets."""
+    declared = {field.name for field in dataclasses.fields(family)} | UNDECLARED
+    described = {
+        name: copy.deepcopy(config[name])
+        for name in config
+        if name in MODEL_FIELDS and name in declared
+    }
+    return described | dict.fromkeys(DROPOUTS & described.keys(), 0.0)
 
 
 def _check_heads(settings: Any) -> None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.base.architecture import ARCHITECTURES
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.base import Base
+from qlora_kit.base.decoder import hidden_states
 from qlora_kit.base.load import load_base
 from qlora_kit.data.batch import Batch, eval_batches, padding_id
 from qlora_kit.data.tokens import Encoded
@@ -106,16 +107,14 @@ def _positions(batch: Batch) -> Tensor:
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     moved = to_device(batch, model.device)
-    hidden: Tensor = model.base_model(
-        input_ids=moved["input_ids"], position_ids=moved["position_ids"], use_cache=False
-    ).last_hidden_state
+    hidden = hidden_states(model, moved["input_ids"], moved["position_ids"])
     return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
     """fp32 logits on the CPU, through the head, its factor and its soft cap."""
     config = model.config
-    scale, softcap = ARCHITECTURES[config.model_type].logit_scale_and_softcap(config)
+    scale, softcap = architecture_of(config.model_type).logit_scale_and_softcap(config)
     logits: Tensor = model.get_output_embeddings()(rows).float() * scale
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_kit.base.architecture import ARCHITECTURES
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
 from qlora_kit.kernels.rotary import rotate
 from qlora_kit.kernels.swiglu import Gate
@@ -133,7 +133,7 @@ class Block:
     ) -> Tensor:
         attention = self.attention
         heads = (*x.shape[:-1], -1, attention.head_dim)  # (B, T, heads, d)
-        names = ARCHITECTURES[attention.config.model_type].query_key_value
+        names = architecture_of(attention.config.model_type).query_key_value
         parts = linears((x,), [getattr(attention, name) for name in names], self.before[0])
         if len(parts) == 1:
             (fused,) = parts
@@ -177,7 +177,7 @@ class Block:
         return _normalized(self.after[0], y)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        family = ARCHITECTURES[self.attention.config.model_type]
+        family = architecture_of(self.attention.config.model_type)
         mlp = getattr(self.layer, family.mlp)
         gate_up = linears((x,), [getattr(mlp, name) for name in family.gate_up], self.before[1])
         (y,) = linears(gate_up, [getattr(mlp, family.down)], self.gate)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_kit.base.architecture import architecture_of
+from qlora_kit.base.decoder import decoder_layers, settings_of
 from qlora_kit.device import has_values
 from qlora_kit.lora.block import Block
 
@@ -18,15 +20,17 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, tor
 
 def fused_blocks(model: PreTrainedModel) -> list[Block] | str:
     """The blocks of the decoder layers of `model`, or why they stay as they are."""
-    layers, blocks, compared = model.base_model.layers, [], set()
+    layers, blocks, compared = decoder_layers(model), [], set()
     name = type(layers[0]).__name__
+    if not architecture_of(model.config.model_type).known:
+        return f"{name} stays as it is: its family has no record, so none of its parts is fused"
     for layer in layers:
         block = Block.of(layer)
         if block is None:
             return f"{name} stays as it is: its parts are not those of a known block"
         blocks.append(block)
     for layer, block in zip(layers, blocks, strict=True):
-        kind = (_code(layer), block.kind)
+        kind = (_code(layer), block.kind, settings_of(layer))
         if kind not in compared:
             compared.add(kind)
             # Not `>`: NaN is no agreement.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qlora_kit.base.architecture import ARCHITECTURES
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.device import has_values
 from qlora_kit.kernels.rmsnorm import FrozenNorm
 from qlora_kit.kernels.rotary import rotate
@@ -70,9 +70,7 @@ def norm_of(module: Any) -> FrozenNorm | None:
 
 def projections(layer: Any) -> list[str] | None:
     """The names of a layer's linears as its family's record has them, None where one is missing."""
-    known = ARCHITECTURES.get(layer.self_attn.config.model_type)
-    if known is None:
-        return None
+    known = architecture_of(layer.self_attn.config.model_type)
     names = [f"self_attn.{name}" for name in (*known.query_key_value, "o_proj")]
     names += [f"{known.mlp}.{name}" for name in (*known.gate_up, known.down)]
     modules = dict(layer.named_modules())
@@ -88,7 +86,7 @@ def rotation_of(attention: Any) -> str | None:
     without = getattr(config, "position_embedding_type", "rope") is None
     if without or not getattr(attention, "use_rope", True):
         return "none"
-    if ARCHITECTURES[config.model_type].rotates_in_windows_alone and not (
+    if architecture_of(config.model_type).rotates_in_windows_alone and not (
         attention.sliding_window is None or attention.is_sliding
     ):
         return "none"

@@ -17,10 +17,22 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.architecture import ARCHITECTURES
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.pattern import full_matches
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.layer import LoRALinear
+
+QUERY_VALUE = (
+    ("q_proj", "v_proj"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
+    ("c_attn",),
+    ("att_proj",),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+)
+"""Usual names of the projections of queries and values, in families without a record."""
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
@@ -35,13 +47,23 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     if target_modules == "all-linear":
         return candidates
     if target_modules == "auto":
-        return targets_by_name(model, ARCHITECTURES[model.config.model_type].targets)  # type: ignore[index, union-attr]
+        return targets_by_name(model, _auto_names(model, candidates))
     if not isinstance(target_modules, str):
         return targets_by_name(model, target_modules)
     if re.fullmatch(r"[\w.,\- ]+", target_modules):
         asked = [name.strip() for name in target_modules.split(",")]
         return targets_by_name(model, [name for name in asked if name])
     return targets_by_regex(model, target_modules)
+
+
+def _auto_names(model: nn.Module, candidates: Sequence[str]) -> tuple[str, ...]:
+    """The names of the projections that get an adapter where none are named."""
+    record = architecture_of(model.config.model_type)  # type: ignore[union-attr]
+    if record.known:
+        return record.targets
+    ends = {name.rpartition(".")[2] for name in candidates}
+    usual = (names for names in QUERY_VALUE if ends.issuperset(names))
+    return next(usual, tuple(sorted(ends)))
 
 
 def targets_by_name(model: nn.Module, names: Sequence[str]) -> list[str]:

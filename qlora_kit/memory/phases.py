@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_kit.base.decoder import decoder_layers
 from qlora_kit.memory.counter import StorageCounter
 
 EMBEDDING, NORM, HEAD = "embedding", "final norm", "head and loss"
@@ -24,7 +25,7 @@ EMBEDDING, NORM, HEAD = "embedding", "final norm", "head and loss"
 def follow(model: PreTrainedModel, counter: StorageCounter) -> Iterator[None]:
     """Inside, the counter's intervals and what is being filled follow the steps of `model`."""
     names = {id(module): name for name, module in model.named_modules()}
-    layers = list(model.base_model.layers)
+    layers = list(decoder_layers(model))
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def enter(phase: str, module: str, filling: str) -> None:

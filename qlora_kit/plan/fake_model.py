@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.base import Base
+from qlora_kit.base.decoder import decoder_layers, layers_path, settings_of
 from qlora_kit.base.load import fill
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.config.lora import LoRAConfig
@@ -68,7 +69,7 @@ class FakeModel:
         self.loading = self.taken(0)
         self.fused = training.fused_blocks and note is None
         self.model.train()
-        self.layers = list(self.model.base_model.layers)
+        self.layers = list(decoder_layers(self.model))
         found = {id(module): name for name, module in self.model.named_modules()}
         self.names = [found[id(layer)] for layer in self.layers]
         self.kinds = [_kind_of(layer) for layer in self.layers]
@@ -104,19 +105,27 @@ class FakeModel:
     @contextlib.contextmanager
     def only(self, chosen: Sequence[int]) -> Iterator[None]:
         """Let the model have these of its layers meanwhile."""
-        body, config = self.model.base_model, self.model.config
-        kinds = getattr(config, "layer_types", None)
-        before = (body.layers, config.num_hidden_layers)
+        config = self.model.config
+        owner, _, leaf = layers_path(self.model).rpartition(".")
+        body, count = self.model.get_submodule(owner), len(self.layers)
+        before = getattr(body, leaf)
+        # What a config has one value of for each layer, such as `layer_types`.
+        lists = {
+            name: value
+            for name, value in vars(config).items()
+            if isinstance(value, list) and len(value) == count
+        }
         try:
-            body.layers = nn.ModuleList(self.layers[i] for i in chosen)
+            setattr(body, leaf, nn.ModuleList(self.layers[i] for i in chosen))
             config.num_hidden_layers = len(chosen)
-            if kinds is not None:
-                config.layer_types = [kinds[i] for i in chosen]
+            for name, value in lists.items():
+                setattr(config, name, [value[i] for i in chosen])
             yield
         finally:
-            body.layers, config.num_hidden_layers = before
-            if kinds is not None:
-                config.layer_types = kinds
+            setattr(body, leaf, before)
+            config.num_hidden_layers = count
+            for name, value in lists.items():
+                setattr(config, name, value)
 
     def _read(self, entry: TensorEntry, into: Tensor) -> None:
         self.counter.tag(HOST if HOST in self.apart else "loading", (into,))
@@ -130,8 +139,7 @@ class FakeModel:
 
 def _kind_of(layer: nn.Module) -> Hashable:
     """What makes a layer the same as another one: code, settings and tensors."""
-    attention, block = getattr(layer, "self_attn", None), getattr(layer.forward, "block", None)
+    block = getattr(layer.forward, "block", None)
     named = itertools.chain(layer.named_parameters(), layer.named_buffers())
     tensors = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in named)
-    ours = None if block is None else block.kind
-    return type(layer), getattr(attention, "sliding_window", None), ours, tensors
+    return settings_of(layer), None if block is None else block.kind, tensors

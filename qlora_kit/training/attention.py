@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.device import device_type, has_values
 from qlora_kit.kernels.attention import Segment, causal_attention
 from qlora_kit.kernels.matmul import matmul_dtype
@@ -40,6 +41,10 @@ def set_packed_attention(model: PreTrainedModel) -> bool:
     The results are those of `sdpa` up to rounding, packed or not, with a cache or a mask too.
     """
     config = model.config
+    if not architecture_of(config.model_type).known:
+        # A mask may say what positions do not: alibi, chunks, a prefix.
+        _attend_in_fp32(config, model.get_input_embeddings().weight)
+        return False
     windowed = getattr(config, "sliding_window", None) is not None
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     weight = model.get_input_embeddings().weight

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_kit.base.decoder import decoder_layers
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.block_compare import fused_blocks
 from qlora_kit.training.recompute import recompute, recompute_halves
@@ -37,14 +38,14 @@ class LayerForward:
     level: str = "none"
     random: bool = False
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         """As the layer's own forward, `hidden_states` (B, T, h) to the next layer's.
 
         A call with a cache, as generation makes it, goes through the model's code.
         """
         run, block = self.original, self.block
         cached = options.get("past_key_values") is not None
-        if args or cached or _OWN_CODE.get():
+        if len(args) > 1 or cached or _OWN_CODE.get():
             block = None
         elif block is not None and block.rotation != "none":
             block = None if options.get("position_embeddings") is None else block
@@ -53,10 +54,10 @@ class LayerForward:
             for unused in ("past_key_values", "use_cache"):
                 options.pop(unused, None)
         if self.level == "none" or not (self.layer.training and torch.is_grad_enabled()):
-            return run(hidden_states, *args, **options)
+            return run(*args, **options)
         if self.level == "selective" and block is not None:
-            return recompute_halves(block, self.random, hidden_states, **options)
-        return recompute(run, self.level, self.random, hidden_states, *args, **options)
+            return recompute_halves(block, self.random, *args, **options)
+        return recompute(run, self.level, self.random, *args, **options)
 
 
 def use_fused_blocks(model: PreTrainedModel) -> str | None:
@@ -64,7 +65,7 @@ def use_fused_blocks(model: PreTrainedModel) -> str | None:
     blocks = fused_blocks(model)
     if isinstance(blocks, str):
         return blocks
-    for layer, block in zip(model.base_model.layers, blocks, strict=True):
+    for layer, block in zip(decoder_layers(model), blocks, strict=True):
         layer.forward = replace(_forward_of(layer), block=block)
     return None
 
@@ -74,7 +75,7 @@ def set_recompute(model: PreTrainedModel, levels: str | Sequence[str]) -> None:
 
     Outputs and gradients are equal bit for bit, whatever the levels.
     """
-    layers = list(model.base_model.layers)
+    layers = list(decoder_layers(model))
     chosen = [levels] * len(layers) if isinstance(levels, str) else list(levels)
     for layer, level in zip(layers, chosen, strict=True):
         dropouts = (one.p for one in layer.modules() if isinstance(one, nn.Dropout))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlora_kit.base.architecture import ARCHITECTURES
+from qlora_kit.base.architecture import architecture_of
+from qlora_kit.base.decoder import hidden_states
 from qlora_kit.kernels.cross_entropy import cross_entropy_sum
 
 if TYPE_CHECKING:
@@ -31,15 +32,13 @@ class Evaluation:
 
 def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The sum (not the mean) over a batch's supervised tokens of -log p, a scalar in fp32."""
-    hidden = model.base_model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).last_hidden_state
+    hidden = hidden_states(model, batch["input_ids"], batch["position_ids"])
     # (B, T, h) to (B * T, h), and of these the N supervised ones: (N, h).
     tokens = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["supervised"])
     # `supervised` points at the positions that predict; their targets are the next tokens, (N,).
     targets = batch["labels"].reshape(-1).index_select(0, batch["supervised"] + 1)
     config = model.config
-    scale, softcap = ARCHITECTURES[config.model_type].logit_scale_and_softcap(config)
+    scale, softcap = architecture_of(config.model_type).logit_scale_and_softcap(config)
     return cross_entropy_sum(tokens, model.get_output_embeddings(), targets, softcap, scale)
 
 

@@ -272,7 +272,7 @@ OTHERS = {
         r"'qwen2_vl' has a tower .*vision_config",
     ),
     "sound": ({"model_type": "qwen2_audio", "audio_config": {"x": 1}}, "has a tower"),
-    "unknown": ({"model_type": "mamba"}, "'mamba' is not supported; supported families are llama"),
+    "unknown": ({"model_type": "llamma"}, "has no causal language model of model_type 'llamma'"),
 }
 
 

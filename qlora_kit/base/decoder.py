@@ -1,0 +1,91 @@
+"""The decoder inside a built model: its layers, and what its forward takes.
+
+A decoder is found in the model, not in a list of families: its layers are the `nn.ModuleList` that
+lies in no other one and has as many members as config.json says, or the most weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.errors import ModelError
+
+
+def layers_path(model: Any) -> str:
+    """The name of the list of decoder layers of `model`, such as `model.layers`.
+
+    Errors: `ModelError` for a model whose decoder is no list of layers.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            lists[name] = module
+    count = getattr(model.config, "num_hidden_layers", None)
+    of_count = [name for name, module in lists.items() if len(module) == count]
+    if not lists:
+        raise ModelError(
+            f"model_type {model.config.model_type!r}: its decoder is no list of layers",
+            "use a model of another family",
+        )
+    return max(of_count or lists, key=lambda name: _elements(lists[name]))
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The layers of the text decoder of `model`, in order. Errors: as `layers_path`."""
+    layers: nn.ModuleList = model.get_submodule(layers_path(model))
+    return layers
+
+
+def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """What the decoder of `model` hands to the head, (B, T, h), without a cache.
+
+    `input_ids` and `position_ids` are (B, T); positions are left out where the model takes none.
+    """
+    body = model.base_model
+    options: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
+    taken = {name: value for name, value in options.items() if takes(body, name)}
+    hidden: Tensor = body(input_ids=input_ids, **taken).last_hidden_state
+    return hidden
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the forward of a model's class has an argument of that name."""
+    return name in _arguments(type(module).forward)
+
+
+def settings_of(layer: nn.Module) -> tuple[object, ...]:
+    """What a layer runs, weights apart: its modules' classes and their plain settings.
+
+    Layers that differ in nothing but their number have the same.
+    """
+    return tuple(
+        (name, type(module), *sorted(_plain(module)))
+        for name, module in layer.named_modules(remove_duplicate=False)
+    )
+
+
+def _plain(module: nn.Module) -> list[tuple[str, str]]:
+    if not type(module).__module__.startswith("transformers."):
+        return []
+    kinds = (bool, int, float, str, type(None), torch.dtype)
+    return [
+        (name, repr(value))
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and name not in ("layer_idx", "layer_id", "layer_number")
+    ]
+
+
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,111 @@
+"""A family without a record: the fields of its config, and what transformers' class says of it.
+
+Its config class declares what a config.json may set. Of that a model gets the fields that the class
+itself adds (none of the base class, which can change what a forward returns), each within bounds
+(`base/fields.py`), and their types are checked by the class. What draws random numbers is set to 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+
+from qlora_kit.base.fields import beyond
+
+TABLES_LIMIT = 2**30
+"""Bytes of the tables that a model computes when it is built."""
+OLD_NAMES = (
+    # What the classes of some families convert to what they declare.
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "head_dim",
+    "rotary_pct",
+    "rotary_emb_base",
+    "rotary_dim",
+    "rope_local_base_freq",
+    "global_rope_theta",
+    "local_rope_theta",
+    "swa_rope_theta",
+    "sliding_window_pattern",
+    "full_attention_interval",
+    "tie_word_embeddings",
+    "tie_embedding",
+    "n_embed",
+    "use_bias",
+    "qkv_bias",
+)
+
+
+def declared_fields(config: Mapping[str, Any], family: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The fields of `config` that its class gets, and its dropout, which is off.
+
+    Errors: `ValueError` for values beyond the bounds of any field.
+    """
+    ours = {field.name: field for field in dataclasses.fields(family)}  # type: ignore[arg-type]
+    for field in dataclasses.fields(PreTrainedConfig):  # type: ignore[arg-type]
+        ours.pop(field.name, None)
+    names = {*ours, *family.attribute_map, *OLD_NAMES}
+    described = {name: copy.deepcopy(config[name]) for name in config if name in names}
+    if wrong := list(beyond(described)):
+        raise ValueError("; ".join(wrong))
+    for name, field in ours.items():
+        value = described.get(name, field.default)
+        if is_dropout(name) and type(value) in (float, int):
+            described[name] = type(value)(0)
+    for value in described.values():
+        if isinstance(value, dict):
+            value |= {
+                name: type(one)(0)
+                for name, one in value.items()
+                if is_dropout(name) and type(one) in (float, int)
+            }
+    return described
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a field of that name says how much is dropped at random."""
+    return "dropout" in name or name.endswith(("pdrop", "_drop", "layerdrop"))
+
+
+def attention_of(settings: PreTrainedConfig) -> str:
+    """How the class that transformers builds from `settings` can attend: `sdpa`, else `eager`."""
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    return "sdpa" if family._supports_sdpa else "eager"
+
+
+def check_generic(settings: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Refuse settings of a model that does not predict the next token, or whose tables are huge.
+
+    Errors: `ValueError`, and what transformers raises where it cannot build the model.
+    """
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ValueError("an encoder and a decoder, of which the decoder alone predicts nothing")
+    if not getattr(settings, "is_decoder", True) and hasattr(settings, "position_embedding_type"):
+        raise ValueError("is_decoder is false: every token sees those after it")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, attn_implementation=attention_of(settings)
+        )
+    taken = sum(buffer.nbytes for buffer in model.buffers())
+    if taken > TABLES_LIMIT:
+        raise ValueError(f"its tables would take {taken} bytes")
+
+
+def turn_off_dropout(model: nn.Module) -> None:
+    """Let no dropout of a built model drop anything."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def keys_to_ignore(model: Any) -> Iterator[str]:
+    """Regular expressions of the tensors in old files that the class computes by itself."""
+    yield from getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()

@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlora_kit.base.base import Base
 from qlora_kit.base.decoder import decoder_layers, layers_path, settings_of
 from qlora_kit.base.load import fill
-from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device import has_own_memory, planned_device
@@ -127,7 +126,7 @@ class FakeModel:
             for name, value in lists.items():
                 setattr(config, name, value)
 
-    def _read(self, entry: TensorEntry, into: Tensor) -> None:
+    def _read(self, entry: Any, into: Tensor) -> None:
         self.counter.tag(HOST if HOST in self.apart else "loading", (into,))
 
     def _on_fakes(self, model: nn.Module) -> None:

@@ -30,8 +30,8 @@ class Architecture:
     `logit_divisor` and `logit_softcap` name the fields of config.json that the family's own forward
     applies behind the head; in another family's config.json they mean nothing. `mlp` is what a
     layer calls its MLP, `down` the projection out of it. `rotates_in_windows_alone` says that
-    layers without a sliding window have no rotary embedding where others have a window. `known` says
-    that the family has a record; one without is found out from the model that transformers builds.
+    layers without a sliding window have no rotary embedding where others have a window. `known`
+    says that the family has a record; one without is found out from the model that is built.
     """
 
     known: bool = True

@@ -30,7 +30,9 @@ class Architecture:
     `logit_divisor` and `logit_softcap` name the fields of config.json that the family's own forward
     applies behind the head; in another family's config.json they mean nothing. `mlp` is what a
     layer calls its MLP, `down` the projection out of it. `rotates_in_windows_alone` says that
-    layers without a sliding window have no rotary embedding where others have a window. `known`
+    layers without a sliding window have no rotary embedding where others have a window.
+    `strict` says that of config.json the fields of `base/fields.py` alone reach the model, else all
+    that the family's class declares; `rope_needs` names what its rope fields must have. `known`
     says that the family has a record; one without is found out from the model that is built.
     """
 
@@ -46,6 +48,8 @@ class Architecture:
     mlp: str = "mlp"
     down: str = "down_proj"
     rotates_in_windows_alone: bool = False
+    strict: bool = False
+    rope_needs: tuple[str, ...] = ()
 
     def logit_scale_and_softcap(self, config: Any) -> tuple[float, float | None]:
         """The factor on a head's logits and their soft cap, of a model of this `config`."""
@@ -54,16 +58,16 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
+    "llama": Architecture(strict=True),
+    "mistral": Architecture(strict=True),
+    "qwen2": Architecture(strict=True),
+    "qwen3": Architecture(strict=True),
     # torch's fused attention has no soft cap of the scores.
-    "gemma2": Architecture(attention="eager", logit_softcap="final_logit_softcapping"),
+    "gemma2": Architecture(attention="eager", logit_softcap="final_logit_softcapping", strict=True),
     "phi3": Architecture(
-        query_key_value=("qkv_proj",), gate_up=("gate_up_proj",), targets=("qkv_proj",)
+        query_key_value=("qkv_proj",), gate_up=("gate_up_proj",), targets=("qkv_proj",), strict=True
     ),
-    "granite": Architecture(logit_divisor="logits_scaling"),
+    "granite": Architecture(logit_divisor="logits_scaling", strict=True),
     # Experts are refused; what they share is then the MLP.
     "granitemoehybrid": Architecture(
         gate_up=("input_linear",),
@@ -74,7 +78,9 @@ ARCHITECTURES = {
     "smollm3": Architecture(),
     "olmo2": Architecture(),
     "olmo3": Architecture(),
-    "ministral3": Architecture(),
+    "ministral3": Architecture(
+        rope_needs=("llama_4_scaling_beta", "original_max_position_embeddings")
+    ),
     "glm": Architecture(gate_up=("gate_up_proj",)),
     "glm4": Architecture(gate_up=("gate_up_proj",)),
     "exaone4": Architecture(rotates_in_windows_alone=True),
@@ -147,7 +153,7 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             "give the original 16-bit model (--bits quantizes it), or one that bitsandbytes "
             "quantized",
         )
-    wrong = list(problems(config, architecture_of(kind).known))
+    wrong = list(problems(config, architecture_of(kind).strict))
     if wrong:
         raise ModelError(f"{path}: {'; '.join(wrong)}", "correct the file")
 

@@ -142,6 +142,7 @@ ROPE_FIELDS = {
     "partial_rotary_factor": number(0, 1, above=True),
     "truncate": FLAG,
     "finetuned": FLAG,
+    "llama_4_scaling_beta": number(0, 10**6),
 }
 ANY = either(FLAG, either(whole(-LARGEST_ID, LARGEST_ID), either(DECIMAL, TEXT)))
 DEPTH_LIMIT, LENGTH_LIMIT = 4, 4096
@@ -196,7 +197,7 @@ SAID_FIELDS = {
 
 
 OTHER_FIELDS = {
-    # Of families without a record, whose class knows which texts it takes.
+    # Of families whose class knows what it takes.
     "layer_types": or_null(list_of(TEXT, 1000)),
     "hidden_act": or_null(TEXT),
     "hidden_activation": or_null(TEXT),
@@ -240,13 +241,13 @@ def asks_for_code(config: Mapping[str, Any]) -> tuple[str, Any] | None:
     return next(((key, config[key]) for key in ASKS_FOR_MORE if config.get(key)), None)
 
 
-def problems(config: Mapping[str, Any], known: bool = True) -> Iterator[str]:
+def problems(config: Mapping[str, Any], strict: bool = True) -> Iterator[str]:
     """What is wrong with the fields of a config, each with its value and what is allowed.
 
-    Of a family without a record (not `known`) some may hold more: its class checks their values.
+    Of a family that is not `strict` some may hold more: its class checks their values.
     """
-    yield from _wrong(config, {**MODEL_FIELDS, **SAID_FIELDS, **({} if known else OTHER_FIELDS)})
-    if not known and isinstance(config.get("rope_parameters"), dict):
+    yield from _wrong(config, {**MODEL_FIELDS, **SAID_FIELDS, **({} if strict else OTHER_FIELDS)})
+    if not strict and isinstance(config.get("rope_parameters"), dict):
         per_layer = [v for v in config["rope_parameters"].values() if isinstance(v, dict)]
         for problem in (found for one in per_layer for found in _wrong(one, ROPE_FIELDS)):
             yield f"rope_parameters: {problem}"

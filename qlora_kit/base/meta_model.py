@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,10 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
 
     record, family = architecture_of(config["model_type"]), CONFIG_MAPPING[config["model_type"]]
     try:
-        described = _described(config, family) if record.known else declared_fields(config, family)
+        described = _described(config, family) if record.strict else declared_fields(config, family)
         settings = family.from_dict(described)
         if record.known:
-            _check_heads(settings)
+            _check_heads(settings, record.rope_needs)
         else:
             check_generic(settings, dtype)
         # Buffers are real: rotary tables are computed when the modules are made.
@@ -85,8 +85,11 @@ def _described(config: Mapping[str, Any], family: Any) -> dict[str, Any]:
     return described | dict.fromkeys(DROPOUTS & described.keys(), 0.0)
 
 
-def _check_heads(settings: Any) -> None:
-    """Refuse heads that a rotary embedding cannot turn. Errors: `ValueError`."""
+def _check_heads(settings: Any, needed: Sequence[str]) -> None:
+    """Refuse heads that a rotary embedding cannot turn, and one without `needed`.
+
+    Errors: `ValueError`.
+    """
     head_dim = getattr(settings, "head_dim", None)
     head_dim = head_dim or settings.hidden_size // settings.num_attention_heads
     rope = settings.rope_parameters or {}
@@ -96,6 +99,9 @@ def _check_heads(settings: Any) -> None:
             f"{settings.num_attention_heads} heads of {head_dim} elements, of which {turned} are "
             "turned by the rotary embedding: an even number from 2 on"
         )
+    for name in needed:
+        if rope.get(name) is None:
+            raise ValueError(f"its rope parameters lack {name}")
     for name in ("short_factor", "long_factor"):
         if name in rope and len(rope[name]) != turned // 2:
             raise ValueError(

@@ -22,6 +22,7 @@ from qlora_kit.base.generic import (
     declared_fields,
     turn_off_dropout,
 )
+from qlora_kit.base.recurrence import avoid_fused_training
 from qlora_kit.errors import ModelError
 
 DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}
@@ -71,6 +72,7 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
             f"{path}: describes no model that can be built: {error}", "correct the file"
         ) from error
     turn_off_dropout(model)
+    avoid_fused_training(model)
     return model
 
 

@@ -43,6 +43,8 @@ class Batch(TypedDict):
     """N, known without reading the device"""
     lengths: list[int]
     """tokens of each sequence, padding left out"""
+    packed: bool
+    """whether a sequence may hold several rows"""
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
@@ -76,6 +78,7 @@ def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
         supervised=supervised,
         num_supervised=len(supervised),
         lengths=lengths,
+        packed=any(len(pack) > 1 for pack in packs),
     )
 
 
@@ -108,14 +111,16 @@ def split(batch: Batch, max_rows: int) -> Iterator[Batch]:
         lengths = batch["lengths"][first : first + max_rows]
         rows, width = slice(first, first + max_rows), padded(max(lengths))
         labels = batch["labels"][rows, :width]
+        positions = batch["position_ids"][rows, :width].contiguous()
         supervised = _predicting(labels)
         yield Batch(
             input_ids=batch["input_ids"][rows, :width].contiguous(),
             labels=labels.contiguous(),
-            position_ids=batch["position_ids"][rows, :width].contiguous(),
+            position_ids=positions,
             supervised=supervised,
             num_supervised=len(supervised),
             lengths=lengths,
+            packed=batch["packed"] and bool((positions[:, 1:] == 0).any()),
         )
 
 

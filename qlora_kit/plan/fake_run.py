@@ -20,7 +20,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.memory.counter import Interval, Sizes
 from qlora_kit.memory.phases import follow
 from qlora_kit.memory.profiler import batch_tensors
-from qlora_kit.plan.extrapolate import cut, extend
+from qlora_kit.plan.extrapolate import cut, extend, layers_of
 from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
 from qlora_kit.training.attention import known_rows
 from qlora_kit.training.layer_forward import set_recompute
@@ -48,7 +48,12 @@ class FakeRun:
         # The workspace that the CPU keeps: any step but the first finds it, and a forward pass
         # takes all of it.
         (batch,) = self.micro_batches(1, 2, 1, 1)
-        with fake.only(cut(fake.kinds)), fake.counted(), known_rows(False), torch.no_grad():
+        with (
+            fake.only(layers_of(cut(fake.kinds))),
+            fake.counted(),
+            known_rows(False),
+            torch.no_grad(),
+        ):
             supervised_loss(fake.model, batch)
 
     def micro_batches(
@@ -79,6 +84,7 @@ class FakeRun:
                 supervised=ids(count),
                 num_supervised=count,
                 lengths=[],  # a step does not read them
+                packed=self.packed,
             )
 
         with self._fake.mode:
@@ -87,8 +93,9 @@ class FakeRun:
 
     def passes(self, micro_batches: Sequence[Batch], levels: Sequence[str]) -> list[Interval]:
         """The intervals of forward and backward of a step; `levels` has one for each layer."""
-        chosen = cut(list(zip(self._fake.kinds, levels, strict=True)))
-        return extend(self.trace(micro_batches, chosen, levels), chosen, self.names, self.apart)
+        parts = cut(list(zip(self._fake.kinds, levels, strict=True)))
+        traced = self.trace(micro_batches, layers_of(parts), levels)
+        return extend(traced, parts, self.names, self.apart)
 
     def total(self, sizes: Sizes) -> int:
         """Their sum, what lies apart left out."""

@@ -194,8 +194,8 @@ class Planner:
     def _plan(
         self, shape: BatchShape, level: str, budget_bytes: int | None, micro_steps: int
     ) -> MemoryPlan:
-        batches = self.run.micro_batches(shape.rows, shape.length, shape.supervised, micro_steps)
         self.run.packed, self.run.longest_row = shape.packed, shape.longest_row or shape.length
+        batches = self.run.micro_batches(shape.rows, shape.length, shape.supervised, micro_steps)
         if level == "auto":
             budget = None
             if budget_bytes is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qlora_kit.base.base import Base
+from qlora_kit.base.recurrence import check_packing
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.encode import EncodedRows, encode_rows
 from qlora_kit.data.outcome import EncodeRules
@@ -13,6 +14,8 @@ from qlora_kit.errors import ConfigError
 
 def encode_run(config: RunConfig, rows: Rows, base: Base) -> tuple[EncodedRows, EncodedRows | None]:
     """The rows that are trained on and held out, as tokens. Errors: `DataError`, `ConfigError`."""
+    if config.data.packing:
+        check_packing(base.model)
     length, rules = config.data.length_in(base.context), EncodeRules.of(config.data)
     cache = cache_directory(config.data.token_cache)
     encoded = encode_rows(rows.train, base.tokenizer, length, rules, cache)

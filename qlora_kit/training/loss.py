@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.decoder import hidden_states
+from qlora_kit.base.recurrence import check_packing
 from qlora_kit.kernels.cross_entropy import cross_entropy_sum
 
 if TYPE_CHECKING:
@@ -31,7 +32,12 @@ class Evaluation:
 
 
 def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The sum (not the mean) over a batch's supervised tokens of -log p, a scalar in fp32."""
+    """The sum (not the mean) over a batch's supervised tokens of -log p, a scalar in fp32.
+
+    Errors: `ConfigError` for packs that the model's layers would not keep apart.
+    """
+    if batch["packed"]:
+        check_packing(model)
     hidden = hidden_states(model, batch["input_ids"], batch["position_ids"])
     # (B, T, h) to (B * T, h), and of these the N supervised ones: (N, h).
     tokens = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["supervised"])

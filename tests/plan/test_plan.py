@@ -28,6 +28,7 @@ from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.profiler import count_step
 from qlora_kit.plan import fake_model
+from qlora_kit.plan.extrapolate import cut, layers_of
 from qlora_kit.plan.fake_model import FakeModel
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.levels import choose_levels, layer_work
@@ -364,3 +365,24 @@ def test_quantizing_once_for_each_shape_takes_what_all_of_it_takes(
     repeated = loading()
     monkeypatch.setattr(fake_model, "RepeatedQuantize", lambda counter, apart: quantize_linear)
     assert repeated == loading()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "traced"),
+    [
+        ("A", 1),
+        ("AAA", 3),
+        ("AAAAAA", 3),
+        ("LLLF" * 8, 12),
+        ("LLLF" * 3, 12),
+        ("LLLF" * 5 + "LL", 14),
+        ("SF" * 6 + "SS", 8),
+        ("MMMMMAMMMMMMAMMM", 11),
+    ],
+)
+def test_a_repeated_pattern_is_traced_three_times(kinds, traced):
+    """Whatever the pattern, the parts say of every layer which one stands for it."""
+    parts = cut(kinds)
+    stands = [kinds[i] for part in parts for _ in range(part.repetitions) for i in part.layers]
+    assert "".join(stands) == kinds
+    assert len(layers_of(parts)) == traced

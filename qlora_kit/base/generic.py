@@ -56,6 +56,7 @@ def declared_fields(config: Mapping[str, Any], family: type[PreTrainedConfig]) -
     described = {name: copy.deepcopy(config[name]) for name in config if name in names}
     if wrong := list(beyond(described)):
         raise ValueError("; ".join(wrong))
+    described = {name: _with_infinities(value) for name, value in described.items()}
     for name, field in ours.items():
         value = described.get(name, field.default)
         if is_dropout(name) and type(value) in (float, int):
@@ -68,6 +69,15 @@ def declared_fields(config: Mapping[str, Any], family: type[PreTrainedConfig]) -
                 if is_dropout(name) and type(one) in (float, int)
             }
     return described
+
+
+def _with_infinities(value: Any) -> Any:
+    """A value with the infinities that transformers writes into JSON as objects."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity"):
+            return float(value["__float__"])
+        return {name: _with_infinities(one) for name, one in value.items()}
+    return [_with_infinities(one) for one in value] if isinstance(value, list) else value
 
 
 def is_dropout(name: str) -> bool:

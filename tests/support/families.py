@@ -162,7 +162,7 @@ DENSE: dict[str, dict[str, Any]] = {
     },
     "glm": {"model_type": "glm", "head_dim": 32, "partial_rotary_factor": 0.5},
     "glm4": {"model_type": "glm4", "head_dim": 32, "partial_rotary_factor": 0.5},
-    "phi4": {"model_type": "phi3", "intermediate_size": 186},
+    "phi4": {"model_type": "phi3"},
     "phi4_mini": {
         "model_type": "phi3",
         "partial_rotary_factor": 0.75,

@@ -18,6 +18,7 @@ from qlora_kit.base.checks import is_computed
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry, fingerprint
 from qlora_kit.base.source import Source
+from qlora_kit.base.text_decoder import Wrapper
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import dtype_name
 
@@ -51,10 +52,11 @@ class Base:
     Until then `model` has its architecture on the meta device, so that whatever depends on shapes
     alone (targets, rank, context, tokens) can be refused before a byte of weights is read. It is
     the transformers class of its architecture, of `parameters` elements as the files have them.
-    `entries` are all tensors of the files, `stored` the linears among them that are quantized
-    already. `embedding_rows` is what the embedding (and the head) is resized to, None where the
-    files have all of its rows. `tokenizer` is None in a plan of a bare config.json. `notes`
-    are what a user should know of the files, a sentence each.
+    `entries` are all tensors of the files by the model's names, `stored` the linears among them
+    that are quantized already. `embedding_rows` is what the embedding (and the head) is resized
+    to, None where the files have all of its rows. `tokenizer` is None in a plan of a bare
+    config.json. `notes` are what a user should know of the files, a sentence each. `wrapper` is
+    what is around the text decoder of a multimodal checkpoint, None for a text model.
     """
 
     model: PreTrainedModel
@@ -67,6 +69,7 @@ class Base:
     dtype: torch.dtype
     embedding_rows: int | None = None
     notes: tuple[str, ...] = ()
+    wrapper: Wrapper | None = None
     parameters: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +84,7 @@ class Base:
         return BaseInfo(
             name=self.source.name,
             revision=self.source.revision,
-            fingerprint=fingerprint(self.entries.values()),
+            fingerprint=fingerprint(self.entries),
             parameters=self.parameters,
             bits=self.quantization.bits,
             quant_type=self.quantization.quant_type,
@@ -108,11 +111,11 @@ class Base:
     @property
     def plain(self) -> dict[str, TensorEntry]:
         """The tensors that are neither quantized already nor computed by the model itself."""
-        taken = {entry.name for one in self.stored.values() for entry in one.entries.values()}
+        taken = {entry for one in self.stored.values() for entry in one.entries.values()}
         return {
             name: entry
             for name, entry in self.entries.items()
-            if name not in taken and not is_computed(name)
+            if entry not in taken and not is_computed(name)
         }
 
     @property

@@ -26,6 +26,7 @@ from qlora_kit.base.fields import TOKENS
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, read_entries, some
 from qlora_kit.base.source import Source, contained, is_path, resolve
+from qlora_kit.base.text_decoder import text_config, text_decoder
 from qlora_kit.errors import ModelError, UnsafeInputError
 from qlora_kit.files.atomic import real_path
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 def read_config(directory: Path) -> dict[str, Any]:
     """The config.json of a directory: a supported family, without code of its own.
 
+    Of a multimodal model it is the whole file, whose text decoder is supported (`text_decoder`).
     `auto_map` alone is accepted: no file that it names is there, and transformers' own class of
     the family is used. Errors: `ModelError`, `UnsafeInputError`.
     """
@@ -59,10 +61,11 @@ def find_config(model: str, revision: str | None = None) -> tuple[Source, Path]:
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """As `read_config`, of a file of any name."""
-    config = read_json(path)
-    if "auto_map" in config and (
+    whole = read_json(path)
+    config = text_config(whole, path)
+    if "auto_map" in whole and (
         str(config.get("model_type")) not in causal_families() | ARCHITECTURES.keys()
-        or names_code(config["auto_map"], path.parent)
+        or names_code(whole["auto_map"], path.parent)
     ):
         raise UnsafeInputError(
             f"{path}: auto_map asks to run Python files of the model",
@@ -70,7 +73,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
             f"({', '.join(ARCHITECTURES)}), without Python files in its directory",
         )
     check_family(config, path)
-    return config
+    return whole
 
 
 def read_generation_config(directory: Path) -> dict[str, Any] | None:
@@ -143,8 +146,8 @@ def check_architecture(
         problems.append(", ".join(shapes[:SHOWN]) + more)
     kinds = [
         f"{entry.name} is {entry.dtype}"
-        for entry in entries.values()
-        if entry.name in expected and not entry.dtype.startswith(("F", "BF"))
+        for name, entry in entries.items()
+        if name in expected and not entry.dtype.startswith(("F", "BF"))
     ]
     if kinds:
         problems.append(f"{some(kinds)}, expected floating point")
@@ -162,7 +165,7 @@ def is_computed(name: str) -> bool:
 
 def look(source: Source) -> None:
     """Refuse what all files of a directory show but the tensors, in a second: without torch."""
-    read_config(source.directory)
-    read_entries(source.directory)
+    whole = read_config(source.directory)
+    text_decoder(whole, read_entries(source.directory), source.directory / "config.json")
     read_generation_config(source.directory)
     tokenizer_files(source.directory)

@@ -27,6 +27,7 @@ from qlora_kit.base.safetensors_file import (
     TensorEntry,
     read_entries,
 )
+from qlora_kit.base.text_decoder import text_decoder
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import compute_dtype
@@ -43,13 +44,17 @@ def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | N
     Errors: `ModelError`, `TokenizerError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
     """
     source, path = find_config(config.model, config.revision)
-    described = read_config_file(path)
+    whole = read_config_file(path)
+    decoder = text_decoder(whole, None, path)
+    described = decoder.config
     quantized = stored_quantization(described, path)
     quantization = agree(config, quantized, path)
     dtype = compute_dtype(config.dtype, device)
     entries: dict[str, TensorEntry] | None = None
     if quantized is None and any(find(path.parent, one) for one in (SINGLE_FILE, INDEX_FILE)):
-        entries = read_entries(source.directory)
+        decoder = text_decoder(whole, read_entries(source.directory), path)
+        described, entries = decoder.config, decoder.entries
+        assert entries is not None
         check_layers(entries, described, path)
     model = build_on_meta(described, dtype, path)
     if entries is None:
@@ -62,7 +67,19 @@ def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | N
     if embedding_rows is not None:
         model = build_on_meta({**described, "vocab_size": embedding_rows}, dtype, path)
     cpu = torch.device("cpu")
-    return Base(model, None, source, entries, {}, quantization, cpu, dtype, embedding_rows)
+    return Base(
+        model,
+        None,
+        source,
+        entries,
+        {},
+        quantization,
+        cpu,
+        dtype,
+        embedding_rows,
+        decoder.notes,
+        decoder.wrapper,
+    )
 
 
 def _expected_entries(

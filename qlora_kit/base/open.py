@@ -18,7 +18,9 @@ from qlora_kit.base.meta_model import (
 )
 from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.base.source import resolve
+from qlora_kit.base.text_decoder import text_decoder
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
+from qlora_kit.base.towers import check_towers
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import compute_dtype, find_device
 
@@ -28,11 +30,11 @@ def open_base(config: BaseConfig) -> Base:
     device = find_device(config.device)
     source = resolve(config.model, config.revision, check=read_config)
     dtype = compute_dtype(config.dtype, device)
-    described = read_config(source.directory)
     path = source.directory / "config.json"
+    decoder = text_decoder(read_config(source.directory), read_entries(source.directory), path)
+    described, entries = decoder.config, decoder.entries or {}
     quantized = stored_quantization(described, path)
     quantization = agree(config, quantized, path)
-    entries = read_entries(source.directory)
     check_layers(entries, described, path)
     model = build_on_meta(described, dtype, path)
     expected, plain = expected_shapes(model), entries
@@ -47,10 +49,24 @@ def open_base(config: BaseConfig) -> Base:
             if name.removesuffix(".weight") not in stored
         }
     check_architecture(plain, expected, tied_names(model), source.directory)
+    if decoder.wrapper is not None:
+        check_towers(decoder.wrapper, path)
     rows, resized = model.get_input_embeddings().num_embeddings, None
     tokenizer = load_tokenizer(source.directory, None if config.resize_embeddings else rows)
     if needed_rows(tokenizer) > rows:
         resized = needed_rows(tokenizer)
         model = build_on_meta({**described, "vocab_size": resized}, dtype, path)
     take_generation_config(model, source.directory)
-    return Base(model, tokenizer, source, entries, stored, quantization, device, dtype, resized)
+    return Base(
+        model,
+        tokenizer,
+        source,
+        entries,
+        stored,
+        quantization,
+        device,
+        dtype,
+        resized,
+        decoder.notes,
+        decoder.wrapper,
+    )

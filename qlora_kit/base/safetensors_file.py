@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,14 +191,14 @@ def some(names: Sequence[str]) -> str:
     return f"{len(names)} tensors ({listed}, ...)" if len(names) > SHOWN else listed
 
 
-def fingerprint(entries: Iterable[TensorEntry]) -> str:
+def fingerprint(entries: Mapping[str, TensorEntry]) -> str:
     """SHA-256 over every tensor's name, dtype, shape and first, middle and last 4 KiB.
 
-    Sorted by name, so that it is the same however the tensors are spread over files.
+    Sorted by name (the key), so that it is the same however the tensors are spread over files.
     """
     digest = hashlib.sha256()
-    for entry in sorted(entries, key=lambda entry: entry.name):
-        digest.update(f"{entry.name} {entry.dtype} {list(entry.shape)}\n".encode())
+    for name, entry in sorted(entries.items()):
+        digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
         size = entry.end - entry.start
         middle = entry.start + max(0, (size - FINGERPRINT_SAMPLE) // 2)
         last = entry.start + max(0, size - FINGERPRINT_SAMPLE)

@@ -41,17 +41,18 @@ def read_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor on the CPU, in the files' order; each is valid until the next one is asked for.
 
-    One buffer of the largest tensor's size is reused. Errors: `NumericError` with the tensor's
-    name for a value that is not finite.
+    It comes with its key in `entries`. One buffer of the largest tensor's size is reused.
+    Errors: `NumericError` with the tensor's name for a value that is not finite.
     """
     largest = max((entry.end - entry.start for entry in entries.values()), default=0)
     buffer = torch.empty(largest, dtype=torch.uint8)
-    for entry in sorted(entries.values(), key=lambda entry: (str(entry.path), entry.start)):
+    for name in sorted(entries, key=lambda name: (str(entries[name].path), entries[name].start)):
+        entry = entries[name]
         part = buffer[: entry.end - entry.start]
         read(entry, part)
         tensor = part.view(entry.torch_dtype).view(entry.shape)
         check_finite(tensor, f"{entry.path}: {entry.name}")
-        yield entry.name, tensor
+        yield name, tensor
 
 
 def check_finite(tensor: Tensor, name: str, remedy: str = "fetch the file again") -> None:

@@ -1,0 +1,295 @@
+"""One model_type through the commands: what `benchmarks/models.py` does in a type's process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import model_laws as laws
+import torch
+import transformers
+from any_model import random_model, save_random, tiny_config
+from families import relative_error, save_tokenizer, token_ids
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from trained import write_rows
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.base.linear import QuantizedLinear, dequantize
+from qlora_kit.base.load import load_base
+from qlora_kit.commands.main import main
+from qlora_kit.errors import QloraKitError, error_line
+from qlora_kit.lora.adapter import load_adapter
+
+LIMIT = laws.TOLERANCE
+
+
+class FaultError(Exception):
+    """A law does not hold."""
+
+
+@dataclass
+class Cell:
+    """One type in one number of bits: its files, its measurements."""
+
+    base: Path
+    bits: int
+    folder: Path
+    found: dict[str, Any] = field(default_factory=dict)
+    _trained: Any = None
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def trained(self) -> Any:
+        """The base with the saved adapter, as this package loads both."""
+        if self._trained is None:
+            loaded = load_base(str(self.base), bits=self.bits, dtype="fp32", device="cpu")
+            self._trained = load_adapter(loaded, self.adapter).model.eval()
+        return self._trained
+
+    def law(self, name: str, error: float, what: str = "") -> None:
+        """Note an error; a fault where it is too large."""
+        self.found[name] = float(f"{error:.2g}")
+        if not error <= LIMIT:
+            raise FaultError(f"{name} {error:.2g} {what}".strip())
+
+
+def prepare(root: Path) -> None:
+    """Everything imported and the rows written, before the processes are forked."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    write_rows(root / "rows.jsonl")
+    random_model("llama")(input_ids=token_ids())
+    for command in ("finetune", "export"):
+        with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+            main([command, "--help"])
+
+
+def make_row(kind: str, bits: Sequence[int], folder: Path, path: Path) -> None:
+    """The row of a type, written into `path` after every step, so that a crash leaves it there."""
+    folder.mkdir()
+    row: dict[str, Any] = {}
+
+    def note(step: str) -> None:
+        path.write_text(json.dumps({**row, "at": step}))
+
+    note("nothing")
+    if made := make_checkpoint(kind, folder / "base", row):
+        row["transformers"] = made
+    for number in bits:
+        cell = Cell(folder / "base", number, folder / str(number))
+        cell.folder.mkdir()
+        row[str(number)] = cell.found
+        for step, work in CHAIN.items():
+            note(f"{number} bits, {step}")
+            try:
+                work(cell)
+            except QloraKitError as error:
+                cell.found["refused"] = _line(error, folder)
+                cell.found["refused_at"] = step
+                break
+            except (FaultError, AssertionError) as error:
+                cell.found["fault"] = f"{step}: {error}"[:300]
+                break
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                said = f"{step}: {type(error).__name__}: {error} ({Path(place.filename).name})"
+                cell.found["fault"] = said.replace(str(folder.parent), "")[:400]
+                traceback.print_exc()
+                break
+        else:
+            cell.found["works"] = True
+        shutil.rmtree(cell.folder)
+    note("the end")
+    shutil.rmtree(folder)
+
+
+def make_checkpoint(kind: str, directory: Path, row: dict[str, Any]) -> str | None:
+    """A tiny checkpoint; what transformers says where it makes none, or does not run it."""
+    directory.mkdir()
+    try:
+        config = tiny_config(kind)
+        config.save_pretrained(directory)
+    except Exception as error:
+        return f"no config: {type(error).__name__}: {error}"[:300]
+    save_tokenizer(directory)
+    try:
+        model = save_random(directory, kind)
+    except Exception as error:
+        return f"no model: {type(error).__name__}: {error}"[:300]
+    row["class"] = type(model).__name__
+    count = sum(one.numel() for one in model.parameters())
+    in_linears = sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear))
+    row["parameters"], row["in_linears"] = count, round(in_linears / count, 3)
+    try:
+        with torch.no_grad():
+            model(input_ids=token_ids(), use_cache=False)
+    except Exception as error:
+        return f"no forward: {type(error).__name__}: {error}"[:300]
+    return None
+
+
+def _line(error: QloraKitError, folder: Path) -> str:
+    """The line that a command ends with, without this machine's paths."""
+    return error_line(error).replace(f"{folder}/", "")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=token_ids(), use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def command(cell: Cell, name: str, *arguments: object) -> None:
+    """Run a command; its last line is raised where it fails."""
+    said = cell.folder / "said"
+    with said.open("w") as file, contextlib.redirect_stderr(file):
+        code = main([name, *map(str, arguments)])
+    if code:
+        lines = said.read_text().splitlines() or [""]
+        raise FaultError(
+            f"{name} ended with {code}: {lines[-1]}".replace(str(cell.base.parent), "")
+        )
+
+
+def load(cell: Cell) -> None:
+    model, note = laws.prepared(cell.base, cell.bits)
+    cell.found["code"] = note or "fused blocks"
+    weights = [p for n, p in model.named_parameters() if ".lora_" not in n]
+    quantized = sum(
+        one.in_features * one.out_features
+        for one in model.modules()
+        if isinstance(one, QuantizedLinear)
+    )
+    cell.found["in_16_bits"] = round(1 - quantized / (quantized + _elements(weights)), 4)
+
+
+def _elements(weights: Sequence[torch.Tensor]) -> int:
+    return sum(one.numel() for one in weights if one.is_floating_point())
+
+
+def logits_are_the_references(cell: Cell) -> None:
+    model, _ = laws.prepared(cell.base, cell.bits)
+    reference = laws.reference_of(model, cell.base, torch.float32)
+    cell.law("logits", laws.logits_error(model, reference))
+
+
+def gradients_are_autograds(cell: Cell) -> None:
+    model, _ = laws.prepared(cell.base, cell.bits)
+    error, tensor, dtype = laws.gradient_error(model, cell.base)
+    cell.found["gradients_in"] = str(dtype).removeprefix("torch.")
+    cell.law("gradients", error, tensor)
+
+
+def levels_are_equal(cell: Cell) -> None:
+    model, _ = laws.prepared(cell.base, cell.bits)
+    if differ := laws.levels_differ(model):
+        raise FaultError(f"recompute {', '.join(differ)} differs from none")
+
+
+def padding_changes_nothing(cell: Cell) -> None:
+    model, _ = laws.prepared(cell.base, cell.bits)
+    cell.law("right_padding", *laws.right_padding_error(model))
+    try:
+        cell.law("left_padding", *laws.left_padding_error(model))
+    except FaultError as fault:
+        # Training pads on the right alone: whose is it?
+        reference = laws.reference_of(model, cell.base, torch.float32)
+        theirs, _ = laws.left_padding_of_reference(reference)
+        if theirs <= LIMIT:
+            raise
+        cell.found["left_padding"] = f"transformers' own differs by {theirs:.2g}"
+        del fault
+
+
+def train(cell: Cell) -> None:
+    command(
+        cell, "finetune", "--model", cell.base, "--data", cell.base.parent.parent / "rows.jsonl",
+        "--bits", cell.bits, "--dtype", "fp32", "--device", "cpu", "--eval_fraction", 0,
+        "--target_modules", "all-linear", "--lora_r", 4, "--batch_size", 12,
+        "--gradient_accumulation_steps", 1, "--max_steps", 4, "--learning_rate", 1e-2,
+        "--warmup_steps", 0, "--token_cache", "none", "--output_dir", cell.adapter,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (cell.adapter / "metrics.jsonl").open()]
+    cell.found["losses"] = [round(line["loss"], 3) for line in lines]
+    if not lines[-1]["loss"] < lines[0]["loss"]:  # all rows are in every batch
+        raise FaultError("the loss does not fall")
+
+
+def peft_reads_it(cell: Cell) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(cell.base, dtype=torch.float32)
+    for name, module in cell.trained.named_modules():
+        if isinstance(module, QuantizedLinear):
+            own = plain.get_submodule(name.removesuffix(".base_layer"))
+            own.weight.data = dequantize(module, torch.float32)
+    before = logits(plain)
+    theirs = PeftModel.from_pretrained(plain, cell.adapter)
+    if relative_error(logits(theirs), before) <= 100 * LIMIT:
+        raise FaultError("the adapter changes nothing")
+    cell.law("peft", relative_error(logits(theirs), logits(cell.trained)))
+
+
+def export(cell: Cell) -> None:
+    command(
+        cell, "export", "--adapter", cell.adapter, "--model", cell.base, "--device", "cpu",
+        "--verify", cell.base.parent.parent / "rows.jsonl", "--output_dir", cell.folder / "export",
+    )  # fmt: skip
+    written, original = (
+        {name: tensor.shape for name, tensor in load_file(path / "model.safetensors").items()}
+        for path in (cell.folder / "export", cell.base)
+    )
+    if written != original:
+        raise FaultError("the export has other tensors than the base")
+
+
+def transformers_reads_it(cell: Cell) -> None:
+    exported, found = AutoModelForCausalLM.from_pretrained(
+        cell.folder / "export", dtype="auto", output_loading_info=True
+    )
+    if found["missing_keys"] or found["unexpected_keys"]:
+        raise FaultError(f"keys that do not fit: {str(found)[:200]}")
+    cell.law("export", relative_error(logits(exported), logits(cell.trained)))
+
+
+def pack(cell: Cell) -> None:
+    """Packs are isolated, or the command refuses them."""
+    model, _ = laws.prepared(cell.base, cell.bits)
+    error, tensor = laws.packing_error(model)
+    if error <= LIMIT:
+        cell.found["packing"] = float(f"{error:.2g}")
+        return
+    try:
+        command(
+            cell, "finetune", "--model", cell.base, "--packing", "true",
+            "--data", cell.base.parent.parent / "rows.jsonl",
+            "--bits", cell.bits, "--dtype", "fp32", "--device", "cpu", "--eval_fraction", 0,
+            "--lora_r", 4, "--max_steps", 1, "--token_cache", "none",
+            "--output_dir", cell.folder / "packed",
+        )  # fmt: skip
+    except FaultError as fault:
+        cell.found["packing"] = str(fault)
+        return
+    raise FaultError(f"packs leak ({error:.2g} {tensor}) and are not refused")
+
+
+CHAIN: dict[str, Callable[[Cell], None]] = {
+    "load": load,
+    "logits": logits_are_the_references,
+    "gradients": gradients_are_autograds,
+    "recompute": levels_are_equal,
+    "padding": padding_changes_nothing,
+    "packing": pack,
+    "train": train,
+    "PEFT reads it": peft_reads_it,
+    "export": export,
+    "transformers reads it": transformers_reads_it,
+}

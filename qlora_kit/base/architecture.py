@@ -32,7 +32,8 @@ class Architecture:
     layer calls its MLP, `down` the projection out of it. `rotates_in_windows_alone` says that
     layers without a sliding window have no rotary embedding where others have a window.
     `strict` says that of config.json the fields of `base/fields.py` alone reach the model, else all
-    that the family's class declares; `rope_needs` names what its rope fields must have. `known`
+    that the family's class declares; `rope_needs` names what its rope fields must have.
+    `packs` says that its attention keeps the rows of a pack apart by their positions. `known`
     says that the family has a record; one without is found out from the model that is built.
     """
 
@@ -50,6 +51,7 @@ class Architecture:
     rotates_in_windows_alone: bool = False
     strict: bool = False
     rope_needs: tuple[str, ...] = ()
+    packs: bool = True
 
     def logit_scale_and_softcap(self, config: Any) -> tuple[float, float | None]:
         """The factor on a head's logits and their soft cap, of a model of this `config`."""
@@ -68,12 +70,14 @@ ARCHITECTURES = {
         query_key_value=("qkv_proj",), gate_up=("gate_up_proj",), targets=("qkv_proj",), strict=True
     ),
     "granite": Architecture(logit_divisor="logits_scaling", strict=True),
-    # Experts are refused; what they share is then the MLP.
+    # Experts are refused; what they share is then the MLP. Its attention gets no positions
+    # (transformers 5.23).
     "granitemoehybrid": Architecture(
         gate_up=("input_linear",),
         logit_divisor="logits_scaling",
         mlp="shared_mlp",
         down="output_linear",
+        packs=False,
     ),
     "smollm3": Architecture(),
     "olmo2": Architecture(),

@@ -76,6 +76,19 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
     return model
 
 
+def _hold_tables(model: nn.Module) -> None:
+    """Let the second table of a long rotary embedding be there from the start, and be a buffer.
+
+    transformers (5.23) makes it in the first step and keeps it where nothing counts it.
+    """
+    name = "long_inv_freq"
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            module(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64))
+            if name in vars(module):
+                module.register_buffer(name, vars(module).pop(name), persistent=False)
+
+
 def _described(config: Mapping[str, Any], family: Any) -> dict[str, Any]:
     """The fields of `config` that the class of a family with a record gets."""
     declared = {field.name for field in dataclasses.fields(family)} | UNDECLARED

@@ -15,13 +15,15 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
 
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.errors import ConfigError
 
 
 def state_carriers(model: PreTrainedModel) -> list[str]:
     """What of `model` carries state from token to token, by name; empty where only attention does.
 
-    Convolutions by their modules' names, else the kinds of layers in its config, else its class.
+    Convolutions by their modules' names, else the kinds of layers in its config, else its class;
+    attention too where it cannot keep rows apart.
     """
     convolutions = [name for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     if convolutions:
@@ -30,6 +32,8 @@ def state_carriers(model: PreTrainedModel) -> list[str]:
     cached = [kind for kind in kinds if _caches_state(kind)]
     if cached:
         return [f"{kind} layers" for kind in cached]
+    if not architecture_of(model.config.model_type).packs:
+        return [f"the attention of {type(model).__name__}, which gets no positions,"]
     # transformers' word for a model whose past is more than keys and values.
     return [type(model).__name__] if getattr(model, "_is_stateful", False) else []
 

@@ -141,6 +141,28 @@ def test_planned_equals_counted(base_dir, model, bits, level, rows, length, targ
     assert_equal(plan_memory(base, lora, training, length=length), intervals)
 
 
+DENSE_POINTS = [
+    ("smollm3", 16, "selective", "all-linear"),  # a layer without a rotary embedding
+    ("olmo3", 4, "none", "all-linear"),  # norms behind, and of all heads at once
+    ("ministral3", 8, "selective", "auto"),  # queries scaled
+    ("granite4", 8, "full", "all-linear"),
+    ("glm4", 4, "none", "auto"),
+    ("phi4_mini", 4, "selective", "all-linear"),  # a table of its long rotary embedding
+]
+
+
+@pytest.mark.parametrize(("family", "bits", "level", "targets"), DENSE_POINTS)
+def test_planned_equals_counted_for_newer_families(tmp_path, family, bits, level, targets):
+    save_checkpoint(tmp_path / "base", family, torch.bfloat16, intermediate_size=192)
+    base = BaseConfig(str(tmp_path / "base"), bits=bits, dtype="bf16", device="cpu")
+    lora = LoRAConfig(r=8, target_modules=targets)
+    training = TrainingConfig(
+        optim="adamw", gradient_checkpointing=level, batch_size=2, gradient_accumulation_steps=2
+    )
+    intervals = counted(base, lora, training, level, 2, 64, micro_steps=2)
+    assert_equal(plan_memory(base, lora, training, length=64), intervals)
+
+
 PACKS = [[100, 27, 1], [64, 64], [100, 20]]
 """Rows of three packs of 128 tokens, the last one padded."""
 

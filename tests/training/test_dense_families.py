@@ -33,7 +33,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
-from qlora_kit.errors import ModelError
+from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.export.export import export_model
 from qlora_kit.generation.decode import generate_ids
 from qlora_kit.lora.dropout import KeyedDropout
@@ -167,6 +167,18 @@ def test_rows_of_a_pack_do_not_see_each_other(trained_of, family):
         alone = logits(ours, ids, position_ids=torch.arange(ids.shape[1])[None])
         assert relative_error(found[:, first : first + ids.shape[1]], alone) <= 1e-5
         first += ids.shape[1]
+
+
+def test_packs_are_refused_where_attention_gets_no_positions(trained_of):
+    """And rightly: the second row of a pack reads the first one."""
+    ours, rows = trained_of("granite4"), ragged_rows(2)
+    pack, second = collate_packs([rows], 0), torch.tensor([rows[1].input_ids])
+    with pytest.raises(ConfigError, match=r"packing .*'granitemoehybrid'.* gets no positions"):
+        supervised_loss(ours, pack)
+    first = len(rows[0].input_ids)
+    packed = logits(ours, pack["input_ids"], position_ids=pack["position_ids"])[:, first:]
+    alone = logits(ours, second, position_ids=torch.arange(second.shape[1])[None])
+    assert relative_error(packed[:, : second.shape[1]], alone) > 1e-3
 
 
 @pytest.mark.parametrize("family", DENSE)

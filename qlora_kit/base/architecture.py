@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.base.fields import LARGEST, asks_for_code, problems
+from qlora_kit.base.fp8_scheme import check_stored
 from qlora_kit.errors import ModelError, UnsafeInputError
 
 
@@ -149,14 +150,7 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: transformers has no causal language model of model_type {kind!r}",
             "give a model of a family that transformers builds as one",
         )
-    stored = config.get("quantization_config")
-    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, dict) else stored
-    if stored and (method != "bitsandbytes" or not isinstance(stored, dict)):
-        raise ModelError(
-            f"{path}: the weights are quantized by {str(method)[:60]!r}, which is not supported",
-            "give the original 16-bit model (--bits quantizes it), or one that bitsandbytes "
-            "quantized",
-        )
+    check_stored(config, path)
     wrong = list(problems(config, architecture_of(kind).strict))
     if wrong:
         raise ModelError(f"{path}: {'; '.join(wrong)}", "correct the file")

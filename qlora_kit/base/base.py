@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qlora_kit.base.bnb_checkpoint import StoredLinear
 from qlora_kit.base.checks import is_computed
+from qlora_kit.base.form import Form
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry, fingerprint
 from qlora_kit.base.source import Source
@@ -39,10 +39,15 @@ class BaseInfo:
     compute_dtype: str
     embedding_rows: int | None = None
     """What the embedding was resized to; None where it is as in the files."""
+    skip_modules: str | list[str] | None = None
+    """Which linears are not quantized, as the option has it; None where all are."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON; of `skip_modules` nothing where nothing is skipped."""
+        said = asdict(self)
+        if said["skip_modules"] is None:
+            del said["skip_modules"]
+        return said
 
 
 @dataclass(frozen=True)
@@ -52,18 +57,18 @@ class Base:
     Until then `model` has its architecture on the meta device, so that whatever depends on shapes
     alone (targets, rank, context, tokens) can be refused before a byte of weights is read. It is
     the transformers class of its architecture, of `parameters` elements as the files have them.
-    `entries` are all tensors of the files by the model's names, `stored` the linears among them
-    that are quantized already. `embedding_rows` is what the embedding (and the head) is resized
-    to, None where the files have all of its rows. `tokenizer` is None in a plan of a bare
-    config.json. `notes` are what a user should know of the files, a sentence each. `wrapper` is
-    what is around the text decoder of a multimodal checkpoint, None for a text model.
+    `entries` are all tensors of the files by the model's names, `form` says which of them are no
+    plain numbers. `embedding_rows` is what the embedding (and the head) is resized to, None where
+    the files have all of its rows. `tokenizer` is None in a plan of a bare config.json. `notes` are
+    what a user should know of the files, a sentence each. `wrapper` is what is around the text
+    decoder of a multimodal checkpoint, None for a text model.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     source: Source
     entries: Mapping[str, TensorEntry]
-    stored: Mapping[str, StoredLinear]
+    form: Form
     quantization: Quantization
     device: torch.device
     dtype: torch.dtype
@@ -80,6 +85,7 @@ class Base:
     @cached_property
     def info(self) -> BaseInfo:
         """What an adapter must know, from headers and the samples of a fingerprint."""
+        skip = self.quantization.skip_modules
         dtypes = {entry.torch_dtype for entry in self.plain.values()}
         return BaseInfo(
             name=self.source.name,
@@ -93,6 +99,7 @@ class Base:
             source_dtype="+".join(sorted(dtype_name(found) for found in dtypes)),
             compute_dtype=dtype_name(self.dtype),
             embedding_rows=self.embedding_rows,
+            skip_modules=list(skip) if isinstance(skip, tuple) else skip,
         )
 
     def options(self, asked: BaseConfig) -> BaseConfig:
@@ -110,12 +117,16 @@ class Base:
 
     @property
     def plain(self) -> dict[str, TensorEntry]:
-        """The tensors that are neither quantized already nor computed by the model itself."""
-        taken = {entry for one in self.stored.values() for entry in one.entries.values()}
+        """The tensors of numbers, those of 8-bit floats among them.
+
+        Left out are those that are quantized already, scales, and what the model computes itself.
+        """
+        stored = self.form.stored.values()
+        taken = {entry for one in stored for entry in one.entries.values()}
         return {
             name: entry
             for name, entry in self.entries.items()
-            if entry not in taken and not is_computed(name)
+            if entry not in taken and name not in self.form.unread and not is_computed(name)
         }
 
     @property

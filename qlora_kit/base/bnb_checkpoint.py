@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.fp8_scheme import BITSANDBYTES
 from qlora_kit.base.json_file import is_deep
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlora_kit.base.quantize import BLOCKSIZE, NESTED_BLOCKSIZE, Quantization, code_tables
@@ -55,12 +56,12 @@ class StoredLinear:
 
 
 def stored_quantization(config: Mapping[str, Any], path: Path) -> Quantization | None:
-    """How config.json (at `path`) says that its weights are quantized; None where they are not.
+    """How config.json (at `path`) says that bitsandbytes has quantized; None where it has not.
 
     `config` has passed `check_family`. Errors: `ModelError` naming a setting.
     """
     stored = config.get("quantization_config")
-    if not stored:
+    if not stored or stored.get("quant_method", BITSANDBYTES) != BITSANDBYTES:
         return None
     four, eight = stored.get("load_in_4bit") is True, stored.get("load_in_8bit") is True
     if four == eight:
@@ -85,7 +86,9 @@ def agree(config: BaseConfig, stored: Quantization | None, path: Path) -> Quanti
 
     Errors: `ConfigError` where an option that was given contradicts the checkpoint.
     """
-    asked = Quantization(config.bits or DEFAULT_BITS, config.quant_type, config.double_quant)
+    asked = Quantization(
+        config.bits or DEFAULT_BITS, config.quant_type, config.double_quant, config.skip_modules
+    )
     for option in sorted(config.chosen) if stored is not None else ():
         mine, theirs = getattr(asked, option), getattr(stored, option)
         if mine != theirs:

@@ -21,7 +21,7 @@ from qlora_kit.base.architecture import (
     check_family,
     refuse_code,
 )
-from qlora_kit.base.contents import find, names_code, tokenizer_files
+from qlora_kit.base.contents import find, names_code, refuse_strays, tokenizer_files
 from qlora_kit.base.fields import TOKENS
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, read_entries, some
@@ -44,6 +44,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     `auto_map` alone is accepted: no file that it names is there, and transformers' own class of
     the family is used. Errors: `ModelError`, `UnsafeInputError`.
     """
+    if not os.path.lexists(directory / "config.json"):
+        refuse_strays(directory)
     return read_config_file(contained(directory, "config.json"))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.bnb_checkpoint import agree, stored_quantization
-from qlora_kit.base.checks import check_architecture, check_layers, find_config, read_config_file
+from qlora_kit.base.checks import check_layers, find_config, read_config_file
 from qlora_kit.base.contents import find
+from qlora_kit.base.form import form_in_files, form_of_config, stated_form
 from qlora_kit.base.meta_model import build_on_meta, expected_shapes, tied_names
 from qlora_kit.base.safetensors_file import (
     DTYPES,
@@ -46,38 +47,42 @@ def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | N
     source, path = find_config(config.model, config.revision)
     whole = read_config_file(path)
     decoder = text_decoder(whole, None, path)
-    described = decoder.config
-    quantized = stored_quantization(described, path)
-    quantization = agree(config, quantized, path)
+    stated = stated_form(config, decoder.config, path)
     dtype = compute_dtype(config.dtype, device)
-    entries: dict[str, TensorEntry] | None = None
-    if quantized is None and any(find(path.parent, one) for one in (SINGLE_FILE, INDEX_FILE)):
+    there: Mapping[str, TensorEntry] | None = None
+    if any(find(path.parent, one) for one in (SINGLE_FILE, INDEX_FILE)):
         decoder = text_decoder(whole, read_entries(source.directory), path)
-        described, entries = decoder.config, decoder.entries
-        assert entries is not None
-        check_layers(entries, described, path)
+        there = decoder.entries or {}
+        check_layers(there, decoder.config, path)
+    described = decoder.config
     model = build_on_meta(described, dtype, path)
-    if entries is None:
-        entries = _expected_entries(model, described, path)
-    else:
-        check_architecture(entries, expected_shapes(model), tied_names(model), source.directory)
+    if there is not None:
+        form, entries = form_in_files(stated, there, model, source.directory), there
+    if there is None or stated.is_stored:
+        expected = _expected_entries(model, described, path)
+        promised, entries = form_of_config(stated, expected, model)
+        # What is quantized already ends as the same bytes, and the files say which linears are.
+        if there is not None:
+            promised = replace(promised, skipped=form.skipped, notes=form.notes)
+        form = promised
     if embedding_rows is None and config.resize_embeddings:
         needed = needed_rows(load_tokenizer(source.directory))
         embedding_rows = needed if needed > model.get_input_embeddings().num_embeddings else None
     if embedding_rows is not None:
         model = build_on_meta({**described, "vocab_size": embedding_rows}, dtype, path)
     cpu = torch.device("cpu")
+    notes = (*decoder.notes, *form.notes)
     return Base(
         model,
         None,
         source,
         entries,
-        {},
-        quantization,
+        form,
+        stated.quantization,
         cpu,
         dtype,
         embedding_rows,
-        decoder.notes,
+        notes,
         decoder.wrapper,
     )
 

@@ -50,6 +50,11 @@ LIMITS = {
     "model.safetensors.index.json": SETTINGS_LIMIT,
 }
 TEMPLATES_LIMIT = 100
+OTHER_FORMS = {
+    "consolidated*.safetensors": "Mistral's own form",
+    "*.gguf": "llama.cpp's form",
+}
+"""Weights that are not read, wherever they lie beside those that are."""
 """Named templates of one tokenizer."""
 
 
@@ -130,6 +135,25 @@ def _versions(settings: Mapping[str, object], path: Path) -> list[str]:
             f"{path}: fast_tokenizer_files names {len(named)} files", "correct or remove it"
         )
     return [name for name in named if name not in TOKENIZER_FILES]
+
+
+def strays(directory: Path) -> tuple[str, ...]:
+    """What is to be said of weights in another form that lie beside those that are read."""
+    return tuple(
+        f"{found[0]} is {form} of the weights: it is left alone"
+        for pattern, form in OTHER_FORMS.items()
+        if (found := sorted(path.name for path in directory.glob(pattern)))
+    )
+
+
+def refuse_strays(directory: Path) -> None:
+    """Refuse a directory that holds weights in another form alone. Errors: `ModelError`."""
+    for pattern, form in OTHER_FORMS.items():
+        for path in sorted(directory.glob(pattern))[:1]:
+            raise ModelError(
+                f"{path}: is {form} of the weights, which is not read",
+                "fetch config.json and model*.safetensors of the same model (transformers' form)",
+            )
 
 
 @contextlib.contextmanager

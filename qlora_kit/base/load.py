@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_checkpoint import stored_layer
+from qlora_kit.base.fp8_checkpoint import read_numbers
 from qlora_kit.base.linear import (
     Quantize,
     QuantizedLinear,
@@ -30,7 +31,6 @@ from qlora_kit.base.linear import (
 )
 from qlora_kit.base.meta_model import decoder_linears, tied_names
 from qlora_kit.base.open import open_base
-from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.tensors import (
     Read,
     Tag,
@@ -54,6 +54,7 @@ def load_base(
     device: str = "auto",
     revision: str | None = None,
     resize_embeddings: bool = False,
+    skip_modules: str | Sequence[str] | None = None,
 ) -> Base:
     """A frozen base with its model and tokenizer; the options are those of `BaseConfig`.
 
@@ -62,11 +63,9 @@ def load_base(
     Errors: `ConfigError`, `ModelError`, `TokenizerError`, `UnsafeInputError`, `NumericError`,
     `ResourceError`.
     """
-    base = open_base(
-        BaseConfig(
-            model, revision, bits, quant_type, double_quant, dtype, device, resize_embeddings
-        )
-    )
+    names = skip_modules if isinstance(skip_modules, str | None) else tuple(skip_modules)
+    options = (model, revision, bits, quant_type, double_quant, dtype, device, resize_embeddings)
+    base = open_base(BaseConfig(*options, skip_modules=names))
     read_weights(base)
     return base
 
@@ -77,7 +76,7 @@ def read_weights(base: Base, tag: Tag = untagged) -> PreTrainedModel:
     `tag` is called with every tensor that stays: `weights_quantized` or `weights_other`.
     """
     model = fill(base, read_bytes, tag)
-    _check_tied(model, base.entries, tied_names(model), base.dtype)
+    _check_tied(base, tied_names(model))
     model.name_or_path = base.source.reference
     return model
 
@@ -91,15 +90,16 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
     model = base.model
     linears = decoder_linears(model)
     by_token = {model.get_input_embeddings(), model.get_output_embeddings()}
-    to_quantize = {} if base.stored or base.quantization.bits == 16 else linears
+    form, dense = base.form, base.form.stored or base.quantization.bits == 16
+    to_quantize = frozenset() if dense else linears.keys() - form.skipped
     for name, buffer in list(model.named_buffers()):
         _place(model, name, moved := buffer.to(base.device))
         tag("weights_other", (moved,))
     scratch = _Scratch(base.dtype, base.device)
-    for name, tensor in read_tensors(base.plain, read):
+    for name, tensor in read_numbers(base.plain, form.scaled, base.dtype, base.device, read):
         owner = name.removesuffix(".weight")
         moved = (
-            scratch.cast(tensor)
+            (tensor if name in form.scaled else scratch.cast(tensor))
             if owner in to_quantize
             else tensor.to(device=base.device, dtype=base.dtype, copy=True)
         )
@@ -114,7 +114,7 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
                 moved = _with_rows(moved, base.embedding_rows)
             _place(model, name, nn.Parameter(moved, requires_grad=False))
             tag("weights_other", (moved,))
-    for name, stored in base.stored.items():
+    for name, stored in form.stored.items():
         by_name = {entry.name: suffix for suffix, entry in stored.entries.items()}
         own = {entry.name: entry for entry in stored.entries.values()}
         # The reader reuses one buffer, so what is kept is copied out of it.
@@ -204,19 +204,15 @@ def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:
     setattr(parent, leaf, layer)
 
 
-def _check_tied(
-    model: nn.Module,
-    entries: Mapping[str, TensorEntry],
-    tied: Mapping[str, str],
-    dtype: torch.dtype,
-) -> None:
+def _check_tied(base: Base, tied: Mapping[str, str]) -> None:
     """A checkpoint may hold a tied tensor a second time, if it is the same."""
+    entries, scaled = base.entries, base.form.scaled
     for name, shared in tied.items():
         if name not in entries:
             continue
-        for _, tensor in read_tensors({name: entries[name]}):
-            kept = model.get_parameter(shared)[: len(tensor)]
-            if not torch.equal(tensor.to(kept.device, dtype), kept):
+        for _, tensor in read_numbers({name: entries[name]}, scaled, base.dtype, base.device):
+            kept = base.model.get_parameter(shared)[: len(tensor)]
+            if not torch.equal(tensor.to(kept.device, base.dtype), kept):
                 raise ModelError(
                     f"{entries[name].path}: {name} differs from {shared}, to which config.json "
                     "ties it",

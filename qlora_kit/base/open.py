@@ -7,15 +7,10 @@ what is described here.
 from __future__ import annotations
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.bnb_checkpoint import StoredLinear, agree, split_stored, stored_quantization
-from qlora_kit.base.checks import check_architecture, check_layers, read_config
-from qlora_kit.base.meta_model import (
-    build_on_meta,
-    decoder_linears,
-    expected_shapes,
-    take_generation_config,
-    tied_names,
-)
+from qlora_kit.base.checks import check_layers, read_config
+from qlora_kit.base.contents import strays
+from qlora_kit.base.form import form_in_files, stated_form
+from qlora_kit.base.meta_model import build_on_meta, take_generation_config
 from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.base.source import resolve
 from qlora_kit.base.text_decoder import text_decoder
@@ -33,22 +28,10 @@ def open_base(config: BaseConfig) -> Base:
     path = source.directory / "config.json"
     decoder = text_decoder(read_config(source.directory), read_entries(source.directory), path)
     described, entries = decoder.config, decoder.entries or {}
-    quantized = stored_quantization(described, path)
-    quantization = agree(config, quantized, path)
+    stated = stated_form(config, described, path)
     check_layers(entries, described, path)
     model = build_on_meta(described, dtype, path)
-    expected, plain = expected_shapes(model), entries
-    stored: dict[str, StoredLinear] = {}
-    if quantized is not None:
-        stored, plain = split_stored(
-            entries, decoder_linears(model), quantization, source.directory
-        )
-        expected = {
-            name: shape
-            for name, shape in expected.items()
-            if name.removesuffix(".weight") not in stored
-        }
-    check_architecture(plain, expected, tied_names(model), source.directory)
+    form = form_in_files(stated, entries, model, source.directory)
     if decoder.wrapper is not None:
         check_towers(decoder.wrapper, path)
     rows, resized = model.get_input_embeddings().num_embeddings, None
@@ -62,11 +45,11 @@ def open_base(config: BaseConfig) -> Base:
         tokenizer,
         source,
         entries,
-        stored,
-        quantization,
+        form,
+        stated.quantization,
         device,
         dtype,
         resized,
-        decoder.notes,
+        (*decoder.notes, *form.notes, *strays(source.directory)),
         decoder.wrapper,
     )

@@ -43,6 +43,8 @@ class Quantization:
     bits: int
     quant_type: str | None = None
     double_quant: bool | None = None
+    skip_modules: str | tuple[str, ...] | None = None
+    """Linears that stay as they are, by names or a regex."""
 
     @property
     def blocksize(self) -> int | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.base.contents import LIMITS, find
+from qlora_kit.base.contents import LIMITS, find, refuse_strays
 from qlora_kit.base.json_file import is_deep, read_json, unique
 from qlora_kit.base.source import contained
 from qlora_kit.errors import InputError, ModelError, UnsafeInputError
@@ -40,6 +40,9 @@ DTYPES = {
     "I32": ("int32", 4),
     "I64": ("int64", 8),
     "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHOWN = 5
@@ -79,6 +82,7 @@ def read_entries(directory: Path) -> dict[str, TensorEntry]:
             f"{directory / pickles[0]}: is a pickle, which can run code when it is read",
             "convert it to safetensors (transformers: save_pretrained) where you trust it",
         )
+    refuse_strays(directory)
     raise ModelError(
         f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}", "complete the model directory"
     )

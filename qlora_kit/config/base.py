@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import typing
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_kit.options.checks import a_name, one_of
 from qlora_kit.options.option import Options, option
@@ -18,6 +19,17 @@ def _device(value: str) -> str | None:
     return (
         None if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value) else "auto, cpu, cuda or cuda:N"
     )
+
+
+def _names(value: Any) -> Any:
+    """Names, however they are separated, in one order; a regex as it is."""
+    if isinstance(value, str):
+        if not re.fullmatch(r"[\w.,\- ]+", value):
+            return value
+        value = [one.strip() for one in value.split(",")]
+    if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+        return tuple(sorted({one for one in value if one}))
+    return value
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,15 @@ class BaseConfig(Options):
         "where the tokenizer has more tokens than the embedding has rows, add rows: each the mean "
         "of the others, and frozen like them",
     )
+    skip_modules: str | tuple[str, ...] | None = option(
+        None,
+        "linears that are not quantized, beside the head: comma-separated names (of linears, or of "
+        "modules that hold them), or a regex; `plan --quantization_error` shows the worst",
+        reads=_names,
+        check=lambda value: None if value and all(value) else "names or a regex",
+        metavar="NAMES",
+        shown_default="none",
+    )
 
     chosen: typing.ClassVar[frozenset[str]] = frozenset()
     """Of `bits`, `quant_type` and `double_quant` those that were given and not left alone."""
@@ -75,6 +96,8 @@ class BaseConfig(Options):
             object.__setattr__(self, "quant_type", self.quant_type or QUANT_TYPES[0])
             object.__setattr__(self, "double_quant", self.double_quant is not False)
             return
+        if self.bits == 16 and self.skip_modules is not None:
+            yield "skip_modules goes with bits 4 or 8: in 16 bits nothing is quantized"
         for name in ("quant_type", "double_quant"):
             if getattr(self, name) is not None:
                 yield (

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
+from qlora_kit.base.fp8_checkpoint import read_numbers
 from qlora_kit.base.linear import dequantize
-from qlora_kit.base.tensors import read_tensors
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 from qlora_kit.lora.layer import LoRALinear, delta_weight
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,15 @@ def export_tensors(
     """Every tensor of the plain model in its order; each is made when it is asked for.
 
     `merge_base`: `dequantized` adds to the weights that training multiplied by, `original` to the
-    checkpoint's own. Errors: `ConfigError` for the original weights of a checkpoint that holds
-    quantized ones only.
+    checkpoint's own, 8-bit floats as the numbers that they mean.
+    Errors: `ConfigError` for the original weights of a checkpoint that holds quantized ones only.
     """
-    model = base.model
+    model, stored = base.model, base.form.stored
     entries = base.entries if merge_base == "original" else {}
-    packed = [name for name, entry in entries.items() if not entry.torch_dtype.is_floating_point]
-    if packed:
+    if entries and stored:
         raise ConfigError(
-            f"--merge_base original: the base holds {packed[0]} in quantized form only",
+            f"--merge_base original: the base holds {next(iter(stored))}.weight in quantized form "
+            "only",
             "use --merge_base dequantized",
         )
 
@@ -56,7 +58,8 @@ def export_tensors(
             return dequantize(linear, base.dtype)
         # The buffer that the reader lends is used again, so the tensor is copied out of it.
         key = f"{name}.weight"
-        return next(tensor.clone() for _, tensor in read_tensors({key: entries[key]}))
+        numbers = read_numbers({key: entries[key]}, base.form.scaled, torch.float32, CPU)
+        return next(tensor.clone() for _, tensor in numbers)
 
     def merged(name: str, layer: LoRALinear) -> Tensor:
         weight = frozen(name, layer.base_layer)

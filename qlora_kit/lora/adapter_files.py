@@ -20,7 +20,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.lora.peft_config import WEIGHTS_FILE, read_adapter_config
 
 HEADER_KEY = "qlora_kit"
-TRAINED_ON = {
+TRAINED_ON: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "revision": str,
     "fingerprint": str,
@@ -32,6 +32,7 @@ TRAINED_ON = {
     "source_dtype": str,
     "compute_dtype": str,
     "embedding_rows": int,
+    "skip_modules": (str, list),
     "lora": dict,
 }
 

@@ -72,6 +72,7 @@ def measured_bits(config: BaseConfig) -> dict[int, dict[str, int]]:
     """Load the base in 16, 8 and 4 bits one after another; bytes by component of each."""
     measured = {}
     for bits in (16, 8, 4):
-        other = replace(config, bits=bits, quant_type=None, double_quant=None)
+        skip = None if bits == 16 else config.skip_modules
+        other = replace(config, bits=bits, quant_type=None, double_quant=None, skip_modules=skip)
         measured[bits] = weight_bytes(read_weights(open_base(other)))
     return measured

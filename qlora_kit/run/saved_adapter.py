@@ -132,6 +132,8 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
     given = {name: getattr(parsed[BaseConfig], name) for name in parsed.given[BaseConfig]}
     config, said = adapter.files.config, adapter.files.trained_on
     run = adapter.options(BaseConfig)
+    skip = said.get("skip_modules")
+    skip = tuple(skip) if isinstance(skip, list) else skip
     trained: dict[str, Any] = {
         "model": None if "model" in given else _named_base(adapter, run),
         "revision": said.get("revision") or config.get("revision"),
@@ -140,9 +142,10 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
         "double_quant": said.get("double_quant"),
         "dtype": said.get("compute_dtype"),
         "resize_embeddings": True if said.get("embedding_rows") else None,
+        "skip_modules": skip,
     }
     if as_trained and said:
-        for name in ("bits", "quant_type", "double_quant"):
+        for name in ("bits", "quant_type", "double_quant", "skip_modules"):
             if name in given and given[name] != trained[name]:
                 raise ConfigError(
                     f"--{name} {given[name]} is given, and {adapter.name} was trained with "
@@ -159,6 +162,8 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
     if given.get("bits") not in (None, 4):
         known.pop("quant_type", None)
         known.pop("double_quant", None)
+    if given.get("bits") == 16:
+        known.pop("skip_modules", None)
     if "model" in given or is_path(known.get("model", "tiny")):
         # The revision belongs to the base that the adapter names, where that is on the hub.
         known.pop("revision", None)

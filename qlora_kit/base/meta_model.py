@@ -73,6 +73,7 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
         ) from error
     turn_off_dropout(model)
     avoid_fused_training(model)
+    _hold_tables(model)
     return model
 
 

@@ -148,6 +148,7 @@ def batch(ids, prompt=4):
         "supervised": torch.tensor(predicting),
         "num_supervised": len(predicting),
         "lengths": [length] * rows,
+        "packed": False,
     }
 
 

@@ -33,8 +33,8 @@ class Architecture:
     layer calls its MLP, `down` the projection out of it. `rotates_in_windows_alone` says that
     layers without a sliding window have no rotary embedding where others have a window.
     `strict` says that of config.json the fields of `base/fields.py` alone reach the model, else all
-    that the family's class declares; `rope_needs` names what its rope fields must have.
-    `packs` says that its attention keeps the rows of a pack apart by their positions. `known`
+    that the family's class declares, and `undeclared`; `rope_needs` names what its rope fields must
+    have. `packs` says that its attention keeps the rows of a pack apart by their positions. `known`
     says that the family has a record; one without is found out from the model that is built.
     """
 
@@ -53,6 +53,7 @@ class Architecture:
     strict: bool = False
     rope_needs: tuple[str, ...] = ()
     packs: bool = True
+    undeclared: tuple[str, ...] = ()
 
     def logit_scale_and_softcap(self, config: Any) -> tuple[float, float | None]:
         """The factor on a head's logits and their soft cap, of a model of this `config`."""
@@ -67,6 +68,11 @@ ARCHITECTURES = {
     "qwen3": Architecture(strict=True),
     # torch's fused attention has no soft cap of the scores.
     "gemma2": Architecture(attention="eager", logit_softcap="final_logit_softcapping", strict=True),
+    "gemma3_text": Architecture(logit_softcap="final_logit_softcapping"),
+    "gemma4_text": Architecture(
+        logit_softcap="final_logit_softcapping",
+        undeclared=("global_head_dim", "num_global_key_value_heads", "per_layer_config"),
+    ),
     "phi3": Architecture(
         query_key_value=("qkv_proj",), gate_up=("gate_up_proj",), targets=("qkv_proj",), strict=True
     ),
@@ -149,6 +155,13 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
         raise ModelError(
             f"{path}: transformers has no causal language model of model_type {kind!r}",
             "give a model of a family that transformers builds as one",
+        )
+    record = architecture_of(kind)
+    if config.get("per_layer_config") and "per_layer_config" not in record.undeclared:
+        raise ModelError(
+            f"{path}: per_layer_config changes single layers, which model_type {kind!r} does not "
+            "do here",
+            "use a model whose layers are all as config.json says",
         )
     check_stored(config, path)
     wrong = list(problems(config, architecture_of(kind).strict))

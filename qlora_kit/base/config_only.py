@@ -20,7 +20,13 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.checks import check_layers, find_config, read_config_file
 from qlora_kit.base.contents import find
 from qlora_kit.base.form import form_in_files, form_of_config, stated_form
-from qlora_kit.base.meta_model import build_on_meta, expected_shapes, tied_names
+from qlora_kit.base.meta_model import (
+    build_on_meta,
+    entries_of,
+    expected_shapes,
+    tied_names,
+    with_rows,
+)
 from qlora_kit.base.safetensors_file import (
     DTYPES,
     INDEX_FILE,
@@ -57,6 +63,7 @@ def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | N
     described = decoder.config
     model = build_on_meta(described, dtype, path)
     if there is not None:
+        there = entries_of(model, there)
         form, entries = form_in_files(stated, there, model, source.directory), there
     if there is None or stated.is_stored:
         expected = _expected_entries(model, described, path)
@@ -69,7 +76,7 @@ def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | N
         needed = needed_rows(load_tokenizer(source.directory))
         embedding_rows = needed if needed > model.get_input_embeddings().num_embeddings else None
     if embedding_rows is not None:
-        model = build_on_meta({**described, "vocab_size": embedding_rows}, dtype, path)
+        model = build_on_meta(with_rows(described, embedding_rows), dtype, path)
     cpu = torch.device("cpu")
     notes = (*decoder.notes, *form.notes)
     return Base(

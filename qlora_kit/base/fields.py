@@ -8,6 +8,7 @@ Fields that ask for code or for a download are refused by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -44,7 +45,6 @@ ASKS_FOR_MORE = (
     "kernel_config",
     "compression_config",
     "configuration_files",
-    "per_layer_config",
 )
 
 
@@ -122,9 +122,12 @@ ACTIVATION = one_of(
 )
 RATE = number(0, 1)
 FACTOR = number(0, 10**6, above=True)
+ROPE_TYPE = one_of(
+    "default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional"
+)
 ROPE_FIELDS = {
-    "type": one_of("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3"),
-    "rope_type": one_of("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3"),
+    "type": ROPE_TYPE,
+    "rope_type": ROPE_TYPE,
     "rope_theta": number(0, above=True),
     "factor": FACTOR,
     "original_max_position_embeddings": whole(1),
@@ -146,7 +149,22 @@ ROPE_FIELDS = {
 }
 ANY = either(FLAG, either(whole(-LARGEST_ID, LARGEST_ID), either(DECIMAL, TEXT)))
 DEPTH_LIMIT, LENGTH_LIMIT = 4, 4096
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE = or_null(Field(lambda value: isinstance(value, dict), "an object"))
+LAYER_FIELDS = {
+    # What a layer may have otherwise than the model.
+    "head_dim": whole(2, HEAD_DIM_LIMIT),
+    "num_key_value_heads": whole(1, HEADS_LIMIT),
+}
+PER_LAYER = Field(
+    lambda value: (
+        isinstance(value, dict)
+        and len(value) <= 1000
+        and all(re.fullmatch(r"\d{1,3}", str(number)) for number in value)
+        and all(_is_layer(layer) for layer in value.values())
+    ),
+    f"an object of layers by number, each with {' and '.join(LAYER_FIELDS)} alone",
+)
 MODEL_FIELDS = {
     "vocab_size": whole(1, LARGEST_ID),
     "hidden_size": whole(1, 2**17),
@@ -160,7 +178,7 @@ MODEL_FIELDS = {
     "sliding_window": or_null(whole(1)),
     "max_window_layers": whole(0, 1000),
     "use_sliding_window": FLAG,
-    "layer_types": or_null(list_of(one_of("full_attention", "sliding_attention"), 1000)),
+    "layer_types": or_null(list_of(one_of(*LAYER_TYPES), 1000)),
     "hidden_act": ACTIVATION,
     "hidden_activation": or_null(ACTIVATION),
     "rms_norm_eps": number(0, 1),
@@ -186,13 +204,26 @@ MODEL_FIELDS = {
     "residual_multiplier": number(-(10**6), 10**6),
     "attention_multiplier": number(-(10**6), 10**6),
     "logits_scaling": number(0, 10**6, above=True),
+    "rope_local_base_freq": number(0, above=True),
+    "sliding_window_pattern": whole(1, 1000),
+    "per_layer_config": PER_LAYER,
+    "global_head_dim": whole(2, HEAD_DIM_LIMIT),
+    "num_global_key_value_heads": or_null(whole(1, HEADS_LIMIT)),
+    "attention_k_eq_v": FLAG,
+    "num_kv_shared_layers": whole(0, 1000),
+    "use_double_wide_mlp": FLAG,
+    "vocab_size_per_layer_input": whole(1, LARGEST_ID),
+    "hidden_size_per_layer_input": whole(0, 2**17),
 }
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+NEVER = Field(lambda value: value is False, "false")
 SAID_FIELDS = {
     # What is read here and not handed on.
     "dtype": or_null(one_of(*DTYPES, *(f"torch.{name}" for name in DTYPES))),
     "torch_dtype": or_null(one_of(*DTYPES, *(f"torch.{name}" for name in DTYPES))),
-    "use_bidirectional_attention": or_null(Field(lambda value: value is False, "false")),
+    # Of images, which this text model does not see.
+    "use_bidirectional_attention": or_null(either(NEVER, one_of("vision"))),
+    "enable_moe_block": NEVER,
 }
 
 
@@ -233,6 +264,9 @@ def beyond(value: Any, name: str = "", depth: int = 0) -> Iterator[str]:
 
 def asks_for_code(config: Mapping[str, Any]) -> tuple[str, Any] | None:
     """The first field by which a config would have something fetched or run, and its value."""
+    layers = config.get("per_layer_config")
+    if layers and not PER_LAYER.accepts(layers):
+        return "per_layer_config", layers
     for key in ASKS_FOR_CODE:
         value = config.get(key)
         names = list(value.values()) if isinstance(value, dict) else [value]
@@ -241,20 +275,28 @@ def asks_for_code(config: Mapping[str, Any]) -> tuple[str, Any] | None:
     return next(((key, config[key]) for key in ASKS_FOR_MORE if config.get(key)), None)
 
 
+def _is_layer(layer: Any) -> bool:
+    return (
+        isinstance(layer, dict)
+        and layer.keys() <= LAYER_FIELDS.keys()
+        and all(LAYER_FIELDS[name].accepts(value) for name, value in layer.items())
+    )
+
+
 def problems(config: Mapping[str, Any], strict: bool = True) -> Iterator[str]:
     """What is wrong with the fields of a config, each with its value and what is allowed.
 
     Of a family that is not `strict` some may hold more: its class checks their values.
     """
     yield from _wrong(config, {**MODEL_FIELDS, **SAID_FIELDS, **({} if strict else OTHER_FIELDS)})
-    if not strict and isinstance(config.get("rope_parameters"), dict):
-        per_layer = [v for v in config["rope_parameters"].values() if isinstance(v, dict)]
-        for problem in (found for one in per_layer for found in _wrong(one, ROPE_FIELDS)):
-            yield f"rope_parameters: {problem}"
     for key in ("rope_scaling", "rope_parameters"):
-        if isinstance(config.get(key), dict):
-            for problem in _wrong(config[key], ROPE_FIELDS):
-                yield f"{key}: {problem}"
+        rope = config.get(key)
+        if not isinstance(rope, dict):
+            continue
+        # One for all layers, or one for each type of layer.
+        parts = [part for part in rope.values() if isinstance(part, dict)]
+        for problem in (found for part in (rope, *parts) for found in _wrong(part, ROPE_FIELDS)):
+            yield f"{key}: {problem}"
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if type(heads) is int and heads > 0:
         grouped = config.get("num_key_value_heads")

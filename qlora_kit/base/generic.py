@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,15 +44,17 @@ OLD_NAMES = (
 )
 
 
-def declared_fields(config: Mapping[str, Any], family: type[PreTrainedConfig]) -> dict[str, Any]:
-    """The fields of `config` that its class gets, and its dropout, which is off.
+def declared_fields(
+    config: Mapping[str, Any], family: type[PreTrainedConfig], undeclared: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The fields of `config` that its class gets, `undeclared` ones too; its dropout is off.
 
     Errors: `ValueError` for values beyond the bounds of any field.
     """
     ours = {field.name: field for field in dataclasses.fields(family)}  # type: ignore[arg-type]
     for field in dataclasses.fields(PreTrainedConfig):  # type: ignore[arg-type]
         ours.pop(field.name, None)
-    names = {*ours, *family.attribute_map, *OLD_NAMES}
+    names = {*ours, *family.attribute_map, *OLD_NAMES, *undeclared}
     described = {name: copy.deepcopy(config[name]) for name in config if name in names}
     if wrong := list(beyond(described)):
         raise ValueError("; ".join(wrong))

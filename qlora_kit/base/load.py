@@ -90,6 +90,7 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
     model = base.model
     linears = decoder_linears(model)
     by_token = {model.get_input_embeddings(), model.get_output_embeddings()}
+    by_token.add(getattr(model.base_model, "embed_tokens_per_layer", None))
     form, dense = base.form, base.form.stored or base.quantization.bits == 16
     to_quantize = frozenset() if dense else linears.keys() - form.skipped
     for name, buffer in list(model.named_buffers()):
@@ -112,7 +113,7 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
         else:
             if base.embedding_rows and model.get_submodule(name.rpartition(".")[0]) in by_token:
                 moved = _with_rows(moved, base.embedding_rows)
-            _place(model, name, nn.Parameter(moved, requires_grad=False))
+            _place(model, name, moved)
             tag("weights_other", (moved,))
     for name, stored in form.stored.items():
         by_name = {entry.name: suffix for suffix, entry in stored.entries.items()}
@@ -193,7 +194,9 @@ def _with_rows(tensor: Tensor, rows: int) -> Tensor:
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a parameter or a buffer where the architecture has it."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, tensor)
+    module = model.get_submodule(owner)
+    is_buffer = leaf in module._buffers
+    setattr(module, leaf, tensor if is_buffer else nn.Parameter(tensor, requires_grad=False))
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qlora_kit.base.generic import (
     turn_off_dropout,
 )
 from qlora_kit.base.recurrence import avoid_fused_training
+from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.errors import ModelError
 
 DROPOUTS = {"attention_dropout", "resid_pdrop", "embd_pdrop"}
@@ -48,7 +49,11 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
 
     record, family = architecture_of(config["model_type"]), CONFIG_MAPPING[config["model_type"]]
     try:
-        described = _described(config, family) if record.strict else declared_fields(config, family)
+        described = (
+            _described(config, family)
+            if record.strict
+            else (declared_fields(config, family, record.undeclared))
+        )
         settings = family.from_dict(described)
         if record.known:
             _check_heads(settings, record.rope_needs)
@@ -106,28 +111,66 @@ def _check_heads(settings: Any, needed: Sequence[str]) -> None:
 
     Errors: `ValueError`.
     """
-    head_dim = getattr(settings, "head_dim", None)
-    head_dim = head_dim or settings.hidden_size // settings.num_attention_heads
-    rope = settings.rope_parameters or {}
-    turned = int(head_dim * (rope.get("partial_rotary_factor") or 1.0))
-    if turned < 2 or turned % 2:
-        raise ValueError(
-            f"{settings.num_attention_heads} heads of {head_dim} elements, of which {turned} are "
-            "turned by the rotary embedding: an even number from 2 on"
-        )
-    for name in needed:
-        if rope.get(name) is None:
-            raise ValueError(f"its rope parameters lack {name}")
-    for name in ("short_factor", "long_factor"):
-        if name in rope and len(rope[name]) != turned // 2:
+    for layers, rope in _ropes(settings):
+        head_dim = getattr(layers, "head_dim", None)
+        head_dim = head_dim or settings.hidden_size // settings.num_attention_heads
+        share = rope.get("partial_rotary_factor") or 1.0
+        # `proportional` turns the rest by an angle of 0.
+        turned = head_dim if rope.get("rope_type") == "proportional" else int(head_dim * share)
+        if turned < 2 or turned % 2:
             raise ValueError(
-                f"{name} has {len(rope[name])} numbers for {turned // 2} rotary frequencies"
+                f"{settings.num_attention_heads} heads of {head_dim} elements, of which {turned} "
+                "are turned by the rotary embedding: an even number from 2 on"
             )
+        for name in needed:
+            if rope.get(name) is None:
+                raise ValueError(f"its rope parameters lack {name}")
+        for name in ("short_factor", "long_factor"):
+            if name in rope and len(rope[name]) != turned // 2:
+                raise ValueError(
+                    f"{name} has {len(rope[name])} numbers for {turned // 2} rotary frequencies"
+                )
+    if getattr(settings, "num_kv_shared_layers", 0) and not settings.hidden_size_per_layer_input:
+        # transformers 5.23 fails in its first forward then.
+        raise ValueError("num_kv_shared_layers needs hidden_size_per_layer_input above 0")
+
+
+def _ropes(settings: Any) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """The settings of layers and of their rotary embedding: of all of them, or of each type."""
+    rope = settings.rope_parameters or {}
+    kinds = [kind for kind in set(getattr(settings, "layer_types", None) or ()) if kind in rope]
+    for kind in kinds:
+        yield settings.per_layer_config[kind], rope[kind] or {}
+    if not kinds:
+        yield settings, rope
 
 
 def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """The shape of every tensor that a checkpoint of `model` holds."""
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def entries_of(model: nn.Module, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The `entries` of a file without those of layers that read another one's keys and values.
+
+    Published Gemma 3n and 4 have keys and values of such layers too, which nothing reads.
+    """
+    unread = tuple(
+        f"{name}.{leaf}."
+        for name, module in model.named_modules()
+        if getattr(module, "is_kv_shared_layer", False)
+        for leaf in ("k_proj", "v_proj", "k_norm", "v_norm")
+        if leaf not in module._modules
+    )
+    return {name: entry for name, entry in entries.items() if not name.startswith(unread)}
+
+
+def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A `config` whose embedding, and that of each layer where there is one, has so many rows."""
+    changed = {**config, "vocab_size": rows}
+    if config.get("vocab_size_per_layer_input") is not None:
+        changed["vocab_size_per_layer_input"] = rows
+    return changed
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -10,7 +10,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.checks import check_layers, read_config
 from qlora_kit.base.contents import strays
 from qlora_kit.base.form import form_in_files, stated_form
-from qlora_kit.base.meta_model import build_on_meta, take_generation_config
+from qlora_kit.base.meta_model import build_on_meta, entries_of, take_generation_config, with_rows
 from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.base.source import resolve
 from qlora_kit.base.text_decoder import text_decoder
@@ -31,6 +31,7 @@ def open_base(config: BaseConfig) -> Base:
     stated = stated_form(config, described, path)
     check_layers(entries, described, path)
     model = build_on_meta(described, dtype, path)
+    entries = entries_of(model, entries)
     form = form_in_files(stated, entries, model, source.directory)
     if decoder.wrapper is not None:
         check_towers(decoder.wrapper, path)
@@ -38,7 +39,7 @@ def open_base(config: BaseConfig) -> Base:
     tokenizer = load_tokenizer(source.directory, None if config.resize_embeddings else rows)
     if needed_rows(tokenizer) > rows:
         resized = needed_rows(tokenizer)
-        model = build_on_meta({**described, "vocab_size": resized}, dtype, path)
+        model = build_on_meta(with_rows(described, resized), dtype, path)
     take_generation_config(model, source.directory)
     return Base(
         model,

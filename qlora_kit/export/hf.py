@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.contents import find
+from qlora_kit.base.meta_model import with_rows
 from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from qlora_kit.base.tensors import check_finite
 from qlora_kit.base.tokenizer import copy_tokenizer
@@ -89,7 +90,7 @@ def _write_settings(base: Base, directory: Path, dtype: torch.dtype) -> None:
     if "torch_dtype" not in config:
         config["dtype"] = long_name
     if base.embedding_rows is not None:
-        config["vocab_size"] = base.embedding_rows
+        config = with_rows(config, base.embedding_rows)
     config.pop("quantization_config", None)
     config.pop("auto_map", None)  # it names Python files that are not written
     write_file(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())

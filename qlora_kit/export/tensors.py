@@ -67,13 +67,14 @@ def export_tensors(
             return weight
         return weight.float().add_(delta_weight(layer, adapter).to(weight.device))
 
-    tensors, adapted = [], lora_layers(model)
+    tensors: list[ExportTensor] = []
+    adapted = lora_layers(model)
     inside = tuple(f"{name}." for name in adapted)
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
             continue
         linear = adapted[name].base_layer if name in adapted else module
-        made = dict(linear.named_parameters(recurse=False))
+        made = _written(linear)
         if isinstance(linear, nn.Linear) and module is not model.get_output_embeddings():
             shape = torch.Size((linear.out_features, linear.in_features))
             make = (
@@ -89,3 +90,12 @@ def export_tensors(
                 continue  # a tied head: the embedding is written, and config.json says tied
             tensors.append(ExportTensor(full, parameter.shape, parameter.detach))
     return tensors
+
+
+def _written(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module by itself that a checkpoint has: parameters, and lasting buffers."""
+    made: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    if not isinstance(module, nn.Linear):
+        lasting = module._buffers.keys() - module._non_persistent_buffers_set
+        made |= {n: b for n, b in module._buffers.items() if n in lasting and b is not None}
+    return made

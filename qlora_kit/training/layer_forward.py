@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from qlora_kit.base.decoder import decoder_layers
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.block_compare import fused_blocks
 from qlora_kit.training.recompute import recompute, recompute_halves
+from qlora_kit.training.shared_keys import SharedKeys
 
 _OWN_CODE = contextvars.ContextVar("models_own_code", default=False)
 
@@ -56,8 +58,13 @@ class LayerForward:
         if self.level == "none" or not (self.layer.training and torch.is_grad_enabled()):
             return run(*args, **options)
         if self.level == "selective" and block is not None:
-            return recompute_halves(block, self.random, *args, **options)
-        return recompute(run, self.level, self.random, *args, **options)
+            return recompute_halves(block, self.random, self.shares, *args, **options)
+        return recompute(run, self.level, self.random, self.shares, *args, **options)
+
+    @functools.cached_property
+    def shares(self) -> SharedKeys:
+        """What the layer does with keys and values of other layers."""
+        return SharedKeys.of(self.layer)
 
 
 def use_fused_blocks(model: PreTrainedModel) -> str | None:

@@ -37,6 +37,7 @@ from torch.utils.checkpoint import (
 
 from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, ATTEND_ROWS
 from qlora_kit.lora.block import Block
+from qlora_kit.training.shared_keys import OPTION, SharedKeys
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -49,7 +50,14 @@ ATTENTION = {
 """The kernels whose results `selective` keeps."""
 
 
-def recompute(run: Callable[..., Any], level: str, random: bool, *args: Any, **options: Any) -> Any:
+def recompute(
+    run: Callable[..., Any],
+    level: str,
+    random: bool,
+    shares: SharedKeys,
+    *args: Any,
+    **options: Any,
+) -> Any:
     """`run(*args, **options)` of a layer, recomputed in backward: `full`, or but for attention.
 
     `random` says that it draws from torch's own generator.
@@ -57,29 +65,33 @@ def recompute(run: Callable[..., Any], level: str, random: bool, *args: Any, **o
     # Attention that is not run again does not draw either, and what follows it would draw others.
     keeps_attention = level == "selective" and not random
     context = {"context_fn": _kept_attention} if keeps_attention else {}
-    return _replayed(random)(run, *args, **context, **options)
+    again, shared = partial(_replayed(random), **context), options.pop(OPTION, None)
+    return shares.through(again, run, shared, *args, **options)
 
 
 def recompute_halves(
     block: Block,
     random: bool,
+    shares: SharedKeys,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
+    per_layer_input: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """`Block.forward` at `selective`, (B, T, h) to (B, T, h): each half recomputed by itself."""
     again = _replayed(random)
     # Around attention alone: such a context looks at every operation inside, in Python.
     keeping, kept = (nullcontext(), nullcontext()) if random else _kept_attention()
-    contexts = [keeping]
+    contexts, shared = [keeping], options.pop(OPTION, None)
 
-    def attention_half(x: Tensor) -> Tensor:
-        around = contexts.pop() if contexts else kept
-        return block.attention_half(x, position_embeddings, attention_mask, options, around)
+    def attention_half(x: Tensor, **inside: Any) -> Tensor:
+        around, given = (contexts.pop() if contexts else kept), {**options, **inside}
+        return block.attention_half(x, position_embeddings, attention_mask, given, around)
 
-    middle: Tensor = again(attention_half, hidden_states)
-    result: Tensor = again(block.mlp_half, middle)
+    middle: Tensor = shares.through(again, attention_half, shared, hidden_states)
+    inputs = (middle,) if per_layer_input is None else (middle, per_layer_input)
+    result: Tensor = again(block.mlp_half, *inputs)
     return result
 
 

@@ -54,6 +54,7 @@ SIZES = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+WINDOWED = ["sliding_attention", "full_attention"]
 LONG_ROPE = {
     "type": "longrope",
     "short_factor": [1.0 + 0.02 * i for i in range(8)],
@@ -86,6 +87,35 @@ TRAITS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "tie_word_embeddings": True,
     },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 8,
+        "layer_types": WINDOWED,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        },
+        "tie_word_embeddings": True,
+    },
+    "gemma4": {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 66,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 8,
+        "layer_types": WINDOWED,
+        "tie_word_embeddings": True,
+    },
     "phi3": {
         "model_type": "phi3",
         "rope_scaling": LONG_ROPE,
@@ -100,7 +130,7 @@ TRAITS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-FAMILIES = tuple(TRAITS)
+FAMILIES = tuple(family for family in TRAITS if family != "gemma4")
 """Those that every law is tried on; the ones below have tests of their own."""
 YARN = {
     "rope_type": "yarn",
@@ -181,6 +211,8 @@ DENSE: dict[str, dict[str, Any]] = {
     },
 }
 TRAITS |= DENSE
+FROM_ZERO = ("gemma2", "gemma3")
+"""Families whose norms multiply by 1 + weight."""
 QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4_double": {
         "load_in_4bit": True,
@@ -197,14 +229,24 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 def tiny_model(family: str = "llama2", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """transformers' own model of a family, random but always the same, in evaluation mode."""
     settings = {**SIZES, **TRAITS[family], **changes}
+    if "layer_types" in settings:
+        # The last ones of a pattern: some families have to end with attention to everything.
+        count = settings["num_hidden_layers"]
+        settings["layer_types"] = (settings["layer_types"] * count)[-count:]
+    if "num_kv_shared_layers" in settings:
+        # Each kind of layer needs one that is not shared.
+        settings["num_kv_shared_layers"] = max(0, settings["num_hidden_layers"] - 2)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(7)
     # sdpa leaves out the soft cap of attention, so the reference takes the plain product.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for name, parameter in model.named_parameters():
         spread = 0.1 if parameter.dim() == 1 else 0.3 if "embed" in name else 0.15
-        around = 1.0 if "norm" in name and family != "gemma2" else 0.0
+        around = 1.0 if "norm" in name and family not in FROM_ZERO else 0.0
         torch.nn.init.normal_(parameter, mean=around, std=spread)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            torch.nn.init.uniform_(buffer, 0.5, 1.5)
     return model.to(dtype).eval()
 
 

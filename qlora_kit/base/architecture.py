@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.fields import LARGEST, asks_for_code, problems
+from qlora_kit.base.field import LARGEST
+from qlora_kit.base.fields import asks_for_code, problems
 from qlora_kit.base.fp8_scheme import check_stored
 from qlora_kit.errors import ModelError, UnsafeInputError
 

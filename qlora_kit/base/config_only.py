@@ -63,8 +63,8 @@ def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | N
     described = decoder.config
     model = build_on_meta(described, dtype, path)
     if there is not None:
-        there = entries_of(model, there)
-        form, entries = form_in_files(stated, there, model, source.directory), there
+        entries: Mapping[str, TensorEntry] = entries_of(model, there)
+        form = form_in_files(stated, entries, model, source.directory)
     if there is None or stated.is_stored:
         expected = _expected_entries(model, described, path)
         promised, entries = form_of_config(stated, expected, model)

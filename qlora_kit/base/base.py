@@ -22,6 +22,10 @@ from qlora_kit.base.text_decoder import Wrapper
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import dtype_name
 
+CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "context_length")
+NO_CONTEXT = 2048
+"""Tokens that a model is taken to be made for whose config.json says none."""
+
 
 @dataclass(frozen=True)
 class BaseInfo:
@@ -131,5 +135,9 @@ class Base:
 
     @property
     def context(self) -> int:
-        """The longest sequence that the model was made for, in tokens."""
-        return int(self.model.config.max_position_embeddings)
+        """The longest sequence that the model was made for, in tokens.
+
+        Some families (ALiBi, recurrences) have no end; then it is `NO_CONTEXT`.
+        """
+        said = (getattr(self.model.config, name, None) for name in CONTEXTS)
+        return next((int(value) for value in said if value), NO_CONTEXT)

@@ -30,7 +30,7 @@ from qlora_kit.base.text_decoder import text_config, text_decoder
 from qlora_kit.errors import ModelError, UnsafeInputError
 from qlora_kit.files.atomic import real_path
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = ("num_layers_per_stack", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names that config.json has for the number of decoder layers."""
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def check_layers(
     Done before the architecture is built, which takes the longer the more layers are promised.
     """
     record = architecture_of(config["model_type"])
-    layer = (re.escape(record.layers) if record.known else r"\D*?") + r"\.(\d{1,9})\."
+    layer = (re.escape(record.layers) if record.known else r".*?") + r"\.(\d{1,9})\."
     lists: dict[str, set[int]] = {}
     for name in entries:
         if found := re.match(layer, name):

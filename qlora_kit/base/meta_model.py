@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.checks import read_generation_config
+from qlora_kit.base.direct import read_directly
 from qlora_kit.base.fields import MODEL_FIELDS
 from qlora_kit.base.generic import (
     attention_of,
@@ -174,12 +175,15 @@ def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linears that are quantized, by module name: all but the output head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    """The linears that are quantized, by module name: all but the output head.
+
+    Nor those whose weight the model's own code reads, past their forward.
+    """
+    head, read = model.get_output_embeddings(), read_directly(model)  # type: ignore[operator]
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and module is not head and name not in read
     }
 
 

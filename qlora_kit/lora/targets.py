@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import architecture_of
+from qlora_kit.base.direct import read_directly
 from qlora_kit.base.pattern import full_matches
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.layer import LoRALinear
@@ -97,14 +98,18 @@ def targets_by_regex(model: nn.Module, regex: str) -> list[str]:
 
 
 def target_candidates(model: nn.Module) -> list[str]:
-    """Every linear that can carry an adapter: all but the output head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    """Every linear that can carry an adapter: all but the output head.
+
+    Nor those whose weight the model's own code reads, which would not see an adapter.
+    """
+    head, read = model.get_output_embeddings(), read_directly(model)  # type: ignore[operator]
     return [
         name
         for name, module in model.named_modules()
         if (
             isinstance(module, LoRALinear) or (isinstance(module, nn.Linear) and module is not head)
         )
+        and name not in read
         and not re.search(r"\.(base_layer|lora_[AB]\..*)$", name)
     ]
 
@@ -112,7 +117,12 @@ def target_candidates(model: nn.Module) -> list[str]:
 def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """The last parts of the names of `targets` where they select just these, else the names."""
     short = sorted({name.rpartition(".")[2] for name in targets})
-    chosen = [name for name in target_candidates(model) if name.rpartition(".")[2] in short]
+    # PEFT looks at every module: `0` is an MLP's linear and also a layer.
+    chosen = [
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] in short and not re.search(r"\.base_layer$|\.lora_[AB]\.", name)
+    ]
     return short if set(chosen) == set(targets) else list(targets)
 
 

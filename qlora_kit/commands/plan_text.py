@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qlora_kit.plan.answer import Answer, Cell
+    from qlora_kit.plan.quantization_error import QuantizationErrors
 
 SHOWN = {
     "weights_quantized": "quantized linears",
@@ -25,6 +26,8 @@ SHOWN = {
     "overhead": "outside tensors",
 }
 OVER = "!"
+WORST_SHOWN = 20
+"""Linears in the table of errors; `--json` has all."""
 
 
 def print_plan(answer: Answer, terminal: Terminal) -> None:
@@ -47,6 +50,8 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
             table.add_row(shown, size(most) if most else "", size(there) if there else "")
     table.add_row("peak", "", size(plan.peak_bytes), style="bold")
     terminal.show(table)
+    for note in answer.notes:
+        terminal.note(note)
     terminal.print(f"peak in {plan.place}")
     again = f"{plan.recomputed:.0%} of a forward pass is done again"
     terminal.print(f"gradient checkpointing: {plan.recompute}; {again}")
@@ -73,6 +78,38 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
             budget = grid[0].plan.budget_bytes
             assert budget is not None
             terminal.print(f"{OVER} does not fit {size(budget)}")
+    if answer.errors is not None:
+        _print_errors(answer.errors, terminal)
+
+
+def _print_errors(errors: QuantizationErrors, terminal: Terminal) -> None:
+    """The worst linears, then a line a kind of projection, then what skipping costs."""
+    from rich.table import Table
+
+    form = f"{errors.quantization.bits} bits"
+    table = Table(
+        title=f"relative error of the linears in {form}, the worst first",
+        title_justify="left",
+        show_edge=False,
+    )
+    for title in ("linear", "error", f"in {errors.dtype}", f"in {form}"):
+        table.add_column(title, justify="left" if title == "linear" else "right")
+    for one in errors.linears[:WORST_SHOWN]:
+        sizes = size(one.bytes_unquantized), size(one.bytes_quantized)
+        table.add_row(one.name, f"{one.error:.2%}", *sizes)
+    terminal.show(table)
+    kinds = Table(
+        title="by projection, the worst median first", title_justify="left", show_edge=False
+    )
+    for title in ("projection", "linears", "median", "worst", "in"):
+        kinds.add_column(title, justify="left" if title in ("projection", "in") else "right")
+    for kind in errors.kinds:
+        worst = f"{kind.worst.error:.2%}"
+        kinds.add_row(kind.name, str(kind.count), f"{kind.median:.2%}", worst, kind.worst.name)
+    terminal.show(kinds)
+    for chosen, added in errors.skips:
+        which = "the worst" if len(chosen) == 1 else f"the {len(chosen)} worst"
+        terminal.print(f"--skip_modules of {which} takes {size(added)} more")
 
 
 def _grid_table(grid: Sequence[Cell]) -> Table:

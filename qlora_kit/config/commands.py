@@ -210,4 +210,9 @@ class PlanConfig(Options):
         shown_default="what is free here",
     )
     grid: bool = option(False, "also the peak over batch sizes and lengths")
+    quantization_error: bool = option(
+        False,
+        "also read the weights, which have to be here, and say how far each linear is from itself "
+        "in 4 or 8 bits, the worst first",
+    )
     json: bool = option(False, "print one JSON object and nothing else")

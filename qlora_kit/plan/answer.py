@@ -17,6 +17,11 @@ from qlora_kit.device import available_bytes, find_device
 from qlora_kit.options.checks import size_bytes
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
+from qlora_kit.plan.quantization_error import (
+    QuantizationErrors,
+    check_errors,
+    quantization_errors,
+)
 from qlora_kit.plan.suggest import Options, Suggestion, suggest
 
 ROWS, LONGEST, PARTS = (1, 2, 4, 8), 4096, (8, 4, 2, 1)
@@ -34,13 +39,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Answer:
-    """The plan of the options, and what was asked beside it; `overhead` says who measured it."""
+    """The plan of the options, and what was asked beside it; `overhead` says who measured it.
+
+    `notes` are those on the base's files, `errors` what quantizing does to its linears.
+    """
 
     options: Options
     overhead: str
     plan: MemoryPlan
     suggestions: Sequence[Suggestion]
     grid: Sequence[Cell] | None
+    notes: Sequence[str] = ()
+    errors: QuantizationErrors | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -59,6 +69,10 @@ class Answer:
                 }
                 for cell in self.grid
             ]
+        if self.notes:
+            result["notes"] = list(self.notes)
+        if self.errors is not None:
+            result["quantization_error"] = self.errors.as_json()
         return result
 
 
@@ -66,6 +80,8 @@ def answer(parsed: Parsed) -> Answer:
     """Plan what the options ask for. Errors: `ConfigError`, and those of a `config.json`."""
     asked, base, lora = parsed[PlanConfig], parsed[BaseConfig], parsed[LoRAConfig]
     training, device = parsed[TrainingConfig], _device(base, asked)
+    if asked.quantization_error:
+        check_errors(base)
     planner = Planner(base, lora, training, device, margin=True)
     # Both groups have the option, and the first one of them is given it.
     data = replace(parsed[DataConfig], max_length=asked.max_length)
@@ -75,7 +91,9 @@ def answer(parsed: Parsed) -> Answer:
     plan = planner.plan(options.largest, budget_bytes=budget)
     suggestions = [] if plan.fits or budget is None else suggest(options, planner, device, budget)
     grid = _grid(planner, options, budget) if asked.grid else None
-    return Answer(options, planner.overhead.source, plan, suggestions, grid)
+    errors = quantization_errors(base) if asked.quantization_error else None
+    overhead = planner.overhead.source
+    return Answer(options, overhead, plan, suggestions, grid, planner.notes, errors)
 
 
 def _device(base: BaseConfig, asked: PlanConfig) -> str:

@@ -171,6 +171,7 @@ class Planner:
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._made: dict[Any, MemoryPlan] = {}
         files = open_shape(base, target, embedding_rows)
+        self.notes = files.notes
         self.run = FakeRun(FakeModel(files, fresh, training, target))
 
     def plan(

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from qlora_kit.base.fp8_scheme import BITSANDBYTES
 from qlora_kit.base.json_file import is_deep
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
-from qlora_kit.base.quantize import BLOCKSIZE, NESTED_BLOCKSIZE, Quantization, code_tables
+from qlora_kit.base.quantize import (
+    BLOCKSIZE,
+    NESTED_BLOCKSIZE,
+    Quantization,
+    code_tables,
+    dynamic_map,
+)
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.config.base import DEFAULT_BITS, QUANT_TYPES, BaseConfig
 from qlora_kit.errors import ConfigError, ModelError
@@ -263,10 +269,12 @@ def stored_layer(
             )
     nested = {}
     if quantization.double_quant:
+        table, shared = moved["weight.nested_quant_map"].view(-1), dynamic_map(device)
         nested = {
             "nested_absmax": moved["weight.nested_absmax"].view(-1),
             "nested_offset": torch.tensor(stored.nested_offset, device=device),
-            "nested_map": moved["weight.nested_quant_map"].view(-1),
+            # One table for all layers, unless an old file has another one to the last bit.
+            "nested_map": shared if torch.equal(table, shared) else table,
         }
     return Linear4bit(
         in_features,

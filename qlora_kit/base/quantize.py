@@ -70,7 +70,7 @@ def quantize_8bit(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 def quantize_scales(absmax: Tensor) -> dict[str, Tensor]:
     """Double quant of fp32 scales (blocks,): uint8 `absmax` (blocks,) and what decodes it."""
     offset = absmax.mean()
-    table = _dynamic_map(absmax.device)
+    table = dynamic_map(absmax.device)
     codes, state = bnb.quantize_blockwise(absmax - offset, table, blocksize=NESTED_BLOCKSIZE)
     return {
         "absmax": codes,
@@ -94,7 +94,7 @@ def dequantize_scales(
 
 
 @functools.cache
-def _dynamic_map(device: torch.device) -> Tensor:
+def dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of double quant: one table for all layers on a device, and for plans."""
     with unset_fake_temporarily():
         return bnb.create_dynamic_map().to(device)  # type: ignore[no-any-return]

@@ -29,14 +29,14 @@ class Architecture:
     `attention` is transformers' name of how it is computed. `query_key_value` and `gate_up` name
     the projections of attention and of the MLP, one name each where they are fused. `targets` get
     adapters where none are named. `layers` is where the text decoder's layers lie in a checkpoint.
-    `logit_divisor` and `logit_softcap` name the fields of config.json that the family's own forward
-    applies behind the head; in another family's config.json they mean nothing. `mlp` is what a
-    layer calls its MLP, `down` the projection out of it. `rotates_in_windows_alone` says that
-    layers without a sliding window have no rotary embedding where others have a window.
+    `logit_divisor`, `logit_factor` and `logit_softcap` name the fields of config.json that the
+    family's own forward applies to the logits; in another family's they mean nothing. `mlp` is
+    what a layer calls its MLP, `down` the projection out of it. `rotates_in_windows_alone` says
+    that layers without a sliding window have no rotary embedding where others have a window.
     `strict` says that of config.json the fields of `base/fields.py` alone reach the model, else all
     that the family's class declares, and `undeclared`; `rope_needs` names what its rope fields must
     have. `packs` says that its attention keeps the rows of a pack apart by their positions. `known`
-    says that the family has a record; one without is found out from the model that is built.
+    says that what its model is made of is here; else it is found out from the model that is built.
     """
 
     known: bool = True
@@ -47,6 +47,7 @@ class Architecture:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     layers: str = "model.layers"
     logit_divisor: str | None = None
+    logit_factor: str | None = None
     logit_softcap: str | None = None
     mlp: str = "mlp"
     down: str = "down_proj"
@@ -58,7 +59,11 @@ class Architecture:
 
     def logit_scale_and_softcap(self, config: Any) -> tuple[float, float | None]:
         """The factor on a head's logits and their soft cap, of a model of this `config`."""
-        scale = 1 / getattr(config, self.logit_divisor) if self.logit_divisor else 1.0
+        scale = 1.0
+        if self.logit_divisor:
+            scale /= getattr(config, self.logit_divisor)
+        if self.logit_factor:
+            scale *= getattr(config, self.logit_factor)
         return scale, getattr(config, self.logit_softcap) if self.logit_softcap else None
 
 
@@ -96,6 +101,18 @@ ARCHITECTURES = {
     "glm": Architecture(gate_up=("gate_up_proj",)),
     "glm4": Architecture(gate_up=("gate_up_proj",)),
     "exaone4": Architecture(rotates_in_windows_alone=True),
+    # Found out but for what comes behind the head.
+    "cohere": Architecture(known=False, logit_factor="logit_scale"),
+    "cohere2": Architecture(known=False, logit_factor="logit_scale"),
+    "cohere_compass_text": Architecture(known=False, logit_factor="logit_scale"),
+    "falcon_h1": Architecture(known=False, logit_factor="lm_head_multiplier"),
+    "granite_swa": Architecture(known=False, logit_divisor="logits_scaling"),
+    "hyperclovax": Architecture(known=False, logit_factor="logits_scaling"),
+    "minicpm3": Architecture(known=False, logit_divisor="logits_scaling"),
+    "nanochat": Architecture(known=False, logit_softcap="final_logit_softcapping"),
+    "recurrent_gemma": Architecture(known=False, logit_softcap="logits_soft_cap"),
+    "vaultgemma": Architecture(known=False, logit_softcap="final_logit_softcapping"),
+    "xlstm": Architecture(known=False, logit_softcap="output_logit_soft_cap"),
 }
 CAUSAL_TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 GENERIC = Architecture(known=False)

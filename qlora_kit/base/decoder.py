@@ -6,9 +6,11 @@ lies in no other one and has as many members as config.json says, or the most we
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +82,39 @@ def _plain(module: nn.Module) -> list[tuple[str, str]]:
         for name, value in vars(module).items()
         if isinstance(value, kinds) and name not in ("layer_idx", "layer_id", "layer_number")
     ]
+
+
+def layer_kind(layer: nn.Module) -> Hashable:
+    """What makes a layer the same as another one: code, settings and tensors."""
+    named = itertools.chain(layer.named_parameters(), layer.named_buffers())
+    tensors = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in named)
+    return settings_of(layer), tensors
+
+
+@contextlib.contextmanager
+def only_layers(model: Any, chosen: Sequence[int]) -> Iterator[None]:
+    """Let `model` have these of its decoder layers meanwhile, and its config say so."""
+    config, path = model.config, layers_path(model)
+    owner, _, leaf = path.rpartition(".")
+    body = model.get_submodule(owner)
+    layers = getattr(body, leaf)
+    # What a config has one value of for each layer, such as `layer_types`.
+    lists = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == len(layers)
+    }
+    try:
+        setattr(body, leaf, nn.ModuleList(layers[i] for i in chosen))
+        config.num_hidden_layers = len(chosen)
+        for name, value in lists.items():
+            setattr(config, name, [value[i] for i in chosen])
+        yield
+    finally:
+        setattr(body, leaf, layers)
+        config.num_hidden_layers = len(layers)
+        for name, value in lists.items():
+            setattr(config, name, value)
 
 
 @functools.cache

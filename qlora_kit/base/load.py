@@ -31,6 +31,7 @@ from qlora_kit.base.linear import (
 )
 from qlora_kit.base.meta_model import decoder_linears, tied_names
 from qlora_kit.base.open import open_base
+from qlora_kit.base.probe import check_forward
 from qlora_kit.base.tensors import (
     Read,
     Tag,
@@ -77,6 +78,7 @@ def read_weights(base: Base, tag: Tag = untagged) -> PreTrainedModel:
     """
     model = fill(base, read_bytes, tag)
     _check_tied(base, tied_names(model))
+    check_forward(model)
     model.name_or_path = base.source.reference
     return model
 

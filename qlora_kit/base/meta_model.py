@@ -189,11 +189,7 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Names of tensors that share another one's storage, to that other name."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return {}
-    names = {id(module): name for name, module in model.named_modules()}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+    return dict(model.all_tied_weights_keys)
 
 
 def take_generation_config(model: PreTrainedModel, directory: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlora_kit.base.base import Base
 from qlora_kit.base.fp8_checkpoint import read_numbers
 from qlora_kit.base.linear import dequantize
+from qlora_kit.base.meta_model import tied_names
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 from qlora_kit.lora.layer import LoRALinear, delta_weight
@@ -68,7 +69,7 @@ def export_tensors(
         return weight.float().add_(delta_weight(layer, adapter).to(weight.device))
 
     tensors: list[ExportTensor] = []
-    adapted = lora_layers(model)
+    adapted, tied = lora_layers(model), tied_names(model)
     inside = tuple(f"{name}." for name in adapted)
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
@@ -86,8 +87,8 @@ def export_tensors(
             made.pop("weight")
         for leaf, parameter in made.items():
             full = f"{name}.{leaf}"
-            if parameter is model.get_input_embeddings().weight and "embed" not in name:
-                continue  # a tied head: the embedding is written, and config.json says tied
+            if full in tied:
+                continue  # the tensor that it shares is written, and config.json says tied
             tensors.append(ExportTensor(full, parameter.shape, parameter.detach))
     return tensors
 

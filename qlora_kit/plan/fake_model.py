@@ -9,7 +9,6 @@ meant for is data: it decides kernels, dtype and paging, while the tensors thems
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.decoder import decoder_layers, layers_path, settings_of
+from qlora_kit.base.decoder import decoder_layers, layer_kind, only_layers
 from qlora_kit.base.load import fill
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
@@ -104,27 +103,8 @@ class FakeModel:
     @contextlib.contextmanager
     def only(self, chosen: Sequence[int]) -> Iterator[None]:
         """Let the model have these of its layers meanwhile."""
-        config = self.model.config
-        owner, _, leaf = layers_path(self.model).rpartition(".")
-        body, count = self.model.get_submodule(owner), len(self.layers)
-        before = getattr(body, leaf)
-        # What a config has one value of for each layer, such as `layer_types`.
-        lists = {
-            name: value
-            for name, value in vars(config).items()
-            if isinstance(value, list) and len(value) == count
-        }
-        try:
-            setattr(body, leaf, nn.ModuleList(self.layers[i] for i in chosen))
-            config.num_hidden_layers = len(chosen)
-            for name, value in lists.items():
-                setattr(config, name, [value[i] for i in chosen])
+        with only_layers(self.model, chosen):
             yield
-        finally:
-            setattr(body, leaf, before)
-            config.num_hidden_layers = count
-            for name, value in lists.items():
-                setattr(config, name, value)
 
     def _read(self, entry: Any, into: Tensor) -> None:
         self.counter.tag(HOST if HOST in self.apart else "loading", (into,))
@@ -139,6 +119,4 @@ class FakeModel:
 def _kind_of(layer: nn.Module) -> Hashable:
     """What makes a layer the same as another one: code, settings and tensors."""
     block = getattr(layer.forward, "block", None)
-    named = itertools.chain(layer.named_parameters(), layer.named_buffers())
-    tensors = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in named)
-    return settings_of(layer), None if block is None else block.kind, tensors
+    return layer_kind(layer), None if block is None else block.kind

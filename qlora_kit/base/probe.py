@@ -1,0 +1,115 @@
+"""A loaded model of a family without a record, tried on random tokens before it is trained.
+
+Training calls the decoder and computes logits by itself, in chunks (`kernels/cross_entropy.py`).
+That is right where transformers' class has nothing else behind its head, counts positions as we do,
+and lets no token see those after it. All three are laws of numbers, so they are looked at as
+numbers, through one layer of each kind: the time of some tokens, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.base.architecture import architecture_of
+from qlora_kit.base.decoder import (
+    decoder_layers,
+    hidden_states,
+    layer_kind,
+    only_layers,
+    takes,
+)
+from qlora_kit.errors import ModelError
+
+TOKENS = 12
+MOST_LAYERS = 4
+ROUNDINGS = {torch.bfloat16: 4, torch.float16: 8}
+"""Steps of rounding (`torch.finfo(dtype).eps`) that two ways to the same logits may be apart,
+relative to the largest: each rounds a factor, a soft cap and a matmul once. In fp32, whose sums of
+thousands of terms may come in another order, it is 128."""
+
+
+def check_forward(model: Any) -> None:
+    """Refuse a model whose own logits are not those that training computes, or that looks ahead.
+
+    A model of a family with a record is not tried. Errors: `ModelError`.
+    """
+    config = model.config
+    if architecture_of(config.model_type).known:
+        return
+    layers = decoder_layers(model)
+    first = {layer_kind(layer): number for number, layer in reversed(list(enumerate(layers)))}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with only_layers(model, sorted(first.values())[:MOST_LAYERS]), torch.no_grad():
+            problem = _problem(model.eval())
+    except ModelError:
+        raise
+    except Exception as error:
+        # transformers raises what its own code happens to raise.
+        said = str(error).strip().splitlines()
+        problem = f"cannot be run on {TOKENS} tokens: {said[0][:200] if said else error!r}"
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if problem:
+        raise ModelError(
+            f"model_type {config.model_type!r} {problem}", "use a model of another family"
+        )
+
+
+def isolates_packs(model: Any) -> bool:
+    """Whether rows that lie behind each other in one sequence do not see each other.
+
+    Each begins at position 0 again; the second one of two has to give what it gives alone.
+    """
+    first, second = TOKENS // 2, TOKENS
+    positions = torch.cat((torch.arange(first), torch.arange(second)))
+    ids = _ids(model, first + second)
+    with torch.no_grad():
+        packed = hidden_states(model, ids, positions.to(ids.device)[None])[:, first:]
+        alone = hidden_states(model, ids[:, first:], positions.to(ids.device)[None, first:])
+    return _agree(model, packed, alone)
+
+
+def _problem(model: Any) -> str | None:
+    """What is wrong with a model, in words that follow its name."""
+    ids, half = _ids(model, TOKENS), TOKENS // 2
+    options = {"use_cache": False} if takes(model, "use_cache") else {}
+    theirs, ours = model(input_ids=ids, **options).logits, _logits(model, ids)
+    if ours.shape != theirs.shape or not _agree(model, ours, theirs):
+        return (
+            "has more between its decoder and its logits than a head, a factor and a soft cap, or "
+            "counts positions in a way of its own"
+        )
+    other = ids.clone()
+    other[:, half:] = (ids[:, half:] + 1) % theirs.shape[-1]
+    if not _agree(model, _logits(model, other)[:, :half], ours[:, :half]):
+        return "lets tokens see those after them, so that it has nothing to predict"
+    if not _agree(model, _logits(model.train(), ids), ours):
+        return "gives other logits in training than in evaluation, though nothing is dropped"
+    return None
+
+
+def _ids(model: Any, count: int) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    drawn = torch.randint(weight.shape[0], (1, count), generator=torch.Generator().manual_seed(0))
+    return drawn.to(weight.device)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits (1, T, V) as training computes them, in fp32."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    logits: Tensor = model.get_output_embeddings()(hidden_states(model, ids, positions)).float()
+    scale, softcap = architecture_of(model.config.model_type).logit_scale_and_softcap(model.config)
+    logits = logits * scale
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def _agree(model: Any, ours: Tensor, theirs: Tensor) -> bool:
+    dtype = model.get_input_embeddings().weight.dtype
+    tolerance = ROUNDINGS.get(dtype, 128) * torch.finfo(dtype).eps
+    # Not `>`: NaN is no agreement.
+    return bool((ours.float() - theirs.float()).abs().max() <= tolerance * theirs.abs().max())

@@ -175,13 +175,10 @@ IMPORT_MORE = {
     "data.report": 14,
     "library": 13,
     "run.export": 13,
-    "run.request": 13,
     "run.resolve": 14,
-    "run.saved_adapter": 19,
-    "run.scores": 16,
     "run.show_data": 13,
 }
-LATE = 35
+LATE = 31
 
 
 def functions(name: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qlora_kit.base.base_files import BaseFiles
 from qlora_kit.base.checks import is_computed
 from qlora_kit.base.form import Form
 from qlora_kit.base.quantize import Quantization
-from qlora_kit.base.safetensors_file import TensorEntry, fingerprint
+from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.source import Source
 from qlora_kit.base.text_decoder import Wrapper
 from qlora_kit.config.base import BaseConfig
@@ -61,16 +62,18 @@ class Base:
     Until then `model` has its architecture on the meta device, so that whatever depends on shapes
     alone (targets, rank, context, tokens) can be refused before a byte of weights is read. It is
     the transformers class of its architecture, of `parameters` elements as the files have them.
-    `entries` are all tensors of the files by the model's names, `form` says which of them are no
-    plain numbers. `embedding_rows` is what the embedding (and the head) is resized to, None where
-    the files have all of its rows. `tokenizer` is None in a plan of a bare config.json. `notes` are
-    what a user should know of the files, a sentence each. `wrapper` is what is around the text
-    decoder of a multimodal checkpoint, None for a text model.
+    `files` is what the files say, None in a plan that has no others than config.json. `entries` are
+    all tensors of the files by the model's names, `form` says which of them are no plain numbers.
+    `embedding_rows` is what the embedding (and the head) is resized to, None where the files have
+    all of its rows. `tokenizer` is None in a plan of a bare config.json. `notes` are what a user
+    should know of the files, a sentence each. `wrapper` is what is around the text decoder of a
+    multimodal checkpoint, None for a text model.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     source: Source
+    files: BaseFiles | None
     entries: Mapping[str, TensorEntry]
     form: Form
     quantization: Quantization
@@ -89,12 +92,13 @@ class Base:
     @cached_property
     def info(self) -> BaseInfo:
         """What an adapter must know, from headers and the samples of a fingerprint."""
+        assert self.files is not None  # nothing is trained on a plan's base
         skip = self.quantization.skip_modules
         dtypes = {entry.torch_dtype for entry in self.plain.values()}
         return BaseInfo(
             name=self.source.name,
             revision=self.source.revision,
-            fingerprint=fingerprint(self.entries),
+            fingerprint=self.files.fingerprint,
             parameters=self.parameters,
             bits=self.quantization.bits,
             quant_type=self.quantization.quant_type,

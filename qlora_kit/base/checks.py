@@ -1,7 +1,7 @@
 """What a model directory claims, checked before a byte of weights is read.
 
-`read_config` and `read_entries` look at JSON and safetensors headers only; `check_architecture`
-compares the headers with the model that the config describes, built on the meta device. Nothing
+`read_config` and `read_generation_config` look at JSON only; `check_architecture` compares the
+headers of the weights with the model that the config describes, built on the meta device. Nothing
 from a file is believed before: sizes, offsets, shapes, names and paths are all bounded here, so
 that loading can trust what it is given.
 """
@@ -21,12 +21,12 @@ from qlora_kit.base.architecture import (
     check_family,
     refuse_code,
 )
-from qlora_kit.base.contents import find, names_code, refuse_strays, tokenizer_files
+from qlora_kit.base.contents import find, names_code, refuse_strays
 from qlora_kit.base.fields import TOKENS
 from qlora_kit.base.json_file import read_json
-from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, read_entries, some
+from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, some
 from qlora_kit.base.source import Source, contained, is_path, resolve
-from qlora_kit.base.text_decoder import text_config, text_decoder
+from qlora_kit.base.text_decoder import text_config
 from qlora_kit.errors import ModelError, UnsafeInputError
 from qlora_kit.files.atomic import real_path
 
@@ -163,11 +163,3 @@ def check_architecture(
 def is_computed(name: str) -> bool:
     """Whether a stored tensor is one that the model computes by itself."""
     return name.endswith("rotary_emb.inv_freq")
-
-
-def look(source: Source) -> None:
-    """Refuse what all files of a directory show but the tensors, in a second: without torch."""
-    whole = read_config(source.directory)
-    text_decoder(whole, read_entries(source.directory), source.directory / "config.json")
-    read_generation_config(source.directory)
-    tokenizer_files(source.directory)

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
+from qlora_kit.base.base_files import BaseFiles
 from qlora_kit.base.checks import check_layers, find_config, read_config_file
 from qlora_kit.base.contents import find
 from qlora_kit.base.form import form_in_files, form_of_config, stated_form
@@ -42,26 +43,35 @@ from qlora_kit.device import compute_dtype
 DEFAULT_DTYPE = "bfloat16"
 
 
-def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | None = None) -> Base:
+def open_shape(
+    config: BaseConfig,
+    device: torch.device,
+    embedding_rows: int | None = None,
+    files: BaseFiles | None = None,
+) -> Base:
     """The base of a plan for `device`, on the meta device, without a tokenizer.
 
     `config.model` may also be a file like config.json. Nothing but that file is read, or fetched
-    where it is a hub id. `embedding_rows` is what the embedding is resized to; with
-    `--resize_embeddings` the tokenizer beside config.json says it.
+    where it is a hub id; nothing at all of a base whose `files` are open. `embedding_rows` is what
+    the embedding is resized to; with `--resize_embeddings` the tokenizer beside config.json says
+    it.
     Errors: `ModelError`, `TokenizerError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
     """
-    source, path = find_config(config.model, config.revision)
-    whole = read_config_file(path)
-    decoder = text_decoder(whole, None, path)
-    stated = stated_form(config, decoder.config, path)
+    if files is None:
+        source, path = find_config(config.model, config.revision)
+        whole: Mapping[str, Any] = read_config_file(path)
+        decoder = text_decoder(whole, None, path)
+        if any(find(path.parent, one) for one in (SINGLE_FILE, INDEX_FILE)):
+            decoder = text_decoder(whole, read_entries(source.directory), path)
+    else:
+        source, path, decoder = files.source, files.config_path, files.decoder
+    described, there = decoder.config, decoder.entries
+    stated = stated_form(config, described, path)
     dtype = compute_dtype(config.dtype, device)
-    there: Mapping[str, TensorEntry] | None = None
-    if any(find(path.parent, one) for one in (SINGLE_FILE, INDEX_FILE)):
-        decoder = text_decoder(whole, read_entries(source.directory), path)
-        there = decoder.entries or {}
-        check_layers(there, decoder.config, path)
-    described = decoder.config
+    if there is not None:
+        check_layers(there, described, path)
     model = build_on_meta(described, dtype, path)
+    entries: Mapping[str, TensorEntry]
     if there is not None:
         entries: Mapping[str, TensorEntry] = entries_of(model, there)
         form = form_in_files(stated, entries, model, source.directory)
@@ -83,6 +93,7 @@ def open_shape(config: BaseConfig, device: torch.device, embedding_rows: int | N
         model,
         None,
         source,
+        files,
         entries,
         form,
         stated.quantization,

@@ -15,10 +15,17 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from qlora_kit.base.growth import check_growth
 from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.json_file import SETTINGS_LIMIT, read_json
 from qlora_kit.base.source import broken_link, contained
-from qlora_kit.errors import InputError, ModelError, ResourceError, TokenizerError
+from qlora_kit.errors import (
+    InputError,
+    ModelError,
+    ResourceError,
+    TokenizerError,
+    UnsafeInputError,
+)
 from qlora_kit.files.kind import refuse_kind
 
 MIB = 1024**2
@@ -59,11 +66,11 @@ OTHER_FORMS = {
 
 
 def find(directory: Path, name: str, error: type[InputError] = ModelError) -> Path | None:
-    """The checked file `name` of a directory; None where there is no entry of that name.
+    """The file `name` of a directory; None where there is no entry of that name.
 
-    Weights (names that are not in the list) may have any size.
-    Errors: `UnsafeInputError` as `contained`; `error` for a link to nothing, a file that is too
-    large, or one that is something else under this name.
+    It is not opened: whoever reads it looks at what it is (`refuse_kind`). Weights (names that are
+    not in the list) may have any size. Errors: `UnsafeInputError` as `contained`; `error` for a
+    link to nothing, or a file that is too large.
     """
     if not os.path.lexists(directory / name) and broken_link(directory / name) is None:
         return None
@@ -71,8 +78,6 @@ def find(directory: Path, name: str, error: type[InputError] = ModelError) -> Pa
     check_size(
         path, LIMITS.get(name, TEMPLATE_LIMIT if name.startswith(TEMPLATES) else None), error
     )
-    if path.suffix != ".safetensors":
-        refuse_kind(path, error)
     return path
 
 
@@ -84,7 +89,7 @@ def check_size(path: Path, limit: int | None, error: type[InputError]) -> None:
 
 
 def tokenizer_files(directory: Path) -> dict[str, Path]:
-    """The files of a directory's tokenizer by their names in it, each checked.
+    """The files of a directory's tokenizer by their names in it, each opened once and checked.
 
     Beside the known names these are `additional_chat_templates/*.jinja` and the versions of
     tokenizer.json that `fast_tokenizer_files` of tokenizer_config.json names.
@@ -92,13 +97,47 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
     """
     names = [*TOKENIZER_FILES, *_named_templates(directory)]
     found = {name: path for name in names if (path := find(directory, name, TokenizerError))}
-    if settings := found.get("tokenizer_config.json"):
-        for name in _versions(read_json(settings, TokenizerError), settings):
-            path = contained(directory, name, TokenizerError)
-            check_size(path, VOCABULARY_LIMIT, TokenizerError)
-            refuse_kind(path, TokenizerError)
-            found[name] = path
+    versions: list[str] = []
+    for name, path in found.items():
+        described = _checked(path, directory)
+        if name == "tokenizer_config.json":
+            versions = _versions(described, path)
+            _check_templates(described.get("chat_template"), path)
+    for name in versions:
+        path = contained(directory, name, TokenizerError)
+        check_size(path, VOCABULARY_LIMIT, TokenizerError)
+        _checked(path, directory)
+        found[name] = path
     return found
+
+
+def _checked(path: Path, directory: Path) -> Mapping[str, object]:
+    """What a JSON file of a tokenizer holds, nothing for another one; refused for what it is."""
+    if path.suffix != ".json":
+        refuse_kind(path, TokenizerError)
+        return {}
+    described = read_json(path, TokenizerError, VOCABULARY_LIMIT)
+    check_growth(described, path)
+    if "auto_map" in described and names_code(described["auto_map"], directory):
+        raise UnsafeInputError(
+            f"{path}: auto_map asks to run Python files of the model",
+            "remote code is never run: use a tokenizer that transformers supports by itself, "
+            "without Python files in its directory",
+        )
+    return described
+
+
+def _check_templates(found: object, path: Path) -> None:
+    """Refuse a `chat_template` that is neither a text nor texts by name."""
+    if isinstance(found, list) and all(isinstance(one, dict) for one in found):
+        texts = [text for one in found for text in (one.get("name"), one.get("template"))]
+    else:
+        texts = list(found.values()) if isinstance(found, dict) else [found or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise TokenizerError(
+            f"{path}: chat_template is {repr(found)[:60]}, not a text or a list of named ones",
+            "correct or remove it",
+        )
 
 
 def names_code(auto_map: object, directory: Path) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from qlora_kit.base.fp8_scheme import SCALES, Blocks, Fp8Scheme
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.skipped import names_module
-from qlora_kit.base.tensors import Read, check_finite, read_bytes, read_tensors
+from qlora_kit.base.tensors import Read, Reader, check_finite, read_tensors
 from qlora_kit.device import device_type, dtype_name, representative
 from qlora_kit.errors import ModelError
 
@@ -162,13 +162,17 @@ def read_numbers(
     scaled: Mapping[str, ScaledWeight],
     dtype: torch.dtype,
     device: torch.device,
-    read: Read = read_bytes,
+    read: Read | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """As `read_tensors`; what is scaled comes as numbers of `dtype` (out, in) on the device.
 
     Each is valid until the next one is asked for. Errors: as there, and `NumericError` with the
     tensor's name where a number or a scale is not finite.
     """
+    if read is None:
+        with Reader() as own:
+            yield from read_numbers(entries, scaled, dtype, device, own)
+        return
     sizes = (math.prod(entries[name].shape) for name in scaled if name in entries)
     space = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
     for name, tensor in read_tensors(entries, read):

@@ -33,9 +33,10 @@ def read_json(
         size = path.stat().st_size
         if size > limit:
             raise error(f"{path}: has {size} bytes", f"a file like this has at most {limit}")
-        refuse_kind(path, error)
+        read = path.read_bytes()
+        refuse_kind(path, error, start=read)
         content = json.loads(
-            path.read_bytes().decode(),
+            read.decode(),
             object_pairs_hook=unique,
             parse_constant=_finite,
             parse_float=_finite,

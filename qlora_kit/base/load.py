@@ -34,9 +34,9 @@ from qlora_kit.base.open import open_base
 from qlora_kit.base.probe import check_forward
 from qlora_kit.base.tensors import (
     Read,
+    Reader,
     Tag,
     check_finite,
-    read_bytes,
     read_tensors,
     untagged,
 )
@@ -76,8 +76,9 @@ def read_weights(base: Base, tag: Tag = untagged) -> PreTrainedModel:
 
     `tag` is called with every tensor that stays: `weights_quantized` or `weights_other`.
     """
-    model = fill(base, read_bytes, tag)
-    _check_tied(base, tied_names(model))
+    with Reader() as read:
+        model = fill(base, read, tag)
+        _check_tied(base, tied_names(model), read)
     check_forward(model)
     model.name_or_path = base.source.reference
     return model
@@ -209,13 +210,14 @@ def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:
     setattr(parent, leaf, layer)
 
 
-def _check_tied(base: Base, tied: Mapping[str, str]) -> None:
+def _check_tied(base: Base, tied: Mapping[str, str], read: Read) -> None:
     """A checkpoint may hold a tied tensor a second time, if it is the same."""
     entries, scaled = base.entries, base.form.scaled
     for name, shared in tied.items():
         if name not in entries:
             continue
-        for _, tensor in read_numbers({name: entries[name]}, scaled, base.dtype, base.device):
+        own = {name: entries[name]}
+        for _, tensor in read_numbers(own, scaled, base.dtype, base.device, read):
             kept = base.model.get_parameter(shared)[: len(tensor)]
             if not torch.equal(tensor.to(kept.device, base.dtype), kept):
                 raise ModelError(

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.base.checks import read_generation_config
 from qlora_kit.base.direct import read_directly
 from qlora_kit.base.fields import MODEL_FIELDS
 from qlora_kit.base.generic import (
@@ -192,15 +191,16 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
-def take_generation_config(model: PreTrainedModel, directory: Path) -> None:
-    """Give `model` the generation settings of its directory. Errors: `ModelError`."""
-    said = read_generation_config(directory)
+def take_generation_config(
+    model: PreTrainedModel, said: Mapping[str, Any] | None, directory: Path
+) -> None:
+    """Give `model` the generation settings that `directory` has. Errors: `ModelError`."""
     if said is None:
         return
     from transformers import GenerationConfig
 
     try:
-        model.generation_config = GenerationConfig.from_dict(said)
+        model.generation_config = GenerationConfig.from_dict(dict(said))
     except Exception as error:
         path = directory / "generation_config.json"
         raise ModelError(f"{path}: {error}", "correct or remove the file") from error

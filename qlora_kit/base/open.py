@@ -7,26 +7,27 @@ what is described here.
 from __future__ import annotations
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.checks import check_layers, read_config
+from qlora_kit.base.base_files import BaseFiles, find_base
+from qlora_kit.base.checks import check_layers
 from qlora_kit.base.contents import strays
 from qlora_kit.base.form import form_in_files, stated_form
 from qlora_kit.base.meta_model import build_on_meta, entries_of, take_generation_config, with_rows
-from qlora_kit.base.safetensors_file import read_entries
-from qlora_kit.base.source import resolve
-from qlora_kit.base.text_decoder import text_decoder
-from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
+from qlora_kit.base.tokenizer import make_tokenizer, needed_rows
 from qlora_kit.base.towers import check_towers
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import compute_dtype, find_device
 
 
-def open_base(config: BaseConfig) -> Base:
-    """Find a base and check its config, headers and tokenizer. Errors as `load_base`."""
+def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
+    """Check a base's config, headers and tokenizer against each other; no weight is read.
+
+    Its `files` are found and opened unless they were already. Errors as `load_base`.
+    """
     device = find_device(config.device)
-    source = resolve(config.model, config.revision, check=read_config)
+    files = files or find_base(config.model, config.revision)
+    source, path = files.source, files.config_path
     dtype = compute_dtype(config.dtype, device)
-    path = source.directory / "config.json"
-    decoder = text_decoder(read_config(source.directory), read_entries(source.directory), path)
+    decoder = files.decoder
     described, entries = decoder.config, decoder.entries or {}
     stated = stated_form(config, described, path)
     check_layers(entries, described, path)
@@ -36,15 +37,18 @@ def open_base(config: BaseConfig) -> Base:
     if decoder.wrapper is not None:
         check_towers(decoder.wrapper, path)
     rows, resized = model.get_input_embeddings().num_embeddings, None
-    tokenizer = load_tokenizer(source.directory, None if config.resize_embeddings else rows)
+    tokenizer = make_tokenizer(
+        source.directory, files.tokenizer, files.config, None if config.resize_embeddings else rows
+    )
     if needed_rows(tokenizer) > rows:
         resized = needed_rows(tokenizer)
         model = build_on_meta(with_rows(described, resized), dtype, path)
-    take_generation_config(model, source.directory)
+    take_generation_config(model, files.generation, source.directory)
     return Base(
         model,
         tokenizer,
         source,
+        files,
         entries,
         form,
         stated.quantization,

@@ -20,7 +20,8 @@ from qlora_kit.base.contents import LIMITS, find, refuse_strays
 from qlora_kit.base.json_file import is_deep, read_json, unique
 from qlora_kit.base.source import contained
 from qlora_kit.errors import InputError, ModelError, UnsafeInputError
-from qlora_kit.files.kind import SAFETENSORS, refuse_kind
+from qlora_kit.files.kind import BEGINNING, SAFETENSORS, refuse_kind
+from qlora_kit.files.opened import OpenFiles, kept_open
 
 if TYPE_CHECKING:
     import torch
@@ -70,12 +71,20 @@ class TensorEntry:
         return found
 
 
-def read_entries(directory: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a directory by name, from the headers of its safetensors files."""
+def read_entries(directory: Path, files: OpenFiles | None = None) -> dict[str, TensorEntry]:
+    """Every tensor of a directory by name, from the headers of its safetensors files.
+
+    `files` keeps them open for what else is read of them.
+    """
+    with kept_open(files) as opened:
+        return _read_entries(directory, opened)
+
+
+def _read_entries(directory: Path, files: OpenFiles) -> dict[str, TensorEntry]:
     if single := find(directory, SINGLE_FILE):
-        return read_header(single)
+        return read_header(single, files=files)
     if index := find(directory, INDEX_FILE):
-        return _read_sharded(directory, index)
+        return _read_sharded(directory, index, files)
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise UnsafeInputError(
@@ -88,7 +97,7 @@ def read_entries(directory: Path) -> dict[str, TensorEntry]:
     )
 
 
-def _read_sharded(directory: Path, path: Path) -> dict[str, TensorEntry]:
+def _read_sharded(directory: Path, path: Path, files: OpenFiles) -> dict[str, TensorEntry]:
     listed = read_json(path, limit=LIMITS[INDEX_FILE]).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
         raise ModelError(f"{path}: has no weight_map of names to files", "fetch the index again")
@@ -104,7 +113,7 @@ def _read_sharded(directory: Path, path: Path) -> dict[str, TensorEntry]:
                 f"{error.problem}; the index puts {len(keys)} tensors into it",
                 "fetch the missing shard",
             ) from error
-        shard = read_header(shard_path)
+        shard = read_header(shard_path, files=files)
         absent = [name for name in keys if name not in shard]
         if absent:
             raise ModelError(
@@ -122,25 +131,31 @@ def _read_sharded(directory: Path, path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def read_header(path: Path, error: type[InputError] = ModelError) -> dict[str, TensorEntry]:
+def read_header(
+    path: Path, error: type[InputError] = ModelError, files: OpenFiles | None = None
+) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file; offsets cover the data without overlap or hole."""
-    return read_whole_header(path, error)[0]
+    return read_whole_header(path, error, files)[0]
 
 
 def read_whole_header(
-    path: Path, error: type[InputError] = ModelError
+    path: Path, error: type[InputError] = ModelError, files: OpenFiles | None = None
 ) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
     """As `read_header`, and the file's metadata: texts by name, of which nothing is checked."""
 
     def corrupt(reason: str) -> InputError:
-        refuse_kind(path, error, SAFETENSORS)
+        refuse_kind(path, error, SAFETENSORS, start=start)
         return error(f"{path}: corrupt safetensors: {reason}", "fetch the file again")
 
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    with kept_open(files) as opened:
+        file = opened.open(path)
+        file.seek(0)
+        start = file.read(BEGINNING)
+        length = int.from_bytes(start[:8], "little")
         if size < 8 or length == 0 or length > min(size - 8, HEADER_LIMIT):
             raise corrupt(f"header of {length} bytes in a file of {size}")
+        file.seek(8)
         raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
@@ -195,18 +210,19 @@ def some(names: Sequence[str]) -> str:
     return f"{len(names)} tensors ({listed}, ...)" if len(names) > SHOWN else listed
 
 
-def fingerprint(entries: Mapping[str, TensorEntry]) -> str:
+def fingerprint(entries: Mapping[str, TensorEntry], files: OpenFiles | None = None) -> str:
     """SHA-256 over every tensor's name, dtype, shape and first, middle and last 4 KiB.
 
     Sorted by name (the key), so that it is the same however the tensors are spread over files.
     """
     digest = hashlib.sha256()
-    for name, entry in sorted(entries.items()):
-        digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
-        size = entry.end - entry.start
-        middle = entry.start + max(0, (size - FINGERPRINT_SAMPLE) // 2)
-        last = entry.start + max(0, size - FINGERPRINT_SAMPLE)
-        with open(entry.path, "rb") as file:
+    with kept_open(files) as opened:
+        for name, entry in sorted(entries.items()):
+            digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+            size = entry.end - entry.start
+            middle = entry.start + max(0, (size - FINGERPRINT_SAMPLE) // 2)
+            last = entry.start + max(0, size - FINGERPRINT_SAMPLE)
+            file = opened.open(entry.path)
             for start in (entry.start, middle, last):
                 file.seek(start)
                 digest.update(file.read(min(size, FINGERPRINT_SAMPLE)))

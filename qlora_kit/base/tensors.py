@@ -13,6 +13,7 @@ from torch import Tensor
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.device import has_values
 from qlora_kit.errors import ModelError, NumericError
+from qlora_kit.files.opened import OpenFiles
 
 
 def untagged(component: str, tensors: Iterable[Tensor]) -> None:
@@ -25,25 +26,32 @@ Read = Callable[[TensorEntry, Tensor], None]
 """Fills a flat uint8 tensor with the bytes of an entry."""
 
 
-def read_bytes(entry: TensorEntry, into: Tensor) -> None:
-    """Read the bytes of an entry. Errors: `ModelError` where the file is too short."""
-    view, done = memoryview(into.numpy().data), 0
-    with open(entry.path, "rb", buffering=0) as file:
+class Reader(OpenFiles):
+    """The `Read` of files, each of which is opened once."""
+
+    def __call__(self, entry: TensorEntry, into: Tensor) -> None:
+        """Read the bytes of an entry. Errors: `ModelError` where the file is too short."""
+        view, done, file = memoryview(into.numpy().data), 0, self.open(entry.path)
         file.seek(entry.start)
         while done < len(view) and (count := file.readinto(view[done:])):
             done += count
-    if done != len(view):
-        raise ModelError(f"{entry.path}: ended early", "fetch the file again")
+        if done != len(view):
+            raise ModelError(f"{entry.path}: ended early", "fetch the file again")
 
 
 def read_tensors(
-    entries: Mapping[str, TensorEntry], read: Read = read_bytes
+    entries: Mapping[str, TensorEntry], read: Read | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor on the CPU, in the files' order; each is valid until the next one is asked for.
 
-    It comes with its key in `entries`. One buffer of the largest tensor's size is reused.
+    It comes with its key in `entries`. One buffer of the largest tensor's size is reused. Without
+    `read` the files are opened here.
     Errors: `NumericError` with the tensor's name for a value that is not finite.
     """
+    if read is None:
+        with Reader() as own:
+            yield from read_tensors(entries, own)
+        return
     largest = max((entry.end - entry.start for entry in entries.values()), default=0)
     buffer = torch.empty(largest, dtype=torch.uint8)
     for name in sorted(entries, key=lambda name: (str(entries[name].path), entries[name].start)):

@@ -5,56 +5,47 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.contents import (
-    VOCABULARY_FILES,
-    VOCABULARY_LIMIT,
-    find,
-    names_code,
-    staged,
-    tokenizer_files,
-)
-from qlora_kit.base.growth import check_growth
+from qlora_kit.base.contents import VOCABULARY_FILES, find, staged, tokenizer_files
 from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.json_file import read_json
-from qlora_kit.errors import ResourceError, TokenizerError, UnsafeInputError
+from qlora_kit.errors import ResourceError, TokenizerError
 
 LARGEST_ID = 2**24
 """tokenizers 0.23 makes a list as long as the largest id where it writes a vocabulary."""
 
 
-def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
-    """The directory's tokenizer (a transformers tokenizer), from local files alone.
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a directory, of which nothing is open. Errors: as `make_tokenizer`."""
+    config = find(directory, "config.json")
+    described = {} if config is None else read_json(config)
+    return make_tokenizer(directory, tokenizer_files(directory), described)
+
+
+def make_tokenizer(
+    directory: Path,
+    files: Mapping[str, Path],
+    config: Mapping[str, Any],
+    embedding_rows: int | None = None,
+) -> Any:
+    """The transformers tokenizer of the checked `files` of a directory, whose config.json is given.
 
     Errors: `TokenizerError` where it is missing, broken, or has more tokens than `embedding_rows`.
     """
-    files = tokenizer_files(directory)
     present = [name for name in VOCABULARY_FILES if name in files]
     if not present:
         raise TokenizerError(
             f"{directory}: holds no tokenizer ({', '.join(VOCABULARY_FILES)})",
             "copy the tokenizer's files into the model directory",
         )
-    for path in files.values():
-        if path.suffix != ".json":
-            continue
-        described = read_json(path, TokenizerError, VOCABULARY_LIMIT)
-        check_growth(described, path)
-        if "auto_map" in described and names_code(described["auto_map"], directory):
-            raise UnsafeInputError(
-                f"{path}: auto_map asks to run Python files of the model",
-                "remote code is never run: use a tokenizer that transformers supports by itself, "
-                "without Python files in its directory",
-            )
-    config = find(directory, "config.json")
     from transformers import AutoTokenizer
 
     try:
         with staged(files) as place:
-            if config is not None:
-                _write_kind(config, place)
+            _write_kind(config, place)
             tokenizer = AutoTokenizer.from_pretrained(
                 str(place), trust_remote_code=False, local_files_only=True
             )
@@ -86,15 +77,15 @@ def load_tokenizer(directory: Path, embedding_rows: int | None = None) -> Any:
     return tokenizer
 
 
-def _write_kind(config: Path, place: Path) -> None:
+def _write_kind(config: Mapping[str, Any], place: Path) -> None:
     """Write a config.json of what transformers asks it for a tokenizer: which model's it is.
 
     The rest would be made into a model's config, in which a number may stand for a list as long.
     """
-    said = read_json(config)
     names = ("model_type", "tokenizer_class")
-    kept = {name: said[name] for name in names if isinstance(said.get(name), str)}
-    (place / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    kept = {name: config[name] for name in names if isinstance(config.get(name), str)}
+    if config:
+        (place / "config.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
 def needed_rows(tokenizer: Any) -> int:
@@ -102,9 +93,9 @@ def needed_rows(tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
-def copy_tokenizer(directory: Path, target: Path, templates: bool = True) -> None:
-    """Copy the tokenizer's files, those of its chat templates included or not, byte by byte."""
-    for name, path in tokenizer_files(directory).items():
+def copy_tokenizer(files: Mapping[str, Path], target: Path, templates: bool = True) -> None:
+    """Copy a tokenizer's checked files, those of its chat templates included or not."""
+    for name, path in files.items():
         if not templates and name.startswith(("chat_template.", TEMPLATES)):
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)

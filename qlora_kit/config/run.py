@@ -16,6 +16,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import as_flat
+from qlora_kit.options.parsed import Parsed
 
 RUN_GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 
@@ -29,6 +30,14 @@ class RunConfig:
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
+
+    @staticmethod
+    def of(parsed: Parsed) -> RunConfig:
+        """The options of a parsed command that has all groups of a run."""
+        base, data, lora, training = BaseConfig, DataConfig, LoRAConfig, TrainingConfig
+        return RunConfig(
+            parsed[base], parsed[data], parsed[lora], parsed[training], parsed[OutputConfig]
+        )
 
     def as_flat(self) -> dict[str, Any]:
         """`{option name: value}` of every option that applies, in the order of `--help`.

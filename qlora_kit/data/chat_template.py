@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from qlora_kit.config.data import assignments
 from qlora_kit.data.sandbox import SIZE_LIMIT, check_template, today, variables_of
 from qlora_kit.errors import ConfigError, DataError, TokenizerError, UnsafeInputError
 from qlora_kit.files.atomic import write_plain
+from qlora_kit.files.kind import refuse_kind
 
 DIRECTORY = Path(__file__).parent / "templates"
 SAVED = "chat_template.jinja"
@@ -188,8 +190,10 @@ def _read(path: Path) -> str:
         raise UnsafeInputError(f"{path}: the chat template is no plain file", "give a text file")
     if path.stat().st_size > SIZE_LIMIT:
         raise DataError(f"{path}:1: the template is larger than 1 MiB", "give a chat template")
+    content = path.read_bytes()
+    refuse_kind(path, DataError, start=content)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}:1: byte offset {error.start} is not UTF-8", "save the file as UTF-8"

@@ -10,11 +10,12 @@ import json
 import shutil
 from pathlib import Path
 
-from qlora_kit.base.contents import find
+from qlora_kit.base.contents import find, tokenizer_files
 from qlora_kit.base.source import is_path
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.errors import AdapterError
 from qlora_kit.files.atomic import EXPORT_REPORT, write_file
+from qlora_kit.files.kind import refuse_kind
 from qlora_kit.files.publish import publish
 from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 
@@ -36,10 +37,12 @@ def export_adapter(adapter: Path, target: Path, base_name: str | None) -> str | 
     with publish(target) as directory:
         shutil.copyfile(weights, directory / WEIGHTS_FILE)
         write_file(directory / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
-        copy_tokenizer(adapter, directory)
+        copy_tokenizer(tokenizer_files(adapter), directory)
         if settings := find(adapter, "generation_config.json", AdapterError):
+            refuse_kind(settings, AdapterError)
             shutil.copyfile(settings, directory / "generation_config.json")
         if card is not None:
+            refuse_kind(card, AdapterError)
             text = card.read_text(encoding="utf-8", errors="replace")
             write_file(directory / CARD, _renamed(text, base_name).encode())
         said = {"format": "adapter", "merge_base": None, "dtype": None, "base": base_name or before}

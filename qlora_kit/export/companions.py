@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from qlora_kit.base.contents import find
+from qlora_kit.base.base import Base
 from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.tokenizer import copy_tokenizer
@@ -20,19 +20,20 @@ from qlora_kit.generation.decode import end_ids
 SETTINGS = "generation_config.json"
 
 
-def write_companions(
-    model: PreTrainedModel, tokenizer: Any, source: Path, directory: Path, own_templates: bool
-) -> None:
-    """Write the tokenizer and the generation settings of `source` for what was trained.
+def write_companions(base: Base, directory: Path, own_templates: bool) -> None:
+    """Write the tokenizer and the generation settings of `base` for what was trained.
 
     With `own_templates` the chat templates are the tokenizer's and not those of the files. The
     settings get every token at which an answer stops here.
     """
-    copy_tokenizer(source, directory, templates=not own_templates)
+    files = base.files
+    assert files is not None  # it was trained on
+    copy_tokenizer(files.tokenizer, directory, templates=not own_templates)
     if own_templates:
         shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
-        write_templates(tokenizer, directory)
-    write_settings(model, tokenizer, find(source, SETTINGS), directory)
+        write_templates(base.tokenizer, directory)
+    known = None if files.generation is None else files.source.directory / SETTINGS
+    write_settings(base.model, base.tokenizer, known, directory)
 
 
 def write_settings(

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.contents import find
 from qlora_kit.base.meta_model import with_rows
 from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from qlora_kit.base.tensors import check_finite
@@ -81,8 +80,9 @@ def _save(content: dict[str, Tensor], path: Path) -> None:
 
 
 def _write_settings(base: Base, directory: Path, dtype: torch.dtype) -> None:
-    source = base.source.directory
-    config = json.loads((source / "config.json").read_text(encoding="utf-8-sig"))
+    source, files = base.source.directory, base.files
+    assert files is not None  # its weights were read
+    config = dict(files.config)
     long_name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype_name(dtype)]
     for key in ("torch_dtype", "dtype"):
         if key in config:
@@ -94,6 +94,6 @@ def _write_settings(base: Base, directory: Path, dtype: torch.dtype) -> None:
     config.pop("quantization_config", None)
     config.pop("auto_map", None)  # it names Python files that are not written
     write_file(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    copy_tokenizer(source, directory)
-    if settings := find(source, "generation_config.json"):
-        shutil.copyfile(settings, directory / "generation_config.json")
+    copy_tokenizer(files.tokenizer, directory)
+    if files.generation is not None:
+        shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")

@@ -55,10 +55,9 @@ _STARTS: dict[bytes, FileKind] = {
 }
 
 
-def file_kind(path: Path) -> FileKind | None:
-    """What a regular file is, where that can be told; None for a plain text and for the rest."""
-    with open(path, "rb") as file:
-        start = file.read(BEGINNING)
+def file_kind(start: bytes) -> FileKind | None:
+    """What a file that begins like this is; None for a plain text and for what cannot be told."""
+    start = start[:BEGINNING]
     if start[4:9] == b"\0\0\0\0{":
         return SAFETENSORS  # eight bytes of length: the first of them may look like a pickle's
     if start.startswith(b"PK\x03\x04"):
@@ -84,25 +83,33 @@ def file_kind(path: Path) -> FileKind | None:
     return None
 
 
-def refuse_kind(path: Path, error: type[InputError], expected: FileKind | None = None) -> None:
+def refuse_kind(
+    path: Path,
+    error: type[InputError],
+    expected: FileKind | None = None,
+    *,
+    start: bytes | None = None,
+) -> None:
     """Refuse a file that is something else than its name says, by what it is.
 
-    `expected` is `SAFETENSORS` for weights, None for text. Errors: `error`, `UnsafeInputError` for
-    a pickle.
+    `start` are its first bytes, or more of it; without them the file is opened. `expected` is
+    `SAFETENSORS` for weights, None for text. Errors: `error`, `UnsafeInputError` for a pickle.
     """
-    kind = file_kind(path)
+    if start is None:
+        with open(path, "rb") as file:
+            start = file.read(BEGINNING)
+    kind = file_kind(start)
     if kind is None and expected is SAFETENSORS:
-        kind = _text(path)
+        kind = _text(start)
     if kind is not None and kind != expected:
         raise (UnsafeInputError if kind.runs_code else error)(
             f"{path}: is {kind.name}", kind.remedy
         )
 
 
-def _text(path: Path) -> FileKind | None:
+def _text(start: bytes) -> FileKind | None:
     """A short text where weights belong: what a server answered in their place."""
-    with open(path, "rb") as file:
-        line = file.read(BEGINNING).strip().split(b"\n")[0]
+    line = start[:BEGINNING].strip().split(b"\n")[0]
     if len(line) > 8 and line.isascii() and line.decode().isprintable():
         return FileKind(f"a text ({line[:60].decode()!r})", "fetch the file again")
     return None

@@ -19,7 +19,7 @@ from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
-from qlora_kit.generation.decode import answers
+from qlora_kit.generation.decode import answers, end_ids
 from qlora_kit.generation.text import added_text
 
 WHOLE = 2**31
@@ -35,7 +35,33 @@ class Question:
     expected: str
 
 
-def questions(
+def exact_matches(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Iterable[Row],
+    rules: EncodeRules,
+    options: EvaluateConfig,
+    context: int,
+) -> list[dict[str, Any]]:
+    """What each row asks, what it expects, the greedy answer, and whether that is right.
+
+    The answer is none where the prompt fills the model's `context`. Errors: those of encoding.
+    """
+    ends = end_ids(model, tokenizer)
+    asked = _questions(rows, tokenizer, rules, ends)
+    texts = _answers(model, tokenizer, asked, options, context, ends)
+    return [
+        {
+            "prompt": question.prompt,
+            "expected": question.expected,
+            "answer": text,
+            "right": text == question.expected,
+        }
+        for question, text in zip(asked, texts, strict=True)
+    ]
+
+
+def _questions(
     rows: Iterable[Row], tokenizer: Any, rules: EncodeRules, ends: Collection[int]
 ) -> list[Question]:
     """The questions of rows; a chat without a turn to train on asks nothing.
@@ -69,15 +95,15 @@ def _last_turn(chat: Encoded, tokenizer: Any, ends: Collection[int]) -> Question
     return Question(before, tokenizer.decode(before, skip_special_tokens=True), expected)
 
 
-def answered(
+def _answers(
     model: PreTrainedModel,
     tokenizer: Any,
     asked: Sequence[Question],
     options: EvaluateConfig,
     context: int,
     ends: Collection[int],
-) -> list[dict[str, Any]]:
-    """Each question with the greedy answer; none where the prompt fills the model's context."""
+) -> list[str]:
+    """The greedy answer to each question; none where the prompt fills the model's context."""
     room = [min(options.max_new_tokens, context - len(question.ids)) for question in asked]
     # Prompts of like length share a batch, and only those that have the same room.
     order = sorted(range(len(asked)), key=lambda index: (room[index], len(asked[index].ids)))
@@ -96,12 +122,4 @@ def answered(
         )
         for index, text in zip(chosen, found, strict=True):
             texts[index] = text.strip()
-    return [
-        {
-            "prompt": question.prompt,
-            "expected": question.expected,
-            "answer": text,
-            "right": text == question.expected,
-        }
-        for question, text in zip(asked, texts, strict=True)
-    ]
+    return texts

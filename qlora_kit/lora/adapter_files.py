@@ -6,6 +6,7 @@ needs torch, so that what paths, JSON and headers show is refused before it is i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from qlora_kit.base.json_file import is_deep
 from qlora_kit.base.safetensors_file import TensorEntry, read_whole_header
 from qlora_kit.base.source import contained
 from qlora_kit.errors import AdapterError
+from qlora_kit.files.opened import OpenFiles
 from qlora_kit.lora.peft_config import WEIGHTS_FILE, read_adapter_config
 
 HEADER_KEY = "qlora_kit"
@@ -41,7 +43,8 @@ TRAINED_ON: dict[str, type | tuple[type, ...]] = {
 class AdapterFiles:
     """What an adapter's files say; `trained_on` is empty for one of PEFT's own, which says nothing.
 
-    `entries` are the tensors of `weights`, of which no byte was read.
+    `entries` are the tensors of `weights`. `sha256` is that of the whole file of weights, where it
+    was asked for.
     """
 
     directory: Path
@@ -49,15 +52,20 @@ class AdapterFiles:
     weights: Path
     entries: Mapping[str, TensorEntry]
     trained_on: Mapping[str, Any]
+    sha256: str | None = None
 
 
-def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
+def read_adapter(directory: str | os.PathLike[str], *, hashed: bool = False) -> AdapterFiles:
     """Open an adapter's files. Errors: `AdapterError`, `UnsafeInputError`."""
     config = read_adapter_config(directory)
     path = contained(Path(directory), WEIGHTS_FILE, AdapterError)
-    entries, metadata = read_whole_header(path, AdapterError)
-    said = _trained_on(metadata.get(HEADER_KEY, "{}"), path)
-    return AdapterFiles(Path(directory), config, path, entries, said)
+    with OpenFiles() as files:
+        entries, metadata = read_whole_header(path, AdapterError, files)
+        said = _trained_on(metadata.get(HEADER_KEY, "{}"), path)
+        file = files.open(path)
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hashed else None
+    return AdapterFiles(Path(directory), config, path, entries, said, sha256)
 
 
 def _trained_on(text: Any, path: Path) -> dict[str, Any]:

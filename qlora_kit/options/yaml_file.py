@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,17 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def read_config(path: str, groups: Sequence[type[Options]]) -> dict[str, Any]:
+def read_config(
+    path: str, groups: Sequence[type[Options]], check: Callable[[bytes], object] = len
+) -> dict[str, Any]:
     """The options of a config file by their outside names; their values are not yet checked.
 
-    Errors: `ConfigError` with the file and the line, `UnsafeInputError` for a tag.
+    `check` is called with the file's bytes first. Errors: its own, `ConfigError` with the file and
+    the line, `UnsafeInputError` for a tag.
     """
     fields = fields_of(groups)
     spelling = spellings_of(fields)
-    text = _config_text(path)
+    text = _config_text(path, check)
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     problems: list[str] = []
@@ -121,7 +124,7 @@ def _refuse_tags(root: yaml.Node, path: str) -> None:
             nodes += [part for pair in node.value for part in pair]
 
 
-def _config_text(path: str) -> str:
+def _config_text(path: str, check: Callable[[bytes], object]) -> str:
     try:
         status = os.stat(path)
         # Looked at before it is opened: a FIFO would wait for a writer, and a device need not end.
@@ -131,7 +134,9 @@ def _config_text(path: str) -> str:
             raise ConfigError(
                 f"--config {path}: has {status.st_size} bytes", f"give at most {CONFIG_LIMIT}"
             )
-        return Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_bytes()
+        check(content)
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--config {path}: byte {error.start} is not UTF-8", "save the file as UTF-8"

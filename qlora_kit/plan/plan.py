@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from qlora_kit.base.base import Base
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DEFAULT_LENGTH
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.data.batch import padded
 from qlora_kit.device import OVERHEADS, Overhead, find_device
 from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
 from qlora_kit.plan.extrapolate import moved
@@ -148,7 +148,7 @@ def plan_memory(
 class Planner:
     """Plans of one base, its adapters and its optimizer, for any micro-batch and any levels.
 
-    `embedding_rows` is what a run resizes the base's embedding to. With `margin` a share of every
+    Of a base that a run has `opened` no file is opened again. With `margin` a share of every
     budget is left free, as `device.py` has it for the device.
 
     Errors of the constructor are those of `plan_memory`.
@@ -160,8 +160,8 @@ class Planner:
         lora: LoRAConfig,
         training: TrainingConfig,
         device: str | None = None,
-        embedding_rows: int | None = None,
         *,
+        opened: Base | None = None,
         margin: bool = False,
     ) -> None:
         target = torch.device(device) if device else find_device(base.device)
@@ -170,9 +170,10 @@ class Planner:
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._made: dict[Any, MemoryPlan] = {}
-        files = open_shape(base, target, embedding_rows)
-        self.notes = files.notes
-        self.run = FakeRun(FakeModel(files, fresh, training, target))
+        rows, files = (opened.embedding_rows, opened.files) if opened else (None, None)
+        shape = open_shape(base, target, rows, files)
+        self.notes = shape.notes
+        self.run = FakeRun(FakeModel(shape, fresh, training, target))
 
     def plan(
         self,
@@ -205,7 +206,8 @@ class Planner:
         else:
             levels = (level,) * len(self.run.layers)
             chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
-        return self._plan_of(chosen, shape, budget_bytes)
+        tokens = batches[-1]["input_ids"].numel()
+        return replace(self._plan_of(chosen, shape, budget_bytes), tokens=tokens)
 
     @property
     def overhead(self) -> Overhead:
@@ -243,7 +245,6 @@ class Planner:
             recomputed=recomputed_share(run, chosen.levels, shape.length),
             budget_bytes=budget_bytes,
             margin_bytes=self._left_free(budget_bytes),
-            tokens=shape.rows * padded(shape.length),
         )
 
     def _left_free(self, budget_bytes: int | None) -> int:

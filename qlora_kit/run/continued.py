@@ -19,12 +19,11 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device import dtype_name
 from qlora_kit.errors import ConfigError
-from qlora_kit.files.atomic import sha256
 from qlora_kit.lora.adapter import open_adapter
 from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
 from qlora_kit.lora.targets import find_targets, short_names
+from qlora_kit.run.named_base import base_of
 from qlora_kit.run.request import RunRequest
-from qlora_kit.run.saved_adapter import base_of
 from qlora_kit.training.checkpoint import Checkpoint
 
 FROM_ADAPTER = {"r": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora"}
@@ -56,7 +55,7 @@ def start_of(request: RunRequest, resume: Checkpoint | None) -> Start:
     if request.adapter is not None:
         files, where = request.adapter.files, Path(lora.adapter)
         base = base_of(request.parsed, request.adapter, as_trained=not lora.allow_other_base)
-        identity = sha256(files.weights)
+        identity = files.sha256
     else:
         where = Path(lora.adapter) if resume is None else resume.path
         files = read_adapter(where)  # or says that it is gone

@@ -16,7 +16,8 @@ from qlora_kit.data.rows import load_rows
 from qlora_kit.data.source import is_one_table
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import SavedAdapter, look_at, run_data
+from qlora_kit.run.named_base import Named
+from qlora_kit.run.saved_adapter import SavedAdapter
 
 
 def evaluate_model(parsed: Parsed) -> dict[str, Any]:
@@ -25,9 +26,8 @@ def evaluate_model(parsed: Parsed) -> dict[str, Any]:
     Errors: those of the files, `ConfigError`, `NumericError`.
     """
     options = parsed[EvaluateConfig]
-    adapter = None if options.adapter is None else SavedAdapter.of(options.adapter)
-    look_at(parsed, adapter)
-    data, seed = _data(parsed, adapter)
+    named = Named.open(parsed, options.adapter)
+    data, seed = _data(parsed, named.adapter)
     found = load_rows(data, seed)
     rows, source = found.train, found.train_source
     if found.evaluation:
@@ -42,7 +42,7 @@ def evaluate_model(parsed: Parsed) -> dict[str, Any]:
         )
     from qlora_kit.run.scores import scores
 
-    return scores(parsed, adapter, data, rows, source)
+    return scores(named, data, rows, source)
 
 
 def _data(parsed: Parsed, adapter: SavedAdapter | None) -> tuple[DataConfig, int]:
@@ -50,7 +50,7 @@ def _data(parsed: Parsed, adapter: SavedAdapter | None) -> tuple[DataConfig, int
     options, data = parsed[EvaluateConfig], parsed[DataConfig]
     given = parsed.given[DataConfig]
     if "data" not in given and adapter is not None:
-        run = run_data(adapter)
+        run = adapter.data()
         if run is not None:
             own = {name: getattr(data, name) for name in given}
             return replace(run[0], **own), run[1]

@@ -18,7 +18,7 @@ from qlora_kit.export.adapter_files import export_adapter, is_portable
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.publish import mend
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import SavedAdapter, look_at
+from qlora_kit.run.named_base import Named
 from qlora_kit.run.verification import verification_rows
 
 if TYPE_CHECKING:
@@ -55,12 +55,11 @@ def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
     if options.adapter is None or options.output_dir is None:
         raise ConfigError(f"{' and '.join(missing)} not given", "give both")
     target = Path(options.output_dir)
-    named = (options.adapter, options.verify, parsed.config_file)
-    read = [Path(path) for path in named if path is not None]
-    adapter = SavedAdapter.of(options.adapter)
-    source = look_at(parsed, adapter)
-    if source is not None:
-        read.append(source.directory)
+    paths = (options.adapter, options.verify, parsed.config_file)
+    read = [Path(path) for path in paths if path is not None]
+    named = Named.open(parsed, options.adapter)
+    if named.files is not None:
+        read.append(named.files.source.directory)
     mend(target)  # what a killed export left: the old one is in its place again
     check_output(target, options.overwrite, read)
     if options.format == "adapter":
@@ -79,10 +78,10 @@ def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
     def rows_for(base: Base) -> tuple[Sequence[Encoded], str]:
         for said in base.notes:
             note(said)
-        rows = verification_rows(adapter, asked, base, note)
+        rows = verification_rows(named.adapter, asked, base, note)
         if options.base_name is None and not base.source.is_portable:
             note(NOT_PORTABLE.format(base.source.reference))
         return rows
 
-    report = merge(parsed, adapter, read, rows_for, closer)
+    report = merge(named, read, rows_for, closer)
     return Exported(str(target), report=report, closer=closer)

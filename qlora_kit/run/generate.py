@@ -11,7 +11,7 @@ from typing import Any
 from qlora_kit.config.commands import GenerateConfig
 from qlora_kit.generation.prompts import check_prompt, one_prompt, rows_of_prompts
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import SavedAdapter, look_at
+from qlora_kit.run.named_base import Named
 
 
 def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
@@ -21,8 +21,7 @@ def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
     """
     options = parsed[GenerateConfig]
     check_prompt(options)
-    adapter = None if options.adapter is None else SavedAdapter.of(options.adapter)
-    look_at(parsed, adapter)
+    named = Named.open(parsed, options.adapter)
     if options.prompts is None:
         rows = [{"prompt": one_prompt(options)}]
     else:
@@ -30,5 +29,5 @@ def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
     from qlora_kit.run.answers import answer_pieces, answer_rows
 
     if options.prompts is None:
-        return answer_pieces(parsed, adapter, rows[0])
-    return answer_rows(parsed, adapter, rows)
+        return answer_pieces(named, rows[0])
+    return answer_rows(named, rows)

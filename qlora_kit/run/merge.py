@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.load import read_weights
 from qlora_kit.config.commands import ExportConfig
 from qlora_kit.data.chat_template import read_templates
 from qlora_kit.device import DTYPES, dtype_name
@@ -14,18 +13,16 @@ from qlora_kit.export.companions import write_companions
 from qlora_kit.export.export import export_model
 from qlora_kit.export.verify import check_distance, verify_export
 from qlora_kit.files.atomic import EXPORT_REPORT, check_output, check_room
-from qlora_kit.lora.adapter import load_adapter
-from qlora_kit.options.parsed import Parsed
+from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.metrics import versions, write_json
-from qlora_kit.run.saved_adapter import SavedAdapter, open_with_adapter
+from qlora_kit.run.named_base import Named
 
 RowsFor = Callable[[Any], tuple[Any, str]]
 """Rows to compare on and their source, for a base."""
 
 
 def merge(
-    parsed: Parsed,
-    adapter: SavedAdapter,
+    named: Named,
     read: Sequence[Path],
     rows_for: RowsFor,
     closer: str,
@@ -36,31 +33,32 @@ def merge(
     their source. A difference above `--max_kl` is a `NumericError` with the remedy `closer`, and
     nothing is written. Errors: as `export_model`.
     """
-    options = parsed[ExportConfig]
+    options, adapter = named.parsed[ExportConfig], named.adapter
     assert options.output_dir is not None
+    assert adapter is not None
     target = Path(options.output_dir)
-    base = open_with_adapter(parsed, adapter, options.allow_other_base, as_trained=True)
+    opened = AdaptedBase.open(named, options.allow_other_base, as_trained=True)
+    base = opened.base
     check_output(target, options.overwrite, [*read, base.source.directory])
     dtype = dtype_name(base.dtype) if options.export_dtype == "auto" else options.export_dtype
     rows, where = rows_for(base)
     size = sum(one.numel() for one in base.model.parameters()) * DTYPES[dtype].itemsize
     check_room(target, size, "the export")
-    read_weights(base)
-    load_adapter(base, adapter.files, allow_other_base=options.allow_other_base)
-    named = {} if options.base_name is None else {"name": options.base_name}
+    opened.load()
+    name = {} if options.base_name is None else {"name": options.base_name}
     report: dict[str, Any] = {
         "verified_on": where,
         "merge_base": options.merge_base,
         "adapter": adapter.files.directory.resolve().name,
         "dtype": dtype,
-        "base": base.info.as_dict() | named,
+        "base": base.info.as_dict() | name,
         "versions": versions(),
     }
 
     def inspect(directory: Path) -> None:
         # The adapter's templates and tokens to stop at, which the base need not have.
         own = bool(read_templates(adapter.files.directory))
-        write_companions(base.model, base.tokenizer, base.source.directory, directory, own)
+        write_companions(base, directory, own)
         found = verify_export(base, directory, dtype, rows)
         check_distance(found.kl, options.max_kl, closer)
         report.update(found.as_dict())

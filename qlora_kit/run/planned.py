@@ -31,9 +31,7 @@ def planned_run(
     Errors: `ConfigError` for a `--memory_budget` that `auto` cannot keep.
     """
     training, lora = config.training, replace(config.lora, r=rank)
-    # The files are the ones that were checked, wherever the name came from.
-    where = replace(config.base, model=str(base.source.directory), revision=None)
-    planner = Planner(where, lora, training, embedding_rows=base.embedding_rows, margin=True)
+    planner = Planner(config.base, lora, training, opened=base, margin=True)
     budget = training.budget_bytes
     plans = [
         planner.plan(shape, budget_bytes=budget or available_bytes(base.device), micro_steps=steps)

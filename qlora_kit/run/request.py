@@ -9,19 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qlora_kit.base.base_files import BaseFiles
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.data import DataConfig
-from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.run import RunConfig
-from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.rows import Rows, load_rows
 from qlora_kit.data.source import lasting
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 from qlora_kit.run.metrics import check_trackers
+from qlora_kit.run.named_base import Named
 from qlora_kit.run.place import check_place
-from qlora_kit.run.saved_adapter import SavedAdapter, look_at
+from qlora_kit.run.saved_adapter import SavedAdapter
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,20 @@ class RunRequest:
     """The options of a run as they were given, its rows, and the adapter that it goes on from.
 
     A run to resume may go on without the adapter that it started from: `adapter` is then None.
+    `files` are those of the base, None where the adapter is yet to be asked for it.
     """
 
     parsed: Parsed
     config: RunConfig
     rows: Rows
     adapter: SavedAdapter | None
+    files: BaseFiles | None
+
+    def files_of(self, base: BaseConfig) -> BaseFiles | None:
+        """`files`, where they are those of `base`: a checkpoint may have named another one."""
+        asked = self.config.base
+        is_same = (asked.model, asked.revision) == (base.model, base.revision)
+        return self.files if is_same else None
 
 
 def read_request(parsed: Parsed, given: Mapping[str, GivenRows] | None = None) -> RunRequest:
@@ -44,18 +50,17 @@ def read_request(parsed: Parsed, given: Mapping[str, GivenRows] | None = None) -
     where it is named.
     """
     refuse_tokens(parsed)
-    data, training = parsed[DataConfig], parsed[TrainingConfig]
-    check_trackers(parsed[OutputConfig].report_to)
-    rows = load_rows(data, training.seed, given)
+    config = RunConfig.of(parsed)
+    check_trackers(config.output.report_to)
+    data = config.data
+    rows = load_rows(data, config.training.seed, given)
     held_out = None if data.eval_data is None else lasting(data.eval_data)
-    data = replace(data, data=lasting(data.data), eval_data=held_out)
-    config = RunConfig(parsed[BaseConfig], data, parsed[LoRAConfig], training, parsed[OutputConfig])
-    adapter, name = None, config.lora.adapter
-    resumes = config.output.resume_from_checkpoint is not None
-    if name is not None and (Path(name).exists() or not resumes):
-        adapter = SavedAdapter.of(name)
-    source = look_at(parsed, adapter)
+    config = replace(config, data=replace(data, data=lasting(data.data), eval_data=held_out))
+    name = config.lora.adapter
+    if name is not None and config.output.resume_from_checkpoint is not None:
+        name = name if Path(name).exists() else None
+    named = Named.open(parsed, name, hashed=True)
     if config.output.output_dir is not None:
-        model = None if source is None else source.directory
+        model = None if named.files is None else named.files.source.directory
         check_place(config, Path(config.output.output_dir), model)
-    return RunRequest(parsed, config, rows, adapter)
+    return RunRequest(parsed, config, rows, named.adapter, named.files)

@@ -74,7 +74,7 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
         searched = output_directory(asked, asked.base.bits)
         found = find_checkpoint(asked, searched)
     start = start_of(request, None if found is None else found[0])
-    base = open_base(start.base)
+    base = open_base(start.base, request.files_of(start.base))
     for note in base.notes:
         reporter.note(note)
     asked = replace(asked, base=start.base)

@@ -6,40 +6,33 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.load import read_weights
 from qlora_kit.config.commands import EvaluateConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data.batch import eval_batches, padding_id
-from qlora_kit.data.chat_template import chat_options, check_chat_options, use_template
+from qlora_kit.data.chat_template import check_chat_options, use_template
 from qlora_kit.data.encode import encode_rows
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Table
-from qlora_kit.device import dtype_name
 from qlora_kit.errors import NumericError, redacted
-from qlora_kit.generation.decode import end_ids
-from qlora_kit.generation.questions import answered, questions
-from qlora_kit.lora.adapter import load_adapter
-from qlora_kit.options.parsed import Parsed
-from qlora_kit.run.saved_adapter import SavedAdapter, open_with_adapter
+from qlora_kit.generation.questions import exact_matches
+from qlora_kit.run.adapted_base import AdaptedBase
+from qlora_kit.run.named_base import Named
 from qlora_kit.training.loss import evaluate
 
 
-def scores(
-    parsed: Parsed, adapter: SavedAdapter | None, data: DataConfig, rows: Table, source: str
-) -> dict[str, Any]:
+def scores(named: Named, data: DataConfig, rows: Table, source: str) -> dict[str, Any]:
     """What `evaluate --json` prints of the rows of `source`, which `data` says how to encode.
 
     Errors: those of the base, the adapter and encoding; `NumericError` for a loss that is none.
     """
-    options, rules = parsed[EvaluateConfig], EncodeRules.of(data)
-    base = open_with_adapter(parsed, adapter, options.allow_other_base)
-    if "chat_template" in parsed.given[DataConfig] and data.chat_template is not None:
+    options, rules = named.parsed[EvaluateConfig], EncodeRules.of(data)
+    opened = AdaptedBase.open(named, options.allow_other_base)
+    base, adapter = opened.base, opened.adapter
+    if "chat_template" in named.parsed.given[DataConfig] and data.chat_template is not None:
         use_template(base.tokenizer, data.chat_template)
-    check_chat_options(base.tokenizer, chat_options(data))
+    check_chat_options(base.tokenizer, rules.chat)
     encoded = encode_rows(rows, base.tokenizer, data.length_in(base.context), rules)
-    model = read_weights(base)
-    if adapter is not None:
-        load_adapter(base, adapter.files, allow_other_base=options.allow_other_base)
+    model = opened.load()
     batches = eval_batches(encoded.rows, options.batch_size, padding_id(base.tokenizer))
     result = evaluate(model, batches)
     if not math.isfinite(result.loss):
@@ -49,15 +42,13 @@ def scores(
         )
     answers = []
     if options.exact_match:
-        ends = end_ids(model, base.tokenizer)
-        asked = questions(rows, base.tokenizer, rules, ends)
-        answers = answered(model, base.tokenizer, asked, options, base.context, ends)
+        answers = exact_matches(model, base.tokenizer, rows, rules, options, base.context)
     right = sum(answer["right"] for answer in answers)
     return {
         "model": base.source.name,
         "revision": base.source.revision,
         "bits": base.quantization.bits,
-        "dtype": dtype_name(base.dtype),
+        "dtype": base.info.compute_dtype,
         "adapter": None if adapter is None else redacted(Path(adapter.name).resolve().name),
         "data": redacted(source),
         "rows": len(encoded.rows),

@@ -11,7 +11,7 @@ from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Rows, load_rows
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import DataError, QloraKitError
-from qlora_kit.run.saved_adapter import SavedAdapter, run_data
+from qlora_kit.run.saved_adapter import SavedAdapter
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
@@ -20,7 +20,7 @@ VERIFY_LENGTH = 512
 
 
 def verification_rows(
-    adapter: SavedAdapter, asked: Rows | None, base: Base, note: Callable[[str], None]
+    adapter: SavedAdapter | None, asked: Rows | None, base: Base, note: Callable[[str], None]
 ) -> tuple[Sequence[Encoded], str]:
     """The rows to compare on, and where they come from.
 
@@ -31,7 +31,7 @@ def verification_rows(
     if asked is not None:
         return encode_rows(asked.train, tokenizer, length).rows, asked.train_source
     try:
-        run = run_data(adapter)
+        run = None if adapter is None else adapter.data()
         if run is not None:
             rows, rules = load_rows(*run), EncodeRules.of(run[0])
             return encode_rows(rows.evaluation, tokenizer, length, rules).rows, rows.eval_source

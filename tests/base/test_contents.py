@@ -17,7 +17,7 @@ import torch
 from families import refused, save_checkpoint, tree_hash
 from transformers import AutoTokenizer
 
-from qlora_kit.base.checks import look
+from qlora_kit.base.base_files import read_base
 from qlora_kit.base.contents import find, tokenizer_files
 from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.open import open_base
@@ -52,7 +52,7 @@ def model(originals, tmp_path):
 
 def open_all(directory: Path) -> None:
     """As every command does before it imports torch."""
-    look(Source("model", None, directory))
+    read_base(Source("model", None, directory))
 
 
 def archive(kind: str) -> bytes:
@@ -99,7 +99,7 @@ def test_weights_that_are_something_else_are_called_by_what_they_are(model, kind
     (model / "model.safetensors").write_bytes(content)
     error = UnsafeInputError if "pickle" in said else ModelError
     with refused(error, "model.safetensors: ", said, directory=model):
-        look(Source("model", None, model))
+        read_base(Source("model", None, model))
 
 
 @pytest.mark.parametrize("name", LOADED)
@@ -117,7 +117,7 @@ def test_a_header_whose_length_begins_like_a_pickle_is_a_safetensors_file(tmp_pa
     path = tmp_path / "model.safetensors"
     for first in (0x280, 0x8B1F):  # of a pickle, of gzip
         path.write_bytes(first.to_bytes(8, "little") + b"{" + b" " * (first - 2) + b"}")
-        assert file_kind(path) is SAFETENSORS
+        assert file_kind(path.read_bytes()) is SAFETENSORS
 
 
 @pytest.mark.parametrize("name", LOADED)
@@ -135,7 +135,7 @@ def test_so_it_is_where_the_other_form_of_the_weights_is_there(model, name):
         path.rename(model / "other")
     (model / name).symlink_to("nowhere")
     with refused(ModelError, f"{name}: is a link to nowhere", directory=model):
-        look(Source("model", None, model))
+        read_base(Source("model", None, model))
 
 
 @pytest.mark.parametrize("name", LOADED)
@@ -186,7 +186,7 @@ def test_a_version_that_is_named_is_read_and_copied_as_transformers_reads_it(mod
     described = json.loads((model / "tokenizer.json").read_text())
     described["normalizer"] = {"type": "Lowercase"}
     (model / "tokenizer.4.0.json").write_text(json.dumps(described))
-    copy_tokenizer(model, tmp_path)
+    copy_tokenizer(tokenizer_files(model), tmp_path)
     shutil.copy(model / "config.json", tmp_path)
     for place in (model, tmp_path):
         theirs = AutoTokenizer.from_pretrained(place)
@@ -202,7 +202,7 @@ def test_transformers_sees_no_file_that_is_not_listed(model):
 
 
 def test_a_model_is_opened_through_the_same_list(model):
-    for name in ("generation_config.json", "tokenizer.json", "config.json"):
+    for name in ("tokenizer.json", "generation_config.json", "config.json"):
         (model / name).write_bytes(POINTER)
         with pytest.raises((ModelError, TokenizerError), match=f"{name}: is a git-lfs pointer"):
             open_base(BaseConfig(model=str(model)))
@@ -225,7 +225,7 @@ def test_the_tokenizer_says_where_it_is_from_and_leaves_nothing_behind(
 
 
 def test_copies_are_of_every_listed_file(model, tmp_path):
-    copy_tokenizer(model, tmp_path / "run")
+    copy_tokenizer(tokenizer_files(model), tmp_path / "run")
     assert tokenizer_files(tmp_path / "run").keys() == tokenizer_files(model).keys()
     assert f"{TEMPLATES}/tool_use.jinja" in tokenizer_files(model)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from families import TRAITS, edit_config, refused, save_checkpoint, tiny_model
 
-from qlora_kit.base.checks import look, read_config
+from qlora_kit.base.base_files import read_base
+from qlora_kit.base.checks import read_config
 from qlora_kit.base.fields import MODEL_FIELDS, ROPE_FIELDS, problems
 from qlora_kit.base.load import load_base
 from qlora_kit.base.meta_model import build_on_meta
@@ -72,7 +73,7 @@ def model(originals, tmp_path):
 def test_a_value_that_cannot_be_is_named_with_what_can(model, changes, said):
     edit_config(model, **changes)
     with refused(ModelError, "config.json: ", said, directory=model):
-        look(Source("model", None, model))
+        read_base(Source("model", None, model))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_a_value_that_cannot_be_is_named_with_what_can(model, changes, said):
 def test_what_asks_for_code_or_a_download_is_refused_by_name(model, field, value):
     edit_config(model, **{field: value})
     with refused(UnsafeInputError, f"config.json: {field} ", " run", directory=model):
-        look(Source("model", None, model))
+        read_base(Source("model", None, model))
 
 
 def test_so_is_the_code_of_a_generation_config(model):
@@ -102,7 +103,7 @@ def test_so_is_the_code_of_a_generation_config(model):
     path.write_text(json.dumps({"custom_generate": "evil/repo"}))
     said = "generation_config.json: custom_generate is 'evil/repo'"
     with refused(UnsafeInputError, said, directory=model):
-        look(Source("model", None, model))
+        read_base(Source("model", None, model))
 
 
 def test_so_is_the_code_of_a_tokenizer(model):

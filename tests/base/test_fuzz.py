@@ -17,7 +17,8 @@ from families import save_checkpoint
 from mutations import kinds_of
 from raises import raises_of, sites_of
 
-from qlora_kit.base.checks import check_architecture, check_layers, look, read_config
+from qlora_kit.base.base_files import read_base
+from qlora_kit.base.checks import check_architecture, check_layers, read_config
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.base.source import Source
@@ -68,7 +69,7 @@ def test_every_error_branch_of_the_checks_is_reached_by_damage(originals, tmp_pa
                 path = mutant / name
                 kinds_of(path)[kind](path, random.Random(f"{kind} {number}"))
                 try:
-                    look(Source("mutant", None, mutant))
+                    read_base(Source("mutant", None, mutant))
                     entries = read_entries(mutant)
                     check_layers(entries, read_config(mutant), mutant / "config.json")
                     check_architecture(entries, expected, {}, mutant)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 from wrappers import WRAPPERS, save_wrapped
 
-from qlora_kit.base.checks import look, read_config_file
+from qlora_kit.base.base_files import read_base
+from qlora_kit.base.checks import read_config_file
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.load import load_base
 from qlora_kit.base.open import open_base
@@ -132,7 +133,7 @@ def test_a_tensor_that_does_not_belong_is_named_at_once(mistral3):
     """`look` is what answers at once."""
     edit_weights(mistral3, lambda tensors: tensors.update({"extra.weight": torch.ones(3)}))
     with refused(ModelError, "holds extra.weight", directory=mistral3):
-        look(Source("model", None, mistral3))
+        read_base(Source("model", None, mistral3))
 
 
 def test_a_text_part_that_contradicts_the_files_is_refused(mistral3):

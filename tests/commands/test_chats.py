@@ -19,7 +19,7 @@ from qlora_kit.data.chat_template import read_templates, take_template
 from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.rows import Row
 from qlora_kit.generation.decode import end_ids
-from qlora_kit.run.saved_adapter import run_chat
+from qlora_kit.run.saved_adapter import SavedAdapter
 
 Run = Callable[..., Any]
 CHATML = (
@@ -151,7 +151,7 @@ def test_a_run_has_one_day(
     assert "written on 2026-01-01" in resumed.out
     # What generate is handed is what the run was trained behind.
     tokenizer = AutoTokenizer.from_pretrained(second)
-    ids = prompt_ids("he", tokenizer, chat=True, options=run_chat(str(second)))
+    ids = prompt_ids("he", tokenizer, chat=True, options=SavedAdapter.open(str(second)).chat())
     assert "01 January 2026" in tokenizer.decode(ids)
     other = ("--chat_date", "2026-06-30", "--resume_from_checkpoint", checkpoint)
     refused = run("finetune", *flags, *onward, "--output_dir", tmp_path / "third", *other)
@@ -176,7 +176,11 @@ def test_variables_reach_the_template_and_are_kept(
     assert "hear ye<|im_start|>user" in shown.out
     adapter = tmp_path / "adapter"
     assert run("finetune", *flags, *args, *SHORT, "--output_dir", adapter).code == 0
-    assert dict(run_chat(str(adapter)).variables) == {"note": "hear ye", "thinks": True}
+    said = SavedAdapter.open(str(adapter)).chat()
+    assert dict(said.variables) == {
+        "note": "hear ye",
+        "thinks": True,
+    }
     refused = run("show-data", *flags, "--chat_template_args", "think=false")
     assert refused.code == 2
     assert "think: the chat template has no such variable; leave it out, or give one of " in (

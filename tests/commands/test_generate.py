@@ -20,7 +20,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.lora.adapter_files import read_adapter
 from qlora_kit.options.yaml_file import dump
-from qlora_kit.run.saved_adapter import reads_literally
+from qlora_kit.run.saved_adapter import SavedAdapter
 
 Run = Callable[..., Any]
 
@@ -293,5 +293,4 @@ def test_a_prompt_is_read_as_the_run_of_the_adapter_read_its_rows(workshop, tmp_
     adapter = tmp_path / "adapter"
     shutil.copytree(workshop.adapter, adapter)
     (adapter / "config.yaml").write_text(f"literal_control_tokens: {str(literal).lower()}\n")
-    assert reads_literally(str(adapter)) is literal
-    assert not reads_literally(None)
+    assert SavedAdapter.open(str(adapter)).reads_literally() is literal

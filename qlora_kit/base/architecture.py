@@ -30,7 +30,10 @@ class Architecture:
     the projections of attention and of the MLP, one name each where they are fused. `targets` get
     adapters where none are named. `layers` is where the text decoder's layers lie in a checkpoint.
     `logit_divisor`, `logit_factor` and `logit_softcap` name the fields of config.json that the
-    family's own forward applies to the logits; in another family's they mean nothing. `mlp` is
+    family's own forward applies to the logits; in another family's they mean nothing.
+    `unadapted` linears get an adapter only where they are named: those that PEFT refuses, or that
+    servers drop; `unquantized` ones are small, or the model reads their weight itself, and stay as
+    they are too. `stored_as` is what files have in place of `model.`. `mlp` is
     what a layer calls its MLP, `down` the projection out of it. `rotates_in_windows_alone` says
     that layers without a sliding window have no rotary embedding where others have a window.
     `strict` says that of config.json the fields of `base/fields.py` alone reach the model, else all
@@ -49,6 +52,9 @@ class Architecture:
     logit_divisor: str | None = None
     logit_factor: str | None = None
     logit_softcap: str | None = None
+    unadapted: tuple[str, ...] = ()
+    unquantized: tuple[str, ...] = ()
+    stored_as: str = "model."
     mlp: str = "mlp"
     down: str = "down_proj"
     rotates_in_windows_alone: bool = False
@@ -91,6 +97,7 @@ ARCHITECTURES = {
         mlp="shared_mlp",
         down="output_linear",
         packs=False,
+        targets=("q_proj", "v_proj", "in_proj"),
     ),
     "smollm3": Architecture(),
     "olmo2": Architecture(),
@@ -101,11 +108,32 @@ ARCHITECTURES = {
     "glm": Architecture(gate_up=("gate_up_proj",)),
     "glm4": Architecture(gate_up=("gate_up_proj",)),
     "exaone4": Architecture(rotates_in_windows_alone=True),
+    # Servers drop the two small projections of the gated delta rule, or break on them.
+    "qwen3_5_text": Architecture(
+        targets=("q_proj", "v_proj", "in_proj_qkv"), unquantized=("in_proj_a", "in_proj_b")
+    ),
+    "qwen3_next": Architecture(
+        targets=("q_proj", "v_proj", "in_proj_qkvz"), unquantized=("in_proj_ba",)
+    ),
+    "lfm2": Architecture(targets=("q_proj", "v_proj", "in_proj")),
+    "bamba": Architecture(targets=("q_proj", "v_proj", "in_proj")),
+    # PEFT refuses adapters on the output of a mixer there.
+    "nemotron_h": Architecture(
+        targets=("q_proj", "v_proj", "in_proj"), unadapted=("out_proj",), stored_as="backbone."
+    ),
+    "falcon_h1": Architecture(
+        targets=("q_proj", "v_proj", "in_proj"),
+        unadapted=("out_proj",),
+        logit_factor="lm_head_multiplier",
+    ),
+    "mamba2": Architecture(known=False, unadapted=("out_proj",)),
+    "mamba": Architecture(known=False, unadapted=("out_proj",), unquantized=("dt_proj",)),
+    "falcon_mamba": Architecture(known=False, unadapted=("out_proj",), unquantized=("dt_proj",)),
+    "jamba": Architecture(known=False, unquantized=("dt_proj",)),
     # Found out but for what comes behind the head.
     "cohere": Architecture(known=False, logit_factor="logit_scale"),
     "cohere2": Architecture(known=False, logit_factor="logit_scale"),
     "cohere_compass_text": Architecture(known=False, logit_factor="logit_scale"),
-    "falcon_h1": Architecture(known=False, logit_factor="lm_head_multiplier"),
     "granite_swa": Architecture(known=False, logit_divisor="logits_scaling"),
     "hyperclovax": Architecture(known=False, logit_factor="logits_scaling"),
     "minicpm3": Architecture(known=False, logit_divisor="logits_scaling"),
@@ -157,7 +185,7 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             "whose layers would be quantized and adapted as if they were the language model's",
             "give the language model alone, as a checkpoint of its own",
         )
-    if any(_whole(config, key) > 1 for key in EXPERT_COUNTS):
+    if any(_whole(config, key) > 1 for key in EXPERT_COUNTS) and _has_experts(config):
         raise ModelError(
             f"{path}: model_type {kind!r} is a mixture of experts: its experts are fused tensors, "
             f"not linear layers, so that {_size(_expert_bytes(config))} would stay unquantized",
@@ -185,6 +213,14 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
     wrong = list(problems(config, architecture_of(kind).strict))
     if wrong:
         raise ModelError(f"{path}: {'; '.join(wrong)}", "correct the file")
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a layer has the experts that a config counts; where it lists no kinds, all may."""
+    kinds = config.get("layers_block_type") or config.get("hybrid_override_pattern")
+    if isinstance(kinds, str):
+        return "E" in kinds
+    return not isinstance(kinds, list) or "moe" in kinds
 
 
 def refuse_code(said: Mapping[str, Any], path: Path) -> None:

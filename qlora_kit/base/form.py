@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.bnb_checkpoint import StoredLinear, agree, split_stored, stored_quantization
 from qlora_kit.base.checks import check_architecture
 from qlora_kit.base.fp8_checkpoint import ScaledWeight, assume_scaled, split_scaled
@@ -102,8 +103,7 @@ def form_in_files(
         skipped = frozenset(linears.keys() - stored.keys())
         notes = _stored_notes(linears, skipped, stated.listed, model.dtype)
     else:
-        skipped = skipped_linears(list(linears), stated.quantization.skip_modules)
-        notes = _skip_notes(linears, skipped, model.dtype)
+        skipped, notes = _skipped(stated, linears, model)
     taken = {entry for one in stored.values() for entry in one.entries.values()}
     unread = frozenset(name for name in entries.keys() - plain.keys() if entries[name] not in taken)
     own = {weight.scales for weight in scaled.values()}
@@ -126,8 +126,7 @@ def form_of_config(
             name for name in linears if any(names_module(one, name) for one in stated.listed)
         )
         return Form(skipped=skipped), entries
-    skipped = skipped_linears(list(linears), stated.quantization.skip_modules)
-    notes = _skip_notes(linears, skipped, model.dtype)
+    skipped, notes = _skipped(stated, linears, model)
     if stated.scheme is None:
         return Form(skipped=skipped, notes=notes), entries
     scaled, made = assume_scaled(entries, linears, stated.scheme)
@@ -158,10 +157,18 @@ def _stored_notes(
     return tuple(notes)
 
 
-def _skip_notes(
-    linears: Mapping[str, nn.Linear], skipped: frozenset[str], dtype: torch.dtype
-) -> tuple[str, ...]:
-    return (f"{_in_16_bits(linears, skipped, dtype)}, by --skip_modules",) if skipped else ()
+def _skipped(
+    stated: StatedForm, linears: Mapping[str, nn.Linear], model: PreTrainedModel
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The linears that are not quantized here, by options and by family, and what is said of it."""
+    asked = skipped_linears(list(linears), stated.quantization.skip_modules)
+    names: tuple[str, ...] = ()
+    if stated.quantization.bits < 16:
+        names = architecture_of(model.config.model_type).unquantized
+    kept = frozenset(name for name in linears if name.rpartition(".")[2] in names) - asked
+    reasons = ((asked, "by --skip_modules"), (kept, f"as in every {model.config.model_type}"))
+    notes = [f"{_in_16_bits(linears, one, model.dtype)}, {why}" for one, why in reasons if one]
+    return asked | kept, tuple(notes)
 
 
 def _in_16_bits(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from qlora_kit.base.fields import beyond
 
 TABLES_LIMIT = 2**30
 """Bytes of the tables that a model computes when it is built."""
+INFINITY = {"__float__": "Infinity"}
+"""How transformers writes an upper limit that is none."""
 OLD_NAMES = (
     # What the classes of some families convert to what they declare.
     "rope_theta",
@@ -36,6 +39,8 @@ OLD_NAMES = (
     "swa_rope_theta",
     "sliding_window_pattern",
     "full_attention_interval",
+    "hybrid_override_pattern",
+    "block_ff_dim",
     "tie_word_embeddings",
     "tie_embedding",
     "n_embed",
@@ -58,6 +63,12 @@ def declared_fields(
     described = {name: copy.deepcopy(config[name]) for name in config if name in names}
     if wrong := list(beyond(described)):
         raise ValueError("; ".join(wrong))
+    described = {
+        name: [math.inf if one == INFINITY else one for one in value]
+        if isinstance(value, list)
+        else value
+        for name, value in described.items()
+    }
     described = {name: _with_infinities(value) for name, value in described.items()}
     for name, field in ours.items():
         value = described.get(name, field.default)

@@ -137,7 +137,7 @@ def _check_heads(settings: Any, needed: Sequence[str]) -> None:
 
 def _ropes(settings: Any) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """The settings of layers and of their rotary embedding: of all of them, or of each type."""
-    rope = settings.rope_parameters or {}
+    rope = getattr(settings, "rope_parameters", None) or {}
     kinds = [kind for kind in set(getattr(settings, "layer_types", None) or ()) if kind in rope]
     for kind in kinds:
         yield settings.per_layer_config[kind], rope[kind] or {}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.architecture import refuse_code
+from qlora_kit.base.architecture import architecture_of, refuse_code
 from qlora_kit.base.safetensors_file import TensorEntry, some
 from qlora_kit.errors import ModelError
 
@@ -168,6 +168,9 @@ def text_decoder(
         found, left = None if entries is None else dict(entries), None
     else:
         found, left = _split(entries, path)
+    stored_as = architecture_of(config.get("model_type")).stored_as
+    if found is not None and stored_as != "model.":
+        found = _renamed(found, stored_as, path)
     if not wrapped:
         return TextDecoder(config, found, None)
     said = [one.get("tie_word_embeddings") for one in (whole, whole.get("text_config", whole))]
@@ -233,6 +236,19 @@ def _split(
                 "fetch the files again",
             )
     return found, left
+
+
+def _renamed(
+    entries: Mapping[str, TensorEntry], stored_as: str, path: Path
+) -> dict[str, TensorEntry]:
+    """The tensors by the names that the model has, of files that call `model.` something else."""
+    names = {name: re.sub(rf"^{re.escape(stored_as)}", "model.", name) for name in entries}
+    if len(set(names.values())) < len(names):
+        raise ModelError(
+            f"{path.parent}: holds tensors of one name under {stored_as} and under model.",
+            "fetch the files again",
+        )
+    return {names[name]: entry for name, entry in entries.items()}
 
 
 def _text_name(name: str) -> tuple[str, str] | None:

@@ -39,14 +39,15 @@ QUERY_VALUE = (
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     """The names of the linears that `target_modules` asks for, in the model's order.
 
-    `auto`, `all-linear` (every linear but the output head), names (`q_proj` matches
+    `auto`, `all-linear` (every linear but the output head and those that the family's record leaves
+    out), names (`q_proj` matches
     `model.layers.0.self_attn.q_proj`), or a regex over whole names.
     Errors: `ConfigError` listing the model's linears where a name or the regex matches nothing, or
     naming the head or the embedding where one is asked for.
     """
     candidates = target_candidates(model)
     if target_modules == "all-linear":
-        return candidates
+        return all_linear(model)
     if target_modules == "auto":
         return targets_by_name(model, _auto_names(model, candidates))
     if not isinstance(target_modules, str):
@@ -60,9 +61,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
 def _auto_names(model: nn.Module, candidates: Sequence[str]) -> tuple[str, ...]:
     """The names of the projections that get an adapter where none are named."""
     record = architecture_of(model.config.model_type)  # type: ignore[union-attr]
-    if record.known:
-        return record.targets
     ends = {name.rpartition(".")[2] for name in candidates}
+    if record.known:
+        # A hybrid may be of one kind of layer alone.
+        return tuple(name for name in record.targets if name in ends)
     usual = (names for names in QUERY_VALUE if ends.issuperset(names))
     return next(usual, tuple(sorted(ends)))
 
@@ -95,6 +97,14 @@ def targets_by_regex(model: nn.Module, regex: str) -> list[str]:
     if not chosen:
         raise _no_match(regex, candidates)
     return chosen
+
+
+def all_linear(model: nn.Module) -> list[str]:
+    """The linears that `all-linear` stands for, in the model's order."""
+    record = architecture_of(model.config.model_type)  # type: ignore[union-attr]
+    left_out = {*record.unadapted, *record.unquantized}
+    candidates = target_candidates(model)
+    return [name for name in candidates if name.rpartition(".")[2] not in left_out]
 
 
 def target_candidates(model: nn.Module) -> list[str]:

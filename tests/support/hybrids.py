@@ -9,7 +9,13 @@ import torch
 from families import SIZES, save_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2}
+MAMBA = {
+    "mamba_chunk_size": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+}
 HYBRIDS: dict[str, dict[str, Any]] = {
     # Three layers of the gated delta rule, then one of attention, as published.
     "qwen3_5_text": {
@@ -51,6 +57,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "mamba_num_heads": 8,
         "mamba_head_dim": 16,
         "ssm_state_size": 16,
+        "chunk_size": 16,
         "n_groups": 2,
         "head_dim": 16,
     },
@@ -73,10 +80,13 @@ def tiny_hybrid(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        # What a recurrence decays by has to stay as it was drawn.
-        if parameter.dim() > 1 and "A_log" not in name:
-            torch.nn.init.normal_(parameter, std=0.3 if "embed" in name else 0.15)
-        elif not name.endswith(("A_log", "dt_bias", ".D")):
+        if name.endswith(("A_log", "dt_bias")):
+            # A state that lasts some ten tokens; at first transformers' own are gone after one.
+            torch.nn.init.normal_(parameter, mean=-1.0, std=0.3)
+        elif parameter.dim() > 1:
+            spread = 0.3 if "embed" in name else 0.5 if "conv1d" in name else 0.08
+            torch.nn.init.normal_(parameter, std=spread)
+        else:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model.to(dtype).eval()
 

@@ -192,6 +192,12 @@ def is_tower(name: str) -> bool:
     return TOWERS.match(name) is not None
 
 
+def names_tower(asked: str) -> bool:
+    """Whether a name or a regex of modules speaks of a tower."""
+    words = re.split(r"[^a-z_]+", asked.replace("\\", " ").lower())
+    return any(is_tower(word) or word in ("vision", "audio", "image") for word in words)
+
+
 def _flat(whole: Mapping[str, Any]) -> dict[str, Any] | None:
     """The decoder's fields where they are not in an object of their own."""
     family = FLAT.get(str(whole.get("model_type")))

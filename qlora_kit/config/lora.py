@@ -55,6 +55,13 @@ class LoRAConfig(Options):
         metavar="SHA256",
     )
     allow_other_base: bool = option(False, OTHER_BASE_HELP)
+    adapter_keys: str | None = option(
+        None,
+        "names in the files of an adapter of a multimodal checkpoint: wrapper, those of the "
+        "multimodal class (for PEFT and servers that load it), or text, those of the text model",
+        check=one_of("wrapper", "text"),
+        shown_default="wrapper, where the checkpoint is multimodal",
+    )
 
     @property
     def scaling(self) -> float:

@@ -38,10 +38,10 @@ from qlora_kit.lora.inject import (
     lora_layer,
     lora_layers,
 )
+from qlora_kit.lora.names import OWN, in_class, module_key, prefix_of, prefix_to_save
 from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from qlora_kit.lora.targets import adapted_modules, short_names
 
-KEY_PREFIX = "base_model.model."
 SCALE_OPTIONS = ("r", "lora_alpha", "use_rslora")
 """What the header repeats of the config: a changed one scales the update, and no shape shows it."""
 
@@ -52,7 +52,7 @@ def save_adapter(base: Base, directory: str | os.PathLike[str], adapter: str = A
     Weights are in the adapter dtype. Errors: `NumericError` for an adapter with a value that is
     not finite (nothing is written), `AdapterError` where the model has no such adapter.
     """
-    tensors = adapter_tensors(base.model, adapter)
+    tensors = adapter_tensors(base.model, adapter, _prefix(base, adapter))
     if not tensors:
         raise AdapterError(f"the model has no adapter {adapter!r}", "inject or load one first")
     for name, tensor in tensors.items():
@@ -60,6 +60,9 @@ def save_adapter(base: Base, directory: str | os.PathLike[str], adapter: str = A
     described = adapter_config(base, adapter)
     info = base.info.as_dict()
     info["lora"] = {option: described[option] for option in SCALE_OPTIONS}
+    if base.wrapper is not None:
+        info["wrapper"] = base.wrapper.model_type
+        info["adapter_keys"] = "text" if _prefix(base, adapter) == OWN else "wrapper"
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     content = _in_order(save(tensors, {"format": "pt", HEADER_KEY: json.dumps(info)}))
@@ -77,14 +80,28 @@ def _in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def adapter_tensors(model: PreTrainedModel, adapter: str = ADAPTER) -> dict[str, Tensor]:
-    """PEFT's keys to the adapter's weights on the CPU, in the adapter dtype."""
+def _prefix(base: Base, adapter: str) -> str:
+    """What the decoder's names begin with in the files of an adapter."""
+    configs = (one.configs.get(adapter) for one in lora_layers(base.model).values())
+    keys = next((config.adapter_keys for config in configs if config is not None), None)
+    return prefix_to_save(base, keys)
+
+
+def adapter_tensors(
+    model: PreTrainedModel, adapter: str = ADAPTER, prefix: str = OWN
+) -> dict[str, Tensor]:
+    """PEFT's keys to the adapter's weights on the CPU, in the adapter dtype.
+
+    `prefix` is what the decoder's names begin with in the file.
+    """
     tensors = {}
     for name, layer in lora_layers(model).items():
         if adapter in layer.lora_A:
             dtype = layer.adapter_dtypes[adapter]
             for part, weight in zip("AB", layer.weights(adapter), strict=True):
-                tensors[_key(name, part)] = weight.detach().to("cpu", dtype).contiguous()
+                tensors[module_key(name, part, prefix)] = (
+                    weight.detach().to("cpu", dtype).contiguous()
+                )
     return tensors
 
 
@@ -93,8 +110,13 @@ def adapter_config(base: Base, adapter: str = ADAPTER) -> dict[str, Any]:
     layers = lora_layers(base.model).items()
     adapted = {name: layer for name, layer in layers if adapter in layer.lora_A}
     config = next(iter(adapted.values())).configs[adapter]
+    prefix = prefix_to_save(base, config.adapter_keys)
+    # Towers have modules of the same short names, which PEFT would adapt too.
+    targets = [in_class(name, prefix) for name in adapted]
+    if prefix == OWN:
+        targets = short_names(base.model, list(adapted))
     ranks, alphas = {}, {}
-    for name, layer in adapted.items():
+    for name, layer in ((in_class(name, prefix), layer) for name, layer in adapted.items()):
         r = layer.weights(adapter)[0].shape[0]
         alpha = layer.scaling[adapter] * (math.sqrt(r) if config.use_rslora else r)
         if r != config.r:
@@ -110,7 +132,7 @@ def adapter_config(base: Base, adapter: str = ADAPTER) -> dict[str, Any]:
         "r": config.r,
         "lora_alpha": _plain(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": short_names(base.model, list(adapted)),
+        "target_modules": targets,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "use_rslora": config.use_rslora,
@@ -142,7 +164,7 @@ def load_adapter(
     """
     check_name(adapter)
     model = base.model
-    path, config, entries, modules, dtype = open_adapter(
+    path, config, entries, modules, dtype, prefix = open_adapter(
         model, directory, None if allow_other_base else base.info
     )
     tensors = {name: tensor.float().clone() for name, tensor in read_tensors(entries)}
@@ -154,6 +176,7 @@ def load_adapter(
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_rslora=bool(config.get("use_rslora")),
         adapter_dtype=next(name for name, known in DTYPES.items() if known is dtype),
+        adapter_keys=None if base.wrapper is None else "text" if prefix == OWN else "wrapper",
     )
     clear_adapter(model, adapter)
     for name, (r, alpha) in modules.items():
@@ -164,7 +187,7 @@ def load_adapter(
             layer.add_adapter(adapter, r, scaling, dtype, dropout)
         layer.configs[adapter] = lora
         for part, weight in zip("AB", layer.weights(adapter), strict=True):
-            weight.data.copy_(tensors[_key(name, part)])
+            weight.data.copy_(tensors[module_key(name, part, prefix)])
             weight.requires_grad_(False)
     if all(not t.any() for name, t in tensors.items() if name.endswith("lora_B.weight")):
         warnings.warn(f"{path}: every lora_B is zero: the adapter has no effect", stacklevel=2)
@@ -181,6 +204,8 @@ class OpenAdapter(NamedTuple):
     modules: dict[str, tuple[int, float]]
     """Rank and alpha of each linear that it adapts."""
     dtype: torch.dtype
+    prefix: str
+    """What the decoder's names begin with in the files."""
 
 
 def open_adapter(
@@ -196,20 +221,16 @@ def open_adapter(
     path, config, entries = files.weights, files.config, files.entries
     _check_base(base, files.trained_on, path)
     _check_scale(config, files.trained_on, path.parent / CONFIG_FILE)
-    modules = adapted_modules(model, config, path.parent / CONFIG_FILE)
-    expected = _expected(model, modules)
+    prefix = prefix_of(model, entries, path)
+    modules = adapted_modules(model, config, path.parent / CONFIG_FILE, prefix)
+    expected = _expected(model, modules, prefix)
     _check_tensors({name: entry.shape for name, entry in entries.items()}, expected, path)
     dtypes = {entry.torch_dtype for entry in entries.values()}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
         raise AdapterError(
             f"{path}: holds {', '.join(sorted(map(str, dtypes)))}", "save it in bf16, fp16 or fp32"
         )
-    return OpenAdapter(path, config, entries, modules, dtypes.pop())
-
-
-def _key(module: str, part: str) -> str:
-    """PEFT's name of A or B of a module."""
-    return f"{KEY_PREFIX}{module}.lora_{part}.weight"
+    return OpenAdapter(path, config, entries, modules, dtypes.pop(), prefix)
 
 
 def _check_base(base: BaseInfo | None, said: Mapping[str, Any], path: Path) -> None:
@@ -242,14 +263,14 @@ def _check_scale(config: Mapping[str, Any], said: Mapping[str, Any], where: Path
 
 
 def _expected(
-    model: PreTrainedModel, modules: Mapping[str, tuple[int, float]]
+    model: PreTrainedModel, modules: Mapping[str, tuple[int, float]], prefix: str
 ) -> dict[str, tuple[int, ...]]:
     """The keys and shapes of the tensors of an adapter on these modules."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, (r, _) in modules.items():
         layer = model.get_submodule(name)
-        expected[_key(name, "A")] = (r, layer.in_features)
-        expected[_key(name, "B")] = (layer.out_features, r)
+        expected[module_key(name, "A", prefix)] = (r, layer.in_features)
+        expected[module_key(name, "B", prefix)] = (layer.out_features, r)
     return expected
 
 

@@ -36,6 +36,8 @@ TRAINED_ON: dict[str, type | tuple[type, ...]] = {
     "embedding_rows": int,
     "skip_modules": (str, list),
     "lora": dict,
+    "wrapper": str,
+    "adapter_keys": str,
 }
 
 

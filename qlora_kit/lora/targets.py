@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.direct import read_directly
 from qlora_kit.base.pattern import full_matches
+from qlora_kit.base.text_decoder import names_tower
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.layer import LoRALinear
+from qlora_kit.lora.names import OWN, in_class, in_model
 
 QUERY_VALUE = (
     ("q_proj", "v_proj"),
@@ -69,14 +71,17 @@ def _auto_names(model: nn.Module, candidates: Sequence[str]) -> tuple[str, ...]:
     return next(usual, tuple(sorted(ends)))
 
 
-def targets_by_name(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """The linears whose name is one of `names` or ends in it; each has to match one."""
-    candidates = target_candidates(model)
+def targets_by_name(model: nn.Module, names: Sequence[str], prefix: str = OWN) -> list[str]:
+    """The linears whose name is one of `names` or ends in it; each has to match one.
+
+    Names are those of a class that has the decoder under `prefix`; so are the ones returned.
+    """
+    candidates = [in_class(name, prefix) for name in target_candidates(model)]
     matches = {
         name: {linear for linear in candidates if linear == name or linear.endswith(f".{name}")}
         for name in names
     }
-    for end in _ends(model):
+    for end in (in_class(name, prefix) for name in _ends(model)):
         if any(end == name or end.endswith(f".{name}") for name in names):
             raise _refused_end(model, end)
     unmatched = [name for name, linears in matches.items() if not linears]
@@ -86,9 +91,12 @@ def targets_by_name(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [linear for linear in candidates if linear in chosen]
 
 
-def targets_by_regex(model: nn.Module, regex: str) -> list[str]:
-    """The linears whose whole name matches `regex`."""
-    candidates, ends = target_candidates(model), list(_ends(model))
+def targets_by_regex(model: nn.Module, regex: str, prefix: str = OWN) -> list[str]:
+    """The linears whose whole name matches `regex`. `prefix` as in `targets_by_name`."""
+    candidates, ends = (
+        [in_class(name, prefix) for name in names]
+        for names in (target_candidates(model), _ends(model))
+    )
     (matched,) = full_matches([regex], [*ends, *candidates])
     for end in ends:
         if end in matched:
@@ -158,27 +166,28 @@ def check_rank(model: nn.Module, targets: Sequence[str], r: int) -> None:
 
 
 def adapted_modules(
-    model: PreTrainedModel, config: Mapping[str, Any], path: Path
+    model: PreTrainedModel, config: Mapping[str, Any], path: Path, prefix: str = OWN
 ) -> dict[str, tuple[int, float]]:
     """The linears of `model` that a checked `config` (of `path`) adapts, with rank and alpha.
 
-    In the model's order. Errors: `AdapterError` where it asks for what the model does not have.
+    In the model's order, by its own names; the config's are those of a class that has the decoder
+    under `prefix`. Errors: `AdapterError` where it asks for what the model does not have.
     """
     targets = config["target_modules"]
     try:
         if isinstance(targets, list):
-            names = _in_layers(config, targets_by_name(model, targets))
+            names = _in_layers(config, targets_by_name(model, targets, prefix))
         elif targets.lower() == "all-linear":
-            names = target_candidates(model)
+            names = [in_class(name, prefix) for name in target_candidates(model)]
         else:
-            names = targets_by_regex(model, targets)
+            names = targets_by_regex(model, targets, prefix)
         excluded = _excluded(config, names)
         names = [name for name in names if name not in excluded]
         ranks, alphas = (
             _by_pattern(config.get(f"{kind}_pattern") or {}, names) for kind in ("rank", "alpha")
         )
         modules = {
-            name: (
+            in_model(name, prefix): (
                 int(ranks.get(name, config["r"])),
                 float(alphas.get(name, config["lora_alpha"])),
             )
@@ -251,7 +260,10 @@ def _refused_end(model: PreTrainedModel, name: str) -> ConfigError:
 def _no_match(asked: str, candidates: Sequence[str]) -> ConfigError:
     counts = collections.Counter(name.rpartition(".")[2] for name in candidates)
     listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    left_out = ""
+    if names_tower(asked):
+        left_out = ": towers for other input than text are left out, and carry no adapter"
     return ConfigError(
-        f"target_modules {asked!r} matches no linear of this model",
+        f"target_modules {asked!r} matches no linear of this model{left_out}",
         f"its linears are {listed}",
     )

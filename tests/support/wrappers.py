@@ -48,6 +48,35 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": PIXTRAL,
         "image_token_index": 5,
     },
+    "ministral3": {
+        "model_type": "mistral3",
+        "text_config": {"model_type": "ministral3"},
+        "vision_config": PIXTRAL,
+        "image_token_index": 5,
+    },
+    "gemma3": {
+        "model_type": "gemma3",
+        "text_config": {
+            "model_type": "gemma3_text",
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "vision_config": SIGLIP,
+        "image_token_index": 5,
+        "mm_tokens_per_image": 4,
+    },
+    "qwen3_5": {
+        "model_type": "qwen3_5",
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        "vision_config": QWEN_EYE,
+    },
     "llava": {
         "model_type": "llava",
         "text_config": {"model_type": "llama"},
@@ -65,6 +94,10 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**QWEN_EYE, "deepstack_visual_indexes": [0]},
     },
 }
+
+
+FIRST = ("mistral3", "ministral3", "gemma3", "qwen3_5")
+"""The families that are trained, read by others and exported in the tests."""
 
 
 def save_wrapped(directory: Path, name: str, **text: Any) -> Any:

@@ -1,0 +1,84 @@
+"""What modules are called in PEFT's files: as in the text model, or as in a multimodal class.
+
+transformers' multimodal classes have the text decoder's modules under `model.language_model` (a few
+elsewhere), and so have PEFT and servers that load such a class; with the text model's names they
+find nothing, vLLM without an error. `prefix` is what stands there in place of the text model's
+`model.`; a head outside it keeps its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.safetensors_file import some
+from qlora_kit.base.text_decoder import PREFIXES, is_tower
+from qlora_kit.errors import AdapterError, ConfigError
+
+KEY_PREFIX = "base_model.model."
+OWN = "model."
+"""What the names of a text model's decoder begin with."""
+
+
+def module_key(module: str, part: str, prefix: str = OWN) -> str:
+    """PEFT's name of A or B of a module of the text model."""
+    return f"{KEY_PREFIX}{in_class(module, prefix)}.lora_{part}.weight"
+
+
+def in_class(module: str, prefix: str) -> str:
+    """The name of a module of the text model in the class that has its decoder under `prefix`."""
+    return prefix + module.removeprefix(OWN) if module.startswith(OWN) else module
+
+
+def in_model(module: str, prefix: str) -> str:
+    """The reverse of `in_class`."""
+    return OWN + module.removeprefix(prefix) if module.startswith(prefix) else module
+
+
+def prefix_to_save(base: Base, keys: str | None) -> str:
+    """The prefix of an adapter's names for a choice of `--adapter_keys`; a text model has its own.
+
+    None is the multimodal class's where there is one.
+    """
+    if base.wrapper is None or keys == "text":
+        return OWN
+    return f"{base.wrapper.decoder}."
+
+
+def chosen_keys(base: Base, keys: str | None) -> str | None:
+    """What `--adapter_keys` stands for with this base; None for a text model.
+
+    Errors: `ConfigError` for names of a multimodal class where there is none.
+    """
+    if base.wrapper is not None:
+        return keys or "wrapper"
+    if keys == "wrapper":
+        raise ConfigError(
+            f"adapter_keys wrapper is given, and {base.source.name} is no multimodal checkpoint",
+            "leave --adapter_keys out",
+        )
+    return None
+
+
+def prefix_of(model: nn.Module, keys: Iterable[str], path: Path) -> str:
+    """The prefix of the keys of an adapter's file (`path`).
+
+    Errors: `AdapterError` for an adapter of towers too, or names under two prefixes.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    names = {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for key in keys} - modules
+    if towers := sorted(name for name in names if is_tower(name)):
+        raise AdapterError(
+            f"{path}: adapts {some(towers)}, of towers that are left out here",
+            "use an adapter of the language model alone",
+        )
+    prefixes = {prefix for name in names for prefix in PREFIXES[:-1] if name.startswith(prefix)}
+    if len(prefixes) > 1:
+        raise AdapterError(
+            f"{path}: names modules under two prefixes ({', '.join(sorted(prefixes))})",
+            "save the adapter again",
+        )
+    return prefixes.pop() if prefixes else OWN

@@ -48,8 +48,15 @@ TOKENIZER_FILES = {
 """Name to the most bytes it may have."""
 BESIDE_AN_ADAPTER = ("config.yaml", "chat_template.jinja")
 """What our runs leave in an adapter's directory beside PEFT's files, and read there again."""
+PROCESSOR_FILES = {
+    "preprocessor_config.json": SETTINGS_LIMIT,
+    "processor_config.json": SETTINGS_LIMIT,
+    "video_preprocessor_config.json": SETTINGS_LIMIT,
+}
+"""How other input than text becomes tokens: copied beside a whole multimodal export, not read."""
 LIMITS = {
     **TOKENIZER_FILES,
+    **PROCESSOR_FILES,
     "config.json": SETTINGS_LIMIT,
     "generation_config.json": SETTINGS_LIMIT,
     "adapter_config.json": SETTINGS_LIMIT,

@@ -71,12 +71,13 @@ WRAPPER_FIRST = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_tok
 class Wrapper:
     """What is around a text decoder: the whole config.json, and the tensors that stay on the disk.
 
-    `decoder` is the path of the decoder's modules in transformers' multimodal class, which stands
-    in place of the text model's `model`. `left` are the towers' tensors, by their names in the
-    files; None where the config alone is known.
+    `text` is the decoder's config, `decoder` the path of its modules in transformers' multimodal
+    class, which stands in place of the text model's `model`. `left` are the towers' tensors, by
+    their names in the files; None where the config alone is known.
     """
 
     config: Mapping[str, Any]
+    text: Mapping[str, Any]
     decoder: str
     left: Mapping[str, TensorEntry] | None
 
@@ -178,7 +179,7 @@ def text_decoder(
         # transformers ties by the wrapper's word unless the file has a head of its own.
         config["tie_word_embeddings"] = "lm_head.weight" not in found
     decoder = OTHER_DECODERS.get(str(whole["model_type"]), DECODER)
-    return TextDecoder(config, found, Wrapper(dict(whole), decoder, left))
+    return TextDecoder(config, found, Wrapper(dict(whole), config, decoder, left))
 
 
 def is_wrapped(whole: Mapping[str, Any]) -> bool:

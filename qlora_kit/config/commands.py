@@ -49,6 +49,10 @@ class ExportConfig(Options):
         flag="dtype",
         check=one_of("auto", *DTYPES),
     )
+    with_towers: bool = option(
+        False,
+        "write the whole multimodal checkpoint, its towers byte for byte, not the text model alone",
+    )
     shard_size: int = option(
         4 * 1024**3,
         "largest size of one file in bytes",
@@ -69,8 +73,20 @@ class ExportConfig(Options):
 
     def _conflicts(self) -> typing.Iterator[str]:
         if self.format == "adapter":
-            plain = {"merge_base": "dequantized", "dtype": "auto", "verify": None, "max_kl": None}
-            given = (self.merge_base, self.export_dtype, self.verify, self.max_kl)
+            plain = {
+                "merge_base": "dequantized",
+                "dtype": "auto",
+                "verify": None,
+                "max_kl": None,
+                "with_towers": False,
+            }
+            given = (
+                self.merge_base,
+                self.export_dtype,
+                self.verify,
+                self.max_kl,
+                self.with_towers,
+            )
             for (name, default), value in zip(plain.items(), given, strict=True):
                 if value != default:
                     yield f"{name} {value} goes with format hf, which merges, not with adapter"

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.meta_model import with_rows
 from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from qlora_kit.base.tensors import check_finite
 from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.device import dtype_name
 from qlora_kit.errors import ExportError
 from qlora_kit.export.tensors import ExportTensor
+from qlora_kit.export.towers import copy_processors, model_config
 from qlora_kit.files.atomic import replace_file, write_file
 
 
@@ -28,13 +28,17 @@ def write_model(
     directory: Path,
     dtype: torch.dtype,
     shard_size: int,
+    with_towers: bool = False,
 ) -> None:
     """Write the tensors in `dtype`, in files of `shard_size` bytes, with config and tokenizer.
 
-    Host memory holds one file. Errors: `NumericError`, `ExportError`, `ResourceError`.
+    With towers it is the whole multimodal model that is written. Host memory holds one file.
+    Errors: `NumericError`, `ExportError`, `ResourceError`.
     """
     _write_shards(tensors, directory, dtype, shard_size)
-    _write_settings(base, directory, dtype)
+    _write_settings(base, directory, dtype, with_towers)
+    if with_towers:
+        copy_processors(base.source.directory, directory)
 
 
 def _write_shards(
@@ -43,7 +47,7 @@ def _write_shards(
     shards: list[list[ExportTensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = tensor.shape.numel() * dtype.itemsize
+        size = tensor.nbytes(dtype)
         if shards[-1] and filled + size > shard_size:
             shards.append([])
             filled = 0
@@ -58,13 +62,14 @@ def _write_shards(
         )
         content = {}
         for tensor in shard:
-            value = tensor.make().to("cpu", dtype)
-            check_finite(value, f"{tensor.name} of the export", "use a wider --dtype")
+            value = tensor.make().to("cpu", tensor.kept or dtype)
+            if tensor.kept is None:
+                check_finite(value, f"{tensor.name} of the export", "use a wider --dtype")
             content[tensor.name] = value.contiguous()
             where[tensor.name] = file
         _save(content, directory / file)
     if len(shards) > 1:
-        total = sum(tensor.shape.numel() * dtype.itemsize for tensor in tensors)
+        total = sum(tensor.nbytes(dtype) for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_file(directory / INDEX_FILE, json.dumps(index, indent=2).encode())
 
@@ -79,19 +84,17 @@ def _save(content: dict[str, Tensor], path: Path) -> None:
         raise ExportError(f"{path}: {error}", "free some space or choose another place") from error
 
 
-def _write_settings(base: Base, directory: Path, dtype: torch.dtype) -> None:
+def _write_settings(base: Base, directory: Path, dtype: torch.dtype, with_towers: bool) -> None:
     source, files = base.source.directory, base.files
     assert files is not None  # its weights were read
-    config = dict(files.config)
+    config = model_config(base, with_towers)
     long_name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype_name(dtype)]
-    for key in ("torch_dtype", "dtype"):
-        if key in config:
-            config[key] = long_name
+    for part in (config, config.get("text_config", {})):
+        for key in ("torch_dtype", "dtype"):
+            if key in part:
+                part[key] = long_name
     if "torch_dtype" not in config:
         config["dtype"] = long_name
-    if base.embedding_rows is not None:
-        config = with_rows(config, base.embedding_rows)
-    config.pop("quantization_config", None)
     config.pop("auto_map", None)  # it names Python files that are not written
     write_file(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     copy_tokenizer(files.tokenizer, directory)

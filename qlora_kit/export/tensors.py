@@ -29,11 +29,19 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ExportTensor:
-    """One tensor of the exported model: its shape, and how to make it."""
+    """One tensor of the exported model: its shape, and how to make it.
+
+    `kept` is the dtype of one that is taken over as it is; None where the export's is taken.
+    """
 
     name: str
     shape: torch.Size
     make: Callable[[], Tensor]
+    kept: torch.dtype | None = None
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Its bytes in an export of `dtype`."""
+        return self.shape.numel() * (self.kept or dtype).itemsize
 
 
 def export_tensors(

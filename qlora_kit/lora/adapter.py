@@ -27,8 +27,7 @@ from qlora_kit.base.tensors import check_finite, read_tensors
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device import DTYPES
 from qlora_kit.errors import AdapterError
-from qlora_kit.files.atomic import write_file
-from qlora_kit.lora.adapter_files import HEADER_KEY, AdapterFiles, read_adapter
+from qlora_kit.lora.adapter_files import HEADER_KEY, AdapterFiles, read_adapter, write_adapter
 from qlora_kit.lora.dropout import KeyedDropout
 from qlora_kit.lora.inject import (
     ADAPTER,
@@ -39,7 +38,6 @@ from qlora_kit.lora.inject import (
     lora_layers,
 )
 from qlora_kit.lora.names import OWN, in_class, module_key, prefix_of, prefix_to_save
-from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from qlora_kit.lora.targets import adapted_modules, short_names
 
 SCALE_OPTIONS = ("r", "lora_alpha", "use_rslora")
@@ -63,11 +61,8 @@ def save_adapter(base: Base, directory: str | os.PathLike[str], adapter: str = A
     if base.wrapper is not None:
         info["wrapper"] = base.wrapper.model_type
         info["adapter_keys"] = "text" if _prefix(base, adapter) == OWN else "wrapper"
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
     content = _in_order(save(tensors, {"format": "pt", HEADER_KEY: json.dumps(info)}))
-    write_file(target / WEIGHTS_FILE, content)
-    write_file(target / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
+    write_adapter(directory, content, described)
 
 
 def _in_order(content: bytes) -> bytes:
@@ -220,9 +215,9 @@ def open_adapter(
         files = read_adapter(files)
     path, config, entries = files.weights, files.config, files.entries
     _check_base(base, files.trained_on, path)
-    _check_scale(config, files.trained_on, path.parent / CONFIG_FILE)
+    _check_scale(config, files.trained_on, files.described_in)
     prefix = prefix_of(model, entries, path)
-    modules = adapted_modules(model, config, path.parent / CONFIG_FILE, prefix)
+    modules = adapted_modules(model, config, files.described_in, prefix)
     expected = _expected(model, modules, prefix)
     _check_tensors({name: entry.shape for name, entry in entries.items()}, expected, path)
     dtypes = {entry.torch_dtype for entry in entries.values()}

@@ -18,8 +18,9 @@ from qlora_kit.base.json_file import is_deep
 from qlora_kit.base.safetensors_file import TensorEntry, read_whole_header
 from qlora_kit.base.source import contained
 from qlora_kit.errors import AdapterError
+from qlora_kit.files.atomic import write_file
 from qlora_kit.files.opened import OpenFiles
-from qlora_kit.lora.peft_config import WEIGHTS_FILE, read_adapter_config
+from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 
 HEADER_KEY = "qlora_kit"
 TRAINED_ON: dict[str, type | tuple[type, ...]] = {
@@ -55,6 +56,21 @@ class AdapterFiles:
     entries: Mapping[str, TensorEntry]
     trained_on: Mapping[str, Any]
     sha256: str | None = None
+
+    @property
+    def described_in(self) -> Path:
+        """Where `config` was read."""
+        return self.weights.parent / CONFIG_FILE
+
+
+def write_adapter(
+    directory: str | os.PathLike[str], weights: bytes, config: Mapping[str, Any]
+) -> None:
+    """Write an adapter's files into `directory`, which is made where it does not exist."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    write_file(target / WEIGHTS_FILE, weights)
+    write_file(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def read_adapter(directory: str | os.PathLike[str], *, hashed: bool = False) -> AdapterFiles:

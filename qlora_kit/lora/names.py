@@ -48,19 +48,13 @@ def prefix_to_save(base: Base, keys: str | None) -> str:
     return f"{base.wrapper.decoder}."
 
 
-def chosen_keys(base: Base, keys: str | None) -> str | None:
-    """What `--adapter_keys` stands for with this base; None for a text model.
-
-    Errors: `ConfigError` for names of a multimodal class where there is none.
-    """
-    if base.wrapper is not None:
-        return keys or "wrapper"
-    if keys == "wrapper":
+def check_keys(base: Base, keys: str | None) -> None:
+    """Refuse names of a multimodal class where there is none. Errors: `ConfigError`."""
+    if keys == "wrapper" and base.wrapper is None:
         raise ConfigError(
             f"adapter_keys wrapper is given, and {base.source.name} is no multimodal checkpoint",
             "leave --adapter_keys out",
         )
-    return None
 
 
 def prefix_of(model: nn.Module, keys: Iterable[str], path: Path) -> str:

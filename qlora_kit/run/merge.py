@@ -10,9 +10,9 @@ from qlora_kit.config.commands import ExportConfig
 from qlora_kit.data.chat_template import read_templates
 from qlora_kit.device import DTYPES, dtype_name
 from qlora_kit.export.companions import write_companions
-from qlora_kit.export.export import export_model
+from qlora_kit.export.export import check_export, export_model
 from qlora_kit.export.verify import check_distance, verify_export
-from qlora_kit.files.atomic import EXPORT_REPORT, check_output, check_room
+from qlora_kit.files.atomic import EXPORT_REPORT, check_output
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.metrics import versions, write_json
 from qlora_kit.run.named_base import Named
@@ -42,8 +42,7 @@ def merge(
     check_output(target, options.overwrite, [*read, base.source.directory])
     dtype = dtype_name(base.dtype) if options.export_dtype == "auto" else options.export_dtype
     rows, where = rows_for(base)
-    size = sum(one.numel() for one in base.model.parameters()) * DTYPES[dtype].itemsize
-    check_room(target, size, "the export")
+    check_export(base, target, DTYPES[dtype], options.with_towers)
     opened.load()
     name = {} if options.base_name is None else {"name": options.base_name}
     report: dict[str, Any] = {
@@ -54,6 +53,9 @@ def merge(
         "base": base.info.as_dict() | name,
         "versions": versions(),
     }
+
+    if options.with_towers:
+        report["with_towers"] = True
 
     def inspect(directory: Path) -> None:
         # The adapter's templates and tokens to stop at, which the base need not have.
@@ -70,6 +72,7 @@ def merge(
         merge_base=options.merge_base,
         dtype=dtype,
         shard_size=options.shard_size,
+        with_towers=options.with_towers,
         overwrite=options.overwrite,
         inspect=inspect,
     )

@@ -64,7 +64,7 @@ dropout {config.get("lora_dropout")}, on \
 - optimization: {train["steps"]:,} steps, learning rate {config.get("learning_rate")} \
 ({config.get("lr_scheduler_type")}), seed {config.get("seed")}, \
 {config.get("per_device_train_batch_size")} x {config.get("gradient_accumulation_steps")} \
-rows a step
+rows a step{_keys_line(model.get("adapter_keys"))}
 
 ## Result
 {chr(10).join(f"- {line}" for line in result)}
@@ -75,14 +75,24 @@ rows a step
 qlora-kit generate --adapter ADAPTER --prompt TEXT
 ```
 ```python
-{_peft_example(config)}
+{_peft_example(config, model.get("adapter_keys"))}
 ```
 """
 
 
-def _peft_example(config: Mapping[str, Any]) -> str:
+def _keys_line(keys: str | None) -> str:
+    """What of a multimodal model the adapter's names are those of; nothing for a text model."""
+    said = {
+        "wrapper": "of the multimodal class: PEFT and servers that load the whole model read it",
+        "text": "of the text model alone: it does nothing on the whole multimodal model",
+    }
+    return "" if keys is None else f"\n- names: {said[keys]}"
+
+
+def _peft_example(config: Mapping[str, Any], keys: str | None) -> str:
     """The lines that put the adapter on its base, quantized as it was in training.
 
+    With the names of a text model (`keys`) its base is an export of the decoder alone.
     Where the base is says the adapter's own config: the card itself holds no path.
     """
     compute = {"bf16": "bfloat16", "fp16": "float16"}.get(config.get("dtype", ""), "float32")
@@ -92,16 +102,20 @@ def _peft_example(config: Mapping[str, Any]) -> str:
         f"bnb_4bit_compute_dtype={compute!r}",
         8: "load_in_8bit=True",
     }.get(config.get("bits", DEFAULT_BITS))
+    loader, place = "AutoModelForCausalLM", "said.base_model_name_or_path, revision=said.revision"
+    if keys == "wrapper":
+        loader = "AutoModelForImageTextToText"
+    elif keys == "text":
+        place = '"TEXT_MODEL"'  # what qlora-kit export writes of the decoder alone
     lines = [
         "from peft import PeftConfig, PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig",
+        f"from transformers import {loader}, AutoTokenizer, BitsAndBytesConfig",
         "",
         f"quantization = {f'BitsAndBytesConfig({settings})' if settings else None}",
         'said = PeftConfig.from_pretrained("ADAPTER")',
         'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
-        "base = AutoModelForCausalLM.from_pretrained(",
-        "    said.base_model_name_or_path, revision=said.revision, "
-        'dtype="auto", quantization_config=quantization',
+        f"base = {loader}.from_pretrained(",
+        f'    {place}, dtype="auto", quantization_config=quantization',
         ")",
         'model = PeftModel.from_pretrained(base, "ADAPTER")',
     ]

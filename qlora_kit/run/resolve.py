@@ -19,7 +19,6 @@ from qlora_kit.data.chat_template import (
     has_templates,
     use_template,
 )
-from qlora_kit.lora.names import chosen_keys
 from qlora_kit.run.continued import Start, fit_adapter, start_of
 from qlora_kit.run.place import default_names, is_finished, output_directory
 from qlora_kit.run.reporter import Reporter
@@ -99,7 +98,6 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
     if lora.adapter and data.chat_template is None and has_templates(lora.adapter):
         data = replace(data, chat_template=lora.adapter)
     data = replace(data, max_length=data.length_in(base.context))
-    lora = replace(lora, adapter_keys=chosen_keys(base, lora.adapter_keys))
     if lora.adapter_dtype == "auto":
         lora = replace(lora, adapter_dtype=base_options.dtype)
     training = replace(asked.training, optim=optimizer_name(asked.training.optim, base.device))

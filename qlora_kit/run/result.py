@@ -35,6 +35,8 @@ class ModelRecord(TypedDict):
     parameters: int
     trainable_parameters: int
     weight_bytes: int
+    adapter_keys: NotRequired[str]
+    """Of a multimodal checkpoint: `wrapper` or `text`."""
 
 
 class DataRecord(TypedDict):
@@ -211,17 +213,20 @@ def result_record(
 ) -> RunRecord:
     """`run.json` of a finished run; `after` is its held-out loss at the end."""
     info, model = plan.base.info, plan.base.model
+    described: ModelRecord = {
+        "name": info.name,
+        "revision": info.revision,
+        "fingerprint": info.fingerprint,
+        "parameters": info.parameters,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "weight_bytes": weight_bytes(model)["weights"],
+    }
+    if plan.base.wrapper is not None:
+        described["adapter_keys"] = plan.config.lora.adapter_keys or "wrapper"
     return {
         "config": plan.config.as_flat(),
         "versions": versions(),
-        "model": {
-            "name": info.name,
-            "revision": info.revision,
-            "fingerprint": info.fingerprint,
-            "parameters": info.parameters,
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "weight_bytes": weight_bytes(model)["weights"],
-        },
+        "model": described,
         "data": {
             "rows": len(plan.encoded.rows),
             "skipped": sum(plan.encoded.skipped.values()),

@@ -9,6 +9,7 @@ from pathlib import Path
 from qlora_kit.base.base import Base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.files.atomic import check_room
+from qlora_kit.lora.names import check_keys
 from qlora_kit.lora.targets import check_rank, find_targets
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.training.checkpoint import SLACK_BYTES
@@ -28,6 +29,7 @@ def check_targets(
     `ranks` are those of an adapter to go on with, by linear; returns those of the run.
     Errors: `ConfigError`, `ResourceError`.
     """
+    check_keys(base, lora.adapter_keys)
     targets = find_targets(base.model, lora.target_modules)
     if ranks is None:
         ranks = dict.fromkeys(targets, lora.r)

@@ -11,7 +11,7 @@ import transformers
 from families import edit_config, edit_weights, refused, relative_error, token_ids
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
-from wrappers import WRAPPERS, save_wrapped
+from wrappers import TEXT, WRAPPERS, save_wrapped
 
 from qlora_kit.base.base_files import read_base
 from qlora_kit.base.checks import read_config_file
@@ -239,7 +239,7 @@ def test_a_head_that_predicts_several_tokens_stays_on_the_disk(mistral3):
 def test_decoders_are_where_transformers_has_them():
     """For the wrappers of the tests: what adapter keys and the names of towers go by."""
     for name, settings in WRAPPERS.items():
-        settings = dict(settings)
+        settings = {**settings, "text_config": {**TEXT, **settings["text_config"]}}
         kind = settings.pop("model_type")
         with torch.device("meta"):
             model = getattr(transformers, multimodal_class(kind))(CONFIG_MAPPING[kind](**settings))

@@ -22,7 +22,7 @@ from qlora_kit.export.export import export_model
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.adapter_files import read_adapter
 from qlora_kit.lora.inject import inject_lora, lora_layers
-from qlora_kit.lora.names import chosen_keys
+from qlora_kit.lora.names import check_keys
 from qlora_kit.lora.targets import find_targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -200,8 +200,8 @@ def test_targets_inside_a_tower_are_an_error(checkpoints, tmp_path, targets):
 
 
 def test_names_of_a_class_need_one(checkpoints, bases):
-    assert chosen_keys(load(checkpoints / "gemma3"), None) == "wrapper"
+    check_keys(load(checkpoints / "gemma3"), "wrapper")
     text = load(bases / "llama2")
-    assert chosen_keys(text, "text") is None
+    check_keys(text, "text")
     with pytest.raises(ConfigError, match=re.escape("llama2 is no multimodal checkpoint")):
-        chosen_keys(text, "wrapper")
+        check_keys(text, "wrapper")

@@ -19,13 +19,13 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class FrozenNorm:
-    """RMSNorm over the last dimension, n; `weight` is (n,), `from_zero` means 1 + weight.
+    """RMSNorm over the last dimension, n; `weight` is (n,) or none, `from_zero` means 1 + weight.
 
     `rounds_once` says that the weight is applied in fp32, as it is where it counts from zero.
     Besides its input the scale of every token is kept for backward (`keeps`).
     """
 
-    weight: Tensor
+    weight: Tensor | None
     eps: float
     from_zero: bool
     rounds_once: bool = False
@@ -44,12 +44,18 @@ class FrozenNorm:
 
     def backward(self, grad: Tensor, x: Tensor, *, kept: Tensor) -> tuple[Tensor]:
         """The gradient by `x` (..., n), from that by the normalized tokens (..., n)."""
-        grad = grad.float() * (self.weight.float() + 1 if self.from_zero else self.weight.float())
+        grad = grad.float()
+        if self.weight is not None:
+            grad = grad * (self.weight.float() + 1 if self.from_zero else self.weight.float())
         tokens = x * kept
         along = (grad * tokens).mean(-1, keepdim=True)
-        return (grad.addcmul_(tokens, along, value=-1).mul_(kept).to(x.dtype),)
+        # Not in place where no weight made a tensor of ours.
+        subtracted = torch.Tensor.addcmul if self.weight is None else torch.Tensor.addcmul_
+        return (subtracted(grad, tokens, along, value=-1).mul_(kept).to(x.dtype),)
 
     def _weighted(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.weight is None:
+            return tokens.to(dtype)
         if self.from_zero:
             return tokens.mul_(1.0 + self.weight.float()).to(dtype)
         if self.rounds_once:

@@ -7,7 +7,8 @@ Kept without recompute, for T tokens, hidden h, kv = kv heads x head size, ffn f
     and where its backward does, a statistic (4 bytes) of every token and head; the middle residual
     (T, h) and its norm's scale; gate and up (T, f each); the low-rank activation (T, r) of every
     adapted linear; what further norms read (of heads, behind attention and MLP), with their scales;
-    a factor (T) of queries where they have one.
+    a factor (T) of queries where they have one; with an embedding of the layer's own also the
+    residual before it (T, h), its gate (T, e) and what its norm reads (T, h).
 
 Normalized tokens, the gated activation and all dequantized weights are recomputed in backward. A
 block is found by the structure of a model's layer, after one comparison of its output with ours on
@@ -32,33 +33,44 @@ from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.lora.block_parts import (
     activation,
     eager_attention,
+    head_norms,
     norm_names,
     norm_of,
+    per_layer_parts,
     projections,
+    query_key_value,
     query_scale,
     rotation_of,
     unexplained,
     window,
 )
 from qlora_kit.lora.layer import linears
+from qlora_kit.lora.shared_keys import OPTION, SharedKeys
+
+SCALAR = "layer_scalar"
+"""What some families multiply a layer's output by, (1,)."""
 
 
 @dataclass(frozen=True)
 class Block:
     """The parts of a decoder layer, found by name; norms come before and behind both halves.
 
-    `rotation` is what `rotation_of` says, `query_scale` the factor of queries by their positions.
+    `head_norms` are of queries, keys and values. `rotation` is what `rotation_of` says,
+    `query_scale` the factor of queries by their positions, `shares` what the layer does with keys
+    and values of others, `per_layer` the norm of the layer's own embedding.
     """
 
     layer: Any
     attention: Any
     before: tuple[FrozenNorm | None, FrozenNorm | None]
     after: tuple[FrozenNorm | None, FrozenNorm | None]
-    head_norms: tuple[FrozenNorm, FrozenNorm] | None
+    head_norms: tuple[FrozenNorm | None, ...]
     gate: Gate
     residual_scale: float
     rotation: str
     query_scale: Callable[[Tensor], Tensor] | None
+    shares: SharedKeys
+    per_layer: FrozenNorm | None
 
     @classmethod
     def of(cls, layer: Any) -> Block | None:
@@ -66,26 +78,30 @@ class Block:
         attention, names = getattr(layer, "self_attn", None), norm_names(layer)
         if attention is None or names is None or (linear_names := projections(layer)) is None:
             return None
-        heads = [f"self_attn.{n}" for n in ("q_norm", "k_norm") if hasattr(attention, n)]
-        norms = {name: norm_of(layer.get_submodule(name)) for name in (*names, *heads) if name}
+        if (heads := head_norms(attention)) is None:
+            return None
+        *own, own_norm = per_layer_parts(layer) or [""]
+        found = (*names, *(f"self_attn.{name}" for name in heads), own_norm)
+        norms = {name: norm_of(layer.get_submodule(name)) for name in found if name}
         gated, rotation = activation(attention.config), rotation_of(attention)
         dropouts = [m for m in layer.modules() if isinstance(m, nn.Dropout) and m.p]
-        if None in norms.values() or len(heads) == 1 or gated is None or rotation is None:
+        if None in norms.values() or gated is None or rotation is None:
             return None
-        if dropouts or unexplained(layer, (*norms, *linear_names)):
+        if dropouts or unexplained(layer, (*norms, *linear_names, *own, SCALAR)):
             return None
         first, behind_first, second, behind_second = (norms.get(name or "") for name in names)
-        query, key = (norms[name] for name in heads) if heads else (None, None)
         return cls(
             layer,
             attention,
             (first, second),
             (behind_first, behind_second),
-            None if query is None or key is None else (query, key),
+            tuple(norms.get(f"self_attn.{name}") for name in ("q_norm", "k_norm", "v_norm")),
             Gate(gated),
             getattr(layer, "residual_multiplier", 1.0),
             rotation,
             query_scale(attention),
+            SharedKeys.of(layer),
+            norms.get(own_norm),
         )
 
     @property
@@ -98,11 +114,12 @@ class Block:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        per_layer_input: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """`hidden_states` (B, T, h) to the next layer's."""
+        """`hidden_states` (B, T, h) to the next layer's; `per_layer_input` is (B, T, e)."""
         x = self.attention_half(hidden_states, position_embeddings, attention_mask, options)
-        return self.mlp_half(x)
+        return self.mlp_half(x, per_layer_input)
 
     def attention_half(
         self,
@@ -116,9 +133,16 @@ class Block:
         around = around or nullcontext()
         return self._added(x, self._attend(x, position_embeddings, mask, options, around))
 
-    def mlp_half(self, x: Tensor) -> Tensor:
+    def mlp_half(self, x: Tensor, per_layer_input: Tensor | None = None) -> Tensor:
         """The middle residual (B, T, h) to the next layer's input."""
-        return self._added(x, self._mlp(x))
+        x = self._added(x, self._mlp(x))
+        if self.per_layer is not None:
+            assert per_layer_input is not None
+            gate = linears((x,), [self.layer.per_layer_input_gate])[0]  # (B, T, e)
+            (y,) = linears((gate, per_layer_input), [self.layer.per_layer_projection], self.gate)
+            x = x + normalize(self.per_layer, y)
+        scalar = getattr(self.layer, SCALAR, None)
+        return x if scalar is None else x.mul_(scalar)
 
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
         return x + (y if self.residual_scale == 1.0 else y * self.residual_scale)
@@ -132,30 +156,8 @@ class Block:
         around: AbstractContextManager[Any],
     ) -> Tensor:
         attention = self.attention
-        heads = (*x.shape[:-1], -1, attention.head_dim)  # (B, T, heads, d)
-        names = architecture_of(attention.config.model_type).query_key_value
-        parts = linears((x,), [getattr(attention, name) for name in names], self.before[0])
-        if len(parts) == 1:
-            (fused,) = parts
-            groups = attention.num_key_value_groups
-            kv = fused.shape[-1] // (groups + 2)
-            queries, keys, values = torch.split(fused, [groups * kv, kv, kv], dim=-1)
-            # (B, T, (groups + 2) * kv) into queries and keys and values of width kv. A view would
-            # keep all of `fused` for backward; the rotary embeddings copy the other two.
-            parts = (queries, keys, values.contiguous())
-        if self.head_norms is not None:
-            # Of each head, or (OLMo 2) of all of them at once.
-            q, k = (
-                normalize(norm, part.view(*x.shape[:-1], -1, norm.weight.numel()))
-                for norm, part in zip(self.head_norms, parts, strict=False)
-            )
-            parts = (q, k, parts[2])
-        q, k, v = (part.view(heads) for part in parts)  # (B, T, heads or kv heads, d)
-        if self.rotation != "none":
-            assert position_embeddings is not None
-            q, k = (rotate(x, *position_embeddings, self.rotation == "neighbours") for x in (q, k))
-        if self.query_scale is not None:
-            q = q * self.query_scale(options["position_ids"]).to(q.dtype)
+        shared, options = options.get(OPTION), {n: o for n, o in options.items() if n != OPTION}
+        q, k, v = self._queries_keys_values(x, position_embeddings, shared, options)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, eager_attention(attention)
         )
@@ -166,7 +168,7 @@ class Block:
         with around:
             attended, _ = attend(
                 attention,
-                *(part.transpose(1, 2) for part in (q, k, v)),  # (B, heads, T, d)
+                *(q, k, v),
                 mask,
                 dropout=attention.attention_dropout if attention.training else 0.0,
                 scaling=attention.scaling,
@@ -175,6 +177,52 @@ class Block:
         # (B, T, heads, d) to (B, T, heads * d), and through the output projection to (B, T, h).
         y: Tensor = attention.o_proj(attended.reshape(*x.shape[:-1], -1))
         return _normalized(self.after[0], y)
+
+    def _queries_keys_values(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        shared: Any,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's input (B, T, h) to what attention reads: (B, heads or kv heads, T, d)."""
+        attention, length = self.attention, x.shape[:-1]
+        names = query_key_value(attention)
+        parts = linears((x,), [getattr(attention, name) for name in names], self.before[0])
+        if len(parts) == 1 and not self.shares.reads:
+            (fused,) = parts
+            groups = attention.num_key_value_groups
+            kv = fused.shape[-1] // (groups + 2)
+            queries, *others = torch.split(fused, [groups * kv, kv, kv], dim=-1)
+            # (B, T, (groups + 2) * kv) into queries and keys and values of width kv. A view would
+            # keep all of `fused` for backward; the rotary embeddings copy the other two.
+            parts = (queries, others[0], others[1].contiguous())
+        if len(parts) == 2:
+            parts = (*parts, parts[1])  # the keys are the values
+        # Norms of each head, or (OLMo 2) of all of them at once.
+        normed = [
+            part if norm is None else normalize(norm, part.view(*length, -1, self._width(norm)))
+            for norm, part in zip(self.head_norms, parts, strict=False)
+        ]
+        # (B, T, heads or kv heads, d)
+        q, *heads = (part.view(*length, -1, attention.head_dim) for part in normed)
+        if self.rotation != "none":
+            assert position_embeddings is not None
+            by_neighbours = self.rotation == "neighbours"
+            q, *keys = (rotate(one, *position_embeddings, by_neighbours) for one in (q, *heads[:1]))
+            heads[:1] = keys
+        if self.query_scale is not None:
+            q = q * self.query_scale(options["position_ids"]).to(q.dtype)
+        if not self.shares.reads:
+            k, v = (one.transpose(1, 2) for one in heads)
+        else:
+            k, v = shared[self.shares.kind]
+        if self.shares.stores and shared is not None:
+            shared[self.shares.kind] = (k, v)
+        return q.transpose(1, 2), k, v
+
+    def _width(self, norm: FrozenNorm) -> int:
+        return self.attention.head_dim if norm.weight is None else norm.weight.numel()
 
     def _mlp(self, x: Tensor) -> Tensor:
         family = architecture_of(self.attention.config.model_type)

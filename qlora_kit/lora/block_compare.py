@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.decoder import decoder_layers, settings_of
 from qlora_kit.device import has_values
 from qlora_kit.lora.block import Block
+from qlora_kit.lora.shared_keys import OPTION
 
 COMPARED_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -58,15 +59,39 @@ def _difference(model: PreTrainedModel, layer: Any, block: Block) -> float:
     kind = getattr(block.attention, "layer_type", None)
     kind = kind or getattr(block.attention, "attention_type", None)
     rotary = model.base_model.rotary_emb
-    options = {"position_ids": positions, "attention_mask": None}
+    options, shared = {"position_ids": positions, "attention_mask": None}, {}
+    if block.per_layer is not None:
+        width = layer.per_layer_input_gate.out_features
+        options["per_layer_input"] = torch.randn(1, COMPARED_TOKENS, width, generator=drawn).to(
+            device, dtype
+        )
+    if block.shares.reads:
+        shared[block.shares.kind] = _drawn_keys(block.attention, drawn, x)
     with torch.no_grad():
         try:
             embedded = None if rotary is None else rotary(x, positions)
         except TypeError:
             embedded = rotary(x, positions, kind)
-        expected = layer(x, position_embeddings=embedded, **options)
-        ours = block.forward(x, embedded, **options)
-    return float((ours - expected).abs().max() / expected.abs().max())
+        results = []
+        for run in (layer, block.forward):
+            keys = dict(shared)
+            given = {**options, OPTION: keys} if block.shares.kind else options
+            hidden = run(x, position_embeddings=embedded, **given)
+            stored = keys[block.shares.kind] if block.shares.stores else ()
+            results.append((hidden, *stored))
+    return max(
+        float((ours - theirs).abs().max() / theirs.abs().max())
+        for theirs, ours in zip(*results, strict=True)
+    )
+
+
+def _drawn_keys(attention: Any, drawn: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of another layer, (1, kv heads, T, d) each."""
+    heads = attention.q_proj.out_features // attention.head_dim // attention.num_key_value_groups
+    keys, values = torch.randn(2, 1, heads, like.shape[1], attention.head_dim, generator=drawn).to(
+        like.device, like.dtype
+    )
+    return keys, values
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -47,6 +48,8 @@ def norm_of(module: Any) -> FrozenNorm | None:
     """
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
+    if isinstance(eps, float) and getattr(module, "with_scale", True) is False:
+        return _weightless(module, eps)
     if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
     if not has_values(weight):
@@ -68,10 +71,42 @@ def norm_of(module: Any) -> FrozenNorm | None:
     return None
 
 
+def _weightless(module: nn.Module, eps: float) -> FrozenNorm | None:
+    """The norm without a weight that gives the numbers of `module`, or None."""
+    with unset_fake_temporarily(), torch.no_grad():
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+        norm = FrozenNorm(None, eps, from_zero=False)
+        return norm if torch.equal(norm.apply(x)[0], module(x)) else None
+
+
+def query_key_value(attention: Any) -> list[str]:
+    """The names of the projections of queries, keys and values that a layer has.
+
+    Gemma 4 has layers that read other layers' keys and values, and some whose values are the keys.
+    """
+    names = architecture_of(attention.config.model_type).query_key_value
+    if getattr(attention, "is_kv_shared_layer", False):
+        return list(names[:1])
+    return [name for name in names if getattr(attention, name, name) is not None]
+
+
+def head_norms(attention: Any) -> list[str] | None:
+    """The names of the norms of queries, keys and values; None where one of a pair is missing."""
+    names = [name for name in ("q_norm", "k_norm", "v_norm") if hasattr(attention, name)]
+    needed = ["q_norm"] if getattr(attention, "is_kv_shared_layer", False) else ["q_norm", "k_norm"]
+    return names if not names or names[: len(needed)] == needed else None
+
+
+def per_layer_parts(layer: Any) -> list[str]:
+    """The names of what adds a layer's own embedding (Gemma 4): gate, projection and norm."""
+    names = ("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm")
+    return list(names) if all(hasattr(layer, name) for name in names) else []
+
+
 def projections(layer: Any) -> list[str] | None:
     """The names of a layer's linears as its family's record has them, None where one is missing."""
     known = architecture_of(layer.self_attn.config.model_type)
-    names = [f"self_attn.{name}" for name in (*known.query_key_value, "o_proj")]
+    names = [f"self_attn.{name}" for name in (*query_key_value(layer.self_attn), "o_proj")]
     names += [f"{known.mlp}.{name}" for name in (*known.gate_up, known.down)]
     modules = dict(layer.named_modules())
     return names if all(name in modules for name in names) else None
@@ -104,8 +139,9 @@ def _rotation_by(function: Callable[..., Any] | None) -> str | None:
         angles = torch.randn(1, 3, 4, generator=drawn).repeat(1, 1, 2)
         cos, sin = angles.cos(), angles.sin()
         try:
-            found = function(x, x, cos, sin)
-        except (TypeError, RuntimeError):
+            alone = list(inspect.signature(function).parameters)[1] == "cos"
+            found = (function(x, cos, sin),) if alone else function(x, x, cos, sin)
+        except (IndexError, TypeError, RuntimeError):
             return None
         for kind in ("halves", "neighbours"):
             ours = rotate(x.transpose(1, 2), cos, sin, kind == "neighbours").transpose(1, 2)
@@ -128,10 +164,10 @@ def query_scale(attention: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 def unexplained(layer: nn.Module, explained: Sequence[str | None]) -> bool:
-    """Whether a layer has a tensor that belongs to none of the modules named."""
+    """Whether a layer has a tensor that is not named and belongs to none of the modules named."""
     known = tuple(f"{name}." for name in explained if name)
     named = itertools.chain(layer.named_parameters(), layer.named_buffers())
-    return any(not name.startswith(known) for name, _ in named)
+    return any(not name.startswith(known) and name not in explained for name, _ in named)
 
 
 def activation(config: Any) -> str | None:

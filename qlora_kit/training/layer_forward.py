@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +22,8 @@ from transformers import PreTrainedModel
 from qlora_kit.base.decoder import decoder_layers
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.block_compare import fused_blocks
+from qlora_kit.lora.shared_keys import SharedKeys
 from qlora_kit.training.recompute import recompute, recompute_halves
-from qlora_kit.training.shared_keys import SharedKeys
 
 _OWN_CODE = contextvars.ContextVar("models_own_code", default=False)
 
@@ -47,12 +48,12 @@ class LayerForward:
         """
         run, block = self.original, self.block
         cached = options.get("past_key_values") is not None
-        if len(args) > 1 or cached or _OWN_CODE.get():
+        if cached or _OWN_CODE.get():
             block = None
         elif block is not None and block.rotation != "none":
             block = None if options.get("position_embeddings") is None else block
         if block is not None:
-            run = block.forward
+            run, args, options = block.forward, args[:1], {**options, **self._named(args)}
             for unused in ("past_key_values", "use_cache"):
                 options.pop(unused, None)
         if self.level == "none" or not (self.layer.training and torch.is_grad_enabled()):
@@ -60,6 +61,11 @@ class LayerForward:
         if self.level == "selective" and block is not None:
             return recompute_halves(block, self.random, self.shares, *args, **options)
         return recompute(run, self.level, self.random, self.shares, *args, **options)
+
+    def _named(self, args: Sequence[Any]) -> dict[str, Any]:
+        """What a layer is called with by position, the hidden states left out, by name."""
+        names = list(inspect.signature(self.original).parameters) if len(args) > 1 else []
+        return dict(zip(names[1:], args[1:], strict=False))
 
     @functools.cached_property
     def shares(self) -> SharedKeys:

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import (
 
 from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, ATTEND_ROWS
 from qlora_kit.lora.block import Block
-from qlora_kit.training.shared_keys import OPTION, SharedKeys
+from qlora_kit.lora.shared_keys import OPTION, SharedKeys
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -90,8 +90,7 @@ def recompute_halves(
         return block.attention_half(x, position_embeddings, attention_mask, given, around)
 
     middle: Tensor = shares.through(again, attention_half, shared, hidden_states)
-    inputs = (middle,) if per_layer_input is None else (middle, per_layer_input)
-    result: Tensor = again(block.mlp_half, *inputs)
+    result: Tensor = again(block.mlp_half, middle, per_layer_input)
     return result
 
 

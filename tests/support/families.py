@@ -130,7 +130,7 @@ TRAITS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-FAMILIES = tuple(family for family in TRAITS if family != "gemma4")
+FAMILIES = tuple(TRAITS)
 """Those that every law is tried on; the ones below have tests of their own."""
 YARN = {
     "rope_type": "yarn",

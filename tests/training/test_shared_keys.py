@@ -15,8 +15,8 @@ import torch
 from adapted import adapted_model
 from families import relative_error, tiny_model, token_ids
 
+from qlora_kit.lora.shared_keys import SharedKeys
 from qlora_kit.training.layer_forward import set_recompute
-from qlora_kit.training.shared_keys import SharedKeys
 
 LEVELS = ("none", "selective", "full", ("full", "none", "selective", "full"))
 FAMILIES = ("gemma4",)
@@ -55,7 +55,7 @@ def differences(own, family="gemma4", levels=LEVELS):
         yield {name: relative_error(found[name], expected[name]) for name in expected}
 
 
-@pytest.mark.parametrize("own", [False])
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_go_through_shared_keys_at_every_level(family, own):
     for errors in differences(own, family):
@@ -98,7 +98,7 @@ def test_other_keys_in_a_replay_are_caught(monkeypatch):
 
 
 @pytest.mark.parametrize("level", ["none", "selective", "full"])
-@pytest.mark.parametrize("own", [False])
+@pytest.mark.parametrize("own", [False, True])
 def test_a_step_that_is_given_up_is_freed_at_once(own, level):
     """No circle holds it, from a checkpoint over the dictionary to its own results."""
     model = adapted_model("gemma4", own=own, targets="all-linear")

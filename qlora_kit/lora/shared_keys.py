@@ -31,12 +31,11 @@ class SharedKeys:
     @classmethod
     def of(cls, layer: nn.Module) -> SharedKeys:
         """As the layer's own attention says it; most families' layers do neither."""
-        attention = getattr(layer, "self_attn", None)
-        return cls(
-            getattr(attention, "layer_type", None) or "",
-            bool(getattr(attention, "is_kv_shared_layer", False)),
-            bool(getattr(attention, "store_full_length_kv", False)),
-        )
+        attention: Any = getattr(layer, "self_attn", None)
+        if not hasattr(attention, "is_kv_shared_layer"):
+            return cls()
+        reads, stores = attention.is_kv_shared_layer, attention.store_full_length_kv
+        return cls(attention.layer_type, reads, stores)
 
     def through(
         self,

@@ -52,7 +52,7 @@ def test_numbers_are_those_of_transformers(family, bits, targets, dropout):
 
 @pytest.mark.parametrize(
     ("family", "bits", "dropout"),
-    zip(DENSE, itertools.cycle((4, 8, 16)), itertools.cycle((0, 0.1))),
+    list(zip(DENSE, itertools.cycle((4, 8, 16)), itertools.cycle((0.0, 0.1)), strict=False)),
 )
 def test_numbers_of_newer_families_are_those_of_transformers(family, bits, dropout):
     test_numbers_are_those_of_transformers(family, bits, "all-linear", dropout)
@@ -106,6 +106,35 @@ SHAPES = {
 }
 
 
+NEWER_SHAPES = {
+    "smollm3": {"no_rope_layers": [1, 0, 0]},  # its last layer has no rotary embedding
+    "olmo2": {},
+    "ministral3": {},
+    "granite4": {"layer_types": ["full_attention"] * 3, "shared_intermediate_size": 160},
+    "glm4": {},
+}
+"""What makes these as deep and as wide as the others; four heads of 16, two of keys."""
+
+
+def kept_by_one_layer(family, bits, targets, dropout, **sizes):
+    """What three layers keep beyond two of them, of 64 tokens in 16 bits."""
+    totals = []
+    for layers in (2, 3):
+        cut = {k: v[:layers] if isinstance(v, list) else v for k, v in sizes.items()}
+        options = {"bits": bits, "packed": True, "targets": targets, "dropout": dropout}
+        model = adapted_model(
+            family,
+            torch.bfloat16,
+            num_hidden_layers=layers,
+            intermediate_size=160,
+            sliding_window=None,
+            **cut,
+            **options,
+        )
+        totals.append(kept_bytes(model, token_ids(2, 32)))
+    return totals[1] - totals[0]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -119,25 +148,11 @@ def test_a_layer_keeps_what_its_docstring_lists(family, tiles, bits, targets, dr
     and the low-rank activations of adapted linears.
     """
     monkeypatch.setattr(attention, "TILES", tiles)
-    batch, length, hidden, ffn = 2, 32, 64, 160
+    hidden, ffn = 64, 160
     heads, kv_heads, width = SHAPES[family]
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width}
-    totals = []
-    for layers in (2, 3):
-        model = adapted_model(
-            family,
-            torch.bfloat16,
-            bits=bits,
-            packed=True,
-            targets=targets,
-            dropout=dropout,
-            num_hidden_layers=layers,
-            intermediate_size=ffn,
-            sliding_window=None,
-            **sizes,
-        )
-        totals.append(kept_bytes(model, token_ids(batch, length)))
-    tokens, every, fused = batch * length, targets == "all-linear", family == "phi3"
+    found = kept_by_one_layer(family, bits, targets, dropout, **sizes)
+    every, fused = targets == "all-linear", family == "phi3"
     a, kv, wide = heads * width, kv_heads * width, tiles and width > attention.NARROW
     numbers = hidden + a + 2 * kv + hidden + 2 * ffn
     numbers += a if every or wide else 0
@@ -145,7 +160,24 @@ def test_a_layer_keeps_what_its_docstring_lists(family, tiles, bits, targets, dr
     scales = 2 + (heads if wide else 0)
     if family == "qwen3":
         numbers, scales = numbers + a + kv, scales + heads + kv_heads
-    assert totals[1] - totals[0] == tokens * (2 * numbers + 4 * scales)
+    assert found == 64 * (2 * numbers + 4 * scales)
+
+
+@pytest.mark.parametrize("family", NEWER_SHAPES)
+def test_a_layer_of_newer_families_keeps_no_more(family):
+    """As Llama's, and what norms behind and of all heads read, and a factor of queries."""
+    sizes = {"head_dim": 16, **NEWER_SHAPES[family]}
+    found = kept_by_one_layer(family, 4, "all-linear", 0.0, **sizes)
+    hidden, kv, ffn = 64, 32, 160
+    numbers = 4 * hidden + 2 * kv + 2 * ffn
+    numbers += RANK * (6 if family in ("glm4", "granite4") else 7)
+    scales = 2
+    if family in ("olmo2", "glm4"):  # norms behind
+        numbers, scales = numbers + 2 * hidden, scales + 2
+    if family == "olmo2":  # none before; norms of all heads
+        numbers, scales = numbers + hidden + kv, scales - 2 + 2
+    numbers += family == "ministral3"
+    assert found == 64 * (2 * numbers + 4 * scales)
 
 
 def test_layers_below_the_first_adapter_have_no_graph():

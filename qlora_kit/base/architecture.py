@@ -108,6 +108,9 @@ ARCHITECTURES = {
     "glm": Architecture(gate_up=("gate_up_proj",)),
     "glm4": Architecture(gate_up=("gate_up_proj",)),
     "exaone4": Architecture(rotates_in_windows_alone=True),
+    **dict.fromkeys(
+        ("gemma", "ministral", "cwm", "seed_oss", "ernie4_5", "helium"), Architecture()
+    ),
     # Servers drop the two small projections of the gated delta rule, or break on them.
     "qwen3_5_text": Architecture(
         targets=("q_proj", "v_proj", "in_proj_qkv"), unquantized=("in_proj_a", "in_proj_b")

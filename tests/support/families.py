@@ -210,7 +210,31 @@ DENSE: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
     },
 }
-TRAITS |= DENSE
+LIKE_LLAMA: dict[str, dict[str, Any]] = {
+    "gemma": {"model_type": "gemma", "head_dim": 32, "tie_word_embeddings": True},
+    "ministral": {
+        "model_type": "ministral",
+        "head_dim": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },
+    "cwm": {
+        "model_type": "cwm",
+        "head_dim": 32,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 8,
+    },
+    "seed_oss": {
+        "model_type": "seed_oss",
+        "head_dim": 32,
+        "residual_dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 32, "use_bias": True},
+    "helium": {"model_type": "helium", "head_dim": 16},
+}
+"""Those whose record has nothing: no more than Llama's block and norms, rotations found in it."""
+TRAITS |= DENSE | LIKE_LLAMA
 FROM_ZERO = ("gemma2", "gemma3")
 """Families whose norms multiply by 1 + weight."""
 QUANTIZED: dict[str, dict[str, Any]] = {

@@ -15,6 +15,7 @@ import torch
 from exact import adapter_gradients, exact_gradients, gradient_errors
 from families import (
     DENSE,
+    LIKE_LLAMA,
     edit_config,
     randomize_adapter,
     refused,
@@ -117,6 +118,15 @@ def test_gradients_equal_double_precision(base_of, family, bits, level, dropout)
     supervised_loss(ours, batch).backward()
     exact = exact_gradients(ours, plain_loss)
     assert max(gradient_errors(adapter_gradients(ours), exact)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_families_like_llama_are_transformers_own(base_of, family):
+    """Logits without adapters, gradients of packs on weights in 4 bits, with blocks of ours."""
+    base = base_of(family, FFN)
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert torch.equal(logits(load(base), token_ids()), logits(reference, token_ids()))
+    test_gradients_equal_double_precision(base_of, family, 4, "selective", 0.1)
 
 
 def test_levels_of_recompute_give_the_same_bits(base):

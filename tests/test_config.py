@@ -31,6 +31,7 @@ CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
     (BaseConfig, "bits", [4, 8, 16, "8", " 16 "], [3, 0, -4, "4.0", 4.5, True, "four", "²"]),
     (BaseConfig, "quant_type", ["nf4", "fp4"], ["int4", "NF4", ""]),
     (BaseConfig, "double_quant", [True, False, "on", "no"], [1, "maybe"]),
+    (BaseConfig, "skip_modules", ["a,b", ["a"], ("a",), r".*\.q"], ["", [], [1], [""], {}]),
     (BaseConfig, "dtype", ["auto", "bf16", "fp16", "fp32"], ["float", "int8"]),
     (BaseConfig, "device", ["auto", "cpu", "cuda", "cuda:1"], ["", "gpu", "cuda:x", "cpu:0"]),
     (DataConfig, "data", ["sample", "x.jsonl"], [""]),

@@ -25,7 +25,7 @@ from qlora_kit.base.fp8_scheme import Fp8Scheme, fp8_scheme
 from qlora_kit.base.meta_model import decoder_linears, expected_shapes, tied_names
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry, some
-from qlora_kit.base.skipped import names_module, skipped_linears
+from qlora_kit.base.skipped import listed_modules, skipped_linears
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import dtype_name
 from qlora_kit.errors import ConfigError
@@ -122,10 +122,7 @@ def form_of_config(
     """
     linears = decoder_linears(model)
     if stated.is_stored:
-        skipped = frozenset(
-            name for name in linears if any(names_module(one, name) for one in stated.listed)
-        )
-        return Form(skipped=skipped), entries
+        return Form(skipped=listed_modules(stated.listed, linears)), entries
     skipped, notes = _skipped(stated, linears, model)
     if stated.scheme is None:
         return Form(skipped=skipped, notes=notes), entries
@@ -143,7 +140,7 @@ def _stored_notes(
     notes = []
     if skipped:
         notes.append(f"{_in_16_bits(linears, skipped, dtype)}, as the files have them")
-    promised = {name for name in linears if any(names_module(one, name) for one in listed)}
+    promised = listed_modules(listed, linears)
     for names, says, there in (
         (promised - skipped, "lists", "quantized"),
         (skipped - promised, "does not list", "in 16 bits"),

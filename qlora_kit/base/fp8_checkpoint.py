@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qlora_kit.base.fp8_scheme import SCALES, Blocks, Fp8Scheme
 from qlora_kit.base.safetensors_file import TensorEntry
-from qlora_kit.base.skipped import names_module
+from qlora_kit.base.skipped import listed_modules
 from qlora_kit.base.tensors import Read, Reader, check_finite, read_tensors
 from qlora_kit.device import device_type, dtype_name, representative
 from qlora_kit.errors import ModelError
@@ -141,9 +141,10 @@ def assume_scaled(
     """
     scaled, made = {}, dict(entries)
     suffix = next(one for one in SCALES if one in scheme.blocks)
+    left = listed_modules(scheme.skipped, linears)
     for owner in linears:
         name = f"{owner}.weight"
-        if name not in entries or any(names_module(one, owner) for one in scheme.skipped):
+        if name not in entries or owner in left:
             continue
         entry = entries[name]
         size = math.prod(entry.shape)

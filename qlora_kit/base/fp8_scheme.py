@@ -23,7 +23,6 @@ FP8 = "fp8"
 DEFAULT_BLOCK = (128, 128)
 """Of `fp8` where config.json does not say (transformers)."""
 LARGEST_BLOCK = 2**16
-NAMES_LIMIT = 10_000
 SCALES = ("weight_scale_inv", "weight_scale")
 """Names of what a weight is multiplied by; the first one's `inv` means just that."""
 REMEDY = (
@@ -186,4 +185,4 @@ def _names(stored: Mapping[str, Any]) -> Iterator[str]:
     for key in ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules"):
         said = stored.get(key)
         if isinstance(said, list):
-            yield from (name for name in said[:NAMES_LIMIT] if isinstance(name, str))
+            yield from (name for name in said if isinstance(name, str))

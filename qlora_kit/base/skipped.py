@@ -6,24 +6,31 @@ whatever it lists beyond the text model (towers, the head) is no concern of a de
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from qlora_kit.base.pattern import full_matches
 from qlora_kit.errors import ConfigError
 
 PREFIX = re.compile(r"((model|language_model|text_model)\.)*")
 """What stands before a decoder's layers, in one kind of checkpoint or another."""
+LISTED_LIMIT = 10_000
+"""Names of a list that are looked at."""
 
 
-def names_module(listed: str, name: str) -> bool:
-    """Whether a name out of a config.json stands for the module `name`, or for one around it.
+def listed_modules(listed: Iterable[str], names: Iterable[str]) -> frozenset[str]:
+    """Those of `names` that a list out of a config.json stands for, or a module around them.
 
     As transformers has it (`should_convert_module`), of texts: from the start up to a dot, or the
     end of the name.
     """
-    name, listed = PREFIX.sub("", name, count=1), PREFIX.sub("", listed, count=1)
-    return bool(listed) and (f"{name}.".startswith(f"{listed}.") or name.endswith(listed))
+    texts = {PREFIX.sub("", one, count=1) for one in itertools.islice(listed, LISTED_LIMIT)} - {""}
+    starts, ends = tuple(f"{text}." for text in texts), tuple(texts)
+    short = ((name, PREFIX.sub("", name, count=1)) for name in names)
+    return frozenset(
+        name for name, text in short if f"{text}.".startswith(starts) or text.endswith(ends)
+    )
 
 
 def skipped_linears(

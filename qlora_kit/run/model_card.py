@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ def model_card(run: RunRecord) -> str:
     if config.get("double_quant"):
         held[4] += ", double quantization"
     bits = config.get("bits", DEFAULT_BITS)
+    form = held.get(bits, f"{bits} bits")
+    if skip := config.get("skip_modules"):
+        form += f", but for {_code(skip if isinstance(skip, str) else ', '.join(skip))}"
     result = [
         f"training loss: {_number(train['first_loss'])} at the first step, "
         f"{_number(train['last_loss'])} at the last",
@@ -53,7 +57,7 @@ Trained with qlora-kit. `config.yaml` holds every option, `run.json` every numbe
 
 ## Training
 - base: {_code(base)}, revision {_code(model["revision"] or "none")}, \
-held in {held.get(bits, f"{bits} bits")}
+held in {form}
 - data: {_code(_public_name(str(config.get("data"))))}, {data["rows"]:,} rows \
 ({data["skipped"]:,} skipped), {data["tokens"]:,} tokens, \
 {data["supervised_tokens"]:,} of them supervised
@@ -75,7 +79,7 @@ rows a step{_keys_line(model.get("adapter_keys"))}
 qlora-kit generate --adapter ADAPTER --prompt TEXT
 ```
 ```python
-{_peft_example(config, model.get("adapter_keys"))}
+{_peft_example(config, model.get("adapter_keys"), model.get("source_dtype", ""))}
 ```
 """
 
@@ -89,11 +93,12 @@ def _keys_line(keys: str | None) -> str:
     return "" if keys is None else f"\n- names: {said[keys]}"
 
 
-def _peft_example(config: Mapping[str, Any], keys: str | None) -> str:
+def _peft_example(config: Mapping[str, Any], keys: str | None, source_dtype: str) -> str:
     """The lines that put the adapter on its base, quantized as it was in training.
 
     With the names of a text model (`keys`) its base is an export of the decoder alone.
     Where the base is says the adapter's own config: the card itself holds no path.
+    A base of 8-bit floats is held in 16 bits, for transformers does not quantize it again.
     """
     compute = {"bf16": "bfloat16", "fp16": "float16"}.get(config.get("dtype", ""), "float32")
     settings = {
@@ -102,6 +107,12 @@ def _peft_example(config: Mapping[str, Any], keys: str | None) -> str:
         f"bnb_4bit_compute_dtype={compute!r}",
         8: "load_in_8bit=True",
     }.get(config.get("bits", DEFAULT_BITS))
+    if settings and (skip := config.get("skip_modules")):
+        # The names of the head come first: transformers takes the list in place of its own.
+        names = [skip] if isinstance(skip, str) else [rf"(.*\.)?{re.escape(one)}" for one in skip]
+        settings += f", llm_int8_skip_modules={['lm_head', *names]!r}"
+    if "float8" in source_dtype:
+        settings = None
     loader, place = "AutoModelForCausalLM", "said.base_model_name_or_path, revision=said.revision"
     if keys == "wrapper":
         loader = "AutoModelForImageTextToText"

@@ -68,8 +68,8 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
         for name in ("bits", "quant_type", "double_quant", "skip_modules"):
             if name in given and given[name] != trained[name]:
                 raise ConfigError(
-                    f"--{name} {given[name]} is given, and {adapter.name} was trained with "
-                    f"{name} {trained[name]}",
+                    f"--{name} {_shown(given[name])} is given, and {adapter.name} was trained with "
+                    f"{name} {_shown(trained[name])}",
                     f"leave --{name} out",
                 )
     known = {name: value for name, value in trained.items() if value is not None}
@@ -122,3 +122,7 @@ def _named_base(adapter: SavedAdapter, run: Mapping[str, Any]) -> str | None:
                 "give its directory or hub id as --model",
             )
     return None
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)

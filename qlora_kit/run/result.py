@@ -33,6 +33,7 @@ class ModelRecord(TypedDict):
     revision: str | None
     fingerprint: str
     parameters: int
+    source_dtype: str
     trainable_parameters: int
     weight_bytes: int
     adapter_keys: NotRequired[str]
@@ -218,6 +219,7 @@ def result_record(
         "revision": info.revision,
         "fingerprint": info.fingerprint,
         "parameters": info.parameters,
+        "source_dtype": info.source_dtype,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weight_bytes": weight_bytes(model)["weights"],
     }

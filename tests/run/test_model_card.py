@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_kit.run.metrics import versions, write_json, write_text
 from qlora_kit.run.model_card import model_card
@@ -119,6 +120,39 @@ def test_the_cards_python_is_python(bits):
     [code] = re.findall(r"```python\n(.*?)```", model_card(run), flags=re.DOTALL)
     ast.parse(code)
     assert (f"load_in_{bits}bit=True" in code) == (bits != 16)
+
+
+def test_the_cards_python_skips_what_was_skipped():
+    run = a_run(config={"skip_modules": ["down_proj", "layers.1.mlp"]})
+    card = model_card(run)
+    assert "double quantization, but for `down_proj, layers.1.mlp`" in card
+    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    [call] = [
+        n
+        for n in ast.walk(ast.parse(code))
+        if getattr(n, "keywords", None) and "llm_int8" in ast.unparse(n)
+    ]
+    [listed] = [
+        ast.literal_eval(k.value) for k in call.keywords if k.arg == "llm_int8_skip_modules"
+    ]
+    quantized = [
+        name
+        for name in (
+            "model.layers.0.mlp.down_proj",
+            "model.layers.1.mlp.up_proj",
+            "lm_head",
+            "model.layers.11.mlp.up_proj",
+            "model.layers.0.mlp.up_proj",
+        )
+        if should_convert_module(name, listed)
+    ]
+    assert quantized == ["model.layers.11.mlp.up_proj", "model.layers.0.mlp.up_proj"]
+
+
+def test_a_base_of_8_bit_floats_is_not_quantized_in_the_cards_python():
+    run = a_run()
+    run["model"]["source_dtype"] = "bf16+float8_e4m3fn"
+    assert "quantization = None" in model_card(run)
 
 
 def test_the_card_of_a_run_read_back_without_an_evaluation_or_finite_losses(tmp_path):

@@ -72,7 +72,7 @@ def open_shape(
         check_layers(there, described, path)
     model = build_on_meta(described, dtype, path)
     if there is not None:
-        entries = entries_of(model, there)
+        entries: Mapping[str, TensorEntry] = entries_of(model, there)
         form = form_in_files(stated, entries, model, source.directory)
     if there is None or stated.is_stored:
         expected = _expected_entries(model, described, path)

@@ -26,13 +26,6 @@ def model_card(run: RunRecord) -> str:
     train, memory = run["train"], run["memory"]
     base, targets = _public_name(model["name"]), config.get("target_modules")
     front = ModelCardData(base_model=base, library_name="peft", tags=["lora", "qlora"])
-    held = {4: f"4 bits, {config.get('quant_type')}", 16: "16 bits, not quantized"}
-    if config.get("double_quant"):
-        held[4] += ", double quantization"
-    bits = config.get("bits", DEFAULT_BITS)
-    form = held.get(bits, f"{bits} bits")
-    if skip := config.get("skip_modules"):
-        form += f", but for {_code(skip if isinstance(skip, str) else ', '.join(skip))}"
     result = [
         f"training loss: {_number(train['first_loss'])} at the first step, "
         f"{_number(train['last_loss'])} at the last",
@@ -57,7 +50,7 @@ Trained with qlora-kit. `config.yaml` holds every option, `run.json` every numbe
 
 ## Training
 - base: {_code(base)}, revision {_code(model["revision"] or "none")}, \
-held in {form}
+held in {_form(config)}
 - data: {_code(_public_name(str(config.get("data"))))}, {data["rows"]:,} rows \
 ({data["skipped"]:,} skipped), {data["tokens"]:,} tokens, \
 {data["supervised_tokens"]:,} of them supervised
@@ -82,6 +75,19 @@ qlora-kit generate --adapter ADAPTER --prompt TEXT
 {_peft_example(config, model.get("adapter_keys"), model.get("source_dtype", ""))}
 ```
 """
+
+
+def _form(config: Mapping[str, Any]) -> str:
+    """How the base was held, in words."""
+    bits = config.get("bits", DEFAULT_BITS)
+    form = {4: f"4 bits, {config.get('quant_type')}", 16: "16 bits, not quantized"}.get(
+        bits, f"{bits} bits"
+    )
+    if config.get("double_quant"):
+        form += ", double quantization"
+    if skip := config.get("skip_modules"):
+        form += f", but for {_code(skip if isinstance(skip, str) else ', '.join(skip))}"
+    return form
 
 
 def _keys_line(keys: str | None) -> str:

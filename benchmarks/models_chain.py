@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.base.linear import QuantizedLinear, dequantize
 from qlora_kit.base.load import load_base
 from qlora_kit.commands.main import main
+from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.errors import QloraKitError, error_line
 from qlora_kit.lora.adapter import load_adapter
 
@@ -43,6 +45,8 @@ class Cell:
     bits: int
     folder: Path
     found: dict[str, Any] = field(default_factory=dict)
+    model: Any = None
+    alone: dict[str, torch.Tensor] = field(default_factory=dict)
     _trained: Any = None
 
     @property
@@ -141,7 +145,8 @@ def make_checkpoint(kind: str, directory: Path, row: dict[str, Any]) -> str | No
 
 def _line(error: QloraKitError, folder: Path) -> str:
     """The line that a command ends with, without this machine's paths."""
-    return error_line(error).replace(f"{folder}/", "")
+    shortened = re.sub(r"\S*\.\.\.\S*/base\b", "base", error_line(error))
+    return shortened.replace(f"{folder}/", "").removeprefix("error: ")
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -164,6 +169,7 @@ def command(cell: Cell, name: str, *arguments: object) -> None:
 def load(cell: Cell) -> None:
     model, note = laws.prepared(cell.base, cell.bits)
     cell.found["code"] = note or "fused blocks"
+    cell.model, cell.alone = model, laws.alone(model)
     weights = [p for n, p in model.named_parameters() if ".lora_" not in n]
     quantized = sum(
         one.in_features * one.out_features
@@ -178,37 +184,34 @@ def _elements(weights: Sequence[torch.Tensor]) -> int:
 
 
 def logits_are_the_references(cell: Cell) -> None:
-    model, _ = laws.prepared(cell.base, cell.bits)
-    reference = laws.reference_of(model, cell.base, torch.float32)
-    cell.law("logits", laws.logits_error(model, reference))
+    reference = laws.reference_of(cell.model, cell.base, torch.float32)
+    cell.law("logits", laws.logits_error(cell.model, reference))
 
 
 def gradients_are_autograds(cell: Cell) -> None:
-    model, _ = laws.prepared(cell.base, cell.bits)
-    error, tensor, dtype = laws.gradient_error(model, cell.base)
+    error, tensor, dtype = laws.gradient_error(cell.model, cell.alone, cell.base)
     cell.found["gradients_in"] = str(dtype).removeprefix("torch.")
     cell.law("gradients", error, tensor)
 
 
 def levels_are_equal(cell: Cell) -> None:
-    model, _ = laws.prepared(cell.base, cell.bits)
-    if differ := laws.levels_differ(model):
+    if differ := laws.levels_differ(cell.model):
         raise FaultError(f"recompute {', '.join(differ)} differs from none")
 
 
 def padding_changes_nothing(cell: Cell) -> None:
-    model, _ = laws.prepared(cell.base, cell.bits)
-    cell.law("right_padding", *laws.right_padding_error(model))
-    try:
-        cell.law("left_padding", *laws.left_padding_error(model))
-    except FaultError as fault:
-        # Training pads on the right alone: whose is it?
-        reference = laws.reference_of(model, cell.base, torch.float32)
-        theirs, _ = laws.left_padding_of_reference(reference)
-        if theirs <= LIMIT:
-            raise
-        cell.found["left_padding"] = f"transformers' own differs by {theirs:.2g}"
-        del fault
+    batch = [collate(laws.rows(), 0)]
+    cell.law("right_padding", *laws.worst(laws.results_of(cell.model, batch), cell.alone))
+    error, tensor = laws.worst(laws.left_padded(cell.model), cell.alone)
+    if error <= LIMIT:
+        cell.law("left_padding", error)
+        return
+    # A run pads on the right alone; on the left some families of transformers read the padding.
+    reference = laws.reference_of(cell.model, cell.base, torch.float32)
+    theirs, _ = laws.left_padding_of_reference(reference)
+    if theirs <= LIMIT:
+        raise FaultError(f"left padding {error:.2g} {tensor}")
+    cell.found["left_padding"] = f"transformers' own model differs by {theirs:.2g}"
 
 
 def train(cell: Cell) -> None:
@@ -262,10 +265,14 @@ def transformers_reads_it(cell: Cell) -> None:
 
 def pack(cell: Cell) -> None:
     """Packs are isolated, or the command refuses them."""
-    model, _ = laws.prepared(cell.base, cell.bits)
-    error, tensor = laws.packing_error(model)
-    if error <= LIMIT:
-        cell.found["packing"] = float(f"{error:.2g}")
+    try:
+        packed = laws.results_of(cell.model, [collate_packs([laws.rows()], 0)])
+    except QloraKitError as error:
+        cell.found["packing"] = _line(error, cell.base.parent)
+        return
+    apart, tensor = laws.worst(packed, cell.alone)
+    if apart <= LIMIT:
+        cell.found["packing"] = float(f"{apart:.2g}")
         return
     try:
         command(
@@ -278,7 +285,7 @@ def pack(cell: Cell) -> None:
     except FaultError as fault:
         cell.found["packing"] = str(fault)
         return
-    raise FaultError(f"packs leak ({error:.2g} {tensor}) and are not refused")
+    raise FaultError(f"packs leak ({apart:.2g} {tensor}) and are not refused")
 
 
 CHAIN: dict[str, Callable[[Cell], None]] = {

@@ -20,7 +20,7 @@ from qlora_kit.base.linear import Linear8bit, QuantizedLinear, dequantize
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.data.batch import Batch, collate, collate_packs
+from qlora_kit.data.batch import Batch, collate
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.lora.inject import inject_lora, lora_layers
 from qlora_kit.training.layer_forward import set_recompute
@@ -186,12 +186,11 @@ def untouched(reference: Found) -> list[str]:
     )
 
 
-def gradient_error(model: Any, directory: Path) -> tuple[float, str, torch.dtype]:
+def gradient_error(model: Any, found: Found, directory: Path) -> tuple[float, str, torch.dtype]:
     """How far a step's loss and gradients are from autograd's, at which tensor, and in which dtype.
 
     That is fp64, or fp32 where the family's own code does not run in fp64.
     """
-    found = results_of(model, [collate([row], 0) for row in rows()])
     for dtype in (torch.float64, torch.float32):
         reference = reference_of(model, directory, dtype)
         try:
@@ -219,22 +218,14 @@ def levels_differ(model: Any) -> list[str]:
     return differ
 
 
-def right_padding_error(model: Any) -> tuple[float, str]:
-    """How far padding on the right moves loss and gradients from those of rows alone."""
-    alone = results_of(model, [collate([row], 0) for row in rows()])
-    return worst(results_of(model, [collate(rows(), 0)]), alone)
-
-
-def left_padding_error(model: Any) -> tuple[float, str]:
-    """The same of padding on the left, under a mask."""
-    alone = results_of(model, [collate([row], 0) for row in rows()])
-    return worst(left_padded(model), alone)
+def alone(model: Any) -> Found:
+    """Loss and gradients of rows each by itself, without padding."""
+    return results_of(model, [collate([row], 0) for row in rows()])
 
 
 def left_padding_of_reference(reference: Any) -> tuple[float, str]:
     """The same of transformers' own model: some families do not take padding on the left."""
-    alone = {"loss": logits_sum(reference, 0)}
-    return worst_loss({"loss": logits_sum(reference, 16)}, alone)
+    return worst_loss({"loss": logits_sum(reference, 16)}, {"loss": logits_sum(reference, 0)})
 
 
 def logits_sum(model: Any, left: int) -> Tensor:
@@ -247,12 +238,6 @@ def worst_loss(found: Found, reference: Found) -> tuple[float, str]:
     """The relative error of a loss alone."""
     exact = reference["loss"].double()
     return float((found["loss"].double() - exact).abs() / exact.abs()), "loss"
-
-
-def packing_error(model: Any) -> tuple[float, str]:
-    """How far a pack of rows is from the rows alone."""
-    alone = results_of(model, [collate([row], 0) for row in rows()])
-    return worst(results_of(model, [collate_packs([rows()], 0)]), alone)
 
 
 def prepared(directory: Path, bits: int, targets: str = "all-linear") -> tuple[Any, str | None]:

@@ -21,7 +21,8 @@ from qlora_kit.base.decoder import (
     only_layers,
     takes,
 )
-from qlora_kit.errors import ModelError
+from qlora_kit.device import has_values
+from qlora_kit.errors import ConfigError, ModelError
 
 TOKENS = 12
 MOST_LAYERS = 4
@@ -57,6 +58,27 @@ def check_forward(model: Any) -> None:
     if problem:
         raise ModelError(
             f"model_type {config.model_type!r} {problem}", "use a model of another family"
+        )
+
+
+def check_packs(model: Any) -> None:
+    """Refuse packs for a loaded model that does not keep their rows apart by `position_ids`.
+
+    A model of a family with a record is not tried. Errors: `ConfigError`.
+    """
+    config, weight = model.config, model.get_input_embeddings().weight
+    if architecture_of(config.model_type).known or not has_values(weight):
+        return
+    training = model.training
+    try:
+        apart = isolates_packs(model.eval())
+    finally:
+        model.train(training)
+    if not apart:
+        raise ConfigError(
+            f"packing puts rows beside each other that model_type {config.model_type!r} does not "
+            "keep apart: the second of two rows gives something else than alone",
+            "leave --packing out; --group_by_length also saves padding",
         )
 
 

@@ -29,7 +29,8 @@ class Assembled:
         profiler = MemoryProfiler(plan.base.device)
         with profiler.loading() as counter:
             self.model = _with_adapters(plan, counter)
-        if left_alone := prepare_model(self.model, training, plan.memory.levels):
+        levels, packing = plan.memory.levels, plan.config.data.packing
+        if left_alone := prepare_model(self.model, training, levels, packing):
             reporter.note(left_alone)
         self.optimizer = make_optimizer(
             training.optim, self.model.parameters(), training.learning_rate, training.weight_decay

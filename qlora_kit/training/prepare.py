@@ -6,16 +6,25 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from qlora_kit.base.probe import check_packs
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
 
 
 def prepare_model(
-    model: PreTrainedModel, config: TrainingConfig, recompute: str | Sequence[str]
+    model: PreTrainedModel,
+    config: TrainingConfig,
+    recompute: str | Sequence[str],
+    packing: bool = False,
 ) -> str | None:
-    """Choose attention, code and recompute of the layers; None, or why no blocks are fused."""
+    """Choose attention, code and recompute of the layers; None, or why no blocks are fused.
+
+    Errors: `ConfigError` where `packing` is asked of a model that does not keep rows apart.
+    """
     set_packed_attention(model)
+    if packing:
+        check_packs(model)
     note = use_fused_blocks(model) if config.fused_blocks else None
     set_recompute(model, recompute)
     return note

@@ -172,6 +172,8 @@ def _shrunk(family: Any, default: Any) -> dict[str, Any]:
     if "expand" in said or "ssm_cfg" in said:  # what is expanded follows from it
         settings.pop("intermediate_size", None)
     for name, value in said.items():
+        if type(value) is bool or value is None:
+            continue
         if name in TRAITS or (type(value) is float and "multiplier" in name):
             settings[name] = TRAITS.get(name, 0.7 * (value or 1.0))
     layers = alias.get("num_hidden_layers", "num_hidden_layers")
@@ -220,7 +222,7 @@ def random_model(kind: str, **changes: Any) -> Any:
             # Around what a fresh model has: 1 for most norms, a range for recurrent parameters.
             parameter.data += 0.1 * noise
         else:
-            parameter.data = noise * (0.3 if "embed" in name else 0.15)
+            parameter.data = noise * (0.3 if "embed" in name else 0.1)
     return model.float().eval()
 
 

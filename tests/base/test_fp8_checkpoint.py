@@ -7,12 +7,17 @@ import shutil
 import pytest
 import torch
 from families import edit_config, edit_weights, refused, save_checkpoint, token_ids
-from fp8_files import FORMS, save_fp8
+from fp8_files import FORMS, quantized, save_fp8
 from transformers import AutoModelForCausalLM
+from wrappers import save_wrapped
 
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.load import load_base
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ModelError, NumericError
+from qlora_kit.plan.plan import plan_memory
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -210,3 +215,36 @@ def test_a_config_and_files_that_contradict_each_other_are_named(blocks, tmp_pat
     edit_config(tmp_path / "plain", quantization_config=FORMS["blocks"])
     with refused(ModelError, "no tensor of the model is one", directory=tmp_path / "plain"):
         load(tmp_path / "plain")
+
+
+def test_the_decoder_of_a_multimodal_checkpoint_is_read_as_well(tmp_path):
+    """Ministral 3's form: one scale a tensor, one for its activations, a tower in 16 bits."""
+    for kind in ("fp8", "numbers"):
+        model = save_wrapped(tmp_path / kind, "ministral3").to(torch.bfloat16)
+        model.save_pretrained(tmp_path / kind)
+
+    def change(tensors, *, numbers):
+        for name, weight in list(tensors.items()):
+            owner = name.removesuffix(".weight")
+            if "language_model" in name and ".layers." in name and weight.dim() == 2:
+                floats, scales, suffix, meant = quantized("ministral", weight)
+                if numbers:
+                    tensors[name] = meant.bfloat16()
+                    continue
+                scaled = {f"{owner}.{suffix}": scales, f"{owner}.activation_scale": scales}
+                tensors |= {name: floats} | {key: one.clone() for key, one in scaled.items()}
+
+    edit_weights(tmp_path / "fp8", lambda tensors: change(tensors, numbers=False))
+    edit_weights(tmp_path / "numbers", lambda tensors: change(tensors, numbers=True))
+    said = {**FORMS["ministral"], "modules_to_not_convert": ["model.vision_tower", "lm_head"]}
+    edit_config(tmp_path / "fp8", quantization_config=said)
+    ours, numbers = (load(tmp_path / kind) for kind in ("fp8", "numbers"))
+    assert len(ours.form.scaled) == 14
+    assert torch.equal(logits(ours.model), logits(numbers.model))
+    lora, training = LoRAConfig(r=2), TrainingConfig(gradient_checkpointing="none")
+    (tmp_path / "config.json").write_bytes((tmp_path / "fp8" / "config.json").read_bytes())
+    plans = [
+        plan_memory(BaseConfig(str(where), dtype="bf16", device="cpu"), lora, training, length=16)
+        for where in (tmp_path / "fp8", tmp_path / "config.json", tmp_path / "numbers")
+    ]
+    assert plans[0].bytes == plans[1].bytes == plans[2].bytes

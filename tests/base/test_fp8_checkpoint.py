@@ -11,12 +11,15 @@ from fp8_files import FORMS, quantized, save_fp8
 from transformers import AutoModelForCausalLM
 from wrappers import save_wrapped
 
+from qlora_kit.base.fp8_checkpoint import split_scaled
+from qlora_kit.base.fp8_scheme import fp8_scheme
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.load import load_base
+from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.errors import ModelError, NumericError
+from qlora_kit.errors import ModelError, NumericError, error_line
 from qlora_kit.plan.plan import plan_memory
 
 UP = "model.layers.0.mlp.up_proj"
@@ -205,6 +208,50 @@ def test_other_schemes_are_refused_by_name(blocks, case):
     edit_config(blocks, quantization_config=said)
     with refused(ModelError, "config.json", words, "which is not supported", directory=blocks):
         load(blocks)
+
+
+ODD = (
+    None,
+    True,
+    0,
+    -1,
+    2.5,
+    10**400,
+    "",
+    "fp8",
+    [],
+    [1],
+    [1, 2, 3],
+    {},
+    {"a": {}},
+    [[]],
+    "weight",
+)
+
+
+def changed(value):
+    """A value with each of its fields, at any depth, replaced by odd ones, or left out."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield {one: two for one, two in value.items() if one != key}
+            for other in (*ODD, *changed(inner)):
+                yield value | {key: other}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_the_config_says_is_read_or_refused(checkpoints, form):
+    directory = checkpoints / form / "fp8"
+    entries = read_entries(directory)
+    shapes = {name: torch.Size(one.shape) for name, one in entries.items() if "scale" not in name}
+    lines = []
+    for said in changed(FORMS[form]):
+        try:
+            scheme = fp8_scheme({"quantization_config": said}, directory / "config.json")
+            split_scaled(entries, scheme, shapes, directory)
+        except ModelError as error:
+            lines.append(error_line(error))
+    assert lines
+    assert max(map(len, lines)) < 500
 
 
 def test_a_config_and_files_that_contradict_each_other_are_named(blocks, tmp_path):

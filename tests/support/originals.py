@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from families import QUANTIZED, save_checkpoint, save_quantized
+from fp8_files import save_fp8
 from trained import save_trained, write_rows
 
 INDEX = "model.safetensors.index.json"
@@ -30,6 +31,8 @@ FILES = {
     "4-bit weights, scales in fp32": ("nf4", "model.safetensors"),
     "4-bit config": ("nf4_double", "config.json"),
     "8-bit weights": ("int8", "model.safetensors"),
+    "8-bit floats": ("floats", "model.safetensors"),
+    "8-bit floats' config": ("floats", "config.json"),
     "adapter config": ("adapter", "adapter_config.json"),
     "adapter weights": ("adapter", "adapter_model.safetensors"),
     "adapter's run": ("adapter", "config.yaml"),
@@ -46,6 +49,9 @@ def make_originals(root: Path) -> None:
     save_checkpoint(root / "half", "llama_bias", torch.bfloat16)
     for kind in ("nf4_double", "nf4", "int8"):
         save_quantized(root / "half", root / kind, **QUANTIZED[kind])
+    save_fp8(root / "forms", "ministral", "llama_bias")
+    (root / "forms" / "fp8").rename(root / "floats")
+    shutil.rmtree(root / "forms")
     save_trained(root / "plain", root / "adapter", bits=4, dtype="fp32")
     (root / "adapter" / "config.yaml").write_text("model: plain\nbits: 4\nlora_r: 4\nseed: 3\n")
     write_rows(root / "rows.jsonl", 3)

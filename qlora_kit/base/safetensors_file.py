@@ -218,7 +218,9 @@ def fingerprint(entries: Mapping[str, TensorEntry], files: OpenFiles | None = No
     digest = hashlib.sha256()
     with kept_open(files) as opened:
         for name, entry in sorted(entries.items()):
-            digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+            # Any text is a name in a file; one that no model has is refused later.
+            line = f"{name} {entry.dtype} {list(entry.shape)}\n"
+            digest.update(line.encode("utf-8", "surrogatepass"))
             size = entry.end - entry.start
             middle = entry.start + max(0, (size - FINGERPRINT_SAMPLE) // 2)
             last = entry.start + max(0, size - FINGERPRINT_SAMPLE)

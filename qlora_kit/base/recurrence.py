@@ -22,8 +22,7 @@ from qlora_kit.errors import ConfigError
 def state_carriers(model: PreTrainedModel) -> list[str]:
     """What of `model` carries state from token to token, by name; empty where only attention does.
 
-    Convolutions by their modules' names, else the kinds of layers in its config, else its class;
-    attention too where it cannot keep rows apart.
+    Convolutions by their modules' names, else the kinds of layers in its config, else its class.
     """
     convolutions = [name for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     if convolutions:
@@ -32,8 +31,6 @@ def state_carriers(model: PreTrainedModel) -> list[str]:
     cached = [kind for kind in kinds if _caches_state(kind)]
     if cached:
         return [f"{kind} layers" for kind in cached]
-    if not architecture_of(model.config.model_type).packs:
-        return [f"the attention of {type(model).__name__}, which gets no positions,"]
     # transformers' word for a model whose past is more than keys and values.
     return [type(model).__name__] if getattr(model, "_is_stateful", False) else []
 
@@ -43,7 +40,10 @@ def check_packing(model: PreTrainedModel) -> None:
 
     Errors: `ConfigError`.
     """
-    if carriers := state_carriers(model):
+    carriers = state_carriers(model)
+    if not carriers and not architecture_of(model.config.model_type).packs:
+        carriers = [f"the attention of {type(model).__name__}, which gets no positions,"]
+    if carriers:
         more = f" and {len(carriers) - 1} more" if len(carriers) > 1 else ""
         raise ConfigError(
             f"packing puts rows beside each other that model_type {model.config.model_type!r} does "

@@ -1,7 +1,8 @@
 """Decode with a KV cache, batched and streamed.
 
 Prompts of different lengths share a batch by padding on the left: the mask hides the padding and
-`position_ids` count from each row's own first token, so a row gets what it would get alone. After
+`position_ids` count from each row's own first token, so a row gets what it would get alone; where
+convolutions or recurrences would read the padding, prompts of one length alone share a batch. After
 the prompt, each step feeds one token a row; the keys and values of earlier ones are in the model's
 own transformers cache, and the head computes the last position only.
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_kit.base.recurrence import state_carriers
 from qlora_kit.data.answers import turn_ends
 from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.generation.sampling import Sampling
@@ -138,25 +140,17 @@ def _decode(
 ) -> Iterator[list[int | None]]:
     if not prompts:
         return
-    input_ids, attention_mask = _padded_left(prompts, pad_id, model.device)  # (B, T) each
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    groups = [_Group(model, rows, prompts, pad_id) for rows in _together(model, prompts)]
+    places = torch.tensor([row for group in groups for row in group.rows]).argsort()
     draw = sampling.drawer(prompts)
     live = [True] * len(prompts)
-    cache = None
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for step in range(max_new_tokens):
-            output = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = output.past_key_values
-            logits = output.logits[:, -1].float()  # (B, 1, V) to (B, V)
+            logits = torch.cat([group.logits() for group in groups])  # (B, V)
+            if len(groups) > 1:
+                logits = logits[places.to(logits.device)]
             finite = logits.amax(-1).isfinite()
             # One transfer a step for both.
             tokens, good = torch.stack((draw(logits), finite.long())).tolist()
@@ -178,13 +172,63 @@ def _decode(
                     return
             # Rows that have ended go on with padding, so that a row keeps its place.
             fed = [token if alive else pad_id for token, alive in zip(tokens, live, strict=True)]
-            input_ids = torch.tensor(fed, device=model.device)[:, None]  # (B, 1)
-            # (B, T + step + 1): every key so far
-            attention_mask = torch.cat((attention_mask, torch.ones_like(input_ids)), dim=-1)
-            position_ids = position_ids[:, -1:] + 1
+            for group in groups:
+                group.feed([fed[row] for row in group.rows])
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _together(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows that share a batch: all, or those of one length where padding would be read.
+
+    A mask hides padding from attention. What carries a state through it may be moved by a bias
+    (LFM2's) or divides the tokens into other chunks than those of the prompt alone.
+    """
+    if not state_carriers(model):
+        return [list(range(len(prompts)))]
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(row)
+    return list(by_length.values())
+
+
+class _Group:
+    """Rows of a batch that are decoded together, with what the next step takes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: list[int],
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+    ) -> None:
+        self.rows = rows
+        self._model = model
+        # (B, T) each
+        self._input_ids, self._mask = _padded_left([prompts[i] for i in rows], pad_id, model.device)
+        self._position_ids = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        self._cache: Any = None
+
+    def logits(self) -> torch.Tensor:
+        """Those of the next token of each row, (B, V) in fp32."""
+        output = self._model(
+            input_ids=self._input_ids,
+            attention_mask=self._mask,
+            position_ids=self._position_ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        return output.logits[:, -1].float()  # type: ignore[no-any-return]  # (B, 1, V) to (B, V)
+
+    def feed(self, tokens: list[int]) -> None:
+        """The token that each row goes on with."""
+        self._input_ids = torch.tensor(tokens, device=self._model.device)[:, None]  # (B, 1)
+        # (B, T + step + 1): every key so far
+        self._mask = torch.cat((self._mask, torch.ones_like(self._input_ids)), dim=-1)
+        self._position_ids = self._position_ids[:, -1:] + 1
 
 
 def _padded_left(

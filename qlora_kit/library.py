@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qlora_kit.commands.display import Display
 from qlora_kit.commands.failure import stands_for
+from qlora_kit.commands.finetune import opened_run
 from qlora_kit.config.run import RUN_GROUPS
 from qlora_kit.data.given_rows import GivenRows, given_rows
 from qlora_kit.options.parsed import parse_values
 from qlora_kit.process.signals import StopSignals
 from qlora_kit.process.start import ready_for_torch
-
-if TYPE_CHECKING:
-    from qlora_kit.run.finished import RunResult
+from qlora_kit.run.finished import RunResult
+from qlora_kit.run.reporter import Reporter
 
 ROWS = ("data", "dataset", "eval_data")
 """The options whose value may also be rows: `dataset` is `data`."""
@@ -36,23 +37,11 @@ def finetune(*, progress: bool = False, **options: Any) -> RunResult:
                 rows = given_rows(name, options.get(name))
                 if rows is not None:
                     given[rows.name], options[name] = rows, rows.name
-            from qlora_kit.run.request import read_request
-
-            request = read_request(parse_values(options, RUN_GROUPS), given)
-            from qlora_kit.commands.display import Display
-            from qlora_kit.run.finished import RunResult
-            from qlora_kit.run.opening import open_run
-            from qlora_kit.run.prepare import PreparedRun, prepare_run
-            from qlora_kit.run.reporter import Reporter
-            from qlora_kit.training.loop import train
-
-            reporter = Display() if progress else Reporter()
-            prepared = prepare_run(request, reporter)
-            if not isinstance(prepared, PreparedRun):
-                return RunResult.read(prepared.directory)
-            with open_run(prepared, reporter, signals) as run:
-                train(**run.training())
-                run.finish()
+            parsed = parse_values(options, RUN_GROUPS)
+            with opened_run(parsed, Display if progress else Reporter, signals, given) as run:
+                if not run.is_finished:
+                    run.train(**run.training())
+                    run.finish()
             return RunResult.read(run.directory)
         except Exception as error:
             failure = stands_for(error, "finetune")

@@ -78,6 +78,20 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return whole
 
 
+def read_context(directory: Path) -> int | None:
+    """The longest sequence that a directory's config.json says, if it is there and says it.
+
+    Nothing else of it is checked. Errors: `ModelError`.
+    """
+    path = find(directory, "config.json")
+    if path is None:
+        return None
+    said = text_config(read_json(path), path).get("max_position_embeddings")
+    if said and (type(said) is not int or said < 1):
+        raise ModelError(f"{path}: max_position_embeddings is {str(said)[:60]}", "correct the file")
+    return said or None
+
+
 def read_generation_config(directory: Path) -> dict[str, Any] | None:
     """The generation_config.json of a directory, None without one: its tokens are tokens.
 

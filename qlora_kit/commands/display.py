@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from qlora_kit.commands.progress import TrainingProgress
 from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.data.notes import notes_of
@@ -17,7 +15,6 @@ from qlora_kit.run.reporter import Reporter
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
-    from qlora_kit.config.data import DataConfig
     from qlora_kit.config.lora import LoRAConfig
     from qlora_kit.config.run import RunConfig
     from qlora_kit.data.encode import EncodedRows
@@ -88,21 +85,18 @@ class Display(Reporter):
             self.note(note)
         if packs is not None:
             self._line("packing", f"{len(encoded.rows)} rows in {len(packs)} packs")
-        from qlora_kit.data.encode import shared_rows
-
-        shared = shared_rows(held_out, encoded) if held_out else 0
+        shared = held_out.shared_with(encoded) if held_out else 0
         if shared:
             self.note(f"{shared} of the held-out rows are also trained on")
 
-    def chats(self, tokenizer: Any, data: DataConfig) -> None:
+    def chats(self, text: str) -> None:
         """At which tokens answers stop, and the day that a dated template writes."""
-        from qlora_kit.data.chat_template import chat_options
-        from qlora_kit.data.report import ends_text
-
-        self._line("chats", ends_text(tokenizer, chat_options(data)))
+        self._line("chats", text)
 
     def bits(self, measured: Mapping[int, Mapping[str, int]]) -> None:
         """The memory of the same base in several numbers of bits, side by side."""
+        from rich.table import Table
+
         table = Table(title="memory of the base, loaded once in each", title_justify="left")
         for title in ("bits", "linear layers", "embeddings, head, norms", "total", "of 16 bits"):
             table.add_column(title, justify="right")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_kit.commands.argv import parse
+from qlora_kit.commands.display import Display
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config.run import RUN_GROUPS
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.process.signals import StopSignals
+
+if TYPE_CHECKING:
+    from qlora_kit.data.given_rows import GivenRows
+    from qlora_kit.run.reporter import Reporter
+    from qlora_kit.run.resolve import FinishedRun
+    from qlora_kit.run.run import Run
 
 SUMMARY = "Load a base in 4, 8 or 16 bits, train LoRA adapters on it, save them."
 QUICKSTART = Path(__file__).resolve().parent.parent / "assets" / "quickstart.yaml"
@@ -21,24 +30,39 @@ QUICKSTART = Path(__file__).resolve().parent.parent / "assets" / "quickstart.yam
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parsed = _parse(sys.argv[1:] if argv is None else argv)
+
+    def display() -> Display:
+        shown = Display()
+        if parsed.config_file == str(QUICKSTART):
+            shown.text_file(QUICKSTART, "no --model, --data or --config: running the quickstart")
+        return shown
+
+    with StopSignals() as signals, opened_run(parsed, display, signals) as run:
+        if not run.is_finished:
+            run.train(**run.training())
+            run.finish()
+    return 0
+
+
+@contextlib.contextmanager
+def opened_run(
+    parsed: Parsed,
+    reporter: Callable[[], Reporter],
+    signals: StopSignals,
+    given: Mapping[str, GivenRows] | None = None,
+) -> Iterator[Run | FinishedRun]:
+    """The run that options ask for, ready for `train`; or the one to resume, which is finished.
+
+    `reporter` makes who is told of it, once the request is read; `given` has rows of the program.
+    Errors: those of `read_request`, `prepare_run` and `open_run`.
+    """
     from qlora_kit.run.request import read_request
 
-    request = read_request(parsed)  # without torch, which takes longer to import than this
-    from qlora_kit.commands.display import Display
+    request = read_request(parsed, given)  # without torch, which takes longer to import than this
     from qlora_kit.run.opening import open_run
-    from qlora_kit.run.prepare import PreparedRun, prepare_run
-    from qlora_kit.training.loop import train
 
-    display = Display()
-    if parsed.config_file == str(QUICKSTART):
-        display.text_file(QUICKSTART, "no --model, --data or --config: running the quickstart")
-    with StopSignals() as signals:
-        prepared = prepare_run(request, display)
-        if isinstance(prepared, PreparedRun):
-            with open_run(prepared, display, signals) as run:
-                train(**run.training())
-                run.finish()
-    return 0
+    with open_run(request, reporter(), signals) as run:
+        yield run
 
 
 def _parse(argv: Sequence[str]) -> Parsed:

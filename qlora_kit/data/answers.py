@@ -11,7 +11,7 @@ from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
 from qlora_kit.data.chat_tokens import chat_tokens
 from qlora_kit.data.rendering import Messages, header_text
 from qlora_kit.data.rows import Row
-from qlora_kit.data.tokens import Tokens
+from qlora_kit.data.tokens import Tokens, decoded
 from qlora_kit.errors import DataError, QloraKitError
 
 if TYPE_CHECKING:
@@ -107,3 +107,12 @@ def _last_chat(row: Row, tokens: Tokens, options: ChatOptions) -> Chat | None:
     except QloraKitError:
         return None
     return found[-1] if isinstance(found, list) else None
+
+
+def ends_text(tokenizer: Any, chat: ChatOptions) -> str:
+    """One line: at which tokens answers stop, and the day that is written."""
+    ends = sorted(decoded(tokenizer, [one]) for one in turn_ends(tokenizer, chat))
+    said = f"turns end with {', '.join(map(repr, ends))}, where answers stop"
+    if not ends:
+        said = "turns end with no token of the chat template: answers stop at EOS only"
+    return said + (f"; written on {chat.date} (--chat_date)" if chat.date else "")

@@ -71,6 +71,12 @@ class EncodedRows:
     refusal: DataError | None = None
     """why these rows cannot be trained on, where they were encoded to be shown only"""
 
+    def shared_with(self, other: EncodedRows) -> int:
+        """How many of these rows are also in `other`."""
+        assert isinstance(self.rows, TokenRows)
+        assert isinstance(other.rows, TokenRows)
+        return int(np.isin(self.rows.digests, other.rows.digests).sum())
+
 
 def encode_rows(
     rows: Iterable[Row],
@@ -128,13 +134,6 @@ def _refusal(facts: dict[str, Any], max_length: int) -> DataError | None:
         f"on ({counts}; max_length {max_length})",
         remedy,
     )
-
-
-def shared_rows(one: EncodedRows, other: EncodedRows) -> int:
-    """How many rows of `one` are also in `other`."""
-    assert isinstance(one.rows, TokenRows)
-    assert isinstance(other.rows, TokenRows)
-    return int(np.isin(one.rows.digests, other.rows.digests).sum())
 
 
 def encode(

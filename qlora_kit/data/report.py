@@ -11,48 +11,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qlora_kit.config.commands import ShowConfig
 from qlora_kit.config.data import DataConfig
-from qlora_kit.data.answers import turn_ends
+from qlora_kit.data.answers import ends_text
 from qlora_kit.data.batch import lengths_of, padding_note
-from qlora_kit.data.chat_template import ChatOptions, date_of, templates_of
-from qlora_kit.data.encode import EncodedRows, encode, encode_rows, shared_rows
+from qlora_kit.data.chat_template import date_of, templates_of
+from qlora_kit.data.encode import EncodedRows, encode, encode_rows
 from qlora_kit.data.notes import notes_of
-from qlora_kit.data.order import make_packs
 from qlora_kit.data.outcome import EncodeRules
-from qlora_kit.data.rows import Row, Rows
-from qlora_kit.data.schedule import StepSchedule
+from qlora_kit.data.rows import Rows
+from qlora_kit.data.schedule import padding_shares
+from qlora_kit.data.shown_rows import ShownRow, shown_row
 from qlora_kit.data.token_cache import cache_directory
-from qlora_kit.data.tokens import IGNORE, Encoded, Skipped, in_use
 from qlora_kit.errors import DataError
 
 BINS = 20
 """Bars of the histogram of lengths."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Neighbouring tokens that are alike, and their text."""
-
-    text: str
-    trained: bool
-    special: bool
-    tokens: int
-
-
-@dataclass(frozen=True)
-class ShownRow:
-    """One row, or why it is skipped; `part` counts the rows that a long text became."""
-
-    where: str
-    part: int
-    parts: int
-    truncated: bool
-    skipped: str | None
-    tokens: int
-    trained_tokens: int
-    control_tokens: int
-    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -126,11 +99,17 @@ def report_of(
     rows: Rows,
     config: DataConfig,
     max_length: int,
-    options: ShowConfig,
     model: str,
     tokenizer: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    count: int,
 ) -> Report:
-    """Encode the rows of a data set as a run would. Errors: those of encoding."""
+    """Encode the rows of a data set as a run would, the first `count` of them to be shown.
+
+    Errors: those of encoding.
+    """
     cache, rules = cache_directory(config.token_cache), EncodeRules.of(config)
     rules = replace(rules, chat_date=date_of(tokenizer, rules.chat_date))
     refusal = None
@@ -143,18 +122,12 @@ def report_of(
     held_out = None
     if rows.evaluation:
         held_out = encode_rows(rows.evaluation, tokenizer, max_length, rules, cache, refuse=False)
-    lengths, batch = lengths_of(encoded.rows), options.batch_size
-    packs = make_packs(lengths, max_length, options.seed)
-    schedule = StepSchedule(rows=encoded.rows, batch_size=batch, num_steps=1, seed=options.seed)
-    orders = {
-        "random": schedule,
-        "by length": replace(schedule, group_by_length=True),
-        "packed": replace(schedule, packs=packs),
-    }
+    lengths = lengths_of(encoded.rows)
+    padding, packs = padding_shares(encoded.rows, batch_size, max_length, seed)
     shown = [
         one
-        for row in itertools.islice(rows.train, options.rows)
-        for one in _shown(row, encode(row, tokenizer, max_length, rules), tokenizer)
+        for row in itertools.islice(rows.train, count)
+        for one in shown_row(row, encode(row, tokenizer, max_length, rules), tokenizer)
     ]
     is_chat = "messages" in next(iter(rows.train)).content
     return Report(
@@ -163,29 +136,20 @@ def report_of(
         max_length=max_length,
         chat_template=_template(tokenizer) if is_chat else None,
         chats=ends_text(tokenizer, rules.chat) if is_chat else None,
-        batch_size=batch,
+        batch_size=batch_size,
         train=_part(encoded, rows.train_source, notes_of(encoded)),
         held_out=None
         if held_out is None
         else _part(held_out, rows.eval_source, notes_of(held_out, held_out=True)),
         held_out_source=rows.eval_source,
-        shared=0 if held_out is None else shared_rows(held_out, encoded),
-        padding={name: order.padding_share() for name, order in orders.items()},
-        packs=len(packs),
+        shared=0 if held_out is None else held_out.shared_with(encoded),
+        padding=padding,
+        packs=packs,
         padding_note=padding_note(tokenizer),
         bins=_bins(lengths.tolist()),
-        rows=tuple(shown[: options.rows]),
+        rows=tuple(shown[:count]),
         refusal=refusal or encoded.refusal or (held_out.refusal if held_out else None),
     )
-
-
-def ends_text(tokenizer: Any, chat: ChatOptions) -> str:
-    """One line: at which tokens answers stop, and the day that is written."""
-    ends = sorted(_decoded(tokenizer, [one]) for one in turn_ends(tokenizer, chat))
-    said = f"turns end with {', '.join(map(repr, ends))}, where answers stop"
-    if not ends:
-        said = "turns end with no token of the chat template: answers stop at EOS only"
-    return said + (f"; written on {chat.date} (--chat_date)" if chat.date else "")
 
 
 def _template(tokenizer: Any) -> str:
@@ -225,58 +189,3 @@ def _bins(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
     return tuple(
         (low + n * width, low + (n + 1) * width - 1, count) for n, count in enumerate(counts)
     )
-
-
-def _shown(row: Row, outcome: list[Encoded] | Skipped, tokenizer: Any) -> list[ShownRow]:
-    if isinstance(outcome, Skipped):
-        return [ShownRow(row.where, 1, 1, False, outcome.reason, 0, 0, 0, (_text_of(row),))]
-    return [
-        ShownRow(
-            where=row.where,
-            part=number,
-            parts=len(outcome),
-            truncated=one.truncated,
-            skipped=None,
-            tokens=len(one.input_ids),
-            trained_tokens=len(one.labels) - one.labels.count(IGNORE),
-            control_tokens=sum(piece.tokens for piece in pieces if piece.special),
-            pieces=pieces,
-        )
-        for number, one in enumerate(outcome, 1)
-        for pieces in [tuple(_pieces(one, tokenizer))]
-    ]
-
-
-def _text_of(row: Row) -> Piece:
-    """A skipped row's text as it was read."""
-    content = row.content
-    turns = content.get("messages")
-    if turns is None:
-        text = content.get("text") or content["prompt"] + content["completion"]
-    else:
-        text = "\n".join(f"{turn['role']}: {turn.get('content', '')}" for turn in turns)
-    return Piece(text, trained=False, special=False, tokens=0)
-
-
-def _pieces(row: Encoded, tokenizer: Any) -> list[Piece]:
-    """The row's text in pieces; each is what its tokens add to the text before them."""
-    special = {index for index, t in tokenizer.added_tokens_decoder.items() if t.special}
-    kinds = [
-        (label != IGNORE, token in special)
-        for token, label in zip(row.input_ids, row.labels, strict=True)
-    ]
-    pieces: list[Piece] = []
-    done, before = 0, ""
-    for kind, group in itertools.groupby(kinds):
-        size = len(list(group))
-        done += size
-        text = _decoded(tokenizer, row.input_ids[:done])
-        pieces.append(Piece(text[len(before) :], kind[0], kind[1], size))
-        before = text
-    return pieces
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    # Without the clean-up of spaces, which rewrites text that is shown already.
-    with in_use(tokenizer):
-        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

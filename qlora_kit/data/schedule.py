@@ -232,3 +232,17 @@ class StepSchedule:
 def _supervised(row: Encoded) -> int:
     # What a row begins with is predicted by nothing.
     return sum(label != IGNORE for label in row.labels[1:])
+
+
+def padding_shares(
+    rows: Sequence[Encoded], batch_size: int, capacity: int, seed: int
+) -> tuple[dict[str, float], int]:
+    """The share of padding in batches of rows in each order, and the number of packs."""
+    packs = make_packs(lengths_of(rows), capacity, seed)
+    schedule = StepSchedule(rows=rows, batch_size=batch_size, num_steps=1, seed=seed)
+    orders = {
+        "random": schedule,
+        "by length": replace(schedule, group_by_length=True),
+        "packed": replace(schedule, packs=packs),
+    }
+    return {name: order.padding_share() for name, order in orders.items()}, len(packs)

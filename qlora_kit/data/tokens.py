@@ -266,3 +266,9 @@ class Tokens:
         if ids[: len(self.start)] != self.start:
             ids, trained = self.start + ids, [False] * len(self.start) + trained
         return ids, trained
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of some ids, without the clean-up of spaces, which rewrites what is shown."""
+    with in_use(tokenizer):
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

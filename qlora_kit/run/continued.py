@@ -59,8 +59,7 @@ def start_of(request: RunRequest, resume: Checkpoint | None) -> Start:
     else:
         where = Path(lora.adapter) if resume is None else resume.path
         files = read_adapter(where)  # or says that it is gone
-        saved = {} if resume is None else resume.state.get("config")
-        saved = saved if isinstance(saved, dict) else {}
+        saved = {} if resume is None else resume.options
         base = _saved_base(request, saved)
         identity = str(saved.get("adapter_fingerprint"))
     given = request.parsed.given[LoRAConfig]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from qlora_kit.files.atomic import MADE, clear_stale, remove, sync
 from qlora_kit.files.lock import LOCK, locked
-from qlora_kit.training.checkpoint import numbered
+from qlora_kit.training.checkpoint_folder import numbered
 
 RESULT = "run.json"
 """Written last: where it is, the run is finished."""

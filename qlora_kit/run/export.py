@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.commands import ExportConfig
-from qlora_kit.config.data import DataConfig
-from qlora_kit.data.rows import load_rows
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.adapter_files import export_adapter, is_portable
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.publish import mend
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
-from qlora_kit.run.verification import verification_rows
+from qlora_kit.run.verification import asked_rows, verification_rows
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
@@ -66,9 +64,7 @@ def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
         name = export_adapter(Path(options.adapter), target, options.base_name)
         notes = () if is_portable(name) else (NOT_PORTABLE.format(name),)
         return Exported(f"{target}, for the base {name}", notes)
-    asked = None
-    if options.verify is not None:
-        asked = load_rows(DataConfig(data=options.verify, eval_fraction=0), 0)
+    asked = None if options.verify is None else asked_rows(options.verify)
     from qlora_kit.run.merge import merge
 
     closer = "export with a wider --dtype, or evaluate the export before it is used"

@@ -11,18 +11,27 @@ from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.run.directory import RunDirectory, run_directory
 from qlora_kit.run.metrics import MetricsLog, start_trackers
-from qlora_kit.run.prepare import PreparedRun
+from qlora_kit.run.prepare import PreparedRun, prepare_run
 from qlora_kit.run.reporter import Reporter
+from qlora_kit.run.request import RunRequest
+from qlora_kit.run.resolve import FinishedRun
 from qlora_kit.run.run import Run
 
 
 @contextlib.contextmanager
-def open_run(plan: PreparedRun, reporter: Reporter, signals: StopSignals) -> Iterator[Run]:
-    """Hold the run's directory, load the model, restore the checkpoint; then hand over.
+def open_run(
+    request: RunRequest, reporter: Reporter, signals: StopSignals
+) -> Iterator[Run | FinishedRun]:
+    """Prepare a run, hold its directory, load the model, restore the checkpoint; then hand over.
 
-    When the block stops between two steps (a signal, a numeric error, a full device), what was
-    reached is saved first. Errors: those of loading, `ResourceError`, `Stopped`.
+    A run to resume that is finished is handed over as that. When the block stops between two steps
+    (a signal, a numeric error, a full device), what was reached is saved first. Errors: those of
+    preparing and loading, `ResourceError`, `Stopped`.
     """
+    plan = prepare_run(request, reporter)
+    if isinstance(plan, FinishedRun):
+        yield plan
+        return
     output = plan.config.output
     with contextlib.ExitStack() as stack:
         plan, place = _hold_directory(plan, stack)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.base.json_file import read_json
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.run import RunConfig
+from qlora_kit.data.source import local_files
 from qlora_kit.errors import CheckpointError, ConfigError, QloraKitError
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.lock import LOCK
 from qlora_kit.run.directory import RESULT, Content, content_of, run_directory
 from qlora_kit.run.reporter import Reporter
-from qlora_kit.training.checkpoint import numbered, prune_unplanned
+from qlora_kit.training.checkpoint_folder import numbered, prune_unplanned
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
@@ -119,8 +120,6 @@ def check_place(config: RunConfig, target_dir: Path, model: Path | None) -> None
 
 def _data_files(data: DataConfig) -> Iterator[Path]:
     """The files here that rows may come from: a run may not be written over them."""
-    from qlora_kit.data.source import local_files
-
     for name in (data.data, data.eval_data):
         if name:
             yield from (path for path in local_files(name) if path.is_file())

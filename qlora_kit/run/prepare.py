@@ -11,7 +11,7 @@ from qlora_kit.data.rows import Rows
 from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.errors import ConfigError
 from qlora_kit.plan.plan import MemoryPlan
-from qlora_kit.run.encoding import encode_run
+from qlora_kit.run.encoding import chats_text, encode_run
 from qlora_kit.run.planned import measured_bits, planned_run
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.request import RunRequest
@@ -53,7 +53,7 @@ def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | Finish
     )
     reporter.data(rows, encoded, held_out, schedule.packs)
     if rows.format == "messages":
-        reporter.chats(base.tokenizer, config.data)
+        reporter.chats(chats_text(config.data, base))
     if note := padding_note(base.tokenizer):
         reporter.note(note)
     identity = identity_of(base, encoded, held_out)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # A run is refused before torch is imported, and what refuses it may have something to note.
     from qlora_kit.base.base import Base
-    from qlora_kit.config.data import DataConfig
     from qlora_kit.config.lora import LoRAConfig
     from qlora_kit.config.run import RunConfig
     from qlora_kit.data.encode import EncodedRows
@@ -52,8 +51,8 @@ class Reporter:
     ) -> None:
         """Rows, tokens, and what was skipped, cut, or is there twice."""
 
-    def chats(self, tokenizer: Any, data: DataConfig) -> None:
-        """At which tokens answers stop, and the day that a dated template writes."""
+    def chats(self, text: str) -> None:
+        """At which tokens answers stop, and the day that a dated template writes, in words."""
 
     def bits(self, measured: Mapping[int, Mapping[str, int]]) -> None:
         """The memory of the same base in several numbers of bits: bytes by component."""

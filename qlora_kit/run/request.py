@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qlora_kit.base.base_files import BaseFiles
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.rows import Rows, load_rows
@@ -35,6 +36,11 @@ class RunRequest:
     rows: Rows
     adapter: SavedAdapter | None
     files: BaseFiles | None
+
+    @property
+    def targets_given(self) -> bool:
+        """Whether the linears to adapt were named."""
+        return "target_modules" in self.parsed.given[LoRAConfig]
 
     def files_of(self, base: BaseConfig) -> BaseFiles | None:
         """`files`, where they are those of `base`: a checkpoint may have named another one."""

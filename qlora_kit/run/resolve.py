@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.open import open_base
-from qlora_kit.config.data import DataConfig
-from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.run import RunConfig
-from qlora_kit.data.chat_template import (
-    chat_options,
-    check_chat_options,
-    date_of,
-    has_templates,
-    use_template,
-)
 from qlora_kit.run.continued import Start, fit_adapter, start_of
+from qlora_kit.run.encoding import settle_data
 from qlora_kit.run.place import default_names, is_finished, output_directory
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.request import RunRequest
@@ -58,6 +50,7 @@ class FinishedRun(NamedTuple):
     """The directory of a run that was to be resumed, and has nothing left to do."""
 
     directory: Path
+    is_finished: Literal[True] = True
 
 
 def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | FinishedRun:
@@ -90,22 +83,16 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
     resume, notes = found
     for note in notes:
         reporter.note(note)
-    targets_given = "target_modules" in request.parsed.given[LoRAConfig]
-    start = fit_adapter(start, base, resume, targets_given=targets_given)
+    start = fit_adapter(start, base, resume, targets_given=request.targets_given)
     if start.files is not None:
         reporter.note(f"going on with the adapter {start.lora.adapter}")
-    data, lora, base_options = asked.data, start.lora, base.options(start.base)
-    if lora.adapter and data.chat_template is None and has_templates(lora.adapter):
-        data = replace(data, chat_template=lora.adapter)
-    data = replace(data, max_length=data.length_in(base.context))
+    lora, base_options = start.lora, base.options(start.base)
     if lora.adapter_dtype == "auto":
         lora = replace(lora, adapter_dtype=base_options.dtype)
     training = replace(asked.training, optim=optimizer_name(asked.training.optim, base.device))
     ranks = check_targets(lora, base, directory, training.optim, start.ranks, reporter)
-    if data.chat_template is not None:
-        use_template(base.tokenizer, data.chat_template)
     is_chat = request.rows.format == "messages"
-    data = replace(data, chat_date=_chat_date(data, is_chat, base.tokenizer, resume))
+    data = settle_data(asked.data, lora.adapter, base, resume, is_chat=is_chat)
     # How this process began is no part of what the run is.
     output = replace(
         asked.output, output_dir=str(directory), resume_from_checkpoint=None, override=None
@@ -120,18 +107,3 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
         start=start,
         ranks=ranks,
     )
-
-
-def _chat_date(
-    data: DataConfig, is_chat: bool, tokenizer: Any, resume: Checkpoint | None
-) -> str | None:
-    """The day on which a run's chats are written, the same on resuming.
-
-    Errors: `ConfigError` for what the chat template does not read.
-    """
-    check_chat_options(tokenizer, chat_options(data))
-    if not is_chat:
-        return data.chat_date
-    saved = {} if resume is None else resume.state.get("config")
-    kept = saved.get("chat_date") if isinstance(saved, dict) else None
-    return date_of(tokenizer, data.chat_date or (kept if isinstance(kept, str) else None))

@@ -13,13 +13,8 @@ from qlora_kit.files.atomic import real_path
 from qlora_kit.options.names import closest
 from qlora_kit.options.option import flag_of, types_of
 from qlora_kit.run.reporter import Reporter
-from qlora_kit.training.checkpoint import (
-    Checkpoint,
-    digest,
-    load_checkpoint,
-    newest,
-    numbered,
-)
+from qlora_kit.training.checkpoint import Checkpoint, digest, load_checkpoint, newest
+from qlora_kit.training.checkpoint_folder import numbered
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
@@ -89,8 +84,8 @@ def check_resumed(
 
     Errors: `ConfigError` with all differences, `CheckpointError` for a checkpoint without them.
     """
-    saved, kept = resume.state.get("config"), resume.state.get("identity")
-    if not isinstance(saved, dict) or not isinstance(kept, dict):
+    saved, kept = dict(resume.options), resume.state.get("identity")
+    if not saved or not isinstance(kept, dict):
         raise CheckpointError(f"{resume.path}: does not say what it is of", "use another one")
     now, names = config.as_flat(), _option_names()
     saved = {names.get(name, name): value for name, value in saved.items()}  # renamed since

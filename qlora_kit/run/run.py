@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -27,11 +27,17 @@ from qlora_kit.run.reporter import Reporter, StepReporter
 from qlora_kit.run.result import result_record
 from qlora_kit.run.saving import RunState
 from qlora_kit.run.trial import try_largest
-from qlora_kit.training.loop import Backward, StepReport
+from qlora_kit.training.loop import Backward, StepReport, train
 
 
 class Run:
-    """A model with adapters, its optimizer, and what happens between its steps."""
+    """A model with adapters, its optimizer, and what happens between its steps.
+
+    `train(**run.training())` trains it, then `finish` ends it.
+    """
+
+    is_finished: Literal[False] = False
+    train = staticmethod(train)
 
     def __init__(
         self, plan: PreparedRun, place: RunDirectory, reporter: Reporter, signals: StopSignals

@@ -21,15 +21,8 @@ from qlora_kit.run.directory import RunDirectory
 from qlora_kit.run.prepare import PreparedRun
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.result import Progress
-from qlora_kit.training.checkpoint import (
-    Checkpoint,
-    drop_after,
-    prune,
-    prune_unplanned,
-    save_checkpoint,
-    saved_bytes,
-    take,
-)
+from qlora_kit.training.checkpoint import Checkpoint, save_checkpoint, saved_bytes, take
+from qlora_kit.training.checkpoint_folder import drop_after, prune, prune_unplanned
 from qlora_kit.training.optimizer import optimizer_state, restore_optimizer
 
 

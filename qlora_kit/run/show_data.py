@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.base.contents import find
-from qlora_kit.base.json_file import read_json
+from qlora_kit.base.checks import read_context
 from qlora_kit.base.source import resolve
 from qlora_kit.base.tokenizer import load_tokenizer
 from qlora_kit.config.base import BaseConfig
@@ -19,7 +18,7 @@ from qlora_kit.config.data import DEFAULT_LENGTH, DataConfig
 from qlora_kit.data.chat_template import chat_options, check_chat_options, use_template
 from qlora_kit.data.rows import load_rows
 from qlora_kit.data.source import local_files
-from qlora_kit.errors import ConfigError, ModelError
+from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed
 
 if TYPE_CHECKING:
@@ -68,12 +67,16 @@ def data_report(parsed: Parsed) -> Report:
         use_template(tokenizer, data.chat_template)
     check_chat_options(tokenizer, chat_options(data))
     context = DEFAULT_LENGTH if data.max_length is None else data.max_length
-    if path := find(source.directory, "config.json"):
-        context = read_json(path).get("max_position_embeddings") or context
-        if type(context) is not int or context < 1:
-            raise ModelError(
-                f"{path}: max_position_embeddings is {str(context)[:60]}", "correct the file"
-            )
+    length = data.length_in(read_context(source.directory) or context)
     from qlora_kit.data.report import report_of
 
-    return report_of(rows, data, data.length_in(context), options, source.name, tokenizer)
+    return report_of(
+        rows,
+        data,
+        length,
+        source.name,
+        tokenizer,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        count=options.rows,
+    )

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 VERIFY_LENGTH = 512
 
 
+def asked_rows(name: str) -> Rows:
+    """The rows that `--verify` names. Errors: as `load_rows`."""
+    return load_rows(DataConfig(data=name, eval_fraction=0), 0)
+
+
 def verification_rows(
     adapter: SavedAdapter | None, asked: Rows | None, base: Base, note: Callable[[str], None]
 ) -> tuple[Sequence[Encoded], str]:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.data import encode as prompt_module
 from qlora_kit.data.chat_mask import LEFT_OUT, NO_TURN
-from qlora_kit.data.encode import encode_rows, prompt_ids, shared_rows
+from qlora_kit.data.encode import encode_rows, prompt_ids
 from qlora_kit.data.labels import (
     CONTROL,
     DROPPED,
@@ -461,8 +461,8 @@ def test_rows_that_are_shared_and_rows_that_are_there_twice_are_counted():
     other = [row(prompt=p, completion="on") for p in "xbyb"]
     encoded, held_out = (encode_rows(rows, tokenizer, 50) for rows in (one, other))
     assert (encoded.duplicates, held_out.duplicates) == (3, 1)
-    assert shared_rows(held_out, encoded) == 2
-    assert shared_rows(encoded, held_out) == 3
+    assert held_out.shared_with(encoded) == 2
+    assert encoded.shared_with(held_out) == 3
     # Equal tokens that are not trained on alike are other rows.
     assert (
         encode_rows([row(prompt="a", completion="on"), row(text="aon")], tokenizer, 50).duplicates

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from faults.harness import leftovers, result_of
 
-from qlora_kit.training.checkpoint import numbered
+from qlora_kit.training.checkpoint_folder import numbered
 
 OFTEN = ("--save_minutes", "1e-9")
 """So short that it is over after every step."""

@@ -11,7 +11,8 @@ import pytest
 from faults.harness import Fault, damages, result_of
 
 from qlora_kit.errors import CheckpointError, UnsafeInputError
-from qlora_kit.training.checkpoint import load_checkpoint, newest, verify
+from qlora_kit.training.checkpoint import load_checkpoint, newest
+from qlora_kit.training.checkpoint_folder import verify
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +117,12 @@ def test_a_full_disk_never_costs_the_checkpoint_that_a_run_stands_on(job, refere
 )
 def test_a_manifest_that_was_written_to_deceive(run_dir, change, error, said):
     """With a right checksum of its own, as an attacker would write it."""
-    from qlora_kit.training.checkpoint import _manifest
+    from qlora_kit.training.checkpoint_folder import manifest
 
     path = run_dir / "checkpoint-4" / "manifest.json"
     files = json.loads(path.read_bytes())["files"]
     change(files)
-    path.write_bytes(_manifest(files))
+    path.write_bytes(manifest(files))
     with pytest.raises(error, match=said):
         load_checkpoint(path.parent)
 
@@ -156,14 +157,14 @@ def test_what_only_looks_like_a_checkpoint_is_passed_over(job, reference, run_di
 def rewritten(run_dir, **changes):
     """checkpoint-4 with another state, and a manifest that fits it."""
     from qlora_kit.files.atomic import sha256
-    from qlora_kit.training.checkpoint import _manifest
+    from qlora_kit.training.checkpoint_folder import manifest
 
     path = run_dir / "checkpoint-4"
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | changes))
     names = [file for file in sorted(path.iterdir()) if file.name != "manifest.json"]
     files = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in names}
-    (path / "manifest.json").write_bytes(_manifest(files))
+    (path / "manifest.json").write_bytes(manifest(files))
     return path
 
 

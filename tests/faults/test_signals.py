@@ -13,7 +13,8 @@ import time
 import pytest
 from faults.harness import Fault, leftovers, result_of
 
-from qlora_kit.training.checkpoint import newest, numbered
+from qlora_kit.training.checkpoint import newest
+from qlora_kit.training.checkpoint_folder import numbered
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 ALL_CODES = CODES | {

@@ -81,9 +81,12 @@ ARCHITECTURES = {
     # torch's fused attention has no soft cap of the scores.
     "gemma2": Architecture(attention="eager", logit_softcap="final_logit_softcapping", strict=True),
     "gemma3_text": Architecture(logit_softcap="final_logit_softcapping"),
-    "gemma4_text": Architecture(
-        logit_softcap="final_logit_softcapping",
-        undeclared=("global_head_dim", "num_global_key_value_heads", "per_layer_config"),
+    **dict.fromkeys(
+        ("gemma4_text", "gemma4_unified_text"),
+        Architecture(
+            logit_softcap="final_logit_softcapping",
+            undeclared=("global_head_dim", "num_global_key_value_heads", "per_layer_config"),
+        ),
     ),
     "phi3": Architecture(
         query_key_value=("qkv_proj",), gate_up=("gate_up_proj",), targets=("qkv_proj",), strict=True

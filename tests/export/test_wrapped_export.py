@@ -51,8 +51,7 @@ def tensors_of(directory):
     }
 
 
-@pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize(("name", "bits"), [*((name, 16) for name in FIRST), ("mistral3", 4)])
 def test_both_exports_are_the_trained_model(checkpoints, tmp_path, name, bits):
     base = adapted(checkpoints / name, bits)
     trained = logits(base.model)

@@ -65,6 +65,43 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "image_token_index": 5,
         "mm_tokens_per_image": 4,
     },
+    "gemma4": {
+        "model_type": "gemma4",
+        "text_config": {
+            "model_type": "gemma4_text",
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        },
+    },
+    "gemma4_unified": {
+        "model_type": "gemma4_unified",
+        "text_config": {
+            "model_type": "gemma4_unified_text",
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 16,
+        },
+        "vision_config": {
+            "patch_size": 4,
+            "mm_embed_dim": 16,
+            "mm_posemb_size": 8,
+            "output_proj_dims": 16,
+        },
+        "audio_config": {"audio_embed_dim": 16},
+    },
     "qwen3_5": {
         "model_type": "qwen3_5",
         "text_config": {
@@ -96,7 +133,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }
 
 
-FIRST = ("mistral3", "ministral3", "gemma3", "qwen3_5")
+FIRST = ("mistral3", "ministral3", "gemma3", "gemma4", "gemma4_unified", "qwen3_5")
 """The families that are trained, read by others and exported in the tests."""
 
 

@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 from qlora_kit.base.base_files import BaseFiles
 from qlora_kit.base.checks import is_computed
 from qlora_kit.base.form import Form
+from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry
+from qlora_kit.base.share import Share, share_of
 from qlora_kit.base.source import Source
 from qlora_kit.base.text_decoder import Wrapper
 from qlora_kit.config.base import BaseConfig
@@ -83,11 +85,16 @@ class Base:
     notes: tuple[str, ...] = ()
     wrapper: Wrapper | None = None
     parameters: int = field(init=False)
+    share: Share | None = field(init=False)
+    """What stays in 16 bits beside quantized linears; None where nothing is quantized."""
 
     def __post_init__(self) -> None:
         # Now, for a quantized layer has fewer elements than the weight that it packs.
         count = sum(parameter.numel() for parameter in self.model.parameters())
         object.__setattr__(self, "parameters", count)
+        quantized = decoder_linears(self.model).keys() - self.form.skipped
+        share = share_of(self.model, quantized) if self.quantization.bits < 16 else None
+        object.__setattr__(self, "share", share)
 
     @cached_property
     def info(self) -> BaseInfo:
@@ -122,6 +129,13 @@ class Base:
             device=str(self.device),
             resize_embeddings=self.embedding_rows is not None,
         )
+
+    @property
+    def left(self) -> str | None:
+        """What stays in 16 bits, in a sentence; None where nothing is quantized."""
+        if self.share is None:
+            return None
+        return self.share.note(self.dtype.itemsize, dtype_name(self.dtype))
 
     @property
     def plain(self) -> dict[str, TensorEntry]:

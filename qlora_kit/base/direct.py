@@ -12,13 +12,19 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
+from qlora_kit.base.decoder import layers_path
+
 NOT_A_STEP = ("__init__", "reset_parameters", "extra_repr", "_init_weights", "cuda_kernels_forward")
 NOT_TAKEN = "slow_but_exact"
+MAKES_MASK = re.compile(r"create_(\w+_)?causal_mask|create_chunked_causal_mask|mask_function")
+POSITIONS = "position_ids"
 
 
 def read_directly(model: nn.Module) -> frozenset[str]:
@@ -39,6 +45,43 @@ def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
         for own in kind.__mro__
         if own.__module__.startswith("transformers.models.")
         for leaf in _reads(ast.parse(textwrap.dedent(inspect.getsource(own))))
+    )
+
+
+def masks_by_position(model: Any) -> bool:
+    """Whether the masks of attention of `model` are made with positions, wherever they are made.
+
+    transformers keeps the rows of a pack apart by a mask that is made of their positions, if its
+    maker gets them.
+    """
+    path = layers_path(model)
+    made: list[bool] = []
+    for name, module in model.named_modules():
+        if name == "" or path.startswith(f"{name}."):
+            made += _masks_made(type(module))  # type: ignore[arg-type]
+    return bool(made) and all(made)
+
+
+@functools.cache
+def _masks_made(kind: type[nn.Module]) -> tuple[bool, ...]:
+    """For each mask that a class of transformers makes, whether its maker gets positions."""
+    sources = (own for own in kind.__mro__ if own.__module__.startswith("transformers.models."))
+    trees = [ast.parse(textwrap.dedent(inspect.getsource(own))) for own in sources]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    handed = any(
+        isinstance(key, ast.Constant) and key.value == POSITIONS
+        for node in nodes
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+    )
+    return tuple(
+        handed
+        if any(word.arg is None for word in node.keywords)
+        else any(
+            word.arg == POSITIONS and ast.unparse(word.value) != "None" for word in node.keywords
+        )
+        for node in nodes
+        if isinstance(node, ast.Call) and MAKES_MASK.fullmatch(ast.unparse(node.func))
     )
 
 

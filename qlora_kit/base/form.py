@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.bnb_checkpoint import StoredLinear, agree, split_stored, stored_quantization
 from qlora_kit.base.checks import check_architecture
 from qlora_kit.base.fp8_checkpoint import ScaledWeight, assume_scaled, split_scaled
@@ -25,7 +24,7 @@ from qlora_kit.base.fp8_scheme import Fp8Scheme, fp8_scheme
 from qlora_kit.base.meta_model import decoder_linears, expected_shapes, tied_names
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry, some
-from qlora_kit.base.skipped import listed_modules, skipped_linears
+from qlora_kit.base.skipped import in_16_bits, left_linears, listed_modules
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import dtype_name
 from qlora_kit.errors import ConfigError
@@ -103,7 +102,7 @@ def form_in_files(
         skipped = frozenset(linears.keys() - stored.keys())
         notes = _stored_notes(linears, skipped, stated.listed, model.dtype)
     else:
-        skipped, notes = _skipped(stated, linears, model)
+        skipped, notes = left_linears(stated.quantization, linears, model)
     taken = {entry for one in stored.values() for entry in one.entries.values()}
     unread = frozenset(name for name in entries.keys() - plain.keys() if entries[name] not in taken)
     own = {weight.scales for weight in scaled.values()}
@@ -123,7 +122,7 @@ def form_of_config(
     linears = decoder_linears(model)
     if stated.is_stored:
         return Form(skipped=listed_modules(stated.listed, linears)), entries
-    skipped, notes = _skipped(stated, linears, model)
+    skipped, notes = left_linears(stated.quantization, linears, model)
     if stated.scheme is None:
         return Form(skipped=skipped, notes=notes), entries
     scaled, made = assume_scaled(entries, linears, stated.scheme)
@@ -139,7 +138,7 @@ def _stored_notes(
     """What a bitsandbytes checkpoint left in 16 bits, and where its config.json says otherwise."""
     notes = []
     if skipped:
-        notes.append(f"{_in_16_bits(linears, skipped, dtype)}, as the files have them")
+        notes.append(f"{in_16_bits(linears, skipped, dtype)}, as the files have them")
     promised = listed_modules(listed, linears)
     for names, says, there in (
         (promised - skipped, "lists", "quantized"),
@@ -152,30 +151,6 @@ def _stored_notes(
                 f"{there}: the files decide"
             )
     return tuple(notes)
-
-
-def _skipped(
-    stated: StatedForm, linears: Mapping[str, nn.Linear], model: PreTrainedModel
-) -> tuple[frozenset[str], tuple[str, ...]]:
-    """The linears that are not quantized here, by options and by family, and what is said of it."""
-    asked = skipped_linears(list(linears), stated.quantization.skip_modules)
-    names: tuple[str, ...] = ()
-    if stated.quantization.bits < 16:
-        names = architecture_of(model.config.model_type).unquantized
-    kept = frozenset(name for name in linears if name.rpartition(".")[2] in names) - asked
-    reasons = ((asked, "by --skip_modules"), (kept, f"as in every {model.config.model_type}"))
-    notes = [f"{_in_16_bits(linears, one, model.dtype)}, {why}" for one, why in reasons if one]
-    return asked | kept, tuple(notes)
-
-
-def _in_16_bits(
-    linears: Mapping[str, nn.Linear], skipped: frozenset[str], dtype: torch.dtype
-) -> str:
-    """Which linears are not quantized, with their bytes."""
-    names = [name for name in linears if name in skipped]
-    size = sum(linears[name].weight.numel() for name in names) * dtype.itemsize
-    what = "linear stays" if len(names) == 1 else "linears stay"
-    return f"{len(names)} {what} in {dtype_name(dtype)} ({size} bytes: {some(names)})"
 
 
 def _scaled_notes(

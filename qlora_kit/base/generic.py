@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from qlora_kit.base.fields import beyond
+from qlora_kit.base.share import large_others
+from qlora_kit.errors import ModelError
 
 TABLES_LIMIT = 2**30
 """Bytes of the tables that a model computes when it is built."""
@@ -104,15 +107,18 @@ def attention_of(settings: PreTrainedConfig) -> str:
     return "sdpa" if family._supports_sdpa else "eager"
 
 
-def check_generic(settings: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Refuse settings of a model that does not predict the next token, or whose tables are huge.
+def check_generic(settings: PreTrainedConfig, dtype: torch.dtype, path: Path) -> None:
+    """Refuse settings (of `path`) of a model that cannot be quantized and trained whole.
 
-    Errors: `ValueError`, and what transformers raises where it cannot build the model.
+    Errors: `ModelError` with the reason, `ValueError` for tables that are huge, and what
+    transformers raises where it cannot build the model.
     """
+    kind = f"{path}: model_type {settings.model_type!r}"
     if getattr(settings, "is_encoder_decoder", False):
-        raise ValueError("an encoder and a decoder, of which the decoder alone predicts nothing")
-    if not getattr(settings, "is_decoder", True) and hasattr(settings, "position_embedding_type"):
-        raise ValueError("is_decoder is false: every token sees those after it")
+        raise ModelError(
+            f"{kind} is an encoder and a decoder, of which the decoder alone predicts nothing",
+            "give a model that is a decoder alone",
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             settings, dtype=dtype, attn_implementation=attention_of(settings)
@@ -120,6 +126,13 @@ def check_generic(settings: PreTrainedConfig, dtype: torch.dtype) -> None:
     taken = sum(buffer.nbytes for buffer in model.buffers())
     if taken > TABLES_LIMIT:
         raise ValueError(f"its tables would take {taken} bytes")
+    if others := large_others(model):
+        size = sum(others.values()) * dtype.itemsize
+        raise ModelError(
+            f"{kind} keeps {', '.join(others)} as no linear layers, so that {size} bytes "
+            f"({size / 1024**3:.1f} GiB) would stay unquantized",
+            "use a model of another family",
+        )
 
 
 def turn_off_dropout(model: nn.Module) -> None:
@@ -127,8 +140,3 @@ def turn_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def keys_to_ignore(model: Any) -> Iterator[str]:
-    """Regular expressions of the tensors in old files that the class computes by itself."""
-    yield from getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import architecture_of
+from qlora_kit.base.conversions import by_model_names
 from qlora_kit.base.direct import read_directly
 from qlora_kit.base.fields import MODEL_FIELDS
 from qlora_kit.base.generic import (
@@ -58,7 +59,7 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
         if record.known:
             _check_heads(settings, record.rope_needs)
         else:
-            check_generic(settings, dtype)
+            check_generic(settings, dtype, path)
         # Buffers are real: rotary tables are computed when the modules are made.
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -71,6 +72,8 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
         for name, table in model.named_buffers():
             if not table.isfinite().all():
                 raise ValueError(f"{name} is not finite: its rope fields do not go together")
+    except ModelError:
+        raise
     except Exception as error:
         # transformers raises what its own validation and arithmetic happen to raise.
         raise ModelError(
@@ -151,9 +154,9 @@ def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def entries_of(model: nn.Module, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The `entries` of a file without those of layers that read another one's keys and values.
+    """The `entries` of files by the model's names, without those that nothing reads.
 
-    Published Gemma 3n and 4 have keys and values of such layers too, which nothing reads.
+    Published Gemma 3n and 4 have keys and values of layers that read another one's.
     """
     unread = tuple(
         f"{name}.{leaf}."
@@ -162,7 +165,8 @@ def entries_of(model: nn.Module, entries: Mapping[str, TensorEntry]) -> dict[str
         for leaf in ("k_proj", "v_proj", "k_norm", "v_norm")
         if leaf not in module._modules
     )
-    return {name: entry for name, entry in entries.items() if not name.startswith(unread)}
+    named = by_model_names(model, entries)
+    return {name: entry for name, entry in named.items() if not name.startswith(unread)}
 
 
 def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -101,15 +101,15 @@ def _problem(model: Any) -> str | None:
     ids, half = _ids(model, TOKENS), TOKENS // 2
     options = {"use_cache": False} if takes(model, "use_cache") else {}
     theirs, ours = model(input_ids=ids, **options).logits, _logits(model, ids)
+    other = ids.clone()
+    other[:, half:] = (ids[:, half:] + 1) % model.get_input_embeddings().weight.shape[0]
+    if not _agree(model, _logits(model, other)[:, :half], ours[:, :half]):
+        return "lets tokens see those after them, so that it has nothing to predict"
     if ours.shape != theirs.shape or not _agree(model, ours, theirs):
         return (
             "has more between its decoder and its logits than a head, a factor and a soft cap, or "
             "counts positions in a way of its own"
         )
-    other = ids.clone()
-    other[:, half:] = (ids[:, half:] + 1) % theirs.shape[-1]
-    if not _agree(model, _logits(model, other)[:, :half], ours[:, :half]):
-        return "lets tokens see those after them, so that it has nothing to predict"
     if not _agree(model, _logits(model.train(), ids), ours):
         return "gives other logits in training than in evaluation, though nothing is dropped"
     return None

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
 
 from qlora_kit.base.architecture import architecture_of
+from qlora_kit.base.direct import masks_by_position
 from qlora_kit.errors import ConfigError
 
 
@@ -40,8 +41,8 @@ def check_packing(model: PreTrainedModel) -> None:
 
     Errors: `ConfigError`.
     """
-    carriers = state_carriers(model)
-    if not carriers and not architecture_of(model.config.model_type).packs:
+    carriers, record = state_carriers(model), architecture_of(model.config.model_type)
+    if not carriers and not (record.packs and (record.known or masks_by_position(model))):
         carriers = [f"the attention of {type(model).__name__}, which gets no positions,"]
     if carriers:
         more = f" and {len(carriers) - 1} more" if len(carriers) > 1 else ""

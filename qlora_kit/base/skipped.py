@@ -1,4 +1,4 @@
-"""Which linears are not quantized: by `--skip_modules`, and by what a config.json lists.
+"""Which linears are not quantized: by `--skip_modules`, by family, and by what a config.json lists.
 
 What a user names has to be there. What a file lists is compared as text, never run as a regex, and
 whatever it lists beyond the text model (towers, the head) is no concern of a decoder's linears.
@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.pattern import full_matches
+from qlora_kit.base.quantize import Quantization
+from qlora_kit.base.safetensors_file import some
+from qlora_kit.base.share import small_linears
+from qlora_kit.device import dtype_name
 from qlora_kit.errors import ConfigError
 
 PREFIX = re.compile(r"((model|language_model|text_model)\.)*")
@@ -53,6 +62,37 @@ def skipped_linears(
     if unmatched:
         raise _no_match(", ".join(unmatched), linears)
     return frozenset().union(*matches.values())
+
+
+def left_linears(
+    quantization: Quantization, linears: Mapping[str, nn.Linear], model: PreTrainedModel
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The linears that are not quantized here, by options and by family, and what is said of it."""
+    asked = skipped_linears(list(linears), quantization.skip_modules)
+    names: tuple[str, ...] = ()
+    if quantization.bits < 16:
+        names = architecture_of(model.config.model_type).unquantized
+    kept = frozenset(name for name in linears if name.rpartition(".")[2] in names) - asked
+    small: frozenset[str] = frozenset()
+    if quantization.bits < 16 and not architecture_of(model.config.model_type).known:
+        small = small_linears(linears) - asked - kept
+    reasons = (
+        (asked, "by --skip_modules"),
+        (kept, f"as in every {model.config.model_type}"),
+        (small, "being small"),
+    )
+    notes = [f"{in_16_bits(linears, one, model.dtype)}, {why}" for one, why in reasons if one]
+    return asked | kept | small, tuple(notes)
+
+
+def in_16_bits(
+    linears: Mapping[str, nn.Linear], skipped: frozenset[str], dtype: torch.dtype
+) -> str:
+    """Which linears are not quantized, with their bytes."""
+    names = [name for name in linears if name in skipped]
+    size = sum(linears[name].weight.numel() for name in names) * dtype.itemsize
+    what = "linear stays" if len(names) == 1 else "linears stay"
+    return f"{len(names)} {what} in {dtype_name(dtype)} ({size} bytes: {some(names)})"
 
 
 def _no_match(asked: str, linears: Collection[str]) -> ConfigError:

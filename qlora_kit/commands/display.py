@@ -53,6 +53,8 @@ class Display(Reporter):
             held = "int8"
         dtype = str(base.dtype).removeprefix("torch.")
         self._line("base", f"{base.source.name}, {form.bits} bits ({held}), {dtype}, {base.device}")
+        if base.left is not None:
+            self._line("16 bits", base.left)
         if base.embedding_rows is not None:
             self.note(
                 f"the embedding has {base.embedding_rows} rows, one for each token: new ones are "

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.direct import read_directly
 from qlora_kit.base.pattern import full_matches
+from qlora_kit.base.share import small_linears
 from qlora_kit.base.text_decoder import names_tower
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.layer import LoRALinear
@@ -112,7 +113,11 @@ def all_linear(model: nn.Module) -> list[str]:
     record = architecture_of(model.config.model_type)  # type: ignore[union-attr]
     left_out = {*record.unadapted, *record.unquantized}
     candidates = target_candidates(model)
-    return [name for name in candidates if name.rpartition(".")[2] not in left_out]
+    sized = {} if record.known else {name: model.get_submodule(name) for name in candidates}
+    small = small_linears(sized)
+    chosen = [name for name in candidates if name.rpartition(".")[2] not in left_out]
+    # Of a model that is small all through, all of them.
+    return [name for name in chosen if name not in small] or chosen
 
 
 def target_candidates(model: nn.Module) -> list[str]:

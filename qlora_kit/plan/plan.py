@@ -172,7 +172,7 @@ class Planner:
         self._made: dict[Any, MemoryPlan] = {}
         rows, files = (opened.embedding_rows, opened.files) if opened else (None, None)
         shape = open_shape(base, target, rows, files)
-        self.notes = shape.notes
+        self.notes = shape.notes if shape.left is None else (*shape.notes, shape.left)
         self.run = FakeRun(FakeModel(shape, fresh, training, target))
 
     def plan(

@@ -36,6 +36,7 @@ class ModelRecord(TypedDict):
     source_dtype: str
     trainable_parameters: int
     weight_bytes: int
+    in_16_bits: NotRequired[dict[str, float]]
     adapter_keys: NotRequired[str]
     """Of a multimodal checkpoint: `wrapper` or `text`."""
 
@@ -223,6 +224,9 @@ def result_record(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weight_bytes": weight_bytes(model)["weights"],
     }
+    if (left := plan.base.share) is not None:
+        size = left.count * plan.base.dtype.itemsize
+        described["in_16_bits"] = {"bytes": size, "share": left.count / left.total}
     if plan.base.wrapper is not None:
         described["adapter_keys"] = plan.config.lora.adapter_keys or "wrapper"
     return {

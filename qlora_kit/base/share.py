@@ -1,0 +1,101 @@
+"""What of a model stays in 16 bits when its linears are quantized, and what makes that too much.
+
+Embeddings, the output head and norms stay, and so do convolutions, recurrences and linears that are
+small: they take little, and 4 bits would hurt them most. A model whose large weights are none of
+these and no linears either would be called quantized and mostly not be, so it is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+SMALLEST, FEWEST_ROWS = 4096, 32
+"""Elements below which a linear is not worth quantizing, and rows up to which it is a gate."""
+LARGE = 0.1
+"""The share of all weights from which names are told, or a model is refused."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Elements that stay in 16 bits: those of embeddings and head, and the rest by module."""
+
+    total: int
+    ends: int
+    others: Mapping[str, int]
+
+    @property
+    def count(self) -> int:
+        """All elements that stay."""
+        return self.ends + sum(self.others.values())
+
+    def note(self, itemsize: int, dtype: str) -> str:
+        """A sentence with bytes and per cent, and names where it is more than a tenth."""
+        count, others = self.count, self.count - self.ends
+        said = (
+            f"{count * itemsize} bytes stay in {dtype}, {count / self.total:.1%} of the weights: "
+            f"embedding and head {self.ends / self.total:.1%}, the rest {others / self.total:.1%}"
+        )
+        if others > LARGE * self.total:
+            largest = Counter(self.others).most_common(5)
+            named = ", ".join(f"{name} {size / self.total:.1%}" for name, size in largest)
+            said += f" ({named}): more than a tenth of the model is not quantized"
+        return said
+
+
+def share_of(model: Any, quantized: Collection[str]) -> Share:
+    """What stays in 16 bits of a model where the linears named `quantized` do not.
+
+    A tensor that two modules share counts once; modules of one name in all layers are one.
+    """
+    inner = {id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    total, ends, seen = 0, 0, set()
+    others: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            if id(module) in inner:
+                ends += parameter.numel()
+            elif not (name in quantized and leaf == "weight"):
+                others[_part(name, leaf)] += parameter.numel()
+    return Share(total, ends, others)
+
+
+def small_linears(linears: Mapping[str, Any]) -> frozenset[str]:
+    """The names of linears that are small: few elements, or the few rows of a gate or a router."""
+    return frozenset(
+        name
+        for name, layer in linears.items()
+        if layer.in_features * layer.out_features < SMALLEST or layer.out_features <= FEWEST_ROWS
+    )
+
+
+def large_others(model: nn.Module) -> dict[str, int]:
+    """Elements of weights that make more than a tenth and are no linear's, embedding's or such.
+
+    By what they are called in all layers.
+    """
+    found: Counter[str] = Counter()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and parameter.numel() >= SMALLEST:
+                found[f"{_part(name, leaf)} ({type(module).__name__})"] += parameter.numel()
+    whole = sum(found.values()) > LARGE * total
+    return dict(found.most_common(3)) if whole else {}
+
+
+def _part(name: str, leaf: str) -> str:
+    """What a module is called in all layers: the last part of its name that is no number."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return parts[-1] if parts else leaf

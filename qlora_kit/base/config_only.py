@@ -71,6 +71,7 @@ def open_shape(
     if there is not None:
         check_layers(there, described, path)
     model = build_on_meta(described, dtype, path)
+    entries: Mapping[str, TensorEntry]
     if there is not None:
         entries: Mapping[str, TensorEntry] = entries_of(model, there)
         form = form_in_files(stated, entries, model, source.directory)

@@ -188,7 +188,7 @@ class Block:
         """The layer's input (B, T, h) to what attention reads: (B, heads or kv heads, T, d)."""
         attention, length = self.attention, x.shape[:-1]
         names = query_key_value(attention)
-        parts = linears((x,), [getattr(attention, name) for name in names], self.before[0])
+        parts = [*linears((x,), [getattr(attention, name) for name in names], self.before[0])]
         if len(parts) == 1 and not self.shares.reads:
             (fused,) = parts
             groups = attention.num_key_value_groups
@@ -196,16 +196,16 @@ class Block:
             queries, *others = torch.split(fused, [groups * kv, kv, kv], dim=-1)
             # (B, T, (groups + 2) * kv) into queries and keys and values of width kv. A view would
             # keep all of `fused` for backward; the rotary embeddings copy the other two.
-            parts = (queries, others[0], others[1].contiguous())
+            parts = [queries, others[0], others[1].contiguous()]
         if len(parts) == 2:
-            parts = (*parts, parts[1])  # the keys are the values
-        # Norms of each head, or (OLMo 2) of all of them at once.
-        normed = [
-            part if norm is None else normalize(norm, part.view(*length, -1, self._width(norm)))
-            for norm, part in zip(self.head_norms, parts, strict=False)
-        ]
+            parts.append(parts[1])  # the keys are the values
+        for place, norm in enumerate(self.head_norms[: len(parts)]):
+            # Of each head, or (OLMo 2) of all of them at once.
+            if norm is not None:
+                width = attention.head_dim if norm.weight is None else norm.weight.numel()
+                parts[place] = normalize(norm, parts[place].view(*length, -1, width))
         # (B, T, heads or kv heads, d)
-        q, *heads = (part.view(*length, -1, attention.head_dim) for part in normed)
+        q, *heads = (part.view(*length, -1, attention.head_dim) for part in parts)
         if self.rotation != "none":
             assert position_embeddings is not None
             by_neighbours = self.rotation == "neighbours"
@@ -220,9 +220,6 @@ class Block:
         if self.shares.stores and shared is not None:
             shared[self.shares.kind] = (k, v)
         return q.transpose(1, 2), k, v
-
-    def _width(self, norm: FrozenNorm) -> int:
-        return self.attention.head_dim if norm.weight is None else norm.weight.numel()
 
     def _mlp(self, x: Tensor) -> Tensor:
         family = architecture_of(self.attention.config.model_type)

@@ -106,7 +106,9 @@ def only_layers(model: Any, chosen: Sequence[int]) -> Iterator[None]:
     }
     try:
         setattr(body, leaf, nn.ModuleList(layers[i] for i in chosen))
-        config.num_hidden_layers = len(chosen)
+        # An embedding that holds all layers' own parts is cut by this number, and stays whole.
+        if not getattr(config, "hidden_size_per_layer_input", None):
+            config.num_hidden_layers = len(chosen)
         for name, value in lists.items():
             setattr(config, name, [value[i] for i in chosen])
         yield

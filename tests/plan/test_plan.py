@@ -148,6 +148,11 @@ DENSE_POINTS = [
     ("granite4", 8, "full", "all-linear"),
     ("glm4", 4, "none", "auto"),
     ("phi4_mini", 4, "selective", "all-linear"),  # a table of its long rotary embedding
+    ("gemma3", 8, "full", "all-linear"),
+    ("gemma4", 4, "none", "all-linear"),  # keys and values of other layers, layers' embeddings
+    ("gemma4", 8, "selective", "auto"),
+    ("gemma4", 16, "full", "all-linear"),
+    ("gemma4_dense", 4, "selective", "all-linear"),
 ]
 
 

@@ -32,7 +32,11 @@ from qlora_kit.errors import ModelError
 WEIGHT = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 """U8 are exponents as bytes, which is what F8_E8M0 holds."""
-UNUSED = ("input_scale", "activation_scale", "input_scale_inv", "k_scale", "v_scale", "q_scale")
+UNUSED = (
+    *("input_scale", "activation_scale", "input_scale_inv", "qscale_act"),
+    *("k_scale", "v_scale", "q_scale"),
+)
+"""Names of scales that weights have no part in."""
 AT_ONCE = 2**22
 """Elements that are multiplied in fp32 at a time."""
 REMEDY = "fetch the model again, or give the original 16-bit model"

@@ -23,7 +23,7 @@ FP8 = "fp8"
 DEFAULT_BLOCK = (128, 128)
 """Of `fp8` where config.json does not say (transformers)."""
 LARGEST_BLOCK = 2**16
-SCALES = ("weight_scale_inv", "weight_scale")
+SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight")
 """Names of what a weight is multiplied by; the first one's `inv` means just that."""
 REMEDY = (
     "give the original 16-bit model (--bits quantizes it), one in 8-bit floats, or one that "
@@ -110,7 +110,7 @@ def _fp8(stored: Mapping[str, Any]) -> dict[str, tuple[Blocks, ...]]:
     said = stored.get("weight_block_size", DEFAULT_BLOCK)
     inverse = TENSOR if said is None else _block(said)
     plain = TENSOR if "weight_block_size" not in stored else inverse
-    return {"weight_scale_inv": (inverse,), "weight_scale": (plain,)}
+    return {"weight_scale_inv": (inverse,), "weight_scale": (plain,), "qscale_weight": (inverse,)}
 
 
 def _fbgemm(_: Mapping[str, Any]) -> dict[str, tuple[Blocks, ...]]:
@@ -130,6 +130,8 @@ def _compressed_tensors(stored: Mapping[str, Any]) -> dict[str, tuple[Blocks, ..
         if form not in ("float-quantized", "naive-quantized"):
             raise ValueError(f"format {str(form)[:60]!r}")
         found.append(_blocks_of(name, group))
+    if not found:
+        raise ValueError("no group of weights")
     return {"weight_scale": tuple(found)}
 
 

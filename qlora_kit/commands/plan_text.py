@@ -28,6 +28,8 @@ SHOWN = {
 OVER = "!"
 WORST_SHOWN = 20
 """Linears in the table of errors; `--json` has all."""
+NAMED = 5
+"""Linears that are named as a flag has them."""
 
 
 def print_plan(answer: Answer, terminal: Terminal) -> None:
@@ -109,7 +111,9 @@ def _print_errors(errors: QuantizationErrors, terminal: Terminal) -> None:
     terminal.show(kinds)
     for chosen, added in errors.skips:
         which = "the worst" if len(chosen) == 1 else f"the {len(chosen)} worst"
-        terminal.print(f"--skip_modules of {which} takes {size(added)} more")
+        if len(chosen) <= NAMED:
+            which = ",".join(one.name for one in chosen)
+        terminal.print(f"--skip_modules {which} takes {size(added)} more")
 
 
 def _grid_table(grid: Sequence[Cell]) -> Table:

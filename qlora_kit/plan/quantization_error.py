@@ -127,11 +127,10 @@ def quantization_errors(config: BaseConfig) -> QuantizationErrors:
         for name in decoder_linears(base.model)
         if name not in base.form.skipped
     }
-    entries = {key: base.entries[key] for key in names}
-    first = next(iter(entries.values()))
-    if first.path.suffix != ".safetensors":
+    entries = {key: base.entries[key] for key in names if key in base.entries}
+    if not all(entry.path.suffix == ".safetensors" for entry in entries.values()):
         raise ConfigError(
-            f"--quantization_error: {first.path.parent} has no weights, or has them quantized "
+            f"--quantization_error: {base.source.directory} has no weights, or has them quantized "
             "already",
             "give a directory with the original weights",
         )

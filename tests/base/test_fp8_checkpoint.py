@@ -11,7 +11,7 @@ from fp8_files import FORMS, quantized, save_fp8
 from transformers import AutoModelForCausalLM
 from wrappers import save_wrapped
 
-from qlora_kit.base.fp8_checkpoint import split_scaled
+from qlora_kit.base.fp8_checkpoint import assume_scaled, split_scaled
 from qlora_kit.base.fp8_scheme import fp8_scheme
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.load import load_base
@@ -248,6 +248,8 @@ def test_whatever_the_config_says_is_read_or_refused(checkpoints, form):
         try:
             scheme = fp8_scheme({"quantization_config": said}, directory / "config.json")
             split_scaled(entries, scheme, shapes, directory)
+            if scheme is not None:
+                assume_scaled(entries, dict.fromkeys(("lm_head", UP)), scheme)
         except ModelError as error:
             lines.append(error_line(error))
     assert lines

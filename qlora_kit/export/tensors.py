@@ -10,7 +10,7 @@ holds as many as the writer does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -98,7 +98,13 @@ def export_tensors(
             if full in tied:
                 continue  # the tensor that it shares is written, and config.json says tied
             tensors.append(ExportTensor(full, parameter.shape, parameter.detach))
-    return tensors
+    if base.wrapper is not None:
+        return tensors
+    # Some families have other names in files, which other readers know.
+    return [
+        replace(one, name=base.entries[one.name].name) if one.name in base.entries else one
+        for one in tensors
+    ]
 
 
 def _written(module: nn.Module) -> dict[str, Tensor]:

@@ -105,7 +105,11 @@ def main() -> int:
     parser.add_argument("--bits", default="4,8,16", help="(%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="at a time (%(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="only the page, of the last result")
     given = parser.parse_args()
+    if given.again:
+        write_page(given.page, json.loads((given.results / f"{given.result}.json").read_text()))
+        return 0
     from any_model import MODEL_TYPES
     from models_chain import prepare
 

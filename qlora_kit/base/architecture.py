@@ -152,7 +152,14 @@ CAUSAL_TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 GENERIC = Architecture(known=False)
 CONV1D = ("gpt2", "openai-gpt")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TOWERS = ("vision_config", "vision_tower", "audio_config", "vision_model", "mm_vision_tower")
+TOWERS = (
+    "vision_config",
+    "vision_tower",
+    "audio_config",
+    "audio_encoder_config",
+    "vision_model",
+    "mm_vision_tower",
+)
 
 
 def architecture_of(model_type: Any) -> Architecture:

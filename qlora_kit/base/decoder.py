@@ -58,8 +58,14 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor
 
 
 def takes(module: nn.Module, name: str) -> bool:
-    """Whether the forward of a model's class has an argument of that name."""
-    return name in _arguments(type(module).forward)
+    """Whether the forward of a model's class has an argument of that name.
+
+    One that hands whatever it is given to its only part takes what that part takes.
+    """
+    arguments = _arguments(type(module).forward)
+    if arguments == {"self", "args", "kwargs"}:
+        return any(takes(part, name) for part in module.children())
+    return name in arguments
 
 
 def settings_of(layer: nn.Module) -> tuple[object, ...]:

@@ -98,13 +98,13 @@ def export_tensors(
             if full in tied:
                 continue  # the tensor that it shares is written, and config.json says tied
             tensors.append(ExportTensor(full, parameter.shape, parameter.detach))
-    if base.wrapper is not None:
-        return tensors
-    # Some families have other names in files, which other readers know.
-    return [
-        replace(one, name=base.entries[one.name].name) if one.name in base.entries else one
-        for one in tensors
-    ]
+    return tensors if base.wrapper is not None else _named_as_in_files(tensors, base)
+
+
+def _named_as_in_files(tensors: list[ExportTensor], base: Base) -> list[ExportTensor]:
+    """The same by the names of the base's files: some families' differ from the model's."""
+    names = {name: entry.name for name, entry in base.entries.items()}
+    return [replace(one, name=names.get(one.name, one.name)) for one in tensors]
 
 
 def _written(module: nn.Module) -> dict[str, Tensor]:

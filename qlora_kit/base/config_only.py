@@ -73,7 +73,7 @@ def open_shape(
     model = build_on_meta(described, dtype, path)
     entries: Mapping[str, TensorEntry]
     if there is not None:
-        entries: Mapping[str, TensorEntry] = entries_of(model, there)
+        entries = entries_of(model, there)
         form = form_in_files(stated, entries, model, source.directory)
     if there is None or stated.is_stored:
         expected = _expected_entries(model, described, path)

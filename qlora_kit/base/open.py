@@ -13,7 +13,7 @@ from qlora_kit.base.contents import strays
 from qlora_kit.base.form import form_in_files, stated_form
 from qlora_kit.base.meta_model import build_on_meta, entries_of, take_generation_config, with_rows
 from qlora_kit.base.tokenizer import make_tokenizer, needed_rows
-from qlora_kit.base.towers import check_towers
+from qlora_kit.base.towers import check_wrapper
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import compute_dtype, find_device
 
@@ -35,7 +35,7 @@ def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
     entries = entries_of(model, entries)
     form = form_in_files(stated, entries, model, source.directory)
     if decoder.wrapper is not None:
-        check_towers(decoder.wrapper, path)
+        check_wrapper(decoder.wrapper, model, path)
     rows, resized = model.get_input_embeddings().num_embeddings, None
     tokenizer = make_tokenizer(
         source.directory, files.tokenizer, files.config, None if config.resize_embeddings else rows

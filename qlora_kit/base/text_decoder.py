@@ -29,6 +29,7 @@ OTHER_DECODERS = {
     "smolvlm": "model.text_model",
     "blip-2": "language_model.model",
     "llama4": "language_model.model",
+    "nemotron_h_omni": "language_model.model",
 }
 PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.", "model.")
 """What stands before the decoder's names in a file, in place of `model.`; the plain one last."""
@@ -39,7 +40,7 @@ TOWERS = re.compile(
     r"image_tower|video_tower|embed_vision|image_newline|audio_tower|audio_model|audio_encoder|"
     r"embed_audio|acoustic_tokenizer_encoder|semantic_tokenizer_encoder|multi_modal_projector|"
     r"mm_projector|projector|language_projection|connector|aligner|merger|qformer|query_tokens|"
-    r"resampler_model|encoder|mtp)(\.|$)"
+    r"resampler_model|high_res_vision_\w+|vqmodel|generation_\w+|encoder|mtp)(\.|$)"
 )
 """Parts of a multimodal model that are no text decoder, by the names that transformers gives."""
 TEXT_TYPES = {

@@ -1,4 +1,4 @@
-"""The towers of a multimodal checkpoint: that none of their tensors is missing. None is read.
+"""What is around a text decoder: a class that gives its logits, towers without a missing tensor.
 
 transformers' own class is built on the meta device, with a text part of its defaults, and its own
 renaming is asked which tensors of the files are which of the class. Where the class cannot be built
@@ -14,23 +14,39 @@ from typing import Any
 
 import torch
 
-from qlora_kit.base.architecture import refuse_code
+from qlora_kit.base.architecture import architecture_of, refuse_code
 from qlora_kit.base.safetensors_file import some
 from qlora_kit.base.text_decoder import Wrapper, is_tower
 from qlora_kit.errors import ModelError
 
+SAME_HEAD = ("gemma3n", "gemma4", "gemma4_unified")
+"""Multimodal classes that change logits behind the head as their text models do; others do not."""
 LARGEST = 2**24
 MOST_LAYERS = 200
 MOST_VALUES = 10_000
 LAYER_WORDS = ("layer", "depth", "block")
 
 
-def check_towers(wrapper: Wrapper, path: Path) -> None:
-    """Refuse files that lack a tensor of a tower; files without any tower are a text model's.
+def check_wrapper(wrapper: Wrapper, model: Any, path: Path) -> None:
+    """Refuse a class whose logits are not those of its text `model`, and files that lack a tensor.
 
-    `path` is that of config.json. Errors: `ModelError` naming tensors, or a field of a tower that
-    no tower has.
+    `path` is that of config.json. Files without any tower are taken as a text model's.
+    Errors: `ModelError` naming tensors, or a field of a tower that no tower has.
     """
+    if multimodal_class(wrapper.model_type) is None:
+        raise ModelError(
+            f"{path}: transformers has no multimodal model of model_type "
+            f"{wrapper.model_type[:60]!r}",
+            "give a model of a family that transformers builds",
+        )
+    scale, softcap = architecture_of(model.config.model_type).logit_scale_and_softcap(model.config)
+    if (scale != 1 or softcap is not None) and wrapper.model_type not in SAME_HEAD:
+        raise ModelError(
+            f"{path}: behind the head {model.config.model_type} changes its logits (scale {scale:g}"
+            f", soft cap {softcap}), and the class of {wrapper.model_type} does not: an adapter "
+            "that fits one does not fit the other",
+            "give the text model as a checkpoint of its own",
+        )
     if not wrapper.left:
         return
     for field in _unbounded(_without_text(wrapper.config), ""):

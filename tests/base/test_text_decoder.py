@@ -179,6 +179,29 @@ def test_a_wrapper_that_is_none_is_refused(mistral3, changes, error, said):
         open_base(options(mistral3))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [({"model_type": "granite", "logits_scaling": 4.0}, "scale 0.25"), (None, "soft cap 3.0")],
+)
+def test_a_class_with_other_logits_than_its_text_model_is_refused(tmp_path, text, said):
+    """Of the wrappers' classes those of Gemma 4 alone do behind the head what the text model does.
+
+    The first line shows that the upstream class does not.
+    """
+    name = "llava" if text else "gemma3"
+    wrapper = save_wrapped(tmp_path, name, **(text or {"final_logit_softcapping": 3.0}))
+    hidden = wrapper.model(input_ids=token_ids()).last_hidden_state
+    assert torch.equal(wrapper.lm_head(hidden), logits(wrapper))
+    with refused(ModelError, said, "the class of", directory=tmp_path):
+        open_base(options(tmp_path))
+
+
+def test_a_wrapper_that_transformers_does_not_know_is_refused(mistral3):
+    edit_config(mistral3, model_type="no_such_model")
+    with refused(ModelError, "no multimodal model of model_type", directory=mistral3):
+        open_base(options(mistral3))
+
+
 def test_what_stands_outside_the_text_part_is_the_decoders(tmp_path):
     """Its own word counts for sizes, the wrapper's for tied heads and tokens."""
     whole = {

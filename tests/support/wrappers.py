@@ -75,6 +75,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
             "num_kv_shared_layers": 2,
             "global_head_dim": 16,
             "hidden_size_per_layer_input": 8,
+            "final_logit_softcapping": 3.0,
             "vocab_size_per_layer_input": VOCABULARY,
         },
         "vision_config": {

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.base_files import BaseFiles
 from qlora_kit.base.checks import is_computed
 from qlora_kit.base.form import Form
-from qlora_kit.base.meta_model import decoder_linears
+from qlora_kit.base.meta_model import decoder_linears, tied_names
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.share import Share, share_of
@@ -63,9 +63,10 @@ class Base:
 
     Until then `model` has its architecture on the meta device, so that whatever depends on shapes
     alone (targets, rank, context, tokens) can be refused before a byte of weights is read. It is
-    the transformers class of its architecture, of `parameters` elements as the files have them.
-    `files` is what the files say, None in a plan that has no others than config.json. `entries` are
-    all tensors of the files by the model's names, `form` says which of them are no plain numbers.
+    the transformers class of its architecture, of `parameters` elements as the files have them,
+    shared ones counted once. `files` is what the files say, None in a plan that has no others than
+    config.json. `entries` are all tensors of the files by the model's names, `form` says which of
+    them are no plain numbers.
     `embedding_rows` is what the embedding (and the head) is resized to, None where the files have
     all of its rows. `tokenizer` is None in a plan of a bare config.json. `notes` are what a user
     should know of the files, a sentence each. `wrapper` is what is around the text decoder of a
@@ -89,8 +90,11 @@ class Base:
     """What stays in 16 bits beside quantized linears; None where nothing is quantized."""
 
     def __post_init__(self) -> None:
-        # Now, for a quantized layer has fewer elements than the weight that it packs.
-        count = sum(parameter.numel() for parameter in self.model.parameters())
+        # Now, for a quantized layer has fewer elements than the weight that it packs. On the meta
+        # device a tensor that two modules share is there twice.
+        shared = tied_names(self.model)
+        named = self.model.named_parameters()
+        count = sum(parameter.numel() for name, parameter in named if name not in shared)
         object.__setattr__(self, "parameters", count)
         quantized = decoder_linears(self.model).keys() - self.form.skipped
         share = share_of(self.model, quantized) if self.quantization.bits < 16 else None

@@ -193,6 +193,30 @@ def test_a_version_that_is_named_is_read_and_copied_as_transformers_reads_it(mod
         assert load_tokenizer(place)("A B")["input_ids"] == theirs("a b")["input_ids"]
 
 
+@pytest.mark.parametrize(
+    "template",
+    [5, 1.5, True, ["x"], [{"name": "default"}], [{"name": 1, "template": "x"}], {"a": 1}],
+)
+def test_a_chat_template_that_is_no_text_is_refused_before_torch(model, template):
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    said = "tokenizer_config.json: chat_template is ", "correct or remove it"
+    with refused(TokenizerError, *said, directory=model):
+        open_all(model)
+    with refused(TokenizerError, *said, directory=model):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages }}", None, [{"name": "default", "template": "x"}]]
+)
+def test_a_chat_template_that_is_text_is_taken(model, template):
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    open_all(model)
+    load_tokenizer(model)
+
+
 def test_transformers_sees_no_file_that_is_not_listed(model):
     """A name that some class of transformers looks for is not there for it, whatever it holds."""
     names = ("tekken.json", "vocab.txt", "spiece.model", "tiktoken.model", "config.9.9.9.json")

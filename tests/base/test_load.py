@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -23,8 +24,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.base.linear import dequantize
 from qlora_kit.base.load import load_base
+from qlora_kit.base.open import open_base
 from qlora_kit.base.safetensors_file import fingerprint, read_entries
 from qlora_kit.base.tensors import read_tensors
+from qlora_kit.config.base import BaseConfig
 from qlora_kit.errors import ModelError, NumericError, ResourceError, TokenizerError
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import StorageCounter
@@ -360,6 +363,14 @@ def test_loading_changes_nothing_on_disk_and_says_what_it_loaded(checkpoints):
     assert (info["source_dtype"], info["compute_dtype"]) == ("bf16", "bf16")
     stored = load_file(checkpoints / "biases" / "model.safetensors").values()
     assert info["parameters"] == sum(tensor.numel() for tensor in stored)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_tensor_that_two_modules_share_is_counted_once(bits):
+    base = open_base(BaseConfig("tiny", bits=bits))
+    assert base.model.config.tie_word_embeddings
+    in_files = sum(math.prod(entry.shape) for entry in base.entries.values())
+    assert base.info.parameters == in_files == 2_361_408
 
 
 def test_a_device_that_is_not_there_is_a_resource_error(checkpoint):

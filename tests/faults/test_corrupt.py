@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -125,6 +126,23 @@ def test_a_manifest_that_was_written_to_deceive(run_dir, change, error, said):
     path.write_bytes(manifest(files))
     with pytest.raises(error, match=said):
         load_checkpoint(path.parent)
+
+
+def test_a_run_begun_before_an_option_was_renamed_goes_on(job, reference, run_dir):
+    from qlora_kit.training.checkpoint_folder import manifest
+
+    path = run_dir / "checkpoint-4"
+    state = json.loads((path / "state.json").read_bytes())
+    state["config"]["own_blocks"] = state["config"].pop("fused_blocks")
+    content = json.dumps(state).encode()
+    (path / "state.json").write_bytes(content)
+    files = json.loads((path / "manifest.json").read_bytes())["files"]
+    files["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_bytes(manifest(files))
+    resumed = job.run(run_dir, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert f"going on from {path}" in resumed.output
+    assert result_of(run_dir) == reference
 
 
 def test_surplus_files_and_links_are_refused(run_dir):

@@ -146,6 +146,7 @@ ARCHITECTURES = {
     "nanochat": Architecture(known=False, logit_softcap="final_logit_softcapping"),
     "recurrent_gemma": Architecture(known=False, logit_softcap="logits_soft_cap"),
     "vaultgemma": Architecture(known=False, logit_softcap="final_logit_softcapping"),
+    "gemma3n_text": Architecture(known=False, logit_softcap="final_logit_softcapping"),
     "xlstm": Architecture(known=False, logit_softcap="output_logit_soft_cap"),
 }
 CAUSAL_TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"

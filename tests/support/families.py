@@ -246,6 +246,23 @@ LIKE_LLAMA: dict[str, dict[str, Any]] = {
 }
 """Those whose record has nothing: no more than Llama's block and norms, rotations found in it."""
 TRAITS |= DENSE | LIKE_LLAMA
+TRAITS["gemma3n"] = {
+    # Through its own code: several streams of hidden states, layers that share keys and values.
+    "model_type": "gemma3n_text",
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "intermediate_size": 174,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 66,
+    "laurel_rank": 8,
+    "altup_num_inputs": 2,
+    "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    "final_logit_softcapping": 3.0,
+    "sliding_window": 8,
+    "layer_types": WINDOWED,
+    "tie_word_embeddings": True,
+}
 FROM_ZERO = ("gemma2", "gemma3")
 """Families whose norms multiply by 1 + weight."""
 QUANTIZED: dict[str, dict[str, Any]] = {

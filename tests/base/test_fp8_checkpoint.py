@@ -11,8 +11,8 @@ from fp8_files import FORMS, quantized, save_fp8
 from transformers import AutoModelForCausalLM
 from wrappers import save_wrapped
 
-from qlora_kit.base.fp8_checkpoint import assume_scaled, split_scaled
-from qlora_kit.base.fp8_scheme import fp8_scheme
+from qlora_kit.base.fp8_checkpoint import assume_scaled, dequantize_into, split_scaled
+from qlora_kit.base.fp8_scheme import Blocks, fp8_scheme
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.load import load_base
 from qlora_kit.base.safetensors_file import read_entries
@@ -45,6 +45,24 @@ def load(directory, dtype="bf16", **options):
 def logits(model):
     with torch.no_grad():
         return model(input_ids=token_ids(), use_cache=False).logits
+
+
+@pytest.mark.parametrize("shape", [(37, 50), (128, 64), (1, 7), (300, 129)])
+@pytest.mark.parametrize(
+    "sizes", [(None, None), (1, None), (16, 16), (7, 5), (128, 128), (1000, 3), (3, 1000)]
+)
+def test_a_value_is_multiplied_by_the_scale_of_its_block_however_many_at_a_time(shape, sizes):
+    blocks, drawn = Blocks(*sizes), torch.Generator().manual_seed(0)
+    grid = blocks.grid(shape)
+    scales = torch.rand(grid, generator=drawn) + 0.1
+    floats = torch.randn(shape, generator=drawn).to(torch.float8_e4m3fn)
+    wide = scales.repeat_interleave(sizes[0] or shape[0], 0)[: shape[0]]
+    wide = wide.repeat_interleave(sizes[1] or shape[1], 1)[:, : shape[1]]
+    strip = shape[1] * min(sizes[0] if sizes[0] and grid[0] > 1 else 1, shape[0])
+    for size in (strip, 3 * strip + 5, shape[0] * shape[1] + strip):
+        out = torch.empty(shape, dtype=torch.bfloat16)
+        dequantize_into(out, floats, scales, blocks, torch.empty(size))
+        assert torch.equal(out, (floats.float() * wide).bfloat16())
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -149,6 +149,8 @@ def text_config(whole: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key in OUTSIDE:
         if whole.get(key) is not None and (key in WRAPPER_FIRST or inner.get(key) is None):
             config[key] = whole[key]
+    if isinstance(stored := config.get("quantization_config"), dict):
+        config["quantization_config"] = {key: _own_names(value) for key, value in stored.items()}
     if config["model_type"] in TEXT_TYPES or whole["model_type"] in FLAT:
         config["model_type"] = TEXT_TYPES.get(kind := config["model_type"], kind)
         for key in ("rope_scaling", "rope_parameters"):
@@ -268,6 +270,14 @@ def _text_name(name: str) -> tuple[str, str] | None:
         if name.startswith(prefix):
             return prefix, f"model.{name[len(prefix) :]}"
     return None
+
+
+def _own_names(value: Any) -> Any:
+    """A list of modules by the text model's names of them, where `value` is one."""
+    if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        return value
+    renamed = ((name, _text_name(f"{name}.")) for name in value)
+    return [name if found is None else found[1].removesuffix(".") for name, found in renamed]
 
 
 def _part(name: str) -> str:

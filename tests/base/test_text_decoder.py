@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from families import edit_config, edit_weights, refused, relative_error, token_ids
+from fp8_files import FORMS, quantized
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 from wrappers import TEXT, WRAPPERS, save_wrapped
@@ -249,6 +251,40 @@ def test_a_head_is_tied_where_the_files_have_none(tmp_path, untied):
         assert torch.equal(wrapper.lm_head.weight, head)
     base = load_base(str(tmp_path), bits=16, dtype="fp32", device="cpu")
     assert relative_error(logits(base.model), logits(wrapper)) <= 1e-5
+
+
+def test_eight_bit_floats_of_a_decoder_are_the_numbers_that_they_mean(tmp_path):
+    """As Ministral 3 is published: one scale a tensor, modules by the names of the class."""
+    said = {**FORMS["ministral"], "modules_to_not_convert": ["model.vision_tower", ALONE]}
+    for directory in (tmp_path / "fp8", tmp_path / "numbers"):
+        save_wrapped(directory, "ministral3")
+        edit_weights(directory, functools.partial(to_fp8, numbers=directory.name == "numbers"))
+    edit_config(tmp_path / "fp8", quantization_config=said)
+    ours, numbers = (
+        load_base(str(tmp_path / name), bits=4, dtype="fp32", device="cpu")
+        for name in ("fp8", "numbers")
+    )
+    assert torch.equal(logits(ours.model), logits(numbers.model))
+    whole = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    text = text_config(whole, tmp_path / "config.json")
+    assert text["quantization_config"]["modules_to_not_convert"][1] == (
+        "model.layers.1.mlp.down_proj"
+    )
+
+
+ALONE = "model.language_model.layers.1.mlp.down_proj"
+
+
+def to_fp8(tensors, *, numbers):
+    for name, weight in list(tensors.items()):
+        if "_proj" not in name or is_tower(name) or name.endswith("1.mlp.down_proj.weight"):
+            continue
+        floats, scales, suffix, meant = quantized("ministral", weight)
+        if numbers:
+            tensors[name] = meant.contiguous()
+        else:
+            owner = name.removesuffix("weight")
+            tensors |= {name: floats, f"{owner}{suffix}": scales.contiguous()}
 
 
 def test_a_head_that_predicts_several_tokens_stays_on_the_disk(mistral3):

@@ -97,7 +97,7 @@ class Base:
         count = sum(parameter.numel() for name, parameter in named if name not in shared)
         object.__setattr__(self, "parameters", count)
         quantized = decoder_linears(self.model).keys() - self.form.skipped
-        share = share_of(self.model, quantized) if self.quantization.bits < 16 else None
+        share = share_of(self.model, quantized, shared) if self.quantization.bits < 16 else None
         object.__setattr__(self, "share", share)
 
     @cached_property

@@ -48,19 +48,19 @@ class Share:
         return said
 
 
-def share_of(model: Any, quantized: Collection[str]) -> Share:
+def share_of(model: Any, quantized: Collection[str], shared: Collection[str]) -> Share:
     """What stays in 16 bits of a model where the linears named `quantized` do not.
 
-    A tensor that two modules share counts once; modules of one name in all layers are one.
+    `shared` are the names of tensors that share another one's storage, and count there; modules of
+    one name in all layers are one.
     """
     inner = {id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
-    total, ends, seen = 0, 0, set()
+    total, ends = 0, 0
     others: Counter[str] = Counter()
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            if f"{name}.{leaf}" in shared:  # on the meta device it is there twice
                 continue
-            seen.add(id(parameter))
             total += parameter.numel()
             if id(module) in inner:
                 ends += parameter.numel()

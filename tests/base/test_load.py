@@ -371,6 +371,7 @@ def test_a_tensor_that_two_modules_share_is_counted_once(bits):
     assert base.model.config.tie_word_embeddings
     in_files = sum(math.prod(entry.shape) for entry in base.entries.values())
     assert base.info.parameters == in_files == 2_361_408
+    assert base.share is None if bits == 16 else base.share.total == in_files
 
 
 def test_a_device_that_is_not_there_is_a_resource_error(checkpoint):

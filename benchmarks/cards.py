@@ -1,21 +1,32 @@
 """Which model fits which card, planned as `qlora-kit plan` plans.
 
 For each model the longest rows that fit with everything recomputed, one row at a time: the step on
-fake tensors for CUDA, with the overhead that the plan counts. Writes results/cards.json and the
-tables between the marks in README.md, here and at the top.
+fake tensors for CUDA, with the overhead that the plan counts. For each of the published shapes
+(`shapes/`) one row of 2,048 tokens, adapters on all linears, and what of its weights stays in 16
+bits. Writes results/cards.json and results/cards_shapes.json, and the tables between the marks in
+README.md, here and at the top.
 
     python benchmarks/cards.py
+    python benchmarks/cards.py --only shapes
 """
 
 from __future__ import annotations
 
+import collections
+import json
+import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from record import make_parser, write_result
 
+from qlora_kit.base.config_only import open_shape
+from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
@@ -39,7 +50,12 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 TARGETS = {"auto": "query and value", "all-linear": "all linears"}
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
-MARKS = re.compile(r"(<!-- cards -->\n).*?(<!-- /cards -->)", re.S)
+SHAPES = HERE / "shapes"
+SHAPE_CARDS = ("8GB", "12GB", "16GB", "24GB", "32GB", "48GB", "80GB")
+TOKENS = 2048
+LEVELS = ("full", "none")
+NAMED = 0.01
+"""Tensors of less than this share of a model's weights are not named, but counted."""
 
 
 def peaks_of(config: Path, targets: str) -> dict[int, int]:
@@ -70,17 +86,102 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    given = make_parser(__doc__, "cards").parse_args()
-    configs = Path(os.environ["QLORA_KIT_DATA"]) / "configs"
-    found: dict[str, Any] = {}
-    for model, name in MODELS.items():
-        found[model] = {targets: peaks_of(configs / f"{name}.json", targets) for targets in TARGETS}
-        print(model, found[model], flush=True)
-    print(write_result(given, {"lengths": LENGTHS, "cards": CARDS, "peak_bytes": found}))
+def shape_of(config: Path) -> dict[str, Any]:
+    """What one row takes of a published shape by level, and its weights, in bytes."""
+    base = BaseConfig(str(config), bits=4)
+    training = TrainingConfig(optim="paged_adamw_8bit")
+    planner = Planner(base, LoRAConfig(target_modules="all-linear"), training, "cuda")
+    plans = {level: planner.plan(BatchShape(1, TOKENS, TOKENS), level) for level in LEVELS}
+    held = plans["full"].bytes
+    return {
+        "quantized_bytes": held["weights_quantized"],
+        "other_bytes": held["weights_other"],
+        "in_16_bits": in_16_bits(base),
+        "peak_bytes": {level: plan.peak_bytes for level, plan in plans.items()},
+    }
+
+
+def in_16_bits(config: BaseConfig) -> dict[str, int]:
+    """Bytes of the tensors that are not quantized, by the last part of their modules' names."""
+    base = open_shape(config, torch.device("cuda"))
+    quantized = decoder_linears(base.model).keys() - base.form.skipped
+    found: collections.Counter[str] = collections.Counter()
+    for name, entry in base.entries.items():
+        owner = name.rpartition(".")[0]
+        if owner not in quantized:
+            found[owner.rpartition(".")[2]] += base.dtype.itemsize * math.prod(entry.shape)
+    return dict(found.most_common())
+
+
+def shapes_table(found: dict[str, Any]) -> str:
+    """What each published shape takes, what of it is not quantized, and the card that it fits."""
+    lines = [
+        "| model | weights in 4 bits | in 16 bits | of them | peak, all recomputed | "
+        "peak, nothing recomputed | smallest card |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for model, one in found.items():
+        weights = one["quantized_bytes"] + one["other_bytes"]
+        names = [name for name, size in one["in_16_bits"].items() if size >= NAMED * weights]
+        share = one["other_bytes"] / weights
+        full, none = (one["peak_bytes"][level] for level in LEVELS)
+        card = next((card for card in SHAPE_CARDS if full <= size_bytes(card)), "-")
+        cells = [
+            model,
+            gigabytes(one["quantized_bytes"]),
+            f"{gigabytes(one['other_bytes'])} ({share:.0%})",
+            ", ".join(names),
+            *map(gigabytes, (full, none)),
+            card,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as a card's maker counts them."""
+    return f"{size / 1e9:.1f} GB"
+
+
+def write_table(mark: str, lines: str) -> None:
+    """Replace what stands between the marks of a table on the pages that have them."""
+    between = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
     for page in PAGES:
-        text = page.read_text()
-        page.write_text(MARKS.sub(lambda marks: f"{marks[1]}{table(found)}\n{marks[2]}", text))
+        page.write_text(
+            between.sub(lambda marks: f"{marks[1]}{lines}\n{marks[2]}", page.read_text())
+        )
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "cards")
+    parser.add_argument("--only", choices=("cards", "shapes"), help="one of the two tables")
+    parser.add_argument("--shape", type=Path, help="plan one config.json and print what it takes")
+    given = parser.parse_args()
+    if given.shape:
+        print(json.dumps(shape_of(given.shape)))
+        return
+    found: dict[str, Any] = {}
+    if given.only != "shapes":
+        configs = Path(os.environ["QLORA_KIT_DATA"]) / "configs"
+        for model, name in MODELS.items():
+            path = configs / f"{name}.json"
+            found[model] = {targets: peaks_of(path, targets) for targets in TARGETS}
+            print(model, found[model], flush=True)
+        print(write_result(given, {"lengths": LENGTHS, "cards": CARDS, "peak_bytes": found}))
+        write_table("cards", table(found))
+    if given.only != "cards":
+        shapes = {path.stem: planned_apart(path) for path in sorted(SHAPES.glob("*.json"))}
+        print(write_result(given, {"tokens": TOKENS, "shapes": shapes}, "shapes"))
+        write_table("shapes", shapes_table(shapes))
+
+
+def planned_apart(config: Path) -> dict[str, Any]:
+    """`shape_of` in a process of its own, whose memory ends with it."""
+    command = [sys.executable, __file__, "--shape", str(config)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    print(config.stem, done.stdout.strip(), flush=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 if __name__ == "__main__":

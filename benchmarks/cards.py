@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from record import make_parser, write_result
 
+from qlora_kit.base.base import Base
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.config.base import BaseConfig
@@ -93,17 +94,18 @@ def shape_of(config: Path) -> dict[str, Any]:
     planner = Planner(base, LoRAConfig(target_modules="all-linear"), training, "cuda")
     plans = {level: planner.plan(BatchShape(1, TOKENS, TOKENS), level) for level in LEVELS}
     held = plans["full"].bytes
+    opened = open_shape(base, torch.device("cuda"))
     return {
+        "parameters": sum(math.prod(entry.shape) for entry in opened.entries.values()),
         "quantized_bytes": held["weights_quantized"],
         "other_bytes": held["weights_other"],
-        "in_16_bits": in_16_bits(base),
+        "in_16_bits": in_16_bits(opened),
         "peak_bytes": {level: plan.peak_bytes for level, plan in plans.items()},
     }
 
 
-def in_16_bits(config: BaseConfig) -> dict[str, int]:
+def in_16_bits(base: Base) -> dict[str, int]:
     """Bytes of the tensors that are not quantized, by the last part of their modules' names."""
-    base = open_shape(config, torch.device("cuda"))
     quantized = decoder_linears(base.model).keys() - base.form.skipped
     found: collections.Counter[str] = collections.Counter()
     for name, entry in base.entries.items():

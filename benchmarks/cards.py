@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ def write_table(mark: str, lines: str) -> None:
 def main() -> None:
     parser = make_parser(__doc__, "cards")
     parser.add_argument("--only", choices=("cards", "shapes"), help="one of the two tables")
+    parser.add_argument("--workers", type=int, default=1, help="shapes planned at the same time")
     parser.add_argument("--shape", type=Path, help="plan one config.json and print what it takes")
     given = parser.parse_args()
     if given.shape:
@@ -172,7 +174,10 @@ def main() -> None:
         print(write_result(given, {"lengths": LENGTHS, "cards": CARDS, "peak_bytes": found}))
         write_table("cards", table(found))
     if given.only != "cards":
-        shapes = {path.stem: planned_apart(path) for path in sorted(SHAPES.glob("*.json"))}
+        paths = sorted(SHAPES.glob("*.json"))
+        with ThreadPoolExecutor(given.workers) as workers:
+            plans = dict(zip(paths, workers.map(planned_apart, paths), strict=True))
+        shapes = {path.stem: found for path, found in plans.items()}
         print(write_result(given, {"tokens": TOKENS, "shapes": shapes}, "shapes"))
         write_table("shapes", shapes_table(shapes))
 

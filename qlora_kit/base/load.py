@@ -32,6 +32,7 @@ from qlora_kit.base.linear import (
 from qlora_kit.base.meta_model import decoder_linears, tied_names
 from qlora_kit.base.open import open_base
 from qlora_kit.base.probe import check_forward
+from qlora_kit.base.recurrence import recurrent_parameters
 from qlora_kit.base.tensors import (
     Read,
     Reader,
@@ -99,13 +100,15 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
     for name, buffer in list(model.named_buffers()):
         _place(model, name, moved := buffer.to(base.device))
         tag("weights_other", (moved,))
-    scratch = _Scratch(base.dtype, base.device)
+    scratch, recurrent = _Scratch(base.dtype, base.device), recurrent_parameters(model)
     for name, tensor in read_numbers(base.plain, form.scaled, base.dtype, base.device, read):
         owner = name.removesuffix(".weight")
         moved = (
             (tensor if name in form.scaled else scratch.cast(tensor))
             if owner in to_quantize
-            else tensor.to(device=base.device, dtype=base.dtype, copy=True)
+            else tensor.to(
+                device=base.device, dtype=_held_in(base, name, tensor, recurrent), copy=True
+            )
         )
         if moved.dtype != tensor.dtype:
             check_finite(moved, f"{name} in {dtype_name(base.dtype)}")
@@ -130,6 +133,12 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
     model.requires_grad_(False)
     _multiply_in_fp32(model)
     return model.eval()
+
+
+def _held_in(base: Base, name: str, tensor: Tensor, recurrent: frozenset[str]) -> torch.dtype:
+    """The dtype that a tensor of the files is held in: the run's, or its own fp32."""
+    own = tensor.dtype is torch.float32 and name in recurrent
+    return tensor.dtype if own else base.dtype
 
 
 def _multiply_in_fp32(model: nn.Module) -> None:

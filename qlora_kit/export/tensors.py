@@ -20,6 +20,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.fp8_checkpoint import read_numbers
 from qlora_kit.base.linear import dequantize
 from qlora_kit.base.meta_model import tied_names
+from qlora_kit.base.recurrence import recurrent_parameters
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 from qlora_kit.lora.layer import LoRALinear, delta_weight
@@ -77,7 +78,7 @@ def export_tensors(
         return weight.float().add_(delta_weight(layer, adapter).to(weight.device))
 
     tensors: list[ExportTensor] = []
-    adapted, tied = lora_layers(model), tied_names(model)
+    adapted, tied, recurrent = lora_layers(model), tied_names(model), recurrent_parameters(model)
     inside = tuple(f"{name}." for name in adapted)
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
@@ -97,7 +98,10 @@ def export_tensors(
             full = f"{name}.{leaf}"
             if full in tied:
                 continue  # the tensor that it shares is written, and config.json says tied
-            tensors.append(ExportTensor(full, parameter.shape, parameter.detach))
+            # What a recurrence is held in fp32 for is written so.
+            own = full in recurrent and parameter.dtype is torch.float32
+            kept = parameter.dtype if own else None
+            tensors.append(ExportTensor(full, parameter.shape, parameter.detach, kept))
     return tensors if base.wrapper is not None else _named_as_in_files(tensors, base)
 
 

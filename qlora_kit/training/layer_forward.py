@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.decoder import decoder_layers
+from qlora_kit.base.recurrence import state_carriers
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.block_compare import fused_blocks
 from qlora_kit.lora.shared_keys import SharedKeys
@@ -86,11 +87,14 @@ def use_fused_blocks(model: PreTrainedModel) -> str | None:
 def set_recompute(model: PreTrainedModel, levels: str | Sequence[str]) -> None:
     """Set the decoder layers of `model` to `none`, `selective` or `full`, all or each to its own.
 
-    Outputs and gradients are equal bit for bit, whatever the levels.
+    Outputs and gradients are equal bit for bit, whatever the levels. In a layer of a hybrid that
+    has no attention, of which `selective` would keep the results, it is `full`.
     """
-    layers = list(decoder_layers(model))
+    layers, hybrid = list(decoder_layers(model)), bool(state_carriers(model))
     chosen = [levels] * len(layers) if isinstance(levels, str) else list(levels)
     for layer, level in zip(layers, chosen, strict=True):
+        attends = not hybrid or any(hasattr(one, "is_causal") for one in layer.modules())
+        level = "full" if level == "selective" and not attends else level
         dropouts = (one.p for one in layer.modules() if isinstance(one, nn.Dropout))
         random = any((getattr(model.config, "attention_dropout", 0), *dropouts))
         layer.forward = replace(_forward_of(layer), level=level, random=random)

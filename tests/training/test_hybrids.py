@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact import adapter_gradients, exact_gradients, gradient_errors
-from families import FAMILIES, refused, relative_error, tiny_model, token_ids
+from families import FAMILIES, edit_weights, refused, relative_error, tiny_model, token_ids
 from hybrids import HYBRIDS, save_hybrid, tiny_hybrid
 from micro_batches import trained
 from peft import PeftModel
@@ -179,6 +179,34 @@ def test_a_recurrence_without_a_convolution_is_found():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_alone_packs(family):
     check_packing(tiny_model(family))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "nemotron_h"])
+def test_recurrences_keep_the_dtype_of_their_files(tmp_path, kind):
+    """A rounded logarithm of a decay is another decay; a step and an export in bf16 keep it."""
+    save_hybrid(tmp_path / "base", kind, torch.bfloat16)
+    drawn = torch.Generator().manual_seed(0)
+    precise: dict[str, Tensor] = {}
+
+    def widen(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith("A_log"):
+                tensors[name] = torch.rand(tensor.shape, generator=drawn)
+                precise[name] = tensors[name]
+
+    edit_weights(tmp_path / "base", widen)
+    base = trained_base(tmp_path / "base", bits=4, dtype="bf16", device="cpu")
+    held = {n: p for n, p in base.model.named_parameters() if p.dtype is torch.float32}
+    assert {n for n in held if "lora" not in n} == {
+        n.replace("backbone.", "model.") for n in precise
+    }
+    loss, _ = gradients(base.model.train(), rows_of(20, 9))
+    assert loss.isfinite()
+    export_model(base, tmp_path / "merged", dtype="bf16")
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(written[name], precise[name]) for name in precise)
+    others = {tensor.dtype for name, tensor in written.items() if name not in precise}
+    assert others == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)

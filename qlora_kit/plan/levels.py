@@ -63,8 +63,10 @@ def choose_levels(run: FakeRun, micro_batches: Sequence[Batch], budget: int | No
     between = traced(["selective"] * count)
     ledger = _Ledger(run, {"none": least, "selective": between, "full": most})
     length = int(micro_batches[-1]["input_ids"].shape[1])
-    last = run.layers[-1]
-    work = {level: layer_work(last, level, length, run.fused) for level in RECOMPUTE_LEVELS}
+    work = {
+        level: [layer_work(layer, level, length, run.fused) for layer in run.layers]
+        for level in RECOMPUTE_LEVELS
+    }
     mixes = []
     for keeping in range(count):
         # The largest number of selective layers that fits beside `keeping` others.
@@ -75,8 +77,8 @@ def choose_levels(run: FakeRun, micro_batches: Sequence[Batch], budget: int | No
         )
         if fitting:
             selective = fitting - 1
-            full = count - keeping - selective
-            recomputed = work["selective"] * selective + work["full"] * full
+            levels = _levels(count, selective, keeping)
+            recomputed = sum(work[level][layer] for layer, level in enumerate(levels))
             mixes.append((recomputed, keeping, selective))
     for _, keeping, selective in sorted(mixes):
         found = traced(_levels(count, selective, keeping))

@@ -13,8 +13,14 @@ import weakref
 import pytest
 import torch
 from adapted import adapted_model
-from families import relative_error, tiny_model, token_ids
+from families import randomize_adapter, relative_error, tiny_model, token_ids
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from qlora_kit.base.load import load_base
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.lora.adapter import save_adapter
+from qlora_kit.lora.inject import inject_lora
 from qlora_kit.lora.shared_keys import SharedKeys
 from qlora_kit.training.layer_forward import set_recompute
 
@@ -79,6 +85,22 @@ def test_gradients_are_those_of_double_precision():
 
 def tiny():
     return tiny_model("gemma4")
+
+
+def test_an_adapter_has_the_same_logits_in_peft(base_of, tmp_path):
+    """On projections whose results other layers read, and on those of the layers' embeddings."""
+    base = load_base(str(base_of("gemma4")), bits=16, dtype="fp32", device="cpu")
+    inject_lora(base.model, LoRAConfig(r=4, target_modules="all-linear"))
+    randomize_adapter(base.model, scale=0.05)
+    save_adapter(base, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(base_of("gemma4"), dtype=torch.float32)
+    ids = token_ids()
+    with torch.no_grad():
+        alone = plain(ids).logits
+        theirs = PeftModel.from_pretrained(plain, tmp_path)(ids).logits
+        ours = base.model(ids).logits
+    assert relative_error(ours, theirs) <= 1e-6
+    assert relative_error(ours, alone) > 1e-2
 
 
 def test_other_keys_in_a_replay_are_caught(monkeypatch):

@@ -97,23 +97,24 @@ class Wrapper:
 class TextDecoder:
     """A text model: its config, its tensors by its own names, and what is around it, if anything.
 
-    `entries` is None where the config alone is known.
+    `entries` is None where the config alone is known. `left` are tensors that stay on the disk.
     """
 
     config: dict[str, Any]
     entries: dict[str, TensorEntry] | None
     wrapper: Wrapper | None
+    left: Mapping[str, TensorEntry] | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is said of the towers before anything is trained."""
-        left = {} if self.wrapper is None else self.wrapper.left
-        if self.wrapper is None or not left:
+        if not self.left:
             return ()
-        parts = ", ".join(sorted({_part(name) for name in left}))
+        parts = ", ".join(sorted({_part(name) for name in self.left}))
+        size = sum(entry.end - entry.start for entry in self.left.values())
+        kind = self.config["model_type"] if self.wrapper is None else self.wrapper.model_type
         return (
-            f"{self.wrapper.model_type}: the text decoder alone is loaded; {parts} "
-            f"({self.wrapper.left_bytes:,} bytes) stay on the disk",
+            f"{kind}: the text decoder alone is loaded; {parts} ({size:,} bytes) stay on the disk",
         )
 
 
@@ -176,13 +177,13 @@ def text_decoder(
     if found is not None and stored_as != "model.":
         found = _renamed(found, stored_as, path)
     if not wrapped:
-        return TextDecoder(config, found, None)
+        return TextDecoder(config, found, None, left)
     said = [one.get("tie_word_embeddings") for one in (whole, whole.get("text_config", whole))]
     if found is not None and _is_open(*said):
         # transformers ties by the wrapper's word unless the file has a head of its own.
         config["tie_word_embeddings"] = "lm_head.weight" not in found
     decoder = OTHER_DECODERS.get(str(whole["model_type"]), DECODER)
-    return TextDecoder(config, found, Wrapper(dict(whole), config, decoder, left))
+    return TextDecoder(config, found, Wrapper(dict(whole), config, decoder, left), left)
 
 
 def is_wrapped(whole: Mapping[str, Any]) -> bool:

@@ -295,6 +295,18 @@ def test_a_head_that_predicts_several_tokens_stays_on_the_disk(mistral3):
     assert any("mtp" in note for note in base.notes)
 
 
+def test_a_text_model_may_have_the_prefix_of_its_class(checkpoints, tmp_path):
+    """transformers reads Qwen3.5's files with the text model's config too."""
+    directory, wrapper = checkpoints["qwen3_5"]
+    model = shutil.copytree(directory, tmp_path / "model")
+    text = json.loads((model / "config.json").read_text())["text_config"]
+    (model / "config.json").write_text(json.dumps(text))
+    base = load_base(str(model), bits=16, dtype="fp32", device="cpu")
+    assert base.wrapper is None
+    assert relative_error(logits(base.model), logits(wrapper)) <= 1e-5
+    assert any("visual" in note and "stay on the disk" in note for note in base.notes)
+
+
 def test_decoders_are_where_transformers_has_them():
     """For the wrappers of the tests: what adapter keys and the names of towers go by."""
     for name, settings in WRAPPERS.items():

@@ -4,6 +4,10 @@ A convolution or a recurrence (Mamba, the gated delta rule, short convolutions) 
 that stand before it, whatever their `position_ids`. So rows of a pack would read each other, and
 padding has to stand behind the tokens. Such a layer is found in the built model: by a convolution
 in it, by what transformers caches for it, or by what its class says of the whole model.
+
+transformers computes such layers in torch, chunk by chunk and in fp32, unless `causal_conv1d`,
+`fla` or `mamba_ssm` are installed beside it: then it takes their kernels by itself. A plan counts
+the torch code.
 """
 
 from __future__ import annotations

@@ -143,7 +143,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": HEAD, "layer_types": ["sliding_attention", "full_attention"]},
-    "nemotron": {"head_dim": HEAD},
+    "jamba": {"num_experts": 1, "num_experts_per_tok": 1},
+    "nemotron": {"head_dim": HEAD, "num_key_value_heads": GROUPS},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
     "reformer": {"is_decoder": True},
     "smollm3": {"no_rope_layers": [1, 0], "num_hidden_layers": 2},
 }

@@ -58,7 +58,7 @@ def run_all(
         for child in list(running):
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if not pid and time.monotonic() - child.began > WALL_S:
-                os.kill(child.pid, signal.SIGKILL)
+                os.killpg(child.pid, signal.SIGKILL)
             if pid:
                 running.remove(child)
                 rows[child.kind] = ended(child, status)
@@ -76,6 +76,7 @@ def start(kind: str, bits: Sequence[int], root: Path) -> Child:
         return Child(kind, pid, time.monotonic(), row)
     code = 1
     try:
+        os.setsid()  # what a type starts ends with it
         from models_chain import make_row
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
@@ -101,10 +102,11 @@ def ended(child: Child, status: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = make_parser(__doc__, "models")
-    parser.add_argument("--types", help="these only, separated by commas; nothing is written")
+    parser.add_argument("--types", help="these only, separated by commas; written with --add alone")
     parser.add_argument("--bits", default="4,8,16", help="(%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="at a time (%(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page (%(default)s)")
+    parser.add_argument("--add", action="store_true", help="add to the last result, and write it")
     parser.add_argument("--again", action="store_true", help="only the page, of the last result")
     given = parser.parse_args()
     if given.again:
@@ -119,9 +121,13 @@ def main() -> int:
         prepare(Path(name))
         gc.freeze()  # what a fork looks at is copied
         rows = run_all(chosen, bits, given.processes, Path(name))
-    if given.types:
+    if given.types and not given.add:
         print(json.dumps(rows, indent=1))
         return 0
+    last = given.results / f"{given.result}.json"
+    if given.add:
+        before = json.loads(last.read_text())["types"]
+        rows = {kind: before.get(kind, {}) | rows.get(kind, {}) for kind in {*before, *rows}}
     written = write_result(given, {"types": {kind: rows[kind] for kind in sorted(rows)}})
     write_page(given.page, json.loads(written.read_text()))
     print(written, given.page, sep="\n")

@@ -237,6 +237,7 @@ def train(cell: Cell) -> None:
         "--target_modules", "all-linear", "--lora_r", 4, "--batch_size", 12,
         "--gradient_accumulation_steps", 1, "--max_steps", 4, "--learning_rate", 1e-2,
         "--warmup_steps", 0, "--token_cache", "none", "--output_dir", cell.adapter,
+        "--gradient_checkpointing", "full",
     )  # fmt: skip
     lines = [json.loads(line) for line in (cell.adapter / "metrics.jsonl").open()]
     cell.found["losses"] = [round(line["loss"], 3) for line in lines]

@@ -37,10 +37,10 @@ is in [`benchmarks/results/models.json`](../benchmarks/results/models.json).
 
 def verdict(row: Mapping[str, Any]) -> str:
     """`works`, `refused` or `fault`: the worst of its numbers of bits."""
-    cells = [row.get(bits, {}) for bits in BITS]
+    cells = [row[bits] for bits in BITS if bits in row]
     if "crash" in row or any("fault" in cell for cell in cells):
         return "fault"
-    return "works" if all("works" in cell for cell in cells) else "refused"
+    return "works" if cells and all("works" in cell for cell in cells) else "refused"
 
 
 def summary(row: Mapping[str, Any]) -> str:
@@ -119,15 +119,16 @@ def write_page(path: Path, result: Mapping[str, Any]) -> None:
 
 def _working(kind: str, row: Mapping[str, Any]) -> str:
     four = row["4"]
+    bits = ", ".join(one for one in BITS if one in row)
     code = "fused" if four["code"] == "fused blocks" else "the model's"
     packing = "isolated" if isinstance(four["packing"], float) else "refused"
     left = "equal" if isinstance(four["left_padding"], float) else "transformers' differs"
-    return f"| `{kind}` | 4, 8, 16 | {code} | {four['in_16_bits']:.0%} | {packing} | {left} |"
+    return f"| `{kind}` | {bits} | {code} | {four['in_16_bits']:.0%} | {packing} | {left} |"
 
 
 def _refused(kind: str, row: Mapping[str, Any]) -> str:
     share = f"{row['in_linears']:.0%}" if "in_linears" in row else "-"
-    reasons = dict.fromkeys(row[bits]["refused"] for bits in BITS if "refused" in row[bits])
+    reasons = dict.fromkeys(row[bits]["refused"] for bits in BITS if "refused" in row.get(bits, {}))
     if "transformers" in row:
         reasons[f"transformers itself: {row['transformers']}"] = None
     return f"| `{kind}` | {share} | {_cell('; '.join(reasons))} |"

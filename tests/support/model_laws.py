@@ -209,16 +209,17 @@ def gradient_error(model: Any, found: Found, directory: Path) -> tuple[float, st
     autograd in fp32 is from it, looked at only where the first is too far: a deep or badly
     conditioned model rounds by more.
     """
-    single = reference_of(model, directory, torch.float32)
-    double = reference_of(model, directory, torch.float64)
     try:
-        exact, dtype = reference_results(double), "float64"
+        exact = reference_results(reference_of(model, directory, torch.float64))
+        dtype = "float64"
     except RuntimeError:
-        exact, dtype = reference_results(single), "float32"
+        exact = reference_results(reference_of(model, directory, torch.float32))
+        dtype = "float32"
     error, tensor = worst(found, exact)
     rounding = 0.0
     if error > TOLERANCE and dtype == "float64":
-        rounding, _ = worst(reference_results(single), exact)
+        single = reference_results(reference_of(model, directory, torch.float32))
+        rounding, _ = worst(single, exact)
     return error, tensor, dtype, rounding
 
 

@@ -130,6 +130,9 @@ def _refused(kind: str, row: Mapping[str, Any]) -> str:
     share = f"{row['in_linears']:.0%}" if "in_linears" in row else "-"
     reasons = dict.fromkeys(row[bits]["refused"] for bits in BITS if "refused" in row.get(bits, {}))
     if "transformers" in row:
+        if not row["transformers"].startswith("no forward"):
+            # There is no checkpoint then, which is what was said of it.
+            reasons = {one: None for one in reasons if "mixture of" in one or "tower" in one}
         reasons[f"transformers itself: {row['transformers']}"] = None
     return f"| `{kind}` | {share} | {_cell('; '.join(reasons))} |"
 

@@ -66,9 +66,9 @@ class Architecture:
     def logit_scale_and_softcap(self, config: Any) -> tuple[float, float | None]:
         """The factor on a head's logits and their soft cap, of a model of this `config`."""
         scale = 1.0
-        if self.logit_divisor:
+        if self.logit_divisor and getattr(config, self.logit_divisor) is not None:
             scale /= getattr(config, self.logit_divisor)
-        if self.logit_factor:
+        if self.logit_factor and getattr(config, self.logit_factor) is not None:
             scale *= getattr(config, self.logit_factor)
         return scale, getattr(config, self.logit_softcap) if self.logit_softcap else None
 
@@ -209,7 +209,7 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
         raise ModelError(
             f"{path}: model_type {kind!r} keeps its layers as Conv1D, not as linear layers, so "
             f"that {_size(_conv1d_bytes(config))} would stay unquantized",
-            f"use a model of another family ({', '.join(ARCHITECTURES)})",
+            "use a model of another family, such as llama, qwen3 or gemma3_text",
         )
     if not isinstance(kind, str) or (kind not in ARCHITECTURES and kind not in causal_families()):
         raise ModelError(

@@ -71,8 +71,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     ):
         raise UnsafeInputError(
             f"{path}: auto_map asks to run Python files of the model",
-            "remote code is never run: use a supported family "
-            f"({', '.join(ARCHITECTURES)}), without Python files in its directory",
+            "remote code is never run: use a family that transformers knows by itself, without "
+            "Python files in its directory",
         )
     check_family(config, path)
     return whole

@@ -9,14 +9,15 @@ other tensors is left out: such a checkpoint is refused by the names that do not
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.safetensors_file import TensorEntry
+from qlora_kit.errors import ModelError
 
 
 def by_model_names(model: Any, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -37,7 +38,24 @@ def by_model_names(model: Any, entries: Mapping[str, TensorEntry]) -> dict[str, 
         ours = rename(name)
         # Two tensors that would have one name keep their own, so that both are shown.
         named[name if ours in found or ours in named else ours] = entry
+    if expected - named.keys() and named.keys() - expected:
+        _refuse_converted(model, named.keys() - expected)
     return named
+
+
+def _refuse_converted(model: Any, names: Collection[str]) -> None:
+    """Refuse `names` of tensors out of which transformers makes others. Errors: `ModelError`."""
+    for one in get_model_conversion_mapping(model):
+        if isinstance(one, WeightConverter):
+            for source in one.source_patterns:
+                pattern = re.compile(source.replace("*", r"\d+"))
+                if found := next(filter(pattern.search, sorted(names)), None):
+                    raise ModelError(
+                        f"model_type {model.config.model_type!r}: transformers makes other tensors "
+                        f"out of {found} while it loads (it splits or joins them), which is not "
+                        "done here",
+                        "use a model of another family",
+                    )
 
 
 def _renaming(model: Any, expected: set[str]) -> Callable[[str], str]:

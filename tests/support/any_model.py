@@ -132,6 +132,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "cohere_compass_text": {
+        "logit_scale": 0.4,
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
     },

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from wrappers import FIRST, save_wrapped
+from wrappers import save_wrapped
 
 Run = Callable[..., Any]
 TRAINING = (
@@ -22,7 +22,8 @@ TRAINING = (
     "--batch_size 4 --gradient_accumulation_steps 1 --token_cache none --bits"
 )
 WEIGHTS = "adapter_model.safetensors"
-EXPORTED = ("mistral3", "gemma4")
+TRAINED = ("ministral3", "gemma3", "gemma4", "qwen3_5")
+EXPORTED = "ministral3"
 """The others are exported in `tests/export`, without the command."""
 
 
@@ -45,7 +46,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_run_is_planned_trained_and_exported(run: Run, home: Path, name: str) -> None:
     """The adapter on the class, and both exports, are one model; its plan is what is counted."""
     save_wrapped(home / "base", name)
@@ -59,7 +60,7 @@ def test_a_run_is_planned_trained_and_exported(run: Run, home: Path, name: str) 
     before = logits(wrapper)
     trained = logits(PeftModel.from_pretrained(wrapper, home / "out"))
     assert relative_error(before, trained) > 1e-3
-    if name not in EXPORTED:
+    if name != EXPORTED:
         return
     for output, flag in (("text", ()), ("whole", ("--with_towers",))):
         answer = run("export", "--adapter", "out", "--output_dir", output, *flag)
@@ -89,8 +90,8 @@ def test_an_adapter_goes_on_and_answers(run: Run, home: Path) -> None:
         assert said in (home / directory / "README.md").read_text()
         answer = run("generate", "--adapter", directory, "--prompt", "say", "--max_new_tokens", 3)
         assert answer.code == 0, answer.err
-        answer = run("evaluate", "--adapter", directory, "--data", "rows.jsonl", "--json")
-        assert answer.code == 0, answer.err
+    answer = run("evaluate", "--adapter", "out", "--data", "rows.jsonl", "--no_exact_match")
+    assert answer.code == 0, answer.err
 
 
 def test_a_plan_needs_the_config_alone(run: Run, home: Path) -> None:

@@ -125,10 +125,14 @@ def main() -> int:
         print(json.dumps(rows, indent=1))
         return 0
     last = given.results / f"{given.result}.json"
+    earlier: list[Any] = []
     if given.add:
-        before = json.loads(last.read_text())["types"]
-        rows = {kind: before.get(kind, {}) | rows.get(kind, {}) for kind in {*before, *rows}}
-    written = write_result(given, {"types": {kind: rows[kind] for kind in sorted(rows)}})
+        before = json.loads(last.read_text())
+        earlier = [*before.get("earlier", []), before["measured"]]
+        types = before["types"]
+        rows = {kind: types.get(kind, {}) | rows.get(kind, {}) for kind in {*types, *rows}}
+    ordered = {kind: rows[kind] for kind in sorted(rows)}
+    written = write_result(given, {"earlier": earlier, "types": ordered})
     write_page(given.page, json.loads(written.read_text()))
     print(written, given.page, sep="\n")
     return 0

@@ -10,10 +10,11 @@ BITS = ("4", "8", "16")
 HEAD = """# Every model_type of transformers
 
 For each of the {types} values of `model_type` that transformers {transformers} maps to a causal
-language model: a tiny random checkpoint with the family's traits, through the commands, in 4, 8 and
-16 bits. **{works} work in all three**, {refused} are refused{faults}. Only what transformers builds
-as a language model of linear layers can be quantized and adapted; each of the others is refused
-before it trains, with the reason below.
+language model: a tiny random checkpoint with the family's traits, through the commands.
+**{works} work**, {all_bits} of them tried in 4, 8 and 16 bits and the others in the bits that their
+lines name; {refused} are refused{faults}. Only what transformers builds as a language model of
+linear layers can be quantized and adapted; each of the others is refused before it trains, with the
+reason below.
 
 What "works" means, for each number of bits, on an fp32 model of random weights:
 
@@ -30,8 +31,11 @@ What "works" means, for each number of bits, on an fp32 model of random weights:
 Random weights say nothing of quality, and a tiny model nothing of speed or memory. What a published
 checkpoint of a family has beside these (8-bit floats, remote code, other names) is not looked at.
 
-Made by `{command}` at commit {commit}, {date}, with {versions}, on {processor}. Everything measured
-is in [`benchmarks/results/models.json`](../benchmarks/results/models.json).
+Made with {versions}, on {processor}, by
+
+{commands}
+
+Everything measured is in [`benchmarks/results/models.json`](../benchmarks/results/models.json).
 """
 
 
@@ -76,9 +80,11 @@ def page(result: Mapping[str, Any]) -> str:
         refused=len(by_verdict["refused"]),
         faults=faults,
         transformers=measured["versions"]["transformers"],
-        command=measured["command"],
-        commit=measured["commit"][:12],
-        date=measured["date"],
+        all_bits=sum(all(bits in row for bits in BITS) for row in by_verdict["works"].values()),
+        commands="\n".join(
+            f"- `{_cell(run['command'], 160)}` at commit {run['commit'][:12]}, {run['date']}"
+            for run in [*result.get("earlier", []), measured]
+        ),
         versions=versions,
         processor=measured["machine"]["processor"],
     )
@@ -137,5 +143,5 @@ def _refused(kind: str, row: Mapping[str, Any]) -> str:
     return f"| `{kind}` | {share} | {_cell('; '.join(reasons))} |"
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())[:400]
+def _cell(text: str, most: int = 400) -> str:
+    return " ".join(text.replace("|", "\\|").split())[:most]

@@ -69,7 +69,8 @@ def _auto_names(model: nn.Module, candidates: Sequence[str]) -> tuple[str, ...]:
         # A hybrid may be of one kind of layer alone.
         return tuple(name for name in record.targets if name in ends)
     usual = (names for names in QUERY_VALUE if ends.issuperset(names))
-    return next(usual, tuple(sorted(ends)))
+    whole = {name.rpartition(".")[2] for name in all_linear(model)}
+    return next(usual, tuple(sorted(whole)))
 
 
 def targets_by_name(model: nn.Module, names: Sequence[str], prefix: str = OWN) -> list[str]:

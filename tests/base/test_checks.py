@@ -71,7 +71,7 @@ def test_a_path_that_is_no_model_directory_is_said_to_be_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"{}", "model_type None is not supported"),
+        (b"{}", "has no causal language model of model_type None"),
         (b'{"model_type": "llama", "hidden', "config.json:1: not JSON: Unterminated string"),
         (b"[1, 2]", "holds list, not an object"),
         (b"null", "holds NoneType, not an object"),
@@ -96,8 +96,8 @@ def test_a_path_that_is_no_model_directory_is_said_to_be_what_it_is(tmp_path):
         ),
         (b'{"model_type": "llama", "quantization_config": "bitsandbytes"}', "is not supported"),
         (b'{"vocab_size": ' + b"9" * 5000 + b"}", "a number too long"),
-        (b'{"model_type": "no_such_family"}', "supported families are llama, mistral, qwen2"),
-        (b'{"model_type": ["llama"]}', "is not supported"),
+        (b'{"model_type": "no_such_family"}', "no causal language model of model_type 'no_such"),
+        (b'{"model_type": ["llama"]}', "no causal language model of model_type ['llama']"),
     ],
     ids=lambda value: None if isinstance(value, str) else "",
 )

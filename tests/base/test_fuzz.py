@@ -18,7 +18,7 @@ from mutations import kinds_of
 from raises import raises_of, sites_of
 
 from qlora_kit.base.base_files import read_base
-from qlora_kit.base.checks import check_architecture, check_layers, read_config
+from qlora_kit.base.checks import check_architecture, check_layers, read_config, read_context
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.base.source import Source
@@ -60,6 +60,12 @@ def test_every_error_branch_of_the_checks_is_reached_by_damage(originals, tmp_pa
     errors, mutant, left = [], tmp_path / "mutant", set(branches)
     with pytest.raises(ModelError, match="no such file") as caught:
         read_json(tmp_path / "missing.json")
+    left -= sites_of(caught.value)
+    # What only show-data reads, of a config that it need not believe otherwise.
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "config.json").write_text('{"max_position_embeddings": -5}')
+    with pytest.raises(ModelError, match="max_position_embeddings is -5") as caught:
+        read_context(tmp_path / "context")
     left -= sites_of(caught.value)
     for number, (directory, names) in itertools.product(range(10), DAMAGED.items()):
         for name in names:

@@ -417,7 +417,7 @@ def test_a_repository_of_pickles_or_of_nothing_is_refused_before_a_download(hub:
 
 SHOWN: tuple[tuple[dict[str, Any] | None, str], ...] = (
     (None, "config.json: no such file"),
-    ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+    ({"model_type": "llamma"}, "has no causal language model of model_type 'llamma'"),
     ({"num_local_experts": 8}, "is a mixture of experts"),
     ({"quantization_config": {"quant_method": "gptq"}}, "are quantized by 'gptq'"),
     ({"auto_map": {"AutoConfig": "x.X"}, "model_type": "own"}, "remote code is never run"),

@@ -264,7 +264,7 @@ def test_a_broken_tokenizer_is_named(capsys, chats, tmp_path, damage):
 
 @pytest.mark.parametrize(
     ("template", "reason"),
-    [("{% if x", "is no Jinja"), ({"=": None}, "no default"), ({"default": None}, ""), (5, "")],
+    [("{% if x", "is no Jinja"), ({"=": "{{ x }}"}, "no default")],
 )
 def test_a_broken_template_is_named_where_chats_are_read_and_not_before(
     capsys, chats, tmp_path, template, reason
@@ -280,6 +280,19 @@ def test_a_broken_template_is_named_where_chats_are_read_and_not_before(
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "he hello"}\n')
     run(capsys, "--model", directory, "--data", texts)
+
+
+@pytest.mark.parametrize("template", [{"=": None}, {"default": None}, 5])
+def test_a_template_that_is_no_text_is_named_whatever_the_rows_are(
+    capsys, chats, tmp_path, template
+):
+    directory = tmp_path / "model"
+    chat_tokenizer().save_pretrained(directory)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    err = run(capsys, "--model", directory, "--data", chats, code=3).err
+    assert f"{path}: chat_template is" in err
 
 
 @pytest.mark.parametrize("context", ["many", -5, 2.5, [200]])

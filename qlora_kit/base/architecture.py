@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.field import LARGEST
+from qlora_kit.base.experts import expert_bytes, has_experts, whole
 from qlora_kit.base.fields import asks_for_code, problems
 from qlora_kit.base.fp8_scheme import check_stored
 from qlora_kit.errors import ModelError, UnsafeInputError
+from qlora_kit.options.checks import size_text
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,6 @@ ARCHITECTURES = {
 CAUSAL_TABLE = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 GENERIC = Architecture(known=False)
 CONV1D = ("gpt2", "openai-gpt")
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOWERS = (
     "vision_config",
     "vision_tower",
@@ -199,10 +199,10 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             "whose layers would be quantized and adapted as if they were the language model's",
             "give the language model alone, as a checkpoint of its own",
         )
-    if any(_whole(config, key) > 1 for key in EXPERT_COUNTS) and _has_experts(config):
+    if has_experts(config):
         raise ModelError(
             f"{path}: model_type {kind!r} is a mixture of experts: its experts are fused tensors, "
-            f"not linear layers, so that {_size(_expert_bytes(config))} would stay unquantized",
+            f"not linear layers, so that {_size(expert_bytes(config))} would stay unquantized",
             "use a dense model",
         )
     if kind in CONV1D:
@@ -229,14 +229,6 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
         raise ModelError(f"{path}: {'; '.join(wrong)}", "correct the file")
 
 
-def _has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether a layer has the experts that a config counts; where it lists no kinds, all may."""
-    kinds = config.get("layers_block_type") or config.get("hybrid_override_pattern")
-    if isinstance(kinds, str):
-        return "E" in kinds
-    return not isinstance(kinds, list) or "moe" in kinds
-
-
 def refuse_code(said: Mapping[str, Any], path: Path) -> None:
     """Refuse a file of settings that has something fetched or run. Errors: `UnsafeInputError`."""
     if asked := asks_for_code(said):
@@ -246,26 +238,12 @@ def refuse_code(said: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _expert_bytes(config: Mapping[str, Any]) -> int:
-    """Bytes in 16 bits of all experts, each a gated MLP of three matrices."""
-    experts = max(_whole(config, key) for key in EXPERT_COUNTS)
-    inner = _whole(config, "moe_intermediate_size") or _whole(config, "intermediate_size")
-    layers = _whole(config, "num_hidden_layers") - _whole(config, "first_k_dense_replace")
-    layers //= max(1, _whole(config, "decoder_sparse_step"))
-    return 2 * 3 * layers * experts * _whole(config, "hidden_size") * inner
-
-
 def _conv1d_bytes(config: Mapping[str, Any]) -> int:
     """Bytes in 16 bits of GPT-2's layers: queries, keys, values, output, and a two-matrix MLP."""
-    width = _whole(config, "n_embd")
-    inner = _whole(config, "n_inner") or 4 * width
-    return 2 * _whole(config, "n_layer") * (4 * width * width + 2 * width * inner)
-
-
-def _whole(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    return min(value, LARGEST) if isinstance(value, int) and value > 0 else 0
+    width = whole(config, "n_embd")
+    inner = whole(config, "n_inner") or 4 * width
+    return 2 * whole(config, "n_layer") * (4 * width * width + 2 * width * inner)
 
 
 def _size(count: int) -> str:
-    return f"{count} bytes ({count / 1024**3:.1f} GiB)" if count else "most of it"
+    return f"{count} bytes ({size_text(count)})" if count else "most of it"

@@ -139,7 +139,22 @@ class Base:
         """What stays in 16 bits, in a sentence; None where nothing is quantized."""
         if self.share is None:
             return None
-        return self.share.note(self.dtype.itemsize, dtype_name(self.dtype))
+        return self.share.said(self.dtype.itemsize, dtype_name(self.dtype))
+
+    @property
+    def warning(self) -> str | None:
+        """What else than embedding and head is a large part in 16 bits; None where nothing is."""
+        if self.share is None:
+            return None
+        return self.share.warning(self.dtype.itemsize, dtype_name(self.dtype))
+
+    @property
+    def in_16_bits(self) -> dict[str, float] | None:
+        """What stays in 16 bits: `bytes`, and the `share` of all weights."""
+        if self.share is None:
+            return None
+        count = self.share.count
+        return {"bytes": count * self.dtype.itemsize, "share": count / self.share.total}
 
     @property
     def plain(self) -> dict[str, TensorEntry]:

@@ -21,6 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from qlora_kit.base.fields import beyond
 from qlora_kit.base.share import large_others
 from qlora_kit.errors import ModelError
+from qlora_kit.options.checks import size_text
 
 TABLES_LIMIT = 2**30
 """Bytes of the tables that a model computes when it is built."""
@@ -130,7 +131,7 @@ def check_generic(settings: PreTrainedConfig, dtype: torch.dtype, path: Path) ->
         size = sum(others.values()) * dtype.itemsize
         raise ModelError(
             f"{kind} keeps {', '.join(others)} as no linear layers, so that {size} bytes "
-            f"({size / 1024**3:.1f} GiB) would stay unquantized",
+            f"({size_text(size)}) would stay unquantized",
             "use a model of another family",
         )
 

@@ -15,8 +15,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from qlora_kit.options.checks import size_text
+
 SMALLEST, FEWEST_ROWS = 4096, 32
 """Elements below which a linear is not worth quantizing, and rows up to which it is a gate."""
+NAMED = 5
+"""Modules that a warning names."""
 LARGE = 0.1
 """The share of all weights from which names are told, or a model is refused."""
 
@@ -34,18 +38,29 @@ class Share:
         """All elements that stay."""
         return self.ends + sum(self.others.values())
 
-    def note(self, itemsize: int, dtype: str) -> str:
-        """A sentence with bytes and per cent, and names where it is more than a tenth."""
-        count, others = self.count, self.count - self.ends
-        said = (
-            f"{count * itemsize} bytes stay in {dtype}, {count / self.total:.1%} of the weights: "
-            f"embedding and head {self.ends / self.total:.1%}, the rest {others / self.total:.1%}"
+    def said(self, itemsize: int, dtype: str) -> str:
+        """A sentence with the bytes of elements of `itemsize`, and per cent of all weights."""
+        others = self.count - self.ends
+        return (
+            f"{size_text(self.count * itemsize)} stay in {dtype}, {self._part(self.count)} of the "
+            f"weights: embedding and head {self._part(self.ends)}, the rest {self._part(others)}"
         )
-        if others > LARGE * self.total:
-            largest = Counter(self.others).most_common(5)
-            named = ", ".join(f"{name} {size / self.total:.1%}" for name, size in largest)
-            said += f" ({named}): more than a tenth of the model is not quantized"
-        return said
+
+    def warning(self, itemsize: int, dtype: str) -> str | None:
+        """The modules beside embedding and head with their bytes, if they are above a tenth."""
+        others = self.count - self.ends
+        if others <= LARGE * self.total:
+            return None
+        largest = Counter(self.others).most_common(NAMED)
+        named = ", ".join(f"{name} {size_text(size * itemsize)}" for name, size in largest)
+        more = f" and {len(self.others) - NAMED} more" if len(self.others) > NAMED else ""
+        return (
+            f"{self._part(others)} of the weights stay in {dtype} beside embedding and head, "
+            f"{size_text(others * itemsize)}: {named}{more}"
+        )
+
+    def _part(self, count: int) -> str:
+        return f"{count / self.total:.1%}"
 
 
 def share_of(model: Any, quantized: Collection[str], shared: Collection[str]) -> Share:

@@ -55,6 +55,8 @@ class Display(Reporter):
         self._line("base", f"{base.source.name}, {form.bits} bits ({held}), {dtype}, {base.device}")
         if base.left is not None:
             self._line("16 bits", base.left)
+        if base.warning is not None:
+            self.note(base.warning)
         if base.embedding_rows is not None:
             self.note(
                 f"the embedding has {base.embedding_rows} rows, one for each token: new ones are "

@@ -52,6 +52,8 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
             table.add_row(shown, size(most) if most else "", size(there) if there else "")
     table.add_row("peak", "", size(plan.peak_bytes), style="bold")
     terminal.show(table)
+    if answer.left is not None:
+        terminal.print(answer.left)
     for note in answer.notes:
         terminal.note(note)
     terminal.print(f"peak in {plan.place}")

@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING
 
 from qlora_kit.errors import redacted
+from qlora_kit.options.checks import size_text
 from qlora_kit.process.streams import plain
 
 if TYPE_CHECKING:
@@ -81,8 +82,5 @@ def _styled(*parts: str | tuple[str, str]) -> Text:
 
 
 def size(n: int) -> str:
-    """Bytes in the largest fitting unit of 1024."""
-    value, units = float(n), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.2f} {units[0]}"
+    """Bytes as they are shown."""
+    return size_text(n)

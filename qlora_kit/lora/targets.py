@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,25 @@ def _auto_names(model: nn.Module, candidates: Sequence[str]) -> tuple[str, ...]:
     if record.known:
         # A hybrid may be of one kind of layer alone.
         return tuple(name for name in record.targets if name in ends)
-    usual = (names for names in QUERY_VALUE if ends.issuperset(names))
     whole = {name.rpartition(".")[2] for name in all_linear(model)}
-    return next(usual, tuple(sorted(whole)))
+    return _usual_names(ends) or tuple(sorted(whole))
+
+
+def auto_note(model: nn.Module) -> str | None:
+    """What to say where `auto` has no names of projections to go by; None where it has."""
+    kind = model.config.model_type  # type: ignore[union-attr]
+    ends = {name.rpartition(".")[2] for name in target_candidates(model)}
+    if architecture_of(kind).known or _usual_names(ends):
+        return None
+    return (
+        f"model_type {kind!r} has no query and value projections of a usual name: auto takes every "
+        "linear, as all-linear does, with its memory; --target_modules takes fewer"
+    )
+
+
+def _usual_names(ends: Collection[str]) -> tuple[str, ...]:
+    """The first of `QUERY_VALUE` that are all among the last parts of linears' names."""
+    return next((names for names in QUERY_VALUE if set(ends).issuperset(names)), ())
 
 
 def targets_by_name(model: nn.Module, names: Sequence[str], prefix: str = OWN) -> list[str]:
@@ -88,7 +104,7 @@ def targets_by_name(model: nn.Module, names: Sequence[str], prefix: str = OWN) -
             raise _refused_end(model, end)
     unmatched = [name for name, linears in matches.items() if not linears]
     if unmatched or not matches:
-        raise _no_match(", ".join(unmatched), candidates)
+        raise _no_match(model, ", ".join(unmatched), candidates)
     chosen = set().union(*matches.values())
     return [linear for linear in candidates if linear in chosen]
 
@@ -105,7 +121,7 @@ def targets_by_regex(model: nn.Module, regex: str, prefix: str = OWN) -> list[st
             raise _refused_end(model, end)
     chosen = [name for name in candidates if name in matched]
     if not chosen:
-        raise _no_match(regex, candidates)
+        raise _no_match(model, regex, candidates)
     return chosen
 
 
@@ -263,12 +279,15 @@ def _refused_end(model: PreTrainedModel, name: str) -> ConfigError:
     )
 
 
-def _no_match(asked: str, candidates: Sequence[str]) -> ConfigError:
+def _no_match(model: nn.Module, asked: str, candidates: Sequence[str]) -> ConfigError:
     counts = collections.Counter(name.rpartition(".")[2] for name in candidates)
     listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
     left_out = ""
     if names_tower(asked):
         left_out = ": towers for other input than text are left out, and carry no adapter"
+    ends = {name.rpartition(".")[2] for name in read_directly(model)}
+    if own := sorted(end for end in ends if re.search(rf"\b{end}\b", asked)):
+        left_out = f" that takes an adapter: its own code reads the weight of {', '.join(own)}"
     return ConfigError(
         f"target_modules {asked!r} matches no linear of this model{left_out}",
         f"its linears are {listed}",

@@ -116,6 +116,14 @@ def size_bytes(text: str) -> int:
     return size
 
 
+def size_text(count: int) -> str:
+    """Bytes in the largest fitting unit of 1024, such as `1.50 GiB`."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.2f} {units[0]}"
+
+
 def a_size(value: str) -> str | None:
     """A check for what `size_bytes` reads."""
     try:

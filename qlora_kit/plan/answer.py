@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from qlora_kit.config.data import DataConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device import available_bytes, find_device
+from qlora_kit.lora.targets import auto_note
 from qlora_kit.options.checks import size_bytes
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
@@ -41,7 +42,8 @@ class Cell:
 class Answer:
     """The plan of the options, and what was asked beside it; `overhead` says who measured it.
 
-    `notes` are those on the base's files, `errors` what quantizing does to its linears.
+    `notes` are those on the base, `left` says what of it stays in 16 bits, `in_16_bits` in numbers.
+    `errors` is what quantizing does to its linears.
     """
 
     options: Options
@@ -51,6 +53,8 @@ class Answer:
     grid: Sequence[Cell] | None
     notes: Sequence[str] = ()
     errors: QuantizationErrors | None = None
+    left: str | None = None
+    in_16_bits: Mapping[str, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -69,6 +73,8 @@ class Answer:
                 }
                 for cell in self.grid
             ]
+        if self.in_16_bits is not None:
+            result["in_16_bits"] = dict(self.in_16_bits)
         if self.notes:
             result["notes"] = list(self.notes)
         if self.errors is not None:
@@ -93,7 +99,10 @@ def answer(parsed: Parsed) -> Answer:
     grid = _grid(planner, options, budget) if asked.grid else None
     errors = quantization_errors(base) if asked.quantization_error else None
     overhead = planner.overhead.source
-    return Answer(options, overhead, plan, suggestions, grid, planner.notes, errors)
+    notes, left, in_16_bits = planner.notes, planner.left, planner.in_16_bits
+    if lora.target_modules == "auto" and (auto := auto_note(planner.model)):
+        notes = (*notes, auto)
+    return Answer(options, overhead, plan, suggestions, grid, notes, errors, left, in_16_bits)
 
 
 def _device(base: BaseConfig, asked: PlanConfig) -> str:

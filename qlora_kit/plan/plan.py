@@ -172,7 +172,9 @@ class Planner:
         self._made: dict[Any, MemoryPlan] = {}
         rows, files = (opened.embedding_rows, opened.files) if opened else (None, None)
         shape = open_shape(base, target, rows, files)
-        self.notes = shape.notes if shape.left is None else (*shape.notes, shape.left)
+        self.notes = shape.notes if shape.warning is None else (*shape.notes, shape.warning)
+        self.model = shape.model
+        self.left, self.in_16_bits = shape.left, shape.in_16_bits
         self.run = FakeRun(FakeModel(shape, fresh, training, target))
 
     def plan(

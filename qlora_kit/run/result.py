@@ -224,9 +224,8 @@ def result_record(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weight_bytes": weight_bytes(model)["weights"],
     }
-    if (left := plan.base.share) is not None:
-        size = left.count * plan.base.dtype.itemsize
-        described["in_16_bits"] = {"bytes": size, "share": left.count / left.total}
+    if (left := plan.base.in_16_bits) is not None:
+        described["in_16_bits"] = left
     if plan.base.wrapper is not None:
         described["adapter_keys"] = plan.config.lora.adapter_keys or "wrapper"
     return {

@@ -10,7 +10,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.files.atomic import check_room
 from qlora_kit.lora.names import check_keys
-from qlora_kit.lora.targets import check_rank, find_targets
+from qlora_kit.lora.targets import auto_note, check_rank, find_targets
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.training.checkpoint import SLACK_BYTES
 from qlora_kit.training.optimizer import state_bytes
@@ -31,12 +31,14 @@ def check_targets(
     """
     check_keys(base, lora.adapter_keys)
     targets = find_targets(base.model, lora.target_modules)
-    if ranks is None:
+    if ranks_are_new := ranks is None:
         ranks = dict.fromkeys(targets, lora.r)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once, when the adapters are made
             check_rank(base.model, targets, lora.r)
     reporter.base(base, targets, lora)
+    if ranks_are_new and lora.target_modules == "auto" and (note := auto_note(base.model)):
+        reporter.note(note)
     layers = {name: base.model.get_submodule(name) for name in ranks}
     parameters = sum(
         ranks[name] * (layer.in_features + layer.out_features) for name, layer in layers.items()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from any_model import random_model, save_random
+from any_model import random_model, save_random, tiny_config
 from families import edit_config, edit_weights, randomize_adapter, relative_error, token_ids
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,8 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, ModelError, error_line
 from qlora_kit.export.export import export_model
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.lora.targets import find_targets
+from qlora_kit.lora.targets import auto_note, find_targets
+from qlora_kit.options.checks import size_text
 
 UNLIKE = ("gpt_neox", "opt", "falcon", "bloom", "cohere")
 """A fused projection, learned positions, parallel halves, ALiBi, a factor behind the head."""
@@ -115,7 +117,18 @@ def test_what_stays_in_16_bits_is_what_is_there(bases, kind):
     }
     held = {id(one): one.nbytes for one in base.model.parameters() if id(one) not in packed}
     assert base.share.count * 2 == sum(held.values())
-    assert f"{sum(held.values())} bytes stay in bf16" in base.left
+    assert base.in_16_bits["bytes"] == sum(held.values())
+    assert base.left.startswith(f"{size_text(sum(held.values()))} stay in bf16, ")
+    assert base.warning is None
+
+
+def test_what_is_large_beside_embedding_and_head_is_a_warning_with_names(tmp_path):
+    save_random(tmp_path / "base", "mamba2")
+    base = open_base(BaseConfig(str(tmp_path / "base"), bits=4, dtype="bf16", device="cpu"))
+    assert re.match(r"\d\d\.\d% of the weights stay in bf16 beside embedding", base.warning)
+    size = sum(p.numel() * 2 for n, p in base.model.named_parameters() if "out_proj" in n)
+    assert f": out_proj {size_text(size)}, conv1d " in base.warning
+    assert open_base(BaseConfig(str(tmp_path / "base"), bits=16)).warning is None
 
 
 def test_small_linears_are_not_quantized_and_it_is_said(tmp_path):
@@ -133,6 +146,34 @@ def test_a_factor_that_no_record_knows_is_refused(bases, monkeypatch):
     monkeypatch.setattr(architecture, "ARCHITECTURES", known)
     with pytest.raises(ModelError, match="'cohere' has more between its decoder and its logits"):
         load(bases / "cohere")
+
+
+def test_auto_says_where_it_takes_every_linear(bases, tmp_path):
+    save_random(tmp_path / "base", "ctrl")
+    model = open_base(BaseConfig(str(tmp_path / "base"))).model
+    assert find_targets(model, "auto") == find_targets(model, "all-linear")
+    assert "'ctrl' has no query and value projections" in auto_note(model)
+    assert auto_note(open_base(BaseConfig(str(bases / "opt"))).model) is None
+
+
+def test_a_linear_that_takes_no_adapter_is_refused_by_name(tmp_path):
+    save_random(tmp_path / "base", "jamba")
+    model = open_base(BaseConfig(str(tmp_path / "base"))).model
+    for asked in ("dt_proj", "in_proj,dt_proj", ".*dt_proj"):
+        with pytest.raises(ConfigError, match="code reads the weight of dt_proj") as caught:
+            find_targets(model, asked)
+        assert len(error_line(caught.value).splitlines()) == 1
+
+
+def test_experts_that_are_counted_and_not_built_are_no_reason(tmp_path):
+    config = tiny_config("doge")
+    assert config.num_experts > 1
+    assert not any("expert" in name for name, _ in random_model("doge").named_modules())
+    save_random(tmp_path / "base", "doge")
+    assert open_base(BaseConfig(str(tmp_path / "base"))).share is not None
+    edit_config(tmp_path / "base", is_moe=True)
+    with pytest.raises(ModelError, match="is a mixture of experts"):
+        open_base(BaseConfig(str(tmp_path / "base")))
 
 
 REFUSED = {

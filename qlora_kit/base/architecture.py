@@ -231,7 +231,13 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
 
 def refuse_code(said: Mapping[str, Any], path: Path) -> None:
     """Refuse a file of settings that has something fetched or run. Errors: `UnsafeInputError`."""
-    if asked := asks_for_code(said):
+    if (asked := asks_for_code(said)) and asked[0] == "per_layer_config":
+        raise UnsafeInputError(
+            f"{path}: per_layer_config is {str(asked[1])[:60]!r}: of single layers head_dim and "
+            "num_key_value_heads alone may differ here",
+            "use a model whose layers are otherwise all as config.json says",
+        )
+    if asked:
         raise UnsafeInputError(
             f"{path}: {asked[0]} is {str(asked[1])[:60]!r}, which transformers would fetch or run",
             "remove it from the file: nothing that a model names is fetched or run",

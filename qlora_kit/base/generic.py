@@ -20,6 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from qlora_kit.base.fields import beyond
 from qlora_kit.base.share import large_others
+from qlora_kit.base.unfit import unfit
 from qlora_kit.errors import ModelError
 from qlora_kit.options.checks import size_text
 
@@ -124,6 +125,8 @@ def check_generic(settings: PreTrainedConfig, dtype: torch.dtype, path: Path) ->
         model = AutoModelForCausalLM.from_config(
             settings, dtype=dtype, attn_implementation=attention_of(settings)
         )
+    if reason := unfit(model):
+        raise ModelError(f"{kind} {reason}", "use a model of another family")
     taken = sum(buffer.nbytes for buffer in model.buffers())
     if taken > TABLES_LIMIT:
         raise ValueError(f"its tables would take {taken} bytes")

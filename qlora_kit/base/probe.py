@@ -100,6 +100,12 @@ def _problem(model: Any) -> str | None:
     """What is wrong with a model, in words that follow its name."""
     ids, half = _ids(model, TOKENS), TOKENS // 2
     options = {"use_cache": False} if takes(model, "use_cache") else {}
+    width = hidden_states(model, ids, torch.arange(TOKENS, device=ids.device)[None]).shape[-1]
+    if (taken := getattr(model.get_output_embeddings(), "in_features", width)) != width:
+        return (
+            f"has more between its decoder and its logits than a head, a factor and a soft cap: "
+            f"its decoder gives {width} numbers a token, and its head takes {taken}"
+        )
     theirs, ours = model(input_ids=ids, **options).logits, _logits(model, ids)
     other = ids.clone()
     other[:, half:] = (ids[:, half:] + 1) % model.get_input_embeddings().weight.shape[0]

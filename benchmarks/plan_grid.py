@@ -111,17 +111,17 @@ def _points(
         prepare_model(model, training, "none")
         optimizer = make_optimizer(training.optim, model.parameters(), 1e-4)
         model.train()
-        _step(model, optimizer, _window(1, 16), None)  # makes the states, and the workspace
+        run_step(model, optimizer, window(1, 16))  # makes the states, and the workspace
         for level, rows, length, packed in itertools.product(
             LEVELS, asked.rows, asked.lengths, (False, True)
         ):
             if length > planner.run.context:
                 continue
-            longest, batches = length - length // 4, _window(rows, length, packed)
+            longest, batches = length - length // 4, window(rows, length, packed)
             supervised = batches[0]["num_supervised"] // rows
             plan = planner.plan(BatchShape(rows, length, supervised, packed, longest), level)
             set_recompute(model, level)
-            counted = _counted(model, optimizer, batches)
+            counted = counted_step(model, optimizer, batches)
             planned = {**{name: plan.bytes[name] for name in COMPONENTS}, **plan.phases}
             planned = {name: planned[name] for name in counted}
             error = max(abs(planned[name] - counted[name]) for name in counted)
@@ -145,19 +145,21 @@ def _points(
     return points
 
 
-def _window(rows: int, length: int, packed: bool = False) -> list[Batch]:
+def window(
+    rows: int, length: int, packed: bool = False, micro_steps: int = MICRO_STEPS
+) -> list[Batch]:
     """Micro-batches of whole rows, or of packs of two rows, all trained on."""
     parts = [length - length // 4, length // 4] if packed else [length]
     pack = [Encoded([1] * part, [1] * part) for part in parts]
-    return [collate_packs([pack] * rows, 0) for _ in range(MICRO_STEPS)]
+    return [collate_packs([pack] * rows, 0) for _ in range(micro_steps)]
 
 
-def _counted(
+def counted_step(
     model: Any, optimizer: torch.optim.Optimizer, micro_batches: list[Batch]
 ) -> dict[str, int]:
     """Components and the peak of each phase of a real step, not the first one."""
     with count_step(model, optimizer, micro_batches=micro_batches) as counter:
-        _step(model, optimizer, micro_batches, counter)
+        run_step(model, optimizer, micro_batches, counter)
     intervals = [one for one in counter.intervals if one.phase]
     passes = [one for one in intervals if one.phase != "step"]
     sizes = {name: max(one.largest.get(name, 0) for one in passes) for name in COMPONENTS}
@@ -167,9 +169,11 @@ def _counted(
     return sizes
 
 
-def _step(
-    model: Any, optimizer: Any, micro_batches: list[Batch], counter: StorageCounter | None
+def run_step(
+    model: Any, optimizer: Any, micro_batches: list[Batch], counter: StorageCounter | None = None
 ) -> None:
+    """One step, with its intervals where it is counted."""
+
     def passes(backward: Any, micro_batches: Any) -> torch.Tensor:
         loss: torch.Tensor = backward(micro_batches)
         if counter is not None:

@@ -5,6 +5,7 @@ Plain reads are used because mapped files count as the process's own memory unti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -71,7 +72,7 @@ def check_finite(tensor: Tensor, name: str, remedy: str = "fetch the file again"
         return  # torch 2.13 adds no 8-bit floats; what they mean is checked (`fp8_checkpoint.py`)
     # A sum is finite only if every value is; it makes no copy. Where it overflows, values decide.
     total = tensor.sum()
-    if has_values(total) and not torch.isfinite(total):
+    if has_values(total) and not math.isfinite(total.item()):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise NumericError(f"{name} holds {bad} values that are not finite", remedy)

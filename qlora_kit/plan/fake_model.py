@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlora_kit.base.base import Base
 from qlora_kit.base.decoder import decoder_layers, layer_kind, only_layers
 from qlora_kit.base.load import fill
+from qlora_kit.base.probe import check_forward
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device import has_own_memory, planned_device
@@ -58,13 +59,16 @@ class FakeModel:
             self._on_fakes(base.model)
             quantize = RepeatedQuantize(self.counter, self.apart)
             self.model: Any = fill(base, self._read, self.counter.tag, quantize)
+            check_forward(self.model)
             self.counter.at("inject")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a rank, which the run says itself
                 inject_lora(self.model, lora, seed=training.seed)
             tag_adapters(self.model, self.counter.tag)
+            # A run, too, counts no further: its layers are then tried on a few tokens, of which no
+            # step has fewer.
+            self.loading = self.taken(0)
             note = prepare_model(self.model, training, "none")
-        self.loading = self.taken(0)
         self.fused = training.fused_blocks and note is None
         self.model.train()
         self.layers = list(decoder_layers(self.model))

@@ -9,6 +9,7 @@ Embeddings, norms and the output head are held in the compute dtype, never widen
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,15 @@ def read_weights(base: Base, tag: Tag = untagged) -> PreTrainedModel:
     check_forward(model)
     model.name_or_path = base.source.reference
     return model
+
+
+def try_without_values(model: PreTrainedModel) -> None:
+    """Trace what `read_weights` tries a model with, for a plan: only the run, by values, refuses.
+
+    Errors: none.
+    """
+    with contextlib.suppress(ModelError):
+        check_forward(model)
 
 
 def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quantize_linear) -> Any:

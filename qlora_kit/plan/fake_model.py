@@ -19,12 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.decoder import decoder_layers, layer_kind, only_layers
-from qlora_kit.base.load import fill
-from qlora_kit.base.probe import check_forward
+from qlora_kit.base.load import fill, try_without_values
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device import has_own_memory, planned_device
-from qlora_kit.errors import ModelError
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
 from qlora_kit.memory.counter import Interval, StorageCounter
@@ -60,8 +58,7 @@ class FakeModel:
             self._on_fakes(base.model)
             quantize = RepeatedQuantize(self.counter, self.apart)
             self.model: Any = fill(base, self._read, self.counter.tag, quantize)
-            with contextlib.suppress(ModelError):  # the run refuses it, by its numbers
-                check_forward(self.model)
+            try_without_values(self.model)
             self.counter.at("inject")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a rank, which the run says itself

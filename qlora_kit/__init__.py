@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from qlora_kit.process.start import ready_for_torch
+
 _HOMES = {
     "finetune": "library",
     "RunResult": "run.finished",
@@ -29,4 +31,6 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qlora_kit' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"qlora_kit.{_HOMES[name]}"), name)
+    # Most of them import torch, whose threads read how to wait when it is loaded.
+    with ready_for_torch():
+        return getattr(importlib.import_module(f"qlora_kit.{_HOMES[name]}"), name)

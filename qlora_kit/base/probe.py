@@ -69,11 +69,15 @@ def check_packs(model: Any) -> None:
     config, weight = model.config, model.get_input_embeddings().weight
     if architecture_of(config.model_type).known or not has_values(weight):
         return
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         apart = isolates_packs(model.eval())
+    except Exception:
+        # transformers raises what its own code happens to raise; it does not take packs then.
+        apart = False
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     if not apart:
         raise ConfigError(
             f"packing puts rows beside each other that model_type {config.model_type!r} does not "

@@ -128,7 +128,7 @@ def text_config(whole: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not is_wrapped(whole):
         return dict(whole)
     refuse_code(whole, path)
-    inner = whole.get("text_config", _flat(whole))
+    inner = whole.get("text_config") or _flat(whole)
     if not isinstance(inner, dict) or not isinstance(inner.get("model_type"), str):
         raise ModelError(
             f"{path}: text_config is {str(inner)[:60]!r}, not the config of a text model with its "
@@ -178,7 +178,7 @@ def text_decoder(
         found = _renamed(found, stored_as, path)
     if not wrapped:
         return TextDecoder(config, found, None, left)
-    said = [one.get("tie_word_embeddings") for one in (whole, whole.get("text_config", whole))]
+    said = [one.get("tie_word_embeddings") for one in (whole, whole.get("text_config") or whole)]
     if found is not None and _is_open(*said):
         # transformers ties by the wrapper's word unless the file has a head of its own.
         config["tie_word_embeddings"] = "lm_head.weight" not in found
@@ -189,7 +189,7 @@ def text_decoder(
 def is_wrapped(whole: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a multimodal model around a text decoder."""
     flat = str(whole.get("model_type")) in FLAT and bool(whole.get("vision_config"))
-    return "text_config" in whole or flat
+    return whole.get("text_config") is not None or flat
 
 
 def is_tower(name: str) -> bool:

@@ -7,6 +7,8 @@ renaming is asked which tensors of the files are which of the class. Where the c
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +26,8 @@ SAME_HEAD = ("gemma3n", "gemma4", "gemma4_unified")
 LARGEST = 2**24
 MOST_LAYERS = 200
 MOST_VALUES = 10_000
-LAYER_WORDS = ("layer", "depth", "block")
+COUNTS_LAYERS = re.compile(r"(n|num)_.*(layer|block)s?|(layer|block)s|.*depths?|.*(layers|blocks)")
+"""Fields that say how many layers a tower has; `block_size` or `layer_width` do not."""
 
 
 def check_wrapper(wrapper: Wrapper, model: Any, path: Path) -> None:
@@ -85,7 +88,9 @@ def _expected(wrapper: Wrapper) -> Any:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            settings = CONFIG_MAPPING[wrapper.model_type].from_dict(dict(wrapper.config))
+            settings = CONFIG_MAPPING[wrapper.model_type].from_dict(
+                copy.deepcopy(dict(wrapper.config))
+            )
             settings.text_config = type(settings.text_config)()
             model = getattr(transformers, found)(settings)
         changes = get_model_conversion_mapping(model)
@@ -134,7 +139,7 @@ def _unbounded(said: Any, where: str) -> Iterator[str]:
         inner = [(where, value) for value in said]
     elif isinstance(said, int):
         name = where.rpartition(".")[2]
-        most = MOST_LAYERS if any(word in name for word in LAYER_WORDS) else LARGEST
+        most = MOST_LAYERS if COUNTS_LAYERS.fullmatch(name) else LARGEST
         if abs(said) > most:
             yield f"{where} is {str(said)[:60]}"
     if len(inner) > MOST_VALUES:

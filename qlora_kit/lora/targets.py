@@ -284,7 +284,7 @@ def _no_match(model: nn.Module, asked: str, candidates: Sequence[str]) -> Config
     listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
     left_out = ""
     if names_tower(asked):
-        left_out = ": towers for other input than text are left out, and carry no adapter"
+        left_out = ": a tower for other input than text is never loaded, and carries no adapter"
     ends = {name.rpartition(".")[2] for name in read_directly(model)}
     if own := sorted(end for end in ends if re.search(rf"\b{end}\b", asked)):
         left_out = f" that takes an adapter: its own code reads the weight of {', '.join(own)}"

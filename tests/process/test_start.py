@@ -51,6 +51,15 @@ def test_threads_that_wait_sleep_unless_the_user_said_how(
     assert f"OMP_WAIT_POLICY = '{policy if policy != 'None' else 'PASSIVE'}'" in done.stderr
 
 
+def test_so_do_those_of_a_program_that_uses_the_package() -> None:
+    code = "import os; from qlora_kit import load_base; print(os.environ.get('OMP_WAIT_POLICY'))"
+    kept = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=kept, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "PASSIVE\n")
+
+
 def test_libraries_that_a_limit_does_not_hold_are_not_imported() -> None:
     """They would abort the process in the middle."""
     before = resource.getrlimit(resource.RLIMIT_AS)

@@ -11,10 +11,11 @@ HEAD = """# Every model_type of transformers
 
 For each of the {types} values of `model_type` that transformers {transformers} maps to a causal
 language model: a tiny random checkpoint with the family's traits, through the commands.
-**{works} work**, {all_bits} of them tried in 4, 8 and 16 bits and the others in the bits that their
-lines name; {refused} are refused{faults}. Only what transformers builds as a language model of
-linear layers can be quantized and adapted; each of the others is refused before it trains, with the
-reason below.
+**{works} work**, {all_bits} of them in 4, 8 and 16 bits and the others in the bits that their lines
+name; {refused} do not{faults}. Only what transformers builds as a language model of linear layers
+can be quantized and adapted; each of the others is refused before it trains, with the reason below.
+Where a reason begins with "transformers itself", no tiny checkpoint of the type could be made here
+(it may need a package that was not there, or sizes that are not small), so nothing was tried.
 
 What "works" means, for each number of bits, on an fp32 model of random weights:
 

@@ -141,7 +141,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"num_local_experts": 0, "num_experts_per_tok": 0},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": HEAD, "layer_types": ["sliding_attention", "full_attention"]},

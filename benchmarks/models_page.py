@@ -11,9 +11,9 @@ HEAD = """# Every model_type of transformers
 
 For each of the {types} values of `model_type` that transformers {transformers} maps to a causal
 language model: a tiny random checkpoint with the family's traits, through the commands.
-**{works} work**, {all_bits} of them in 4, 8 and 16 bits and the others in the bits that their lines
-name; {refused} do not{faults}. Only what transformers builds as a language model of linear layers
-can be quantized and adapted; each of the others is refused before it trains, with the reason below.
+**{works} work**, {tried}; {refused} are refused{faults}.
+Only what transformers builds as a language model of linear layers can be quantized and adapted;
+each of the others is refused before it trains, with the reason below.
 Where a reason begins with "transformers itself", no tiny checkpoint of the type could be made here
 (it may need a package that was not there, or sizes that are not small), so nothing was tried.
 
@@ -75,13 +75,16 @@ def page(result: Mapping[str, Any]) -> str:
     faults = f", {len(by_verdict['fault'])} do not work" if by_verdict["fault"] else ""
     names = ("torch", "bitsandbytes", "transformers", "peft")
     versions = ", ".join(f"{name} {measured['versions'][name]}" for name in names)
+    in_all = sum(all(bits in row for bits in BITS) for row in by_verdict["works"].values())
     text = HEAD.format(
         types=len(types),
         works=len(by_verdict["works"]),
         refused=len(by_verdict["refused"]),
         faults=faults,
         transformers=measured["versions"]["transformers"],
-        all_bits=sum(all(bits in row for bits in BITS) for row in by_verdict["works"].values()),
+        tried="in 4, 8 and 16 bits"
+        if in_all == len(by_verdict["works"])
+        else f"{in_all} of them in 4, 8 and 16 bits and the others in the bits that their lines name",
         commands="\n".join(
             f"- `{_cell(run['command'], 160)}` at commit {run['commit'][:12]}, {run['date']}"
             for run in [*result.get("earlier", []), measured]

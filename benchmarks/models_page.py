@@ -84,7 +84,7 @@ def page(result: Mapping[str, Any]) -> str:
         transformers=measured["versions"]["transformers"],
         tried="in 4, 8 and 16 bits"
         if in_all == len(by_verdict["works"])
-        else f"{in_all} of them in 4, 8 and 16 bits and the others in the bits that their lines name",
+        else f"{in_all} of them in 4, 8 and 16 bits and the others in those that their lines name",
         commands="\n".join(
             f"- `{_cell(run['command'], 160)}` at commit {run['commit'][:12]}, {run['date']}"
             for run in [*result.get("earlier", []), measured]

@@ -46,7 +46,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """What the decoder of `model` hands to the head, (B, T, h), without a cache.
+    """What the decoder of `model` gives the head, (B, T, h) in the head's dtype, without a cache.
 
     `input_ids` and `position_ids` are (B, T); positions are left out where the model takes none.
     """
@@ -54,7 +54,8 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor
     options: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
     taken = {name: value for name, value in options.items() if takes(body, name)}
     hidden: Tensor = body(input_ids=input_ids, **taken).last_hidden_state
-    return hidden
+    # Mamba's residual is in fp32, and its class casts before the head.
+    return hidden.to(model.get_output_embeddings().weight.dtype)
 
 
 def takes(module: nn.Module, name: str) -> bool:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.data.batch import Batch, padded
-from qlora_kit.device import dtype_name
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.memory.counter import Interval, Sizes
 from qlora_kit.memory.phases import follow
@@ -69,8 +68,7 @@ class FakeRun:
                 raise
             said = (str(error).strip().splitlines() or [repr(error)])[0]
             raise ModelError(
-                f"model_type {model.config.model_type!r} does not run in "
-                f"{dtype_name(model.dtype)}: {said[:200]}",
+                f"model_type {model.config.model_type!r} does not run in {model.dtype}: {said[:200]}",
                 "give --dtype fp32, or use a model of another family",
             ) from error
 

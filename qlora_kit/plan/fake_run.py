@@ -66,9 +66,9 @@ class FakeRun:
             # transformers raises what its own code happens to raise.
             if architecture_of(model.config.model_type).known:
                 raise
-            said = (str(error).strip().splitlines() or [repr(error)])[0]
+            said = (str(error).strip().splitlines() or [repr(error)])[0][:200]
             raise ModelError(
-                f"model_type {model.config.model_type!r} does not run in {model.dtype}: {said[:200]}",
+                f"model_type {model.config.model_type!r} does not run in {model.dtype}: {said}",
                 "give --dtype fp32, or use a model of another family",
             ) from error
 

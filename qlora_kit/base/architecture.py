@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.experts import expert_bytes, has_experts, whole
-from qlora_kit.base.fields import asks_for_code, problems
+from qlora_kit.base.experts import count_of, expert_bytes, has_experts
+from qlora_kit.base.fields import PER_LAYER, asks_for_code, problems
 from qlora_kit.base.fp8_scheme import check_stored
 from qlora_kit.errors import ModelError, UnsafeInputError
 from qlora_kit.options.checks import size_text
@@ -224,20 +224,21 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             "use a model whose layers are all as config.json says",
         )
     check_stored(config, path)
-    wrong = list(problems(config, architecture_of(kind).strict))
+    wrong = list(problems(config, record.strict))
     if wrong:
         raise ModelError(f"{path}: {'; '.join(wrong)}", "correct the file")
 
 
 def refuse_code(said: Mapping[str, Any], path: Path) -> None:
     """Refuse a file of settings that has something fetched or run. Errors: `UnsafeInputError`."""
-    if (asked := asks_for_code(said)) and asked[0] == "per_layer_config":
+    layers = said.get("per_layer_config")
+    if layers and not PER_LAYER.accepts(layers):
         raise UnsafeInputError(
-            f"{path}: per_layer_config is {str(asked[1])[:60]!r}: of single layers head_dim and "
+            f"{path}: per_layer_config is {str(layers)[:60]!r}: of single layers head_dim and "
             "num_key_value_heads alone may differ here",
             "use a model whose layers are otherwise all as config.json says",
         )
-    if asked:
+    if asked := asks_for_code(said):
         raise UnsafeInputError(
             f"{path}: {asked[0]} is {str(asked[1])[:60]!r}, which transformers would fetch or run",
             "remove it from the file: nothing that a model names is fetched or run",
@@ -246,9 +247,9 @@ def refuse_code(said: Mapping[str, Any], path: Path) -> None:
 
 def _conv1d_bytes(config: Mapping[str, Any]) -> int:
     """Bytes in 16 bits of GPT-2's layers: queries, keys, values, output, and a two-matrix MLP."""
-    width = whole(config, "n_embd")
-    inner = whole(config, "n_inner") or 4 * width
-    return 2 * whole(config, "n_layer") * (4 * width * width + 2 * width * inner)
+    width = count_of(config, "n_embd")
+    inner = count_of(config, "n_inner") or 4 * width
+    return 2 * count_of(config, "n_layer") * (4 * width * width + 2 * width * inner)
 
 
 def _size(count: int) -> str:

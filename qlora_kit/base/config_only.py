@@ -60,9 +60,9 @@ def open_shape(
     if files is None:
         source, path = find_config(config.model, config.revision)
         whole: Mapping[str, Any] = read_config_file(path)
-        decoder = text_decoder(whole, None, path)
-        if any(find(path.parent, one) for one in (SINGLE_FILE, INDEX_FILE)):
-            decoder = text_decoder(whole, read_entries(source.directory), path)
+        has_weights = any(find(path.parent, one) for one in (SINGLE_FILE, INDEX_FILE))
+        there = read_entries(source.directory) if has_weights else None
+        decoder = text_decoder(whole, there, path)
     else:
         source, path, decoder = files.source, files.config_path, files.decoder
     described, there = decoder.config, decoder.entries

@@ -64,12 +64,12 @@ LIMITS = {
     "model.safetensors.index.json": SETTINGS_LIMIT,
 }
 TEMPLATES_LIMIT = 100
+"""Named templates of one tokenizer."""
 OTHER_FORMS = {
     "consolidated*.safetensors": "Mistral's own form",
     "*.gguf": "llama.cpp's form",
 }
 """Weights that are not read, wherever they lie beside those that are."""
-"""Named templates of one tokenizer."""
 
 
 def find(directory: Path, name: str, error: type[InputError] = ModelError) -> Path | None:

@@ -1,10 +1,13 @@
-"""Linears whose weight a model's own code reads, past the layer's forward.
+"""What a model's own code does past its layers: weights it reads, masks it makes; by its source.
 
 `self.dt_proj.weight @ x` multiplies by whatever lies in that attribute: packed bytes of a quantized
 linear, and never by its adapter. So such a linear stays as it is and gets none. It is found in the
 source of the module that holds it. What only initializes weights does not count, nor what no step
 comes to: kernels that `base/recurrence.py` keeps out of training, and BLOOM's slow way of adding
 up parts that were trained on several devices.
+
+Masks of attention keep the rows of a pack apart where their maker gets positions; that is in the
+source too.
 """
 
 from __future__ import annotations

@@ -19,15 +19,15 @@ WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"
 
 def has_experts(config: Mapping[str, Any]) -> bool:
     """Whether a layer has the experts that a config counts; where it lists no kinds, all may."""
-    if all(whole(config, key) <= 1 for key in COUNTS):
+    if all(count_of(config, key) <= 1 for key in COUNTS):
         return False
     if not config.get("is_moe", config.get("model_type") not in DENSE_UNLESS_SAID):
         return False
     mlps = config.get("mlp_layer_types")
     if isinstance(mlps, list) and mlps and all(kind == "dense" for kind in mlps):
         return False
-    layers, dense = whole(config, "num_hidden_layers"), config.get("mlp_only_layers")
-    if layers and whole(config, "first_k_dense_replace") >= layers:
+    layers, dense = count_of(config, "num_hidden_layers"), config.get("mlp_only_layers")
+    if layers and count_of(config, "first_k_dense_replace") >= layers:
         return False
     if layers and isinstance(dense, list) and all(one in dense for one in range(layers)):
         return False
@@ -39,15 +39,15 @@ def has_experts(config: Mapping[str, Any]) -> bool:
 
 def expert_bytes(config: Mapping[str, Any]) -> int:
     """Bytes in 16 bits of all experts, each a gated MLP of three matrices."""
-    experts = max(whole(config, key) for key in COUNTS)
-    inner = next((size for key in WIDTHS if (size := whole(config, key))), 0)
-    layers = whole(config, "num_hidden_layers") or whole(config, "num_layers")
-    layers -= whole(config, "first_k_dense_replace")
-    layers //= max(1, whole(config, "decoder_sparse_step"))
-    return 2 * 3 * layers * experts * whole(config, "hidden_size") * inner
+    experts = max(count_of(config, key) for key in COUNTS)
+    inner = next((size for key in WIDTHS if (size := count_of(config, key))), 0)
+    layers = count_of(config, "num_hidden_layers") or count_of(config, "num_layers")
+    layers -= count_of(config, "first_k_dense_replace")
+    layers //= max(1, count_of(config, "decoder_sparse_step"))
+    return 2 * 3 * layers * experts * count_of(config, "hidden_size") * inner
 
 
-def whole(config: Mapping[str, Any], key: str) -> int:
+def count_of(config: Mapping[str, Any], key: str) -> int:
     """A field that is a count, bounded; 0 where it is none."""
     value = config.get(key)
     return min(value, LARGEST) if isinstance(value, int) and value > 0 else 0

@@ -208,9 +208,6 @@ def beyond(value: Any, name: str = "", depth: int = 0) -> Iterator[str]:
 
 def asks_for_code(config: Mapping[str, Any]) -> tuple[str, Any] | None:
     """The first field by which a config would have something fetched or run, and its value."""
-    layers = config.get("per_layer_config")
-    if layers and not PER_LAYER.accepts(layers):
-        return "per_layer_config", layers
     for key in ASKS_FOR_CODE:
         value = config.get(key)
         names = list(value.values()) if isinstance(value, dict) else [value]

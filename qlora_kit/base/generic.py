@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from qlora_kit.options.checks import size_text
 
 TABLES_LIMIT = 2**30
 """Bytes of the tables that a model computes when it is built."""
-INFINITY = {"__float__": "Infinity"}
-"""How transformers writes an upper limit that is none."""
 OLD_NAMES = (
     # What the classes of some families convert to what they declare.
     "rope_theta",
@@ -68,12 +65,6 @@ def declared_fields(
     described = {name: copy.deepcopy(config[name]) for name in config if name in names}
     if wrong := list(beyond(described)):
         raise ValueError("; ".join(wrong))
-    described = {
-        name: [math.inf if one == INFINITY else one for one in value]
-        if isinstance(value, list)
-        else value
-        for name, value in described.items()
-    }
     described = {name: _with_infinities(value) for name, value in described.items()}
     for name, field in ours.items():
         value = described.get(name, field.default)

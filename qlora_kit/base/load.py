@@ -9,7 +9,6 @@ Embeddings, norms and the output head are held in the compute dtype, never widen
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -81,25 +80,15 @@ def read_weights(base: Base, tag: Tag = untagged) -> PreTrainedModel:
     with Reader() as read:
         model = fill(base, read, tag)
         _check_tied(base, tied_names(model), read)
-    check_forward(model)
     model.name_or_path = base.source.reference
     return model
-
-
-def try_without_values(model: PreTrainedModel) -> None:
-    """Trace what `read_weights` tries a model with, for a plan: only the run, by values, refuses.
-
-    Errors: none.
-    """
-    with contextlib.suppress(ModelError):
-        check_forward(model)
 
 
 def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quantize_linear) -> Any:
     """`base.model` frozen and in evaluation mode, every tensor in its place, as `read` gives it.
 
     A linear is quantized when its weight arrives. Nothing but `read` touches a file. A plan has a
-    `quantize` of its own.
+    `quantize` of its own; it tries the model too, which without values refuses what cannot run.
     """
     model = base.model
     linears = decoder_linears(model)
@@ -142,7 +131,9 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
     model.tie_weights()
     model.requires_grad_(False)
     _multiply_in_fp32(model)
-    return model.eval()
+    model.eval()
+    check_forward(model)
+    return model
 
 
 def _held_in(base: Base, name: str, tensor: Tensor, recurrent: frozenset[str]) -> torch.dtype:

@@ -8,6 +8,8 @@ numbers, through one layer of each kind: the time of some tokens, whatever the s
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from qlora_kit.base.decoder import (
 )
 from qlora_kit.device import has_values
 from qlora_kit.errors import ConfigError, ModelError
+from qlora_kit.process.out_of_memory import is_out_of_memory
 
 TOKENS = 12
 MOST_LAYERS = 4
@@ -42,23 +45,22 @@ def check_forward(model: Any) -> None:
         return
     layers = decoder_layers(model)
     first = {layer_kind(layer): number for number, layer in reversed(list(enumerate(layers)))}
-    modes = {module: module.training for module in model.modules()}
+    remedy = "use a model of another family"
     try:
-        with only_layers(model, sorted(first.values())[:MOST_LAYERS]), torch.no_grad():
-            problem = _problem(model.eval())
+        with only_layers(model, sorted(first.values())[:MOST_LAYERS]), _in_evaluation(model):
+            problem = _problem(model)
     except ModelError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # transformers raises what its own code happens to raise.
         said = str(error).strip().splitlines()
         problem = f"cannot be run on {TOKENS} tokens: {said[0][:200] if said else error!r}"
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        if model.dtype is not torch.float32:
+            remedy = f"give --dtype fp32, or {remedy}"
     if problem:
-        raise ModelError(
-            f"model_type {config.model_type!r} {problem}", "use a model of another family"
-        )
+        raise ModelError(f"model_type {config.model_type!r} {problem}", remedy)
 
 
 def check_packs(model: Any) -> None:
@@ -69,21 +71,33 @@ def check_packs(model: Any) -> None:
     config, weight = model.config, model.get_input_embeddings().weight
     if architecture_of(config.model_type).known or not has_values(weight):
         return
-    modes = {module: module.training for module in model.modules()}
     try:
-        apart = isolates_packs(model.eval())
-    except Exception:
+        with _in_evaluation(model):
+            apart = isolates_packs(model)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # transformers raises what its own code happens to raise; it does not take packs then.
         apart = False
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not apart:
         raise ConfigError(
             f"packing puts rows beside each other that model_type {config.model_type!r} does not "
             "keep apart: the second of two rows gives something else than alone",
             "leave --packing out; --group_by_length also saves padding",
         )
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: Any) -> Iterator[None]:
+    """Without gradients and in evaluation mode, each module back in its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def isolates_packs(model: Any) -> bool:
@@ -104,23 +118,24 @@ def _problem(model: Any) -> str | None:
     """What is wrong with a model, in words that follow its name."""
     ids, half = _ids(model, TOKENS), TOKENS // 2
     options = {"use_cache": False} if takes(model, "use_cache") else {}
-    width = hidden_states(model, ids, torch.arange(TOKENS, device=ids.device)[None]).shape[-1]
+    hidden = _hidden(model, ids)
+    width = hidden.shape[-1]
     if (taken := getattr(model.get_output_embeddings(), "in_features", width)) != width:
         return (
             f"has more between its decoder and its logits than a head, a factor and a soft cap: "
             f"its decoder gives {width} numbers a token, and its head takes {taken}"
         )
-    theirs, ours = model(input_ids=ids, **options).logits, _logits(model, ids)
+    theirs, ours = model(input_ids=ids, **options).logits, _logits(model, hidden)
     other = ids.clone()
     other[:, half:] = (ids[:, half:] + 1) % model.get_input_embeddings().weight.shape[0]
-    if not _agree(model, _logits(model, other)[:, :half], ours[:, :half]):
+    if not _agree(model, _logits(model, _hidden(model, other))[:, :half], ours[:, :half]):
         return "lets tokens see those after them, so that it has nothing to predict"
     if ours.shape != theirs.shape or not _agree(model, ours, theirs):
         return (
             "has more between its decoder and its logits than a head, a factor and a soft cap, or "
             "counts positions in a way of its own"
         )
-    if not _agree(model, _logits(model.train(), ids), ours):
+    if not _agree(model, _logits(model, _hidden(model.train(), ids)), ours):
         return "gives other logits in training than in evaluation, though nothing is dropped"
     return None
 
@@ -131,10 +146,14 @@ def _ids(model: Any, count: int) -> Tensor:
     return drawn.to(weight.device)
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    """Logits (1, T, V) as training computes them, in fp32."""
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    logits: Tensor = model.get_output_embeddings()(hidden_states(model, ids, positions)).float()
+def _hidden(model: Any, ids: Tensor) -> Tensor:
+    """What the decoder gives the head for one row (1, T) of tokens: (1, T, h)."""
+    return hidden_states(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
+
+
+def _logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits (1, T, V) of `hidden` (1, T, h) as training computes them, in fp32."""
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
     scale, softcap = architecture_of(model.config.model_type).logit_scale_and_softcap(model.config)
     logits = logits * scale
     return logits if softcap is None else (logits / softcap).tanh() * softcap

@@ -36,7 +36,8 @@ def check_wrapper(wrapper: Wrapper, model: Any, path: Path) -> None:
     `path` is that of config.json. Files without any tower are taken as a text model's.
     Errors: `ModelError` naming tensors, or a field of a tower that no tower has.
     """
-    if multimodal_class(wrapper.model_type) is None:
+    class_name = multimodal_class(wrapper.model_type)
+    if class_name is None:
         raise ModelError(
             f"{path}: transformers has no multimodal model of model_type "
             f"{wrapper.model_type[:60]!r}",
@@ -57,7 +58,7 @@ def check_wrapper(wrapper: Wrapper, model: Any, path: Path) -> None:
     for key, value in wrapper.config.items():
         if isinstance(value, dict):
             refuse_code(value, path.with_name(f"{path.name} ({key})"))
-    expected = _expected(wrapper)
+    expected = _expected(wrapper, class_name)
     if expected is None:
         return
     model, renamed = expected
@@ -75,16 +76,13 @@ def check_wrapper(wrapper: Wrapper, model: Any, path: Path) -> None:
         )
 
 
-def _expected(wrapper: Wrapper) -> Any:
-    """The class of the wrapper on the meta device and its renaming of tensors; None without one."""
+def _expected(wrapper: Wrapper, class_name: str) -> Any:
+    """The class of that name on the meta device and its renaming of tensors; None without one."""
     import transformers
     from transformers import CONFIG_MAPPING
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    found = multimodal_class(wrapper.model_type)
-    if found is None:
-        return None
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -92,7 +90,7 @@ def _expected(wrapper: Wrapper) -> Any:
                 copy.deepcopy(dict(wrapper.config))
             )
             settings.text_config = type(settings.text_config)()
-            model = getattr(transformers, found)(settings)
+            model = getattr(transformers, class_name)(settings)
         changes = get_model_conversion_mapping(model)
     except Exception:
         # transformers raises what its own arithmetic and missing packages happen to raise.

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.decoder import decoder_layers, layer_kind, only_layers
-from qlora_kit.base.load import fill, try_without_values
+from qlora_kit.base.load import fill
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device import has_own_memory, planned_device
@@ -58,7 +58,6 @@ class FakeModel:
             self._on_fakes(base.model)
             quantize = RepeatedQuantize(self.counter, self.apart)
             self.model: Any = fill(base, self._read, self.counter.tag, quantize)
-            try_without_values(self.model)
             self.counter.at("inject")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a rank, which the run says itself

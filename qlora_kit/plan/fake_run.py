@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kit.base.architecture import architecture_of
 from qlora_kit.data.batch import Batch, padded
-from qlora_kit.errors import ConfigError, ModelError
+from qlora_kit.errors import ConfigError
 from qlora_kit.memory.counter import Interval, Sizes
 from qlora_kit.memory.phases import follow
 from qlora_kit.memory.profiler import batch_tensors
@@ -55,22 +54,7 @@ class FakeRun:
             known_rows(False),
             torch.no_grad(),
         ):
-            self._try(batch)
-
-    def _try(self, batch: Any) -> None:
-        """One forward pass. Errors: `ModelError` where a family's own code does not take it."""
-        model = self._fake.model
-        try:
-            supervised_loss(model, batch)
-        except Exception as error:
-            # transformers raises what its own code happens to raise.
-            if architecture_of(model.config.model_type).known:
-                raise
-            said = (str(error).strip().splitlines() or [repr(error)])[0][:200]
-            raise ModelError(
-                f"model_type {model.config.model_type!r} does not run in {model.dtype}: {said}",
-                "give --dtype fp32, or use a model of another family",
-            ) from error
+            supervised_loss(fake.model, batch)
 
     def micro_batches(
         self, rows: int, length: int, supervised: int, micro_steps: int

@@ -28,6 +28,7 @@ from qlora_kit.base.skipped import in_16_bits, left_linears, listed_modules
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import dtype_name
 from qlora_kit.errors import ConfigError
+from qlora_kit.options.checks import joined
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def stated_form(config: BaseConfig, described: Mapping[str, Any], path: Path) ->
         return StatedForm(quantization, scheme=fp8_scheme(described, path))
     if config.skip_modules is not None:
         raise ConfigError(
-            f"--skip_modules {_shown(config.skip_modules)} contradicts {path}: its weights are "
+            f"--skip_modules {joined(config.skip_modules)} contradicts {path}: its weights are "
             "already quantized, and those that are not stay so",
             "leave --skip_modules out, or give the original 16-bit model",
         )
@@ -162,7 +163,3 @@ def _scaled_notes(
     if others:
         notes.append(f"scales of activations are not used: {', '.join(sorted(others))}")
     return tuple(notes)
-
-
-def _shown(skip_modules: str | tuple[str, ...]) -> str:
-    return skip_modules if isinstance(skip_modules, str) else ",".join(skip_modules)

@@ -6,9 +6,10 @@ whatever it lists beyond the text model (towers, the head) is no concern of a de
 
 from __future__ import annotations
 
+import collections
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -69,13 +70,12 @@ def left_linears(
 ) -> tuple[frozenset[str], tuple[str, ...]]:
     """The linears that are not quantized here, by options and by family, and what is said of it."""
     asked = skipped_linears(list(linears), quantization.skip_modules)
-    names: tuple[str, ...] = ()
+    kept, small = frozenset[str](), frozenset[str]()
     if quantization.bits < 16:
-        names = architecture_of(model.config.model_type).unquantized
-    kept = frozenset(name for name in linears if name.rpartition(".")[2] in names) - asked
-    small: frozenset[str] = frozenset()
-    if quantization.bits < 16 and not architecture_of(model.config.model_type).known:
-        small = small_linears(linears) - asked - kept
+        record = architecture_of(model.config.model_type)
+        named = (name for name in linears if name.rpartition(".")[2] in record.unquantized)
+        kept = frozenset(named) - asked
+        small = frozenset() if record.known else small_linears(linears) - asked - kept
     reasons = (
         (asked, "by --skip_modules"),
         (kept, f"as in every {model.config.model_type}"),
@@ -95,13 +95,14 @@ def in_16_bits(
     return f"{len(names)} {what} in {dtype_name(dtype)} ({size} bytes: {some(names)})"
 
 
-def _no_match(asked: str, linears: Collection[str]) -> ConfigError:
-    counts: dict[str, int] = {}
-    for name in linears:
-        last = name.rpartition(".")[2]
-        counts[last] = counts.get(last, 0) + 1
-    listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+def by_last_name(linears: Iterable[str]) -> str:
+    """What linears are called in all layers, and how many there are of each."""
+    counts = collections.Counter(name.rpartition(".")[2] for name in linears)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
+def _no_match(asked: str, linears: Iterable[str]) -> ConfigError:
     return ConfigError(
         f"skip_modules {asked[:100]!r} matches no linear that is quantized",
-        f"those are {listed}",
+        f"those are {by_last_name(linears)}",
     )

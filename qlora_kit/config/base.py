@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.options.checks import a_name, one_of
+from qlora_kit.options.checks import a_name, listed_names, one_of
 from qlora_kit.options.option import Options, option
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -24,9 +24,7 @@ def _device(value: str) -> str | None:
 def _names(value: Any) -> Any:
     """Names, however they are separated, in one order; a regex as it is."""
     if isinstance(value, str):
-        if not re.fullmatch(r"[\w.,\- ]+", value):
-            return value
-        value = [one.strip() for one in value.split(",")]
+        value = value if (listed := listed_names(value)) is None else listed
     if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
         return tuple(sorted({one for one in value if one}))
     return value

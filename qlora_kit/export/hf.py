@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.base import Base
 from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from qlora_kit.base.tensors import check_finite
@@ -37,18 +35,10 @@ def write_model(
     With towers it is the whole multimodal model that is written. Host memory holds one file.
     Errors: `NumericError`, `ExportError`, `ResourceError`.
     """
-    _write_shards([_as_stored(base, one) for one in tensors], directory, dtype, shard_size)
+    _write_shards(tensors, directory, dtype, shard_size)
     _write_settings(base, directory, dtype, with_towers)
     if with_towers:
         copy_processors(base.source.directory, directory)
-
-
-def _as_stored(base: Base, tensor: ExportTensor) -> ExportTensor:
-    """The tensor by the name that files of its family have for it."""
-    stored_as = architecture_of(base.model.config.model_type).stored_as
-    if stored_as == "model." or not tensor.name.startswith("model."):
-        return tensor
-    return replace(tensor, name=stored_as + tensor.name.removeprefix("model."))
 
 
 def _write_shards(

@@ -9,7 +9,7 @@ holds as many as the writer does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -102,11 +102,11 @@ def export_tensors(
             own = full in recurrent and parameter.dtype is torch.float32
             kept = parameter.dtype if own else None
             tensors.append(ExportTensor(full, parameter.shape, parameter.detach, kept))
-    return tensors if base.wrapper is not None else _named_as_in_files(tensors, base)
+    return tensors if base.wrapper is not None else named_as_in_files(tensors, base)
 
 
-def _named_as_in_files(tensors: list[ExportTensor], base: Base) -> list[ExportTensor]:
-    """The same by the names of the base's files: some families' differ from the model's."""
+def named_as_in_files(tensors: Sequence[ExportTensor], base: Base) -> list[ExportTensor]:
+    """The same by the names of the base's files, which may differ from the model's."""
     names = {name: entry.name for name, entry in base.entries.items()}
     return [replace(one, name=names.get(one.name, one.name)) for one in tensors]
 

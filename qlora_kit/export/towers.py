@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from qlora_kit.base.meta_model import with_rows
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.tensors import Reader
 from qlora_kit.errors import ConfigError
-from qlora_kit.export.tensors import ExportTensor
+from qlora_kit.export.tensors import ExportTensor, named_as_in_files
 
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32")
 """dtypes of tensors that are what they look like; others belong to a quantized form."""
@@ -48,8 +47,7 @@ def check_towers_stay(base: Base) -> None:
 def whole_tensors(base: Base, tensors: Sequence[ExportTensor]) -> list[ExportTensor]:
     """The decoder's tensors by the files' names, and every tower's with the bytes that it has."""
     left = {} if base.wrapper is None else base.wrapper.left or {}
-    named = [replace(one, name=base.entries[one.name].name) for one in tensors]
-    return named + [
+    return named_as_in_files(tensors, base) + [
         ExportTensor(name, torch.Size(entry.shape), partial(_stored, entry), entry.torch_dtype)
         for name, entry in left.items()
     ]

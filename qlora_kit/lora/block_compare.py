@@ -31,7 +31,7 @@ def fused_blocks(model: PreTrainedModel) -> list[Block] | str:
             return f"{name} stays as it is: its parts are not those of a known block"
         blocks.append(block)
     for layer, block in zip(layers, blocks, strict=True):
-        kind = (_code(layer), block.kind, settings_of(layer))
+        kind = (settings_of(layer), _forwards(layer), block.kind)
         if kind not in compared:
             compared.add(kind)
             # Not `>`: NaN is no agreement.
@@ -40,11 +40,9 @@ def fused_blocks(model: PreTrainedModel) -> list[Block] | str:
     return blocks
 
 
-def _code(layer: nn.Module) -> tuple[object, ...]:
-    """What a layer runs, weights apart: its modules' classes, and forwards that were put on one."""
-    return tuple(
-        (name, type(module), vars(module).get("forward")) for name, module in layer.named_modules()
-    )
+def _forwards(layer: nn.Module) -> tuple[object, ...]:
+    """The forwards that were put on a layer's modules, in place of their classes' own."""
+    return tuple(vars(module).get("forward") for module in layer.modules())
 
 
 def _difference(model: PreTrainedModel, layer: Any, block: Block) -> float:

@@ -7,7 +7,6 @@ and an alpha to each module (`rank_pattern`, `alpha_pattern`).
 
 from __future__ import annotations
 
-import collections
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -21,10 +20,12 @@ from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.direct import read_directly
 from qlora_kit.base.pattern import full_matches
 from qlora_kit.base.share import small_linears
+from qlora_kit.base.skipped import by_last_name
 from qlora_kit.base.text_decoder import names_tower
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.lora.names import OWN, in_class, in_model
+from qlora_kit.options.checks import listed_names
 
 QUERY_VALUE = (
     ("q_proj", "v_proj"),
@@ -37,14 +38,15 @@ QUERY_VALUE = (
     ("q_lin", "v_lin"),
 )
 """Usual names of the projections of queries and values, in families without a record."""
+IN_ADAPTER = re.compile(r"\.(base_layer|lora_[AB]\..*)$")
+"""What lies inside a linear that has an adapter."""
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     """The names of the linears that `target_modules` asks for, in the model's order.
 
     `auto`, `all-linear` (every linear but the output head and those that the family's record leaves
-    out), names (`q_proj` matches
-    `model.layers.0.self_attn.q_proj`), or a regex over whole names.
+    out), names (`q_proj` matches `model.layers.0.self_attn.q_proj`), or a regex over whole names.
     Errors: `ConfigError` listing the model's linears where a name or the regex matches nothing, or
     naming the head or the embedding where one is asked for.
     """
@@ -55,10 +57,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         return targets_by_name(model, _auto_names(model, candidates))
     if not isinstance(target_modules, str):
         return targets_by_name(model, target_modules)
-    if re.fullmatch(r"[\w.,\- ]+", target_modules):
-        asked = [name.strip() for name in target_modules.split(",")]
-        return targets_by_name(model, [name for name in asked if name])
-    return targets_by_regex(model, target_modules)
+    names = listed_names(target_modules)
+    if names is None:
+        return targets_by_regex(model, target_modules)
+    return targets_by_name(model, names)
 
 
 def _auto_names(model: nn.Module, candidates: Sequence[str]) -> tuple[str, ...]:
@@ -150,7 +152,7 @@ def target_candidates(model: nn.Module) -> list[str]:
             isinstance(module, LoRALinear) or (isinstance(module, nn.Linear) and module is not head)
         )
         and name not in read
-        and not re.search(r"\.(base_layer|lora_[AB]\..*)$", name)
+        and not IN_ADAPTER.search(name)
     ]
 
 
@@ -161,7 +163,7 @@ def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
     chosen = [
         name
         for name, _ in model.named_modules()
-        if name.rpartition(".")[2] in short and not re.search(r"\.base_layer$|\.lora_[AB]\.", name)
+        if name.rpartition(".")[2] in short and not IN_ADAPTER.search(name)
     ]
     return short if set(chosen) == set(targets) else list(targets)
 
@@ -280,15 +282,13 @@ def _refused_end(model: PreTrainedModel, name: str) -> ConfigError:
 
 
 def _no_match(model: nn.Module, asked: str, candidates: Sequence[str]) -> ConfigError:
-    counts = collections.Counter(name.rpartition(".")[2] for name in candidates)
-    listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
     left_out = ""
     if names_tower(asked):
-        left_out = ": a tower for other input than text is never loaded, and carries no adapter"
+        left_out = ": towers for other input than text are left out, and carry no adapter"
     ends = {name.rpartition(".")[2] for name in read_directly(model)}
     if own := sorted(end for end in ends if re.search(rf"\b{end}\b", asked)):
         left_out = f" that takes an adapter: its own code reads the weight of {', '.join(own)}"
     return ConfigError(
         f"target_modules {asked!r} matches no linear of this model{left_out}",
-        f"its linears are {listed}",
+        f"its linears are {by_last_name(candidates)}",
     )

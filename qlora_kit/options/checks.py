@@ -100,6 +100,13 @@ def joined(value: Any) -> Any:
     return value
 
 
+def listed_names(text: str) -> list[str] | None:
+    """The names in a text that has commas between them; None for a regex, by its characters."""
+    if not re.fullmatch(r"[\w.,\- ]+", text):
+        return None
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def size_bytes(text: str) -> int:
     """Bytes of a size: `8GiB`, `8 GB`, `500MiB`, `1.5GiB` or plain bytes. Errors: `ValueError`.
 

@@ -14,6 +14,7 @@ from qlora_kit.base.source import TINY, is_known, is_path, local_path
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.files.atomic import real_path
+from qlora_kit.options.checks import joined
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.saved_adapter import SavedAdapter
 
@@ -68,8 +69,8 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
         for name in ("bits", "quant_type", "double_quant", "skip_modules"):
             if name in given and given[name] != trained[name]:
                 raise ConfigError(
-                    f"--{name} {_shown(given[name])} is given, and {adapter.name} was trained with "
-                    f"{name} {_shown(trained[name])}",
+                    f"--{name} {joined(given[name])} is given, and {adapter.name} was trained with "
+                    f"{name} {joined(trained[name])}",
                     f"leave --{name} out",
                 )
     known = {name: value for name, value in trained.items() if value is not None}
@@ -122,7 +123,3 @@ def _named_base(adapter: SavedAdapter, run: Mapping[str, Any]) -> str | None:
                 "give its directory or hub id as --model",
             )
     return None
-
-
-def _shown(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -108,7 +108,7 @@ def test_a_plan_needs_the_config_alone(run: Run, home: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("--target_modules", ".*vision_tower.*q_proj"), "a tower for other input than text"),
+        (("--target_modules", ".*vision_tower.*q_proj"), "towers for other input than text"),
         (("--adapter_keys", "both"), "wrapper or text"),
     ],
 )

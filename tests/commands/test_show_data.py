@@ -262,6 +262,16 @@ def test_a_broken_tokenizer_is_named(capsys, chats, tmp_path, damage):
     assert len(err.splitlines()[-1]) <= ERROR_LINE_LIMIT
 
 
+def model_with_template(tmp_path, template):
+    """A directory with a tokenizer whose tokenizer_config.json has this `chat_template` alone."""
+    directory = tmp_path / "model"
+    chat_tokenizer().save_pretrained(directory)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    return directory
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [("{% if x", "is no Jinja"), ({"=": "{{ x }}"}, "no default")],
@@ -269,11 +279,7 @@ def test_a_broken_tokenizer_is_named(capsys, chats, tmp_path, damage):
 def test_a_broken_template_is_named_where_chats_are_read_and_not_before(
     capsys, chats, tmp_path, template, reason
 ):
-    directory = tmp_path / "model"
-    chat_tokenizer().save_pretrained(directory)
-    (directory / "chat_template.jinja").unlink(missing_ok=True)
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    directory = model_with_template(tmp_path, template)
     err = run(capsys, "--model", directory, "--data", chats, code=3).err
     assert "chats.jsonl:1: " in err
     assert reason in err
@@ -286,13 +292,9 @@ def test_a_broken_template_is_named_where_chats_are_read_and_not_before(
 def test_a_template_that_is_no_text_is_named_whatever_the_rows_are(
     capsys, chats, tmp_path, template
 ):
-    directory = tmp_path / "model"
-    chat_tokenizer().save_pretrained(directory)
-    (directory / "chat_template.jinja").unlink(missing_ok=True)
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    directory = model_with_template(tmp_path, template)
     err = run(capsys, "--model", directory, "--data", chats, code=3).err
-    assert f"{path}: chat_template is" in err
+    assert f"{directory / 'tokenizer_config.json'}: chat_template is" in err
 
 
 @pytest.mark.parametrize("context", ["many", -5, 2.5, [200]])

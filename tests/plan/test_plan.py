@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from allocations import profiled_peak
+from counted_steps import counted_step
 from families import save_checkpoint
 from processor import processor_s
 
@@ -23,7 +24,6 @@ from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device import DTYPES
 from qlora_kit.errors import ConfigError, ModelError
-from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.profiler import count_step
@@ -63,31 +63,8 @@ def counted(base, lora, training, levels, rows, length, micro_steps=3):
 
 
 def counted_of(base, lora, training, levels, micro_batches):
-    """As `counted`; its workspace is one of its own: what other models left is not counted."""
-    with own_workspace({}):
-        return _counted(base, lora, training, levels, micro_batches)
-
-
-def _counted(base, lora, training, levels, micro_batches):
-    model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
-    prepare_model(model, training, levels)
-    optimizer = make_optimizer(training.optim, model.parameters(), 1e-3)
-    model.train()
-
-    def step(micro_batches, counter=None):
-        def passes(backward, micro_batches):
-            loss = backward(micro_batches)
-            if counter is not None:
-                counter.at("step")
-                counter.filling = "optimizer"
-            return loss
-
-        train_step(model, micro_batches, optimizer, step=1, max_grad_norm=1.0, run_backward=passes)
-
-    step([batch_of(1, 16)])  # makes the states
-    with count_step(model, optimizer, micro_batches=micro_batches) as counter:
-        step(micro_batches, counter)
-    return [one for one in counter.intervals if one.phase]
+    """As `counted`, of given micro-batches."""
+    return counted_step(base, lora, training, levels, micro_batches, batch_of(1, 16))
 
 
 def sizes_of(intervals):

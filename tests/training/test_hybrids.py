@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from counted_steps import counted_step
 from exact import adapter_gradients, exact_gradients, gradient_errors
 from families import FAMILIES, edit_weights, refused, relative_error, tiny_model, token_ids
 from hybrids import HYBRIDS, save_hybrid, tiny_hybrid
@@ -20,8 +21,7 @@ from transformers import AutoModelForCausalLM
 from qlora_kit import finetune
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.linear import QuantizedLinear, dequantize
-from qlora_kit.base.load import load_base, read_weights
-from qlora_kit.base.open import open_base
+from qlora_kit.base.load import load_base
 from qlora_kit.base.recurrence import avoid_fused_training, check_packing, state_carriers
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
@@ -33,20 +33,17 @@ from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.export import export_model
 from qlora_kit.generation.decode import generate_ids
-from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.adapter import save_adapter
-from qlora_kit.lora.inject import inject_lora, lora_layers
+from qlora_kit.lora.inject import lora_layers
 from qlora_kit.memory.counter import COMPONENTS, most_of_each
-from qlora_kit.memory.profiler import count_step
 from qlora_kit.plan.extrapolate import cut, layers_of
 from qlora_kit.plan.fake_model import FakeModel
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.plan import plan_memory
 from qlora_kit.training.layer_forward import set_recompute
-from qlora_kit.training.loop import train, train_step
+from qlora_kit.training.loop import train
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.optimizer import make_optimizer
-from qlora_kit.training.prepare import prepare_model
 
 TOLERANCE = 1e-5
 """fp32 sums in another order; a recurrence adds the rounding of one token to the next."""
@@ -270,29 +267,10 @@ def test_packing_is_refused_before_the_weights(bases, tmp_path, monkeypatch):
         train(model, schedule, make_optimizer("adamw", model.parameters(), 1e-3))
 
 
-def counted_step(base, lora, training, micro_batches):
+def counted_peaks(base, lora, training, micro_batches):
     """The peaks of a real second step by phase, and the most bytes of each component."""
-    with own_workspace({}):
-        model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
-        prepare_model(model, training, training.gradient_checkpointing)
-        optimizer = make_optimizer(training.optim, model.parameters(), 1e-3)
-        model.train()
-
-        def step(micro_batches, counter=None):
-            def passes(backward, micro_batches):
-                loss = backward(micro_batches)
-                if counter is not None:
-                    counter.at("step")
-                    counter.filling = "optimizer"
-                return loss
-
-            options = {"step": 1, "max_grad_norm": 1.0, "run_backward": passes}
-            train_step(model, micro_batches, optimizer, **options)
-
-        step([collate(rows_of(16), 0)])  # makes the states
-        with count_step(model, optimizer, micro_batches=micro_batches) as counter:
-            step(micro_batches, counter)
-    intervals = [one for one in counter.intervals if one.phase]
+    level, first = training.gradient_checkpointing, collate(rows_of(16), 0)
+    intervals = counted_step(base, lora, training, level, micro_batches, first)
     phases = {
         phase: max(one.peak for one in intervals if one.phase == phase)
         for phase in ("forward", "backward", "step")
@@ -320,7 +298,7 @@ def test_planned_equals_counted(bases, kind, bits, level):
         optim="adamw", gradient_checkpointing=level, batch_size=2, gradient_accumulation_steps=2
     )
     plan = plan_memory(base, lora, training, length=48)
-    phases, bytes_ = counted_step(
+    phases, bytes_ = counted_peaks(
         base, lora, training, [collate(rows_of(48, 48), 0) for _ in (1, 2)]
     )
     assert {phase: plan.phases[phase] for phase in phases} == phases

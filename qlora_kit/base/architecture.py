@@ -185,6 +185,12 @@ def causal_families() -> frozenset[str]:
     raise AssertionError(f"{table} has no {CAUSAL_TABLE}")
 
 
+def is_causal(model_type: Any) -> bool:
+    """Whether transformers has a causal language model of that type; records are asked first."""
+    known = isinstance(model_type, str)
+    return known and (model_type in ARCHITECTURES or model_type in causal_families())
+
+
 def check_family(config: Mapping[str, Any], path: Path) -> None:
     """Refuse a `config` (from `path`) of a model that cannot be quantized and trained whole.
 
@@ -211,7 +217,7 @@ def check_family(config: Mapping[str, Any], path: Path) -> None:
             f"that {_size(_conv1d_bytes(config))} would stay unquantized",
             "use a model of another family, such as llama, qwen3 or gemma3_text",
         )
-    if not isinstance(kind, str) or (kind not in ARCHITECTURES and kind not in causal_families()):
+    if not is_causal(kind):
         raise ModelError(
             f"{path}: transformers has no causal language model of model_type {kind!r}",
             "give a model of a family that transformers builds as one",

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.base.architecture import (
-    ARCHITECTURES,
     architecture_of,
-    causal_families,
     check_family,
+    is_causal,
     refuse_code,
 )
 from qlora_kit.base.contents import find, names_code, refuse_strays
@@ -66,8 +65,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     whole = read_json(path)
     config = text_config(whole, path)
     if "auto_map" in whole and (
-        str(config.get("model_type")) not in causal_families() | ARCHITECTURES.keys()
-        or names_code(whole["auto_map"], path.parent)
+        not is_causal(config.get("model_type")) or names_code(whole["auto_map"], path.parent)
     ):
         raise UnsafeInputError(
             f"{path}: auto_map asks to run Python files of the model",

@@ -1,4 +1,4 @@
-"""What a process takes of a GPU outside its tensors: a row of `qlora_kit/device.py`.
+"""What a process takes of a GPU outside its tensors: a row of `qlora_kit/device/found.py`.
 
     python benchmarks/device_overhead.py
 

@@ -31,7 +31,7 @@ MEASURE = """
 import json, sys, time, torch
 from qlora_kit.base.load import load_base
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import peak_bytes
+from qlora_kit.device.found import peak_bytes
 from qlora_kit.plan.quantization_error import quantization_errors
 what, directory = sys.argv[1:]
 began, used = time.perf_counter(), time.process_time()

@@ -36,7 +36,7 @@ from qlora_kit.base.load import tag_weights
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.device import peak_bytes
+from qlora_kit.device.found import peak_bytes
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Interval, StorageCounter, most_of_each

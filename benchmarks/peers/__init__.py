@@ -2,7 +2,7 @@
 
 import torch
 
-from qlora_kit.device import is_native
+from qlora_kit.device.target import is_native
 
 
 def step_dtype(device: str) -> torch.dtype:

@@ -15,7 +15,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.device import dtype_name
+from qlora_kit.device.target import dtype_name
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer

@@ -23,7 +23,7 @@ from qlora_kit.base.share import Share, share_of
 from qlora_kit.base.source import Source
 from qlora_kit.base.text_decoder import Wrapper
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import dtype_name
+from qlora_kit.device.target import dtype_name
 
 CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "context_length")
 NO_CONTEXT = 2048

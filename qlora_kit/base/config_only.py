@@ -38,7 +38,7 @@ from qlora_kit.base.safetensors_file import (
 from qlora_kit.base.text_decoder import text_decoder
 from qlora_kit.base.tokenizer import load_tokenizer, needed_rows
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import compute_dtype
+from qlora_kit.device.found import compute_dtype
 
 DEFAULT_DTYPE = "bfloat16"
 

@@ -26,7 +26,7 @@ from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry, some
 from qlora_kit.base.skipped import in_16_bits, left_linears, listed_modules
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import dtype_name
+from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.checks import joined
 

@@ -26,7 +26,7 @@ from qlora_kit.base.fp8_scheme import SCALES, Blocks, Fp8Scheme
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.skipped import listed_modules
 from qlora_kit.base.tensors import Read, Reader, check_finite, read_tensors
-from qlora_kit.device import device_type, dtype_name, representative
+from qlora_kit.device.target import device_type, dtype_name, representative
 from qlora_kit.errors import ModelError
 
 WEIGHT = "F8_E4M3"

@@ -31,7 +31,7 @@ from qlora_kit.base.quantize import (
     quantize_8bit,
     quantize_scales,
 )
-from qlora_kit.device import has_values
+from qlora_kit.device.target import has_values
 from qlora_kit.kernels.matmul import grad_input, linear, matmul_dtype, scale_columns
 from qlora_kit.kernels.workspace import workspace
 

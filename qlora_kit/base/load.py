@@ -42,7 +42,7 @@ from qlora_kit.base.tensors import (
     untagged,
 )
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import device_type, dtype_name, is_native
+from qlora_kit.device.target import device_type, dtype_name, is_native
 from qlora_kit.errors import ModelError
 
 

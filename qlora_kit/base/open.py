@@ -15,7 +15,7 @@ from qlora_kit.base.meta_model import build_on_meta, entries_of, take_generation
 from qlora_kit.base.tokenizer import make_tokenizer, needed_rows
 from qlora_kit.base.towers import check_wrapper
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import compute_dtype, find_device
+from qlora_kit.device.found import compute_dtype, find_device
 
 
 def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:

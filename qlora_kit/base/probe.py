@@ -23,7 +23,7 @@ from qlora_kit.base.decoder import (
     only_layers,
     takes,
 )
-from qlora_kit.device import has_values
+from qlora_kit.device.target import has_values
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.process.out_of_memory import is_out_of_memory
 

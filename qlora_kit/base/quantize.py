@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base.imports import quiet_import
-from qlora_kit.device import has_values
+from qlora_kit.device.target import has_values
 from qlora_kit.errors import NumericError
 
 with quiet_import():

@@ -20,7 +20,7 @@ from qlora_kit.base.pattern import full_matches
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import some
 from qlora_kit.base.share import small_linears
-from qlora_kit.device import dtype_name
+from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
 
 PREFIX = re.compile(r"((model|language_model|text_model)\.)*")

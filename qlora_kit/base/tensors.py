@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.safetensors_file import TensorEntry
-from qlora_kit.device import has_values
+from qlora_kit.device.target import has_values
 from qlora_kit.errors import ModelError, NumericError
 from qlora_kit.files.opened import OpenFiles
 

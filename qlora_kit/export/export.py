@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qlora_kit.base.base import Base
-from qlora_kit.device import DTYPES, dtype_name
+from qlora_kit.device.target import DTYPES, dtype_name
 from qlora_kit.errors import AdapterError
 from qlora_kit.export.hf import write_model
 from qlora_kit.export.tensors import export_tensors

@@ -15,7 +15,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from qlora_kit.base.tensors import check_finite
 from qlora_kit.base.tokenizer import copy_tokenizer
-from qlora_kit.device import dtype_name
+from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ExportError
 from qlora_kit.export.tensors import ExportTensor
 from qlora_kit.export.towers import copy_processors, model_config

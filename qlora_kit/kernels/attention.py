@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.device import TILES
+from qlora_kit.device.target import TILES
 from qlora_kit.kernels.attention_blocks import (
     BLOCK_QUERIES,
     BLOCK_SCORES,

@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from qlora_kit.device import representative
+from qlora_kit.device.target import representative
 from qlora_kit.kernels.matmul import matmul_dtype
 
 NARROW = 64

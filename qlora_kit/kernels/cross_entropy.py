@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.device import representative
+from qlora_kit.device.target import representative
 from qlora_kit.kernels.matmul import grad_input, matmul_dtype, weight_parts
 
 CHUNK_TOKENS = 256

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.device import device_type, is_native, representative
+from qlora_kit.device.target import device_type, is_native, representative
 from qlora_kit.kernels.workspace import workspace
 
 PART = 2**24

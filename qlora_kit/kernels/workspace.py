@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from qlora_kit.device import device_type
+from qlora_kit.device.target import device_type
 
 Listener = Callable[[str, Iterable[Tensor]], None]
 

@@ -25,7 +25,7 @@ from qlora_kit.base.base import Base, BaseInfo
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.tensors import check_finite, read_tensors
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.device import DTYPES
+from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapter_files import HEADER_KEY, AdapterFiles, read_adapter, write_adapter
 from qlora_kit.lora.dropout import KeyedDropout

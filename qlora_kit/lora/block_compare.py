@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.decoder import decoder_layers, settings_of
-from qlora_kit.device import has_values
+from qlora_kit.device.target import has_values
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.shared_keys import OPTION
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.device import has_values
+from qlora_kit.device.target import has_values
 from qlora_kit.kernels.rmsnorm import FrozenNorm
 from qlora_kit.kernels.rotary import rotate
 from qlora_kit.kernels.swiglu import ACTIVATIONS

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.device import DTYPES
+from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.dropout import KeyedDropout
 from qlora_kit.lora.layer import LoRALinear

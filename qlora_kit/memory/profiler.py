@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.load import tag_weights
 from qlora_kit.data.batch import Batch
-from qlora_kit.device import allocator_peaks, has_own_memory, peak_bytes
+from qlora_kit.device.found import allocator_peaks, peak_bytes
+from qlora_kit.device.target import has_own_memory
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each

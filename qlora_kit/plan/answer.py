@@ -13,7 +13,7 @@ from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.device import available_bytes, find_device
+from qlora_kit.device.found import available_bytes, find_device
 from qlora_kit.lora.targets import auto_note
 from qlora_kit.options.checks import size_bytes
 from qlora_kit.options.parsed import Parsed

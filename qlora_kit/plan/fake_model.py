@@ -3,7 +3,7 @@
 Fake tensors have a shape and a dtype and no values: an operation says which tensors it would make,
 and a counter adds them up. So nothing is read and nothing is computed. The device that the run is
 meant for is data: it decides kernels, dtype and paging, while the tensors themselves are on the CPU
-(`device.py`).
+(`device/target.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlora_kit.base.decoder import decoder_layers, layer_kind, only_layers
 from qlora_kit.base.load import fill
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.device import has_own_memory, planned_device
+from qlora_kit.device.target import has_own_memory, planned_device
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
 from qlora_kit.memory.counter import Interval, StorageCounter

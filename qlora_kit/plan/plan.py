@@ -4,8 +4,8 @@
 
 There is no formula beside the code that trains: `plan/fake_model.py` loads the model and
 `plan/fake_run.py` steps it, with the run's own code on fake tensors, while a counter adds up what
-is allocated. Only what lies outside tensors is a table (`device.py`). `auto` takes the levels of
-recompute from `plan/levels.py`.
+is allocated. Only what lies outside tensors is a table (`device/found.py`). `auto` takes the
+levels of recompute from `plan/levels.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DEFAULT_LENGTH
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.device import OVERHEADS, Overhead, find_device
+from qlora_kit.device.found import OVERHEADS, Overhead, find_device
 from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
 from qlora_kit.plan.extrapolate import moved
 from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
@@ -149,7 +149,7 @@ class Planner:
     """Plans of one base, its adapters and its optimizer, for any micro-batch and any levels.
 
     Of a base that a run has `opened` no file is opened again. With `margin` a share of every
-    budget is left free, as `device.py` has it for the device.
+    budget is left free, as `device/found.py` has it for the device.
 
     Errors of the constructor are those of `plan_memory`.
     """

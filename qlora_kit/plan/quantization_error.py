@@ -23,7 +23,8 @@ from qlora_kit.base.linear import quantize_linear, quantized_tensors
 from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device import compute_dtype, dtype_name
+from qlora_kit.device.found import compute_dtype
+from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
 
 AT_ONCE = 2**22

@@ -17,7 +17,7 @@ from typing import Any
 from qlora_kit.base.base import Base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.device import dtype_name
+from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.adapter import open_adapter
 from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_kit.data.batch import eval_batches
 from qlora_kit.data.encode import prompt_ids
 from qlora_kit.data.rows import Row
-from qlora_kit.device import empty_cache
+from qlora_kit.device.found import empty_cache
 from qlora_kit.errors import ResourceError
 from qlora_kit.generation.decode import answers
 from qlora_kit.process.out_of_memory import is_out_of_memory

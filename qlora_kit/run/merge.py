@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_kit.config.commands import ExportConfig
 from qlora_kit.data.chat_template import read_templates
-from qlora_kit.device import DTYPES, dtype_name
+from qlora_kit.device.target import DTYPES, dtype_name
 from qlora_kit.export.companions import write_companions
 from qlora_kit.export.export import check_export, export_model
 from qlora_kit.export.verify import check_distance, verify_export

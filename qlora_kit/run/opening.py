@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from qlora_kit.device import memory_name
+from qlora_kit.device.found import memory_name
 from qlora_kit.errors import QloraKitError
 from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.process.signals import Stopped, StopSignals

@@ -12,7 +12,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.batch import lengths_of
 from qlora_kit.data.schedule import StepSchedule
-from qlora_kit.device import available_bytes
+from qlora_kit.device.found import available_bytes
 from qlora_kit.errors import ConfigError
 from qlora_kit.memory.held import weight_bytes
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
-from qlora_kit.device import describe_device, has_own_memory, peak_bytes, reserved_bytes
+from qlora_kit.device.found import describe_device, peak_bytes, reserved_bytes
+from qlora_kit.device.target import has_own_memory
 from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.memory.profiler import MemoryProfiler
 from qlora_kit.run.metrics import versions

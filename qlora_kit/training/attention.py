@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.device import device_type, has_values
+from qlora_kit.device.target import device_type, has_values
 from qlora_kit.kernels.attention import Segment, causal_attention
 from qlora_kit.kernels.matmul import matmul_dtype
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.data.batch import Batch, split
-from qlora_kit.device import empty_cache, free_bytes
+from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.process.signals import StopSignals

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.device import device_type, has_own_memory, has_values, synchronize
+from qlora_kit.device.found import synchronize
+from qlora_kit.device.target import device_type, has_own_memory, has_values
 from qlora_kit.errors import CheckpointError
 
 PAGED_FROM_ELEMENTS = 100_000

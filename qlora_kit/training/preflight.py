@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlora_kit.device import has_own_memory
+from qlora_kit.device.target import has_own_memory
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.loop import Backward, train_step
 from qlora_kit.training.optimizer import missing_states

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.device import has_values
+from qlora_kit.device.target import has_values
 from qlora_kit.run import assembly, evaluation, publish, run, saving
 from qlora_kit.training import loop
 

@@ -15,7 +15,8 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.device import NATIVE, compute_dtype, processor_with
+from qlora_kit.device.found import compute_dtype
+from qlora_kit.device.target import NATIVE, processor_with
 from qlora_kit.kernels.matmul import add_matmul, grad_input, linear, matmul
 from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora

@@ -14,7 +14,7 @@ from families import VOCABULARY, save_checkpoint
 
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.device import describe_device, peak_bytes
+from qlora_kit.device.found import describe_device, peak_bytes
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
@@ -86,7 +86,7 @@ def test_the_peak_on_the_cpu_is_the_kernels():
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     held = b"1" * (600 * 1024**2)
     code = (
-        "import torch; from qlora_kit.device import peak_bytes; "
+        "import torch; from qlora_kit.device.found import peak_bytes; "
         "print(peak_bytes(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -22,7 +22,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.device import DTYPES
+from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS

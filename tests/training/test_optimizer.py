@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.config.training import OPTIMIZERS, SCHEDULES, TrainingConfig
-from qlora_kit.device import planned_device
+from qlora_kit.device.target import planned_device
 from qlora_kit.errors import CheckpointError
 from qlora_kit.training.optimizer import (
     learning_rates,

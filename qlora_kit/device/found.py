@@ -1,10 +1,4 @@
-"""Which device and dtype a run takes, and what a device has: the one place that knows of devices.
-
-A plan runs the real loading and the real training step on torch's fake tensors, which have a shape
-and a dtype only. They are all on the CPU, whatever device the plan is for: fake CUDA tensors end
-the process at their first backward pass where torch has no CUDA (torch 2.13). So code that does
-another thing on another device asks `device_type` here, and code that looks at a number asks
-`has_values` first.
+"""The device of a run: found by its name, with its compute dtype and its memory.
 
 `benchmarks/device_overhead.py` measures a row of `OVERHEADS`, what a process takes outside its
 tensors, where there is a GPU. On the CPU a plan counts tensors: what the process takes beside them
@@ -16,22 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from qlora_kit.device.target import DTYPES, has_own_memory, is_native
 from qlora_kit.errors import ResourceError
-
-_PLANNED: ContextVar[str | None] = ContextVar("planned_device", default=None)
-REPRESENTATIVES = 3
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""The compute dtypes by their short names."""
 
 
 def find_device(name: str) -> torch.device:
@@ -55,88 +40,6 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         found = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
         return torch.bfloat16 if found else torch.float16
     return torch.bfloat16 if is_native(torch.bfloat16) else torch.float32
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bf16`, `fp16` or `fp32`; torch's own name for any other."""
-    short = {value: key for key, value in DTYPES.items()}
-    return short.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def has_own_memory(device: torch.device) -> bool:
-    """Whether a device has memory of its own, an allocator for it, and managed memory beside it."""
-    return device.type == "cuda"
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers in it."""
-    return not isinstance(tensor, FakeTensor)
-
-
-def device_type(tensor: Tensor) -> str:
-    """`cpu` or `cuda`: where a tensor is, or where a plan means it to be."""
-    planned = _PLANNED.get()
-    return tensor.device.type if planned is None or has_values(tensor) else planned
-
-
-def representative(places: Sequence[int], like: Tensor) -> Sequence[int]:
-    """Of the `places` of a loop the first and the last two, where `like` has no values.
-
-    What a loop makes in between is no more than it makes there: so a plan takes as long for many
-    rows as for few.
-    """
-    if has_values(like) or len(places) <= REPRESENTATIVES:
-        return places
-    return [places[0], places[-2], places[-1]]
-
-
-TILES = torch.cpu._is_amx_tile_supported()  # torch 2.13 has no public name for it
-"""Whether the processor has matrix tiles (AMX)."""
-
-
-def _native_dtypes() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes that the processor multiplies."""
-    has = torch.cpu.get_capabilities()
-    if has.get("architecture") in ("x86_64", "amd64", "i386"):
-        found = {
-            torch.bfloat16: has.get("avx512_bf16") or has.get("amx_bf16"),
-            torch.float16: has.get("avx512_fp16") or has.get("amx_fp16"),
-        }
-    else:
-        found = {
-            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-        }
-    return frozenset(dtype for dtype, there in found.items() if there)
-
-
-NATIVE = _native_dtypes()
-_NATIVE: ContextVar[frozenset[torch.dtype]] = ContextVar("native_dtypes", default=NATIVE)
-
-
-@contextmanager
-def processor_with(*dtypes: torch.dtype) -> Iterator[None]:
-    """Inside, the processor is taken for one that multiplies these 16-bit dtypes and no others."""
-    before = _NATIVE.set(frozenset(dtypes))
-    try:
-        yield
-    finally:
-        _NATIVE.reset(before)
-
-
-def is_native(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies in `dtype`."""
-    return dtype not in (torch.bfloat16, torch.float16) or dtype in _NATIVE.get()
-
-
-@contextmanager
-def planned_device(kind: str) -> Iterator[None]:
-    """Inside, fake tensors stand for tensors on a device of this kind."""
-    before = _PLANNED.set(kind)
-    try:
-        yield
-    finally:
-        _PLANNED.reset(before)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -1,0 +1,131 @@
+"""What tensors are on, or are planned for, and which dtypes are multiplied there.
+
+A plan runs the real loading and the real training step on torch's fake tensors, which have a shape
+and a dtype only. They are all on the CPU, whatever device the plan is for: fake CUDA tensors end
+the process at their first backward pass where torch has no CUDA (torch 2.13). So code that does
+another thing on another device asks `device_type` here, code that takes another kernel on another
+card asks `capability`, and code that looks at a number asks `has_values` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The compute dtypes by their short names."""
+
+Capability = tuple[int, int]
+"""A CUDA card's compute capability: (7, 5) of a T4, (8, 6) of an RTX 30, (9, 0) of an H100."""
+
+ASSUMED: Capability = (8, 6)
+"""Of a card that is planned for where there is none: all since 2020 have this or more."""
+
+_PLANNED: ContextVar[tuple[str, Capability] | None] = ContextVar("planned_device", default=None)
+
+
+REPRESENTATIVES = 3
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether a device has memory of its own, an allocator for it, and managed memory beside it."""
+    return device.type == "cuda"
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are numbers in it."""
+    return not isinstance(tensor, FakeTensor)
+
+
+def device_type(tensor: Tensor) -> str:
+    """`cpu` or `cuda`: where a tensor is, or where a plan means it to be."""
+    planned = _PLANNED.get()
+    return tensor.device.type if planned is None or has_values(tensor) else planned[0]
+
+
+def capability(tensor: Tensor) -> Capability | None:
+    """The compute capability of the card that a tensor is on, or is planned for; None elsewhere."""
+    if device_type(tensor) != "cuda":
+        return None
+    planned = _PLANNED.get()
+    if planned is not None and not has_values(tensor):
+        return planned[1]
+    return torch.cuda.get_device_capability(tensor.device)
+
+
+def representative(places: Sequence[int], like: Tensor) -> Sequence[int]:
+    """Of the `places` of a loop the first and the last two, where `like` has no values.
+
+    What a loop makes in between is no more than it makes there: so a plan takes as long for many
+    rows as for few.
+    """
+    if has_values(like) or len(places) <= REPRESENTATIVES:
+        return places
+    return [places[0], places[-2], places[-1]]
+
+
+@contextmanager
+def planned_device(kind: str, card: Capability | None = None) -> Iterator[None]:
+    """Inside, fake tensors stand for tensors on a device of this kind.
+
+    On CUDA `card` is its compute capability; without it that of the card here, or `ASSUMED`.
+    """
+    if card is None:
+        card = torch.cuda.get_device_capability() if torch.cuda.is_available() else ASSUMED
+    before = _PLANNED.set((kind, card))
+    try:
+        yield
+    finally:
+        _PLANNED.reset(before)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bf16`, `fp16` or `fp32`; torch's own name for any other."""
+    short = {value: key for key, value in DTYPES.items()}
+    return short.get(dtype, str(dtype).removeprefix("torch."))
+
+
+TILES = torch.cpu._is_amx_tile_supported()  # torch 2.13 has no public name for it
+"""Whether the processor has matrix tiles (AMX)."""
+
+
+def _native_dtypes() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes that the processor multiplies."""
+    has = torch.cpu.get_capabilities()
+    if has.get("architecture") in ("x86_64", "amd64", "i386"):
+        found = {
+            torch.bfloat16: has.get("avx512_bf16") or has.get("amx_bf16"),
+            torch.float16: has.get("avx512_fp16") or has.get("amx_fp16"),
+        }
+    else:
+        found = {
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        }
+    return frozenset(dtype for dtype, there in found.items() if there)
+
+
+NATIVE = _native_dtypes()
+
+
+_NATIVE: ContextVar[frozenset[torch.dtype]] = ContextVar("native_dtypes", default=NATIVE)
+
+
+@contextmanager
+def processor_with(*dtypes: torch.dtype) -> Iterator[None]:
+    """Inside, the processor is taken for one that multiplies these 16-bit dtypes and no others."""
+    before = _NATIVE.set(frozenset(dtypes))
+    try:
+        yield
+    finally:
+        _NATIVE.reset(before)
+
+
+def is_native(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies in `dtype`."""
+    return dtype not in (torch.bfloat16, torch.float16) or dtype in _NATIVE.get()

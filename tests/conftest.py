@@ -15,8 +15,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+ON_CARD = os.environ.get("QLORA_KIT_TEST_CUDA") == "1"
+"""Whether this session runs what a card alone can show, `tests/cuda`, and nothing else."""
+if not ON_CARD:
+    # Before torch is imported: laws that compare bits, fork, or hold the CPU's memory against a
+    # plan are laws of the CPU, and bitsandbytes takes its library by what it finds.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE = pytest.StashKey[set[str]]()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """A process sees a card or it does not: one that does collects the tests of cards alone."""
+    here, cards = collection_path.resolve(), ROOT / "tests" / "cuda"
+    inside = here.is_relative_to(cards)
+    return (not inside and not cards.is_relative_to(here)) or None if ON_CARD else None
 
 
 def changed_files() -> set[str]:

@@ -158,23 +158,6 @@ def test_states_of_another_optimizer_are_refused_and_change_nothing():
         restore_optimizer(make_optimizer("adamw", own.values(), 1e-2), names, short, numbers)
 
 
-def test_bitsandbytes_own_way_of_loading_unpages_and_ours_does_not():
-    """Needed while `load_state_dict` copies managed memory into ordinary tensors."""
-    if not torch.cuda.is_available():
-        pytest.skip("paged states need CUDA")
-    own = {"large": nn.Parameter(torch.randn(400, 400, device="cuda"))}
-    optimizer = make_optimizer("paged_adamw_8bit", own.values(), 1e-2)
-    own["large"].grad = torch.randn_like(own["large"])
-    optimizer.step()
-    saved = optimizer_state(optimizer, {own["large"]: "large"})
-    restored = make_optimizer("paged_adamw_8bit", own.values(), 1e-2)
-    restore_optimizer(restored, {own["large"]: "large"}, *saved)
-    assert restored.state[own["large"]]["state1"].is_paged
-    theirs = make_optimizer("paged_adamw_8bit", own.values(), 1e-2)
-    theirs.load_state_dict(optimizer.state_dict())
-    assert not getattr(theirs.state[own["large"]]["state1"], "is_paged", False)
-
-
 def test_names():
     assert optimizer_name("auto", CPU) == "adamw"
     assert optimizer_name("auto", torch.device("cuda")) == "paged_adamw_8bit"

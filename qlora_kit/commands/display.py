@@ -193,12 +193,13 @@ class Display(Reporter):
             self._line(
                 "held out",
                 f"loss {before:.3f} -> {after:.3f} ({(after - before) / before:+.0%}), "
-                f"{evaluation['tokens']} tokens",
+                f"{evaluation['tokens']:,} tokens",
             )
         parts = ("weights", "adapters", "gradients", "optimizer", "activations", "loss", "peak")
         listed = ", ".join(f"{part} {size(measured[part])}" for part in parts if part in measured)
+        listed = listed.replace(", peak", "; peak")
         planned = f", planned {size(memory['planned']['peak'])}" if "planned" in memory else ""
-        self._line("tensors", f"{listed} in {memory['peak_at']}{planned} [{memory['device']}]")
+        self._line("measured", f"{listed} in {memory['peak_at']}{planned}")
         self._line("process", f"{size(memory['process'])} {memory['process_is']}")
         self._line("saved", str(directory))
         self._line(
@@ -223,7 +224,7 @@ def shell_word(text: str) -> str:
 
 def _counts(encoded: EncodedRows) -> str:
     return (
-        f"{len(encoded.rows)} rows, {encoded.tokens:,} tokens, "
+        f"{len(encoded.rows):,} rows, {encoded.tokens:,} tokens, "
         f"{encoded.supervised_tokens:,} trained on"
     )
 

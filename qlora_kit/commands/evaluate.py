@@ -41,7 +41,7 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
     if report["adapter"] is not None:
         lines.append(("adapter", report["adapter"]))
     skipped = f", {report['skipped']} skipped" if report["skipped"] else ""
-    counts = f"{report['rows']} rows{skipped}, {report['tokens']:,} tokens"
+    counts = f"{report['rows']:,} rows{skipped}, {report['tokens']:,} tokens"
     lines.append(("data", f"{report['data']}: {counts}"))
     perplexity = report["perplexity"]
     shown = "beyond measure" if perplexity is None else f"{perplexity:,.3f}"

@@ -12,6 +12,7 @@ from qlora_kit.base.checks import check_layers
 from qlora_kit.base.contents import strays
 from qlora_kit.base.form import form_in_files, stated_form
 from qlora_kit.base.meta_model import build_on_meta, entries_of, take_generation_config, with_rows
+from qlora_kit.base.quantize import check_library
 from qlora_kit.base.tokenizer import make_tokenizer, needed_rows
 from qlora_kit.base.towers import check_wrapper
 from qlora_kit.config.base import BaseConfig
@@ -30,6 +31,8 @@ def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
     decoder = files.decoder
     described, entries = decoder.config, decoder.entries or {}
     stated = stated_form(config, described, path)
+    if stated.quantization.bits < 16:
+        check_library(device)
     check_layers(entries, described, path)
     model = build_on_meta(described, dtype, path)
     entries = entries_of(model, entries)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base.imports import quiet_import
-from qlora_kit.device.target import has_values
-from qlora_kit.errors import NumericError
+from qlora_kit.device.target import has_own_memory, has_values
+from qlora_kit.errors import NumericError, ResourceError
 
 with quiet_import():
+    import bitsandbytes
     import bitsandbytes.functional as bnb
     from bitsandbytes import cextension
+    from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary as NoLibrary
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -50,6 +53,23 @@ class Quantization:
     def blocksize(self) -> int | None:
         """Values that share a scale, in 4 bits."""
         return BLOCKSIZE if self.bits == 4 else None
+
+
+def check_library(device: torch.device) -> None:
+    """Refuse a device that bitsandbytes has no library for. Errors: `ResourceError`.
+
+    It says so when it is imported, then goes on, and its first kernel raises.
+    """
+    library = cextension.lib
+    if not has_own_memory(device) or library.compiled_with_cuda:
+        return
+    said = str(library.error_msg) if isinstance(library, NoLibrary) else "it took that of the CPU"
+    raise ResourceError(
+        f"bitsandbytes {bitsandbytes.__version__} has no library for this torch "
+        f"({torch.__version__}): {said}",
+        "`python -m bitsandbytes` lists those that it has: install torch for one of them, or give "
+        "--device cpu",
+    )
 
 
 def quantize_8bit(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -140,11 +160,13 @@ def decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) 
     """
     if scales.numel() == 0 or not has_values(out):
         return  # every way below writes into `out` and makes nothing
-    call = None
-    if out.device.type == "cpu":
-        # The op of this name makes a new tensor on the CPU; what it calls writes where it is told.
-        name = f"cdequantize_blockwise_cpu_{quant_type}_{KERNEL_DTYPES.get(out.dtype)}"
-        call = getattr(cextension.lib, name, None)
+    if out.dtype not in KERNEL_DTYPES:
+        single = torch.empty_like(out, dtype=torch.float32)
+        decode_blocks(packed, scales, quant_type, single)
+        out.copy_(single)
+        return
+    # The op of this name makes a new tensor on the CPU; what it calls writes where it is told.
+    call = _on_the_cpu(quant_type, out.dtype) if out.device.type == "cpu" else None
     if call is not None:
         call(
             ctypes.c_void_p(packed.data_ptr()),
@@ -161,3 +183,14 @@ def decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) 
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out.view(shape))
     else:
         out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*arguments).view(-1))
+
+
+@functools.cache
+def _on_the_cpu(quant_type: str, dtype: torch.dtype) -> Callable[..., None] | None:
+    """The kernel of bitsandbytes' own library, where it found one that has it.
+
+    Of a name that it does not have the module hands out a function that raises.
+    """
+    library = None if isinstance(cextension.lib, NoLibrary) else cextension.lib._lib
+    name = f"cdequantize_blockwise_cpu_{quant_type}_{KERNEL_DTYPES[dtype]}"
+    return getattr(library, name, None)

@@ -43,9 +43,10 @@ def inject_lora(
     check_rank(model, targets, config.r)
     dtype = _adapter_dtype(model, config)
     clear_adapter(model, adapter)
-    # A local random state: drawing adapters leaves the caller's as it was.
+    # A local random state: drawing adapters leaves the caller's as it was. `manual_seed` of torch
+    # itself would reseed the devices' as well, and adapters are drawn on the CPU.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for name in targets:
             layer = lora_layer(model, name)
             dropout = KeyedDropout(config.dropout, seed, name)

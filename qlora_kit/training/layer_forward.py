@@ -87,8 +87,9 @@ def use_fused_blocks(model: PreTrainedModel) -> str | None:
 def set_recompute(model: PreTrainedModel, levels: str | Sequence[str]) -> None:
     """Set the decoder layers of `model` to `none`, `selective` or `full`, all or each to its own.
 
-    Outputs and gradients are equal bit for bit, whatever the levels. In a layer of a hybrid that
-    has no attention, of which `selective` would keep the results, it is `full`.
+    Outputs are equal bit for bit, whatever the levels, and on the CPU gradients are too (what
+    holds on CUDA is in `training/recompute.py`). In a layer of a hybrid that has no attention, of
+    which `selective` would keep the results, it is `full`.
     """
     layers, hybrid = list(decoder_layers(model)), bool(state_carriers(model))
     chosen = [levels] * len(layers) if isinstance(levels, str) else list(levels)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.quantize import check_library
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.found import synchronize
 from qlora_kit.device.target import device_type, has_own_memory, has_values
@@ -38,6 +39,7 @@ def make_optimizer(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if name == "adamw":
         return torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay, fused=True)
+    check_library(trained[0].device)
     import bitsandbytes.optim as bnb
 
     classes = {
@@ -130,6 +132,9 @@ def restore_optimizer(
     found = {**tensors, **numbers}
     made: dict[Tensor, Any] = {}
     for parameter, own in _new_states(optimizer):
+        # The host writes into managed memory, which on some systems (WSL2) it may not touch while
+        # the device works at anything: the zeros of the states before, say.
+        synchronize()
         name = names[parameter]
         if not any(f"{name}.{key}" in found for key in own):
             continue  # saved before its first step

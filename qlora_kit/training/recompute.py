@@ -17,6 +17,9 @@ A layer that runs through the model's own code keeps 2Th at `full`, and its inpu
 output and statistics, 2Th + 2Ta + 4Tn, at `selective`.
 
 Replays are torch's checkpoint, non-reentrant, stopped as soon as the last needed tensor is there.
+On the CPU every level gives the same bits. On CUDA that can hold of outputs alone: the backward of
+fused attention adds up in no fixed order (torch documents it as nondeterministic), so gradients may
+differ in their last bits from one step to the next, at one level as at two.
 Dropout of adapters is keyed, so nothing random has to be saved for the second run.
 """
 

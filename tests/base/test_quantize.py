@@ -20,6 +20,7 @@ from families import tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from qlora_kit.base import quantize
 from qlora_kit.base.linear import (
     base_grad_input,
     base_matmul,
@@ -27,8 +28,8 @@ from qlora_kit.base.linear import (
     quantize_linear,
     quantized_tensors,
 )
-from qlora_kit.base.quantize import Quantization
-from qlora_kit.errors import NumericError
+from qlora_kit.base.quantize import Quantization, check_library
+from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.kernels.workspace import own_workspace
 
 NF4 = [
@@ -158,6 +159,18 @@ def test_dequantized_weight_is_table_times_scale_rounded_once(form, shape, dtype
     difference = (ours.double() - expected.double()).abs()
     tiny = torch.finfo(dtype).smallest_normal  # below it fp16 has no relative precision
     assert torch.all(difference <= ulp * expected.double().abs() + ulp * tiny)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_in_double_it_is_what_fp32_holds(form, shape):
+    layer = quantize_linear(random_weight(shape), None, form)
+    double = dequantize(layer, torch.float64)
+    assert double.dtype is torch.float64
+    single = dequantize(layer, torch.float32).double()
+    # In 8 bits the product of row and scale is rounded to double, in 4 bits to fp32.
+    assert torch.allclose(double, single, rtol=torch.finfo(torch.float32).eps, atol=0)
+    assert form.bits == 8 or torch.equal(double, single)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -382,6 +395,35 @@ def test_8bit_inputs_are_freed_under_checkpointing():
     assert kept["upstream"]() is not None
     assert kept["ours"]() is None
     del alive
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    """bitsandbytes as it is where its library for the torch that is here is missing."""
+    said = "No compatible CUDA binary found at libbitsandbytes_cuda139.so"
+    monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary(said))
+    quantize._on_the_cpu.cache_clear()
+    yield said
+    quantize._on_the_cpu.cache_clear()
+
+
+def test_a_library_that_is_not_there_is_said_before_a_weight_is_read(no_library):
+    """bitsandbytes logs it when it is imported, and raises a RuntimeError at its first kernel."""
+    assert cextension.lib.any_name_at_all is not None  # the trap: every name is there
+    with pytest.raises(RuntimeError, match="native library"):
+        cextension.lib.any_name_at_all()
+    with pytest.raises(ResourceError, match="no library for this torch") as caught:
+        check_library(torch.device("cuda"))
+    assert no_library in caught.value.problem
+    assert "python -m bitsandbytes" in caught.value.remedy
+    check_library(torch.device("cpu"))
+
+
+def test_without_a_library_the_cpu_decodes_by_torch_alone(no_library):
+    layer = quantize_linear(random_weight((64, 96)), None, FORMATS[0])
+    # The table times the scale in another order: an ulp of fp32.
+    ours = dequantize(layer, torch.float32)
+    assert torch.allclose(ours, decode(layer, FORMATS[0]), rtol=1e-6)
 
 
 def test_8bit_refuses_what_bitsandbytes_turns_into_zeros():

@@ -178,6 +178,18 @@ def test_the_seed_alone_draws_the_adapter(directory):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_drawing_adapters_seeds_no_device(directory, monkeypatch):
+    """`torch.manual_seed` does, for good: a sampled answer would then depend on the adapter."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(5)
+    assert seeded == [5]
+    before = torch.get_rng_state()
+    inject_lora(load_base(str(directory), bits=16, dtype="fp32").model, LoRAConfig(r=2), seed=7)
+    assert seeded == [5]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_injecting_again_replaces_the_adapter_everywhere(directory):
     model = inject_lora(load(directory), LoRAConfig(target_modules="all-linear"))
     randomize_adapter(model)

@@ -117,8 +117,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     for ids in data[:2]:
         peer.step(ids)
     wait(given.device)
-    on_gpu = given.device.startswith("cuda")
-    counter = AllocatorCounter() if on_gpu else StorageCounter()
+    device = torch.device(given.device)
+    counter = AllocatorCounter(device) if device.type == "cuda" else StorageCounter()
     tag_held(peer, counter)
     if given.snapshot:
         torch.cuda.memory._record_memory_history(max_entries=200_000)

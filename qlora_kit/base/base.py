@@ -69,8 +69,8 @@ class Base:
     them are no plain numbers.
     `embedding_rows` is what the embedding (and the head) is resized to, None where the files have
     all of its rows. `tokenizer` is None in a plan of a bare config.json. `notes` are what a user
-    should know of the files, a sentence each. `wrapper` is what is around the text decoder of a
-    multimodal checkpoint, None for a text model.
+    should know of the files and the device, a sentence each. `wrapper` is what is around the text
+    decoder of a multimodal checkpoint, None for a text model.
     """
 
     model: PreTrainedModel

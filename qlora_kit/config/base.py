@@ -16,9 +16,11 @@ DEFAULT_BITS = 4
 
 
 def _device(value: str) -> str | None:
-    return (
-        None if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value) else "auto, cpu, cuda or cuda:N"
-    )
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
+        return None
+    other = re.match(r"(xpu|mps|hpu|npu|tpu|xla|hip|rocm|vulkan|privateuseone)\b", value)
+    names = "auto, cpu, cuda or cuda:N"
+    return f"{names} (AMD's cards are cuda; no other accelerator is supported)" if other else names
 
 
 def _names(value: Any) -> Any:

@@ -15,20 +15,42 @@ from pathlib import Path
 
 import torch
 
-from qlora_kit.device.target import DTYPES, has_own_memory, is_native
+from qlora_kit.device.target import DTYPES, has_own_memory, is_native, is_rocm
 from qlora_kit.errors import ResourceError
 
 
 def find_device(name: str) -> torch.device:
-    """The device of `--device`. Errors: `ResourceError` where it is not there."""
+    """The device of `--device`; of several cards the one of that number is torch's from here on.
+
+    What has no device in its call (bitsandbytes' waits and fills, the allocator's statistics) would
+    else act on card 0. Errors: `ResourceError` where it is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device, count = torch.device(name), torch.cuda.device_count()
+    if device.type not in OVERHEADS:
+        raise ResourceError(
+            f"--device {name}: {', '.join(OVERHEADS)} are what this package has run on or is "
+            "written for",
+            "use --device cpu; an AMD card is cuda to a torch that is built for ROCm",
+        )
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ResourceError(
             f"--device {name}: {count} CUDA devices here", "use --device cpu, or install CUDA"
         )
+    if device.index is not None and has_own_memory(device):
+        torch.cuda.set_device(device)
     return device
+
+
+def device_notes(device: torch.device) -> tuple[str, ...]:
+    """What a user should know of a device, a sentence each."""
+    if not has_own_memory(device) or not is_rocm():
+        return ()
+    return (
+        f"this torch is built for ROCm {torch.version.hip}: no run on an AMD card has been made "
+        "with qlora_kit, so compare the loss of some steps with --device cpu first",
+    )
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -37,8 +59,10 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if has_own_memory(device):
         # Where there is no GPU it is planned for one: all since 2020 have bf16.
-        found = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
-        return torch.bfloat16 if found else torch.float16
+        if not torch.cuda.is_available():
+            return torch.bfloat16
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     return torch.bfloat16 if is_native(torch.bfloat16) else torch.float32
 
 
@@ -93,16 +117,16 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def synchronize() -> None:
-    """Wait for what the GPU was given, before the host reads managed memory."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given, before the host touches managed memory."""
+    if has_own_memory(device):
+        torch.cuda.synchronize(device)
 
 
-def allocator_peaks() -> tuple[int, int]:
-    """The most allocated and reserved bytes of the GPU since this was called before."""
-    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    torch.cuda.reset_peak_memory_stats()
+def allocator_peaks(device: torch.device) -> tuple[int, int]:
+    """The most allocated and reserved bytes of a GPU since this was called before."""
+    peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
     return peaks
 
 

@@ -26,6 +26,9 @@ Capability = tuple[int, int]
 ASSUMED: Capability = (8, 6)
 """Of a card that is planned for where there is none: all since 2020 have this or more."""
 
+PLAINEST: Capability = (7, 5)
+"""Of a card that gets no kernel which only newer ones have."""
+
 _PLANNED: ContextVar[tuple[str, Capability] | None] = ContextVar("planned_device", default=None)
 
 
@@ -55,7 +58,20 @@ def capability(tensor: Tensor) -> Capability | None:
     planned = _PLANNED.get()
     if planned is not None and not has_values(tensor):
         return planned[1]
-    return torch.cuda.get_device_capability(tensor.device)
+    return _of_the_card(tensor.device)
+
+
+def is_rocm() -> bool:
+    """Whether torch's `cuda` is AMD's: built for ROCm."""
+    return torch.version.hip is not None
+
+
+def _of_the_card(device: torch.device | None = None) -> Capability:
+    """The compute capability of a card that is here, of the current one if none is named.
+
+    AMD's numbers say something else (gfx1100 has (11, 0)): there it is `PLAINEST`.
+    """
+    return PLAINEST if is_rocm() else torch.cuda.get_device_capability(device)
 
 
 def representative(places: Sequence[int], like: Tensor) -> Sequence[int]:
@@ -76,7 +92,7 @@ def planned_device(kind: str, card: Capability | None = None) -> Iterator[None]:
     On CUDA `card` is its compute capability; without it that of the card here, or `ASSUMED`.
     """
     if card is None:
-        card = torch.cuda.get_device_capability() if torch.cuda.is_available() else ASSUMED
+        card = _of_the_card() if torch.cuda.is_available() else ASSUMED
     before = _PLANNED.set((kind, card))
     try:
         yield

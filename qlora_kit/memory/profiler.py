@@ -112,7 +112,8 @@ class MemoryProfiler:
         }
 
     def _counter_here(self) -> StorageCounter:
-        return AllocatorCounter() if has_own_memory(self._device) else StorageCounter()
+        own = has_own_memory(self._device)
+        return AllocatorCounter(self._device) if own else StorageCounter()
 
     def _take(self, counter: StorageCounter) -> None:
         for interval in counter.intervals:
@@ -131,13 +132,14 @@ class MemoryProfiler:
 
 
 class AllocatorCounter(StorageCounter):  # type: ignore[no-untyped-call]
-    """Counts what is on the GPU, and asks the caching allocator in every interval.
+    """Counts what is on a GPU, and asks its caching allocator in every interval.
 
     `said` has the most allocated and reserved bytes by phase.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._device = device
         self.said: dict[str, tuple[int, int]] = {}
 
     def __exit__(self, *exception: Any) -> None:
@@ -151,7 +153,7 @@ class AllocatorCounter(StorageCounter):  # type: ignore[no-untyped-call]
 
     def _ask(self) -> None:
         phase = self.intervals[-1].phase
-        before, (allocated, reserved) = self.said.get(phase, (0, 0)), allocator_peaks()
+        before, (allocated, reserved) = self.said.get(phase, (0, 0)), allocator_peaks(self._device)
         self.said[phase] = max(before[0], allocated), max(before[1], reserved)
 
     def _add(self, tensor: Tensor, component: str) -> None:

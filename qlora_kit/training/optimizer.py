@@ -39,7 +39,8 @@ def make_optimizer(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if name == "adamw":
         return torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay, fused=True)
-    check_library(trained[0].device)
+    for parameter in trained[:1]:
+        check_library(parameter.device)
     import bitsandbytes.optim as bnb
 
     classes = {
@@ -104,7 +105,8 @@ def optimizer_state(
 
     Both are by `<parameter name>.<state name>`. Constant tables of bitsandbytes are left out.
     """
-    synchronize()  # paged states are read from the host
+    for device in {parameter.device for parameter in names}:
+        synchronize(device)  # paged states are read from the host
     constants = _constants(optimizer)
     tensors, numbers = {}, {}
     for parameter, state in optimizer.state.items():
@@ -134,7 +136,7 @@ def restore_optimizer(
     for parameter, own in _new_states(optimizer):
         # The host writes into managed memory, which on some systems (WSL2) it may not touch while
         # the device works at anything: the zeros of the states before, say.
-        synchronize()
+        synchronize(parameter.device)
         name = names[parameter]
         if not any(f"{name}.{key}" in found for key in own):
             continue  # saved before its first step

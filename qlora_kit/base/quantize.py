@@ -34,6 +34,7 @@ with quiet_import():
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 ENCODED_AT_ONCE = 2**17
+CPU = torch.device("cpu")
 KERNEL_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 INT8_LIMIT = 65504.0
 """8-bit quantization goes through fp16 (bitsandbytes 0.50): larger weights would become zeros."""
@@ -90,7 +91,8 @@ def quantize_8bit(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 def quantize_scales(absmax: Tensor) -> dict[str, Tensor]:
     """Double quant of fp32 scales (blocks,): uint8 `absmax` (blocks,) and what decodes it."""
     offset = absmax.mean()
-    table = dynamic_map(absmax.device)
+    # A plan has the table with its values, whatever the device.
+    table = dynamic_map(absmax.device if has_values(absmax) else CPU).to(absmax.device)
     codes, state = bnb.quantize_blockwise(absmax - offset, table, blocksize=NESTED_BLOCKSIZE)
     return {
         "absmax": codes,

@@ -128,6 +128,7 @@ class Display(Reporter):
         again = f"{plan.recomputed:.0%} of a forward pass is done again"
         budget = "" if plan.budget_bytes is None else f", {size(plan.budget_bytes)} available"
         self._line("recompute", f"{plan.recompute}: {again}{budget}")
+        self._line("optimizer", plan.optimizer)
         if not plan.fits:
             self.note(
                 f"the plan is {size(plan.missing_bytes)} above what is "

@@ -59,6 +59,7 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
     terminal.print(f"peak in {plan.place}")
     again = f"{plan.recomputed:.0%} of a forward pass is done again"
     terminal.print(f"gradient checkpointing: {plan.recompute}; {again}")
+    terminal.print(f"optimizer: {plan.optimizer}")
     terminal.print(f"host memory of loading: {size(plan.host_peak_bytes)}")
     terminal.print(f"outside tensors: {answer.overhead}")
     if plan.device == "cpu" and options.base.device == "auto":

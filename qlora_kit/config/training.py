@@ -41,7 +41,7 @@ class TrainingConfig(Options):
     )
     optim: str = option(
         "auto",
-        "auto: paged_adamw_8bit on CUDA, adamw (torch's fused) elsewhere",
+        "auto: adamw (torch's fused); on CUDA paged_adamw_8bit where its states do not fit",
         check=one_of("auto", *OPTIMIZERS),
     )
     batch_size: int = option(

@@ -27,7 +27,7 @@ from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
 from qlora_kit.memory.counter import Interval, StorageCounter
 from qlora_kit.plan.repeat import RepeatedQuantize
-from qlora_kit.training.optimizer import make_optimizer, make_states, optimizer_name, tag_states
+from qlora_kit.training.optimizer import make_optimizer, make_states, optimizer_names, tag_states
 from qlora_kit.training.prepare import prepare_model
 
 HOST, IDLE = "host", "idle"
@@ -40,6 +40,7 @@ class FakeModel:
     What `counter` counts as one of `apart` is in no sum. `layers` are the decoder's, `names` their
     modules' names, `kinds` equal for layers that do the same. `fused` says whether they run through
     blocks of ours. `gradients` has a tensor for each of `trained`, like what backward leaves there.
+    `optim` is the name of its optimizer, one of the `optims` that the options allow.
 
     Errors: `ConfigError` for targets or a rank that do not fit the base.
     """
@@ -74,13 +75,22 @@ class FakeModel:
         self.names = [found[id(layer)] for layer in self.layers]
         self.kinds = [_kind_of(layer) for layer in self.layers]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        with planned_device(device.type):
-            name = optimizer_name(training.optim, device)
-            self.optimizer = make_optimizer(name, self.trained, 1e-4)
-        with self.counted(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of paging, which a CPU has not
+        with self.counted():
             self.gradients = [torch.empty_like(parameter) for parameter in self.trained]
             self.counter.tag(IDLE, self.gradients)
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.optims = optimizer_names(training.optim, device)
+        self.take_optimizer(self.optims[0])
+
+    def take_optimizer(self, name: str) -> None:
+        """Have the optimizer of that name, with the states that its first step leaves."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+        with planned_device(self.device.type):
+            self.optimizer = make_optimizer(name, self.trained, 1e-4)
+        self.optim = name
+        with self.counted(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of paging, which a CPU has not
             self.counter.filling = "optimizer"
             make_states(self.optimizer)
             tag_states(self.optimizer, self.counter.tag)

@@ -44,6 +44,7 @@ class FakeRun:
         self.longest_row: int | None = None
         self.context, self.loading, self.fused = fake.context, fake.loading, fake.fused
         self.layers, self.names, self.apart = fake.layers, fake.names, fake.apart
+        self.optims = fake.optims
         self.updates = self._update()
         # The workspace that the CPU keeps: any step but the first finds it, and a forward pass
         # takes all of it.
@@ -55,6 +56,17 @@ class FakeRun:
             torch.no_grad(),
         ):
             supervised_loss(fake.model, batch)
+
+    @property
+    def optim(self) -> str:
+        """The name of the optimizer that its steps have."""
+        return self._fake.optim
+
+    def take_optimizer(self, name: str) -> None:
+        """Step with the optimizer of that name from now on."""
+        if name != self.optim:
+            self._fake.take_optimizer(name)
+            self.updates = self._update()
 
     def micro_batches(
         self, rows: int, length: int, supervised: int, micro_steps: int
@@ -162,6 +174,7 @@ class FakeRun:
                 parameter.grad = gradient
 
     def _step(self, micro_batches: Sequence[Batch], run_backward: Any, *, update: bool) -> None:
+        assert self._fake.optimizer is not None
         train_step(
             self._fake.model,
             micro_batches,

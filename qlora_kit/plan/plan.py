@@ -56,7 +56,8 @@ class MemoryPlan:
     `overhead`. `phases` has the peak of tensors in load, inject, forward, backward and step.
     `levels` are those of the decoder layers, `recomputed` the share of a forward pass's work that
     backward does again. Of the budget `margin_bytes` are left free. The micro-batch that is planned
-    has `tokens` tokens, padding included.
+    has `tokens` tokens, padding included. `optim` names the optimizer; `why_optim` says why that
+    one, where `auto` left more than one to choose from.
     """
 
     bytes: Sizes
@@ -72,6 +73,8 @@ class MemoryPlan:
     budget_bytes: int | None = None
     margin_bytes: int = 0
     tokens: int = 0
+    optim: str = ""
+    why_optim: str = ""
 
     @property
     def missing_bytes(self) -> int:
@@ -99,6 +102,11 @@ class MemoryPlan:
         return ", ".join(f"{count} {level}" for level, count in counts.items())
 
     @property
+    def optimizer(self) -> str:
+        """The optimizer in words, with the reason where there is one."""
+        return f"{self.optim} ({self.why_optim})" if self.why_optim else self.optim
+
+    @property
     def planned(self) -> Sizes:
         """The `planned` part of run.json's `memory`."""
         return {**self.bytes, "peak": self.peak_bytes}
@@ -119,6 +127,8 @@ class MemoryPlan:
             "gradient_checkpointing": self.recompute,
             "levels": list(self.levels),
             "recomputed": self.recomputed,
+            "optim": self.optim,
+            "why_optim": self.why_optim,
         }
 
 
@@ -176,6 +186,7 @@ class Planner:
         self.model = shape.model
         self.left, self.in_16_bits = shape.left, shape.in_16_bits
         self.run = FakeRun(FakeModel(shape, fresh, training, target))
+        self.optims = self.run.optims
 
     def plan(
         self,
@@ -183,17 +194,32 @@ class Planner:
         level: str | None = None,
         budget_bytes: int | None = None,
         micro_steps: int | None = None,
+        optim: str | None = None,
     ) -> MemoryPlan:
         """The plan of a shape; `auto` takes the fastest levels whose peak is within the budget.
 
-        `level` and the `micro_steps` of a step are those of the options unless given.
+        `level` and the `micro_steps` of a step are those of the options unless given; `optim` is
+        the first of `optims` with which the plan fits, or the last of them.
         """
         level = level or self.training.gradient_checkpointing
         micro_steps = micro_steps or self.training.gradient_accumulation_steps
         asked = shape, level, budget_bytes, micro_steps
-        if asked not in self._made:
-            self._made[asked] = self._plan(*asked)
-        return self._made[asked]
+        for name in self.optims if optim is None else (optim,):
+            if (name, *asked) not in self._made:
+                self.run.take_optimizer(name)
+                plan = replace(self._plan(*asked), optim=name, why_optim=self._why(name))
+                self._made[name, *asked] = plan
+            if self._made[name, *asked].fits:
+                break
+        return self._made[name, *asked]
+
+    def _why(self, optim: str) -> str:
+        """Why `auto` takes this optimizer, where it may take another."""
+        if len(self.optims) == 1:
+            return ""
+        if optim == self.optims[0]:
+            return "auto: it fits"
+        return f"auto: {self.optims[0]} does not fit"
 
     def _plan(
         self, shape: BatchShape, level: str, budget_bytes: int | None, micro_steps: int

@@ -33,10 +33,14 @@ def planned_run(
     training, lora = config.training, replace(config.lora, r=rank)
     planner = Planner(config.base, lora, training, opened=base, margin=True)
     budget = training.budget_bytes
-    plans = [
-        planner.plan(shape, budget_bytes=budget or available_bytes(base.device), micro_steps=steps)
-        for shape, steps in _largest_shapes(schedule)
-    ]
+    available = budget or available_bytes(base.device)
+    for optim in planner.optims:
+        plans = [
+            planner.plan(shape, budget_bytes=available, micro_steps=steps, optim=optim)
+            for shape, steps in _largest_shapes(schedule)
+        ]
+        if all(one.fits for one in plans):
+            break
     plan = max(plans, key=lambda one: (one.recomputed, one.peak_bytes))
     plan = replace(plan, tokens=max(one.tokens for one in plans))
     if budget is not None and not plan.fits and training.gradient_checkpointing == "auto":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_kit.data.batch import padding_id, padding_note
 from qlora_kit.data.encode import EncodedRows
@@ -70,8 +70,9 @@ def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | Finish
     reporter.memory(memory)
     if config.output.compare_bits:
         reporter.bits(measured_bits(config.base))
+    config = replace(config, training=replace(config.training, optim=memory.optim))
     return PreparedRun(
-        **vars(resolved),
+        **vars(replace(resolved, config=config)),
         rows=rows,
         encoded=encoded,
         held_out=held_out,

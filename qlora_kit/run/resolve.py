@@ -18,12 +18,13 @@ from qlora_kit.run.request import RunRequest
 from qlora_kit.run.resume import find_checkpoint, overridden_options
 from qlora_kit.run.targets import check_targets
 from qlora_kit.training.checkpoint import Checkpoint
-from qlora_kit.training.optimizer import optimizer_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
     """A run whose options have their values, and its base, before a row is encoded.
+
+    An `optim` of `auto` gets its value from the plan.
 
     `names` are those that `directory` may have where none was given: the first one that is free
     when the run begins is taken. `start` has the files of the adapter that the run goes on from,
@@ -89,7 +90,10 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
     lora, base_options = start.lora, base.options(start.base)
     if lora.adapter_dtype == "auto":
         lora = replace(lora, adapter_dtype=base_options.dtype)
-    training = replace(asked.training, optim=optimizer_name(asked.training.optim, base.device))
+    training = asked.training
+    if training.optim == "auto" and resume is not None and resume.options.get("optim"):
+        # What the memory of that day decided; its states are in the checkpoint.
+        training = replace(training, optim=resume.options["optim"])
     ranks = check_targets(lora, base, directory, training.optim, start.ranks, reporter)
     is_chat = request.rows.format == "messages"
     data = settle_data(asked.data, lora.adapter, base, resume, is_chat=is_chat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,7 +285,8 @@ def test_a_plan_sums_up(base_dir):
 
 def test_no_plan_fills_a_card_to_its_brim(base_dir):
     """A margin is part of what fits, and of what auto chooses its levels for."""
-    base, training = BaseConfig(base_dir, bits=4, dtype="bf16"), TrainingConfig(batch_size=8)
+    base = BaseConfig(base_dir, bits=4, dtype="bf16")
+    training = TrainingConfig(batch_size=8, optim="adamw")
     planner = Planner(base, LoRAConfig(), training, "cuda", margin=True)
     shape = BatchShape(8, 512, 512)
     full = planner.plan(shape, "full").peak_bytes
@@ -294,6 +296,41 @@ def test_no_plan_fills_a_card_to_its_brim(base_dir):
         assert plan.margin_bytes == budget // 50
         assert plan.fits == (plan.peak_bytes + plan.margin_bytes <= budget)
         assert plan.fits == (budget - budget // 50 >= full)
+
+
+def test_auto_takes_adamw_unless_its_states_do_not_fit(base_dir, tmp_path):
+    """The plan of `auto` is that of the optimizer that it names, and says why it is that one."""
+    wider = json.loads(Path(base_dir, "config.json").read_text())
+    wider |= {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+    wider.pop("head_dim", None)
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    # From 100,000 elements on a state is paged.
+    base = BaseConfig(str(tmp_path / "config.json"))
+    lora = LoRAConfig(r=256, target_modules=("gate_proj",))
+    shape = BatchShape(1, 64, 64)
+    alone = {
+        name: Planner(base, lora, TrainingConfig(optim=name), "cuda").plan(shape, "full")
+        for name in ("adamw", "paged_adamw_8bit")
+    }
+    large, small = alone["adamw"], alone["paged_adamw_8bit"]
+    assert small.bytes["paged"]
+    assert small.peak_bytes < large.peak_bytes
+    planner = Planner(base, lora, TrainingConfig(), "cuda")
+    reasons = {"adamw": "auto: it fits", "paged_adamw_8bit": "auto: adamw does not fit"}
+    for budget, expected in (
+        (large.peak_bytes, large),
+        (large.peak_bytes - 1, small),
+        (None, large),  # as often as it is asked, in any order
+        (small.peak_bytes - 1, small),
+        (large.peak_bytes, large),
+    ):
+        found = planner.plan(shape, "full", budget)
+        assert found.optim == expected.optim
+        assert (found.peak_bytes, found.bytes) == (expected.peak_bytes, expected.bytes)
+        assert found.at_peak == expected.at_peak
+        assert found.why_optim == reasons[found.optim]
+        assert found.fits == (budget is None or found.peak_bytes <= budget)
+    assert Planner(base, lora, TrainingConfig(), "cpu").plan(shape).optimizer == "adamw"
 
 
 def test_a_bare_config_is_enough_and_gives_the_same(base_dir, tmp_path):
@@ -314,7 +351,7 @@ def test_a_bare_config_is_enough_and_gives_the_same(base_dir, tmp_path):
 def test_every_suggestion_is_the_plan_of_the_run_so_changed(base_dir):
     base = BaseConfig(base_dir, bits=16)
     lora = LoRAConfig(r=16, target_modules="all-linear")
-    training = TrainingConfig(batch_size=2, gradient_accumulation_steps=2)
+    training = TrainingConfig(optim="paged_adamw_8bit", batch_size=2, gradient_accumulation_steps=2)
     options = Options(base, lora, training, 256)
     planner = Planner(base, lora, training, "cuda")
     least = planner.plan(options.largest, "full").peak_bytes

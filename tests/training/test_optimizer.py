@@ -17,7 +17,7 @@ from qlora_kit.errors import CheckpointError
 from qlora_kit.training.optimizer import (
     learning_rates,
     make_optimizer,
-    optimizer_name,
+    optimizer_names,
     optimizer_state,
     paging_note,
     restore_optimizer,
@@ -159,9 +159,9 @@ def test_states_of_another_optimizer_are_refused_and_change_nothing():
 
 
 def test_names():
-    assert optimizer_name("auto", CPU) == "adamw"
-    assert optimizer_name("auto", torch.device("cuda")) == "paged_adamw_8bit"
-    assert optimizer_name("lion_8bit", CPU) == "lion_8bit"
+    assert optimizer_names("auto", CPU) == ("adamw",)
+    assert optimizer_names("auto", torch.device("cuda")) == ("adamw", "paged_adamw_8bit")
+    assert optimizer_names("lion_8bit", torch.device("cuda")) == ("lion_8bit",)
     small = parameters().values()
     assert "pages nothing" in paging_note("paged_adamw_8bit", small, torch.device("cuda"))
     large = [nn.Parameter(torch.zeros(400, 400))]

@@ -1,6 +1,9 @@
 """A random bf16 checkpoint of a real model's shape, from its config.json alone.
 
-python benchmarks/random_checkpoint.py CONFIG.json DIRECTORY [--shards 3]
+    python benchmarks/random_checkpoint.py CONFIG.json DIRECTORY [--shards 3]
+
+One tile of noise is drawn and repeated, and one shard is in memory at a time: so an 8 B model takes
+as long as its bytes take to be written.
 """
 
 from __future__ import annotations
@@ -12,11 +15,47 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qlora_kit.base.checks import read_config
 from qlora_kit.base.meta_model import build_on_meta, expected_shapes
+from qlora_kit.base.safetensors_file import TensorEntry
 
 STD = 0.02
+TILE = 1_048_583
+"""Numbers of a tile: a prime, so that the rows of no matrix are equal."""
+
+
+class Noise:
+    """Fills tensors with N(0, 0.02) from one tile, drawn once; vectors, which are norms, with ones.
+
+    It is also what loading reads a file with (`base/tensors.py`), where there is no file.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._tile = torch.empty(TILE).normal_(0, STD, generator=generator)
+        self._cast: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def fill(self, tensor: Tensor) -> Tensor:
+        """The tensor, filled in place."""
+        if tensor.dim() < 2:
+            return tensor.fill_(1)
+        tile, flat = self._tile_like(tensor), tensor.view(-1)
+        for start in range(0, flat.numel(), TILE):
+            part = flat[start : start + TILE]
+            part.copy_(tile[: part.numel()])
+        return tensor
+
+    def _tile_like(self, tensor: Tensor) -> Tensor:
+        key = tensor.dtype, tensor.device
+        if key not in self._cast:
+            self._cast[key] = self._tile.to(tensor.device, tensor.dtype)
+        return self._cast[key]
+
+    def __call__(self, entry: TensorEntry, into: Tensor) -> None:
+        """Fill the bytes of an entry, a flat uint8 tensor."""
+        self.fill(into.view(entry.torch_dtype).view(entry.shape))
 
 
 def make_checkpoint(config: Path, directory: Path, shards: int = 1, seed: int = 0) -> None:
@@ -27,21 +66,16 @@ def make_checkpoint(config: Path, directory: Path, shards: int = 1, seed: int = 
     shapes = expected_shapes(model)
     if model.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    names, where = list(shapes), {}
-    generator = torch.Generator().manual_seed(seed)
+    names, where, noise = list(shapes), {}, Noise(seed)
     for number in range(shards):
         file = "model.safetensors"
         if shards > 1:
             file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
         part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
-        tensors = {}
-        for name in part:
-            tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
-            drawn = len(tensor.shape) > 1
-            tensors[name] = (
-                tensor.normal_(0, STD, generator=generator) if drawn else tensor.fill_(1)
-            )
-            where[name] = file
+        tensors = {
+            name: noise.fill(torch.empty(shapes[name], dtype=torch.bfloat16)) for name in part
+        }
+        where |= dict.fromkeys(part, file)
         save_file(tensors, directory / file, {"format": "pt"})
     if shards > 1:
         index = {"metadata": {}, "weight_map": where}

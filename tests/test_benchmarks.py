@@ -30,7 +30,7 @@ SHAPE = {
 
 
 @pytest.mark.parametrize(
-    "path", [*SCRIPTS, *sorted(BENCHMARKS.glob("peers/*.py"))], ids=lambda path: path.stem
+    "path", [*SCRIPTS, *sorted(BENCHMARKS.glob("*/*.py"))], ids=lambda path: path.stem
 )
 def test_every_name_that_a_benchmark_imports_is_there(path):
     """Also those that are imported within functions, which `--help` does not reach."""

@@ -40,14 +40,17 @@ def load(directory: Path, bits: int, device: str) -> Any:
 
 
 class Peer:
-    """A model with its optimizer; `step` trains on ids (B, T), every token supervised."""
+    """A model with its optimizer; `step` trains on ids (B, T), every token supervised.
+
+    The base is loaded from a directory, or is a `model` that is quantized already.
+    """
 
     autocast = True
     fused = False  # of the guide's optimizer nothing more is said
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | None,
         bits: int,
         level: str,
         rank: int,
@@ -55,9 +58,13 @@ class Peer:
         *,
         targets: str | list[str] = QUERY_AND_VALUE,
         learning_rate: float = 1e-4,
+        model: Any = None,
     ) -> None:
         self.device = device
-        model = self.prepare(load(directory, bits, device), bits, level == "full")
+        if model is None:
+            assert directory is not None
+            model = load(directory, bits, device)
+        model = self.prepare(model, bits, level == "full")
         config = LoraConfig(
             r=rank,
             lora_alpha=2 * rank,

@@ -1,0 +1,143 @@
+"""The benchmark for a card, on the CPU: some of its parts run, and what goes wrong is noted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from benchmark import BENCHMARKS
+
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu
+import gpu_table
+from gpu_parts import PARTS, Part, chosen
+from gpu_parts.shapes import PLANNED, SHAPES, shape_of
+
+PAGE = (BENCHMARKS.parent / "README.md").read_text()
+
+
+def test_parts_run_one_after_another_and_the_result_says_what_was_left_out(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--small"]
+    command += ["--output", str(tmp_path), "--parts", "start,5,10"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert [*result["parts"]] == ["start", "loading", "optimizers"]
+    assert not [one["failed"] for one in result["parts"].values() if "failed" in one]
+    assert result["parts"]["loading"]["held_bytes"] > 0
+    assert all(one["equal"] for one in result["parts"]["optimizers"]["restored"].values())
+    assert (result["device"], result["small"], result["left_out"]) == ("cpu", True, {})
+    assert "commit" in result["measured"]
+    lines = [line for line in done.stdout.splitlines() if re.match(r"\d+ \w+ \(\d+ s\): ", line)]
+    assert len(lines) == 3
+
+
+def test_a_part_that_raises_or_takes_too_long_is_noted_beside_what_it_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def raises(setting: Any, found: dict[str, Any]) -> str:
+        found["first"] = 1
+        raise ValueError("of no value")
+
+    def hangs(setting: Any, found: dict[str, Any]) -> str:
+        found["first"] = 1
+        while True:
+            time.sleep(0.01)
+
+    for run, said in ((raises, "ValueError: of no value"), (hangs, "TooLongError: not done")):
+        monkeypatch.setitem(sys.modules, "gpu_parts.tried", SimpleNamespace(run=run))
+        found: dict[str, Any] = {}
+        gpu.run_part(Part(0, "tried", 1, 1, ""), None, found, time.time())
+        assert found["first"] == 1
+        assert said in found["line"]
+        assert said in found["failed"]
+
+
+def test_a_part_whose_process_ends_is_noted_and_not_tried_again(tmp_path: Path) -> None:
+    result = tmp_path / "gpu.json"
+    running = {"name": "kernels", "until": time.time(), "found": {}}
+    gpu.write(result, {"parts": {"start": {}}, "left_out": {}, "running": running})
+    process = subprocess.Popen(
+        [sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True
+    )
+    assert gpu.watch(process, result, time.time() + 60) == 7
+    found = gpu.read(result)
+    assert "running" not in found
+    assert "ended with 7" in found["parts"]["kernels"]["failed"]
+
+
+def test_a_part_that_does_not_answer_is_ended_with_its_process(tmp_path: Path) -> None:
+    result = tmp_path / "gpu.json"
+    running = {"name": "kernels", "until": time.time() - gpu.GRACE - 1, "found": {}}
+    gpu.write(result, {"parts": {}, "left_out": {}, "running": running})
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    process = subprocess.Popen(command, start_new_session=True)
+    assert gpu.watch(process, result, time.time() + 60) < 0
+    assert "failed" in gpu.read(result)["parts"]["kernels"]
+
+
+def test_parts_are_chosen_by_number_or_name_and_run_in_their_own_order() -> None:
+    assert [part.number for part in chosen("9, kernels,1")] == [1, 2, 9]
+    assert chosen(None) == list(PARTS)
+    with pytest.raises(ValueError, match="no part 99"):
+        chosen("1,99")
+    assert len({part.number for part in PARTS}) == len({part.name for part in PARTS}) == len(PARTS)
+    for part in PARTS:
+        assert (BENCHMARKS / "gpu_parts" / f"{part.name}.py").exists()
+    assert sum(part.seconds for part in PARTS) < 8 * 60
+
+
+def test_points_have_names_of_their_own_and_small_models_their_form() -> None:
+    assert len({point.name for point in PLANNED}) == len(PLANNED)
+    for name, whole in SHAPES.items():
+        small = shape_of(name, small=True)
+        assert small.keys() == whole.keys()
+        assert whole["num_attention_heads"] % small["num_attention_heads"] == 0
+        for config in (whole, small):
+            assert config["num_attention_heads"] % config["num_key_value_heads"] == 0
+
+
+def test_the_readme_says_what_a_card_showed_or_that_none_did() -> None:
+    there = gpu_table.RESULT.exists()
+    result = json.loads(gpu_table.RESULT.read_text()) if there else None
+    assert gpu_table.MARKS.search(PAGE)
+    assert gpu_table.MARKS.search(PAGE)[0] == (
+        f"<!-- cuda -->\n{gpu_table.rendered(result)}<!-- /cuda -->"
+    )
+
+
+def test_the_table_has_the_figures_of_a_result() -> None:
+    step = "llama3.1-8b, 1 x 2048, none"
+    point = {"planned_bytes": 12.5e9, "allocated_bytes": 12.4e9, "reserved_bytes": 13e9}
+    ours, best, guide = ({"tokens_per_s": number} for number in (3000.0, 2000.0, 1500.0))
+    parts = {
+        "memory": {"points": {step: {**point, "error": 0.0081}}},
+        "speed": {"points": {step: ours}},
+        "peft": {"peft_guide, full": guide, "peft_best, none": best},
+        "decode": {"1 rows": {"tokens_per_s": 80.0}, "8 rows": {"tokens_per_s": 512.0}},
+        "start": {"card": {"name": "NVIDIA X"}},
+    }
+    result = {"device": "cuda", "small": False, "parts": parts}
+    text = gpu_table.rendered(result)
+    assert f"| {step} | 12.50 GB | 12.40 GB | 13.00 GB |" in text
+    assert "| none | 3,000 | 1,500 | 2,000 | 2.00, 1.50 |" in text
+    assert "one NVIDIA X" in text
+    assert "80 with 1 row, 512 with 8 rows" in text
+    assert "0.8%" in text
+    with pytest.raises(ValueError, match="not that of a card"):
+        gpu_table.rendered({**result, "device": "cpu"})

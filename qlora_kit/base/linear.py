@@ -28,6 +28,8 @@ from qlora_kit.base.quantize import (
     decode_blocks,
     dequantize_scales,
     encode_blocks,
+    fused_matmul,
+    is_fused,
     quantize_8bit,
     quantize_scales,
 )
@@ -107,8 +109,18 @@ class Linear4bit(QuantizedLinear):
         """The fp32 scale of every block, (ceil(n/64),)."""
         if self.nested_absmax is None:
             return self.absmax
-        nested = self.nested_absmax, self.nested_map, self.nested_offset
-        return dequantize_scales(self.absmax, *nested)
+        return dequantize_scales(self.absmax, *self._nested)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """`x W^T + bias`; a decoding step on CUDA reads the packed weight as it lies there."""
+        if not is_fused(x, self.in_features):
+            return super().matmul(x)
+        form = (self.out_features, self.in_features), self.quant_type, self.absmax, self._nested
+        return fused_matmul(x, self.weight, *form, self.bias)
+
+    @property
+    def _nested(self) -> tuple[Any, ...]:
+        return self.nested_absmax, self.nested_map, self.nested_offset
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode all blocks; equal to the table entry times the scale, rounded once to `dtype`."""
@@ -276,19 +288,6 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     if isinstance(layer, QuantizedLinear):
         return layer.dequantize(dtype)
     return layer.weight.detach().to(dtype, copy=True)
-
-
-def quantized_tensors(layer: nn.Module) -> list[Tensor]:
-    """A quantized layer's weight and scales; none for any other module."""
-    if not isinstance(layer, QuantizedLinear):
-        return []
-    return [layer.weight, *(b for n, b in layer.named_buffers() if n != "nested_map")]
-
-
-def shared_tables(layer: nn.Module) -> list[Tensor]:
-    """The table of double quant, which layers may share."""
-    table = getattr(layer, "nested_map", None)
-    return [] if table is None else [table]
 
 
 def _unit(dtype: torch.dtype) -> int:

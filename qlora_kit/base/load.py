@@ -26,8 +26,6 @@ from qlora_kit.base.linear import (
     QuantizedLinear,
     frozen_linear,
     quantize_linear,
-    quantized_tensors,
-    shared_tables,
 )
 from qlora_kit.base.meta_model import decoder_linears, tied_names
 from qlora_kit.base.open import open_base
@@ -152,6 +150,19 @@ def _multiply_in_fp32(model: nn.Module) -> None:
             continue
         if device_type(layer.weight) == "cpu" and not is_native(layer.weight.dtype):
             layer.forward = functools.partial(frozen_linear, layer)  # type: ignore[method-assign]
+
+
+def quantized_tensors(layer: nn.Module) -> list[Tensor]:
+    """A quantized layer's weight and scales; none for any other module."""
+    if not isinstance(layer, QuantizedLinear):
+        return []
+    return [layer.weight, *(b for n, b in layer.named_buffers() if n != "nested_map")]
+
+
+def shared_tables(layer: nn.Module) -> list[Tensor]:
+    """The table of double quant, which layers may share."""
+    table = getattr(layer, "nested_map", None)
+    return [] if table is None else [table]
 
 
 def tag_linear(layer: nn.Module, tag: Tag) -> None:

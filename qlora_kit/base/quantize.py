@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base.imports import quiet_import
-from qlora_kit.device.target import has_own_memory, has_values
+from qlora_kit.device.target import device_type, has_own_memory, has_values
 from qlora_kit.errors import NumericError, ResourceError
 
 with quiet_import():
@@ -36,6 +38,7 @@ NESTED_BLOCKSIZE = 256
 ENCODED_AT_ONCE = 2**17
 CPU = torch.device("cpu")
 KERNEL_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DECODING: ContextVar[bool] = ContextVar("decoding", default=False)
 INT8_LIMIT = 65504.0
 """8-bit quantization goes through fp16 (bitsandbytes 0.50): larger weights would become zeros."""
 
@@ -196,3 +199,53 @@ def _on_the_cpu(quant_type: str, dtype: torch.dtype) -> Callable[..., None] | No
     library = None if isinstance(cextension.lib, NoLibrary) else cextension.lib._lib
     name = f"cdequantize_blockwise_cpu_{quant_type}_{KERNEL_DTYPES[dtype]}"
     return getattr(library, name, None)
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Inside, 4-bit matmuls on CUDA read the packed weight in the kernel that multiplies.
+
+    For steps of one token a row. There a weight that is dequantized first costs 4.5 bytes a value
+    (0.5 read, 2 written, 2 read again in 16 bits), and in one kernel 0.56. How many rows pay is
+    bitsandbytes' choice for each card (0.50, `backends/cuda/ops.py`): up to 4 always. So the same
+    rows take the same kernel in every step, and training, which is never inside, takes none of it.
+    """
+    before = _DECODING.set(True)
+    try:
+        yield
+    finally:
+        _DECODING.reset(before)
+
+
+def is_fused(x: Tensor, in_features: int) -> bool:
+    """Whether `fused_matmul` is to multiply `x` (..., in_features): see `decoding`.
+
+    bitsandbytes has had the operation since 0.50; it takes rows of whole blocks only.
+    """
+    return (
+        _DECODING.get()
+        and device_type(x) == "cuda"
+        and x.dtype in KERNEL_DTYPES
+        and in_features % BLOCKSIZE == 0
+        and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+    )
+
+
+def fused_matmul(
+    x: Tensor,
+    packed: Tensor,
+    shape: tuple[int, int],
+    quant_type: str,
+    absmax: Tensor,
+    nested: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+) -> Tensor:
+    """`x` (..., in) times a packed weight of `shape` (out, in), plus bias: (..., out).
+
+    `nested` are `nested_absmax`, `nested_map` and `nested_offset`, or all None where `absmax` is
+    fp32.
+    """
+    scales, codes = (absmax, None) if nested[0] is None else (nested[0], absmax)
+    return torch.ops.bitsandbytes.gemm_4bit.default(  # type: ignore[no-any-return]
+        x, packed.view(-1, 1), shape, scales, BLOCKSIZE, quant_type, bias, codes, *nested[1:]
+    )

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_kit.base.recurrence import state_carriers
 from qlora_kit.data.answers import turn_ends
 from qlora_kit.errors import ConfigError, NumericError
+from qlora_kit.generation.group import Group, together
 from qlora_kit.generation.sampling import Sampling
 from qlora_kit.generation.text import added_text, stop_at
 
@@ -140,9 +140,10 @@ def _decode(
 ) -> Iterator[list[int | None]]:
     if not prompts:
         return
-    groups = [_Group(model, rows, prompts, pad_id) for rows in _together(model, prompts)]
-    places = torch.tensor([row for group in groups for row in group.rows]).argsort()
-    draw = sampling.drawer(prompts)
+    groups = [Group(model, rows, prompts, pad_id) for rows in together(model, prompts)]
+    order = torch.tensor([row for group in groups for row in group.rows])
+    places = order.argsort().to(model.device)
+    draw = sampling.drawer(prompts, max_new_tokens)
     live = [True] * len(prompts)
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -150,10 +151,10 @@ def _decode(
         for step in range(max_new_tokens):
             logits = torch.cat([group.logits() for group in groups])  # (B, V)
             if len(groups) > 1:
-                logits = logits[places.to(logits.device)]
-            finite = logits.amax(-1).isfinite()
-            # One transfer a step for both.
-            tokens, good = torch.stack((draw(logits), finite.long())).tolist()
+                logits = logits[places]
+            drawn, finite = draw(logits), logits.amax(-1).isfinite()
+            # One transfer a step for both, and the only one.
+            tokens, good = torch.stack((drawn, finite.long())).tolist()
             for row, alive in enumerate(live):
                 if alive and not good[row]:
                     raise NumericError(
@@ -170,75 +171,13 @@ def _decode(
                 live = [alive and not ended(row) for row, alive in enumerate(live)]
                 if not any(live):
                     return
-            # Rows that have ended go on with padding, so that a row keeps its place.
-            fed = [token if alive else pad_id for token, alive in zip(tokens, live, strict=True)]
+            # Rows that have ended go on with what they draw, so that a row keeps its place and no
+            # token goes up to the device.
             for group in groups:
-                group.feed([fed[row] for row in group.rows])
+                group.feed(drawn)
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _together(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rows that share a batch: all, or those of one length where padding would be read.
-
-    A mask hides padding from attention. What carries a state through it may be moved by a bias
-    (LFM2's) or divides the tokens into other chunks than those of the prompt alone.
-    """
-    if not state_carriers(model):
-        return [list(range(len(prompts)))]
-    by_length: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(row)
-    return list(by_length.values())
-
-
-class _Group:
-    """Rows of a batch that are decoded together, with what the next step takes."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        rows: list[int],
-        prompts: Sequence[Sequence[int]],
-        pad_id: int,
-    ) -> None:
-        self.rows = rows
-        self._model = model
-        # (B, T) each
-        self._input_ids, self._mask = _padded_left([prompts[i] for i in rows], pad_id, model.device)
-        self._position_ids = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        self._cache: Any = None
-
-    def logits(self) -> torch.Tensor:
-        """Those of the next token of each row, (B, V) in fp32."""
-        output = self._model(
-            input_ids=self._input_ids,
-            attention_mask=self._mask,
-            position_ids=self._position_ids,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._cache = output.past_key_values
-        return output.logits[:, -1].float()  # type: ignore[no-any-return]  # (B, 1, V) to (B, V)
-
-    def feed(self, tokens: list[int]) -> None:
-        """The token that each row goes on with."""
-        self._input_ids = torch.tensor(tokens, device=self._model.device)[:, None]  # (B, 1)
-        # (B, T + step + 1): every key so far
-        self._mask = torch.cat((self._mask, torch.ones_like(self._input_ids)), dim=-1)
-        self._position_ids = self._position_ids[:, -1:] + 1
-
-
-def _padded_left(
-    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (B, T) of prompts of at most T tokens, each row's tokens at its right end."""
-    width = max(map(len, prompts))
-    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _check_prompts(

@@ -34,21 +34,28 @@ class Sampling:
     def __post_init__(self) -> None:
         GenerateConfig(**vars(self))
 
-    def drawer(self, prompts: Sequence[Sequence[int]]) -> Callable[[Tensor], Tensor]:
-        """What gives, step after step, tokens (B,) for logits (B, V); it remembers its rows."""
+    def drawer(self, prompts: Sequence[Sequence[int]], steps: int) -> Callable[[Tensor], Tensor]:
+        """What gives, step after step, tokens (B,) for logits (B, V); it remembers its rows.
+
+        After the first of `steps` nothing goes from the host to the device, or back.
+        """
         from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
 
-        # On the CPU whatever the device, so that a seed means the same numbers everywhere.
-        generator = torch.Generator().manual_seed(self.seed)
-        rows = [list(prompt) for prompt in prompts]
+        uniforms, rows = iter(()), None
 
         def draw(logits: Tensor) -> Tensor:
+            nonlocal uniforms, rows
+            if rows is None:
+                rows = [torch.tensor(prompt).to(logits.device) for prompt in prompts]
+                # Drawn on the CPU whatever the device: a seed means the same numbers everywhere.
+                generator = torch.Generator().manual_seed(self.seed)
+                numbers = [torch.rand((), generator=generator) for _ in range(steps)]
+                uniforms = iter(torch.stack(numbers).to(logits))
             if self.repetition_penalty != 1:
                 penalty = RepetitionPenaltyLogitsProcessor(self.repetition_penalty)
                 # Row by row: the padding of a batch is no token that was there.
                 parts = [
-                    penalty(torch.tensor([row], device=logits.device), one[None])
-                    for row, one in zip(rows, logits, strict=True)
+                    penalty(row[None], one[None]) for row, one in zip(rows, logits, strict=True)
                 ]
                 logits = torch.cat(parts)
             if self.temperature == 0:
@@ -57,11 +64,9 @@ class Sampling:
                 if self.top_k:
                     # It reads no ids.
                     logits = TopKLogitsWarper(self.top_k)(None, logits)  # type: ignore[arg-type]
-                uniform = torch.rand((), generator=generator)
-                drawn = nucleus(logits, self.temperature, self.top_p, uniform)
+                drawn = nucleus(logits, self.temperature, self.top_p, next(uniforms))
             if self.repetition_penalty != 1:
-                for row, token in zip(rows, drawn.tolist(), strict=True):
-                    row.append(token)
+                rows = [torch.cat((row, one[None])) for row, one in zip(rows, drawn, strict=True)]
             return drawn
 
         return draw
@@ -80,7 +85,8 @@ def nucleus(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -
     cumulative = probabilities.cumsum(-1)
     if top_p < 1:
         # A token is in while those before it do not reach top_p: at least one is.
-        last = ((cumulative - probabilities) < top_p).sum(-1, keepdim=True) - 1
+        # Logits that are not finite are an error of the caller's, and no index outside.
+        last = (((cumulative - probabilities) < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
     else:
         last = torch.full_like(tokens[:, :1], tokens.shape[-1] - 1)
     target = uniform.to(cumulative) * cumulative.gather(-1, last)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.fp8_checkpoint import read_numbers
-from qlora_kit.base.linear import quantize_linear, quantized_tensors
+from qlora_kit.base.linear import quantize_linear
+from qlora_kit.base.load import quantized_tensors
 from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.config.base import BaseConfig

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.base.linear import QuantizedLinear, quantize_linear, shared_tables
+from qlora_kit.base.linear import QuantizedLinear, quantize_linear
+from qlora_kit.base.load import shared_tables
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.memory.counter import Interval, StorageCounter
 from qlora_kit.plan.extrapolate import moved

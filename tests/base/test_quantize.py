@@ -5,6 +5,7 @@ The decoders here are written from the published tables and share nothing with t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import weakref
@@ -17,6 +18,7 @@ from adapted import adapted_model
 from allocations import profiled_peak
 from bitsandbytes import cextension
 from families import tiny_model, token_ids
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -26,9 +28,10 @@ from qlora_kit.base.linear import (
     base_matmul,
     dequantize,
     quantize_linear,
-    quantized_tensors,
 )
-from qlora_kit.base.quantize import Quantization, check_library
+from qlora_kit.base.load import quantized_tensors
+from qlora_kit.base.quantize import Quantization, check_library, decoding, fused_matmul
+from qlora_kit.device.target import planned_device
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.kernels.workspace import own_workspace
 
@@ -532,3 +535,42 @@ def test_odd_shapes_compile_nothing():
         packed, state = bf.quantize_4bit(random_weight((5, 7)), blocksize=64, quant_type="nf4")
         bf.dequantize_4bit(packed, state)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("form", FORMATS[:4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fused_product_of_our_bytes_is_that_of_the_dequantized_weight(form, dtype):
+    """bitsandbytes' operation on the buffers as they lie here, on the CPU."""
+    bias = random_weight((33,), dtype, 2)
+    layer = quantize_linear(random_weight((33, 192), dtype), bias, form)
+    exact = dequantize(layer, dtype).double()
+    held = layer.weight, (33, 192), form.quant_type, layer.absmax, layer._nested, bias
+    for rows in ((1,), (4, 1), (1, 3), (9,)):
+        x = random_weight((*rows, 192), dtype, 1)
+        found = fused_matmul(x, *held)
+        assert (found.shape, found.dtype) == ((*rows, 33), dtype)
+        expected = x.double() @ exact.t() + bias.double()
+        assert (found - expected).norm() <= PRODUCT_TOLERANCE[dtype] * expected.norm()
+        assert (found - base_matmul(layer, x)).norm() <= PRODUCT_TOLERANCE[dtype] * found.norm()
+
+
+def test_only_a_decoding_step_on_cuda_reads_the_packed_weight_itself():
+    """And only where rows are whole blocks."""
+
+    def made(features, kind, in_decoding):
+        weight = torch.empty(40, features, dtype=torch.bfloat16)
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True) as fake,
+            planned_device(kind),
+            own_workspace({}),
+        ):
+            layer = quantize_linear(fake.from_tensor(weight), None, FORMATS[0])
+            x = torch.empty(1, features, dtype=torch.bfloat16)
+            with decoding() if in_decoding else contextlib.nullcontext(), Made() as seen:
+                assert base_matmul(layer, x).shape == (1, 40)
+        return bool(seen.of_size(weight.numel()))
+
+    assert not made(192, "cuda", True)
+    assert made(192, "cuda", False)
+    assert made(192, "cpu", True)
+    assert made(172, "cuda", True)

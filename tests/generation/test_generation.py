@@ -420,7 +420,7 @@ def test_what_was_there_is_penalised_as_transformers_does_it(model, settings):
 
 
 def test_top_k_draws_from_the_likeliest(model):
-    draw = Sampling(temperature=1.0, top_k=3, seed=1).drawer(PROMPTS)
+    draw = Sampling(temperature=1.0, top_k=3, seed=1).drawer(PROMPTS, 60)
     torch.manual_seed(3)
     logits = torch.randn(3, VOCABULARY)
     best = logits.topk(3).indices

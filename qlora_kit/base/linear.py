@@ -33,7 +33,7 @@ from qlora_kit.base.quantize import (
     quantize_8bit,
     quantize_scales,
 )
-from qlora_kit.device.target import has_values
+from qlora_kit.device.target import has_values, without_values
 from qlora_kit.kernels.matmul import grad_input, linear, matmul_dtype, scale_columns
 from qlora_kit.kernels.workspace import workspace
 
@@ -147,6 +147,8 @@ class Linear4bit(QuantizedLinear):
                 self.quant_type,
                 space[: full * BLOCKSIZE],
             )
+        else:
+            without_values("dequantize", (packed, scales), (space,))
         if full * BLOCKSIZE < numel:
             rest = packed[full * BLOCKSIZE // 2 :]
             rest = F.pad(rest, (0, BLOCKSIZE // 2 - rest.numel()))

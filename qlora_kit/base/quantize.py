@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base.imports import quiet_import
-from qlora_kit.device.target import device_type, has_own_memory, has_values
+from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
 from qlora_kit.errors import NumericError, ResourceError
 
 with quiet_import():
@@ -111,7 +111,10 @@ def dequantize_scales(
     """The fp32 scales (blocks,) that double quant coded as uint8 `codes` (blocks,)."""
     if not has_values(codes):
         # What the call below gives; a plan makes it a thousand times.
-        return torch.empty_like(codes, dtype=torch.float32)
+        scales = torch.empty_like(codes, dtype=torch.float32)
+        without_values("dequantize", (codes, nested_absmax), (scales,))
+        without_values("dequantize", (scales,), (scales,))  # the offset
+        return scales
     decoded = torch.ops.bitsandbytes.dequantize_blockwise.default(
         codes, nested_absmax, nested_map, NESTED_BLOCKSIZE, torch.float32
     )

@@ -60,6 +60,7 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
     again = f"{plan.recomputed:.0%} of a forward pass is done again"
     terminal.print(f"gradient checkpointing: {plan.recompute}; {again}")
     terminal.print(f"optimizer: {plan.optimizer}")
+    _print_time(answer, terminal)
     terminal.print(f"host memory of loading: {size(plan.host_peak_bytes)}")
     terminal.print(f"outside tensors: {answer.overhead}")
     if plan.device == "cpu" and options.base.device == "auto":
@@ -79,12 +80,30 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
         terminal.print("  no change of these options makes it fit: take a smaller base")
     if grid is not None:
         terminal.show(_grid_table(grid))
+        if plan.time is not None:
+            terminal.show(_speed_table(grid))
         if not all(cell.plan.fits for cell in grid):
             budget = grid[0].plan.budget_bytes
             assert budget is not None
             terminal.print(f"{OVER} does not fit {size(budget)}")
     if answer.errors is not None:
         _print_errors(answer.errors, terminal)
+
+
+def _print_time(answer: Answer, terminal: Terminal) -> None:
+    """What a step takes on a known card, and where its time goes."""
+    time = answer.plan.time
+    if time is None:
+        return
+    parts = sorted(time.seconds.items(), key=lambda part: -part[1])
+    shown = ", ".join(f"{kind} {taken / time.total_s:.0%}" for kind, taken in parts if taken)
+    terminal.print(
+        f"about {time.tokens_per_s:,.0f} tokens/s on {time.card}, {time.total_s:.3g} s a step: "
+        f"{shown}"
+    )
+    if answer.hours is not None:
+        terminal.print(f"about {answer.hours:.3g} hours for the run")
+    terminal.print("times are an estimate from a table of cards, measured on none of them yet")
 
 
 def _print_errors(errors: QuantizationErrors, terminal: Terminal) -> None:
@@ -137,5 +156,19 @@ def _grid_table(grid: Sequence[Cell]) -> Table:
             else Text(f"{OVER} {size(plan.peak_bytes)}", "red")
             for plan in cells
         )
+        table.add_row(str(length), *shown)
+    return table
+
+
+def _speed_table(grid: Sequence[Cell]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="tokens/s by batch and length", title_justify="left", show_edge=False)
+    rows = sorted({cell.batch_size for cell in grid})
+    for title in ("length", *(f"batch {count}" for count in rows)):
+        table.add_column(title, justify="right")
+    for length in sorted({cell.max_length for cell in grid}):
+        plans = [cell.plan for cell in grid if cell.max_length == length]
+        shown = (f"{one.time.tokens_per_s:,.0f}" if one.time and one.fits else "-" for one in plans)
         table.add_row(str(length), *shown)
     return table

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qlora_kit.config.base import DTYPES
 from qlora_kit.config.data import DEFAULT_LENGTH
-from qlora_kit.config.limits import MOST_DRAWN, MOST_ROWS, MOST_TOKENS, SEEDS
+from qlora_kit.config.limits import MOST_DATA, MOST_DRAWN, MOST_ROWS, MOST_TOKENS, SEEDS
 from qlora_kit.config.lora import OTHER_BASE_HELP
 from qlora_kit.options.checks import a_name, a_size, between, one_of
 from qlora_kit.options.option import Options, option
@@ -225,10 +225,34 @@ class PlanConfig(Options):
         metavar="SIZE",
         shown_default="what is free here",
     )
-    grid: bool = option(False, "also the peak over batch sizes and lengths")
+    card: str | None = option(
+        None,
+        "plan for this card, such as rtx4090, rtx3060, t4 or h100-sxm: for its memory, its kernels "
+        "and its time",
+        check=a_name(),
+        metavar="NAME",
+        shown_default="the one here, if it is known",
+    )
+    rows: int | None = option(
+        None,
+        "rows of a data set, each of --max_length tokens: says the hours of a run on the card",
+        check=between(1, MOST_DATA),
+    )
+    tokens: int | None = option(
+        None,
+        "tokens of a data set, as show-data counts them: says the hours without any padding",
+        check=between(1, MOST_DATA),
+    )
+    grid: bool = option(
+        False, "also the peak, and the tokens/s of a known card, over batch sizes and lengths"
+    )
     quantization_error: bool = option(
         False,
         "also read the weights, which have to be here, and say how far each linear is from itself "
         "in 4 or 8 bits, the worst first",
     )
     json: bool = option(False, "print one JSON object and nothing else")
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.rows is not None and self.tokens is not None:
+            yield f"rows {self.rows} is given beside tokens {self.tokens}: name one of them"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_kit.device.cards import Card, card_named
 from qlora_kit.device.target import DTYPES, has_own_memory, is_native, is_rocm
 from qlora_kit.errors import ResourceError
 
@@ -109,6 +110,14 @@ def free_bytes(device: torch.device) -> int:
 def available_bytes(device: torch.device) -> int:
     """What a process may take of a device: what is free, and what it has taken already."""
     return free_bytes(device) + OVERHEADS[device.type].fixed
+
+
+def card_of(device: torch.device) -> Card | None:
+    """What is known of the card that a device is; None elsewhere, and of others."""
+    if not has_own_memory(device) or not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return card_named(found.name, found.total_memory)
 
 
 def empty_cache() -> None:

@@ -9,7 +9,7 @@ card asks `capability`, and code that looks at a number asks `has_values` first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -29,7 +29,11 @@ ASSUMED: Capability = (8, 6)
 PLAINEST: Capability = (7, 5)
 """Of a card that gets no kernel which only newer ones have."""
 
+KernelListener = Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
+
 _PLANNED: ContextVar[tuple[str, Capability] | None] = ContextVar("planned_device", default=None)
+_TURNS: ContextVar[int] = ContextVar("turns", default=1)
+_KERNELS: ContextVar[KernelListener | None] = ContextVar("kernels", default=None)
 
 
 REPRESENTATIVES = 3
@@ -74,15 +78,46 @@ def _of_the_card(device: torch.device | None = None) -> Capability:
     return PLAINEST if is_rocm() else torch.cuda.get_device_capability(device)
 
 
-def representative(places: Sequence[int], like: Tensor) -> Sequence[int]:
+def representative(places: Sequence[int], like: Tensor) -> Iterable[int]:
     """Of the `places` of a loop the first and the last two, where `like` has no values.
 
     What a loop makes in between is no more than it makes there: so a plan takes as long for many
-    rows as for few.
+    rows as for few. The last but one stands for those that are left out (`turns`).
     """
     if has_values(like) or len(places) <= REPRESENTATIVES:
         return places
-    return [places[0], places[-2], places[-1]]
+    return _represented(places)
+
+
+def _represented(places: Sequence[int]) -> Iterator[int]:
+    yield places[0]
+    before = _TURNS.set(_TURNS.get() * (len(places) - 2))
+    try:
+        yield places[-2]
+    finally:
+        _TURNS.reset(before)
+    yield places[-1]
+
+
+def turns() -> int:
+    """How many turns of a loop what runs now stands for."""
+    return _TURNS.get()
+
+
+def without_values(kernel: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+    """Say of a kernel that is not called, for its tensors have no values, what it would do."""
+    if (listener := _KERNELS.get()) is not None:
+        listener(kernel, reads, writes)
+
+
+@contextmanager
+def heard_kernels(listener: KernelListener) -> Iterator[None]:
+    """Inside, `listener` is told of every kernel that `without_values` says is not called."""
+    before = _KERNELS.set(listener)
+    try:
+        yield
+    finally:
+        _KERNELS.reset(before)
 
 
 @contextmanager

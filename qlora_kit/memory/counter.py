@@ -13,7 +13,8 @@ is slower.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class Interval:
     """What was alive while a step was at one place: in `phase`, in `module`.
 
     `peak` is the most at once, `at_peak` its components, `largest` the most of each component.
+    `work` says how often the step did what, where somebody notes it.
     """
 
     phase: str
@@ -54,6 +56,11 @@ class Interval:
     at_peak: Sizes
     largest: Sizes
     peak: int = field(default=0)
+    work: Counter[Any] = field(default_factory=Counter)
+
+
+Observer = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
+"""Is shown every operation with its arguments and its result."""
 
 
 class StorageCounter(TorchDispatchMode):
@@ -61,7 +68,8 @@ class StorageCounter(TorchDispatchMode):
 
     What `model` holds is there from the beginning. `peak` is the most that was alive at once,
     `before` what was alive when counting began; `intervals` are in the order of time. Components
-    that lie `apart`, in other memory, are counted by themselves and are in no sum.
+    that lie `apart`, in other memory, are counted by themselves and are in no sum. An
+    `observer` sees what is counted.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class StorageCounter(TorchDispatchMode):
         self._live: dict[int, tuple[int, str]] = {}
         self._model = model
         self.filling = filling
+        self.observer: Observer | None = None
         self.sizes: Sizes = dict.fromkeys(COMPONENTS, 0)
         self.current = self.before = 0
         self.intervals = [Interval("", "", {}, {}, {}, {})]
@@ -124,6 +133,8 @@ class StorageCounter(TorchDispatchMode):
         for given in (args, kwargs.values(), (result,)):
             self._add_all(given)
         self._look()
+        if self.observer is not None:
+            self.observer(func, args, kwargs, result)
         return result
 
     @classmethod

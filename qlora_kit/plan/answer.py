@@ -6,23 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.device.found import available_bytes, find_device
 from qlora_kit.lora.targets import auto_note
-from qlora_kit.options.checks import size_bytes
 from qlora_kit.options.parsed import Parsed
+from qlora_kit.plan.asked_device import asked_budget, asked_card, asked_device
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
 from qlora_kit.plan.quantization_error import (
     QuantizationErrors,
     check_errors,
     quantization_errors,
 )
+from qlora_kit.plan.step_time import Clock
 from qlora_kit.plan.suggest import Options, Suggestion, suggest
 
 ROWS, LONGEST, PARTS = (1, 2, 4, 8), 4096, (8, 4, 2, 1)
@@ -37,13 +35,25 @@ class Cell:
     max_length: int
     plan: MemoryPlan
 
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        time = self.plan.time
+        return {
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "peak_bytes": self.plan.peak_bytes,
+            "gradient_checkpointing": self.plan.recompute,
+            "fits": self.plan.fits,
+        } | ({} if time is None else {"tokens_per_s": time.tokens_per_s})
+
 
 @dataclass(frozen=True)
 class Answer:
     """The plan of the options, and what was asked beside it; `overhead` says who measured it.
 
     `notes` are those on the base, `left` says what of it stays in 16 bits, `in_16_bits` in numbers.
-    `errors` is what quantizing does to its linears.
+    `errors` is what quantizing does to its linears. `hours` are those of a run, an estimate, where
+    the card and the steps are known.
     """
 
     options: Options
@@ -55,6 +65,7 @@ class Answer:
     errors: QuantizationErrors | None = None
     left: str | None = None
     in_16_bits: Mapping[str, float] | None = None
+    hours: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -63,16 +74,9 @@ class Answer:
             {"change": one.change, "peak_bytes": one.plan.peak_bytes} for one in self.suggestions
         ]
         if self.grid is not None:
-            result["grid"] = [
-                {
-                    "batch_size": cell.batch_size,
-                    "max_length": cell.max_length,
-                    "peak_bytes": cell.plan.peak_bytes,
-                    "gradient_checkpointing": cell.plan.recompute,
-                    "fits": cell.plan.fits,
-                }
-                for cell in self.grid
-            ]
+            result["grid"] = [cell.as_json() for cell in self.grid]
+        if self.hours is not None:
+            result["hours"] = self.hours
         if self.in_16_bits is not None:
             result["in_16_bits"] = dict(self.in_16_bits)
         if self.notes:
@@ -85,15 +89,19 @@ class Answer:
 def answer(parsed: Parsed) -> Answer:
     """Plan what the options ask for. Errors: `ConfigError`, and those of a `config.json`."""
     asked, base, lora = parsed[PlanConfig], parsed[BaseConfig], parsed[LoRAConfig]
-    training, device = parsed[TrainingConfig], _device(base, asked)
+    training, device = parsed[TrainingConfig], asked_device(base, asked)
+    card = asked_card(device, asked)
+    clock = None if card is None else Clock(card)
+    if card is not None and not card.has_bf16 and base.dtype == "auto":
+        base = replace(base, dtype="fp16")
     if asked.quantization_error:
         check_errors(base)
-    planner = Planner(base, lora, training, device, margin=True)
+    planner = Planner(base, lora, training, device, margin=True, clock=clock)
     # Both groups have the option, and the first one of them is given it.
     data = replace(parsed[DataConfig], max_length=asked.max_length)
     length = data.length_in(planner.run.context)
     options = Options(base, lora, training, length, asked.packing)
-    budget = _budget(device, training, asked)
+    budget = asked_budget(device, training, asked)
     plan = planner.plan(options.largest, budget_bytes=budget)
     suggestions = [] if plan.fits or budget is None else suggest(options, planner, device, budget)
     grid = _grid(planner, options, budget) if asked.grid else None
@@ -102,23 +110,25 @@ def answer(parsed: Parsed) -> Answer:
     notes, left, in_16_bits = planner.notes, planner.left, planner.in_16_bits
     if lora.target_modules == "auto" and (auto := auto_note(planner.model)):
         notes = (*notes, auto)
-    return Answer(options, overhead, plan, suggestions, grid, notes, errors, left, in_16_bits)
+    hours = _hours(plan, training, asked)
+    return Answer(
+        options, overhead, plan, suggestions, grid, notes, errors, left, in_16_bits, hours
+    )
 
 
-def _device(base: BaseConfig, asked: PlanConfig) -> str:
-    """The kind of device that is planned for: a card's memory is that of a GPU."""
-    if base.device != "auto":
-        return base.device.partition(":")[0]
-    return "cuda" if asked.device_memory is not None else find_device("auto").type
-
-
-def _budget(device: str, training: TrainingConfig, asked: PlanConfig) -> int | None:
-    """What the run may take: what is given, the smaller of both; else what this device has free."""
-    given = [size_bytes(one) for one in (training.memory_budget, asked.device_memory) if one]
-    if given:
-        return min(given)
-    here = device == "cpu" or torch.cuda.is_available()
-    return available_bytes(torch.device(device)) if here else None
+def _hours(plan: MemoryPlan, training: TrainingConfig, asked: PlanConfig) -> float | None:
+    """Of a run's steps: as many as are asked for, or as the data set gives."""
+    if plan.time is None:
+        return None
+    epochs, seconds = training.num_train_epochs, None
+    if training.max_steps is not None:
+        seconds = training.max_steps * plan.time.total_s
+    elif asked.rows is not None:
+        rows = training.batch_size * training.gradient_accumulation_steps
+        seconds = epochs * asked.rows / rows * plan.time.total_s
+    elif asked.tokens is not None:
+        seconds = epochs * asked.tokens / plan.time.tokens_per_s
+    return None if seconds is None else seconds / 3600
 
 
 def _grid(planner: Planner, options: Options, budget: int | None) -> list[Cell]:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.base.checks import find_config, read_config_file
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.device.cards import find_card
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed
 
@@ -22,6 +24,12 @@ def plan_for(parsed: Parsed) -> Answer:
             f"--adapter {parsed[LoRAConfig].adapter}: a plan does not read adapters",
             "give its --lora_r and --target_modules too, or --config with its run's config.yaml",
         )
+    if (name := parsed[PlanConfig].card) is not None:
+        card = find_card(name)
+        if base.device == "cpu":
+            raise ConfigError(
+                f"--card {card.name} is planned beside --device cpu", "leave one of them out"
+            )
     read_config_file(find_config(base.model, base.revision)[1])
     from qlora_kit.plan.answer import answer
 

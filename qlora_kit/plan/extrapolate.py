@@ -130,4 +130,5 @@ def moved(interval: Interval, module: str, start: Sizes, apart: Collection[str])
         at_peak,
         shifted(interval.largest),
         peak=sum(size for name, size in at_peak.items() if name not in apart),
+        work=interval.work,
     )

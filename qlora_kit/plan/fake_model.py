@@ -22,7 +22,7 @@ from qlora_kit.base.decoder import decoder_layers, layer_kind, only_layers
 from qlora_kit.base.load import fill
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.device.target import has_own_memory, planned_device
+from qlora_kit.device.target import Capability, has_own_memory, planned_device
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
 from qlora_kit.memory.counter import Interval, StorageCounter
@@ -41,14 +41,20 @@ class FakeModel:
     modules' names, `kinds` equal for layers that do the same. `fused` says whether they run through
     blocks of ours. `gradients` has a tensor for each of `trained`, like what backward leaves there.
     `optim` is the name of its optimizer, one of the `optims` that the options allow.
+    `capability` is that of a card that is planned for.
 
     Errors: `ConfigError` for targets or a rank that do not fit the base.
     """
 
     def __init__(
-        self, base: Base, lora: LoRAConfig, training: TrainingConfig, device: torch.device
+        self,
+        base: Base,
+        lora: LoRAConfig,
+        training: TrainingConfig,
+        device: torch.device,
+        capability: Capability | None = None,
     ) -> None:
-        self.device, self.context = device, base.context
+        self.device, self.context, self._capability = device, base.context, capability
         self.apart = ("paged", IDLE, HOST) if has_own_memory(device) else ("paged", IDLE)
         self.counter = StorageCounter(apart=self.apart)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -86,7 +92,7 @@ class FakeModel:
         """Have the optimizer of that name, with the states that its first step leaves."""
         if self.optimizer is not None:
             self.optimizer.state.clear()
-        with planned_device(self.device.type):
+        with planned_device(self.device.type, self._capability):
             self.optimizer = make_optimizer(name, self.trained, 1e-4)
         self.optim = name
         with self.counted(), warnings.catch_warnings():
@@ -100,7 +106,7 @@ class FakeModel:
         """Fake tensors, counted, for the planned device; the workspace stays between calls."""
         with (
             self.mode,
-            planned_device(self.device.type),
+            planned_device(self.device.type, self._capability),
             own_workspace(self._workspace),
             tagged_workspace(self.counter.tag),
             self.counter,

@@ -20,8 +20,9 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.memory.counter import Interval, Sizes
 from qlora_kit.memory.phases import follow
 from qlora_kit.memory.profiler import batch_tensors
-from qlora_kit.plan.extrapolate import cut, extend, layers_of
+from qlora_kit.plan.extrapolate import cut, extend, layers_of, moved
 from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
+from qlora_kit.plan.work import noted_work
 from qlora_kit.training.attention import known_rows
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import Backward, train_step
@@ -67,6 +68,10 @@ class FakeRun:
         if name != self.optim:
             self._fake.take_optimizer(name)
             self.updates = self._update()
+
+    def updates_after(self, passed: Sizes) -> list[Interval]:
+        """`updates` where the passes leave the sizes `passed`."""
+        return [moved(one, "", passed, self.apart) for one in self.updates]
 
     def micro_batches(
         self, rows: int, length: int, supervised: int, micro_steps: int
@@ -133,7 +138,7 @@ class FakeRun:
             return loss
 
         rows = known_rows(self.packed, self.longest_row)
-        with self._fake.only(chosen), self._fake.counted(), rows:
+        with self._fake.only(chosen), self._fake.counted(), noted_work(self._counter), rows:
             # On a GPU there is a copy of one batch, the others wait on the host.
             waiting = micro_batches[:-1] if HOST in self.apart else []
             self._counter.tag(HOST, batch_tensors(waiting))
@@ -154,7 +159,7 @@ class FakeRun:
             self._counter.at("step")
             return loss
 
-        with self._fake.counted(), warnings.catch_warnings():
+        with self._fake.counted(), noted_work(self._counter), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of paging, which a CPU has not
             self._counter.filling = "optimizer"
             self._counter.at("")

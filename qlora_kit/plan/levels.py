@@ -6,12 +6,9 @@ everything, and a model of n layers has about n^2 / 2 mixes: too many to trace e
 computes their peaks from three traces. The mix that is found is traced itself before it is taken,
 so that a plan never rests on the ledger alone.
 
-Time is the multiply-adds that backward recomputes: the matmuls of a layer's frozen linears and of
-attention, all of it that matters. They are written down here and not counted by
-`torch.utils.flop_counter` around the traces, which was tried (torch 2.13): it has no formula for
-attention on the CPU and in packs, whose work it leaves out (10 % of what a Llama 2 7B recomputes in
-rows of 4,096 tokens), takes causal attention for twice its work elsewhere, and makes a trace a
-quarter slower. Without attention it agrees with what is here within 0.1 %, which are the adapters.
+Time is that of the card, where it is known: each layer's forward and backward at each level, read
+off the three traces (`step_time.py`). Elsewhere it is the multiply-adds that backward recomputes:
+the matmuls of a layer's frozen linears and of attention, all of it that matters.
 """
 
 from __future__ import annotations
@@ -27,6 +24,7 @@ from qlora_kit.config.training import RECOMPUTE_LEVELS
 from qlora_kit.data.batch import Batch
 from qlora_kit.memory.counter import Interval
 from qlora_kit.plan.fake_run import FakeRun
+from qlora_kit.plan.step_time import Clock
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,14 @@ class Chosen:
         return max(interval.peak for interval in self.intervals)
 
 
-def choose_levels(run: FakeRun, micro_batches: Sequence[Batch], budget: int | None) -> Chosen:
-    """The levels with the least work whose passes stay within `budget` bytes of tensors.
+def choose_levels(
+    run: FakeRun, micro_batches: Sequence[Batch], budget: int | None, clock: Clock | None = None
+) -> Chosen:
+    """The fastest levels whose passes stay within `budget` bytes of tensors.
 
-    Without a budget all layers keep everything; where `full` does not fit all are `full`. On very
-    short rows with large adapters and no accumulation that is not the least: `selective` may take
-    some megabytes less.
+    That is by time of `clock`, or by work where it is not known. Without a budget all layers keep
+    everything; where `full` does not fit all are `full`. On very short rows with large adapters and
+    no accumulation that is not the least: `selective` may take some megabytes less.
     """
     count = len(run.layers)
 
@@ -61,12 +61,9 @@ def choose_levels(run: FakeRun, micro_batches: Sequence[Batch], budget: int | No
     if most.peak > budget:
         return most
     between = traced(["selective"] * count)
-    ledger = _Ledger(run, {"none": least, "selective": between, "full": most})
-    length = int(micro_batches[-1]["input_ids"].shape[1])
-    work = {
-        level: [layer_work(layer, level, length, run.fused) for layer in run.layers]
-        for level in RECOMPUTE_LEVELS
-    }
+    traces = {"none": least, "selective": between, "full": most}
+    ledger = _Ledger(run, traces)
+    cost = _costs(run, micro_batches, traces, clock)
     mixes = []
     for keeping in range(count):
         # The largest number of selective layers that fits beside `keeping` others.
@@ -78,13 +75,28 @@ def choose_levels(run: FakeRun, micro_batches: Sequence[Batch], budget: int | No
         if fitting:
             selective = fitting - 1
             levels = _levels(count, selective, keeping)
-            recomputed = sum(work[level][layer] for layer, level in enumerate(levels))
-            mixes.append((recomputed, keeping, selective))
+            taken = sum(cost[level][layer] for layer, level in enumerate(levels))
+            mixes.append((taken, keeping, selective))
     for _, keeping, selective in sorted(mixes):
         found = traced(_levels(count, selective, keeping))
         if found.peak <= budget:
             return found
     return most
+
+
+def _costs(
+    run: FakeRun, micro_batches: Sequence[Batch], traces: dict[str, Chosen], clock: Clock | None
+) -> dict[str, Sequence[float]]:
+    """What each layer costs at each level: seconds on a card, else the work that is done again."""
+    if clock is not None:
+        return {
+            level: clock.layers(chosen.intervals, run.names) for level, chosen in traces.items()
+        }
+    length = int(micro_batches[-1]["input_ids"].shape[1])
+    return {
+        level: [layer_work(layer, level, length, run.fused) for layer in run.layers]
+        for level in RECOMPUTE_LEVELS
+    }
 
 
 def layer_work(layer: nn.Module, level: str, length: int, fused: bool) -> int:

@@ -23,10 +23,10 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.found import OVERHEADS, Overhead, find_device
 from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
-from qlora_kit.plan.extrapolate import moved
 from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.levels import Chosen, choose_levels, recomputed_share
+from qlora_kit.plan.step_time import Clock, StepTime
 
 HELD = ("weights_quantized", "weights_other", "adapters", "optimizer", "paged")
 """Those that are there before a step and after it."""
@@ -57,7 +57,7 @@ class MemoryPlan:
     `levels` are those of the decoder layers, `recomputed` the share of a forward pass's work that
     backward does again. Of the budget `margin_bytes` are left free. The micro-batch that is planned
     has `tokens` tokens, padding included. `optim` names the optimizer; `why_optim` says why that
-    one, where `auto` left more than one to choose from.
+    one, where `auto` left more than one to choose from. `time` is estimated for a known card.
     """
 
     bytes: Sizes
@@ -75,6 +75,7 @@ class MemoryPlan:
     tokens: int = 0
     optim: str = ""
     why_optim: str = ""
+    time: StepTime | None = None
 
     @property
     def missing_bytes(self) -> int:
@@ -113,7 +114,7 @@ class MemoryPlan:
 
     def as_json(self) -> dict[str, Any]:
         """What `qlora-kit plan --json` prints of it."""
-        return {
+        result: dict[str, Any] = {
             "bytes": dict(self.bytes),
             "peak_bytes": self.peak_bytes,
             "peak": {"phase": self.peak_phase, "module": self.peak_module},
@@ -130,6 +131,9 @@ class MemoryPlan:
             "optim": self.optim,
             "why_optim": self.why_optim,
         }
+        if self.time is not None:
+            result["time"] = self.time.as_json()
+        return result
 
 
 def plan_memory(
@@ -159,7 +163,8 @@ class Planner:
     """Plans of one base, its adapters and its optimizer, for any micro-batch and any levels.
 
     Of a base that a run has `opened` no file is opened again. With `margin` a share of every
-    budget is left free, as `device/found.py` has it for the device.
+    budget is left free, as `device/found.py` has it for the device. With a `clock` plans say the
+    time of a step, and `auto` goes by it.
 
     Errors of the constructor are those of `plan_memory`.
     """
@@ -173,9 +178,10 @@ class Planner:
         *,
         opened: Base | None = None,
         margin: bool = False,
+        clock: Clock | None = None,
     ) -> None:
         target = torch.device(device) if device else find_device(base.device)
-        self.device, self.margin = target.type, margin
+        self.device, self.margin, self.clock = target.type, margin, clock
         self.training = training
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
@@ -185,7 +191,8 @@ class Planner:
         self.notes = shape.notes if shape.warning is None else (*shape.notes, shape.warning)
         self.model = shape.model
         self.left, self.in_16_bits = shape.left, shape.in_16_bits
-        self.run = FakeRun(FakeModel(shape, fresh, training, target))
+        capability = clock.capability if clock else None
+        self.run = FakeRun(FakeModel(shape, fresh, training, target, capability))
         self.optims = self.run.optims
 
     def plan(
@@ -230,12 +237,16 @@ class Planner:
             budget = None
             if budget_bytes is not None:
                 budget = self.overhead.room(budget_bytes - self._left_free(budget_bytes))
-            chosen = choose_levels(self.run, batches, budget)
+            chosen = choose_levels(self.run, batches, budget, self.clock)
         else:
             levels = (level,) * len(self.run.layers)
             chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
         tokens = batches[-1]["input_ids"].numel()
-        return replace(self._plan_of(chosen, shape, budget_bytes), tokens=tokens)
+        time = None
+        if self.clock is not None:
+            whole = tokens * micro_steps
+            time = self.clock.step(chosen.intervals, self.run.updates, micro_steps, whole)
+        return replace(self._plan_of(chosen, shape, budget_bytes), tokens=tokens, time=time)
 
     @property
     def overhead(self) -> Overhead:
@@ -244,8 +255,7 @@ class Planner:
 
     def _plan_of(self, chosen: Chosen, shape: BatchShape, budget_bytes: int | None) -> MemoryPlan:
         run = self.run
-        passed = chosen.intervals[-1].end
-        updates = [moved(one, "", passed, run.apart) for one in run.updates]
+        updates = run.updates_after(chosen.intervals[-1].end)
         everything = (*run.loading, *chosen.intervals, *updates)
         highest = max(everything, key=lambda interval: interval.peak)
         overhead = self.overhead.of(highest.peak)

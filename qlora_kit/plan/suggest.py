@@ -77,10 +77,15 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
         key = _made(changed)
         if key not in planners:
             planners[key] = Planner(
-                changed.base, changed.lora, changed.training, device, margin=planner.margin
+                changed.base,
+                changed.lora,
+                changed.training,
+                device,
+                margin=planner.margin,
+                clock=planner.clock,
             )
-        made, training = planners[key], changed.training
-        return made.plan(
+        training = changed.training
+        return planners[key].plan(
             changed.largest,
             training.gradient_checkpointing,
             budget_bytes,

@@ -1,0 +1,38 @@
+"""The device that `plan` is asked for: its kind, the card, and the memory that a run may take."""
+
+from __future__ import annotations
+
+import torch
+
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import PlanConfig
+from qlora_kit.config.training import TrainingConfig
+from qlora_kit.device.cards import Card, find_card
+from qlora_kit.device.found import available_bytes, card_of, find_device
+from qlora_kit.options.checks import size_bytes
+
+
+def asked_device(base: BaseConfig, asked: PlanConfig) -> str:
+    """The kind of device that is planned for: a card's memory is that of a GPU."""
+    if base.device != "auto":
+        return base.device.partition(":")[0]
+    is_card = asked.device_memory is not None or asked.card is not None
+    return "cuda" if is_card else find_device("auto").type
+
+
+def asked_card(device: str, asked: PlanConfig) -> Card | None:
+    """The card that is named; else the one here, unless other memory is planned for."""
+    if asked.card is not None:
+        return find_card(asked.card)
+    return card_of(torch.device(device)) if asked.device_memory is None else None
+
+
+def asked_budget(device: str, training: TrainingConfig, asked: PlanConfig) -> int | None:
+    """What the run may take: the smallest of what is given; else what this device has free."""
+    given = [size_bytes(one) for one in (training.memory_budget, asked.device_memory) if one]
+    if asked.card is not None:
+        given.append(find_card(asked.card).memory_bytes)
+    if given:
+        return min(given)
+    here = device == "cpu" or torch.cuda.is_available()
+    return available_bytes(torch.device(device)) if here else None

@@ -25,11 +25,12 @@ from peers.ours import Peer
 from pictures import draw_budgets
 from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import make_parser, write_result
-from speed import TINY, batches, wait
+from stepping import TINY, batches, wait
 
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
+from qlora_kit.device.found import OVERHEADS
 from qlora_kit.memory.profiler import count_step
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
 from qlora_kit.training.layer_forward import set_recompute
@@ -96,7 +97,9 @@ def measure(peer: Peer, plans: list[MemoryPlan], given: Any) -> list[dict[str, A
             taken = statistics.median(seconds[plan.levels])
             one |= {"counted_bytes": counted[plan.levels], "step_s": taken}
             one |= {"tokens_per_s": tokens / taken}
-            one |= {"used": counted[plan.levels] / one["budget_bytes"]}
+            # What a budget has room for: without the context, which no allocator counts.
+            room = OVERHEADS[plan.device].room(one["budget_bytes"])
+            one |= {"room_bytes": room, "used": counted[plan.levels] / room}
         found.append(one)
     return found
 

@@ -4,7 +4,8 @@ One shape with random weights in 16, 8 and 4 bits and at each level of recompute
 process of its own: the third step is counted tensor by tensor. Beside it stand PEFT as its guide
 puts it together, counted the same way, and full fine-tuning, which is planned: transformers' own
 step on fake tensors, everything trained in bf16 with AdamW. Writes a JSON, a table, a picture of
-the peaks and one of a step; on CUDA also the allocator's snapshot, for pytorch.org/memory_viz.
+the peaks and one of a step; with --snapshot on CUDA also the allocator's history with its stacks,
+some 10 MB a setting, for pytorch.org/memory_viz.
 
     python benchmarks/memory.py                     # the shape of SmolLM2 135M, 4 x 512
     python benchmarks/memory.py --shape tiny --batch 8 --length 256
@@ -27,7 +28,7 @@ import torch
 from pictures import GIB, Bar, draw_bars, draw_step, table
 from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import make_parser, write_result
-from speed import TINY, batches, make, wait
+from stepping import TINY, batches, make, wait
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -241,7 +242,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--snapshot", help="on CUDA: begin of the names of allocator snapshots")
+    parser.add_argument("--snapshot", help="on CUDA: write snapshots whose names begin so")
     parser.add_argument("--side", choices=("ours", "peft"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -252,8 +253,6 @@ def main() -> None:
     if given.side:
         print(json.dumps(measure(given)))
         return
-    if given.device.startswith("cuda") and not given.snapshot:
-        given.snapshot = str(given.results / given.result)
     shape = TINY / "config.json" if given.shape == "tiny" else Path(given.shape)
     name = "tiny" if given.shape == "tiny" else shape.stem
     found: dict[str, Any] = {}

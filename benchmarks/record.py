@@ -45,7 +45,7 @@ def provenance() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "gpu": _gpu()},
         "versions": versions() | _peer_versions(),
-        "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "commit": _commit(),
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *map(_named, sys.argv[1:])]),
     }
 
@@ -77,12 +77,21 @@ def _gpu() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
+def _commit() -> str | None:
+    """The commit that runs, `+changes` where files differ from it; None where git cannot say."""
+    commit = _git("rev-parse", "HEAD")
+    return commit + ("+changes" if _git("status", "--porcelain") else "") if commit else None
+
+
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""  # no such program
     return done.stdout.strip()

@@ -1,8 +1,10 @@
 """Speed and memory of a training step: ours against PEFT, by bits and recompute level.
 
 Each side has a process of its own and steps when it is its turn, so that other work on the machine
-falls on all sides and none lives in the heap of another. A process gives the seconds of its steps,
-its peak memory over loading and over the steps, the counted bytes of one more step, and where the
+falls on all sides and none lives in the heap of another. On CUDA, where not all of them have room
+beside each other, one side takes all its turns and ends before the next one begins. A process gives
+the seconds of its steps, its peak memory over loading (with what transformers allocates for a
+moment to warm the allocator) and over the steps, the counted bytes of one more step, and where the
 time of a last one goes. Ratios of speed are medians over the rounds, of bytes of the peaks. They
 are to PEFT as its guide says, which recomputes everything (`prepare_model_for_kbit_training` turns
 checkpointing on), and at each recompute level to PEFT as its guide says and at its best.
@@ -20,8 +22,7 @@ nothing else. Results are written after each setting.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
+import functools
 import itertools
 import json
 import os
@@ -30,16 +31,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from peers import step_dtype
 from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import make_parser, write_result
-from torch import Tensor
+from step_floor import products_floor
+from step_profile import profiled
+from stepping import TINY, batches, make, peak, reset_peak, wait
 
 from qlora_kit.memory.counter import StorageCounter
 
@@ -47,8 +48,6 @@ SIDES = ("ours", "peft_guide", "peft_best")
 LEVELS = ("none", "full")
 GUIDE = "peft_guide, full"
 FLOORS = 8
-PROFILED = 20
-TINY = Path(__file__).resolve().parent.parent / "qlora_kit" / "assets" / "tiny"
 WARM_UP = 2
 
 
@@ -87,10 +86,13 @@ class Side:
         self.seconds.append(answer["seconds"])
         self.losses.append(answer["loss"])
 
-    def end(self, tokens: int, floor_s: float) -> dict[str, Any]:
-        """All that was found of this side; the process ends."""
+    def end(self) -> None:
+        """The process measures what is left, and ends."""
         self.found |= self.ask("end")
         self._process.wait()
+
+    def described(self, tokens: int, floor_s: float) -> dict[str, Any]:
+        """All that was found of this side."""
         taken = statistics.median(self.seconds[WARM_UP:])
         return {
             "step_s": taken,
@@ -131,54 +133,43 @@ def serve(given: argparse.Namespace) -> None:
             with counter:
                 peer.step(next(data))
             answer |= {"counted_bytes": counter.peak, "counted_before_bytes": counter.before}
-            answer["profile_s"] = profile(peer, next(data), given.device)
+            profile = profiled(functools.partial(peer.step, next(data)), given.device)
+            answer |= {"profile_s": profile.pop("by_name"), **profile}
         print(json.dumps(answer), flush=True)
         if line == "end\n":
             return
 
 
-def profile(peer: Any, ids: Tensor, device: str) -> dict[str, float]:
-    """Seconds of a step by operation, its own part; decoding is within ours and bitsandbytes'."""
-    kinds = torch.profiler.ProfilerActivity
-    cuda = device.startswith("cuda")
-    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]) as found:
-        peer.step(ids)
-        wait(device)
-    own = "self_device_time_total" if cuda else "self_cpu_time_total"
-    spent = {event.key: getattr(event, own) / 1e6 for event in found.key_averages()}
-    largest = sorted(spent, key=spent.__getitem__, reverse=True)
-    rest = sum(spent[name] for name in largest[PROFILED:])
-    return {name: spent[name] for name in largest[:PROFILED]} | {"all others": rest}
-
-
-def make(side: str, directory: Path, bits: int, level: str, rank: int, device: str) -> Any:
-    """One side's model with its optimizer."""
-    peer = importlib.import_module(f"peers.{side}").Peer
-    return peer(directory, bits, level, rank, device)
-
-
 def measure(directory: Path, bits: int, given: argparse.Namespace) -> dict[str, Any]:
     """Every side at every level in some bits, in turns."""
-    sides = {
-        f"{name}, {level}": Side(name, level, directory, bits, given)
-        for level in given.level
-        for name in SIDES
-    }
-    with floor_products(directory, given) as floor:
-        floors: dict[str, list[float]] = {level: [] for level in LEVELS}
-        for number in range(max(given.steps + WARM_UP, FLOORS)):
-            if number < given.steps + WARM_UP:
-                turns = list(sides.values())
-                first = number % len(turns)  # none is always the first
-                for side in turns[first:] + turns[:first]:
+    asked = [(name, level) for level in given.level for name in SIDES]
+    tokens, steps = given.batch * given.length, given.steps + WARM_UP
+    sides: dict[str, Side] = {}
+    floors: dict[str, list[float]] = {level: [] for level in LEVELS}
+    config = json.loads((directory / "config.json").read_text())
+    floor = products_floor(config, tokens, given.device)
+    # Resident sides take turns; else one after another takes all of its own.
+    resident = not given.device.startswith("cuda")
+    together = [asked] if resident else [[one] for one in asked]
+    for group in together:
+        turns = {
+            f"{name}, {level}": Side(name, level, directory, bits, given) for name, level in group
+        }
+        sides |= turns
+        for number in range(max(steps, FLOORS)):
+            if number < steps:
+                order = list(turns.values())
+                first = number % len(order)  # none is always the first
+                for side in order[first:] + order[:first]:
                     side.step()
-            if number < FLOORS:
+            if number < FLOORS and len(floors[LEVELS[0]]) < FLOORS:
                 for level, taken in floors.items():
                     taken.append(floor(level))
-    tokens = given.batch * given.length
+        for side in turns.values():
+            side.end()
     least = {level: min(taken) for level, taken in floors.items()}
     found: dict[str, Any] = {"floor_s": least["none"], "floor_full_s": least["full"]}
-    found |= {name: side.end(tokens, least["none"]) for name, side in sides.items()}
+    found |= {name: side.described(tokens, least["none"]) for name, side in sides.items()}
     found["ratios"] = ratios(found, sides, given.level)
     if GUIDE in found:
         found["most"] = {level: found[GUIDE]["step_s"] / least[level] for level in given.level}
@@ -196,72 +187,6 @@ def between_bits(results: dict[str, Any], levels: Sequence[str]) -> dict[str, fl
         result[f"step_s: {at}"] = other["share_of_floor"] / quantized["share_of_floor"]
         result[f"counted_bytes: {at}"] = quantized["counted_bytes"] / other["counted_bytes"]
     return result
-
-
-def batches(directory: Path, batch: int, length: int, count: int) -> list[Tensor]:
-    """Random ids, the same for every side."""
-    vocabulary = json.loads((directory / "config.json").read_text())["vocab_size"]
-    drawn = torch.Generator().manual_seed(0)
-    return [torch.randint(3, vocabulary, (batch, length), generator=drawn) for _ in range(count)]
-
-
-def wait(device: str) -> None:
-    """Until the device has done what it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def floor_products(directory: Path, given: argparse.Namespace) -> Iterator[Any]:
-    """Hands over a function of a level: the seconds of a step's products by frozen weights alone.
-
-    Full recompute makes those of a layer's forward again, but for the last.
-    """
-    config = json.loads((directory / "config.json").read_text())
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"]
-    kv = hidden * config.get("num_key_value_heads", heads) // heads
-    shapes = [(hidden, hidden)] * 2 + [(hidden, kv)] * 2 + [(hidden, ffn)] * 2 + [(ffn, hidden)]
-    made = {shape: _filled(shape[::-1], given.device) for shape in {*shapes}}
-    head = _filled((config["vocab_size"], hidden), given.device)
-    tokens = given.batch * given.length
-    inputs = {size: _filled((tokens, size), given.device) for size in {hidden, kv, ffn}}
-    layers = shapes * config["num_hidden_layers"]
-
-    def floor(level: str) -> float:
-        wait(given.device)
-        began = time.perf_counter()
-        again = shapes[:-1] * config["num_hidden_layers"] if level == "full" else []
-        for shape in layers + again:
-            F.linear(inputs[shape[0]], made[shape])
-        logits = F.linear(inputs[hidden], head)
-        logits @ head
-        for shape in layers:
-            inputs[shape[1]] @ made[shape]
-        wait(given.device)
-        return time.perf_counter() - began
-
-    yield floor
-
-
-def _filled(shape: tuple[int, ...], device: str) -> Tensor:
-    return torch.full(shape, 0.5, device=device, dtype=step_dtype(device))
-
-
-def peak(device: str) -> int:
-    """Peak bytes since the start or `reset_peak`: of the allocator, or the resident set."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def reset_peak(device: str) -> None:
-    """Begin to look for a peak again."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def ratios(

@@ -13,12 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from benchmark import BENCHMARKS
+
+from qlora_kit.base.safetensors_file import TensorEntry
 
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu
 import gpu_table
+import random_checkpoint
+import record
+import step_profile
 from gpu_parts import PARTS, Part, chosen
 from gpu_parts.shapes import PLANNED, SHAPES, shape_of
 
@@ -110,6 +116,41 @@ def test_points_have_names_of_their_own_and_small_models_their_form() -> None:
         assert whole["num_attention_heads"] % small["num_attention_heads"] == 0
         for config in (whole, small):
             assert config["num_attention_heads"] % config["num_key_value_heads"] == 0
+
+
+def test_no_program_git_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record.provenance()["commit"] is None
+
+
+@pytest.mark.parametrize("length", [3, 1_048_583 + 5])
+def test_noise_repeats_a_tile_and_reads_as_a_file_would(length: int) -> None:
+    noise = random_checkpoint.Noise()
+    filled = noise.fill(torch.empty(length, 2, dtype=torch.bfloat16))
+    entry = TensorEntry("w", "BF16", (length, 2), Path("w"), 0, 4 * length)
+    read = torch.empty(4 * length, dtype=torch.uint8)
+    noise(entry, read)
+    assert torch.equal(read.view(torch.bfloat16).view(length, 2), filled)
+    flat, tile = filled.view(-1), random_checkpoint.TILE
+    if flat.numel() > tile:
+        assert torch.equal(flat[tile:], flat[: flat.numel() - tile])
+        # 0.02 within the error of a million draws.
+        assert abs(float(flat.float().std()) / random_checkpoint.STD - 1) < 0.01
+    assert torch.equal(noise.fill(torch.empty(5)), torch.ones(5))
+
+
+class Event:
+    """What of a profiler's event is read."""
+
+    def __init__(self, key: str, kind: Any, seconds: float) -> None:
+        self.key, self.device_type, self.count = key, kind, 1
+        self.self_device_time_total = 1e6 * seconds
+
+
+def test_a_kernel_is_counted_once_and_not_again_with_its_operator() -> None:
+    kinds = torch.autograd.DeviceType
+    events = [Event("aten::mm", kinds.CPU, 2.0), Event("gemm_kernel", kinds.CUDA, 2.0)]
+    assert [one.key for one in events if step_profile.on_device(one)] == ["gemm_kernel"]
 
 
 def test_the_readme_says_what_a_card_showed_or_that_none_did() -> None:

@@ -99,7 +99,7 @@ class Run:
         self._parts.memory.before_step(self.state.progress.step + 1)
         return self._parts.guard.run_backward(backward, micro_batches)
 
-    def before_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+    def before_step(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the optimizer may take this step. Errors: `NumericError`."""
         self._parts.memory.after_backward()
         return self._parts.guard.before_step(step, loss, grad_norm)

@@ -89,22 +89,20 @@ class Guard:
         for parameter in self._model.parameters():
             parameter.grad = None
 
-    def before_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+    def before_step(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the optimizer may take this step.
 
         Errors: `NumericError` at the third non-finite step in a row, and where no gradient reaches
         an adapter in the first step.
         """
-        # One transfer for both: this is the only place of a step that waits for the device.
-        loss_value, norm_value = torch.stack((loss, grad_norm)).tolist()
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             self.bad_in_a_row = 0
             if not self._checked_gradients:
                 self._checked_gradients = True
                 self._refuse_dead_adapters()
             return True
         problem = (
-            f"step {step}: loss {loss_value:g}, gradient norm {norm_value:g}, "
+            f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}, "
             f"first not finite in {first_non_finite(self._model, self._micro_batches, step)}, "
             f"rows {self._rows_of(step)}"
         )

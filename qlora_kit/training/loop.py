@@ -26,7 +26,7 @@ Backward = Callable[[Sequence["Batch"]], Tensor]
 """Runs forward and backward of micro-batches; returns their mean loss, a scalar in fp32."""
 RunBackward = Callable[[Backward, Sequence["Batch"]], Tensor]
 """Calls a `Backward` with micro-batches of the same rows, again where that can help, or raises."""
-BeforeStep = Callable[[int, Tensor, Tensor], bool]
+BeforeStep = Callable[[int, float, float], bool]
 """Is called with step, loss and gradient norm before the optimizer; False skips the step."""
 
 FP16_LOSS_SCALE = 1024.0
@@ -73,20 +73,21 @@ def train(
             if learning_rate is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step)
-            loss, grad_norm = train_step(
+            read = _Read(before_step)
+            train_step(
                 model,
                 micro_batches,
                 optimizer,
                 step=step,
                 max_grad_norm=max_grad_norm,
                 run_backward=run_backward,
-                before_step=before_step,
+                before_step=read,
             )
             report = StepReport(
                 step=step,
-                loss=float(loss),
+                loss=read.loss,
                 learning_rate=optimizer.param_groups[0]["lr"],
-                grad_norm=float(grad_norm),
+                grad_norm=read.grad_norm,
                 tokens=sum(sum(batch["lengths"]) for batch in micro_batches),
                 supervised_tokens=sum(batch["num_supervised"] for batch in micro_batches),
                 seconds=time.perf_counter() - began,
@@ -99,6 +100,22 @@ def train(
     return history
 
 
+class _Read:
+    """Reads the loss and the gradient norm of a step, and hands them to a `BeforeStep`.
+
+    In one transfer, before the optimizer is given its work: the only place of a step that waits for
+    the device. What the optimizer does then overlaps with the beginning of the next step.
+    """
+
+    def __init__(self, before_step: BeforeStep | None) -> None:
+        self._before_step = before_step
+        self.loss = self.grad_norm = float("nan")
+
+    def __call__(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        self.loss, self.grad_norm = torch.stack((loss, grad_norm)).tolist()
+        return self._before_step is None or self._before_step(step, self.loss, self.grad_norm)
+
+
 def train_step(
     model: PreTrainedModel,
     micro_batches: Sequence[Batch],
@@ -107,7 +124,7 @@ def train_step(
     step: int,
     max_grad_norm: float,
     run_backward: RunBackward | None = None,
-    before_step: BeforeStep | None = None,
+    before_step: Callable[[int, Tensor, Tensor], bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step; returns its mean loss and its gradient norm, scalars on the device.
 

@@ -51,21 +51,22 @@ def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
     """Minus the log-probability of all supervised tokens divided by their number.
 
-    Runs in evaluation mode and restores the mode that was set; draws no random number.
+    Runs in evaluation mode and restores the mode that was set; draws no random number. The sum is
+    read once, at the end.
     """
     training = model.training
     model.eval()
-    total, tokens = 0.0, 0
-    device = model.device
+    device, tokens = model.device, 0
+    # Sums of many batches in double: a mean of batch means would weigh them wrong.
+    total = torch.zeros((), dtype=torch.float64, device=device)
     try:
         with torch.no_grad():
             for batch in batches:
-                # Sums of many batches in double: a mean of batch means would weigh them wrong.
-                total += float(supervised_loss(model, to_device(batch, device)))
+                total += supervised_loss(model, to_device(batch, device))
                 tokens += batch["num_supervised"]
     finally:
         model.train(training)
-    return Evaluation(total / tokens if tokens else float("nan"), tokens)
+    return Evaluation(float(total) / tokens if tokens else float("nan"), tokens)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

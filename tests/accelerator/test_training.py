@@ -10,7 +10,8 @@ from micro_batches import ragged_rows
 
 from qlora_kit.data.batch import Batch, collate
 from qlora_kit.training.attention import known_rows
-from qlora_kit.training.loop import train_step
+from qlora_kit.training.loop import train, train_step
+from qlora_kit.training.loss import evaluate
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, *batches: Any) -> None:
@@ -32,3 +33,24 @@ def test_a_step_copies_the_batch_alone_and_reads_nothing() -> None:
             step(model, optimizer, given)
     assert in_order(seen.copied_in) == copied(tensors(batch))
     assert seen.copied_out == []
+
+
+def test_a_run_waits_once_a_step_and_once_an_evaluation() -> None:
+    """For the loss and the norm together, before the optimizer; for the sum of all batches."""
+    batch, asked = collate(ragged_rows(3), 0), []
+
+    def before_step(step: int, loss: float, norm: float) -> bool:
+        asked.append((step, loss, norm, seen.operations["aten::_fused_adamw_"]))
+        return True
+
+    with accelerator() as card, known_rows(False):
+        model = card.adapted(saved("llama2"), bits=4)
+        optimizer, given = card.optimizer(model), card.on_host(batch)
+        with card.watch(may_read=True) as seen:
+            reports = train(model, [[given, given]] * 2, optimizer, before_step=before_step)
+        assert seen.reads == [(2,)] * 2
+        with card.watch(may_read=True) as seen:
+            evaluate(model, [given] * 3)
+        assert seen.reads == [()]
+    assert asked == [(1, 1.0, 1.0, 0), (2, 1.0, 1.0, 1)]
+    assert [(one.loss, one.grad_norm) for one in reports] == [(1.0, 1.0)] * 2

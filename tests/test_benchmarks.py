@@ -42,6 +42,12 @@ def test_every_name_that_a_benchmark_imports_is_there(path):
                     importlib.import_module(f"{node.module}.{name}")
 
 
+def test_a_benchmark_is_read_in_one_sitting():
+    paths = [*SCRIPTS, *BENCHMARKS.glob("*/*.py")]
+    lines = {path.name: len(path.read_text().splitlines()) for path in paths}
+    assert {name: count for name, count in lines.items() if count > 300} == {}
+
+
 START = """
 import runpy, sys
 for script in sys.argv[1:]:

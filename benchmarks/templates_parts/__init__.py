@@ -1,0 +1,1 @@
+"""What `templates.py` has: families, chats, and how an encoded chat is judged."""

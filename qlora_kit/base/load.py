@@ -95,7 +95,7 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
     form, dense = base.form, base.form.stored or base.quantization.bits == 16
     to_quantize = frozenset() if dense else linears.keys() - form.skipped
     for name, buffer in list(model.named_buffers()):
-        _place(model, name, moved := buffer.to(base.device))
+        place(model, name, moved := buffer.to(base.device))
         tag("weights_other", (moved,))
     scratch, recurrent = _Scratch(base.dtype, base.device), recurrent_parameters(model)
     for name, tensor in read_numbers(base.plain, form.scaled, base.dtype, base.device, read):
@@ -104,7 +104,7 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
             (tensor if name in form.scaled else scratch.cast(tensor))
             if owner in to_quantize
             else tensor.to(
-                device=base.device, dtype=_held_in(base, name, tensor, recurrent), copy=True
+                device=base.device, dtype=held_in(base, name, tensor, recurrent), copy=True
             )
         )
         if moved.dtype != tensor.dtype:
@@ -116,7 +116,7 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
         else:
             if base.embedding_rows and model.get_submodule(name.rpartition(".")[0]) in by_token:
                 moved = _with_rows(moved, base.embedding_rows)
-            _place(model, name, moved)
+            place(model, name, moved)
             tag("weights_other", (moved,))
     for name, stored in form.stored.items():
         by_name = {entry.name: suffix for suffix, entry in stored.entries.items()}
@@ -128,19 +128,19 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
         tag_linear(layer, tag)
     model.tie_weights()
     model.requires_grad_(False)
-    _multiply_in_fp32(model)
+    multiply_in_fp32(model)
     model.eval()
     check_forward(model)
     return model
 
 
-def _held_in(base: Base, name: str, tensor: Tensor, recurrent: frozenset[str]) -> torch.dtype:
+def held_in(base: Base, name: str, tensor: Tensor, recurrent: frozenset[str]) -> torch.dtype:
     """The dtype that a tensor of the files is held in: the run's, or its own fp32."""
     own = tensor.dtype is torch.float32 and name in recurrent
     return tensor.dtype if own else base.dtype
 
 
-def _multiply_in_fp32(model: nn.Module) -> None:
+def multiply_in_fp32(model: nn.Module) -> None:
     """Let the frozen dense linears of a model multiply in fp32 (`kernels/matmul.py`).
 
     Where the processor has instructions for their dtype they stay as they are.
@@ -215,7 +215,7 @@ def _with_rows(tensor: Tensor, rows: int) -> Tensor:
     return grown
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a parameter or a buffer where the architecture has it."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)

@@ -37,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = exported.report
     if report is None:
         return 0
-    far = report["kl"] > FAR_KL
+    far, read = report["kl"] > FAR_KL, report["export_read"]
+    said = "" if read.startswith("whole") else f" (the export was read {read})"
     terminal.line(
         "compared" if far else "verified",
-        f"on {report['tokens']} tokens of {report['verified_on']}: KL {report['kl']:.2e}, "
+        f"on {report['tokens']} tokens of {report['verified_on']}{said}: KL {report['kl']:.2e}, "
         f"top-1 agreement {report['top1_agreement']:.1%}, "
         f"largest logit difference {report['max_logit_difference']:.3g}",
         width=10,

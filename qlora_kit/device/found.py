@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,8 @@ import torch
 from qlora_kit.device.cards import Card, card_named
 from qlora_kit.device.target import DTYPES, has_own_memory, is_native, is_rocm
 from qlora_kit.errors import ResourceError
+
+_ROOM: ContextVar[int | None] = ContextVar("room", default=None)
 
 
 def find_device(name: str) -> torch.device:
@@ -91,8 +95,23 @@ def reserved_bytes(device: torch.device) -> int:
     return peak_bytes(device)
 
 
+@contextlib.contextmanager
+def with_room(free: int) -> Iterator[None]:
+    """Inside, no device has more than `free` bytes left, whatever it says: as a smaller one."""
+    before = _ROOM.set(free)
+    try:
+        yield
+    finally:
+        _ROOM.reset(before)
+
+
 def free_bytes(device: torch.device) -> int:
     """What is left: of the GPU, or of the host within this process's limit."""
+    room = _ROOM.get()
+    return _free_bytes(device) if room is None else min(room, _free_bytes(device))
+
+
+def _free_bytes(device: torch.device) -> int:
     if has_own_memory(device):
         return int(torch.cuda.mem_get_info(device)[0])
     page = os.sysconf("SC_PAGE_SIZE")

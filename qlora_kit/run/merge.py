@@ -61,9 +61,9 @@ def merge(
         # The adapter's templates and tokens to stop at, which the base need not have.
         own = bool(read_templates(adapter.files.directory))
         write_companions(base, directory, own)
-        found = verify_export(base, directory, dtype, rows)
+        found, way = verify_export(base, directory, dtype, rows)
         check_distance(found.kl, options.max_kl, closer)
-        report.update(found.as_dict())
+        report.update(found.as_dict(), export_read=str(way))
         write_json(directory / EXPORT_REPORT, report)
 
     export_model(

@@ -22,6 +22,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.config.training import TrainingConfig
+from qlora_kit.device.found import with_room
 from qlora_kit.files.lock import locked
 from qlora_kit.options.yaml_file import dump
 
@@ -43,6 +44,9 @@ def exported(run: Run, workshop: Any, target: Path, *more: object) -> dict[str, 
     assert any("the export is another model than" in str(one.message) for one in said) == far
     assert f"KL {report['kl']:.2e}" in answer.out
     assert f"on {report['tokens']} tokens of rows.jsonl" in answer.out
+    layers = report["export_read"] if report["export_read"].startswith("layer") else None
+    assert ("(the export was read" in answer.out) == (layers is not None)
+    assert layers is None or f"rows.jsonl (the export was read {layers}): KL" in answer.out
     return dict(report)
 
 
@@ -60,6 +64,20 @@ def test_it_writes_a_model_and_says_how_far_it_is(run: Run, workshop: Any, tmp_p
     assert report["versions"].keys() >= {"torch", "transformers", "bitsandbytes"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float32
+
+
+def test_a_model_that_fits_in_4_bits_only_is_verified_layer_by_layer(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    """The device has room for what was trained and not for the export beside it."""
+    expected = exported(run, workshop, tmp_path / "whole")
+    assert expected["export_read"] == "whole, on the host"
+    size = (tmp_path / "whole" / "model.safetensors").stat().st_size
+    with with_room(size // 2):
+        report = exported(run, workshop, tmp_path / "out")
+    assert report == expected | {"export_read": "layer by layer, on the host"}
+    written, whole = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
+    assert all(torch.equal(written[name], tensor) for name, tensor in whole.items())
 
 
 def test_other_merges_are_measured_as_what_they_are(

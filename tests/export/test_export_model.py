@@ -18,6 +18,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from allocations import profiled_peak
 from families import (
     edit_config,
     edit_weights,
@@ -35,7 +36,9 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError, ExportError, NumericError
 from qlora_kit.export.export import export_model
+from qlora_kit.export.tensors import export_tensors
 from qlora_kit.lora.adapter import save_adapter
+from qlora_kit.lora.inject import lora_layers
 
 HOLDINGS: dict[str, dict[str, Any]] = {
     "nf4 double": {"bits": 4},
@@ -364,6 +367,26 @@ def test_shards_hold_the_same_tensors(all_made: dict[str, Made], tmp_path: Path)
     single = AutoModelForCausalLM.from_pretrained(made.export, dtype=torch.bfloat16)
     ids = token_ids()
     assert torch.equal(logits_of(model, ids), logits_of(single, ids))
+
+
+def test_what_is_made_on_the_device_is_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """Dequantized in 16 bits, then in fp32, and its update: ten bytes an element."""
+    save_checkpoint(tmp_path, "llama2", torch.bfloat16, intermediate_size=1536)
+    base = trained_base(tmp_path, bits=4, dtype="bf16")
+    made = export_tensors(base)
+    largest = max(tensor.shape.numel() for tensor in made)
+
+    def size(pair: tuple[Tensor, Tensor]) -> int:
+        return sum(matrix.numel() for matrix in pair)
+
+    assert largest == 64 * 1536
+
+    def make_all() -> None:
+        for tensor in made:
+            tensor.make()
+
+    a, b = max((layer.weights("default") for layer in lora_layers(base.model).values()), key=size)
+    assert profiled_peak(make_all) <= 10 * largest + 4 * size((a, b)) + 1024
 
 
 def test_settings_and_tokenizer_go_along(all_made: dict[str, Made]) -> None:

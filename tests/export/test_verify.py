@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import tiny_model, token_ids
+from families import save_checkpoint, tiny_model, token_ids
+from trained import trained_base
 
 from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.export.verify import TOKEN_LIMIT, verify
+from qlora_kit.errors import NumericError, ResourceError
+from qlora_kit.export.export import export_model
+from qlora_kit.export.read_back import ways
+from qlora_kit.export.verify import TOKEN_LIMIT, check_distance, verify, verify_export
+from qlora_kit.memory.counter import StorageCounter
 
 
 def moved(model: Any, spread: float = 0.03) -> Any:
@@ -75,6 +82,65 @@ def test_the_divergence_is_from_the_trained_model() -> None:
 def test_dropout_of_a_model_in_training_does_not_count() -> None:
     ours = tiny_model(attention_dropout=0.5).train()
     assert verify(ours, copy.deepcopy(ours), BATCHES).kl == 0
+
+
+def test_a_divergence_that_is_no_number_is_not_taken_for_none() -> None:
+    ours = tiny_model()
+    theirs = copy.deepcopy(ours)
+    theirs.get_output_embeddings().weight.data[7, 0] = float("inf")
+    result = verify(ours, theirs, BATCHES)
+    assert math.isnan(result.kl)
+    with pytest.raises(NumericError, match="which is no number"):
+        check_distance(result.kl, None, "closer")
+
+
+def test_an_export_is_read_whole_where_it_fits_else_layer_by_layer(tmp_path: Path) -> None:
+    """What is asked is the size in the files, and what a device has free."""
+    save_checkpoint(tmp_path, "llama2", torch.bfloat16, num_hidden_layers=8)
+    cpu, card = torch.device("cpu"), torch.device("cuda:1")
+    size = (tmp_path / "model.safetensors").stat().st_size
+
+    def found(device: torch.device, free: float) -> list[str]:
+        return [str(way) for way in ways(tmp_path, "bf16", device, int(free))]
+
+    on_host = "layer by layer, on the host"
+    assert found(cpu, 2 * size) == ["whole, on the host", on_host]
+    assert found(cpu, size) == [on_host]
+    assert found(card, 2 * size) == ["whole, on cuda:1", "layer by layer, on cuda:1", on_host]
+    assert found(card, size) == ["layer by layer, on cuda:1", on_host]
+    assert found(card, size / 8) == [on_host]
+
+
+class Full(StorageCounter):
+    """A device without room for more than `limit` bytes beside what it has."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def _add(self, tensor: Any, component: str) -> None:
+        if not tensor.is_meta:
+            super()._add(tensor, component)
+        if self.current > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate some more")
+
+
+def test_memory_that_ends_meanwhile_leads_to_layer_by_layer(tmp_path: Path) -> None:
+    """Where it was thought to fit and does not; and where no way fits, a remedy of its own."""
+    save_checkpoint(tmp_path / "base", "llama2", num_hidden_layers=16)
+    base = trained_base(tmp_path / "base", bits=4, dtype="fp32", device="cpu")
+    export_model(base, tmp_path / "out")
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    rows = [Encoded(ids, ids) for ids in ROWS]
+    expected, way = verify_export(base, tmp_path / "out", "fp32", rows)
+    assert way.whole
+    with Full(size):
+        found, way = verify_export(base, tmp_path / "out", "fp32", rows)
+    assert (found, way.whole) == (expected, False)
+    with Full(size // 16), pytest.raises(ResourceError, match="out of memory while") as caught:
+        verify_export(base, tmp_path / "out", "fp32", rows)
+    assert "layer by layer, on the host: CUDA out of memory" in caught.value.problem
+    assert "--verify FILE with a few short rows" in caught.value.remedy
 
 
 def test_reading_ends_once_enough_tokens_were_compared() -> None:

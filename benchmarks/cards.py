@@ -1,10 +1,10 @@
 """Which model fits which card, planned as `qlora-kit plan` plans.
 
 For each model the longest rows that fit with everything recomputed, one row at a time: the step on
-fake tensors for CUDA, with the overhead that the plan counts. For each of the published shapes
-(`shapes/`) one row of 2,048 tokens, adapters on all linears, and what of its weights stays in 16
-bits. Writes results/cards.json and results/cards_shapes.json, and the tables between the marks in
-README.md, here and at the top.
+fake tensors for CUDA, with the overhead that the plan counts and the margin that it leaves. For
+each of the published shapes (`shapes/`) one row of 2,048 tokens, adapters on all linears, and what
+of its weights stays in 16 bits. Writes results/cards.json and results/cards_shapes.json, and the
+tables between the marks in README.md, here and at the top.
 
     python benchmarks/cards.py
     python benchmarks/cards.py --only shapes
@@ -32,6 +32,7 @@ from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
+from qlora_kit.device.found import OVERHEADS
 from qlora_kit.options.checks import size_bytes
 from qlora_kit.plan.plan import BatchShape, Planner
 
@@ -73,8 +74,13 @@ def peaks_of(config: Path, targets: str) -> dict[int, int]:
 
 def longest(peaks: dict[int, int], card: str) -> int | None:
     """The longest rows that fit on a card."""
-    fitting = [length for length, peak in peaks.items() if peak <= size_bytes(card)]
-    return max(fitting, default=None)
+    return max((length for length, peak in peaks.items() if fits(peak, card)), default=None)
+
+
+def fits(peak: int, card: str) -> bool:
+    """Whether a run of this planned peak fits a card, by the rule of the plan."""
+    overhead = OVERHEADS["cuda"]
+    return peak - overhead.fixed <= overhead.room(size_bytes(card))
 
 
 def table(found: dict[str, Any]) -> str:
@@ -128,7 +134,7 @@ def shapes_table(found: dict[str, Any]) -> str:
         names = [name for name, size in one["in_16_bits"].items() if size >= NAMED * weights]
         share = one["other_bytes"] / weights
         full, none = (one["peak_bytes"][level] for level in LEVELS)
-        card = next((card for card in SHAPE_CARDS if full <= size_bytes(card)), "-")
+        card = next((card for card in SHAPE_CARDS if fits(full, card)), "-")
         cells = [
             model,
             gigabytes(one["quantized_bytes"]),

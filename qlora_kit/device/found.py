@@ -8,6 +8,7 @@ tensors, where there is a GPU. On the CPU a plan counts tensors: what the proces
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 from collections.abc import Iterator
@@ -140,7 +141,11 @@ def card_of(device: torch.device) -> Card | None:
 
 
 def empty_cache() -> None:
-    """Give freed memory that the allocator holds back to the device."""
+    """Give freed memory that the allocator holds back to the device.
+
+    What only references to itself keep alive, as the frames of an error may, is freed first.
+    """
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -167,31 +172,36 @@ def describe_device(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Overhead:
-    """Bytes outside tensors: `fixed` (context, libraries, workspaces), and `share` of the peak.
+    """What a process takes of a device beside its tensors, and what is left free.
 
-    Where a run is planned for a card, a share `margin` of its memory is left free.
+    `fixed` bytes are taken by every process. The margin, for what no plan counts, is `reserve`
+    bytes and a `share` of the tensors' peak. One rule for all who ask what fits: tensors, `fixed`
+    and margin together are within the budget.
     """
 
     fixed: int
+    reserve: int
     share: float
-    margin: float
     source: str
 
-    def of(self, peak_bytes: int) -> int:
-        """The bytes beside tensors whose peak is `peak_bytes`."""
-        return self.fixed + int(self.share * peak_bytes)
+    def margin(self, tensor_bytes: int) -> int:
+        """The bytes to leave free where the peak of tensors is `tensor_bytes`."""
+        return self.reserve + int(self.share * tensor_bytes)
 
     def room(self, budget_bytes: int) -> int:
         """The most bytes of tensors that fit into a budget together with the rest."""
-        return int((budget_bytes - self.fixed) / (1 + self.share))
+        return int((budget_bytes - self.fixed - self.reserve) / (1 + self.share))
 
 
 OVERHEADS = {
-    "cpu": Overhead(0, 0.0, 0.0, "tensors are counted; the process itself is not part of the plan"),
+    "cpu": Overhead(0, 0, 0.0, "tensors are counted; the process itself is not part of the plan"),
     "cuda": Overhead(
         450_000_000,
-        0.0,
-        0.02,  # holes between blocks of the caching allocator; a guess until it is measured
+        # cuBLAS keeps a workspace for each thread that multiplies (8 to 32 MiB, in forward and in
+        # backward), modules are loaded when a kernel is first called, and the allocator rounds
+        # segments up to 20 MiB.
+        256_000_000,
+        0.05,  # holes between blocks of the caching allocator; see benchmarks/allocator.py
         "context and libraries, a common figure for cards of the last years, not measured here; "
         "benchmarks/device_overhead.py measures yours",
     ),

@@ -96,7 +96,7 @@ def answer(parsed: Parsed) -> Answer:
         base = replace(base, dtype="fp16")
     if asked.quantization_error:
         check_errors(base)
-    planner = Planner(base, lora, training, device, margin=True, clock=clock)
+    planner = Planner(base, lora, training, device, clock=clock)
     # Both groups have the option, and the first one of them is given it.
     data = replace(parsed[DataConfig], max_length=asked.max_length)
     length = data.length_in(planner.run.context)

@@ -55,9 +55,10 @@ class MemoryPlan:
     what is there at the peak: their sum, `paged` left out, is `peak_bytes`, which includes
     `overhead`. `phases` has the peak of tensors in load, inject, forward, backward and step.
     `levels` are those of the decoder layers, `recomputed` the share of a forward pass's work that
-    backward does again. Of the budget `margin_bytes` are left free. The micro-batch that is planned
-    has `tokens` tokens, padding included. `optim` names the optimizer; `why_optim` says why that
-    one, where `auto` left more than one to choose from. `time` is estimated for a known card.
+    backward does again. A run fits where `margin_bytes` stay free beside its peak. The micro-batch
+    that is planned has `tokens` tokens, padding included. `optim` names the optimizer; `why_optim`
+    says why that one, where `auto` left more than one to choose from. `time` is estimated for a
+    known card.
     """
 
     bytes: Sizes
@@ -86,7 +87,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget, less the margin; true where there is none."""
+        """Whether peak and margin are within the budget; true where there is none."""
         return not self.missing_bytes
 
     @property
@@ -162,9 +163,8 @@ def plan_memory(
 class Planner:
     """Plans of one base, its adapters and its optimizer, for any micro-batch and any levels.
 
-    Of a base that a run has `opened` no file is opened again. With `margin` a share of every
-    budget is left free, as `device/found.py` has it for the device. With a `clock` plans say the
-    time of a step, and `auto` goes by it.
+    Of a base that a run has `opened` no file is opened again. With a `clock` plans say the time of
+    a step, and `auto` goes by it.
 
     Errors of the constructor are those of `plan_memory`.
     """
@@ -177,12 +177,10 @@ class Planner:
         device: str | None = None,
         *,
         opened: Base | None = None,
-        margin: bool = False,
         clock: Clock | None = None,
     ) -> None:
         target = torch.device(device) if device else find_device(base.device)
-        self.device, self.margin, self.clock = target.type, margin, clock
-        self.training = training
+        self.device, self.clock, self.training = target.type, clock, training
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._made: dict[Any, MemoryPlan] = {}
@@ -203,7 +201,7 @@ class Planner:
         micro_steps: int | None = None,
         optim: str | None = None,
     ) -> MemoryPlan:
-        """The plan of a shape; `auto` takes the fastest levels whose peak is within the budget.
+        """The plan of a shape; `auto` takes the fastest levels that fit into the budget.
 
         `level` and the `micro_steps` of a step are those of the options unless given; `optim` is
         the first of `optims` with which the plan fits, or the last of them.
@@ -234,9 +232,7 @@ class Planner:
         self.run.packed, self.run.longest_row = shape.packed, shape.longest_row or shape.length
         batches = self.run.micro_batches(shape.rows, shape.length, shape.supervised, micro_steps)
         if level == "auto":
-            budget = None
-            if budget_bytes is not None:
-                budget = self.overhead.room(budget_bytes - self._left_free(budget_bytes))
+            budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
             chosen = choose_levels(self.run, batches, budget, self.clock)
         else:
             levels = (level,) * len(self.run.layers)
@@ -258,7 +254,7 @@ class Planner:
         updates = run.updates_after(chosen.intervals[-1].end)
         everything = (*run.loading, *chosen.intervals, *updates)
         highest = max(everything, key=lambda interval: interval.peak)
-        overhead = self.overhead.of(highest.peak)
+        overhead = self.overhead.fixed
         at_peak = {k: n for k, n in highest.at_peak.items() if n and k not in (HOST, IDLE)}
         # What is held is what the passes find; the optimizer's step has more for a moment.
         sizes = most_of_each(chosen.intervals) | {
@@ -282,8 +278,5 @@ class Planner:
             levels=chosen.levels,
             recomputed=recomputed_share(run, chosen.levels, shape.length),
             budget_bytes=budget_bytes,
-            margin_bytes=self._left_free(budget_bytes),
+            margin_bytes=self.overhead.margin(highest.peak),
         )
-
-    def _left_free(self, budget_bytes: int | None) -> int:
-        return int(self.overhead.margin * (budget_bytes or 0)) if self.margin else 0

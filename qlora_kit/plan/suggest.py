@@ -77,12 +77,7 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
         key = _made(changed)
         if key not in planners:
             planners[key] = Planner(
-                changed.base,
-                changed.lora,
-                changed.training,
-                device,
-                margin=planner.margin,
-                clock=planner.clock,
+                changed.base, changed.lora, changed.training, device, clock=planner.clock
             )
         training = changed.training
         return planners[key].plan(

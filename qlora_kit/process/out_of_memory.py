@@ -9,10 +9,15 @@ import resource
 
 WORDS = re.compile(
     r"(can't|cannot|unable to|failed to) (allocate|map segment|mmap|create .*thread)|bad_alloc"
-    r"|out of memory|could not create a memory|can't start new thread|MemoryError",
+    r"|out of memory|could not create a memory|can't start new thread|MemoryError"
+    r"|STATUS_ALLOC(ATION)?_FAILED|cudaErrorMemoryAllocation",
     re.IGNORECASE,
 )
-"""What libraries say then."""
+"""What libraries say then; cuBLAS, cuDNN, cuSPARSE and cuRAND in their status."""
+SIZES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
+FREE = re.compile(r"of which ([\d.]+) (bytes|[KMGT]iB) is free", re.IGNORECASE)
+"""What torch's allocators say that was asked for, and that was there."""
 NEAR = 0.8
 """A process whose peak is at this share of its limit has run into it."""
 
@@ -30,6 +35,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch raises plain RuntimeErrors for the host, a loader of libraries ImportErrors or OSErrors.
     kinds = (RuntimeError, ImportError, OSError)
     return isinstance(error, kinds) and bool(WORDS.search(str(error)))
+
+
+def missing_bytes(said: str) -> int | None:
+    """By how much an allocator fell short, as far as its message says it.
+
+    That is one allocation: what the step asks for later is not known. Where more was free than
+    was asked for (in pieces, or above a limit of the process) it is all that was asked for.
+    """
+    asked = _size_in(ASKED, said)
+    if asked is None:
+        return None
+    short = asked - (_size_in(FREE, said) or 0)
+    return short if short > 0 else asked
+
+
+def _size_in(pattern: re.Pattern[str], said: str) -> int | None:
+    found = pattern.search(said)
+    if found is None:
+        return None
+    unit = next(size for name, size in SIZES.items() if name.lower() == found[2].lower())
+    return int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
 
 
 def memory_behind(error: BaseException) -> BaseException | None:

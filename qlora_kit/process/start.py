@@ -4,6 +4,9 @@ Threads that wait for each other sleep instead of spinning: where another proces
 same cores, spinning keeps the one thread from running that all wait for, and a step takes ten
 times as long. OpenMP reads that once, when it is loaded.
 
+Torch's CUDA allocator reads its settings once, too. With expandable segments it takes memory page
+by page, instead of in pieces of which remainders stay over that nothing fits into.
+
 Where the limit on memory (`ulimit -v`) does not hold the libraries, some of them end the process in
 the middle of their import or of their first product; so that is refused first.
 """
@@ -11,7 +14,10 @@ the middle of their import or of their first product; so that is refused first.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import platform
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -23,6 +29,8 @@ FIRST = ("torch", "numpy")
 """Whichever comes first: a command that imports the one imports the other."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """What a user may have said about it."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""How a user sets torch's allocator: the first since torch 2.9, which warns of the second."""
 NEEDED_BYTES = 1024**3
 """Address space that a command takes before any model: 720 MB with everything imported, then the
 workspaces and threads of the first products, whose libraries end the process where they get none.
@@ -47,7 +55,29 @@ class _BeforeTorch(MetaPathFinder):
         if name in FIRST:
             if not any(variable in os.environ for variable in WAITING):
                 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+            if not any(variable in os.environ for variable in ALLOCATOR):
+                os.environ.update(allocator_settings(_torch_version(), platform.release()))
             _check_limit()
+
+
+def allocator_settings(torch_version: str, kernel: str) -> dict[str, str]:
+    """The variable that gives this torch expandable segments, where they work.
+
+    Not on WSL 2, where the first allocation may end in "CUDA driver error" (pytorch#192330), and
+    not with ROCm, whose builds warn that they do not have them.
+    """
+    if "microsoft" in kernel.lower() or "rocm" in torch_version:
+        return {}
+    release = re.match(r"(\d+)\.(\d+)", torch_version)
+    old = release is not None and (int(release[1]), int(release[2])) < (2, 9)
+    return {ALLOCATOR[1 if old else 0]: "expandable_segments:True"}
+
+
+def _torch_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _check_limit() -> None:

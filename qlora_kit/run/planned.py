@@ -31,7 +31,7 @@ def planned_run(
     Errors: `ConfigError` for a `--memory_budget` that `auto` cannot keep.
     """
     training, lora = config.training, replace(config.lora, r=rank)
-    planner = Planner(config.base, lora, training, opened=base, margin=True)
+    planner = Planner(config.base, lora, training, opened=base)
     budget = training.budget_bytes
     available = budget or available_bytes(base.device)
     for optim in planner.optims:

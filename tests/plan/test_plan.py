@@ -23,6 +23,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.device.found import OVERHEADS
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.lora.inject import inject_lora
@@ -287,15 +288,23 @@ def test_no_plan_fills_a_card_to_its_brim(base_dir):
     """A margin is part of what fits, and of what auto chooses its levels for."""
     base = BaseConfig(base_dir, bits=4, dtype="bf16")
     training = TrainingConfig(batch_size=8, optim="adamw")
-    planner = Planner(base, LoRAConfig(), training, "cuda", margin=True)
+    planner, overhead = Planner(base, LoRAConfig(), training, "cuda"), OVERHEADS["cuda"]
     shape = BatchShape(8, 512, 512)
-    full = planner.plan(shape, "full").peak_bytes
-    assert not planner.plan(shape, "full", full).fits
-    for budget in (full + full // 60, full + full // 40, 2 * full):
+    least, most = (planner.plan(shape, level) for level in ("full", "none"))
+    needs = [one.peak_bytes + one.margin_bytes for one in (least, most)]
+    assert needs[0] < needs[1]
+    for plan in (least, most):
+        tensors = plan.peak_bytes - overhead.fixed
+        assert plan.margin_bytes == overhead.reserve + int(overhead.share * tensors)
+    assert overhead.share > 0 < overhead.reserve
+    assert not planner.plan(shape, "full", needs[0] - 1).fits
+    assert planner.plan(shape, "full", needs[0]).fits
+    # What is rounded down on one side may be on the other: a byte or two.
+    for budget in (needs[0] - 1, needs[0] + 2, sum(needs) // 2, needs[1] - 1, needs[1] + 2):
         plan = planner.plan(shape, "auto", budget)
-        assert plan.margin_bytes == budget // 50
         assert plan.fits == (plan.peak_bytes + plan.margin_bytes <= budget)
-        assert plan.fits == (budget - budget // 50 >= full)
+        assert plan.fits == (budget >= needs[0])
+        assert (set(plan.levels) == {"none"}) == (budget >= needs[1])
 
 
 def test_auto_takes_adamw_unless_its_states_do_not_fit(base_dir, tmp_path):
@@ -317,19 +326,20 @@ def test_auto_takes_adamw_unless_its_states_do_not_fit(base_dir, tmp_path):
     assert small.peak_bytes < large.peak_bytes
     planner = Planner(base, lora, TrainingConfig(), "cuda")
     reasons = {"adamw": "auto: it fits", "paged_adamw_8bit": "auto: adamw does not fit"}
+    needs = {name: plan.peak_bytes + plan.margin_bytes for name, plan in alone.items()}
     for budget, expected in (
-        (large.peak_bytes, large),
-        (large.peak_bytes - 1, small),
+        (needs[large.optim], large),
+        (needs[large.optim] - 1, small),
         (None, large),  # as often as it is asked, in any order
-        (small.peak_bytes - 1, small),
-        (large.peak_bytes, large),
+        (needs[small.optim] - 1, small),
+        (needs[large.optim], large),
     ):
         found = planner.plan(shape, "full", budget)
         assert found.optim == expected.optim
         assert (found.peak_bytes, found.bytes) == (expected.peak_bytes, expected.bytes)
         assert found.at_peak == expected.at_peak
         assert found.why_optim == reasons[found.optim]
-        assert found.fits == (budget is None or found.peak_bytes <= budget)
+        assert found.fits == (budget is None or needs[expected.optim] <= budget)
     assert Planner(base, lora, TrainingConfig(), "cpu").plan(shape).optimizer == "adamw"
 
 
@@ -354,7 +364,8 @@ def test_every_suggestion_is_the_plan_of_the_run_so_changed(base_dir):
     training = TrainingConfig(optim="paged_adamw_8bit", batch_size=2, gradient_accumulation_steps=2)
     options = Options(base, lora, training, 256)
     planner = Planner(base, lora, training, "cuda")
-    least = planner.plan(options.largest, "full").peak_bytes
+    plan = planner.plan(options.largest, "full")
+    least = plan.peak_bytes + plan.margin_bytes
     found = suggest(options, planner, "cuda", least - 1)
     assert len(found) > 2
     assert found[0].change == "--batch_size 1 --gradient_accumulation_steps 4"

@@ -13,7 +13,8 @@ import pytest
 
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.errors import DataError, ModelError, UnsafeInputError
-from qlora_kit.process.start import NEEDED_BYTES
+from qlora_kit.process.out_of_memory import is_out_of_memory, missing_bytes
+from qlora_kit.process.start import ALLOCATOR, NEEDED_BYTES, allocator_settings
 
 IMPORTS = (
     "import os, sys\n"
@@ -58,6 +59,64 @@ def test_so_do_those_of_a_program_that_uses_the_package() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=kept, check=False
     )
     assert (done.returncode, done.stdout) == (0, "PASSIVE\n")
+
+
+def test_the_allocator_of_cuda_has_expandable_segments_unless_the_user_said_how() -> None:
+    code = "import os; from qlora_kit import load_base; print(os.environ.get('{}'))"
+    kept = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+    for given, expected in (({}, "expandable_segments:True"), ({ALLOCATOR[1]: "x:1"}, "None")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(ALLOCATOR[0])],
+            capture_output=True,
+            text=True,
+            env={**kept, **given},
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, f"{expected}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "kernel", "expected"),
+    [
+        ("2.13.0+cu130", "6.1.0-18-amd64", "PYTORCH_ALLOC_CONF"),
+        ("2.9.0", "6.1.0-18-amd64", "PYTORCH_ALLOC_CONF"),
+        ("2.8.0+cu128", "6.1.0-18-amd64", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("2.13.0+cu130", "5.15.167.4-microsoft-standard-WSL2", None),
+        ("2.13.0+rocm7.0", "6.1.0-18-amd64", None),
+    ],
+)
+def test_the_allocator_is_set_by_the_name_that_its_torch_knows(
+    version: str, kernel: str, expected: str | None
+) -> None:
+    assert list(allocator_settings(version, kernel)) == ([expected] if expected else [])
+
+
+CUDA_LINE = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 11.60 GiB of "
+    "which 5.00 MiB is free. Of the allocated memory 10.90 GiB is allocated by PyTorch, and 90.00 "
+    "MiB is reserved by PyTorch but unallocated."
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "missing"),
+    [
+        (CUDA_LINE, 15 * 2**20),
+        (CUDA_LINE.replace("5.00 MiB is free", "1.50 GiB is free"), 20 * 2**20),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.", 4096),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", None),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", None),
+        ("CUDA error: out of memory", None),
+    ],
+)
+def test_what_the_libraries_of_a_card_say_when_it_is_full(said: str, missing: int | None) -> None:
+    assert is_out_of_memory(RuntimeError(said))
+    assert missing_bytes(said) == missing
+
+
+@pytest.mark.parametrize("name", ["NOT_SUPPORTED", "EXECUTION_FAILED", "INVALID_VALUE"])
+def test_other_errors_of_theirs_are_not_taken_for_that(name: str) -> None:
+    assert not is_out_of_memory(RuntimeError(f"CUDA error: CUBLAS_STATUS_{name} when calling"))
 
 
 def test_libraries_that_a_limit_does_not_hold_are_not_imported() -> None:

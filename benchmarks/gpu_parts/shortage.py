@@ -66,7 +66,7 @@ def _auto(setting: Setting, found: dict[str, Any]) -> None:
     cap = SMALL_CAP if setting.small else CAP
     path = write_shape(BIG, setting.small, setting.scratch)
     config = BaseConfig(str(path), bits=4, dtype="bf16", device=setting.device.type)
-    planner = Planner(config, lora_options(), training_options(), margin=True)
+    planner = Planner(config, lora_options(), training_options())
     length = setting.short(LENGTH)
     plan = planner.plan(BatchShape(1, length, length), "auto", cap)
     found |= {"budget_bytes": cap, "planned_bytes": plan.peak_bytes, "levels": plan.recompute}

@@ -41,18 +41,27 @@ class Chosen:
 
 
 def choose_levels(
-    run: FakeRun, micro_batches: Sequence[Batch], budget: int | None, clock: Clock | None = None
+    run: FakeRun,
+    micro_batches: Sequence[Batch],
+    budget: int | None,
+    clock: Clock | None = None,
+    known: dict[tuple[str, ...], Chosen] | None = None,
 ) -> Chosen:
     """The fastest levels whose passes stay within `budget` bytes of tensors.
 
     That is by time of `clock`, or by work where it is not known. Without a budget all layers keep
     everything; where `full` does not fit all are `full`. On very short rows with large adapters and
-    no accumulation that is not the least: `selective` may take some megabytes less.
+    no accumulation that is not the least: `selective` may take some megabytes less. What was traced
+    for another budget is taken from `known`, and added to it.
     """
     count = len(run.layers)
+    made = {} if known is None else known
 
     def traced(levels: Sequence[str]) -> Chosen:
-        return Chosen(tuple(levels), tuple(run.passes(micro_batches, levels)))
+        key = tuple(levels)
+        if key not in made:
+            made[key] = Chosen(key, tuple(run.passes(micro_batches, levels)))
+        return made[key]
 
     least = traced(["none"] * count)
     if budget is None or least.peak <= budget:

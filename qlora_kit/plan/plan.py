@@ -184,6 +184,7 @@ class Planner:
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._made: dict[Any, MemoryPlan] = {}
+        self._traced: dict[Any, dict[tuple[str, ...], Chosen]] = {}
         rows, files = (opened.embedding_rows, opened.files) if opened else (None, None)
         shape = open_shape(base, target, rows, files)
         self.notes = shape.notes if shape.warning is None else (*shape.notes, shape.warning)
@@ -233,7 +234,8 @@ class Planner:
         batches = self.run.micro_batches(shape.rows, shape.length, shape.supervised, micro_steps)
         if level == "auto":
             budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
-            chosen = choose_levels(self.run, batches, budget, self.clock)
+            known = self._traced.setdefault((self.run.optim, shape, micro_steps), {})
+            chosen = choose_levels(self.run, batches, budget, self.clock, known)
         else:
             levels = (level,) * len(self.run.layers)
             chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))

@@ -9,10 +9,10 @@ from torch import Tensor
 from qlora_kit.base.load import read_weights
 from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.inject import inject_lora, train_loaded
-from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.memory.profiler import MemoryProfiler
 from qlora_kit.process.signals import StopSignals
 from qlora_kit.run.prepare import PreparedRun
+from qlora_kit.run.replan import Replan
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.result import Memory
 from qlora_kit.training.guard import Guard
@@ -27,8 +27,7 @@ class Assembled:
         training = plan.config.training
         reporter.loading(plan.base)
         profiler = MemoryProfiler(plan.base.device)
-        with profiler.loading() as counter:
-            self.model = _with_adapters(plan, counter)
+        self.model = _with_adapters(plan, profiler)
         levels, packing = plan.memory.levels, plan.config.data.packing
         if left_alone := prepare_model(self.model, training, levels, packing):
             reporter.note(left_alone)
@@ -43,20 +42,28 @@ class Assembled:
             """The places of a step's rows among those that are trained on, counted from 0."""
             return ", ".join(map(str, plan.schedule.rows_of(step)))
 
-        self.guard = Guard(self.model, signals=signals, note=reporter.note, rows_of=rows_of)
+        self.replan = Replan(plan, self.model, reporter.note)
+        self.guard = Guard(
+            self.model,
+            signals=signals,
+            note=reporter.note,
+            rows_of=rows_of,
+            recompute_more=self.replan,
+        )
         self.memory = Memory(self.model, self.optimizer, profiler)
         self.names: dict[Tensor, str] = {
             p: name for name, p in self.model.named_parameters() if p.requires_grad
         }
 
 
-def _with_adapters(plan: PreparedRun, counter: StorageCounter) -> Any:
+def _with_adapters(plan: PreparedRun, profiler: MemoryProfiler) -> Any:
     """The base's model with new adapters, or with the one that the run goes on from."""
-    counter.at("load")
-    model, seed = read_weights(plan.base, counter.tag), plan.config.training.seed
-    counter.at("inject")
-    if plan.start.files is None:
-        return inject_lora(model, plan.config.lora, seed=seed)
-    # The base was compared when the adapter's files were opened.
-    load_adapter(plan.base, plan.start.files, allow_other_base=True, seed=seed)
-    return train_loaded(model, plan.config.lora, seed=seed)
+    with profiler.loading() as counter:
+        counter.at("load")
+        model, seed = read_weights(plan.base, counter.tag), plan.config.training.seed
+        counter.at("inject")
+        if plan.start.files is None:
+            return inject_lora(model, plan.config.lora, seed=seed)
+        # The base was compared when the adapter's files were opened.
+        load_adapter(plan.base, plan.start.files, allow_other_base=True, seed=seed)
+        return train_loaded(model, plan.config.lora, seed=seed)

@@ -18,35 +18,49 @@ from qlora_kit.memory.held import weight_bytes
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
 
 
-def planned_run(
-    config: RunConfig,
-    base: Base,
-    schedule: StepSchedule,
-    rank: int,
-) -> MemoryPlan:
-    """The plan of a run whose options are resolved; `rank` is the largest of its adapters.
+class RunPlans:
+    """Plans of a run whose options are resolved; `rank` is the largest of its adapters.
 
-    It is that of the largest micro-batch of its steps, every token trained on.
+    They are those of the largest micro-batches of its steps, every token trained on.
+    """
+
+    def __init__(self, config: RunConfig, base: Base, schedule: StepSchedule, rank: int) -> None:
+        self._planner = Planner(
+            config.base, replace(config.lora, r=rank), config.training, opened=base
+        )
+        self._shapes = list(_largest_shapes(schedule))
+
+    def within(self, budget_bytes: int, optim: str | None = None) -> MemoryPlan:
+        """The plan that fits with the least recomputed; the one that takes least where none does.
+
+        Its optimizer is `optim`, else the first of those that the options allow that fits.
+        """
+        for name in self._planner.optims if optim is None else (optim,):
+            plans = [
+                self._planner.plan(shape, None, budget_bytes, steps, name)
+                for shape, steps in self._shapes
+            ]
+            if all(one.fits for one in plans):
+                break
+        plan = max(plans, key=lambda one: (one.recomputed, one.peak_bytes))
+        return replace(plan, tokens=max(one.tokens for one in plans))
+
+
+def planned_run(config: RunConfig, base: Base, schedule: StepSchedule, rank: int) -> MemoryPlan:
+    """The plan of a run within its budget, or within what its device has free.
 
     Errors: `ConfigError` for a `--memory_budget` that `auto` cannot keep.
     """
-    training, lora = config.training, replace(config.lora, r=rank)
-    planner = Planner(config.base, lora, training, opened=base)
+    training = config.training
     budget = training.budget_bytes
-    available = budget or available_bytes(base.device)
-    for optim in planner.optims:
-        plans = [
-            planner.plan(shape, budget_bytes=available, micro_steps=steps, optim=optim)
-            for shape, steps in _largest_shapes(schedule)
-        ]
-        if all(one.fits for one in plans):
-            break
-    plan = max(plans, key=lambda one: (one.recomputed, one.peak_bytes))
-    plan = replace(plan, tokens=max(one.tokens for one in plans))
+    plans = RunPlans(config, base, schedule, rank)
+    plan = plans.within(budget or available_bytes(base.device))
     if budget is not None and not plan.fits and training.gradient_checkpointing == "auto":
+        margin = f" and a margin of {plan.margin_bytes}" if plan.margin_bytes else ""
         raise ConfigError(
             f"memory_budget {training.memory_budget} is {plan.missing_bytes} bytes below what the "
-            f"run takes with everything recomputed (peak of {plan.peak_bytes} in {plan.place})",
+            f"run takes with everything recomputed (peak of {plan.peak_bytes} in {plan.place}"
+            f"{margin})",
             "raise it by that, or lower --max_length, --batch_size or --bits; "
             "`qlora-kit plan` with the same options names what would fit",
         )

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,7 +154,7 @@ class Run:
             after = self._held_out.loss(state.progress.step)
             answers = [list(state.progress.answers_before), self._held_out.answers()]
             record = result_record(
-                plan,
+                replace(plan, memory=self._parts.replan.memory),
                 state.progress,
                 self._parts.memory,
                 after,

@@ -1,9 +1,10 @@
 """Keeps a bad step and a full device from harming a run.
 
 `Guard` wraps each step. `run_backward` runs its forward and backward passes; where the device is
-full it drops the gradients, halves the micro-batches and tries again: the same step, because a step
-is weighted by tokens. `before_step` looks at the loss and the gradient norm before the optimizer
-does: a step that is not finite is skipped, and the third in a row raises.
+full it drops the gradients, has more recomputed or halves the micro-batches, and tries again: the
+same step, because levels of recompute change no number and a step is weighted by tokens.
+`before_step` looks at the loss and the gradient norm before the optimizer does: a step that is not
+finite is skipped, and the third in a row raises.
 
 A signal's `Stopped` comes out of `run_backward` as well: the step is dropped.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from qlora_kit.data.batch import Batch, split
 from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import NumericError, ResourceError
-from qlora_kit.process.out_of_memory import is_out_of_memory
+from qlora_kit.process.out_of_memory import is_out_of_memory, missing_bytes
 from qlora_kit.process.signals import StopSignals
 from qlora_kit.training.layer_forward import models_own_code
 from qlora_kit.training.loss import supervised_loss, to_device
@@ -35,8 +35,10 @@ SKIP_LIMIT = 3
 class Guard:
     """What a step passes between its micro-batches and the optimizer.
 
-    `note` takes lines for the user, `rows_of` says which rows of the data a step has. Parameters
-    and optimizer state are as before a step that is skipped, dropped or raises.
+    `note` takes lines for the user, `rows_of` says which rows of the data a step has.
+    `recompute_more` is called with what an allocation fell short by, where that is known, and
+    returns the bytes then planned, or None where nothing is left to recompute. Parameters and
+    optimizer state are as before a step that is skipped, dropped or raises.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Guard:
         signals: StopSignals | None = None,
         note: Callable[[str], None] = lambda line: None,
         rows_of: Callable[[int], str] = lambda step: "unknown",
+        recompute_more: Callable[[int | None], int | None] = lambda missing: None,
     ) -> None:
         self._model, self._note, self._rows_of = model, note, rows_of
+        self._recompute_more = recompute_more
         self._device = model.device
         self._signals = signals or StopSignals()
         self._checked_gradients = False
@@ -62,7 +66,7 @@ class Guard:
     def run_backward(
         self, backward: Callable[[Sequence[Batch]], Tensor], micro_batches: Sequence[Batch]
     ) -> Tensor:
-        """`backward(micro_batches)`, with smaller micro-batches where the device is full.
+        """`backward(micro_batches)`, with less at once where the device is full.
 
         Errors: `ResourceError` where one row does not fit, `Stopped`.
         """
@@ -78,11 +82,15 @@ class Guard:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                said = str(error)
+                missing = missing_bytes(str(error))
             # Here, not above: the exception held the frames, and they the activations.
             self.drop_gradients()
             empty_cache()
-            self._halve(said)
+            planned = self._recompute_more(missing)
+            if planned is None:
+                self._halve(missing)
+            else:
+                self.planned_bytes = planned
 
     def drop_gradients(self) -> None:
         """Forget what a part of a step has accumulated."""
@@ -128,12 +136,12 @@ class Guard:
             raise ValueError(f"max_rows {max_rows!r}")
         self.bad_in_a_row, self.max_rows = bad_in_a_row, max_rows
 
-    def _halve(self, said: str) -> None:
+    def _halve(self, missing: int | None) -> None:
         largest = max(batch["input_ids"].shape[0] for batch in self._micro_batches)
         length = max(batch["input_ids"].shape[1] for batch in self._micro_batches)
         if largest == 1:
-            needed, free = _needed_bytes(said), free_bytes(self._device)
-            planned = ""
+            needed = "an unknown size" if missing is None else f"{missing} bytes"
+            free, planned = free_bytes(self._device), ""
             if self.planned_bytes is not None:
                 planned = f"{self.planned_bytes} bytes planned, "
             raise ResourceError(
@@ -214,9 +222,3 @@ def first_non_finite(model: PreTrainedModel, micro_batches: Sequence[Batch], ste
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"the gradient of {name}"
     return "the sum of the gradients"
-
-
-def _needed_bytes(said: str) -> str:
-    """How much an allocator says that it tried to take."""
-    found = re.search(r"[Tt]ried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", said)
-    return found[1] if found else "an unknown size"

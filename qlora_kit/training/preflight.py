@@ -4,11 +4,12 @@ A data set may hide its one long row at its end, hours away. `preflight` sends t
 micro-batch through forward and backward by the training loop's own step, which then takes no
 optimizer step, beside as much memory as the run will hold at that place: the optimizer's states,
 and the gradients where a step has several micro-batches. Where the device is full, the guard
-does what it does in a step: halves, or refuses.
+does what it does in a step: has more recomputed, halves, or refuses.
 
 Everything that a step depends on is as before: no parameter, gradient, optimizer state or random
 state changes, the places of dropout are those of a run that has not begun, and the order of rows
-is never touched. Only `max_rows` of the guard is kept where it was found to be needed.
+is never touched. Only what was found to be needed is kept: levels of recompute, which change no
+number, and `max_rows` of the guard.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def preflight(
     held: list[Tensor] = []
 
     def as_in_a_run(backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
-        held[:] = missing_states(optimizer)
+        held.clear()  # those of an attempt before this one, or there were two of each
+        held.extend(missing_states(optimizer))
         if accumulates:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)

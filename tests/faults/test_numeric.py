@@ -87,7 +87,7 @@ def test_a_full_device_gets_smaller_micro_batches_and_the_same_step(job, output)
     same = ("--lora_dropout", "0")
     outcome = job.having(*same).run(output, inject="full_device_above_one_row")
     assert outcome.code == 0, outcome.output
-    line = [line for line in outcome.output.splitlines() if "out of memory" in line]
+    line = [line for line in outcome.output.splitlines() if "out of memory with 2 rows" in line]
     assert len(line) == 1
     assert "2 rows at a time: going on with 1 and twice the accumulation" in line[0]
     run = json.loads((output / "run.json").read_text())

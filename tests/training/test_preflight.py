@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from capped_device import CappedDevice
 from micro_batches import ragged_rows, trained
 
 from qlora_kit.data.schedule import StepSchedule
@@ -11,7 +12,7 @@ from qlora_kit.errors import ResourceError
 from qlora_kit.memory.held import optimizer_bytes, tensor_bytes
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.loop import train
-from qlora_kit.training.optimizer import make_optimizer, missing_states
+from qlora_kit.training.optimizer import make_optimizer, make_states, missing_states
 from qlora_kit.training.preflight import is_due, preflight
 
 
@@ -104,6 +105,29 @@ def test_one_row_that_does_not_fit_is_refused_with_plan_and_ways_out(model):
     for part in ("123456789 bytes planned", "bytes free", "--max_length", "full", "--bits 4"):
         assert part in str(error.value), part
     assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_what_an_attempt_held_is_gone_before_anything_is_tried_again(model):
+    """To the byte, in forward and in backward: no frame of the error keeps a tensor."""
+    ours, found = model(recompute="none"), []
+    optimizer = make_optimizer("adamw", ours.parameters(), 1e-2)
+    make_states(optimizer)
+    batch = largest(ragged_rows(8))
+    with CappedDevice(2**60) as device:
+        preflight(ours, optimizer, batch, Guard(ours), accumulates=True)
+        before, takes = device.current, device.peak - device.current
+
+        def make_room(missing):
+            found.append(device.current)
+            device.capacity = 2**60
+            return 0
+
+        for share in (0.3, 0.95):
+            device.capacity = before + int(share * takes)
+            guard = Guard(ours, recompute_more=make_room)
+            preflight(ours, optimizer, batch, guard, accumulates=True)
+            assert guard.max_rows is None
+    assert found == [before, before]
 
 
 def test_on_the_cpu_it_is_due_near_the_budget_alone():

@@ -1,0 +1,82 @@
+"""More recomputation for a run whose device is found to hold less than was planned.
+
+A plan counts tensors. What a card holds besides is known to some share only, and another process
+may take of it at any time. Where a step goes out of memory, the run is planned again within less
+than the plan in force, and its layers are set to what that plan chose: the next mix of levels, down
+to `full` in all of them. Levels change no number of a run. So it goes on as one that was given
+them, and rows are only halved, or the run refused, when there is nothing left to recompute.
+
+Less is what the allocator says was missing, at least a share of the plan that doubles each time:
+it names one allocation and does not know the later ones, and each time costs a plan and a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from qlora_kit.plan.plan import MemoryPlan
+from qlora_kit.process.out_of_memory import is_out_of_memory
+from qlora_kit.run.planned import RunPlans
+from qlora_kit.training.layer_forward import set_recompute
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_kit.run.prepare import PreparedRun
+
+STEP = 0.02
+"""The least that a plan is lowered by at first, as a share of it."""
+
+
+class Replan:
+    """The memory plan that a run goes by: `memory`, as prepared until its device was full."""
+
+    def __init__(
+        self, plan: PreparedRun, model: PreTrainedModel, note: Callable[[str], None]
+    ) -> None:
+        self.memory: MemoryPlan = plan.memory
+        self._plan, self._model, self._note = plan, model, note
+        self._plans: RunPlans | None = None
+        self._share = STEP
+
+    def __call__(self, missing_bytes: int | None) -> int | None:
+        """Recompute more, for an allocation that fell short by so many bytes.
+
+        The planned bytes with it; None where the level was given or nothing is left to recompute.
+        """
+        before, training = self.memory, self._plan.config.training
+        if training.gradient_checkpointing != "auto":
+            return None
+        takes = before.peak_bytes + before.margin_bytes
+        found = self._within(takes - max(missing_bytes or 0, int(self._share * takes)))
+        self._share *= 2
+        if found is None or found.levels == before.levels:
+            return None
+        self.memory = replace(found, budget_bytes=before.budget_bytes)
+        set_recompute(self._model, found.levels)
+        short = "" if missing_bytes is None else f" ({missing_bytes} bytes were missing)"
+        self._note(
+            f"out of memory with {before.peak_bytes} bytes planned{short}: going on with "
+            f"{found.peak_bytes}, gradient checkpointing {found.recompute} instead of "
+            f"{before.recompute}, which is the same step"
+        )
+        return found.peak_bytes
+
+    def _within(self, budget_bytes: int) -> MemoryPlan | None:
+        """The plan within a budget; None where not even for planning there is memory."""
+        plan = self._plan
+        try:
+            # What a plan draws is no part of the run.
+            with torch.random.fork_rng([]):
+                if self._plans is None:
+                    rank = max(plan.ranks.values())
+                    self._plans = RunPlans(plan.config, plan.base, plan.schedule, rank)
+                return self._plans.within(budget_bytes, self.memory.optim)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None

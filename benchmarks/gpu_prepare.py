@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from gpu_parts.setting import lora_options, training_options  # noqa: E402
 from gpu_parts.shapes import PLANNED, Point, write_shape  # noqa: E402
 
 from qlora_kit.config.base import BaseConfig  # noqa: E402
-from qlora_kit.device.target import planned_device  # noqa: E402
+from qlora_kit.device.cards import CARDS, Card, find_card  # noqa: E402
+from qlora_kit.memory.counter import Interval  # noqa: E402
 from qlora_kit.plan.plan import BatchShape, Planner  # noqa: E402
+from qlora_kit.plan.step_time import Clock, StepTime  # noqa: E402
 
 MOST_BYTES = 60_000_000
 PACKAGES = {
@@ -44,6 +47,8 @@ PACKAGES = {
     "pytest": ("pytest", "pluggy", "iniconfig"),
 }
 """The distributions that stand behind a name to import."""
+CARD = "h100"
+"""Steps are planned for it, unless for another: it has what all cards have since 2020."""
 LIBRARIES = ("libbitsandbytes_cpu.so", "libbitsandbytes_{cuda}.so")
 
 
@@ -125,18 +130,40 @@ def make_families(folder: Path, *, small: bool) -> None:
         print(family, flush=True)
 
 
+class Clocks(Clock):
+    """The clock of a card that notes what the step takes on every card: `found`, by their names."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__(card)
+        object.__setattr__(self, "found", {})
+
+    def step(
+        self,
+        passes: Iterable[Interval],
+        update: Iterable[Interval],
+        micro_steps: int,
+        tokens: int,
+    ) -> StepTime:
+        """As that of the card, on all."""
+        work = list(passes), list(update), micro_steps, tokens
+        for card in CARDS.values():
+            self.found[card.name] = Clock(card).step(*work).as_json()
+        return super().step(*work)
+
+
 def planned(point: Point, given: argparse.Namespace) -> dict[str, Any]:
-    """The plan of a point, as `qlora-kit plan --json` has it."""
+    """The plan of a point, as `qlora-kit plan --json` has it, with its time on every card."""
     path = write_shape(point.model, given.small, given.output)
     config = BaseConfig(str(path), bits=4, dtype=point.dtype, device=given.device)
     lengths = point.row_lengths(given.small)
     shape = BatchShape(point.rows, sum(lengths), sum(lengths) - 1, point.packed, max(lengths))
-    with planned_device(given.device, point.card):
-        planner = Planner(config, lora_options(point.targets), training_options(), given.device)
-        plan = planner.plan(shape, point.level, micro_steps=point.micro_steps)
+    clock = Clocks(find_card(point.card or CARD)) if given.device == "cuda" else None
+    options = lora_options(point.targets), training_options()
+    planner = Planner(config, *options, given.device, clock=clock)
+    plan = planner.plan(shape, point.level, micro_steps=point.micro_steps)
     path.unlink()
     print(f"{point.name}: {plan.peak_bytes}", flush=True)
-    return plan.as_json()
+    return {**plan.as_json(), "modelled": clock.found if clock else {}}
 
 
 if __name__ == "__main__":

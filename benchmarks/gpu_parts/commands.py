@@ -13,7 +13,9 @@ from typing import Any
 from gpu_parts.setting import Setting
 from qlora_kit.commands.main import main
 
-STEPS, SMALL_STEPS = 120, 6
+STEPS, SMALL_STEPS, FEW_STEPS = 120, 6, 12
+PLAIN = ("--sample_prompts", "0", "--compare_bits", "false")
+"""Of the quickstart without what it shows beside the training."""
 
 
 def run(setting: Setting, found: dict[str, Any]) -> str:
@@ -28,11 +30,11 @@ def run(setting: Setting, found: dict[str, Any]) -> str:
         found["memory"] = record.get("memory")
         found["train"] = record.get("train")
         found["eval"] = record.get("eval")
+    few = ["--max_steps", str(min(steps, FEW_STEPS)), *PLAIN, *device]
     if setting.cuda:
-        run_command(
-            found, "finetune, fp16", "finetune", "--output_dir", half, *train, "--dtype", "fp16"
-        )
-    _resume(setting, found, steps, device)
+        half_options = ("--output_dir", half, *few, "--dtype", "fp16")
+        run_command(found, "finetune, fp16", "finetune", *half_options)
+    _resume(setting, found, few)
     sample = Path(__file__).resolve().parents[2] / "qlora_kit/assets/samples/extract/valid.jsonl"
     adapter = ["--adapter", first, *device]
     run_command(found, "evaluate", "evaluate", *adapter, "--data", sample)
@@ -43,27 +45,20 @@ def run(setting: Setting, found: dict[str, Any]) -> str:
     return f"last loss {loss}, {f'failed: {failed}' if failed else 'all commands ended well'}"
 
 
-def _resume(setting: Setting, found: dict[str, Any], steps: int, device: list[str]) -> None:
-    """A run stopped at a checkpoint and gone on with, against one that was not stopped.
+def _resume(setting: Setting, found: dict[str, Any], few: list[str]) -> None:
+    """A run stopped at a checkpoint and gone on with, against the one that was not stopped.
 
     The adapter's bytes are equal where the kernels are deterministic.
     """
-    whole, parts = setting.scratch / "whole", setting.scratch / "parts"
-    save = ["--save_steps", str(steps // 2), "--save_total_limit", "100", *device]
-    short = ["--max_steps", str(steps)]
-    run_command(found, "whole", "finetune", "--output_dir", whole, *short, *device)
-    run_command(found, "with checkpoints", "finetune", "--output_dir", parts, *short, *save)
-    kept = sorted(parts.glob("checkpoint*"))
+    whole, again = setting.scratch / "whole", setting.scratch / "again"
+    save = ("--save_steps", str(FEW_STEPS // 4), "--save_total_limit", "100")
+    run_command(found, "whole", "finetune", "--output_dir", whole, *few, *save)
+    kept = sorted(whole.glob("checkpoint*"))
     found["checkpoints"] = [path.name for path in kept]
     if not kept:
         return
-    again = setting.scratch / "again"
-    run_command(
-        found,
-        "resumed",
-        "finetune",
-        *("--output_dir", again, *short, *device, "--resume_from_checkpoint", kept[0]),
-    )
+    resume = ("--resume_from_checkpoint", kept[0])
+    run_command(found, "resumed", "finetune", "--output_dir", again, *few, *resume)
     files = [path / "adapter_model.safetensors" for path in (whole, again)]
     if all(file.exists() for file in files):
         found["resumed equals whole"] = files[0].read_bytes() == files[1].read_bytes()

@@ -6,11 +6,11 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from gpu_parts.setting import Setting
 from gpu_parts.shapes import BIG
 from qlora_kit.base.linear import Linear4bit, base_matmul
+from qlora_kit.base.quantize import decoding, is_fused
 from qlora_kit.generation.decode import generate_ids
 
 TOKENS, SMALL_TOKENS, PROMPT = 64, 8, 32
@@ -49,36 +49,14 @@ def _decode(setting: Setting, model: Any, prompts: list[list[int]], tokens: int)
 
 
 def _linear(setting: Setting, layer: Linear4bit, rows: int) -> dict[str, Any]:
-    """Seconds of one product: ours, decoded first, and bitsandbytes' fused one; how far apart."""
+    """Seconds of one product as in decoding, and by the decoded weight; how far they are apart."""
     dtype = torch.bfloat16 if setting.cuda else torch.float32
     x = torch.randn(rows, layer.in_features, device=setting.device, dtype=dtype)
-    calls = {
-        "ours": lambda: base_matmul(layer, x),
-        "decoded": lambda: F.linear(x, layer.dequantize(dtype), layer.bias),
-    }
-    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
-        calls["gemm_4bit"] = lambda: _fused(layer, x)
     with torch.no_grad():
-        found: dict[str, Any] = {
-            f"{name}_s": setting.median_s(call, TIMES, warm_up=3) for name, call in calls.items()
-        }
-        exact = calls["decoded"]().double()
-        for name in calls.keys() - {"decoded"}:
-            found[f"{name}_error"] = float((calls[name]().double() - exact).norm() / exact.norm())
-    return found
-
-
-def _fused(layer: Linear4bit, x: torch.Tensor) -> torch.Tensor:
-    nested = layer.nested_absmax is not None
-    return torch.ops.bitsandbytes.gemm_4bit.default(  # type: ignore[no-any-return]
-        x,
-        layer.weight.view(-1, 1),
-        (layer.out_features, layer.in_features),
-        layer.nested_absmax if nested else layer.absmax,
-        64,
-        layer.quant_type,
-        layer.bias,
-        layer.absmax if nested else None,
-        layer.nested_map,
-        layer.nested_offset,
-    )
+        decoded = setting.median_s(lambda: base_matmul(layer, x), TIMES, warm_up=3)
+        exact = base_matmul(layer, x).double()
+        with decoding():
+            fused = setting.median_s(lambda: base_matmul(layer, x), TIMES, warm_up=3)
+            error = float((base_matmul(layer, x).double() - exact).norm() / exact.norm())
+            packed = is_fused(x, layer.in_features)
+    return {"decoded_s": decoded, "decoding_s": fused, "error": error, "packed": packed}

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from gpu_parts.setting import Setting
 from qlora_kit.base.linear import Linear4bit, dequantize, frozen_linear, quantize_linear
-from qlora_kit.base.quantize import BLOCKSIZE, Quantization, code_tables
+from qlora_kit.base.quantize import BLOCKSIZE, Quantization, code_tables, decoding
 
 SHAPES = ((64, 64), (173, 64), (64, 173), (96, 160), (33, 7), (256, 1024))
+ROWS, FEW = 7, 2
+"""Few rows are multiplied as decoding does it: by packed weights where a kernel can."""
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """fp32 sums in another order; one rounding of the result and one of each operand in 16 bits."""
 FORMATS = (
@@ -59,7 +61,7 @@ def _errors(
     def drawn(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).to(setting.device, dtype)
 
-    weight, x, grad = drawn(*shape), drawn(5, shape[1]), drawn(5, shape[0])
+    weight, x, grad = drawn(*shape), drawn(ROWS, shape[1]), drawn(ROWS, shape[0])
     added = drawn(shape[0]) if bias else None
     if quantization.bits == 16:
         layer = nn.Linear(shape[1], shape[0], bias=bias, device=setting.device, dtype=dtype)
@@ -82,6 +84,9 @@ def _errors(
     if added is not None:
         reference += added.double()
     yield "product", _relative(y, reference), BOUNDS[dtype]
+    with torch.no_grad(), decoding():
+        few = frozen_linear(layer, x[:FEW])
+    yield "product in decoding", _relative(few, reference[:FEW]), BOUNDS[dtype]
     assert x.grad is not None
     yield "gradient", _relative(x.grad, grad.double() @ exact), BOUNDS[dtype]
 

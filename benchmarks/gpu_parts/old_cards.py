@@ -1,6 +1,6 @@
 """Attention as a card without flash has it, and what is never flash: soft caps, fp32.
 
-The card that is here is taken for one of capability 7.5, and torch may take its memory-efficient
+The card that is here is taken for a T4, and torch may take its memory-efficient
 and its math kernel only. The math kernel makes (heads, T, T) in fp32; it is among the kernels that
 ran if a name says softmax. Also long rows.
 """
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_parts.setting import Setting
 from gpu_parts.shapes import OLD_CARDS
+from qlora_kit.device.cards import find_card
 from qlora_kit.training.layer_forward import set_recompute
 
 TELLING = ("attention", "fmha", "flash", "softmax", "cutlass")
@@ -42,13 +43,14 @@ def run(setting: Setting, found: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def as_card(setting: Setting, card: tuple[int, int] | None) -> Iterator[None]:
-    """Inside, the card has this capability for whoever asks, and no flash."""
+def as_card(setting: Setting, card: str | None) -> Iterator[None]:
+    """Inside, the card has the capability of that one for whoever asks, and no flash."""
     if card is None or not setting.cuda:
         yield
         return
     real = torch.cuda.get_device_capability
-    torch.cuda.get_device_capability = lambda device=None: card
+    capability = find_card(card).capability
+    torch.cuda.get_device_capability = lambda device=None: capability
     try:
         with sdpa_kernel(WITHOUT_FLASH):
             yield

@@ -124,7 +124,7 @@ def short(length: int, small: bool) -> int:
 class Point:
     """A step to be planned and measured: `rows` rows of `length` tokens, or packs of short rows.
 
-    `card` is the compute capability that it is planned for, where not that of a card of today.
+    `card` is what it is planned for, where that is not a card of today.
     """
 
     model: str
@@ -135,7 +135,7 @@ class Point:
     packed: bool = False
     dtype: str = "bf16"
     targets: str = "all-linear"
-    card: tuple[int, int] | None = None
+    card: str | None = None
 
     @property
     def name(self) -> str:
@@ -144,7 +144,7 @@ class Point:
         shape = times if self.micro_steps > 1 else f"{self.rows} x {self.length}"
         more = [" packed"] if self.packed else []
         more += [f", {self.dtype}"] if self.dtype != "bf16" else []
-        more += [f", for {self.card[0]}.{self.card[1]}"] if self.card else []
+        more += [f", for {self.card}"] if self.card else []
         return f"{self.model}, {shape}{''.join(more)}, {self.level}"
 
     def row_lengths(self, small: bool) -> list[int]:
@@ -174,7 +174,7 @@ SPEED = (
     Point(BIG, 256, "none", rows=8),
     Point(BIG, 256, "none", micro_steps=8),
 )
-T4 = (7, 5)
+T4 = "t4"
 OLD_CARDS = (
     Point(LITTLE, 2048, "none", dtype="fp16", card=T4),
     Point(LITTLE, 2048, "none", dtype="fp32", card=T4),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gpu_parts.child import in_child
-from gpu_parts.commands import run_command
+from gpu_parts.commands import PLAIN, run_command
 from gpu_parts.setting import Setting, lora_options, training_options
 from gpu_parts.shapes import BIG, Point, write_shape
 from qlora_kit.config.base import BaseConfig
@@ -136,7 +136,8 @@ def _export(setting: Setting, found: dict[str, Any]) -> None:
     setting.forget()
     device = ["--device", setting.device.type]
     adapter = setting.scratch / "capped"
-    run_command(found, "finetune", "finetune", "--output_dir", adapter, "--max_steps", "2", *device)
+    few = ("--output_dir", adapter, "--max_steps", "2", *PLAIN, *device)
+    run_command(found, "finetune", "finetune", *few)
     _cap(setting, EXPORT_CAP)
     merged = setting.scratch / "capped-merged"
     run_command(found, "export", "export", "--adapter", adapter, "--output_dir", merged, *device)

@@ -1,19 +1,20 @@
 """Steps of ours at several shapes, one of them profiled, beside the floor of the products alone.
 
 8 accumulated rows of 256 tokens and 8 rows at once are the same step: what differs is how often the
-weights are dequantized.
+weights are dequantized. Beside each stands what the step-time model says of this card.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
+import torch
 from step_floor import products_floor
 from step_profile import profiled
 
 from gpu_parts.setting import Model, Setting
 from gpu_parts.shapes import BIG, SPEED, Point, shape_of
+from qlora_kit.device.cards import card_named
 from qlora_kit.training.layer_forward import set_recompute
 
 STEPS = 5
@@ -26,8 +27,8 @@ def run(setting: Setting, found: dict[str, Any]) -> str:
     found["points"] = points
     for point in SPEED:
         points[point.name] = one = timed(setting, model, point)
-        if (modelled := _modelled(setting, point)) is not None:
-            one["modelled_s"] = modelled
+        if (model_of := modelled(setting, point)) is not None:
+            one |= {"modelled": model_of, "model_over": model_of["step_s"] / one["step_s"]}
     first = SPEED[0]
     set_recompute(model.model, first.level)
     batches = setting.batches(first, model.model)
@@ -46,7 +47,7 @@ def run(setting: Setting, found: dict[str, Any]) -> str:
     )
 
 
-def timed(setting: Setting, model: Model, point: Point) -> dict[str, float]:
+def timed(setting: Setting, model: Model, point: Point) -> dict[str, Any]:
     """Median seconds of a step, its tokens a second."""
     set_recompute(model.model, point.level)
     batches = setting.batches(point, model.model)
@@ -55,10 +56,12 @@ def timed(setting: Setting, model: Model, point: Point) -> dict[str, float]:
     return {"step_s": taken, "tokens_per_s": tokens / taken, "tokens": tokens}
 
 
-def _modelled(setting: Setting, point: Point) -> float | None:
-    """What the step-time model says of the point on this card; None where it says nothing."""
+def modelled(setting: Setting, point: Point) -> dict[str, Any] | None:
+    """What the step-time model says of the point on this card; None for a card it does not know."""
     plan = setting.planned(point)
-    if plan is None or importlib.util.find_spec("qlora_kit.plan.step_time") is None:
+    if plan is None or not setting.cuda:
         return None
-    seconds: float | None = plan.get("step_s")
-    return seconds
+    total = torch.cuda.get_device_properties(0).total_memory
+    card = card_named(torch.cuda.get_device_name(), total)
+    found: dict[str, Any] | None = plan["modelled"].get(card.name) if card else None
+    return found

@@ -75,8 +75,8 @@ def run_command(found: dict[str, Any], name: str, command: str, *arguments: Any)
     found[name] = {
         "code": code,
         "seconds": time.perf_counter() - began,
-        "out": out.getvalue()[-1500:],
-        "error": error.getvalue()[-1500:],
+        "out": out.getvalue()[-4000:],
+        "error": error.getvalue()[-4000:],
     }
 
 

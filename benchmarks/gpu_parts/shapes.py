@@ -82,7 +82,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 SMALL = {
-    "vocab_size": 512,
+    "vocab_size": 2048,
     "hidden_size": 64,
     "intermediate_size": 192,
     "num_hidden_layers": 2,

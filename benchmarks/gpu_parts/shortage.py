@@ -1,4 +1,5 @@
-"""A card that is too small: the levels that `auto` takes, halved batches, export under a cap.
+"""A card that is too small: the levels that `auto` takes, a run that has less than it was planned
+for, halved batches, export under a cap.
 
 A process of its own, whose share of the card is capped. What `mem_get_info` says is not changed by
 that, so the plan is given the cap as its budget.
@@ -7,14 +8,17 @@ that, so the plan is given the cap as its budget.
 from __future__ import annotations
 
 import gc
+import json
 from typing import Any
 
 import torch
+from random_checkpoint import copy_tokenizer, make_checkpoint
+from stepping import TINY
 
 from gpu_parts.child import in_child
 from gpu_parts.commands import PLAIN, run_command
 from gpu_parts.setting import Setting, lora_options, training_options
-from gpu_parts.shapes import BIG, Point, write_shape
+from gpu_parts.shapes import BIG, LITTLE, Point, write_shape
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.errors import QloraKitError
 from qlora_kit.plan.plan import BatchShape, Planner
@@ -25,6 +29,8 @@ from qlora_kit.training.preflight import preflight
 
 CAP, SMALL_CAP = 12_000_000_000, 1_030_000
 EXPORT_CAP = 60_000_000
+LEAST = 2**20
+"""Of --memory_budget."""
 LENGTH, ROWS = 2048, 4
 ALARM = 90
 
@@ -37,7 +43,7 @@ def run(setting: Setting, found: dict[str, Any]) -> str:
 
 def child(setting: Setting, found: dict[str, Any]) -> str:
     """Each in turn; what one of them raises is its result."""
-    asked = {"auto": _auto, "halving": _halving, "export": _export}
+    asked = {"auto": _auto, "halving": _halving, "replanned": _replanned, "export": _export}
     for name, one in asked.items():
         found[name] = result = {}
         try:
@@ -49,7 +55,7 @@ def child(setting: Setting, found: dict[str, Any]) -> str:
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1.0)
     return "; ".join(
-        f"{name}: {one.get('error') or one.get('said', 'well')}"[:120]
+        f"{name}: {one.get('error') or one.get('said', 'well')}"[:160]
         for name, one in found.items()
     )
 
@@ -129,6 +135,40 @@ def _halving(setting: Setting, found: dict[str, Any]) -> None:
     found["left_behind_bytes"] = torch.cuda.memory_allocated() - before
     found["max_rows"] = guard.max_rows
     found["said"] = f"{guard.max_rows} rows at a time, {found['left_behind_bytes']} bytes left"
+
+
+def _replanned(setting: Setting, found: dict[str, Any]) -> None:
+    """A whole run that is planned with nothing recomputed, where there is no room for that."""
+    setting.forget()
+    shape = write_shape(LITTLE, setting.small, setting.scratch)
+    base, length = setting.scratch / "little", setting.short(LENGTH)
+    make_checkpoint(shape, base)
+    copy_tokenizer(TINY, base)
+    rows = setting.scratch / "long.jsonl"
+    words = "The road was long and round. " * length
+    rows.write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(4)))
+    config = BaseConfig(str(base), bits=4, dtype="bf16", device=setting.device.type)
+    planner = Planner(config, lora_options(), training_options())
+    plans = {
+        level: planner.plan(BatchShape(1, length, length - 1), level) for level in ("none", "full")
+    }
+    margin = planner.overhead.margin(plans["none"].peak_bytes)
+    budget = max(plans["none"].peak_bytes + 2 * margin, LEAST)
+    found |= {"budget_bytes": budget, "planned_bytes": {k: p.peak_bytes for k, p in plans.items()}}
+    _cap(setting, sum(p.peak_bytes for p in plans.values()) // 2 - planner.overhead.fixed)
+    run_command(
+        found,
+        "finetune",
+        "finetune",
+        *("--model", base, "--bits", "4", "--dtype", "bf16", "--data", rows),
+        *("--max_length", str(length), "--eval_fraction", "0", "--target_modules", "all-linear"),
+        *("--optim", "adamw", "--gradient_accumulation_steps", "1", "--max_steps", "3"),
+        *("--memory_budget", str(budget), "--output_dir", setting.scratch / "replanned"),
+        *("--device", setting.device.type),
+    )
+    out = found["finetune"]["out"] + found["finetune"]["error"]
+    lines = [line for line in out.splitlines() if "out of memory" in line]
+    found["said"] = f"exit {found['finetune']['code']}, {lines[-1] if lines else 'never full'}"
 
 
 def _export(setting: Setting, found: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ that the rest of the package knows of it: `base_matmul` (y from x), `base_grad_i
 and `dequantize`; each takes an ordinary `nn.Linear` as well. The autograd function keeps nothing
 for backward: the weights do not train, so dx needs dy and the packed bytes only.
 
-- 4 bits: both matmuls dequantize the weight to the dtype of their input first.
+- 4 bits: both matmuls dequantize the weight to the dtype of their input first, on CUDA in one
+  Triton kernel that decodes nested scales as well.
 - 8 bits: W = C * s, a scale for each row of int8, which folds out of both matmuls exactly:
   y = (x C^T) * s and dx = (dy * s) C. In bf16 and fp16 no dequantized weight is ever made.
 """
@@ -35,6 +36,7 @@ from qlora_kit.base.quantize import (
 )
 from qlora_kit.device.target import has_values, without_values
 from qlora_kit.kernels.matmul import grad_input, linear, matmul_dtype, scale_columns
+from qlora_kit.kernels.triton_ops import uses_triton
 from qlora_kit.kernels.workspace import workspace
 
 
@@ -138,15 +140,15 @@ class Linear4bit(QuantizedLinear):
     def _decoded(self, space: Tensor) -> Tensor:
         """The weight (out_features, in_features) at the start of `space`, (padded_numel,)."""
         numel = self.out_features * self.in_features
+        if uses_triton(space) and numel == space.numel() > 0:
+            given = self.weight.view(-1), self.absmax, *self._nested, self.quant_type
+            torch.ops.qlora_kit.triton_dequantize.out(*given, out=space)
+            return space.view(self.out_features, self.in_features)
         packed, scales = self.weight.view(-1), self.scales()
         full = numel // BLOCKSIZE
         if has_values(space):  # else nothing would be made
-            decode_blocks(
-                packed[: full * BLOCKSIZE // 2],
-                scales[:full],
-                self.quant_type,
-                space[: full * BLOCKSIZE],
-            )
+            into = space[: full * BLOCKSIZE]
+            decode_blocks(packed[: full * BLOCKSIZE // 2], scales[:full], self.quant_type, into)
         else:
             without_values("dequantize", (packed, scales), (space,))
         if full * BLOCKSIZE < numel:

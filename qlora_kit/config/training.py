@@ -79,6 +79,9 @@ class TrainingConfig(Options):
         "norms, rotary embeddings and MLPs that keep less for the backward pass, same numbers",
         aliases=("own_blocks",),
     )
+    triton_kernels: bool = option(
+        True, "on CUDA norms, rotary embeddings, MLPs and 4-bit weights by Triton, same numbers"
+    )
     seed: int = option(42, "of adapters, data order, dropout and sampling", check=SEEDS)
 
     @property

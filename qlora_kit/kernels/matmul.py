@@ -101,6 +101,17 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return (left.to(dtype) @ right.to(dtype)).to(left.dtype)
 
 
+def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """`left` (m, k) times `right` (k, n) in fp32: on CUDA the sum, not rounded to 16 bits first.
+
+    There it is one kernel, where a product in 16 bits takes another one for the cast.
+    """
+    wide = getattr(torch.ops.aten.mm, "dtype", None)  # since torch 2.8
+    if wide is not None and left.dtype is not torch.float32 and device_type(left) == "cuda":
+        return wide(left, right, torch.float32)  # type: ignore[no-any-return]
+    return matmul(left, right).float()
+
+
 def add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """`y += alpha * left @ right` in place: `y` (m, n), `left` (m, k), `right` (k, n)."""
     if left.dtype is y.dtype is matmul_dtype(left):

@@ -4,16 +4,20 @@ All layers share them. Forward does the operations of transformers in their orde
 numbers are the same; where cos and sin are fp32 beside 16-bit heads, so is the rotation, and its
 result is rounded once. Most families turn a value with the one half a width further on, some (GLM,
 Ernie, Helium) with its neighbour.
+On CUDA queries and keys are turned by one Triton kernel (`triton_rotary.py`).
 Source: Su et al., RoFormer (arXiv 2104.09864).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qlora_kit.kernels.triton_ops import uses_triton
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -23,6 +27,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     turns with value i + width / 2; `interleaved`, values 2i and 2i + 1 turn with each other.
     """
     return _Rotate.apply(x, cos, sin, interleaved)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def rotate_both(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries (B, T, heads, d) and of keys (B, T, kv heads, d)."""
+    if _in_triton(q, cos) and q.dtype is k.dtype and q.shape[-1] == k.shape[-1]:
+        return _RotateBoth.apply(q, k, cos, sin, interleaved)  # type: ignore[no-any-return, no-untyped-call]
+    return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
 
 
 class _Rotate(torch.autograd.Function):
@@ -44,8 +57,47 @@ class _Rotate(torch.autograd.Function):
         return _rotated(grads[0], cos, sin, ctx.interleaved, back=True), None, None, None
 
 
+class _RotateBoth(torch.autograd.Function):
+    """The rotation of queries and keys, both in one launch forward and one backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _launched((q, k), cos, sin, interleaved, back=False)  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *_launched(grads, cos, sin, ctx.interleaved, back=True), None, None, None
+
+
+def _in_triton(x: Tensor, cos: Tensor) -> bool:
+    return uses_triton(x) and cos.dtype in (x.dtype, torch.float32) and x.numel() > 0
+
+
+def _launched(
+    heads: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, back: bool
+) -> tuple[Tensor, ...]:
+    """Queries, and keys where they are given, (B, T, heads, d), rotated by one kernel."""
+    # Of rows and tokens and heads any stride; one number lies beside the next.
+    heads = [x if x.stride(-1) == 1 else x.contiguous() for x in heads]
+    made = [x.new_empty(x.shape) for x in heads]
+    k, k_out = (heads[1], made[1]) if len(heads) > 1 else (None, None)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    torch.ops.qlora_kit.triton_rotate.out(
+        heads[0], k, cos, sin, interleaved, back, q_out=made[0], k_out=k_out
+    )
+    return tuple(made)
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
     """`x` (B, T, heads, d) rotated, or rotated `back`, in its own dtype."""
+    if _in_triton(x, cos):
+        return _launched((x,), cos, sin, interleaved, back)[0]
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # (B, T, 1, width): the same for all heads
     width = cos.shape[-1]
     half = width // 2

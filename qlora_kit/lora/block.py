@@ -17,7 +17,7 @@ random input; a layer whose output differs keeps its own code (`training/layer_f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
-from qlora_kit.kernels.rotary import rotate
+from qlora_kit.kernels.rmsnorm import FrozenNorm, add_and_normalize, normalize
+from qlora_kit.kernels.rotary import rotate, rotate_both
 from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.lora.block_parts import (
     activation,
@@ -118,8 +118,12 @@ class Block:
         **options: Any,
     ) -> Tensor:
         """`hidden_states` (B, T, h) to the next layer's; `per_layer_input` is (B, T, e)."""
-        x = self.attention_half(hidden_states, position_embeddings, attention_mask, options)
-        return self.mlp_half(x, per_layer_input)
+        x, *ready = self._added_and_ready(
+            *self._attend(
+                hidden_states, position_embeddings, attention_mask, options, nullcontext()
+            )
+        )
+        return self.mlp_half(x, per_layer_input, ready)
 
     def attention_half(
         self,
@@ -131,11 +135,19 @@ class Block:
     ) -> Tensor:
         """The layer's input (B, T, h) to the middle residual; attention runs inside `around`."""
         around = around or nullcontext()
-        return self._added(x, self._attend(x, position_embeddings, mask, options, around))
+        return self._added(*self._attend(x, position_embeddings, mask, options, around))
 
-    def mlp_half(self, x: Tensor, per_layer_input: Tensor | None = None) -> Tensor:
-        """The middle residual (B, T, h) to the next layer's input."""
-        x = self._added(x, self._mlp(x))
+    def mlp_half(
+        self,
+        x: Tensor,
+        per_layer_input: Tensor | None = None,
+        ready: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The middle residual (B, T, h) to the next layer's input.
+
+        `ready` is taken by the linears that read it.
+        """
+        x = self._added(*self._mlp(x, ready))
         if self.per_layer is not None:
             assert per_layer_input is not None
             gate = linears((x,), [self.layer.per_layer_input_gate])[0]  # (B, T, e)
@@ -145,7 +157,15 @@ class Block:
         return x if scalar is None else x.mul_(scalar)
 
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + (y if self.residual_scale == 1.0 else y * self.residual_scale)
+        return x + self._scaled(y)
+
+    def _added_and_ready(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """The middle residual, and what its norm gives, by one kernel where there is one."""
+        norm = self.before[1]
+        return (self._added(x, y),) if norm is None else add_and_normalize(norm, x, self._scaled(y))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.residual_scale == 1.0 else y * self.residual_scale
 
     def _attend(
         self,
@@ -154,10 +174,11 @@ class Block:
         mask: Tensor | None,
         options: dict[str, Any],
         around: AbstractContextManager[Any],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's input (B, T, h) for its residual, and what attention adds to it."""
         attention = self.attention
         shared, options = options.get(OPTION), {n: o for n, o in options.items() if n != OPTION}
-        q, k, v = self._queries_keys_values(x, position_embeddings, shared, options)
+        x, q, k, v = self._queries_keys_values(x, position_embeddings, shared, options)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, eager_attention(attention)
         )
@@ -176,7 +197,7 @@ class Block:
             )
         # (B, T, heads, d) to (B, T, heads * d), and through the output projection to (B, T, h).
         y: Tensor = attention.o_proj(attended.reshape(*x.shape[:-1], -1))
-        return _normalized(self.after[0], y)
+        return x, _normalized(self.after[0], y)
 
     def _queries_keys_values(
         self,
@@ -184,11 +205,11 @@ class Block:
         position_embeddings: tuple[Tensor, Tensor] | None,
         shared: Any,
         options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's input (B, T, h) to what attention reads: (B, heads or kv heads, T, d)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The layer's input (B, T, h), and what attention reads: (B, heads or kv heads, T, d)."""
         attention, length = self.attention, x.shape[:-1]
         names = query_key_value(attention)
-        parts = [*linears((x,), [getattr(attention, name) for name in names], self.before[0])]
+        x, parts = _read(x, [getattr(attention, name) for name in names], self.before[0])
         if len(parts) == 1 and not self.shares.reads:
             (fused,) = parts
             groups = attention.num_key_value_groups
@@ -209,8 +230,10 @@ class Block:
         if self.rotation != "none":
             assert position_embeddings is not None
             by_neighbours = self.rotation == "neighbours"
-            q, *keys = (rotate(one, *position_embeddings, by_neighbours) for one in (q, *heads[:1]))
-            heads[:1] = keys
+            if heads:
+                q, heads[0] = rotate_both(q, heads[0], *position_embeddings, by_neighbours)
+            else:
+                q = rotate(q, *position_embeddings, by_neighbours)
         if self.query_scale is not None:
             q = q * self.query_scale(options["position_ids"]).to(q.dtype)
         if not self.shares.reads:
@@ -219,14 +242,32 @@ class Block:
             k, v = shared[self.shares.kind]
         if self.shares.stores and shared is not None:
             shared[self.shares.kind] = (k, v)
-        return q.transpose(1, 2), k, v
+        return x, q.transpose(1, 2), k, v
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor, ready: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The middle residual (B, T, h) for the sum, and what the MLP adds to it."""
         family = architecture_of(self.attention.config.model_type)
         mlp = getattr(self.layer, family.mlp)
-        gate_up = linears((x,), [getattr(mlp, name) for name in family.gate_up], self.before[1])
+        layers = [getattr(mlp, name) for name in family.gate_up]
+        x, gate_up = _read(x, layers, self.before[1], ready)
         (y,) = linears(gate_up, [getattr(mlp, family.down)], self.gate)
-        return _normalized(self.after[1], y)
+        return x, _normalized(self.after[1], y)
+
+
+def _read(
+    x: Tensor,
+    layers: Sequence[nn.Module],
+    norm: FrozenNorm | None,
+    ready: list[Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """`x` (B, T, h) for its residual, and the outputs of the linears that read it through a norm.
+
+    Both gradients by `x` come together in the norm's backward.
+    """
+    if norm is None:
+        return x, [*linears((x,), layers)]
+    *outputs, x = linears((x,), layers, norm, ready=ready, residual=True)
+    return x, outputs
 
 
 def _normalized(norm: FrozenNorm | None, y: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def norm_of(module: Any) -> FrozenNorm | None:
         expected = module(x)
         for from_zero, rounds_once in ((False, False), (False, True), (True, False)):
             norm = FrozenNorm(weight, eps, from_zero, rounds_once)
-            if torch.equal(norm.apply(x)[0], expected):
+            if torch.equal(norm.by_torch(x)[0], expected):
                 return norm
     return None
 
@@ -76,7 +76,7 @@ def _weightless(module: nn.Module, eps: float) -> FrozenNorm | None:
     with unset_fake_temporarily(), torch.no_grad():
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
         norm = FrozenNorm(None, eps, from_zero=False)
-        return norm if torch.equal(norm.apply(x)[0], module(x)) else None
+        return norm if torch.equal(norm.by_torch(x)[0], module(x)) else None
 
 
 def query_key_value(attention: Any) -> list[str]:

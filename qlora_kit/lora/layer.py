@@ -27,10 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.linear import base_grad_input, base_matmul
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.kernels.matmul import add_matmul, linear, matmul
 from qlora_kit.kernels.rmsnorm import FrozenNorm
 from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.lora.dropout import KeyedDropout
+from qlora_kit.lora.low_rank import LowRank, LowRankBackward, Part
 
 Before = FrozenNorm | Gate
 """What comes before linears, and is recomputed in backward."""
@@ -104,12 +104,20 @@ def delta_weight(layer: LoRALinear, name: str) -> Tensor:
 
 
 def linears(
-    inputs: Sequence[Tensor], layers: Sequence[nn.Module], before: Before | None = None
+    inputs: Sequence[Tensor],
+    layers: Sequence[nn.Module],
+    before: Before | None = None,
+    *,
+    ready: list[Tensor] | None = None,
+    residual: bool = False,
 ) -> tuple[Tensor, ...]:
     """The outputs (..., out_features) of linears that read the same tokens (..., in_features).
 
     The tokens are the one input, or `before` of the inputs, which is not kept. The layers are
-    frozen linears in any number of bits, with or without an adapter.
+    frozen linears in any number of bits, with or without an adapter. `ready` is what `before.apply`
+    gives, where it has been computed, and is empty afterwards. With `residual` the one input of a
+    norm comes back as the last output, for what else reads it: the norm's backward adds that
+    gradient to its own.
 
     Two nodes of the graph, because of recomputation. torch's checkpoint runs a forward again in
     backward until all that it kept the first time is there again, and a node's tensors are kept
@@ -119,40 +127,24 @@ def linears(
     and keeps it; `_Linears` runs the base matmuls and keeps nothing. A replay that ends with these
     linears stops between the two.
     """
-    parts = tuple(_Part.of(layer) for layer in layers)
+    parts = tuple(_part_of(layer) for layer in layers)
     weights = [weight for part in parts for weight in part.weights]
-    group = _Group(parts, before, len(inputs))
+    group = _Group(parts, before, len(inputs), tuple(ready or ()), residual)
+    if ready is not None:
+        ready.clear()  # whoever made it holds the list for longer
     tie = _Keep.apply(group, *inputs, *weights)  # type: ignore[no-untyped-call]
     return _Linears.apply(group, tie, *inputs, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One linear of a group: its base, and what its active adapter computes with.
-
-    `weights` are the masters A (r, in_features) and B (out_features, r), or none.
-    """
-
-    base: nn.Linear
-    weights: tuple[nn.Parameter, ...] = ()
-    scaling: float = 1.0
-    dtype: torch.dtype = torch.float32
-    dropout: KeyedDropout | None = None
-    position: tuple[int, int] | None = None
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> _Part:
-        name = getattr(layer, "active", None)
-        if name is None:
-            return cls(getattr(layer, "base_layer", layer))  # type: ignore[arg-type]
-        assert isinstance(layer, LoRALinear)
-        dropout: KeyedDropout = layer.lora_dropout[name]  # type: ignore[assignment]
-        dtype, scaling = layer.adapter_dtypes[name], layer.scaling[name]
-        return cls(layer.base_layer, layer.weights(name), scaling, dtype, dropout, dropout.position)
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """`x` (..., in_features), or its gradient, through the mask of the forward pass."""
-        return x if self.dropout is None else self.dropout.at(self.position, x)
+def _part_of(layer: nn.Module) -> Part:
+    """A linear's base, and what its active adapter computes with."""
+    name = getattr(layer, "active", None)
+    if name is None:
+        return Part(getattr(layer, "base_layer", layer))  # type: ignore[arg-type]
+    assert isinstance(layer, LoRALinear)
+    dropout: KeyedDropout = layer.lora_dropout[name]  # type: ignore[assignment]
+    dtype, scaling = layer.adapter_dtypes[name], layer.scaling[name]
+    return Part(layer.base_layer, layer.weights(name), scaling, dtype, dropout, dropout.position)
 
 
 @dataclass
@@ -160,15 +152,18 @@ class _Group:
     """What linears that read the same tokens share, and what `_Keep` hands to `_Linears`.
 
     `node` is the context of `_Keep`, where backward finds what is kept. `tokens` (..., in_features)
-    and `low_rank`, A x (..., r) of each adapter, go from one forward to the other and no further.
+    and `low_rank`, A x (..., r) of each adapter, go from one forward to the other and no further,
+    and so does `ready` to the first.
     """
 
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     before: Before | None
     num_inputs: int
+    ready: tuple[Tensor, ...]
+    residual: bool
     node: Any = None
     tokens: Tensor | None = None
-    low_rank: Sequence[Tensor] = ()
+    low_rank: LowRank | None = None
 
 
 class _Keep(torch.autograd.Function):
@@ -183,18 +178,15 @@ class _Keep(torch.autograd.Function):
     def forward(ctx: Any, group: _Group, *tensors: Tensor) -> Tensor:
         inputs, before = tensors[: group.num_inputs], group.before
         tokens, kept = (inputs[0] if before is None else None), None
-        if before is not None and (before.keeps or any(p.weights for p in group.parts)):
+        if group.ready:
+            tokens, kept = group.ready
+        elif before is not None and (before.keeps or any(p.weights for p in group.parts)):
             tokens, kept = before.apply(*inputs)
         # Else `_Linears` computes the tokens, which a replay that ends here does not come to.
-        low_rank = []
-        for part in group.parts:
-            if part.weights:
-                assert tokens is not None
-                lora_a = part.weights[0].to(part.dtype)
-                low_rank.append(linear(part.dropped(tokens).to(part.dtype), lora_a))
-        ctx.save_for_backward(kept, *inputs, *low_rank, *tensors[group.num_inputs :])
+        low_rank = LowRank.of(group.parts, tokens)
+        ctx.save_for_backward(kept, *inputs, *low_rank.hidden, *tensors[group.num_inputs :])
         ctx.set_materialize_grads(False)
-        group.node, group.tokens, group.low_rank = ctx, tokens, low_rank
+        group.ready, group.node, group.tokens, group.low_rank = (), ctx, tokens, low_rank
         return inputs[0].new_empty(0)
 
     @staticmethod
@@ -212,21 +204,20 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, group: _Group, tie: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        tokens, low_rank = group.tokens, iter(group.low_rank)
+        tokens, low_rank = group.tokens, group.low_rank
         if tokens is None:
             assert group.before is not None
             tokens, _ = group.before.apply(*tensors[: group.num_inputs])
         outputs = []
-        for part in group.parts:
+        for place, part in enumerate(group.parts):
             y = base_matmul(part.base, tokens)  # (..., out_features)
-            if part.weights:
-                lora_b = part.weights[1].to(part.dtype)
-                _add_matmul(y, next(low_rank), lora_b.t(), part.scaling)
+            if low_rank is not None:
+                low_rank.add_to(y, place)
             outputs.append(y)
-        group.tokens, group.low_rank = None, ()
+        group.tokens = group.low_rank = None
         ctx.group = group
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return (*outputs, tensors[0]) if group.residual else tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -236,60 +227,23 @@ class _Linears(torch.autograd.Function):
         kept, *saved = group.node.saved_tensors
         inputs, saved = saved[:num_inputs], saved[num_inputs:]
         adapted = sum(bool(part.weights) for part in parts)
-        low_rank, weights = iter(saved[:adapted]), iter(saved[adapted:])
         tokens = inputs[0]
         if before is not None and adapted:
             tokens = before.recompute(*inputs, kept=kept)
+        update = LowRankBackward(parts, tokens, saved[:adapted], saved[adapted:])
         grad_tokens: Tensor | None = None  # (..., in_features), the sum over the parts
-        grad_weights: list[Tensor | None] = []
-        for part, grad in zip(parts, grads, strict=True):
-            if part.weights:
-                hidden, matrices = next(low_rank), (next(weights), next(weights))
+        for place, (part, grad) in enumerate(zip(parts, grads, strict=False)):
             if grad is None:
-                grad_weights += [None] * len(part.weights)
                 continue
             if any(ctx.needs_input_grad[2 : 2 + num_inputs]):
                 grad_tokens = base_grad_input(part.base, grad, grad_tokens)
-            if part.weights:
-                grad_weights += _adapter_grads(part, grad, tokens, hidden, matrices, grad_tokens)
+            update.take(place, grad, grad_tokens)
+        grad_weights = update.gradients(grad_tokens)
+        residual = {"residual": grads[-1]} if group.residual and grads[-1] is not None else {}
         grad_inputs: Sequence[Tensor | None] = (grad_tokens,)
         if before is not None:
-            del tokens  # before the gradients by the inputs come
-            grad_inputs = [None] * num_inputs
+            del tokens, update  # before the gradients by the inputs come
+            grad_inputs = [*residual.values()] or [None] * num_inputs
             if grad_tokens is not None:
-                grad_inputs = before.backward(grad_tokens, *inputs, kept=kept)
+                grad_inputs = before.backward(grad_tokens, *inputs, kept=kept, **residual)
         return None, None, *grad_inputs, *grad_weights
-
-
-def _adapter_grads(
-    part: _Part,
-    grad: Tensor,
-    tokens: Tensor,
-    hidden: Tensor,
-    matrices: tuple[Tensor, Tensor],
-    grad_tokens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The gradients by A (r, in) and B (out, r) from `grad` (..., out), that by the output.
-
-    `tokens` (..., in) went in, `hidden` (..., r) is A times them. What A sends back is added into
-    `grad_tokens` (..., in).
-    """
-    lora_a, lora_b = matrices
-    # (..., out) to (N, out): the matmuls below sum over all N tokens.
-    flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
-    grad_hidden = matmul(flat, lora_b.to(part.dtype)).mul_(part.scaling)  # (N, r)
-    dropped = part.dropped(tokens).reshape(-1, tokens.shape[-1]).to(part.dtype)  # (N, in)
-    grad_a = matmul(grad_hidden.t(), dropped).to(lora_a.dtype)
-    grad_b = matmul(flat.t(), hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
-    if grad_tokens is not None and part.position is None:
-        _add_matmul(grad_tokens, grad_hidden, lora_a.to(part.dtype), 1.0)
-    elif grad_tokens is not None:
-        # The gradient goes through the mask too: it cannot be added by the matmul itself.
-        grad_dropped = matmul(grad_hidden, lora_a.to(part.dtype)).view(grad_tokens.shape)
-        grad_tokens.add_(part.dropped(grad_dropped))
-    return grad_a, grad_b.mul_(part.scaling)
-
-
-def _add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """`y += alpha * left @ right` in place; `y` (..., n), `left` (..., r), `right` (r, n)."""
-    add_matmul(y.view(-1, y.shape[-1]), left.reshape(-1, left.shape[-1]), right, alpha)

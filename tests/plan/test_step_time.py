@@ -15,6 +15,7 @@ from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.cards import CARDS, Card, card_named, find_card
 from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.cross_entropy import CHUNK_TOKENS
+from qlora_kit.kernels.triton_ops import allow_triton
 from qlora_kit.plan.plan import BatchShape, Planner
 from qlora_kit.plan.step_time import GAPS, Clock, interval_seconds
 from qlora_kit.plan.work import KINDS
@@ -82,6 +83,7 @@ def test_dequantizing_moves_the_bytes_of_its_format(planner):
     """Packed codes, codes of scales and a 16-bit result; with scales in fp32 between, if at all."""
     found = sums(passes(planner, 512), "bytes")["dequantize"]
     weights = 2 * LAYERS * (2 * HIDDEN**2 + 2 * HIDDEN * KV + 3 * HIDDEN * FFN)  # both passes
+    weights -= HIDDEN**2 + 2 * HIDDEN * KV  # the first layer's input has no gradient
     least = (0.5 + 1 / 64 + 4 / (64 * 256) + 2) * weights
     scales_between = 4 * 4 / 64 * weights
     assert least * 0.999 <= found <= (least + scales_between) * 1.001
@@ -212,3 +214,41 @@ def test_a_card_without_bf16_is_planned_in_fp16(capsys):
     assert "stay in fp16" in shown
     assert "tokens/s on t4" in shown
     assert "estimate" in shown
+
+
+BEFORE = {"forward": 87, "backward": 141}
+"""Kernels of a layer with adapters on all linears, in torch's operations one after another."""
+
+
+def of_a_layer(planner, level="none"):
+    """The interval of an inner layer, by phase."""
+    name = planner.run.names[2]
+    return {one.phase: one for one in passes(planner, 2048, level) if one.module == name}
+
+
+def kernels(interval):
+    return sum(times * work.kernels for work, times in interval.work.items())
+
+
+def kept(interval):
+    return interval.end["activations"] - interval.start["activations"]
+
+
+def test_a_layer_launches_less_than_half_of_what_torchs_operations_would(planner):
+    """And keeps for backward what is promised, with Triton and without."""
+    found = of_a_layer(planner)
+    allow_triton(False)
+    try:
+        without = of_a_layer(planner)
+    finally:
+        allow_triton(True)
+    for phase, before in BEFORE.items():
+        assert kernels(found[phase]) <= before // 2
+        assert kernels(found[phase]) < kernels(without[phase]) <= before
+        assert found[phase].peak <= without[phase].peak
+    # lora/block.py; 32 heads and seven adapters.
+    numbers = 4 * HIDDEN + 2 * KV + 2 * FFN + 7 * RANK
+    promised = 2048 * (2 * numbers + 4 * (2 + 32))
+    assert kept(found["forward"]) == kept(without["forward"]) == pytest.approx(promised, rel=1e-3)
+    twice = of_a_layer(planner, "full")
+    assert kernels(twice["backward"]) < kernels(found["forward"]) + kernels(found["backward"])

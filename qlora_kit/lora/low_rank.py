@@ -1,0 +1,218 @@
+"""The low-rank part of linears that read the same tokens: A x, B A x, and the gradients by both.
+
+Each linear by itself, or (on CUDA) all of them together where their adapters allow it: one launch
+casts the masters, the A's lie in one matrix, and so one matmul computes A x of all, one the
+gradients by all A, and one what all send back to the tokens, whose gradient it reads and writes
+once. There the scaling is a factor of matmuls: kept is scaling * A x, and no kernel scales alone.
+The gradients are then summed in fp32 and not rounded to 16 bits on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.device.target import device_type
+from qlora_kit.kernels.matmul import add_matmul, linear, matmul, matmul_fp32
+from qlora_kit.lora.dropout import KeyedDropout
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear of a group: its base, and what its active adapter computes with.
+
+    `weights` are the masters A (r, in_features) and B (out_features, r), or none.
+    """
+
+    base: nn.Linear
+    weights: tuple[nn.Parameter, ...] = ()
+    scaling: float = 1.0
+    dtype: torch.dtype = torch.float32
+    dropout: KeyedDropout | None = None
+    position: tuple[int, int] | None = None
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """`x` (..., in_features), or its gradient, through the mask of the forward pass."""
+        return x if self.dropout is None else self.dropout.at(self.position, x)
+
+
+def together(parts: Sequence[Part], tokens: Tensor) -> bool:
+    """Whether the adapters of some linears are computed together.
+
+    On a CPU they are not: a few kernels more cost nothing there. Nor are those with dropout, which
+    do not read the same tokens, and those of different scalings or dtypes.
+    """
+    adapted = [part for part in parts if part.weights]
+    alike = {(part.scaling, part.dtype) for part in adapted}
+    return (
+        device_type(tokens) == "cuda"
+        and len(alike) == 1
+        and adapted[0].dtype is not adapted[0].weights[0].dtype
+        and all(part.position is None for part in adapted)
+    )
+
+
+def cast_together(parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
+    """All A in one matrix (sum of r, in_features) and each B (out_features, r), by one launch."""
+    adapted = [part for part in parts if part.weights]
+    ups = [part.weights[1] for part in adapted]
+    downs = [part.weights[0] for part in adapted]
+    dtype, ranks = adapted[0].dtype, [down.shape[0] for down in downs]
+    stacked = downs[0].new_empty(sum(ranks), downs[0].shape[1], dtype=dtype)
+    cast = [torch.empty_like(up, dtype=dtype) for up in ups]
+    torch._foreach_copy_([*torch.split(stacked, ranks), *cast], [*downs, *ups])
+    return stacked, cast
+
+
+@dataclass
+class LowRank:
+    """What forward computes with: A x (..., r) of each adapted linear, as it is kept.
+
+    `ups` are the B's where they are cast already.
+    """
+
+    parts: Sequence[Part]
+    hidden: Sequence[Tensor]
+    ups: Sequence[Tensor] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], tokens: Tensor | None) -> LowRank:
+        """A x of tokens (..., in_features), which only linears without an adapter do without."""
+        adapted = [part for part in parts if part.weights]
+        if not adapted:
+            return cls(parts, ())
+        assert tokens is not None
+        if together(parts, tokens):
+            stacked, ups = cast_together(parts)
+            dtype, ranks = stacked.dtype, [up.shape[1] for up in ups]
+            # (..., in) to (N, in), and (N, sum of r) to (..., r) of each.
+            flat = tokens.reshape(-1, tokens.shape[-1]).to(dtype)
+            hidden = flat.new_empty(flat.shape[0], stacked.shape[0])
+            hidden.addmm_(flat, stacked.t(), beta=0, alpha=adapted[0].scaling)
+            return cls(parts, torch.split(hidden.view(*tokens.shape[:-1], -1), ranks, dim=-1), ups)
+        hiddens = []
+        for part in adapted:
+            lora_a = part.weights[0].to(part.dtype)
+            hiddens.append(linear(part.dropped(tokens).to(part.dtype), lora_a))
+        return cls(parts, hiddens)
+
+    def add_to(self, y: Tensor, place: int) -> None:
+        """Add the update of the linear at `place` to its output (..., out_features)."""
+        part = self.parts[place]
+        if not part.weights:
+            return
+        number = _number(self.parts, place)
+        if self.ups:
+            _add_matmul(y, self.hidden[number], self.ups[number].t(), 1.0)
+        else:
+            lora_b = part.weights[1].to(part.dtype)
+            _add_matmul(y, self.hidden[number], lora_b.t(), part.scaling)
+
+
+class LowRankBackward:
+    """The gradients by the masters, and what the adapters send back to the tokens.
+
+    `tokens` (..., in_features) went in, `hidden` is what `LowRank` had, `masters` are A and B of
+    each adapted linear.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        tokens: Tensor,
+        hidden: Sequence[Tensor],
+        masters: Sequence[Tensor],
+    ) -> None:
+        self._parts, self._tokens, self._hidden, self._masters = parts, tokens, hidden, masters
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+        self._grad_hidden: Tensor | None = None
+        self._together = together(parts, tokens)
+        if self._together:
+            self._stacked, self._ups = cast_together(parts)
+            self._flat = tokens.reshape(-1, tokens.shape[-1]).to(self._stacked.dtype)
+
+    def take(self, place: int, grad: Tensor, grad_tokens: Tensor | None) -> None:
+        """Go on with `grad` (..., out_features), that by the output of the linear at `place`.
+
+        What its A sends back is added to `grad_tokens` (..., in_features), here or at the end.
+        """
+        part = self._parts[place]
+        if not part.weights:
+            return
+        number = _number(self._parts, place)
+        if not self._together:
+            masters = self._masters[2 * number], self._masters[2 * number + 1]
+            self._found[number] = _gradients(
+                part, grad, self._tokens, self._hidden[number], masters, grad_tokens
+            )
+            return
+        up, hidden = self._ups[number], self._hidden[number]
+        flat = grad.reshape(-1, grad.shape[-1]).to(up.dtype)  # (..., out) to (N, out)
+        self._piece(number).addmm_(flat, up, beta=0, alpha=part.scaling)
+        by_b = matmul_fp32(flat.t(), hidden.reshape(-1, hidden.shape[-1]))
+        self._found[number] = (by_b, by_b)  # that by A comes at the end
+
+    def gradients(self, grad_tokens: Tensor | None) -> list[Tensor | None]:
+        """Those by A (r, in_features) and B (out_features, r) of each; None where none came."""
+        adapted = sum(bool(part.weights) for part in self._parts)
+        if self._together and self._grad_hidden is not None:
+            for number in range(adapted):
+                if number not in self._found:
+                    self._piece(number).zero_()
+            ranks = [up.shape[1] for up in self._ups]
+            by_a = torch.split(matmul_fp32(self._grad_hidden.t(), self._flat), ranks)
+            if grad_tokens is not None:
+                _add_matmul(grad_tokens, self._grad_hidden, self._stacked, 1.0)
+            self._found = {n: (by_a[n], by_b) for n, (_, by_b) in self._found.items()}
+        found: list[Tensor | None] = []
+        for number in range(adapted):
+            found += self._found.get(number, (None, None))
+        return found
+
+    def _piece(self, number: int) -> Tensor:
+        """The columns (N, r) of the gradient by A x that are one linear's."""
+        if self._grad_hidden is None:
+            self._grad_hidden = self._flat.new_empty(self._flat.shape[0], self._stacked.shape[0])
+        return torch.split(self._grad_hidden, [up.shape[1] for up in self._ups], dim=1)[number]
+
+
+def _gradients(
+    part: Part,
+    grad: Tensor,
+    tokens: Tensor,
+    hidden: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    grad_tokens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients by A (r, in) and B (out, r) from `grad` (..., out), that by the output.
+
+    `tokens` (..., in) went in, `hidden` (..., r) is A times them. What A sends back is added into
+    `grad_tokens` (..., in).
+    """
+    lora_a, lora_b = matrices
+    # (..., out) to (N, out): the matmuls below sum over all N tokens.
+    flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
+    grad_hidden = matmul(flat, lora_b.to(part.dtype)).mul_(part.scaling)  # (N, r)
+    dropped = part.dropped(tokens).reshape(-1, tokens.shape[-1]).to(part.dtype)  # (N, in)
+    grad_a = matmul(grad_hidden.t(), dropped).to(lora_a.dtype)
+    grad_b = matmul(flat.t(), hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
+    if grad_tokens is not None and part.position is None:
+        _add_matmul(grad_tokens, grad_hidden, lora_a.to(part.dtype), 1.0)
+    elif grad_tokens is not None:
+        # The gradient goes through the mask too: it cannot be added by the matmul itself.
+        grad_dropped = matmul(grad_hidden, lora_a.to(part.dtype)).view(grad_tokens.shape)
+        grad_tokens.add_(part.dropped(grad_dropped))
+    return grad_a, grad_b.mul_(part.scaling)
+
+
+def _add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """`y += alpha * left @ right` in place; `y` (..., n), `left` (..., r), `right` (r, n)."""
+    add_matmul(y.view(-1, y.shape[-1]), left.reshape(-1, left.shape[-1]), right, alpha)
+
+
+def _number(parts: Sequence[Part], place: int) -> int:
+    """Which of the adapted linears the one at `place` is."""
+    return sum(bool(part.weights) for part in parts[:place])

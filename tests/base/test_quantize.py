@@ -1,6 +1,6 @@
 """Laws of the quantized linears against bitsandbytes' own bytes and matmuls in double.
 
-The decoders here are written from the published tables and share nothing with the package.
+Those that hold on any device are in `device_laws.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,17 @@ import torch
 from adapted import adapted_model
 from allocations import profiled_peak
 from bitsandbytes import cextension
+from device_laws import (
+    DTYPES,
+    FORMATS,
+    PRODUCT_TOLERANCE,
+    SHAPES,
+    check_bytes,
+    check_dequantized,
+    check_products,
+    decode,
+    random_weight,
+)
 from families import tiny_model, token_ids
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,64 +46,10 @@ from qlora_kit.device.target import planned_device
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.kernels.workspace import own_workspace
 
-NF4 = [
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-]
-FP4_POSITIVE = [0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4]
-FP4 = FP4_POSITIVE + [-value for value in FP4_POSITIVE]
-TABLES = {"nf4": NF4, "fp4": FP4}
-
-FORMATS = [
-    Quantization(4, "nf4", True),
-    Quantization(4, "nf4", False),
-    Quantization(4, "fp4", True),
-    Quantization(4, "fp4", False),
-    Quantization(8),
-]
-SHAPES = [(64, 64), (64, 172), (48, 96), (5, 7), (1, 1), (130, 33)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# What rounding inputs and results to the dtype costs, with head-room.
-PRODUCT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 5e-4}
 # bitsandbytes' library for CUDA, which it takes where torch sees a card, has no such code at all.
 HAS_AVX512 = (
     "AVX512" in torch.backends.cpu.get_cpu_capability() and not cextension.lib.compiled_with_cuda
 )
-
-
-def random_weight(shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def decode(layer, form):
-    """The weight of a layer from its bytes in fp32, by hand."""
-    out_features, in_features = layer.out_features, layer.in_features
-    if form.bits == 8:
-        return layer.weight.float() * (layer.row_absmax / 127).unsqueeze(1)
-    numel = out_features * in_features
-    packed = layer.weight.view(-1).long()
-    codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[:numel]
-    scales = layer.absmax
-    if form.double_quant:
-        coded = layer.nested_map[layer.absmax.long()]
-        groups = torch.arange(coded.numel()) // 256
-        scales = coded * layer.nested_absmax[groups] + layer.nested_offset
-    values = torch.tensor(TABLES[form.quant_type])[codes]
-    return (values * scales[torch.arange(numel) // 64]).view(out_features, in_features)
 
 
 class Made(TorchDispatchMode):
@@ -131,37 +88,14 @@ def upstream_8bit(weight):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_bytes_scales_and_maps_are_bitsandbytes_own(form, shape, dtype):
-    weight = random_weight(shape, dtype)
-    layer = quantize_linear(weight, None, form)
-    if form.bits == 8:
-        rows, row_absmax, _ = bf.int8_vectorwise_quant(weight.half())
-        assert torch.equal(layer.weight, rows)
-        assert torch.equal(layer.row_absmax, row_absmax)
-        return
-    packed, state = bf.quantize_4bit(
-        weight, blocksize=64, quant_type=form.quant_type, compress_statistics=form.double_quant
-    )
-    assert torch.equal(layer.weight, packed)
-    assert torch.equal(layer.absmax, state.absmax)
-    if form.double_quant:
-        assert torch.equal(layer.nested_absmax, state.state2.absmax)
-        assert torch.equal(layer.nested_offset, state.offset)
-        assert torch.equal(layer.nested_map, state.state2.code)
+    check_bytes(form, shape, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_dequantized_weight_is_table_times_scale_rounded_once(form, shape, dtype):
-    layer = quantize_linear(random_weight(shape), None, form)
-    expected = decode(layer, form)
-    # Half an ulp of the dtype, and two of fp32 for the order of the factors.
-    ulp = torch.finfo(dtype).eps / 2 + 2 * torch.finfo(torch.float32).eps
-    ours = dequantize(layer, dtype)
-    assert ours.dtype is dtype
-    difference = (ours.double() - expected.double()).abs()
-    tiny = torch.finfo(dtype).smallest_normal  # below it fp16 has no relative precision
-    assert torch.all(difference <= ulp * expected.double().abs() + ulp * tiny)
+    check_dequantized(form, shape, dtype, "cpu")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -181,28 +115,7 @@ def test_in_double_it_is_what_fp32_holds(form, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", [*FORMATS, Quantization(16)])
 def test_matmul_and_its_gradient_equal_double_precision(form, shape, dtype, bias):
-    weight = random_weight(shape, dtype)
-    offset = random_weight(shape[:1], dtype, seed=1) if bias else None
-    if form.bits == 16:
-        layer = torch.nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype)
-        layer.weight.data = weight
-        if bias:
-            layer.bias.data = offset
-        dense = weight
-    else:
-        layer = quantize_linear(weight, offset, form)
-        # 8-bit matmuls never round the weight; 4-bit ones multiply by it in the compute dtype.
-        dense = decode(layer, form)
-        dense = dense if form.bits == 8 else dense.to(dtype)
-    x, grad = random_weight((2, 3, shape[1]), dtype, 2), random_weight((2, 3, shape[0]), dtype, 3)
-    y = x.double() @ dense.double().t()
-    y = y if offset is None else y + offset.double()
-    dx = grad.double() @ dense.double()
-    for ours, reference in ((base_matmul(layer, x), y), (base_grad_input(layer, grad), dx)):
-        assert ours.dtype is dtype
-        assert ours.shape == reference.shape
-        error = (ours.double() - reference).norm() / reference.norm()
-        assert error <= PRODUCT_TOLERANCE[dtype]
+    check_products(form, shape, dtype, bias, "cpu")
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -77,6 +77,8 @@ class TrainingProgress(StepReporter):
             f"{self._memory} {size(peak)}",
             f"lr {report.learning_rate:.1e}",
         ]
+        if report.loss_scale is not None:
+            parts.append(f"loss scale {report.loss_scale:g}")
         if self._live:
             room = self._width - (BAR + 1 if self._has_bar else 0)
             while len(parts) > 2 and len("  ".join(parts)) >= room:

@@ -80,7 +80,8 @@ class MemoryProfiler:
         self._take(counter)
 
     def begin(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """A step that is counted begins; `end` has to follow, whatever happens."""
+        """A step that is counted begins, or begins again; `end` has to follow, whatever happens."""
+        self.end()
         self._optimizer = optimizer
         self._counter = self._open.enter_context(count_step(model, optimizer, self._counter_here()))
 

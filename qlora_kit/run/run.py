@@ -91,6 +91,7 @@ class Run:
             "run_backward": self.run_backward,
             "before_step": self.before_step,
             "on_step": self.on_step,
+            "loss_scale": self._parts.guard.loss_scale,
             "start_step": self.state.progress.step,
         }
 
@@ -120,7 +121,8 @@ class Run:
         peak = self._parts.memory.peak()
         self._bar.step(report, peak)
         if report.step % output.logging_steps == 0 or report.step == self._plan.schedule.num_steps:
-            self._log({**asdict(report), "peak_bytes": peak})
+            said = {name: value for name, value in asdict(report).items() if value is not None}
+            self._log({**said, "peak_bytes": peak})
         self._signals.raise_if_received()
         self._evaluate_if_due()
         self.state.save_if_due()

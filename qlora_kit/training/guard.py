@@ -27,6 +27,7 @@ from qlora_kit.process.out_of_memory import is_out_of_memory, missing_bytes
 from qlora_kit.process.signals import StopSignals
 from qlora_kit.training.layer_forward import models_own_code
 from qlora_kit.training.loss import supervised_loss, to_device
+from qlora_kit.training.loss_scale import LossScale
 
 SKIP_LIMIT = 3
 """A run stops at this many non-finite steps in a row."""
@@ -56,6 +57,8 @@ class Guard:
         self._signals = signals or StopSignals()
         self._checked_gradients = False
         self._micro_batches: Sequence[Batch] = ()
+        self.loss_scale = LossScale(model.dtype, note)
+        """Of an fp16 run; `train` lowers it where gradients overflow, and takes the step again."""
         self.bad_in_a_row = 0
         """Skipped steps since the last one that was taken."""
         self.max_rows: int | None = None
@@ -123,9 +126,10 @@ class Guard:
         self._note(f"{problem}: skipped")
         return False
 
-    def state(self) -> dict[str, int | None]:
+    def state(self) -> dict[str, float | int | None]:
         """What a checkpoint keeps of it."""
-        return {"bad_in_a_row": self.bad_in_a_row, "max_rows": self.max_rows}
+        own = {"bad_in_a_row": self.bad_in_a_row, "max_rows": self.max_rows}
+        return {**own, **self.loss_scale.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as `state` says. Errors: `KeyError`, `TypeError`, `ValueError` for any other."""
@@ -134,6 +138,7 @@ class Guard:
             raise ValueError(f"bad_in_a_row {bad_in_a_row!r}")
         if max_rows is not None and (type(max_rows) is not int or max_rows < 1):
             raise ValueError(f"max_rows {max_rows!r}")
+        self.loss_scale.restore(state)
         self.bad_in_a_row, self.max_rows = bad_in_a_row, max_rows
 
     def _halve(self, missing: int | None) -> None:

@@ -7,6 +7,7 @@ mean loss over all supervised tokens of its micro-batches, however they are spre
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.training.loss import supervised_loss, to_device
+from qlora_kit.training.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,13 +31,13 @@ RunBackward = Callable[[Backward, Sequence["Batch"]], Tensor]
 BeforeStep = Callable[[int, float, float], bool]
 """Is called with step, loss and gradient norm before the optimizer; False skips the step."""
 
-FP16_LOSS_SCALE = 1024.0
-"""fp16 gradients below 6e-8 would be zeros; the factor is taken out again before clipping."""
-
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step was: a mean loss over `supervised_tokens`, in nats."""
+    """What one optimizer step was: a mean loss over `supervised_tokens`, in nats.
+
+    `loss_scale` is the factor that it was taken with in fp16.
+    """
 
     step: int
     loss: float
@@ -44,6 +46,7 @@ class StepReport:
     tokens: int
     supervised_tokens: int
     seconds: float
+    loss_scale: float | None = None
 
 
 def train(
@@ -56,15 +59,17 @@ def train(
     run_backward: RunBackward | None = None,
     before_step: BeforeStep | None = None,
     on_step: Callable[[StepReport], None] | None = None,
+    loss_scale: LossScale | None = None,
     start_step: int = 0,
 ) -> list[StepReport]:
     """Train `model`, one optimizer step for the micro-batches of each of `steps`; their reports.
 
     `learning_rate` gives the rate of a step (counted from 1); without it the optimizer's own is
     kept. `run_backward` wraps the passes of a step, `before_step` is called before its optimizer
-    step and `on_step` after it. The model is left in the mode it had.
+    step and `on_step` after it. A step whose fp16 gradients overflow is taken again with a smaller
+    `loss_scale`. The model is left in the mode it had.
     """
-    was_training = model.training
+    was_training, scale = model.training, loss_scale or LossScale(model.dtype)
     model.train()
     history = []
     try:
@@ -73,16 +78,18 @@ def train(
             if learning_rate is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step)
-            read = _Read(before_step)
-            train_step(
-                model,
-                micro_batches,
-                optimizer,
-                step=step,
-                max_grad_norm=max_grad_norm,
-                run_backward=run_backward,
-                before_step=read,
-            )
+            read = _Read(before_step, scale)
+            while read.again:
+                train_step(
+                    model,
+                    micro_batches,
+                    optimizer,
+                    step=step,
+                    max_grad_norm=max_grad_norm,
+                    loss_scale=scale.value,
+                    run_backward=run_backward,
+                    before_step=read,
+                )
             report = StepReport(
                 step=step,
                 loss=read.loss,
@@ -91,6 +98,7 @@ def train(
                 tokens=sum(sum(batch["lengths"]) for batch in micro_batches),
                 supervised_tokens=sum(batch["num_supervised"] for batch in micro_batches),
                 seconds=time.perf_counter() - began,
+                loss_scale=read.loss_scale,
             )
             history.append(report)
             if on_step is not None:
@@ -104,15 +112,27 @@ class _Read:
     """Reads the loss and the gradient norm of a step, and hands them to a `BeforeStep`.
 
     In one transfer, before the optimizer is given its work: the only place of a step that waits for
-    the device. What the optimizer does then overlaps with the beginning of the next step.
+    the device. What the optimizer does then overlaps with the beginning of the next step. `again`
+    says that the step is to be taken, at first and where its gradients were too large for fp16.
     """
 
-    def __init__(self, before_step: BeforeStep | None) -> None:
-        self._before_step = before_step
+    def __init__(self, before_step: BeforeStep | None, scale: LossScale) -> None:
+        self._before_step, self._scale = before_step, scale
         self.loss = self.grad_norm = float("nan")
+        self.loss_scale: float | None = None
+        self.again = True
 
     def __call__(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        self.loss_scale = self._scale.value if self._scale.is_dynamic else None
         self.loss, self.grad_norm = torch.stack((loss, grad_norm)).tolist()
+        is_good = math.isfinite(self.grad_norm)
+        self.again = (
+            not is_good and math.isfinite(self.loss) and self._scale.overflowed(step, self.loss)
+        )
+        if self.again:
+            return False
+        if is_good and math.isfinite(self.loss):
+            self._scale.took_step()
         return self._before_step is None or self._before_step(step, self.loss, self.grad_norm)
 
 
@@ -123,16 +143,20 @@ def train_step(
     *,
     step: int,
     max_grad_norm: float,
+    loss_scale: float | None = None,
     run_backward: RunBackward | None = None,
     before_step: Callable[[int, Tensor, Tensor], bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step; returns its mean loss and its gradient norm, scalars on the device.
 
-    Reads nothing back to Python, so that it also runs on fake tensors.
+    The loss is multiplied by `loss_scale` (without one by what a run of the model's dtype begins
+    with), and the gradients divided by it. Reads nothing back to Python, so that it also runs on
+    fake tensors.
     """
+    scale = LossScale(model.dtype).value if loss_scale is None else loss_scale
 
     def backward(micro_batches: Sequence[Batch]) -> Tensor:
-        return _accumulate(model, micro_batches, step)
+        return _accumulate(model, micro_batches, step, scale)
 
     if run_backward is None:
         loss = backward(micro_batches)
@@ -140,8 +164,8 @@ def train_step(
         loss = run_backward(backward, micro_batches)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in trained if p.grad is not None]
-    if model.dtype is torch.float16:
-        torch._foreach_mul_(grads, 1 / FP16_LOSS_SCALE)
+    if scale != 1.0:
+        torch._foreach_mul_(grads, 1 / scale)
     # Not clip_grad_norm_: a norm that is not finite would spread over gradients that are.
     grad_norm = nn.utils.get_total_norm(grads)
     if before_step is None or before_step(step, loss, grad_norm):
@@ -151,12 +175,13 @@ def train_step(
     return loss, grad_norm
 
 
-def _accumulate(model: PreTrainedModel, micro_batches: Sequence[Batch], step: int) -> Tensor:
+def _accumulate(
+    model: PreTrainedModel, micro_batches: Sequence[Batch], step: int, scale: float
+) -> Tensor:
     """Add the gradient of the micro-batches' mean loss to the parameters; returns that loss.
 
-    fp16 gradients come out `FP16_LOSS_SCALE` times too large.
+    The gradients come out `scale` times too large.
     """
-    scale = FP16_LOSS_SCALE if model.dtype is torch.float16 else 1.0
     # Divide by the step's supervised tokens, not by its micro-batches: they differ in length, and
     # the mean of means is not the mean.
     tokens = sum(batch["num_supervised"] for batch in micro_batches)

@@ -322,11 +322,11 @@ def _grace(seconds: float) -> None:
 def _before_each_step(act: Any) -> None:
     real = loop._accumulate
 
-    def accumulate(model: Any, micro_batches: Any, step: int) -> torch.Tensor:
+    def accumulate(model: Any, micro_batches: Any, step: int, scale: float) -> torch.Tensor:
         # The run's plan takes its steps on fake tensors, before there is a model.
         if has_values(model.get_input_embeddings().weight):
             act(step, model)
-        return real(model, micro_batches, step)
+        return real(model, micro_batches, step, scale)
 
     loop._accumulate = accumulate
 

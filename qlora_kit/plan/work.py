@@ -121,7 +121,8 @@ def _kind_of(func: Any) -> tuple[str | None, str]:
         return "matmul", plain
     if "attention" in name or name.startswith("attend"):
         return "attention", name
-    return ("dequantize" if "dequantize" in name else "elementwise"), name.rstrip("_")
+    decodes = "dequantize" in name or "decode" in name
+    return ("dequantize" if decodes else "elementwise"), name.rstrip("_")
 
 
 def _passes(
@@ -138,15 +139,18 @@ def _passes(
 @functools.cache
 def _written(func: Any) -> tuple[frozenset[Any], tuple[Any, ...]]:
     """Keys of the arguments that are written and not read, and of all that are written."""
-    written = [
-        key
-        for place, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for key in ((argument.name,) if argument.kwarg_only else (place, argument.name))
-    ]
     name = func.overloadpacket.__name__
     blind = name in ("copy_", "zero_", "fill_") or func._schema.overload_name.endswith("out")
-    return frozenset(written if blind else ()), tuple(written)
+    only, written = set[Any](), list[Any]()
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        keys = (argument.name,) if argument.kwarg_only else (place, argument.name)
+        written += keys
+        # Our own operations are given what they fill, but for a gradient that they replace.
+        if blind or (func.namespace == "qlora_kit" and argument.name != "grad"):
+            only.update(keys)
+    return frozenset(only), tuple(written)
 
 
 def _attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -40,8 +40,7 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
     training = options.training
     terminal.print(
         (options.base.model, "bold"),
-        f", {options.base.bits} bits, "
-        f"{training.batch_size} x {options.length} tokens, on {plan.device}",
+        f", {options.base.bits} bits, {training.rows} x {options.length} tokens, on {plan.device}",
     )
     table = Table(show_edge=False)
     for title in ("component", "most in a step", "at the peak"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_kit.config.limits import MOST_ROWS, MOST_STEPS, SEEDS
 from qlora_kit.options.checks import FALSE, a_size, also, between, one_of, size_bytes
@@ -44,15 +44,20 @@ class TrainingConfig(Options):
         "auto: adamw (torch's fused); on CUDA paged_adamw_8bit where its states do not fit",
         check=one_of("auto", *OPTIMIZERS),
     )
-    batch_size: int = option(
-        1,
-        "rows of a micro-batch",
+    batch_size: int | None = option(
+        None,
+        "rows of a micro-batch; auto: on a card whose speed is known as many as are planned to be "
+        "fastest, and the fewer micro-batches for the same rows a step; elsewhere 1",
         flag="per_device_train_batch_size",
         aliases=("batch_size",),
         check=between(1, MOST_ROWS),
+        reads=also({"auto": None}),
+        shown_default="auto",
     )
     gradient_accumulation_steps: int = option(
-        16, "micro-batches of a step", check=between(1, MOST_ROWS)
+        16,
+        "micro-batches of a step; its rows where their number in a micro-batch is auto",
+        check=between(1, MOST_ROWS),
     )
     num_train_epochs: float = option(1.0, "passes over the data", check=between(0, 1e6))
     max_steps: int | None = option(
@@ -83,6 +88,21 @@ class TrainingConfig(Options):
         True, "on CUDA norms, rotary embeddings, MLPs and 4-bit weights by Triton, same numbers"
     )
     seed: int = option(42, "of adapters, data order, dropout and sampling", check=SEEDS)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch: 1 until `auto` has chosen."""
+        return 1 if self.batch_size is None else self.batch_size
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step, in however many micro-batches."""
+        return self.rows * self.gradient_accumulation_steps
+
+    def in_micro_batches_of(self, rows: int) -> TrainingConfig:
+        """The same steps, in micro-batches of so many rows, a divisor of `step_rows`."""
+        count = self.step_rows // rows
+        return replace(self, batch_size=rows, gradient_accumulation_steps=count)
 
     @property
     def budget_bytes(self) -> int | None:

@@ -71,7 +71,7 @@ class StepSchedule:
             packs = make_packs(lengths_of(rows), capacity, training.seed)
         schedule = StepSchedule(
             rows=rows,
-            batch_size=training.batch_size,
+            batch_size=training.rows,
             num_steps=training.max_steps or 1,
             seed=training.seed,
             accumulation=training.gradient_accumulation_steps,
@@ -119,6 +119,14 @@ class StepSchedule:
         """The rows of one step, counted from 1, in their order."""
         ((_, sequences),) = replace(self, start_step=step - 1, num_steps=step)._epochs()
         return [row for rows in self._rows_of(sequences) for row in rows]
+
+    def in_batches_of(self, rows: int) -> StepSchedule:
+        """The same steps in micro-batches of so many sequences, a divisor of a step's."""
+        return replace(self, batch_size=rows, accumulation=self._per_step // rows)
+
+    def mean_width(self) -> int:
+        """The tokens of a sequence in the batches of the first epoch, padding included."""
+        return -(-int(self._sizes(self._order(0)).sum()) // self.num_sequences)
 
     def padding_share(self) -> float:
         """The share of padding in the batches of the first epoch."""

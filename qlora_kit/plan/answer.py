@@ -13,14 +13,14 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.lora.targets import auto_note
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.plan.asked_device import asked_budget, asked_card, asked_device
+from qlora_kit.plan.asked_device import asked_budget, asked_clock, asked_device
+from qlora_kit.plan.micro_batch import fastest_rows
 from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
 from qlora_kit.plan.quantization_error import (
     QuantizationErrors,
     check_errors,
     quantization_errors,
 )
-from qlora_kit.plan.step_time import Clock
 from qlora_kit.plan.suggest import Options, Suggestion, suggest
 
 ROWS, LONGEST, PARTS = (1, 2, 4, 8), 4096, (8, 4, 2, 1)
@@ -70,6 +70,7 @@ class Answer:
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         result = self.plan.as_json()
+        result["batch_size"] = self.options.training.rows
         result["suggestions"] = [
             {"change": one.change, "peak_bytes": one.plan.peak_bytes} for one in self.suggestions
         ]
@@ -90,9 +91,8 @@ def answer(parsed: Parsed) -> Answer:
     """Plan what the options ask for. Errors: `ConfigError`, and those of a `config.json`."""
     asked, base, lora = parsed[PlanConfig], parsed[BaseConfig], parsed[LoRAConfig]
     training, device = parsed[TrainingConfig], asked_device(base, asked)
-    card = asked_card(device, asked)
-    clock = None if card is None else Clock(card)
-    if card is not None and not card.has_bf16 and base.dtype == "auto":
+    clock = asked_clock(device, asked)
+    if clock is not None and not clock.card.has_bf16 and base.dtype == "auto":
         base = replace(base, dtype="fp16")
     if asked.quantization_error:
         check_errors(base)
@@ -100,9 +100,11 @@ def answer(parsed: Parsed) -> Answer:
     # Both groups have the option, and the first one of them is given it.
     data = replace(parsed[DataConfig], max_length=asked.max_length)
     length = data.length_in(planner.run.context)
-    options = Options(base, lora, training, length, asked.packing)
     budget = asked_budget(device, training, asked)
-    plan = planner.plan(options.largest, budget_bytes=budget)
+    training = _in_micro_batches(planner, training, length, asked.packing, budget)
+    options = Options(base, lora, training, length, asked.packing)
+    steps = training.gradient_accumulation_steps
+    plan = planner.plan(options.largest, budget_bytes=budget, micro_steps=steps)
     suggestions = [] if plan.fits or budget is None else suggest(options, planner, device, budget)
     grid = _grid(planner, options, budget) if asked.grid else None
     errors = quantization_errors(base) if asked.quantization_error else None
@@ -116,6 +118,24 @@ def answer(parsed: Parsed) -> Answer:
     )
 
 
+def _in_micro_batches(
+    planner: Planner, training: TrainingConfig, length: int, packing: bool, budget: int | None
+) -> TrainingConfig:
+    """The same steps with the rows of a micro-batch, where they are left to the plan."""
+    if training.batch_size is not None or planner.clock is None:
+        return training.in_micro_batches_of(training.rows)
+
+    def plan_of(rows: int) -> MemoryPlan:
+        shape, steps = BatchShape(rows, length, length, packing), training.step_rows // rows
+        return planner.plan(shape, budget_bytes=budget, micro_steps=steps)
+
+    def seconds_of(rows: int, plan: MemoryPlan) -> float:
+        assert plan.time is not None
+        return plan.time.total_s
+
+    return training.in_micro_batches_of(fastest_rows(training.step_rows, plan_of, seconds_of))
+
+
 def _hours(plan: MemoryPlan, training: TrainingConfig, asked: PlanConfig) -> float | None:
     """Of a run's steps: as many as are asked for, or as the data set gives."""
     if plan.time is None:
@@ -124,8 +144,7 @@ def _hours(plan: MemoryPlan, training: TrainingConfig, asked: PlanConfig) -> flo
     if training.max_steps is not None:
         seconds = training.max_steps * plan.time.total_s
     elif asked.rows is not None:
-        rows = training.batch_size * training.gradient_accumulation_steps
-        seconds = epochs * asked.rows / rows * plan.time.total_s
+        seconds = epochs * asked.rows / training.step_rows * plan.time.total_s
     elif asked.tokens is not None:
         seconds = epochs * asked.tokens / plan.time.tokens_per_s
     return None if seconds is None else seconds / 3600

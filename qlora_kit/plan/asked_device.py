@@ -7,9 +7,10 @@ import torch
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.device.cards import Card, find_card
+from qlora_kit.device.cards import find_card
 from qlora_kit.device.found import available_bytes, card_of, find_device
 from qlora_kit.options.checks import size_bytes
+from qlora_kit.plan.step_time import Clock
 
 
 def asked_device(base: BaseConfig, asked: PlanConfig) -> str:
@@ -20,11 +21,14 @@ def asked_device(base: BaseConfig, asked: PlanConfig) -> str:
     return "cuda" if is_card else find_device("auto").type
 
 
-def asked_card(device: str, asked: PlanConfig) -> Card | None:
-    """The card that is named; else the one here, unless other memory is planned for."""
+def asked_clock(device: str, asked: PlanConfig) -> Clock | None:
+    """Times on the card that is named; else on the one here, unless other memory is planned for."""
+    card = None
     if asked.card is not None:
-        return find_card(asked.card)
-    return card_of(torch.device(device)) if asked.device_memory is None else None
+        card = find_card(asked.card)
+    elif asked.device_memory is None:
+        card = card_of(torch.device(device))
+    return None if card is None else Clock(card)
 
 
 def asked_budget(device: str, training: TrainingConfig, asked: PlanConfig) -> int | None:

@@ -10,6 +10,7 @@ levels of recompute from `plan/levels.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from qlora_kit.config.data import DEFAULT_LENGTH
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.found import OVERHEADS, Overhead, find_device
-from qlora_kit.memory.counter import COMPONENTS, Sizes, most_of_each
+from qlora_kit.memory.counter import COMPONENTS, Interval, Sizes, most_of_each
 from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.levels import Chosen, choose_levels, recomputed_share
@@ -155,7 +156,7 @@ def plan_memory(
     """
     lora, training = lora or LoRAConfig(), training or TrainingConfig()
     planner = Planner(base or BaseConfig(), lora, training, device)
-    shape = BatchShape(training.batch_size, length, length, packing)
+    shape = BatchShape(training.rows, length, length, packing)
     budget = training.budget_bytes if budget_bytes is None else budget_bytes
     return planner.plan(shape, budget_bytes=budget)
 
@@ -230,8 +231,7 @@ class Planner:
     def _plan(
         self, shape: BatchShape, level: str, budget_bytes: int | None, micro_steps: int
     ) -> MemoryPlan:
-        self.run.packed, self.run.longest_row = shape.packed, shape.longest_row or shape.length
-        batches = self.run.micro_batches(shape.rows, shape.length, shape.supervised, micro_steps)
+        batches = self._batches(shape, micro_steps)
         if level == "auto":
             budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
             known = self._traced.setdefault((self.run.optim, shape, micro_steps), {})
@@ -240,11 +240,23 @@ class Planner:
             levels = (level,) * len(self.run.layers)
             chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
         tokens = batches[-1]["input_ids"].numel()
-        time = None
-        if self.clock is not None:
-            whole = tokens * micro_steps
-            time = self.clock.step(chosen.intervals, self.run.updates, micro_steps, whole)
+        time = self._timed(chosen.intervals, micro_steps, tokens)
         return replace(self._plan_of(chosen, shape, budget_bytes), tokens=tokens, time=time)
+
+    def time(self, shape: BatchShape, levels: Sequence[str], micro_steps: int) -> StepTime | None:
+        """What a step of such micro-batches takes with given levels, where there is a clock."""
+        batches = self._batches(shape, micro_steps)
+        passes = self.run.passes(batches, levels)
+        return self._timed(passes, micro_steps, batches[-1]["input_ids"].numel())
+
+    def _batches(self, shape: BatchShape, micro_steps: int) -> Any:
+        self.run.packed, self.run.longest_row = shape.packed, shape.longest_row or shape.length
+        return self.run.micro_batches(shape.rows, shape.length, shape.supervised, micro_steps)
+
+    def _timed(self, passes: Sequence[Interval], micro_steps: int, tokens: int) -> StepTime | None:
+        if self.clock is None:
+            return None
+        return self.clock.step(passes, self.run.updates, micro_steps, tokens * micro_steps)
 
     @property
     def overhead(self) -> Overhead:

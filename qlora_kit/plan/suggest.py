@@ -35,7 +35,7 @@ class Options:
     @property
     def largest(self) -> BatchShape:
         """The largest micro-batch."""
-        return BatchShape(self.training.batch_size, self.length, self.length, self.packing)
+        return BatchShape(self.training.rows, self.length, self.length, self.packing)
 
     def differences(self, other: Options) -> str:
         """The flags that make these options of the `other` ones."""
@@ -48,7 +48,7 @@ class Options:
                 self.training.gradient_checkpointing,
                 other.training.gradient_checkpointing,
             ),
-            ("batch_size", self.training.batch_size, other.training.batch_size),
+            ("batch_size", self.training.rows, other.training.rows),
             (
                 "gradient_accumulation_steps",
                 self.training.gradient_accumulation_steps,
@@ -130,7 +130,7 @@ def _recompute(options: Options) -> Iterator[Options]:
 
 
 def _batch(options: Options) -> Iterator[Options]:
-    rows, steps = options.training.batch_size, options.training.gradient_accumulation_steps
+    rows, steps = options.training.rows, options.training.gradient_accumulation_steps
     while rows > 1 and rows % 2 == 0 and 2 * steps <= MOST_ROWS:
         rows, steps = rows // 2, steps * 2
         yield _training(options, batch_size=rows, gradient_accumulation_steps=steps)

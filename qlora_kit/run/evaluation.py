@@ -29,7 +29,7 @@ class HeldOut:
     ) -> None:
         self.questions = _questions(plan)
         self._plan, self._model, self._reporter, self._signals = plan, model, reporter, signals
-        self._rows = max(EVAL_ROWS, plan.config.training.batch_size)
+        self._rows = max(EVAL_ROWS, plan.config.training.rows)
 
     def loss(self, step: int) -> Evaluation | None:
         """The held-out loss after `step`, in smaller batches where the device is full.

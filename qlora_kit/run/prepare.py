@@ -66,11 +66,17 @@ def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | Finish
             f"{resume.path} stands after step {resume.step}, and this run has {schedule.num_steps}",
             "raise --max_steps or --num_train_epochs",
         )
-    memory = planned_run(config, base, schedule, max(resolved.ranks.values()))
+    schedule, memory = planned_run(config, base, schedule, max(resolved.ranks.values()))
+    if schedule.batch_size != config.training.rows:
+        reporter.note(
+            f"micro-batches of {schedule.batch_size} rows, {schedule.accumulation} a step: as "
+            "planned the fastest for the same steps"
+        )
     reporter.memory(memory)
     if config.output.compare_bits:
-        reporter.bits(measured_bits(config.base))
-    config = replace(config, training=replace(config.training, optim=memory.optim))
+        reporter.bits(measured_bits(config))
+    training = config.training.in_micro_batches_of(schedule.batch_size)
+    config = replace(config, training=replace(training, optim=memory.optim))
     return PreparedRun(
         **vars(replace(resolved, config=config)),
         rows=rows,

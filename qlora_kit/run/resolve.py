@@ -15,7 +15,7 @@ from qlora_kit.run.encoding import settle_data
 from qlora_kit.run.place import default_names, is_finished, output_directory
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.request import RunRequest
-from qlora_kit.run.resume import find_checkpoint, overridden_options
+from qlora_kit.run.resume import find_checkpoint, overridden_options, resumed_rows
 from qlora_kit.run.targets import check_targets
 from qlora_kit.training.checkpoint import Checkpoint
 
@@ -94,6 +94,7 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
     if training.optim == "auto" and resume is not None and resume.options.get("optim"):
         # What the memory of that day decided; its states are in the checkpoint.
         training = replace(training, optim=resume.options["optim"])
+    training = resumed_rows(training, resume)
     ranks = check_targets(lora, base, directory, training.optim, start.ranks, reporter)
     is_chat = request.rows.format == "messages"
     data = settle_data(asked.data, lora.adapter, base, resume, is_chat=is_chat)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.config.run import RunConfig
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import CheckpointError, ConfigError
 from qlora_kit.files.atomic import real_path
 from qlora_kit.options.names import closest
@@ -113,6 +114,20 @@ def check_resumed(
         )
     for name, how in different.items():
         reporter.note(f"overridden: {name}: {how}")
+
+
+def resumed_rows(training: TrainingConfig, resume: Checkpoint | None) -> TrainingConfig:
+    """The options with the micro-batches of a checkpoint, where they are `auto` and fit its steps.
+
+    What a card had room for when a run began is part of it.
+    """
+    if resume is None or training.batch_size is not None:
+        return training
+    rows = resume.options.get("per_device_train_batch_size")
+    steps = resume.options.get("gradient_accumulation_steps")
+    if not (isinstance(rows, int) and isinstance(steps, int)) or rows * steps != training.step_rows:
+        rows = 1
+    return training.in_micro_batches_of(rows)
 
 
 def overridden_options(config: RunConfig) -> set[str]:

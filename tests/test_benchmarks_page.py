@@ -52,3 +52,21 @@ def test_the_table_of_speed_is_what_was_measured():
             faster = (found["ratios"][f"tokens_per_s: {ours} / {side}"] for side in sides[1:])
             expected.append([str(bits), level, *cells, ", ".join(f"{one:.2f}" for one in faster)])
     assert table_rows("How fast, and how much memory") == expected
+
+
+def test_the_table_of_modelled_steps_is_what_was_modelled():
+    expected = []
+    for card, one in measured("step_time")["cards"].items():
+        for side, step in one["sides"].items():
+            cells = [card, side, step["levels"], f"{step['step_s'] * 1e3:,.0f} ms"]
+            ratios = (step["step_s"] / least for least in (peft_s(one), one["floor_s"]))
+            expected.append([*cells, f"{step['tokens_per_s']:,.0f}", *map("{:.2f}".format, ratios)])
+            total = sum(step["seconds"].values())
+            assert abs(total - step["step_s"]) < 1e-9 * total
+    marked = PAGE.partition("<!-- step_time -->")[2].partition("<!-- /step_time -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in marked.strip().splitlines()[2:]]
+    assert [row[:7] for row in rows] == expected
+
+
+def peft_s(card):
+    return card["sides"]["PEFT"]["step_s"]

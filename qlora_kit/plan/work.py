@@ -147,8 +147,7 @@ def _written(func: Any) -> tuple[frozenset[Any], tuple[Any, ...]]:
             continue
         keys = (argument.name,) if argument.kwarg_only else (place, argument.name)
         written += keys
-        # Our own operations are given what they fill, but for a gradient that they replace.
-        if blind or (func.namespace == "qlora_kit" and argument.name != "grad"):
+        if blind:
             only.update(keys)
     return frozenset(only), tuple(written)
 

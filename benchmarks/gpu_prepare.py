@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from gpu_parts.families import BITS, apart, gradients_of, prepared_model, rows_batch  # noqa: E402
 from gpu_parts.setting import lora_options, training_options  # noqa: E402
-from gpu_parts.shapes import PLANNED, Point, write_shape  # noqa: E402
+from gpu_parts.shapes import PLANNED, SHAPES, Point, shape_of, write_shape  # noqa: E402
 
 from qlora_kit.config.base import BaseConfig  # noqa: E402
 from qlora_kit.device.cards import CARDS, Card, find_card  # noqa: E402
@@ -64,7 +64,8 @@ def main() -> None:
         print("packages", flush=True)
     make_families(given.output / "families", small=given.small)
     plans = {point.name: planned(point, given) for point in chosen_points(given)}
-    content = {"device": given.device, "small": given.small, "plans": plans}
+    shapes = {name: shape_of(name, given.small) for name in SHAPES}
+    content = {"device": given.device, "shapes": shapes, "plans": plans}
     (given.output / "plans.json").write_text(json.dumps(content, indent=1))
     (given.output / "prepared.json").write_text(json.dumps(provenance(), indent=1))
     size = sum(path.stat().st_size for path in given.output.rglob("*") if path.is_file())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from random_checkpoint import Noise
 
-from gpu_parts.shapes import Point, short, write_shape
+from gpu_parts.shapes import Point, shape_of, short, write_shape
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.linear import quantize_linear
 from qlora_kit.base.load import fill
@@ -81,8 +81,9 @@ class Setting:
         if self.prepared is None or not (self.prepared / "plans.json").exists():
             return None
         plans = json.loads((self.prepared / "plans.json").read_text())
-        if (plans["device"], plans["small"]) != (self.device.type, self.small):
-            return None
+        shape = shape_of(point.model, self.small)
+        if plans["device"] != self.device.type or plans["shapes"].get(point.model) != shape:
+            return None  # made for others
         found: dict[str, Any] | None = plans["plans"].get(point.name)
         return found
 

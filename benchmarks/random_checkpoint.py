@@ -41,21 +41,30 @@ class Noise:
         """The tensor, filled in place."""
         if tensor.dim() < 2:
             return tensor.fill_(1)
-        tile, flat = self._tile_like(tensor), tensor.view(-1)
-        for start in range(0, flat.numel(), TILE):
-            part = flat[start : start + TILE]
-            part.copy_(tile[: part.numel()])
+        self._repeat(tensor.view(-1), 0)
         return tensor
+
+    def __call__(self, entry: TensorEntry, into: Tensor) -> None:
+        """Fill the bytes of an entry, or a piece of it, a flat uint8 tensor, by their place."""
+        numbers = into.view(entry.torch_dtype)
+        if len(entry.shape) < 2:
+            numbers.fill_(1)
+        else:
+            self._repeat(numbers, entry.start // numbers.itemsize)
+
+    def _repeat(self, flat: Tensor, first: int) -> None:
+        """Fill (n,) with what stands from the number `first` on, in a tile without an end."""
+        tile, done = self._tile_like(flat), 0
+        while done < flat.numel():
+            part = tile[(first + done) % TILE :][: flat.numel() - done]
+            flat[done : done + part.numel()].copy_(part)
+            done += part.numel()
 
     def _tile_like(self, tensor: Tensor) -> Tensor:
         key = tensor.dtype, tensor.device
         if key not in self._cast:
             self._cast[key] = self._tile.to(tensor.device, tensor.dtype)
         return self._cast[key]
-
-    def __call__(self, entry: TensorEntry, into: Tensor) -> None:
-        """Fill the bytes of an entry, a flat uint8 tensor."""
-        self.fill(into.view(entry.torch_dtype).view(entry.shape))
 
 
 def make_checkpoint(config: Path, directory: Path, shards: int = 1, seed: int = 0) -> None:

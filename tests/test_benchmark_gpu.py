@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +141,10 @@ def test_noise_repeats_a_tile_and_reads_as_a_file_would(length: int) -> None:
     read = torch.empty(4 * length, dtype=torch.uint8)
     noise(entry, read)
     assert torch.equal(read.view(torch.bfloat16).view(length, 2), filled)
+    for start, end in ((0, 2 * length), (2 * length, 4 * length)):
+        piece = torch.empty(end - start, dtype=torch.uint8)
+        noise(replace(entry, start=start, end=end), piece)
+        assert torch.equal(piece, read[start:end])
     flat, tile = filled.view(-1), random_checkpoint.TILE
     if flat.numel() > tile:
         assert torch.equal(flat[tile:], flat[: flat.numel() - tile])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -13,37 +14,20 @@ from gpu_parts.setting import Setting
 from gpu_parts.shapes import BIG
 from qlora_kit.base.linear import QuantizedLinear, quantize_linear
 from qlora_kit.base.load import fill
-from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry
 
 
 def run(setting: Setting, found: dict[str, Any]) -> str:
-    """Load once, each part of it timed with a wait before and after."""
-    base, noise, spent = setting.base(BIG), Noise(), {"read_s": 0.0, "encode_s": 0.0}
-
-    def read(entry: TensorEntry, into: Tensor) -> None:
-        began = time.perf_counter()
-        noise(entry, into)
-        spent["read_s"] += time.perf_counter() - began
-
-    def quantize(
-        weight: Tensor, bias: Tensor | None, how: Quantization, *, name: str = "weight"
-    ) -> QuantizedLinear:
-        setting.wait()
-        began = time.perf_counter()
-        layer = quantize_linear(weight, bias, how, name=name)
-        setting.wait()
-        spent["encode_s"] += time.perf_counter() - began
-        return layer
-
+    """Load once with waits around each part, then once as a run does; that model stays."""
+    found["apart"] = apart = _apart(setting)
+    gc.collect()
     if setting.cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    model = fill(base, read, quantize=quantize)
+    base, began = setting.base(BIG), time.perf_counter()
+    model = fill(base, Noise())
     setting.wait()
-    taken = time.perf_counter() - began
-    found |= {"seconds": taken, **spent}
-    found["check_and_copy_s"] = taken - sum(spent.values())
+    found["seconds"] = time.perf_counter() - began
     found["held_bytes"] = _held(model)
     if setting.cuda:
         found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
@@ -52,9 +36,35 @@ def run(setting: Setting, found: dict[str, Any]) -> str:
         found["beside_bytes"] = found["reserved_bytes"] - found["allocated_bytes"]
     setting.models[BIG, "bf16"] = setting.adapted(model)
     return (
-        f"{found['held_bytes'] / 1e9:.2f} GB in {taken:.1f} s: {spent['read_s']:.1f} filled, "
-        f"{found['check_and_copy_s']:.1f} checked and copied, {spent['encode_s']:.1f} encoded"
+        f"{found['held_bytes'] / 1e9:.2f} GB in {found['seconds']:.1f} s; one after another "
+        f"{apart['read_s']:.1f} filled, {apart['copy_s']:.1f} copied and checked, "
+        f"{apart['encode_s']:.1f} encoded"
     )
+
+
+def _apart(setting: Setting) -> dict[str, float]:
+    """Seconds of loading by part, with the device waited for in between."""
+    noise, spent = Noise(), {"read_s": 0.0, "encode_s": 0.0}
+
+    def read(entry: TensorEntry, into: Tensor) -> None:
+        setting.wait()
+        began = time.perf_counter()
+        noise(entry, into)
+        spent["read_s"] += time.perf_counter() - began
+
+    def quantize(*given: Any, **options: Any) -> QuantizedLinear:
+        setting.wait()
+        began = time.perf_counter()
+        layer = quantize_linear(*given, **options)
+        setting.wait()
+        spent["encode_s"] += time.perf_counter() - began
+        return layer
+
+    base, began = setting.base(BIG), time.perf_counter()
+    fill(base, read, quantize=quantize)
+    setting.wait()
+    taken = time.perf_counter() - began
+    return {**spent, "copy_s": taken - sum(spent.values()), "seconds": taken}
 
 
 def _held(model: nn.Module) -> int:

@@ -97,7 +97,8 @@ def measure(peer: Peer, plans: list[MemoryPlan], given: Any) -> list[dict[str, A
             taken = statistics.median(seconds[plan.levels])
             one |= {"counted_bytes": counted[plan.levels], "step_s": taken}
             one |= {"tokens_per_s": tokens / taken}
-            # What a budget has room for: without the context, which no allocator counts.
+            # What a budget has room for, without the context, which no allocator counts, and the
+            # margin.
             room = OVERHEADS[plan.device].room(one["budget_bytes"])
             one |= {"room_bytes": room, "used": counted[plan.levels] / room}
         found.append(one)
@@ -130,8 +131,9 @@ def main() -> None:
             copy_tokenizer(TINY, given.directory)
         planner = planner_of(given.directory, given)
         largest = BatchShape(given.batch, given.length, given.length)
-        ends = [planner.plan(largest, level).peak_bytes for level in ("full", "none")]
-        low, high = BELOW * ends[0], ABOVE * ends[1]
+        all_of, none = (planner.plan(largest, level) for level in ("full", "none"))
+        low = BELOW * (all_of.peak_bytes + all_of.margin_bytes)
+        high = ABOVE * (none.peak_bytes + none.margin_bytes)
         steps = [number / (given.budgets - 1) for number in range(given.budgets)]
         budgets = [int(low + (high - low) * step) for step in steps]
         plans = [planner.plan(largest, "auto", budget) for budget in budgets]
@@ -139,7 +141,8 @@ def main() -> None:
         found = measure(peer, plans, given)
     name = "tiny" if given.shape == "tiny" else shape.stem
     setting = {"shape": name, "bits": given.bits, "batch": given.batch, "length": given.length}
-    result = {**setting, "full_bytes": ends[0], "none_bytes": ends[1], "budgets": found}
+    ends = {"full_bytes": all_of.peak_bytes, "none_bytes": none.peak_bytes}
+    result = {**setting, **ends, "budgets": found}
     path = write_result(given, result)
     for one in found:
         print(one)

@@ -29,8 +29,6 @@ import step_profile
 from gpu_parts import PARTS, Part, chosen
 from gpu_parts.shapes import PLANNED, SHAPES, shape_of
 
-PAGE = (BENCHMARKS.parent / "README.md").read_text()
-
 
 def test_parts_run_one_after_another_and_the_result_says_what_was_left_out(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--small"]
@@ -167,16 +165,16 @@ def test_a_kernel_is_counted_once_and_not_again_with_its_operator() -> None:
     assert [one.key for one in events if step_profile.on_device(one)] == ["gemm_kernel"]
 
 
-def test_the_readme_says_what_a_card_showed_or_that_none_did() -> None:
+def test_the_pages_say_what_a_card_showed_or_that_none_did() -> None:
     there = gpu_table.RESULT.exists()
     result = json.loads(gpu_table.RESULT.read_text()) if there else None
-    assert gpu_table.MARKS.search(PAGE)
-    assert gpu_table.MARKS.search(PAGE)[0] == (
-        f"<!-- cuda -->\n{gpu_table.rendered(result)}<!-- /cuda -->"
-    )
+    for page, text_of in gpu_table.PAGES.items():
+        marked = gpu_table.MARKS.search(page.read_text())
+        assert marked is not None, page
+        assert marked[0] == f"<!-- cuda -->\n{text_of(result)}<!-- /cuda -->"
 
 
-def test_the_table_has_the_figures_of_a_result() -> None:
+def test_the_tables_have_the_figures_of_a_result() -> None:
     step = "llama3.1-8b, 1 x 2048, none"
     point = {"planned_bytes": 12.5e9, "allocated_bytes": 12.4e9, "reserved_bytes": 13e9}
     ours, best, guide = ({"tokens_per_s": number} for number in (3000.0, 2000.0, 1500.0))
@@ -188,11 +186,14 @@ def test_the_table_has_the_figures_of_a_result() -> None:
         "start": {"card": {"name": "NVIDIA X"}},
     }
     result = {"device": "cuda", "small": False, "parts": parts}
-    text = gpu_table.rendered(result)
-    assert f"| {step} | 12.50 GB | 12.40 GB | 13.00 GB |" in text
-    assert "| none | 3,000 | 1,500 | 2,000 | 2.00, 1.50 |" in text
+    text = gpu_table.short(result)
+    row = "| llama3.1-8b | none | 12.50 GB | 12.40 GB | 3,000 | 1,500 (x 2.00) | 2,000 (x 1.50) |"
+    assert row in text
+    assert "| llama2-7b | full | - | - | - | - | - |" in text
     assert "one NVIDIA X" in text
     assert "80 with 1 row, 512 with 8 rows" in text
     assert "0.8%" in text
+    assert len(text.splitlines()) <= 8
+    assert f"| {step} | 12.50 GB | 12.40 GB | 13.00 GB |" in gpu_table.whole(result)
     with pytest.raises(ValueError, match="not that of a card"):
-        gpu_table.rendered({**result, "device": "cpu"})
+        gpu_table.short({**result, "device": "cpu"})

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from gpu_parts.setting import Setting
+from qlora_kit.device.target import DTYPES
+from qlora_kit.kernels.triton_ops import uses_triton
 
 PACKAGES = (
     *("torch", "triton", "transformers", "bitsandbytes", "peft", "accelerate"),
@@ -57,6 +59,10 @@ def _card(found: dict[str, Any]) -> None:
         "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
         "varlen": importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+    }
+    found["triton"] = {  # it needs a C compiler beside itself
+        name: uses_triton(torch.ones(1, device="cuda", dtype=dtype))
+        for name, dtype in DTYPES.items()
     }
     small = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
     (small @ small).sum().item()

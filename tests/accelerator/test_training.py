@@ -5,52 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerator import accelerator, copied, in_order, saved
-from micro_batches import ragged_rows
+from accelerator import accelerator, in_order, of_batch, rows_are_known, saved, small_batch
 
-from qlora_kit.data.batch import Batch, collate
-from qlora_kit.training.attention import known_rows
-from qlora_kit.training.loop import train, train_step
-from qlora_kit.training.loss import evaluate
+from qlora_kit.training.loop import train_step
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, *batches: Any) -> None:
-    with known_rows(False):
+    with rows_are_known():
         loss, norm = train_step(model, batches, optimizer, step=1, max_grad_norm=1.0)
     assert loss.device == norm.device == model.device
 
 
-def tensors(batch: Batch) -> list[torch.Tensor]:
-    return [one for one in batch.values() if isinstance(one, torch.Tensor)]
-
-
-def test_a_step_copies_the_batch_alone_and_reads_nothing() -> None:
-    batch = collate(ragged_rows(3), 0)
+def test_micro_batches_go_up_one_by_one_and_nothing_is_read() -> None:
+    first, second = small_batch(), small_batch(seed=1)
     with accelerator() as card:
-        model = card.adapted(saved("llama2"), bits=4, recompute="full")
-        optimizer, given = card.optimizer(model), card.on_host(batch)
+        model = card.adapted(saved("llama2"), recompute="full", dropout=0.1)
+        optimizer, given = card.optimizer(model), [card.on_host(one) for one in (first, second)]
         with card.watch() as seen:
-            step(model, optimizer, given)
-    assert in_order(seen.copied_in) == copied(tensors(batch))
+            step(model, optimizer, *given)
+            step(model, optimizer, *given)
+    assert in_order(seen.copied_in) == of_batch(first, second, first, second)
     assert seen.copied_out == []
-
-
-def test_a_run_waits_once_a_step_and_once_an_evaluation() -> None:
-    """For the loss and the norm together, before the optimizer; for the sum of all batches."""
-    batch, asked = collate(ragged_rows(3), 0), []
-
-    def before_step(step: int, loss: float, norm: float) -> bool:
-        asked.append((step, loss, norm, seen.operations["aten::_fused_adamw_"]))
-        return True
-
-    with accelerator() as card, known_rows(False):
-        model = card.adapted(saved("llama2"), bits=4)
-        optimizer, given = card.optimizer(model), card.on_host(batch)
-        with card.watch(may_read=True) as seen:
-            reports = train(model, [[given, given]] * 2, optimizer, before_step=before_step)
-        assert seen.reads == [(2,)] * 2
-        with card.watch(may_read=True) as seen:
-            evaluate(model, [given] * 3)
-        assert seen.reads == [()]
-    assert asked == [(1, 1.0, 1.0, 0), (2, 1.0, 1.0, 1)]
-    assert [(one.loss, one.grad_norm) for one in reports] == [(1.0, 1.0)] * 2

@@ -25,17 +25,19 @@ it run in a process of their own (`tests/accelerator/conftest.py`).
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from any_model import save_random
 from families import TRAITS, save_checkpoint
+from micro_batches import ragged_rows
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,9 +53,11 @@ from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
+from qlora_kit.data.batch import Batch, collate, collate_packs
 from qlora_kit.device import target
 from qlora_kit.device.target import Capability, planned_device
 from qlora_kit.lora.inject import inject_lora
+from qlora_kit.training import attention
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model
 
@@ -68,6 +72,8 @@ READS = {
     torch.ops.aten.masked_select.default,
 }
 """The operations for which the host waits, whatever they are called by."""
+BY_INDEX = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default}
+"""Those whose results depend on how much of a mask is true."""
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
@@ -81,7 +87,10 @@ class MixedDevicesError(AssertionError):
 
 @dataclass(frozen=True)
 class Copied:
-    """A tensor that went between host and device."""
+    """A tensor that went between host and device, in the dtype that it came in.
+
+    torch converts it before it goes.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -91,9 +100,41 @@ class Copied:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def place() -> str:
+    """Where the program is: in the package, and in whatever it has called, torch left out."""
+    ours, theirs, frame = "", "", sys._getframe()
+    while frame.f_back is not None and not ours:
+        frame = frame.f_back
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and file != __file__:
+            here = f"{file}:{frame.f_lineno}"
+            theirs = theirs or here
+            ours = here if "/qlora_kit/" in file else ""
+    return f"at {ours or '?'}, {theirs or '?'}"
+
+
 def copied(tensors: Iterable[Tensor]) -> list[Copied]:
     """What copying these tensors is seen as, in an order of its own."""
     return in_order(Copied(tuple(one.shape), one.dtype) for one in tensors)
+
+
+def of_batch(*batches: Batch) -> list[Copied]:
+    """What a step copies: the tensors of its batches, each once."""
+    return copied(
+        one for batch in batches for one in batch.values() if isinstance(one, torch.Tensor)
+    )
+
+
+def small_batch(packed: bool = False, seed: int = 0) -> Batch:
+    """Two sequences of random tokens, with values; of two rows each where they are packed."""
+    rows = ragged_rows(4, seed)
+    return collate_packs([rows[:2], rows[2:]], 0) if packed else collate(rows[:2], 0)
+
+
+def rows_are_known() -> Any:
+    """What keeps transformers from reading positions, where a step does not do that by itself."""
+    known = getattr(attention, "known_rows", None)
+    return contextlib.nullcontext() if known is None else known(False)
 
 
 def in_order(copies: Iterable[Copied]) -> list[Copied]:
@@ -105,9 +146,9 @@ class Seen(TorchDispatchMode):
     """What operations on the device do; those of backward, in its thread, too.
 
     `copied_in` went from the host to the device, `copied_out` the other way, `reads` are the shapes
-    of tensors whose values were asked for. `operations` counts operations by name, `results` has
-    the name and the shape of every result on the device. Without `may_read` a read raises; with it
-    every value is 1.
+    of tensors whose values were asked for; `places` says of each of these where, for whoever looks
+    for it. `operations` counts operations by name, `results` has the name and the shape of every
+    result on the device. Without `may_read` a read raises; with it every value is 1.
     """
 
     def __init__(self, device: torch.device, may_read: bool = False) -> None:
@@ -116,30 +157,37 @@ class Seen(TorchDispatchMode):
         self.copied_in: list[Copied] = []
         self.copied_out: list[Copied] = []
         self.reads: list[tuple[int, ...]] = []
+        self.places: list[str] = []
         self.operations: Counter[str] = Counter()
         self.results: set[tuple[str, tuple[int, ...]]] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func is ASKS_DEVICE:
             return args[0].fake_device
-        given = list(tensors_in((args, kwargs.values())))
-        here = [one for one in given if one.device.type == NAME]
-        self._check(func, given, here, kwargs.get("generator"))
-        if func in READS and here:
-            self.read(here[0], str(func))
-            if func is torch.ops.aten._local_scalar_dense.default:
-                return stand_in(here[0].dtype)
+        # Each thread has its own mark for this, and that of backward is not asked before.
+        torch._C._set_only_lift_cpu_tensors(True)
+        kwargs = kwargs or {}
+        here, away = [], []
+        for one in tensors_in((*args, *kwargs.values())):
+            (here if one.device.type == NAME else away).append(one)
+        if here:
+            self._check(func, away, kwargs.get("generator"))
+            if func in BY_INDEX and any(one.dtype is torch.bool for one in tensors_in(args[1])):
+                self.read(here[0], f"{func} with a mask")
+            if func in READS:
+                self.read(here[0], str(func))
+                if func is torch.ops.aten._local_scalar_dense.default:
+                    return stand_in(here[0].dtype)
         if func in COPIES:
             self._copy(func, args, kwargs)
         result = func(*args, **kwargs)
-        made = [one for one in tensors_in((result,)) if one.device.type == NAME]
+        made = [tuple(one.shape) for one in tensors_in((result,)) if one.device.type == NAME]
         if here or made:
             name = func._schema.name
             self.operations[name] += 1
-            self.results.update((name, tuple(one.shape)) for one in made)
+            self.results.update((name, shape) for shape in made)
         return result
 
     @classmethod
@@ -149,27 +197,29 @@ class Seen(TorchDispatchMode):
     def read(self, tensor: Tensor, by: str) -> None:
         """The host asks for the values of a tensor of the device."""
         self.reads.append(tuple(tensor.shape))
+        what = f"the host reads {tuple(tensor.shape)} {tensor.dtype} by {by} {place()}"
+        self.places.append(what)
         if not self._may_read:
-            raise HostReadError(f"the host reads {tuple(tensor.shape)} {tensor.dtype} by {by}")
+            raise HostReadError(what)
 
-    def _check(self, func: Any, given: list[Tensor], here: list[Tensor], generator: Any) -> None:
-        if here and isinstance(generator, DeviceGenerator) and generator.made_for != NAME:
+    def _check(self, func: Any, away: list[Tensor], generator: Any) -> None:
+        """Refuse what takes tensors of the device, and others; CUDA takes numbers of the host."""
+        if generator is not None and DeviceGenerator.is_of_host(generator):
             raise MixedDevicesError(f"{func}: a generator of the host")
-        # CUDA takes a number of the host, and copies go between devices.
-        away = [one for one in given if one.device.type != NAME and one.dim()]
-        if here and away and func not in COPIES:
-            shapes = [tuple(one.shape) for one in away]
+        if func not in COPIES and (shapes := [tuple(one.shape) for one in away if one.dim()]):
             raise MixedDevicesError(f"{func}: {shapes} on the host")
 
     def _copy(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         into_place = func is torch.ops.aten.copy_.default
         source = args[1] if into_place else args[0]
         device = args[0].device if into_place else kwargs.get("device") or source.device
-        if device.type == source.device.type:
+        if device.type == source.device.type or not source.numel():
             return
-        what = Copied(tuple(source.shape), source.dtype)
+        dtype = args[0].dtype if into_place else kwargs.get("dtype") or source.dtype
+        what = Copied(tuple(source.shape), dtype)
         if device.type == NAME:
             self.copied_in.append(what)
+            self.places.append(f"{what} goes up {place()}")
         else:
             self.copied_out.append(what)
             self.read(source, str(func))
@@ -192,31 +242,35 @@ class Accelerator:
         finally:
             self.watching = before
 
-    def open(self, directory: Path | str, *, bits: int = 4, dtype: str = "bf16") -> Base:
-        """The base in a directory, opened for this device."""
+    def open(
+        self, directory: Path | str, *, bits: int = 4, dtype: str = "bf16", **how: Any
+    ) -> Base:
+        """The base in a directory, opened for this device; `how` are options of `BaseConfig`."""
         # Headers have values.
         with unset_fake_temporarily():
-            config = BaseConfig(str(directory), bits=bits, dtype=dtype, device="cpu")
+            config = BaseConfig(str(directory), bits=bits, dtype=dtype, device="cpu", **how)
             return replace(open_base(config), device=self.device)
 
-    def load(self, directory: Path | str, *, bits: int = 4, dtype: str = "bf16") -> Any:
+    def load(self, directory: Path | str, **how: Any) -> Any:
         """The frozen model of the base in a directory, as loading leaves it on the device."""
-        return fill(self.open(directory, bits=bits, dtype=dtype), lambda entry, into: None)
+        base = self.open(directory, **how)
+        # A model of a family without a record is tried on some tokens then, and may be waited for.
+        with self.watch(may_read=True) if self.watching is None else contextlib.nullcontext():
+            return fill(base, lambda entry, into: None)
 
     def adapted(
         self,
         directory: Path | str,
         *,
-        bits: int = 4,
-        dtype: str = "bf16",
         recompute: str = "none",
         packed: bool = False,
         dropout: float = 0.0,
         targets: str = "all-linear",
         fused: bool = True,
+        **how: Any,
     ) -> Any:
         """The same with adapters, made ready as a run does before its first step."""
-        model = self.load(directory, bits=bits, dtype=dtype)
+        model = self.load(directory, **how)
         inject_lora(model, LoRAConfig(r=4, target_modules=targets, dropout=dropout), seed=0)
         prepare_model(model, TrainingConfig(fused_blocks=fused), recompute, packed)
         return model.train()
@@ -246,20 +300,25 @@ def accelerator(card: Capability = (8, 6), kind: str = "cuda") -> Iterator[Accel
         # transformers reads no values where it takes itself to be compiled; a run reads them.
         around.enter_context(replaced(import_utils, "is_fake_tensor", lambda tensor: False))
         around.enter_context(replaced(FakeTensor, "tolist", _tolist(here)))
+        # Whether two tensors are the same memory is asked by their addresses.
+        around.enter_context(replaced(FakeTensor, "data_ptr", lambda tensor: id(tensor)))
         around.enter_context(planned_device(kind, card))
         around.enter_context(mode)
         yield here
 
 
 @cache
-def saved(family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """The directory of a tiny checkpoint of a family, made once in a process."""
-    directory = Path(_FOLDER.name) / f"{family} {dtype}"
+def saved(family: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """The directory of a tiny checkpoint of a family, made once in a process.
+
+    `changes` are those of its config. A family without a record is saved in fp32.
+    """
+    directory = Path(_FOLDER.name) / f"{family} {dtype} {changes}"
     with unset_fake_temporarily():
         if family in TRAITS:
-            save_checkpoint(directory, family, dtype)
+            save_checkpoint(directory, family, dtype, **changes)
         else:
-            save_random(directory, family)
+            save_random(directory, family, **changes)
     return directory
 
 
@@ -301,14 +360,28 @@ class _Everywhere:
 
 
 class DeviceGenerator(torch.Generator):
-    """A generator that remembers which device it is for: the fake one has none of its own."""
+    """A generator of the host that stands for one of the device, which has none of its own.
 
-    made_for: str
+    An operation is given another object of the same generator; it is known again by its seed.
+    """
+
+    seeds: ClassVar[dict[str, set[int]]] = {}
 
     def __new__(cls, device: Any = "cpu") -> DeviceGenerator:
         made = super().__new__(cls, device="cpu")
-        made.made_for = torch.device(device).type
+        made._kind = torch.device(device).type
+        made.manual_seed(sum(map(len, cls.seeds.values())))
         return made
+
+    def manual_seed(self, seed: int) -> DeviceGenerator:
+        super().manual_seed(seed)
+        self.seeds.setdefault(self._kind, set()).add(seed)
+        return self
+
+    @classmethod
+    def is_of_host(cls, generator: torch.Generator) -> bool:
+        """Whether no generator of the device has the seed of this one."""
+        return generator.initial_seed() not in cls.seeds.get(NAME, ())
 
 
 @contextlib.contextmanager
@@ -329,13 +402,15 @@ def stand_in(dtype: torch.dtype) -> Any:
     return 1.0 if dtype.is_floating_point else 1
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among arguments or results, those in lists too."""
+    found = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
-        elif not isinstance(value, (str, int, float)) and isinstance(value, Iterable):
-            yield from tensors_in(value)
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
 
 
 def _tolist(here: Accelerator) -> Any:

@@ -18,22 +18,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
-import importlib.util, os, pickle, sys, traceback
+import importlib, os, pickle, sys, traceback
 answers = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # what a test prints is no answer
-modules = {}
 while True:
     try:
-        path, name, arguments = pickle.load(sys.stdin.buffer)
+        folder, module, name = pickle.load(sys.stdin.buffer)
+        arguments = pickle.load(sys.stdin.buffer)
     except EOFError:
         break
     answer = None
     try:
-        if path not in modules:
-            spec = importlib.util.spec_from_file_location("of_" + str(len(modules)), path)
-            modules[path] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(modules[path])
-        getattr(modules[path], name)(**arguments)
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        getattr(importlib.import_module(module), name)(**pickle.loads(arguments))
     except BaseException:
         answer = traceback.format_exc()
     pickle.dump(answer, answers)
@@ -59,7 +57,8 @@ class OwnProcess:
         assert self._process.stdin
         assert self._process.stdout
         try:
-            pickle.dump((str(path), name, dict(arguments)), self._process.stdin)
+            pickle.dump((str(path.parent), path.stem, name), self._process.stdin)
+            pickle.dump(pickle.dumps(dict(arguments)), self._process.stdin)
             self._process.stdin.flush()
             answer = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError):

@@ -169,14 +169,29 @@ def missing_states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
     The optimizer stays as it is. Left out is what is paged, in memory that is not the device's.
     """
-    paged = getattr(optimizer, "is_paged", False)
 
     def is_missing(parameter: nn.Parameter) -> bool:
-        is_paged = paged and parameter.numel() >= PAGED_FROM_ELEMENTS
-        return parameter not in optimizer.state and not is_paged
+        return parameter not in optimizer.state and not _is_paged(optimizer, parameter)
 
     states = (state for _, state in _new_states(optimizer, is_missing))
     return [one for state in states for one in state.values() if isinstance(one, Tensor)]
+
+
+def make_paged_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give the parameters whose states are paged those that their first step would begin with.
+
+    Where the host has no room for them, bitsandbytes 0.50 ends the process without an error: then
+    better before the first step than in it.
+    """
+
+    def is_due(parameter: nn.Parameter) -> bool:
+        return parameter not in optimizer.state and _is_paged(optimizer, parameter)
+
+    optimizer.state.update(dict(_new_states(optimizer, is_due)))
+
+
+def _is_paged(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    return getattr(optimizer, "is_paged", False) and parameter.numel() >= PAGED_FROM_ELEMENTS
 
 
 def make_states(optimizer: torch.optim.Optimizer) -> None:

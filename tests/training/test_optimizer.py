@@ -17,6 +17,7 @@ from qlora_kit.errors import CheckpointError
 from qlora_kit.training.optimizer import (
     learning_rates,
     make_optimizer,
+    make_paged_states,
     optimizer_names,
     optimizer_state,
     paging_note,
@@ -92,6 +93,23 @@ def test_the_others_are_bitsandbytes_own(name, on_cuda, on_cpu, bits):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         descend(own, optimizer, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*not supported on CPU")
+@pytest.mark.parametrize("kind", [bnb.PagedAdamW8bit, bnb.PagedLion8bit])
+def test_paged_states_are_made_before_the_first_step_and_change_nothing(kind):
+    """Only they are: the others are made in the step, and a preflight holds as much for a while."""
+    ends = []
+    for made in (True, False):
+        own = {"large": nn.Parameter(torch.ones(400, 400)), "small": nn.Parameter(torch.ones(9, 9))}
+        optimizer = kind(own.values(), lr=1e-2)
+        if made:
+            make_paged_states(optimizer)
+            assert list(optimizer.state) == [own["large"]]
+            assert own["large"].eq(1).all()
+        descend(own, optimizer, 2)
+        ends.append([parameter.detach().clone() for parameter in own.values()])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -10,6 +10,7 @@ results/kernels.json.
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -29,6 +30,8 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = ("fp16", "bf16", "fp32")
 WIDTHS = (128, 4096, 16384)
 """Of rows that are normalized: a head, an 8B model, the widest."""
+STYLES = {1: "Llama", 0: "no weight", 2: "OLMo 2", 3: "Gemma"}
+"""Of norms, by the kernels' numbers."""
 UNHINTED = ("length", "rows")
 """Sizes that need not be divisible by 16."""
 
@@ -67,13 +70,13 @@ def builds(dtype: str) -> Iterator[Build]:
 
 
 def small_set(dtype: str) -> list[Build]:
-    """Each kernel in one case."""
-    chosen = {}
-    for build in (*dequantizing(dtype), *normalizing(dtype, 4096), *rotating(dtype)):
+    """Each kernel in one case, and a norm without a weight, which other code is compiled for."""
+    chosen: dict[str, Build] = {}
+    parts = dequantizing(dtype), normalizing(dtype, 4096), rotating(dtype), gating(dtype)
+    for build in itertools.chain(*parts):
         chosen.setdefault(build.function.__name__, build)
-    for build in gating(dtype):
-        chosen.setdefault(build.function.__name__, build)
-    return list(chosen.values())
+    bare = next(b for b in normalizing(dtype, WIDTHS[0]) if not b.values["STYLE"])
+    return [*chosen.values(), bare]
 
 
 def dequantizing(dtype: str) -> Iterator[Build]:
@@ -104,53 +107,55 @@ def dequantizing(dtype: str) -> Iterator[Build]:
 def normalizing(dtype: str, width: int) -> Iterator[Build]:
     sizes = triton_rmsnorm.tile(width)
     warps = sizes.pop("num_warps")
-    one, sizes_types = f"*{dtype}", {"rows": "i32", "n": "i32"}
-    forward = dict.fromkeys(("x", "weight", "y"), one) | {"scales": "*fp32"} | sizes_types
-    backward = dict.fromkeys(("grad", "x", "weight", "out"), one)
-    backward |= {"scales": "*fp32"} | sizes_types
-    for style in (1, 3) if width == 4096 else (1,):
-        values = {"STYLE": style, "ADDS": False, **sizes}
-        name = f"{'Llama' if style == 1 else 'Gemma'} {width}"
-        given = forward | {"eps": "fp32"}
-        rows, back = triton_rmsnorm.normalize_rows, triton_rmsnorm.normalize_backward
-        if style == 1:
-            yield Build(f"norm {name}", rows, given, values, warps)
-        added = given | {"added": one, "summed": one}
-        yield Build(f"add and norm {name}", rows, added, values | {"ADDS": True}, warps)
-        again = {key: values[key] for key in ("STYLE", "ROWS", "BLOCK")}
-        if style == 1:
-            function = triton_rmsnorm.normalize_again
-            yield Build(f"norm again {name}", function, forward, again, warps)
-        added = backward | {"residual": one}
-        yield Build(f"norm backward, added {name}", back, added, values | {"ADDS": True}, warps)
+    one = f"*{dtype}"
+    forward = dict.fromkeys(("x", "y"), one) | {"scales": "*fp32", "rows": "i32", "n": "i32"}
+    backward = forward | dict.fromkeys(("grad", "out"), one)
+    del backward["y"]
+    rows, again = triton_rmsnorm.normalize_rows, triton_rmsnorm.normalize_again
+    back = triton_rmsnorm.normalize_backward
+    for style in STYLES if width == WIDTHS[0] else (1,):
+        weight = {"weight": one} if style else {}
+        name = f"{STYLES[style]}, {width}"
+        plain = {"STYLE": style, **sizes}
+        alone, adds = plain | {"ADDS": False}, plain | {"ADDS": True}
+        given = forward | weight | {"eps": "fp32"}
+        yield Build(f"norm {name}", rows, given, alone, warps)
+        given |= {"added": one, "summed": one}
+        yield Build(f"add and norm {name}", rows, given, adds, warps)
+        yield Build(f"norm again {name}", again, forward | weight, plain, warps)
+        given = backward | weight | {"residual": one}
+        yield Build(f"norm backward and add {name}", back, given, adds, warps)
 
 
 def rotating(dtype: str) -> Iterator[Build]:
+    function = triton_rotary.rotate_heads
     tensors = dict.fromkeys(("q", "k", "cos", "sin", "q_out", "k_out"), f"*{dtype}")
-    numbers = {
-        name: "i32"
-        for name in triton_rotary.rotate_heads.arg_names
-        if name not in tensors and not name.isupper()
-    }
-    for d, width in ((128, 128), (96, 96), (128, 64)):
-        for neighbours in (False, True)[: 2 if d == width == 128 else 1]:
-            half, rest = width // 2, d - width
-            block = triton.next_power_of_2(half)
-            values = {
-                "HALF": half,
-                "REST": rest,
-                "NEIGHBOURS": neighbours,
-                "BACK": False,
-                "KEYS": True,
-                "HEADS": min(32, triton_rotary.PAIRS // block),
-                "BLOCK": block,
-                "REST_BLOCK": triton.next_power_of_2(max(1, rest)),
-            }
-            part = f", {width} of it" if rest else ""
-            kind = "neighbours" if neighbours else "halves"
-            name = f"rotary {kind}, heads of {d}{part}"
-            types = tensors | numbers
-            yield Build(name, triton_rotary.rotate_heads, types, values, triton_rotary.WARPS, False)
+    numbers = [name for name in function.arg_names if name not in tensors and not name.isupper()]
+    types = tensors | dict.fromkeys(numbers, "i32")
+    queries = {name: kind for name, kind in types.items() if name not in ("k", "k_out")}
+    shapes = [(128, 128, False), (128, 128, True), (96, 96, False), (128, 64, False)]
+    for d, width, neighbours in shapes:
+        half, rest = width // 2, d - width
+        block, rest_block = map(triton.next_power_of_2, (half, max(1, rest)))
+        values = {
+            "HALF": half,
+            "REST": rest,
+            "NEIGHBOURS": neighbours,
+            "BACK": False,
+            "KEYS": True,
+            "HEADS": min(32, triton_rotary.PAIRS // block),
+            "BLOCK": block,
+            "REST_BLOCK": rest_block,
+        }
+        part = f", {width} of it" if rest else ""
+        name = f"rotary {'neighbours' if neighbours else 'halves'}, heads of {d}{part}"
+        warps = triton_rotary.WARPS
+        yield Build(name, function, types, values, warps, False)
+        if d == width == 128:
+            yield Build(f"{name}, back", function, types, values | {"BACK": True}, warps, False)
+        if d == 96:
+            alone = values | {"KEYS": False}
+            yield Build(f"{name}, queries alone", function, queries, alone, warps, False)
 
 
 def gating(dtype: str) -> Iterator[Build]:

@@ -22,14 +22,14 @@ def weighted(tokens, weight, cols, inside, STYLE: tl.constexpr, like):
 
     The style: 0 has no weight, 1 rounds first, 2 multiplies in fp32, 3 so by 1 + weight.
     """
-    if STYLE == 0:
-        return tokens.to(like.dtype.element_ty)
-    w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
     if STYLE == 1:
         tokens = tokens.to(like.dtype.element_ty).to(tl.float32)
-    if STYLE == 3:
-        w = w + 1.0
-    return (tokens * w).to(like.dtype.element_ty)
+    if STYLE != 0:
+        w = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
+        if STYLE == 3:
+            w = w + 1.0
+        tokens = tokens * w[None, :]
+    return tokens.to(like.dtype.element_ty)
 
 
 @triton.jit

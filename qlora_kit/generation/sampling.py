@@ -41,16 +41,16 @@ class Sampling:
         """
         from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
 
-        uniforms, rows = iter(()), None
+        uniforms, rows, step = torch.empty(0), None, -1
 
         def draw(logits: Tensor) -> Tensor:
-            nonlocal uniforms, rows
+            nonlocal uniforms, rows, step
+            step += 1
             if rows is None:
                 rows = [torch.tensor(prompt).to(logits.device) for prompt in prompts]
                 # Drawn on the CPU whatever the device: a seed means the same numbers everywhere.
                 generator = torch.Generator().manual_seed(self.seed)
-                numbers = [torch.rand((), generator=generator) for _ in range(steps)]
-                uniforms = iter(torch.stack(numbers).to(logits))
+                uniforms = torch.rand(steps, generator=generator).to(logits)
             if self.repetition_penalty != 1:
                 penalty = RepetitionPenaltyLogitsProcessor(self.repetition_penalty)
                 # Row by row: the padding of a batch is no token that was there.
@@ -64,7 +64,7 @@ class Sampling:
                 if self.top_k:
                     # It reads no ids.
                     logits = TopKLogitsWarper(self.top_k)(None, logits)  # type: ignore[arg-type]
-                drawn = nucleus(logits, self.temperature, self.top_p, next(uniforms))
+                drawn = nucleus(logits, self.temperature, self.top_p, uniforms[step])
             if self.repetition_penalty != 1:
                 rows = [torch.cat((row, one[None])) for row, one in zip(rows, drawn, strict=True)]
             return drawn

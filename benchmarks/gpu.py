@@ -34,13 +34,17 @@ from gpu_parts import PARTS, Part, chosen
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 15
 """Seconds after its limit until a part that does not answer is ended with its process."""
+AGAIN = 5
+"""Seconds until a limit is said again to what did not end at it."""
 LOST = 3
 """The exit code of a process that no longer reaches the card."""
+NO_CARD = 4
+"""The exit code where there is none."""
 RESULT = "gpu"
 
 
-class TooLongError(Exception):
-    """A part that has taken its limit."""
+class TooLongError(BaseException):
+    """A part that has taken its limit; no error of the package, which a command would report."""
 
 
 def main() -> int:
@@ -87,6 +91,8 @@ def supervise(given: argparse.Namespace) -> int:
         found = read(result)
         done = {*found.get("parts", {}), *found.get("left_out", {})}
         left = [part for part in left if part.name not in done]
+        if code == NO_CARD:
+            return code
         if not left or (len(left) == before and not code):
             break
         if len(left) == before:
@@ -166,15 +172,18 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def work(given: argparse.Namespace) -> int:
     """Run parts one after another, as long as there is time."""
-    from record import provenance, write_result
+    import torch
+    from record import write_result
 
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("error: no CUDA device; run this where the card is, or with --device cpu --small")
+        return NO_CARD
     result = given.output / f"{RESULT}.json"
     if not result.exists():
         given.results, given.result = given.output, RESULT
         kind = {"device": given.device, "small": given.small, "minutes": given.minutes}
         write_result(given, {**kind, "parts": {}, "left_out": {}})
     found = read(result)
-    found.setdefault("measured", provenance())
     with tempfile.TemporaryDirectory() as scratch:
         setting = make_setting(given, Path(scratch))
         for part in given.chosen:
@@ -189,11 +198,14 @@ def work(given: argparse.Namespace) -> int:
             found["running"] = {"name": part.name, "until": until, "found": {}}
             write(result, found)
             run_part(part, setting, one, until)
+            found["running"]["found"] = one
+            write(result, found)
+            lost = "failed" in one and not reaches(setting)
             del found["running"]
             found["parts"][part.name] = one
             write(result, found)
             print(f"{part.number} {part.name} ({one['seconds']:.0f} s): {one['line']}", flush=True)
-            if "failed" in one and not reaches(setting):
+            if lost:
                 return LOST
     return 0
 
@@ -204,7 +216,7 @@ def run_part(part: Part, setting: Any, found: dict[str, Any], until: float) -> N
     try:
         with alarm(until - time.time()):
             found["line"] = importlib.import_module(f"gpu_parts.{part.name}").run(setting, found)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, TooLongError) as error:
         found["failed"] = "".join(traceback.format_exception(error))[-4000:]
         lines = f"{type(error).__name__}: {error}".splitlines()
         found["line"] = f"failed: {lines[0][:200]}"
@@ -222,7 +234,7 @@ def alarm(seconds: float) -> Iterator[None]:
         raise TooLongError(f"not done after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(1.0, seconds))
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, seconds), AGAIN)
     try:
         yield
     finally:

@@ -96,6 +96,15 @@ def test_a_part_that_does_not_answer_is_ended_with_its_process(tmp_path: Path) -
     assert "failed" in gpu.read(result)["parts"]["kernels"]
 
 
+def test_without_a_card_nothing_is_tried(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--output", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == gpu.NO_CARD
+    assert done.stdout.startswith("error: no CUDA device")
+    assert not (tmp_path / "gpu.json").exists()
+
+
 def test_parts_are_chosen_by_number_or_name_and_run_in_their_own_order() -> None:
     assert [part.number for part in chosen("9, kernels,1")] == [1, 2, 9]
     assert chosen(None) == list(PARTS)

@@ -39,7 +39,9 @@ def run(setting: Setting, found: dict[str, Any]) -> str:
         level: min(floor(level) for _ in range(FLOORS)) for level in ("none", "full")
     }
     one = points[first.name]
-    busy = found["profile"].get("busy_share")
+    if "kernels_s" in found["profile"]:
+        found["busy_share"] = found["profile"]["kernels_s"] / one["step_s"]
+    busy = found.get("busy_share")
     return (
         f"{first.name}: {one['tokens_per_s']:,.0f} tokens/s, "
         f"{found['floor_s']['none'] / one['step_s']:.0%} of it products"

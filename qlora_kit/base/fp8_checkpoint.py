@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.fp8_scheme import SCALES, Blocks, Fp8Scheme
+from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.skipped import listed_modules
 from qlora_kit.base.tensors import Read, Reader, check_finite, read_tensors
-from qlora_kit.device.target import device_type, dtype_name, representative
+from qlora_kit.device.target import dtype_name, representative
 from qlora_kit.errors import ModelError
 
 WEIGHT = "F8_E4M3"
@@ -168,15 +169,17 @@ def read_numbers(
     dtype: torch.dtype,
     device: torch.device,
     read: Read | None = None,
+    kept: Mapping[str, torch.dtype] | None = None,
+    checks: NumberChecks | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """As `read_tensors`; what is scaled comes as numbers of `dtype` (out, in) on the device.
+    """As `read_tensors`; what is scaled comes as numbers of `dtype` (out, in).
 
     Each is valid until the next one is asked for. Errors: as there, and `NumericError` with the
     tensor's name where a number or a scale is not finite.
     """
     if read is None:
         with Reader() as own:
-            yield from read_numbers(entries, scaled, dtype, device, own)
+            yield from read_numbers(entries, scaled, dtype, device, own, kept, checks)
         return
     sizes = (math.prod(entries[name].shape) for name in scaled if name in entries)
     space = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
@@ -187,7 +190,8 @@ def read_numbers(
         if name in entries
     )
     work = torch.empty(max(min(AT_ONCE, space.numel()), *strips, 0), device=device)
-    for name, tensor in read_tensors(entries, read):
+    tensors = read_tensors(entries, read, device=device, kept=kept, checks=checks)
+    for name, tensor in tensors:
         found = scaled.get(name)
         if found is None:
             yield name, tensor
@@ -196,7 +200,7 @@ def read_numbers(
         numbers = space[: tensor.numel()].view(tensor.shape)
         dequantize_into(numbers, tensor, scales, found.blocks, work)
         where = f"{entries[name].path}: {entries[name].name} in {dtype_name(dtype)}"
-        check_finite(numbers, where)
+        check_finite(numbers, where, checks=checks)
         yield name, numbers
 
 
@@ -226,9 +230,6 @@ def dequantize_into(
     step = max(1, work.numel() // (columns * (1 if one else high))) * (1 if one else high)
     for start in representative(range(0, rows, step), weight):
         piece = weight[start : start + step]
-        if device_type(out) != piece.device.type:
-            # A plan for a GPU has all on the CPU, and counts what lies on the GPU.
-            piece = torch.empty_like(piece, device=out.device).copy_(piece)
         numbers = work[: piece.numel()].view(piece.shape).copy_(piece)
         first = 0 if one else start // high
         whole = 0 if one else len(piece) // high * high

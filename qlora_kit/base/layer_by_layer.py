@@ -79,6 +79,7 @@ def layer_bytes(base: Base) -> tuple[int, int]:
 def _read(base: Base, names: list[str], read: Read) -> None:
     """Put these tensors of the files in their places."""
     recurrent = recurrent_parameters(base.model)
-    for name, tensor in read_tensors({name: base.plain[name] for name in names}, read):
-        dtype = held_in(base, name, tensor, recurrent)
-        place(base.model, name, tensor.to(device=base.device, dtype=dtype, copy=True))
+    entries = {name: base.plain[name] for name in names}
+    kept = {key: held_in(base, key, one.torch_dtype, recurrent) for key, one in entries.items()}
+    for name, tensor in read_tensors(entries, read, device=base.device, kept=kept):
+        place(base.model, name, tensor)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.quantize import (
     BLOCKSIZE,
     Quantization,
@@ -38,6 +39,9 @@ from qlora_kit.device.target import has_values, without_values
 from qlora_kit.kernels.matmul import grad_input, linear, matmul_dtype, scale_columns
 from qlora_kit.kernels.triton_ops import uses_triton
 from qlora_kit.kernels.workspace import workspace
+
+UNITS = {torch.float16: 128}
+"""What int8 rows are divided by in a matmul: they stay exact, and sums of fp16 keep in range."""
 
 
 class QuantizedLinear(nn.Linear):
@@ -212,12 +216,11 @@ class Linear8bit(QuantizedLinear):
     def _unit_rows(self, dtype: torch.dtype) -> Tensor:
         rows = workspace(self.weight.numel(), dtype, self.weight).view(self.weight.shape)
         rows.copy_(self.weight)
-        # int8 is exact in either dtype; divided by a power of two, sums of fp16 keep in range.
-        return rows.div_(_unit(dtype)) if _unit(dtype) > 1 else rows
+        return rows.div_(UNITS[dtype]) if dtype in UNITS else rows
 
     def _unit_scales(self, dtype: torch.dtype) -> Tensor:
         # Multiplying by the unit is exact; a rounded 128/127 would push every row the same way.
-        return self.row_absmax * _unit(dtype) / 127
+        return self.row_absmax * UNITS.get(dtype, 1) / 127
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -225,15 +228,20 @@ class Linear8bit(QuantizedLinear):
 
 
 def quantize_linear(
-    weight: Tensor, bias: Tensor | None, quantization: Quantization, *, name: str = "weight"
+    weight: Tensor,
+    bias: Tensor | None,
+    quantization: Quantization,
+    *,
+    name: str = "weight",
+    checks: NumberChecks | None = None,
 ) -> QuantizedLinear:
     """A frozen quantized layer from a dense `weight` (out_features, in_features) on its device.
 
-    Errors: `NumericError` naming `name` for a weight that the format cannot hold.
+    Errors: `NumericError` naming `name` where the format cannot hold it; of `checks`, later.
     """
     out_features, in_features = weight.shape
     if quantization.bits == 8:
-        rows, row_absmax = quantize_8bit(weight, name)
+        rows, row_absmax = quantize_8bit(weight, name, checks)
         return Linear8bit(in_features, out_features, rows, bias, row_absmax=row_absmax)
     quant_type = quantization.quant_type
     assert quant_type is not None
@@ -257,10 +265,7 @@ def base_matmul(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def base_grad_input(layer: nn.Linear, grad: Tensor, total: Tensor | None = None) -> Tensor:
-    """The gradient of `base_matmul` by `x`, (..., in_features), for `grad` (..., out_features).
-
-    It is added to `total` if given, which is changed in place and returned.
-    """
+    """The gradient of `base_matmul` by `x`, for `grad` (..., out); in `total`, added, if given."""
     if isinstance(layer, QuantizedLinear):
         return layer.grad_input(grad, total)
     return grad_input(grad, layer.weight, total)
@@ -292,8 +297,3 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     if isinstance(layer, QuantizedLinear):
         return layer.dequantize(dtype)
     return layer.weight.detach().to(dtype, copy=True)
-
-
-def _unit(dtype: torch.dtype) -> int:
-    """What int8 rows are divided by in a matmul."""
-    return 128 if dtype is torch.float16 else 1

@@ -1,8 +1,8 @@
 """Files to a frozen model on the device: one tensor at a time is read, checked and quantized.
 
-The files were checked before (`open.py`). Each tensor is read into one reused buffer, checked for
-non-finite values, cast to the compute dtype, quantized on the device where it belongs to a decoder
-layer's linear, and freed. Host memory stays at the result, one tensor and its buffer.
+The files were checked before (`open.py`). Each tensor is read into one reused buffer on the device,
+checked for non-finite values, cast to the compute dtype, quantized where it belongs to a decoder
+layer's linear, and freed. Memory stays at the result, one tensor and its buffer.
 
 Embeddings, norms and the output head are held in the compute dtype, never widened to fp32.
 """
@@ -36,6 +36,7 @@ from qlora_kit.base.tensors import (
     Reader,
     Tag,
     check_finite,
+    checks_later,
     read_tensors,
     untagged,
 )
@@ -97,20 +98,25 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
     for name, buffer in list(model.named_buffers()):
         place(model, name, moved := buffer.to(base.device))
         tag("weights_other", (moved,))
-    scratch, recurrent = _Scratch(base.dtype, base.device), recurrent_parameters(model)
-    for name, tensor in read_numbers(base.plain, form.scaled, base.dtype, base.device, read):
+    recurrent = recurrent_parameters(model)
+    kept = {
+        name: held_in(base, name, entry.torch_dtype, recurrent)
+        for name, entry in base.plain.items()
+        if name.removesuffix(".weight") not in to_quantize and name not in form.scaled
+    }
+    scratch = _Scratch(base.dtype, base.device)
+    checks = checks_later(scratch.held)
+    numbers = read_numbers(base.plain, form.scaled, base.dtype, base.device, read, kept, checks)
+    for name, tensor in numbers:
         owner = name.removesuffix(".weight")
-        moved = (
-            (tensor if name in form.scaled else scratch.cast(tensor))
-            if owner in to_quantize
-            else tensor.to(
-                device=base.device, dtype=held_in(base, name, tensor, recurrent), copy=True
-            )
-        )
-        if moved.dtype != tensor.dtype:
-            check_finite(moved, f"{name} in {dtype_name(base.dtype)}")
+        if name in kept:
+            moved = tensor
+        elif owner not in to_quantize:
+            moved = tensor.clone()
+        elif (moved := scratch.cast(tensor)) is not tensor:
+            check_finite(moved, f"{name} in {dtype_name(base.dtype)}", checks=checks)
         if owner in to_quantize:
-            layer = quantize(moved, None, base.quantization, name=name)
+            layer = quantize(moved, None, base.quantization, name=name, checks=checks)
             _replace(model, owner, layer)
             tag_linear(layer, tag)
         else:
@@ -129,15 +135,16 @@ def fill(base: Base, read: Read, tag: Tag = untagged, quantize: Quantize = quant
     model.tie_weights()
     model.requires_grad_(False)
     multiply_in_fp32(model)
+    if checks is not None:
+        checks.read()
     model.eval()
     check_forward(model)
     return model
 
 
-def held_in(base: Base, name: str, tensor: Tensor, recurrent: frozenset[str]) -> torch.dtype:
+def held_in(base: Base, name: str, stored: torch.dtype, recurrent: frozenset[str]) -> torch.dtype:
     """The dtype that a tensor of the files is held in: the run's, or its own fp32."""
-    own = tensor.dtype is torch.float32 and name in recurrent
-    return tensor.dtype if own else base.dtype
+    return stored if stored is torch.float32 and name in recurrent else base.dtype
 
 
 def multiply_in_fp32(model: nn.Module) -> None:
@@ -190,17 +197,15 @@ class _Scratch:
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._held = torch.empty(0, dtype=dtype, device=device)
+        self.held = torch.empty(0, dtype=dtype, device=device)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device in the dtype; itself where it is that already."""
-        # A plan for CUDA has both on the CPU.
-        here = tensor.device.type == device_type(self._held)
-        if tensor.dtype == self._held.dtype and here:
+        """The tensor in the dtype; itself where it is that already."""
+        if tensor.dtype == self.held.dtype:
             return tensor
-        if self._held.numel() < tensor.numel():
-            self._held = self._held.new_empty(tensor.numel())
-        return self._held[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        if self.held.numel() < tensor.numel():
+            self.held = self.held.new_empty(tensor.numel())
+        return self.held[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def _with_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base.imports import quiet_import
+from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
 from qlora_kit.errors import NumericError, ResourceError
 
@@ -35,7 +36,7 @@ with quiet_import():
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
-ENCODED_AT_ONCE = 2**17
+ENCODED_AT_ONCE, MOST_AT_ONCE = 2**17, 2**30
 CPU = torch.device("cpu")
 KERNEL_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _DECODING: ContextVar[bool] = ContextVar("decoding", default=False)
@@ -76,17 +77,25 @@ def check_library(device: torch.device) -> None:
     )
 
 
-def quantize_8bit(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def quantize_8bit(
+    weight: Tensor, name: str, checks: NumberChecks | None = None
+) -> tuple[Tensor, Tensor]:
     """A weight (out, in) to int8 rows (out, in) and their fp32 scales (out,).
 
-    Errors: `NumericError` naming `name` for a value that the format cannot hold.
+    Errors: `NumericError` naming `name` for a value that the format cannot hold, at once or where
+    `checks` are read.
     """
-    largest = weight.abs().max()
-    if has_values(largest) and float(largest) > INT8_LIMIT:
-        raise NumericError(
-            f"{name} holds {float(largest):g}, and 8-bit quantization reaches {INT8_LIMIT:g}",
+
+    def error(largest: float) -> NumericError:
+        return NumericError(
+            f"{name} holds {largest:g}, and 8-bit quantization reaches {INT8_LIMIT:g}",
             "use --bits 4 or 16 for this model",
         )
+
+    looked_at = NumberChecks() if checks is None else checks
+    looked_at.add(weight, INT8_LIMIT, error)
+    if checks is None:
+        looked_at.read()
     rows, row_absmax, _ = bnb.int8_vectorwise_quant(weight.half())
     return rows, row_absmax
 
@@ -140,12 +149,19 @@ def code_tables(quant_type: str) -> tuple[Tensor, Tensor]:
 def encode_blocks(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
     """Numbers (n,) to packed bytes (ceil(n/2), 1) and fp32 scales (ceil(n/64),).
 
-    One part after another: off CUDA bitsandbytes makes several fp32 copies of what it is given.
+    One part after another: off CUDA bitsandbytes makes several fp32 copies of what it is given. On
+    CUDA it makes none, and counts in 32 bits.
     """
+    at_once = ENCODED_AT_ONCE if device_type(flat) != "cuda" else MOST_AT_ONCE
+    if flat.numel() <= at_once:
+        made = torch.ops.bitsandbytes.quantize_4bit.default(
+            flat, BLOCKSIZE, quant_type, torch.uint8
+        )
+        return made[0], made[1]
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.numel() // BLOCKSIZE), device=flat.device)
-    for start in range(0, flat.numel(), ENCODED_AT_ONCE):
-        part = flat[start : start + ENCODED_AT_ONCE]
+    for start in range(0, flat.numel(), at_once):
+        part = flat[start : start + at_once]
         bytes_, scales = torch.ops.bitsandbytes.quantize_4bit.default(
             part, BLOCKSIZE, quant_type, torch.uint8
         )

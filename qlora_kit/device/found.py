@@ -49,6 +49,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def has_card() -> bool:
+    """Whether torch sees a card."""
+    return torch.cuda.is_available()
+
+
 def device_notes(device: torch.device) -> tuple[str, ...]:
     """What a user should know of a device, a sentence each."""
     if not has_own_memory(device) or not is_rocm():

@@ -8,16 +8,23 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.cards import find_card
-from qlora_kit.device.found import available_bytes, card_of, find_device
+from qlora_kit.device.found import available_bytes, card_of, find_device, has_card
 from qlora_kit.options.checks import size_bytes
 from qlora_kit.plan.step_time import Clock
 
 
 def asked_device(base: BaseConfig, asked: PlanConfig) -> str:
-    """The kind of device that is planned for: a card's memory is that of a GPU."""
-    if base.device != "auto":
-        return base.device.partition(":")[0]
+    """The kind of device that is planned for: a card's memory is that of a GPU.
+
+    Where a card here is meant it is torch's current one from here on, whose memory is then asked.
+    Errors: `ResourceError` where it is not here.
+    """
     is_card = asked.device_memory is not None or asked.card is not None
+    if base.device != "auto":
+        kind = base.device.partition(":")[0]
+        if not is_card and has_card():
+            find_device(base.device)
+        return kind
     return "cuda" if is_card else find_device("auto").type
 
 
@@ -38,5 +45,5 @@ def asked_budget(device: str, training: TrainingConfig, asked: PlanConfig) -> in
         given.append(find_card(asked.card).memory_bytes)
     if given:
         return min(given)
-    here = device == "cpu" or torch.cuda.is_available()
+    here = device == "cpu" or has_card()
     return available_bytes(torch.device(device)) if here else None

@@ -24,7 +24,7 @@ from qlora_kit.base.load import quantized_tensors
 from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device.found import compute_dtype, find_device
+from qlora_kit.device.found import compute_dtype, find_device, has_card
 from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
 
@@ -121,7 +121,7 @@ def quantization_errors(config: BaseConfig) -> QuantizationErrors:
     are not here or already quantized, those of the files, `NumericError`.
     """
     check_errors(config)
-    device = find_device(config.device if torch.cuda.is_available() else "cpu")
+    device = find_device(config.device if has_card() else "cpu")
     base = open_shape(config, device)
     names = {
         f"{name}.weight": name

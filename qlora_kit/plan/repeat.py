@@ -31,13 +31,13 @@ class RepeatedQuantize:
         self._known: dict[Any, tuple[QuantizedLinear, Interval]] = {}
 
     def __call__(
-        self, weight: Tensor, bias: Tensor | None, quantization: Quantization, *, name: str
+        self, weight: Tensor, bias: Tensor | None, quantization: Quantization, **names: Any
     ) -> QuantizedLinear:
         """A layer as `quantize_linear` gives it, with fake tensors of its own."""
         phase, key = self._counter.intervals[-1].phase, (weight.shape, weight.dtype)
         if key not in self._known:
             self._counter.at(phase)
-            layer = quantize_linear(weight, bias, quantization, name=name)
+            layer = quantize_linear(weight, bias, quantization, **names)
             self._counter.at(phase)
             self._known[key] = layer, self._counter.intervals[-2]
             return layer

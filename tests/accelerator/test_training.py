@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from accelerator import accelerator, in_order, of_batch, rows_are_known, saved, small_batch
 
-from qlora_kit.training.loop import train_step
+from qlora_kit.training.loop import train, train_step
+from qlora_kit.training.loss import evaluate
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, *batches: Any) -> None:
@@ -26,3 +27,24 @@ def test_micro_batches_go_up_one_by_one_and_nothing_is_read() -> None:
             step(model, optimizer, *given)
     assert in_order(seen.copied_in) == of_batch(first, second, first, second)
     assert seen.copied_out == []
+
+
+def test_a_run_waits_once_a_step_and_once_an_evaluation() -> None:
+    """For the loss and the norm together, before the optimizer; for the sum of all batches."""
+    batch, asked = small_batch(), []
+
+    def before_step(step: int, loss: float, norm: float) -> bool:
+        asked.append((step, loss, norm, seen.operations["aten::_fused_adamw_"]))
+        return True
+
+    with accelerator() as card, rows_are_known():
+        model = card.adapted(saved("llama2"), bits=4)
+        optimizer, given = card.optimizer(model), card.on_host(batch)
+        with card.watch(may_read=True) as seen:
+            reports = train(model, [[given, given]] * 2, optimizer, before_step=before_step)
+        assert seen.reads == [(2,)] * 2
+        with card.watch(may_read=True) as seen:
+            evaluate(model, [given] * 3)
+        assert seen.reads == [()]
+    assert asked == [(1, 1.0, 1.0, 0), (2, 1.0, 1.0, 1)]
+    assert [(one.loss, one.grad_norm) for one in reports] == [(1.0, 1.0)] * 2

@@ -8,10 +8,20 @@ import pytest
 import torch
 
 from qlora_kit.base.load import load_base
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.device.found import allocator_peaks, compute_dtype, find_device, free_bytes
+from qlora_kit.config.training import TrainingConfig
+from qlora_kit.device.found import (
+    allocator_peaks,
+    available_bytes,
+    compute_dtype,
+    find_device,
+    free_bytes,
+)
 from qlora_kit.errors import ResourceError
 from qlora_kit.lora.inject import inject_lora
+from qlora_kit.plan.asked_device import asked_budget, asked_device
 from qlora_kit.training.optimizer import make_optimizer
 
 several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
@@ -44,6 +54,14 @@ def test_drawing_adapters_leaves_the_cards_generator_alone(bases: Path) -> None:
     before = torch.cuda.get_rng_state()
     inject_lora(base.model, LoRAConfig(r=2), seed=7)
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@several
+def test_a_plan_asks_the_card_that_is_named() -> None:
+    base = BaseConfig("tiny", device="cuda:1")
+    assert asked_device(base, PlanConfig()) == "cuda"
+    budget = asked_budget("cuda", TrainingConfig(), PlanConfig())
+    assert budget == available_bytes(torch.device("cuda:1"))
 
 
 @several

@@ -27,7 +27,7 @@ from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.preflight import preflight
 
-CAP, SMALL_CAP = 12_000_000_000, 1_030_000
+CAP = 12_000_000_000
 EXPORT_CAP = 60_000_000
 LEAST = 2**20
 """Of --memory_budget."""
@@ -69,12 +69,14 @@ def _cap(setting: Setting, size: int) -> None:
 
 def _auto(setting: Setting, found: dict[str, Any]) -> None:
     """Plan within the cap as a run does, try the batch as a run does, then step."""
-    cap = SMALL_CAP if setting.small else CAP
     path = write_shape(BIG, setting.small, setting.scratch)
     config = BaseConfig(str(path), bits=4, dtype="bf16", device=setting.device.type)
     planner = Planner(config, lora_options(), training_options())
-    length = setting.short(LENGTH)
-    plan = planner.plan(BatchShape(1, length, length), "auto", cap)
+    length, cap = setting.short(LENGTH), CAP
+    shape = BatchShape(1, length, length - 1)
+    if setting.small:
+        cap = sum(planner.plan(shape, level).peak_bytes for level in ("none", "full")) // 2
+    plan = planner.plan(shape, "auto", cap)
     found |= {"budget_bytes": cap, "planned_bytes": plan.peak_bytes, "levels": plan.recompute}
     model = setting.model(BIG)
     set_recompute(model.model, plan.levels)

@@ -26,7 +26,8 @@ import gpu_table
 import random_checkpoint
 import record
 import step_profile
-from gpu_parts import PARTS, Part, chosen
+from gpu_parts import PARTS, Part, child, chosen
+from gpu_parts.setting import Setting
 from gpu_parts.shapes import PLANNED, SHAPES, shape_of
 
 
@@ -103,6 +104,24 @@ def test_without_a_card_nothing_is_tried(tmp_path: Path) -> None:
     assert done.returncode == gpu.NO_CARD
     assert done.stdout.startswith("error: no CUDA device")
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_what_a_process_of_its_own_found_is_kept_where_it_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = tmp_path / "runner.py"
+    runner.write_text(
+        "import sys, time\n"
+        "path = sys.argv[sys.argv.index('--output') + 1]\n"
+        "open(path, 'w').write('{\"first\": 1}')\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(child, "RUNNER", runner)
+    setting = Setting(torch.device("cpu"), True, None, tmp_path)
+    found: dict[str, Any] = {}
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.in_child(setting, found, "shortage", 5, {})
+    assert found == {"first": 1}
 
 
 def test_parts_are_chosen_by_number_or_name_and_run_in_their_own_order() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -41,13 +40,12 @@ def in_child(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
-    )
+    )  # in the group of this process: what ends that ends it, too
     try:
         said, _ = process.communicate(timeout=seconds)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
         if result.exists():
             found |= json.loads(result.read_text())

@@ -45,7 +45,7 @@ from qlora_kit.memory.phases import follow
 from qlora_kit.memory.profiler import AllocatorCounter
 from qlora_kit.plan.fake_model import FakeModel
 from qlora_kit.plan.fake_run import FakeRun
-from qlora_kit.training.attention import known_rows
+from qlora_kit.training.attention import positions_unread
 from qlora_kit.training.optimizer import tag_states
 
 BITS, LEVELS = [16, 8, 4], ["none", "selective", "full"]
@@ -69,7 +69,7 @@ def planned_full(directory: Path, level: str, given: argparse.Namespace) -> dict
 
     config = AutoConfig.from_pretrained(directory)
     counter = StorageCounter()
-    with FakeTensorMode(allow_non_fake_inputs=True), known_rows(packed=False):
+    with FakeTensorMode(allow_non_fake_inputs=True), positions_unread():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.config.use_cache = False
         model.train()

@@ -34,7 +34,7 @@ from qlora_kit.memory.counter import Interval, StorageCounter
 from qlora_kit.memory.phases import follow
 from qlora_kit.plan.extrapolate import cut, extend, layers_of
 from qlora_kit.plan.work import noted_work
-from qlora_kit.training.attention import known_rows
+from qlora_kit.training.attention import positions_unread
 
 BLOCK, NESTED = 64, 256
 
@@ -147,7 +147,7 @@ def traced(
         trained = [p for p in model.parameters() if p.requires_grad]
         ids = torch.empty(rows, length, dtype=torch.int64)
         optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
-        with counter, as_on_cuda(), known_rows(False):
+        with counter, as_on_cuda(), positions_unread():
             # Twice: the first update makes the states.
             for _ in range(2):
                 first = len(counter.intervals)

@@ -45,15 +45,16 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **more: Any) -> Tensor:
     """What the decoder of `model` gives the head, (B, T, h) in the head's dtype, without a cache.
 
     `input_ids` and `position_ids` are (B, T); positions are left out where the model takes none.
+    Every layer is called with `more`.
     """
     body = model.base_model
     options: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
     taken = {name: value for name, value in options.items() if takes(body, name)}
-    hidden: Tensor = body(input_ids=input_ids, **taken).last_hidden_state
+    hidden: Tensor = body(input_ids=input_ids, **taken, **more).last_hidden_state
     # Mamba's residual is in fp32, and its class casts before the head.
     return hidden.to(model.get_output_embeddings().weight.dtype)
 

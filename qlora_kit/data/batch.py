@@ -2,11 +2,13 @@
 
 There is no attention mask: rows are padded on the right and attention is causal, so that no real
 token sees a padded one, and padded positions are in no loss. Rows of a pack are told apart by
-`position_ids`, which begin at 0 with each: that is what attention isolates them by.
+`position_ids`, which begin at 0 with each, and by their lengths, which the host knows: attention
+isolates them by these where it is ours, and by positions where it is the library's.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
@@ -26,7 +28,7 @@ LENGTH_MULTIPLE = 16
 
 
 class Batch(TypedDict):
-    """One micro-batch of B sequences, padded to T tokens; all int64.
+    """One micro-batch of B sequences, padded to T tokens; int64 unless said otherwise.
 
     T is the longest sequence's length, rounded up to a multiple of `LENGTH_MULTIPLE`.
     """
@@ -45,6 +47,10 @@ class Batch(TypedDict):
     """tokens of each sequence, padding left out"""
     packed: bool
     """whether a sequence may hold several rows"""
+    row_lengths: list[list[int]]
+    """of the rows of each sequence, T in all; a pack's padding is a row of its own"""
+    row_starts: Tensor
+    """(R + 1,) int32: where each of the R rows begins in the batch, and B * T (`cu_seqlens`)"""
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
@@ -59,6 +65,7 @@ def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
     input_ids = torch.full((len(packs), width), pad_id, dtype=torch.int64)
     labels = torch.full((len(packs), width), IGNORE, dtype=torch.int64)
     position_ids = torch.arange(width).repeat(len(packs), 1)
+    row_lengths = [_lengths_within(width, pack) for pack in packs]
     for index, pack in enumerate(packs):
         done = 0
         for row in pack:
@@ -79,6 +86,8 @@ def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
         num_supervised=len(supervised),
         lengths=lengths,
         packed=any(len(pack) > 1 for pack in packs),
+        row_lengths=row_lengths,
+        row_starts=_starts(row_lengths),
     )
 
 
@@ -113,6 +122,7 @@ def split(batch: Batch, max_rows: int) -> Iterator[Batch]:
         labels = batch["labels"][rows, :width]
         positions = batch["position_ids"][rows, :width].contiguous()
         supervised = _predicting(labels)
+        row_lengths = [_cut(one, width) for one in batch["row_lengths"][rows]]
         yield Batch(
             input_ids=batch["input_ids"][rows, :width].contiguous(),
             labels=labels.contiguous(),
@@ -120,8 +130,34 @@ def split(batch: Batch, max_rows: int) -> Iterator[Batch]:
             supervised=supervised,
             num_supervised=len(supervised),
             lengths=lengths,
-            packed=batch["packed"] and bool((positions[:, 1:] == 0).any()),
+            packed=any(len(one) > 1 for one in row_lengths),
+            row_lengths=row_lengths,
+            row_starts=_starts(row_lengths),
         )
+
+
+def _lengths_within(width: int, pack: Sequence[Encoded]) -> list[int]:
+    """The rows of a pack by their lengths; the padding goes on in a row that is alone."""
+    lengths = [len(row.input_ids) for row in pack]
+    left = width - sum(lengths)
+    if len(lengths) == 1:
+        return [width]
+    return [*lengths, left] if left else lengths
+
+
+def _cut(lengths: Sequence[int], width: int) -> list[int]:
+    """The lengths of a sequence's rows where only its first `width` positions are left."""
+    found: list[int] = []
+    for length in lengths:
+        if (left := width - sum(found)) > 0:
+            found.append(min(length, left))
+    return found
+
+
+def _starts(row_lengths: Sequence[Sequence[int]]) -> Tensor:
+    """Where each row begins in the flattened batch, and where the last one ends."""
+    ends = itertools.accumulate(itertools.chain.from_iterable(row_lengths), initial=0)
+    return torch.tensor(list(ends), dtype=torch.int32)
 
 
 def _predicting(labels: Tensor) -> Tensor:

@@ -161,6 +161,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def prefer_flash(device: torch.device) -> None:
+    """Let torch's attention on a GPU be flash or memory-efficient attention, and not cuDNN's.
+
+    On compute capability 9.0 and 10.0 cuDNN's comes first (torch 2.13) and makes a plan for each
+    new shape, which takes as long as some steps; batches have many shapes.
+    """
+    if has_own_memory(device):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def allocator_peaks(device: torch.device) -> tuple[int, int]:
     """The most allocated and reserved bytes of a GPU since this was called before."""
     peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ _KERNELS: ContextVar[KernelListener | None] = ContextVar("kernels", default=None
 
 
 REPRESENTATIVES = 3
+Place = TypeVar("Place")
 
 
 def has_own_memory(device: torch.device) -> bool:
@@ -78,7 +80,7 @@ def _of_the_card(device: torch.device | None = None) -> Capability:
     return PLAINEST if is_rocm() else torch.cuda.get_device_capability(device)
 
 
-def representative(places: Sequence[int], like: Tensor) -> Iterable[int]:
+def representative(places: Sequence[Place], like: Tensor) -> Iterable[Place]:
     """Of the `places` of a loop the first and the last two, where `like` has no values.
 
     What a loop makes in between is no more than it makes there: so a plan takes as long for many
@@ -89,7 +91,7 @@ def representative(places: Sequence[int], like: Tensor) -> Iterable[int]:
     return _represented(places)
 
 
-def _represented(places: Sequence[int]) -> Iterator[int]:
+def _represented(places: Sequence[Place]) -> Iterator[Place]:
     yield places[0]
     before = _TURNS.set(_TURNS.get() * (len(places) - 2))
     try:

@@ -28,6 +28,7 @@ from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.export.read_back import Way, read_back, ways
 from qlora_kit.process.out_of_memory import is_out_of_memory
+from qlora_kit.training.attention import within_rows
 from qlora_kit.training.loss import to_device
 
 TOKEN_LIMIT = 4096
@@ -150,7 +151,8 @@ def _positions(batch: Batch) -> Tensor:
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     device = model.get_input_embeddings().weight.device
     moved = to_device(batch, device)
-    hidden = hidden_states(model, moved["input_ids"], moved["position_ids"])
+    with within_rows(model, moved) as rows:
+        hidden = hidden_states(model, moved["input_ids"], moved["position_ids"], **rows)
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, _positions(batch).to(device))
 
 

@@ -1,4 +1,7 @@
-"""Causal attention within segments for 16-bit tensors on the CPU, keys kept once a group of heads.
+"""Causal attention within segments, keys kept once a group of heads: the library's kernels or ours.
+
+On a GPU ours serves what no kernel there does (`attention_cuda.py`): soft caps. Sliding windows and
+soft caps are ours on the CPU, too. What follows is about the CPU without them.
 
 The library's backward keeps keys and values repeated for every query head, and is slow for narrow
 heads. Ours (`attention_blocks.py`) recomputes the scores and keeps queries, keys and values only:
@@ -18,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.device.target import TILES
+from qlora_kit.device.target import TILES, device_type, representative
 from qlora_kit.kernels.attention_blocks import (
-    BLOCK_QUERIES,
-    BLOCK_SCORES,
     NARROW,
     backward_in_blocks,
+    block_limits,
     forward_in_blocks,
+    forward_space,
     like_heads,
 )
 from qlora_kit.kernels.matmul import matmul_dtype
@@ -42,15 +45,28 @@ class Segment:
         """This part of (B, heads, T, ...): (sequences, heads, end - start, ...)."""
         return x[self.batch, :, self.start : self.end]
 
+    def shape(self, x: Tensor) -> tuple[int, int]:
+        """Its sequences and its positions in a batch (B, heads, T, ...)."""
+        return len(range(*self.batch.indices(x.shape[0]))), self.end - self.start
+
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, segments: Sequence[Segment]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    segments: Sequence[Segment],
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Queries (B, H, T, d), keys and values (B, H / n, T, d) to (B, H, T, d), row by row.
 
-    The segments cover the whole batch; no position sees another segment or a later position.
+    The segments cover the whole batch; no position sees another segment or a later position, or
+    more than `window` keys, its own included. `softcap` is the one of the scores.
     """
-    return _CausalAttention.apply(query, key, value, scale, segments)  # type: ignore[no-any-return, no-untyped-call]
+    longest = max(segment.end - segment.start for segment in segments)
+    window = None if window is None or window >= longest else window
+    return _CausalAttention.apply(query, key, value, scale, segments, window, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -69,18 +85,26 @@ class _CausalAttention(torch.autograd.Function):
         value: Tensor,
         scale: float,
         segments: Sequence[Segment],
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
-        ctx.scale, ctx.segments = scale, segments
+        ctx.scale, ctx.segments, ctx.window, ctx.softcap = scale, segments, window, softcap
         result: Tensor
         normalizer: Tensor | None = None
+        plain = window is None and softcap is None
+        if not (by_library := plain and _by_library(query)):
+            space = forward_space(query, key, {one.shape(query) for one in segments}, window)
         if len(segments) > 1:
             borders = zip(*((s.batch.start, s.start, s.end) for s in segments), strict=True)
-            result, normalizer = attend_rows(query, key, value, scale, *map(list, borders))
-        elif _by_library(query):
+            if by_library:
+                space = query.new_empty(0, dtype=torch.float32)
+            rows = *map(list, borders), window, softcap, by_library
+            result, normalizer = attend_rows(query, key, value, space, scale, *rows)
+        elif by_library:
             result, normalizer = _library_forward(query, key, value, scale)
         else:
-            result = attend_in_blocks(query, key, value, scale)
-        ours = _backward_is_ours(query)
+            result = attend_in_blocks(query, key, value, space, scale, window, softcap)
+        ours = not plain or _backward_is_ours(query)
         ctx.save_for_backward(query, key, value, *(() if ours else (result, normalizer)))
         return result
 
@@ -89,51 +113,61 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *others = ctx.saved_tensors
         results = [like_heads(x) for x in (query, key, value)]
-        for segment in ctx.segments:
+        for segment in representative(ctx.segments, query):
             q, k, v, grad = (segment.of(x) for x in (query, key, value, grads[0]))
             into = [segment.of(x) for x in results]
             if others:
                 output, normalizer = (segment.of(x) for x in others)
-                gradients = _library_backward(grad, q, k, v, output, normalizer, ctx.scale)
-                for result, gradient in zip(into, gradients, strict=True):
-                    result.copy_(gradient)
+                _place(into, _library_backward(grad, q, k, v, output, normalizer, ctx.scale))
                 continue
             shared, length = q.shape[1] // k.shape[1], k.shape[2]
-            scores = q.shape[0] * shared * min(length, BLOCK_QUERIES) * length
-            step = max(1, BLOCK_SCORES // scores)  # key heads that are taken at once
+            most_queries, most_scores = block_limits(q, backward=True)
+            seen = length if ctx.window is None else min(length, most_queries + ctx.window - 1)
+            scores = q.shape[0] * shared * min(length, most_queries) * seen
+            step = max(1, most_scores // scores)  # key heads that are taken at once
             for first in range(0, k.shape[1], step):
                 keys = slice(first, first + step)
                 queries = slice(first * shared, (first + step) * shared)
                 parts = (q[:, queries], k[:, keys], v[:, keys], grad[:, queries])
-                gradients = backward_in_blocks(*parts, ctx.scale)
-                for result, heads, gradient in zip(
-                    into, (queries, keys, keys), gradients, strict=True
-                ):
-                    result[:, heads].copy_(gradient)
-        return *results, None, None
+                of_heads = [x[:, y] for x, y in zip(into, (queries, keys, keys), strict=True)]
+                _place(of_heads, backward_in_blocks(*parts, ctx.scale, ctx.window, ctx.softcap))
+        return *results, None, None, None, None
+
+
+def _place(into: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Copies gradients, which are gone before the next ones are computed."""
+    for result, gradient in zip(into, gradients, strict=True):
+        result.copy_(gradient)
 
 
 def _by_library(query: Tensor) -> bool:
-    """Whether forward is the library's kernel."""
+    """Whether forward is the library's kernel, where there is neither a window nor a soft cap."""
     in_16_bits = query.dtype in (torch.bfloat16, torch.float16)
-    return not in_16_bits or (TILES and matmul_dtype(query) is query.dtype)
+    there = device_type(query) == "cpu"
+    return there and (not in_16_bits or (TILES and matmul_dtype(query) is query.dtype))
 
 
 def _backward_is_ours(query: Tensor) -> bool:
     """Whether backward is ours, which needs neither the output nor statistics."""
+    if device_type(query) != "cpu":
+        return True
     in_16_bits = query.dtype in (torch.bfloat16, torch.float16)
     return in_16_bits and (not _by_library(query) or query.shape[-1] <= NARROW)
 
 
-@torch.library.custom_op("qlora_kit::attend_rows", mutates_args=())
+@torch.library.custom_op("qlora_kit::attend_rows", mutates_args=("space",))
 def attend_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    space: Tensor,
     scale: float,
     sequences: list[int],
     starts: list[int],
     ends: list[int],
+    window: int | None,
+    softcap: float | None,
+    by_library: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output (B, H, T, d) and the statistics (B, H, T) of packs, row after row.
 
@@ -141,15 +175,15 @@ def attend_rows(
     same however its packs are divided. No plan sees what a row takes inside: its output, and its
     keys and values for every query head, or what `attend_in_blocks` takes. Ours has no statistics.
     """
-    result, normalizer = like_heads(query), _statistics(query)
+    result, normalizer = like_heads(query), _statistics(query, by_library)
     for sequence, start, end in zip(sequences, starts, ends, strict=True):
         segment = Segment(slice(sequence, sequence + 1), start, end)
         q, k, v = (segment.of(x) for x in (query, key, value))
-        if _by_library(query):
+        if by_library:
             output, statistics = _library_forward(q, k, v, scale)
             segment.of(normalizer).copy_(statistics)
         else:
-            output = forward_in_blocks(q, k, v, scale)
+            output = forward_in_blocks(q, k, v, scale, space, window, softcap)
         segment.of(result).copy_(output)
     return result, normalizer
 
@@ -159,27 +193,46 @@ def _(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    space: Tensor,
     scale: float,
     sequences: list[int],
     starts: list[int],
     ends: list[int],
+    window: int | None,
+    softcap: float | None,
+    by_library: bool,
 ) -> tuple[Tensor, Tensor]:
-    return like_heads(query), _statistics(query)
+    return like_heads(query), _statistics(query, by_library)
 
 
-@torch.library.custom_op("qlora_kit::attend_in_blocks", mutates_args=())
-def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+@torch.library.custom_op("qlora_kit::attend_in_blocks", mutates_args=("space",))
+def attend_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    space: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     """Queries (B, H, T, d), keys and values (B, H / n, T, d) of one segment to (B, H, T, d).
 
-    One operation, so that a level of recompute can keep its result. No plan sees what it takes
-    inside: `FORWARD_SCORES` in fp32 and in 16 bits (6 MiB; more once n * T is above that number),
-    and the part's keys in fp32 and its block of queries.
+    One operation, so that a level of recompute can keep its result. The scores lie in `space`. No
+    plan sees the rest of what it takes inside: a part's keys in fp32, and a block of queries.
     """
-    return forward_in_blocks(query, key, value, scale)
+    return forward_in_blocks(query, key, value, scale, space, window, softcap)
 
 
 @attend_in_blocks.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    space: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     return like_heads(query)
 
 
@@ -187,12 +240,12 @@ ATTEND_IN_BLOCKS = torch.ops.qlora_kit.attend_in_blocks.default
 ATTEND_ROWS = torch.ops.qlora_kit.attend_rows.default
 
 
-def _statistics(query: Tensor) -> Tensor:
+def _statistics(query: Tensor, by_library: bool) -> Tensor:
     """Room (B, H, T) for the logarithms of the softmax's sums, which the library's backward reads;
 
     (B, H, 0) where ours does not.
     """
-    count = query.shape[2] if _by_library(query) else 0
+    count = query.shape[2] if by_library else 0
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(*query.shape[:2], count, dtype=dtype)
 

@@ -131,3 +131,15 @@ def scale_columns(tokens: Tensor, scales: Tensor, out: Tensor) -> None:
     step = SCALED_AT_ONCE if device_type(tokens) == "cpu" else max(1, tokens.shape[0])
     for start in representative(range(0, tokens.shape[0], step), tokens):
         torch.mul(tokens[start : start + step], scales, out=out[start : start + step])
+
+
+def bmm_to_fp32(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """`left` (N, m, k) times `right` (N, k, n) into fp32 `out` (N, m, n), not rounded in between.
+
+    CUDA multiplies 16 bits and gives fp32 since torch 2.8; elsewhere both sides become fp32.
+    """
+    direct = getattr(torch.ops.aten.bmm, "dtype_out", None)
+    if direct is not None and left.dtype is not torch.float32 and device_type(left) == "cuda":
+        direct(left, right, torch.float32, out=out)
+    else:
+        torch.bmm(left.float(), right.float(), out=out)

@@ -23,7 +23,6 @@ from qlora_kit.memory.profiler import batch_tensors
 from qlora_kit.plan.extrapolate import cut, extend, layers_of, moved
 from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
 from qlora_kit.plan.work import noted_work
-from qlora_kit.training.attention import known_rows
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import Backward, train_step
 from qlora_kit.training.loss import supervised_loss
@@ -50,12 +49,7 @@ class FakeRun:
         # The workspace that the CPU keeps: any step but the first finds it, and a forward pass
         # takes all of it.
         (batch,) = self.micro_batches(1, 2, 1, 1)
-        with (
-            fake.only(layers_of(cut(fake.kinds))),
-            fake.counted(),
-            known_rows(False),
-            torch.no_grad(),
-        ):
+        with fake.only(layers_of(cut(fake.kinds))), fake.counted(), torch.no_grad():
             supervised_loss(fake.model, batch)
 
     @property
@@ -89,6 +83,7 @@ class FakeRun:
             )
         # What a row begins with is predicted by nothing.
         shape, count = (rows, padded(length)), rows * min(supervised, length - 1)
+        row_lengths = self._row_lengths(padded(length))
 
         def made(times: tuple[int, ...]) -> Batch:
             def ids(*shape: int) -> Tensor:
@@ -102,11 +97,23 @@ class FakeRun:
                 num_supervised=count,
                 lengths=[],  # a step does not read them
                 packed=self.packed,
+                row_lengths=[row_lengths],
+                row_starts=torch.empty(*times, rows * len(row_lengths) + 1, dtype=torch.int32),
             )
 
         with self._fake.mode:
             waiting = [made((micro_steps - 1,))] if micro_steps > 1 else []
             return [*waiting, made(())]
+
+    def _row_lengths(self, width: int) -> list[int]:
+        """Those of one sequence, which stands for all: of packs the longest row, and the rest.
+
+        Attention takes no more for a pack that is divided into more rows.
+        """
+        if not self.packed or width < 2:
+            return [width]
+        longest = min(self.longest_row or width, width - 1)
+        return [longest, width - longest]
 
     def passes(self, micro_batches: Sequence[Batch], levels: Sequence[str]) -> list[Interval]:
         """The intervals of forward and backward of a step; `levels` has one for each layer."""
@@ -137,8 +144,7 @@ class FakeRun:
                 parameter.grad = None
             return loss
 
-        rows = known_rows(self.packed, self.longest_row)
-        with self._fake.only(chosen), self._fake.counted(), noted_work(self._counter), rows:
+        with self._fake.only(chosen), self._fake.counted(), noted_work(self._counter):
             # On a GPU there is a copy of one batch, the others wait on the host.
             waiting = micro_batches[:-1] if HOST in self.apart else []
             self._counter.tag(HOST, batch_tensors(waiting))

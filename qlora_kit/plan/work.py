@@ -166,6 +166,11 @@ def _attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[
     if "ends" in given:
         rows = zip(given["starts"], given["ends"], strict=True)
         pairs = query.shape[1] * sum((end - start) ** 2 for start, end in rows)
+    if "lengths" in given:
+        lengths, window = given["lengths"], given["window"] or max(given["lengths"])
+        # A window hides a triangle from each row; in a plan one sequence's rows stand for all.
+        seen = sum(n * n - max(0, n - window) ** 2 for n in lengths)
+        pairs = query.shape[1] * seen * (query.shape[0] * query.shape[2] // sum(lengths))
     flops = 4 * pairs * query.shape[-1] * (CAUSAL if causal else 1.0)
     if "backward" in name:
         return int(BACKWARD_PASSES * flops), BACKWARD_KERNELS

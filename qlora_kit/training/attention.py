@@ -1,11 +1,16 @@
-"""Attention on the CPU: each row by itself, without a mask.
+"""Attention without a mask: each row by itself, on the CPU and on CUDA, and in the plans of both.
 
-transformers isolates the rows of a pack by `position_ids` too, through a mask of (T, T) that makes
-attention compute everything and throw most of it away. Here each segment of positions that begins
-at 0 is one causal attention of its own size: at length 1024 and rows of 170 tokens a fifth of the
-work. On other devices transformers' way stays: reading positions there would stop the queue.
+transformers isolates the rows of a pack by `position_ids`, and sliding windows, through a mask of
+(T, T) that makes attention compute everything and throw most of it away. Here each row is one
+causal attention of its own size. The host knows the rows of a batch since it was collated: nothing
+is read back from a device. On CUDA the kernel follows from the card's capability, the dtype and the
+head's width (`kernels/attention_cuda.py`); a plan's fake tensors take the same way with the card
+that they are planned for.
 
-Left out: sliding windows shorter than a row, soft caps; such models keep transformers' way as well.
+What keeps the library's attention and its masks: padding on the left and decoding with a cache, and
+families without a record, whose masks may say what positions do not (alibi, chunks, a prefix).
+Likewise AMD's cards, whose builds of these kernels have no windows, and a base with dropout of
+attention that has windows or soft caps or, on CUDA, whose rows are packed.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,71 +28,151 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.device.target import device_type, has_values
+from qlora_kit.data.batch import Batch
+from qlora_kit.device.target import (
+    Capability,
+    capability,
+    device_type,
+    has_own_memory,
+    has_values,
+    is_rocm,
+)
 from qlora_kit.kernels.attention import Segment, causal_attention
+from qlora_kit.kernels.attention_cuda import Rows, attend_packed, attention_kernel
 from qlora_kit.kernels.matmul import matmul_dtype
 
-NAME = "sdpa_rows"
-PLANNED = "sdpa_planned"
-_LONGEST_ROW: ContextVar[int | None] = ContextVar("longest_row", default=None)
+NAMES = {"sdpa": "sdpa_rows", "eager": "eager_rows"}
+"""What a model's attention is called that attends by rows, by the library's that it stands for."""
+ROWS = "attention_rows"
+"""The option of a forward pass that tells attention the `Rows` of a batch."""
+_BATCH: ContextVar[Batch | None] = ContextVar("batch", default=None)
 
 
 def set_packed_attention(model: PreTrainedModel) -> bool:
-    """Let a model on the CPU attend within rows; returns whether it does now.
+    """Let a model attend within rows, without a mask; returns whether it does now.
 
-    The results are those of `sdpa` up to rounding, packed or not, with a cache or a mask too.
+    The results are those of the library's attention up to rounding, with a cache or a mask too.
     """
     config = model.config
-    if not architecture_of(config.model_type).known:
-        # A mask may say what positions do not: alibi, chunks, a prefix.
-        _attend_in_fp32(config, model.get_input_embeddings().weight)
-        return False
-    windowed = getattr(config, "sliding_window", None) is not None
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
     weight = model.get_input_embeddings().weight
-    if device_type(weight) == "cuda" and not has_values(weight):
-        _plan_cuda_attention(config)
-        return False
-    if device_type(weight) == "cpu" and (windowed or capped):
+    name = config._attn_implementation
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    windowed = getattr(config, "sliding_window", None) is not None
+    drops = bool(getattr(config, "attention_dropout", 0)) and (capped or windowed)
+    # Of a text model "vision" says nothing: it is about images.
+    backwards = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
+    expected = "eager" if capped else "sdpa"  # sdpa has no soft cap
+    if name in NAMES.values():
+        return True
+    if not architecture_of(config.model_type).known or name != expected or drops or backwards:
         _attend_in_fp32(config, weight)
-    if weight.device.type != "cpu" or windowed or capped or config._attn_implementation != "sdpa":
         return False
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-    config._attn_implementation = NAME
+    if device_type(weight) not in ("cpu", "cuda") or (capability(weight) and is_rocm()):
+        return False
+    make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name]
+    AttentionInterface.register(NAMES[name], functools.partial(attend, library=name))
+    AttentionMaskInterface.register(NAMES[name], functools.partial(_mask, make))
+    config._attn_implementation = NAMES[name]
     return True
 
 
 @contextlib.contextmanager
-def known_rows(packed: bool, longest: int | None = None) -> Iterator[None]:
-    """Inside, positions without values are those of rows that begin at 0, or of packs.
+def within_rows(model: PreTrainedModel, batch: Batch) -> Iterator[dict[str, Any]]:
+    """Inside, a forward pass of `model` on `batch` reads no positions; yields options for it.
 
-    Of packs the first one stands for all: a row of `longest` tokens, and the rest. What attention
-    takes for a pack comes and goes before the next one.
-
-    transformers reads the values of positions to see whether a mask is needed, and makes one where
-    there are none to read (5.23): a plan would count what no run has.
+    transformers reads the values of positions to see whether rows are packed, which waits for the
+    device, and makes a mask where there are none to read (5.23): a plan would count what no run
+    has.
     """
+    config, packed = model.config, batch["packed"]
+    drops = getattr(config, "attention_dropout", 0) and device_type(batch["input_ids"]) != "cpu"
+    ours = config._attn_implementation in NAMES.values() and not (packed and drops)
+    if packed and not ours:
+        yield {}
+        return
+    rows = Rows(batch["row_lengths"], batch["row_starts"]) if ours else None
+    before = _BATCH.set(batch)
+    try:
+        with positions_unread():
+            yield {} if rows is None else {ROWS: rows}
+    finally:
+        _BATCH.reset(before)
+
+
+@contextlib.contextmanager
+def positions_unread() -> Iterator[None]:
+    """Inside, transformers takes all positions for those of rows that begin at 0."""
     real = masking_utils.find_packed_sequence_indices
-    before = _LONGEST_ROW.set(longest if packed else None)
-    if not packed:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = real
-        _LONGEST_ROW.reset(before)
 
 
-def _plan_cuda_attention(config: Any) -> None:
-    """Let fake tensors on the CPU attend as `sdpa` does on CUDA."""
-    if config._attn_implementation == "sdpa":
-        AttentionInterface.register(PLANNED, _flash)
-        AttentionMaskInterface.register(PLANNED, sdpa_mask)
-        config._attn_implementation = PLANNED
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_ids: Tensor | None = None,
+    attention_rows: Rows | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    library: str = "sdpa",
+    card: Capability | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(B, H, T, d) queries, keys and values of fewer heads to (B, T, H, d).
+
+    `card` is the capability of the card whose kernels attend; without it that of the tensors' own.
+    """
+    card, batch = card or capability(query), _BATCH.get()
+    if batch is not None and attention_rows is None:
+        raise AssertionError(f"{type(module).__name__} was not told the rows of its batch")
+    parts, scale = (query, key, value), query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None or not query.shape[2] == key.shape[2] > 1:
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return _widened(library, module, *parts, attention_mask, **options)
+    if card is not None:
+        if dropout:
+            output = _dropped_on_cuda(*parts, dropout, scale, card)
+        else:
+            kernel = attention_kernel(card, query.dtype, query.shape[-1], softcap)
+            if kernel != "blocks":
+                output = attend_packed(*parts, scale, kernel, attention_rows, sliding_window)
+            else:
+                segments = _segments(query, attention_rows.lengths if attention_rows else None)
+                output = causal_attention(*parts, scale, segments, sliding_window, softcap)
+        return output.transpose(1, 2), None
+    lengths = attention_rows.lengths if attention_rows else _lengths(query, position_ids)
+    if dropout:
+        return _dropped_on_cpu(*parts, lengths, dropout, scale), None
+    segments = _segments(query, lengths)
+    output = causal_attention(*parts, scale, segments, sliding_window, softcap)
+    return output.transpose(1, 2), None
+
+
+def _mask(make: Any, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """No mask where the rows say everything: no padding on the left, no cache.
+
+    On a device that has to be waited for, that is where the rows are known. Of one query a mask is
+    made without a look at what it hides.
+    """
+    waits = has_own_memory(torch.device(kwargs.get("device", "cpu")))
+    if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
+        if _BATCH.get() is not None or not waits:
+            return None
+    elif waits and kwargs.get("q_length") == 1 and attention_mask is not None:
+        kwargs["allow_is_causal_skip"] = False
+    return make(*args, attention_mask=attention_mask, **kwargs)
 
 
 def _attend_in_fp32(config: Any, like: Tensor) -> None:
@@ -111,7 +196,7 @@ def _widened(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The library's attention of `name` on fp32 copies where the processor wants them."""
+    """The library's attention of `name`, on fp32 copies where the processor wants them."""
     dtype = matmul_dtype(query)
     attend = sdpa_attention_forward
     if name == "eager":
@@ -124,105 +209,70 @@ def _widened(
     return output.to(query.dtype), None
 
 
-def _flash(
-    module: torch.nn.Module,
+def _dropped_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float, card: Capability
+) -> Tensor:
+    """Attention with dropout of whole sequences, (B, H, T, d), by the kernels of the library."""
+    if attention_kernel(card, query.dtype, query.shape[-1]) == "flash":
+        attend = torch.ops.aten._scaled_dot_product_flash_attention
+        output, *_ = attend(query, key, value, dropout, True, scale=scale)
+        return output  # type: ignore[no-any-return]
+    shared = query.shape[1] // key.shape[1]
+    keys, values = (x.repeat_interleave(shared, 1) for x in (key, value))
+    return F.scaled_dot_product_attention(
+        query, keys, values, dropout_p=dropout, is_causal=True, scale=scale
+    )
+
+
+def _dropped_on_cpu(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The kernel that torch takes on CUDA in 16 bits without a mask: keys are not repeated."""
-    if attention_mask is not None or query.dtype is torch.float32:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output, None
-    attend = torch.ops.aten._scaled_dot_product_flash_attention
-    output, *_ = attend(query, key, value, dropout, True, scale=scaling)
-    return output.transpose(1, 2), None
-
-
-def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """No mask where positions say everything: no padding on the left, no cache."""
-    if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
-        return None
-    mask: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-    return mask
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    position_ids: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """(B, H, T, D) queries, keys and values of fewer heads to (B, T, H, D)."""
-    rows = _rows(query, key, attention_mask, position_ids)
-    if attention_mask is None and query.shape[2] == key.shape[2] > 1 and not dropout:
-        segments = _segments(rows) or [Segment(slice(None), 0, query.shape[2])]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return causal_attention(query, key, value, scale, segments).transpose(1, 2), None
-    if rows is None:
-        return _widened(
-            "sdpa",
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            **kwargs,
-        )
+    rows: Sequence[Sequence[int]] | None,
+    dropout: float,
+    scale: float,
+) -> Tensor:
+    """Attention with dropout, row by row, (B, T, H, d), which our kernels have not."""
+    dtype = matmul_dtype(query)
     options: dict[str, Any] = {
         "dropout_p": dropout,
         "is_causal": True,
-        "scale": scaling,
+        "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],
     }
+    rows = rows or [[query.shape[2]]] * query.shape[0]
     sequences = []
-    # With dropout, which the kernels above have not.
     # Taken apart by unbind and split, whose backward is one copy; that of a slice fills a tensor
     # of the whole length with zeros for each row.
-    for *heads, lengths in zip(query.unbind(), key.unbind(), value.unbind(), rows, strict=True):
-        parts = zip(*(torch.split(head, lengths, dim=1) for head in heads), strict=True)
+    tensors = (x.to(dtype).unbind() for x in (query, key, value))
+    for *heads, lengths in zip(*tensors, rows, strict=True):
+        parts = zip(*(torch.split(head, list(lengths), dim=1) for head in heads), strict=True)
         attended = [F.scaled_dot_product_attention(*part, **options) for part in parts]
         sequences.append(torch.cat([part.transpose(0, 1) for part in attended]))
-    return torch.stack(sequences), None
+    return torch.stack(sequences).to(query.dtype)
 
 
-def _segments(rows: list[list[int]] | None) -> list[Segment]:
-    """The rows of each sequence as parts of the batch."""
+def _segments(query: Tensor, rows: Sequence[Sequence[int]] | None) -> list[Segment]:
+    """The rows of each sequence as parts of the batch, which is one where each has one row."""
+    if rows is None or all(len(lengths) == 1 for lengths in rows):
+        return [Segment(slice(None), 0, query.shape[2])]
     return [
         Segment(slice(number, number + 1), end - length, end)
-        for number, lengths in enumerate(rows or [])
+        for number, lengths in enumerate(rows)
         for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)
     ]
 
 
-def _rows(
-    query: Tensor, key: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> list[list[int]] | None:
-    """The lengths of each sequence's rows, or None where no sequence holds several."""
-    if attention_mask is not None or position_ids is None:
+def _lengths(query: Tensor, position_ids: Tensor | None) -> list[list[int]] | None:
+    """The lengths of each sequence's rows by their positions, or None where none holds several.
+
+    For passes outside `within_rows`, on the CPU, where reading waits for nothing.
+    """
+    if position_ids is None or not has_values(position_ids):
         return None
-    if query.shape[2] != key.shape[2] or position_ids.shape[0] != query.shape[0]:
+    if position_ids.shape != (query.shape[0], query.shape[2]):
         return None
     width = position_ids.shape[1]
-    if not has_values(position_ids):
-        longest = _LONGEST_ROW.get()
-        if longest is None:
-            return None
-        longest = min(longest, width - 1)
-        return [[longest, width - longest]]
     starts = [(row == 0).nonzero().flatten().tolist() for row in position_ids]
     if all(len(start) < 2 for start in starts):
         return None

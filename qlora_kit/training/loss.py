@@ -16,6 +16,7 @@ from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.decoder import hidden_states
 from qlora_kit.base.recurrence import check_packing
 from qlora_kit.kernels.cross_entropy import cross_entropy_sum
+from qlora_kit.training.attention import within_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,8 @@ def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     if batch["packed"]:
         check_packing(model)
-    hidden = hidden_states(model, batch["input_ids"], batch["position_ids"])
+    with within_rows(model, batch) as rows:
+        hidden = hidden_states(model, batch["input_ids"], batch["position_ids"], **rows)
     # (B, T, h) to (B * T, h), and of these the N supervised ones: (N, h).
     tokens = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["supervised"])
     # `supervised` points at the positions that predict; their targets are the next tokens, (N,).

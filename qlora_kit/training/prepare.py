@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.probe import check_packs
 from qlora_kit.config.training import TrainingConfig
+from qlora_kit.device.found import prefer_flash
 from qlora_kit.kernels.triton_ops import allow_triton
 from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
@@ -24,6 +25,7 @@ def prepare_model(
     Errors: `ConfigError` where `packing` is asked of a model that does not keep rows apart.
     """
     allow_triton(config.triton_kernels)
+    prefer_flash(model.device)
     set_packed_attention(model)
     if packing:
         check_packs(model)

@@ -39,6 +39,7 @@ from torch.utils.checkpoint import (
 )
 
 from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, ATTEND_ROWS
+from qlora_kit.kernels.attention_ops import ATTEND_BY_KERNEL
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.shared_keys import OPTION, SharedKeys
 
@@ -49,6 +50,7 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     ATTEND_IN_BLOCKS,
     ATTEND_ROWS,
+    ATTEND_BY_KERNEL,
 }
 """The kernels whose results `selective` keeps."""
 

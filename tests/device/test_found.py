@@ -7,7 +7,7 @@ import torch
 
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device import target
-from qlora_kit.device.found import device_notes, find_device
+from qlora_kit.device.found import device_notes, find_device, prefer_flash
 from qlora_kit.errors import ConfigError, ResourceError
 
 CUDA = torch.device("cuda")
@@ -38,3 +38,15 @@ def test_a_card_of_amd_is_cuda_with_a_note_and_plain_kernels(
     assert "ROCm 6.4.43482" in note
     assert device_notes(torch.device("cpu")) == ()
     assert target._of_the_card(CUDA) == target.PLAINEST < (8, 0)
+
+
+def test_attention_on_a_card_is_not_cudnns() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        prefer_flash(torch.device("cpu"))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        prefer_flash(CUDA)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -1,26 +1,32 @@
 """Packed rows give what each gives alone, on every attention path and recompute level."""
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 from adapted import adapted_model
 from families import FAMILIES, VOCABULARY, relative_error, tiny_model, token_ids
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
 
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.training.attention import NAME, set_packed_attention
+from qlora_kit.training.attention import NAMES, attend, set_packed_attention
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loss import supervised_loss
 
 LENGTHS = [[9, 5, 23, 2], [17, 30], [3]]
-OURS = ("llama2", "llama3", "llama_bias", "qwen2", "qwen3", "phi3", "granite")
-"""Families without windows and soft caps."""
-
+LIBRARY = {family: "eager" if family == "gemma2" else "sdpa" for family in FAMILIES}
+"""sdpa has no soft cap of attention, and transformers refuses it."""
 PATHS = [
     *((family, "eager") for family in FAMILIES),
-    # sdpa has no soft cap of attention, and transformers refuses it.
-    *((family, "sdpa") for family in FAMILIES if family != "gemma2"),
-    *((family, NAME) for family in OURS),
+    *((family, "sdpa") for family in FAMILIES if LIBRARY[family] == "sdpa"),
+    *((family, path) for family in FAMILIES for path in ("rows", "cuda")),
 ]
+"""`rows` is ours, and `cuda` ours by the kernels of a card, which are plain matmuls here."""
+CARD = (9, 0)
 TOLERANCE = 1e-5
 """Of fp32: the two sides sum in another order."""
 CHANGES = {"phi3": {"original_max_position_embeddings": 64}}
@@ -52,12 +58,25 @@ def model_of():
                 parameter.requires_grad_(parameter.dim() == 2)
             models[family, path] = model
             if path != "eager":
-                model.set_attn_implementation("sdpa")
-            if path == NAME:
+                model.set_attn_implementation(LIBRARY[family])
+            if path in ("rows", "cuda"):
                 assert set_packed_attention(model)
         return models[family, path]
 
     return get
+
+
+@contextlib.contextmanager
+def kernels_of(path):
+    """Inside, our attention is that of a card where the path says so."""
+    for library, name in NAMES.items():
+        card = CARD if path == "cuda" else None
+        AttentionInterface.register(name, partial(attend, library=library, card=card))
+    try:
+        yield
+    finally:
+        for library, name in NAMES.items():
+            AttentionInterface.register(name, partial(attend, library=library))
 
 
 def loss_and_gradients(model, batches):
@@ -85,18 +104,65 @@ def test_packed_rows_are_separate_rows(model_of, family, path, level):
     model = model_of(family, path)
     set_recompute(model, level)
     packs = packs_of()
-    packed = loss_and_gradients(model, [collate_packs(packs, 0)])
-    alone = loss_and_gradients(model, [collate([row], 0) for pack in packs for row in pack])
+    with kernels_of(path):
+        packed = loss_and_gradients(model, [collate_packs(packs, 0)])
+        alone = loss_and_gradients(model, [collate([row], 0) for pack in packs for row in pack])
     assert_equal_up_to_rounding(packed, alone)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in OURS])
-def test_windows_and_soft_caps_keep_the_librarys_attention(family):
-    for path in ("eager", "sdpa"):
-        model = tiny_model(family)
+@pytest.mark.parametrize("path", ["rows", "cuda"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ours_is_the_librarys_attention(model_of, family, path):
+    """Windows and soft caps included, packed and not, outputs and gradients."""
+    ours, theirs = model_of(family, path), model_of(family, "eager")
+    batches = [
+        collate_packs(packs_of(), 0),
+        collate([row for pack in packs_of() for row in pack], 0),
+    ]
+    for model in (ours, theirs):
+        set_recompute(model, "none")
+    with kernels_of(path):
+        found = loss_and_gradients(ours, batches)
+    assert_equal_up_to_rounding(found, loss_and_gradients(theirs, batches))
+
+
+def test_the_library_keeps_what_ours_is_not_for():
+    for family, path, changes in (
+        ("llama3", "eager", {}),
+        ("gemma2", "sdpa", {}),
+        ("mistral", "sdpa", {"attention_dropout": 0.1}),
+        ("gemma2", "eager", {"use_bidirectional_attention": True}),
+    ):
+        model = tiny_model(family, **changes)
         model.config._attn_implementation = path
         assert not set_packed_attention(model)
         assert model.config._attn_implementation == path
+
+
+@pytest.mark.parametrize("path", ["rows", "cuda"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_reads_no_positions_and_makes_no_mask(model_of, family, path):
+    model = model_of(family, path)
+    set_recompute(model, "full")
+    for batch in (collate_packs(packs_of(), 0), collate(packs_of()[0], 0)):
+        with kernels_of(path), NoMask(batch["labels"].shape[1]):
+            supervised_loss(model, batch).backward()
+
+
+class NoMask(TorchDispatchMode):
+    """Refuses reads by the host, and tensors of booleans with two dimensions of a length."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        found = func(*args, **(kwargs or {}))
+        for one in tree_leaves(found):
+            if isinstance(one, torch.Tensor) and one.dtype is torch.bool:
+                assert list(one.shape).count(self.length) < 2, func
+        return found
 
 
 def test_rows_leak_where_positions_do_not_begin_again(model_of):
@@ -121,10 +187,10 @@ def test_a_cache_makes_transformers_leak_between_packed_rows(model_of):
     assert (isolated - cached).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "mistral", "gemma2"])
 def test_without_packs_both_attentions_are_one(model_of, family):
     # Plain batches, padding on the left with a mask, and decoding with a cache.
-    ours, theirs = (model_of(family, path).eval() for path in (NAME, "sdpa"))
+    ours, theirs = (model_of(family, path).eval() for path in ("rows", LIBRARY[family]))
     batch = collate([row for pack in packs_of() for row in pack], 0)
     ids = token_ids(2, 12)
     mask = torch.ones_like(ids)

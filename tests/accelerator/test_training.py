@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from accelerator import accelerator, in_order, of_batch, rows_are_known, saved, small_batch
 
+from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.training.loop import train, train_step
 from qlora_kit.training.loss import evaluate
 
@@ -48,3 +50,20 @@ def test_a_run_waits_once_a_step_and_once_an_evaluation() -> None:
         assert seen.reads == [()]
     assert asked == [(1, 1.0, 1.0, 0), (2, 1.0, 1.0, 1)]
     assert [(one.loss, one.grad_norm) for one in reports] == [(1.0, 1.0)] * 2
+
+
+def test_backward_tells_its_workspace_from_a_thread_of_its_own() -> None:
+    """As on CUDA: autograd runs what belongs to a device in a thread of that device."""
+    batch, threads = small_batch(), []
+
+    def tag(component: str, tensors: Any) -> None:
+        threads.extend(threading.get_ident() for _ in tensors)
+
+    with accelerator() as card:
+        model = card.adapted(saved("llama2"))
+        optimizer, given = card.optimizer(model), card.on_host(batch)
+        with own_workspace({}), tagged_workspace(tag):
+            step(model, optimizer, given)
+    here = threading.get_ident()
+    assert here in threads
+    assert set(threads) > {here}

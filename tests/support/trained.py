@@ -25,7 +25,7 @@ def trained_base(
     generator = torch.Generator().manual_seed(11)
     for layer in lora_layers(base.model).values():
         weight = layer.lora_B["default"].weight
-        weight.data = torch.randn(weight.shape, generator=generator) * spread
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * spread)
     base.model.eval()
     return base
 

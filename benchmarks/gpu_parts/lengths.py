@@ -1,15 +1,19 @@
-"""Steps at lengths that are new: cuDNN's attention builds a plan for each, flash does not.
+"""Steps at lengths that are new, and torch's attention at them: cuDNN's builds a plan for each.
 
 A process of its own, without the variable that turns cuDNN's attention off (TORCH_CUDNN_SDPA_
-DEPRIORITIZED): first as the package leaves it, then with cuDNN's preferred, eight lengths each.
+DEPRIORITIZED): a step at eight lengths, then a second one at each, as the package leaves the
+choice; then attention alone, forward and backward, by flash and by cuDNN.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_parts.child import in_child
 from gpu_parts.setting import Setting
@@ -18,6 +22,7 @@ from qlora_kit.training.layer_forward import set_recompute
 
 VARIABLE = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 COUNT, FIRST, STEP = 8, 512, 32
+HEADS, SIZE = 8, 64
 ALARM = 50
 
 
@@ -28,27 +33,42 @@ def run(setting: Setting, found: dict[str, Any]) -> str:
 
 
 def child(setting: Setting, found: dict[str, Any]) -> str:
-    """Seconds of the first step at each length, and of the second."""
+    """Seconds at each length the first time, and the second; what the first takes more."""
+    lengths = [FIRST + STEP * number for number in range(COUNT)]
     model = setting.model(LITTLE)
     set_recompute(model.model, "none")
-    found["cudnn as left"] = torch.backends.cuda.cudnn_sdp_enabled()
-    _step(setting, model, FIRST - STEP)  # makes what any step needs
-    for number, (name, preferred) in enumerate({"as left": None, "cudnn": True}.items()):
-        if preferred is not None:
-            torch.backends.cuda.enable_cudnn_sdp(True)
-            torch.backends.cuda.enable_flash_sdp(False)
-        # Lengths of the one are new to the other as well.
-        lengths = [FIRST + STEP * i + STEP // 2 * number for i in range(COUNT)]
-        seconds = [[_step(setting, model, length) for length in lengths] for _ in range(2)]
-        first, second = (statistics.median(one) for one in seconds)
-        found[name] = {"lengths": lengths, "first_s": seconds[0], "second_s": seconds[1]}
-        found[name]["extra_s"] = first - second
+    found["cudnn left on"] = torch.backends.cuda.cudnn_sdp_enabled()
+
+    def step(length: int) -> None:
+        model.step(setting.batches(Point(LITTLE, length, "none"), model.model))
+
+    step(FIRST - STEP)  # makes what any step needs
+    found["steps"] = _twice(setting, lengths, step)
+    kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    for name, kernel in kernels.items():
+        with sdpa_kernel(kernel if setting.cuda else SDPBackend.MATH):
+            _attend(setting, FIRST - STEP)
+            found[name] = _twice(setting, lengths, lambda length: _attend(setting, length))
     return ", ".join(
         f"{name}: {found[name]['extra_s'] * 1e3:+.1f} ms at a new length"
-        for name in ("as left", "cudnn")
+        for name in ("steps", *kernels)
     )
 
 
-def _step(setting: Setting, model: Any, length: int) -> float:
-    batches = setting.batches(Point(LITTLE, length, "none"), model.model)
-    return setting.seconds(lambda: model.step(batches), 1, warm_up=0)[0]
+def _twice(setting: Setting, lengths: Sequence[int], call: Callable[[int], None]) -> dict[str, Any]:
+    first, second = (
+        [setting.seconds(lambda n=length: call(n), 1, warm_up=0)[0] for length in lengths]
+        for _ in range(2)
+    )
+    extra = statistics.median(first) - statistics.median(second)
+    return {"lengths": lengths, "first_s": first, "second_s": second, "extra_s": extra}
+
+
+def _attend(setting: Setting, length: int) -> None:
+    """Causal attention of one sequence and its gradients."""
+    shape = (1, HEADS, setting.short(length), SIZE)
+    query, key, value = (
+        torch.randn(shape, device=setting.device, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    F.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()

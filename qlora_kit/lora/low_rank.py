@@ -197,8 +197,8 @@ def _gradients(
     flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
     grad_hidden = matmul(flat, lora_b.to(part.dtype)).mul_(part.scaling)  # (N, r)
     dropped = part.dropped(tokens).reshape(-1, tokens.shape[-1]).to(part.dtype)  # (N, in)
-    grad_a = matmul(grad_hidden.t(), dropped).to(lora_a.dtype)
-    grad_b = matmul(flat.t(), hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
+    grad_a = matmul_fp32(grad_hidden.t(), dropped).to(lora_a.dtype)
+    grad_b = matmul_fp32(flat.t(), hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
     if grad_tokens is not None and part.position is None:
         _add_matmul(grad_tokens, grad_hidden, lora_a.to(part.dtype), 1.0)
     elif grad_tokens is not None:

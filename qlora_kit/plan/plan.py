@@ -214,18 +214,19 @@ class Planner:
         for name in self.optims if optim is None else (optim,):
             if (name, *asked) not in self._made:
                 self.run.take_optimizer(name)
-                plan = replace(self._plan(*asked), optim=name, why_optim=self._why(name))
+                plan = self._plan(*asked)
+                plan = replace(plan, optim=name, why_optim=self._why(name, plan))
                 self._made[name, *asked] = plan
             if self._made[name, *asked].fits:
                 break
         return self._made[name, *asked]
 
-    def _why(self, optim: str) -> str:
+    def _why(self, optim: str, plan: MemoryPlan) -> str:
         """Why `auto` takes this optimizer, where it may take another."""
         if len(self.optims) == 1:
             return ""
         if optim == self.optims[0]:
-            return "auto: it fits"
+            return "auto: no budget is given" if plan.budget_bytes is None else "auto: it fits"
         return f"auto: {self.optims[0]} does not fit"
 
     def _plan(

@@ -95,7 +95,7 @@ CARDS = {
         _card("rtx2070", 8192, (7, 5), (29.9, 7.5), 448, TURING),
         _card("rtx2080ti", 11264, (7, 5), (53.8, 13.4), 616, TURING),
         _card("t4", 15360, (7, 5), (65, 8.1), 320, SHEET),
-        _card("rtx3060", 12288, (8, 6), (25.5, 12.7), 360, "the board's own figures, as GA102's"),
+        _card("rtx3060", 12288, (8, 6), (25.5, 12.7), 360, "twice its fp32 peak, as in " + AMPERE),
         _card("rtx3070", 8192, (8, 6), (40.6, 20.3), 448, AMPERE),
         _card("rtx3080", 10240, (8, 6), (59.5, 29.8), 760, AMPERE),
         _card("rtx3090", 24576, (8, 6), (71, 35.6), 936, AMPERE),

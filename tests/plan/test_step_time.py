@@ -44,7 +44,7 @@ def planner(tmp_path_factory):
     path.write_text(json.dumps(SHAPE))
     lora = LoRAConfig(r=RANK, target_modules="all-linear")
     base = BaseConfig(str(path), bits=4, dtype="bf16")
-    return Planner(base, lora, TrainingConfig(), "cuda", clock=CLOCK)
+    return Planner(base, lora, TrainingConfig(optim="adamw"), "cuda", clock=CLOCK)
 
 
 def passes(planner, length, level="none", rows=1):
@@ -61,8 +61,7 @@ def sums(intervals, what):
     return found
 
 
-@pytest.mark.parametrize("length", [512, 2048])
-@pytest.mark.parametrize("level", ["none", "full"])
+@pytest.mark.parametrize(("length", "level"), [(512, "none"), (2048, "full")])
 def test_flops_are_those_of_the_shapes(planner, length, level):
     """Within 1 %: a step has one more or less of a row's tokens in the loss."""
     found = sums(passes(planner, length, level), "flops")
@@ -98,13 +97,12 @@ def test_time_grows_with_tokens_and_recompute(planner):
     def seconds(intervals):
         return CLOCK.step(intervals, planner.run.updates, 1, 1).total_s
 
-    by_length = [seconds(passes(planner, length)) for length in (256, 1024, 2048)]
+    by_length = [seconds(passes(planner, length)) for length in (256, 1024)]
     assert by_length == sorted(by_length)
-    by_rows = [seconds(passes(planner, 256, rows=rows)) for rows in (1, 2, 4)]
-    assert by_rows == sorted(by_rows)
+    one, four = by_length[0], seconds(passes(planner, 256, rows=4))
     # Tokens together are never slower than one row after another.
-    assert by_rows[2] < 2 * by_rows[1] < 4 * by_rows[0]
-    by_level = [seconds(passes(planner, 256, level)) for level in ("none", "selective", "full")]
+    assert one < four < 4 * one
+    by_level = [one, *(seconds(passes(planner, 256, level)) for level in ("selective", "full"))]
     assert by_level == sorted(by_level)
 
 
@@ -133,13 +131,14 @@ def test_a_slow_host_leaves_gaps(planner):
 
 
 def test_auto_takes_none_where_it_fits_and_else_the_fastest_mix(planner):
-    shape = BatchShape(1, 2048, 2048)
+    shape = BatchShape(1, 1024, 1024)
     whole = planner.plan(shape, "none")
     assert planner.plan(shape, "auto", 10**12).recompute == "none"
     assert whole.time is not None
     full = planner.plan(shape, "full")
-    between = planner.plan(shape, "auto", (whole.peak_bytes + full.peak_bytes) // 2)
-    assert between.peak_bytes <= (whole.peak_bytes + full.peak_bytes) // 2
+    takes = [one.peak_bytes + one.margin_bytes for one in (whole, full)]
+    between = planner.plan(shape, "auto", sum(takes) // 2)
+    assert between.fits
     assert whole.time.total_s < between.time.total_s < full.time.total_s
     assert set(whole.time.seconds) == {*KINDS, GAPS}
 
@@ -183,7 +182,7 @@ def test_cards_go_by_the_names_that_people_and_drivers_have():
         find_card("rtx4091")
 
 
-OPTIONS = ["--model", "tiny", "--max_length", "64", "--lora_r", "8"]
+OPTIONS = ["--model", "tiny", "--max_length", "64", "--lora_r", "8", "--batch_size", "1"]
 
 
 def test_the_command_says_time_and_hours(capsys):

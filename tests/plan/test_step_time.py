@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from qlora_kit.commands.plan import main
 from qlora_kit.config.base import BaseConfig
@@ -16,9 +17,10 @@ from qlora_kit.device.cards import CARDS, Card, card_named, find_card
 from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.cross_entropy import CHUNK_TOKENS
 from qlora_kit.kernels.triton_ops import allow_triton
+from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.plan.plan import BatchShape, Planner
 from qlora_kit.plan.step_time import GAPS, Clock, interval_seconds
-from qlora_kit.plan.work import KINDS
+from qlora_kit.plan.work import KINDS, noted_work
 
 # Llama-3.1-8B, less deep.
 LAYERS, HIDDEN, FFN, KV, VOCABULARY, RANK = 6, 4096, 14336, 1024, 128256, 16
@@ -76,6 +78,22 @@ def test_flops_are_those_of_the_shapes(planner, length, level):
         kernels += attention
     assert found["matmul"] == pytest.approx(products, rel=0.01)
     assert found["attention"] == pytest.approx(kernels, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("window", "pairs"), [(None, 96**2 + 32**2), (16, 2 * 128 * 16 - 2 * 16**2)]
+)
+def test_rows_of_a_pack_see_themselves_alone(window, pairs):
+    """Half of all pairs of a row, for attention is causal; of a window what is in it."""
+    heads, width = 2, 16
+    parts = [torch.randn(1, heads, 128, width) for _ in range(3)]
+    starts = torch.tensor([0, 96, 128], dtype=torch.int32)
+    counter = StorageCounter()
+    with counter, noted_work(counter):
+        counter.at("forward")
+        torch.ops.qlora_kit.attend_by_kernel(*parts, starts, [96, 32], 0.25, "flash", window)
+    found = sums(counter.intervals, "flops")["attention"]
+    assert found == 4 * heads * width * pairs / 2
 
 
 def test_dequantizing_moves_the_bytes_of_its_format(planner):

@@ -10,8 +10,8 @@ n heads, in 16 bits, in bytes:
 `full` runs the layer again in backward. `selective` runs its two halves again, each by itself and
 without attention: the replay of attention's half ends before its output projection, that of the
 MLP's before its last one, where no norm reads what these give. Our own forward of attention
-(`kernels/attention.py`) has no statistics. Attention that is not one kernel (soft caps) has nothing
-to keep and is recomputed; so is that of a base with dropout of its own.
+(`kernels/attention.py`) has no statistics. The library's under a soft cap is not one kernel: it has
+nothing to keep and is recomputed; so is that of a base with dropout of its own.
 
 A layer that runs through the model's own code keeps 2Th at `full`, and its input with attention's
 output and statistics, 2Th + 2Ta + 4Tn, at `selective`.

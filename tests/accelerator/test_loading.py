@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from accelerator import accelerator, saved
+from accelerator import accelerator, replaced, saved
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base import tensors
@@ -12,16 +12,13 @@ from qlora_kit.base.safetensors_file import read_entries
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_loading_copies_the_files_once_and_reads_nothing(
-    bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tensors, "PIECE", 4096)
+def test_loading_copies_the_files_once_and_reads_nothing(bits: int) -> None:
     directory = saved("llama2")
     with unset_fake_temporarily():
         entries = read_entries(directory).values()
     largest = max(entry.end - entry.start for entry in entries)
     assert largest > 4096
-    with accelerator() as card:
+    with accelerator() as card, replaced(tensors, "PIECE", 4096):
         base = card.open(directory, bits=bits)
         with card.watch() as seen:
             model = fill(base, lambda entry, into: None)

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import torch
-from accelerator import accelerator, in_order, of_batch, rows_are_known, saved, small_batch
+from accelerator import accelerator, in_order, of_batch, saved, small_batch
 
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.training.loop import train, train_step
@@ -14,8 +14,7 @@ from qlora_kit.training.loss import evaluate
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, *batches: Any) -> None:
-    with rows_are_known():
-        loss, norm = train_step(model, batches, optimizer, step=1, max_grad_norm=1.0)
+    loss, norm = train_step(model, batches, optimizer, step=1, max_grad_norm=1.0)
     assert loss.device == norm.device == model.device
 
 
@@ -39,7 +38,7 @@ def test_a_run_waits_once_a_step_and_once_an_evaluation() -> None:
         asked.append((step, loss, norm, seen.operations["aten::_fused_adamw_"]))
         return True
 
-    with accelerator() as card, rows_are_known():
+    with accelerator() as card:
         model = card.adapted(saved("llama2"), bits=4)
         optimizer, given = card.optimizer(model), card.on_host(batch)
         with card.watch(may_read=True) as seen:

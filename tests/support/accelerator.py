@@ -57,7 +57,6 @@ from qlora_kit.data.batch import Batch, collate, collate_packs
 from qlora_kit.device import target
 from qlora_kit.device.target import Capability, planned_device
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.training import attention
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model
 
@@ -128,13 +127,8 @@ def of_batch(*batches: Batch) -> list[Copied]:
 def small_batch(packed: bool = False, seed: int = 0) -> Batch:
     """Two sequences of random tokens, with values; of two rows each where they are packed."""
     rows = ragged_rows(4, seed)
-    return collate_packs([rows[:2], rows[2:]], 0) if packed else collate(rows[:2], 0)
-
-
-def rows_are_known() -> Any:
-    """What keeps transformers from reading positions, where a step does not do that by itself."""
-    known = getattr(attention, "known_rows", None)
-    return contextlib.nullcontext() if known is None else known(False)
+    with unset_fake_temporarily():
+        return collate_packs([rows[:2], rows[2:]], 0) if packed else collate(rows[:2], 0)
 
 
 def in_order(copies: Iterable[Copied]) -> list[Copied]:
@@ -147,8 +141,9 @@ class Seen(TorchDispatchMode):
 
     `copied_in` went from the host to the device, `copied_out` the other way, `reads` are the shapes
     of tensors whose values were asked for; `places` says of each of these where, for whoever looks
-    for it. `operations` counts operations by name, `results` has the name and the shape of every
-    result on the device. Without `may_read` a read raises; with it every value is 1.
+    for it. `operations` counts operations by name, with their texts where they are given any (the
+    name of a kernel, of a format); `results` has the name and the shape of every result on the
+    device. Without `may_read` a read raises; with it every value is 1.
     """
 
     def __init__(self, device: torch.device, may_read: bool = False) -> None:
@@ -187,6 +182,9 @@ class Seen(TorchDispatchMode):
         if here or made:
             name = func._schema.name
             self.operations[name] += 1
+            for text in args:
+                if type(text) is str:
+                    self.operations[f"{name} {text}"] += 1
             self.results.update((name, shape) for shape in made)
         return result
 

@@ -5,7 +5,7 @@
 It needs no card: Triton compiles to PTX and its own ptxas to machine code, ahead of time, with the
 hints that the launcher gives for pointers of 16-byte alignment and sizes that 16 divides. Widths
 are the bytes that one thread's widest load and store move at once, read off the PTX. Writes
-results/kernels.json.
+results/kernels.json, and the table in README.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from qlora_kit.kernels import triton_dequantize, triton_rmsnorm, triton_rotary, triton_swiglu
 
+PAGE = Path(__file__).parent / "README.md"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = ("fp16", "bf16", "fp32")
 WIDTHS = (128, 4096, 16384)
@@ -229,6 +230,38 @@ def _width(instruction: str) -> int:
     return int(bits[1]) // 8 * (int(times[1]) if times else 1)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Of each kernel in 16 bits (bf16, of sm_75 fp16): what it takes on each architecture."""
+    architectures = sorted({row["architecture"] for row in rows})
+    heads = " | ".join(f"sm_{one}" for one in architectures)
+    lines = [
+        f"| kernel | {heads} | shared bytes | spilled bytes | load, store |",
+        f"|---|{'---:|' * len(architectures)}---:|---:|---:|",
+    ]
+    chosen = [
+        row for row in rows if row["dtype"] == ("bf16" if row["architecture"] > 75 else "fp16")
+    ]
+    for name in dict.fromkeys(row["kernel"] for row in chosen):
+        ours = {row["architecture"]: row for row in chosen if row["kernel"] == name}
+        widths = sorted({(row["widest_load"], row["widest_store"]) for row in ours.values()})
+        cells = [
+            name,
+            *(str(ours[one]["registers"]) for one in architectures),
+            str(max(row["shared_bytes"] for row in ours.values())),
+            str(max(row["spilled_bytes"] for row in ours.values())),
+            "; ".join(f"{load}, {store}" for load, store in widths),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """Put the table into benchmarks/README.md."""
+    between = re.compile(r"(<!-- kernels -->\n).*?(<!-- /kernels -->)", re.S)
+    text = PAGE.read_text()
+    PAGE.write_text(between.sub(lambda marks: f"{marks[1]}{table(rows)}{marks[2]}", text))
+
+
 def main() -> None:
     """Compile everything and write."""
     parser = record.make_parser(__doc__, "kernels")
@@ -254,6 +287,8 @@ def main() -> None:
     spilling = [row for row in rows if row["spilled_bytes"]]
     print(f"{len(rows)} kernels, {len(spilling)} spill")
     print(record.write_result(given, {"triton": triton.__version__, "kernels": rows}))
+    if given.results == record.RESULTS:
+        write_table(rows)
 
 
 if __name__ == "__main__":

@@ -70,3 +70,19 @@ def test_the_table_of_modelled_steps_is_what_was_modelled():
 
 def peft_s(card):
     return card["sides"]["PEFT"]["step_s"]
+
+
+def test_the_table_of_kernels_is_what_was_compiled_and_nothing_spills():
+    rows = measured("kernels")["kernels"]
+    assert {row["architecture"] for row in rows} == {75, 80, 86, 89, 90, 100, 120}
+    assert [row for row in rows if row["spilled_bytes"]] == []
+    expected = {}
+    for row in rows:
+        if row["dtype"] == ("bf16" if row["architecture"] > 75 else "fp16"):
+            expected.setdefault(row["kernel"], []).append(row)
+    found = {cells[0]: cells[1:] for cells in table_rows("Triton kernels, compiled without a card")}
+    assert found.keys() == expected.keys()
+    for kernel, compiled in expected.items():
+        assert found[kernel][: len(compiled)] == [str(row["registers"]) for row in compiled]
+        assert found[kernel][-2] == "0"
+        assert {(row["widest_load"], row["widest_store"]) for row in compiled} == {(16, 16)}

@@ -14,7 +14,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import record
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from qlora_kit.kernels import triton_dequantize, triton_rmsnorm, triton_rotary, triton_swiglu
@@ -191,19 +192,19 @@ def compiled(build: Build, architecture: int) -> Compiled:
     source = ASTSource(build.function, signature, constants, hints)
     options = {"num_warps": build.warps, "enable_fp_fusion": build.fusion}
     kernel = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
-    return _read(kernel.asm["ptx"], kernel.metadata.shared, architecture)
+    said = [] if build.fusion else ["--fmad=false"]  # as Triton calls it
+    return _read(kernel.asm["ptx"], kernel.metadata.shared, architecture, said)
 
 
-def _read(ptx: str, shared: int, architecture: int) -> Compiled:
+def _read(ptx: str, shared: int, architecture: int, options: Sequence[str]) -> Compiled:
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None
-    program = "ptxas-blackwell" if architecture >= 100 else "ptxas"
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [folder / program, "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        program = get_ptxas(architecture).path
+        command = [program, "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     said = done.stdout + done.stderr
     registers = re.search(r"Used (\d+) registers", said)
     spilled = re.findall(r"(\d+) bytes spill", said)

@@ -192,7 +192,7 @@ def compiled(build: Build, architecture: int) -> Compiled:
     source = ASTSource(build.function, signature, constants, hints)
     options = {"num_warps": build.warps, "enable_fp_fusion": build.fusion}
     kernel = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
-    said = [] if build.fusion else ["--fmad=false"]  # as Triton calls it
+    said = ["--regAllocOptLevel=2", *([] if build.fusion else ["--fmad=false"])]  # as Triton does
     return _read(kernel.asm["ptx"], kernel.metadata.shared, architecture, said)
 
 

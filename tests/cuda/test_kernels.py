@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import device_laws as laws
 import pytest
 import torch
 from kernel_parity import check_operations, parity
 
-from qlora_kit.kernels.triton_ops import uses_triton
+from qlora_kit.kernels.triton_ops import allow_triton, uses_triton
 
 
 def test_a_card_computes_what_torch_computes() -> None:
@@ -20,3 +21,16 @@ def test_a_card_computes_what_torch_computes() -> None:
 
 def test_each_operation_writes_what_its_schema_says() -> None:
     check_operations("cuda")
+
+
+@pytest.mark.parametrize(("family", "bits"), [("llama3", 4), ("gemma2", 4), ("phi3", 8)])
+def test_a_step_without_triton_has_the_same_numbers(family: str, bits: int) -> None:
+    model = laws.trains(family, bits, torch.float32, "cuda")
+    found = laws.results_of(model, laws.alone())
+    allow_triton(False)
+    try:
+        expected = laws.results_of(model, laws.alone())
+    finally:
+        allow_triton(True)
+    error, tensor = laws.worst(found, expected)
+    assert error <= laws.STEP_TOLERANCE["cuda"], tensor

@@ -15,7 +15,7 @@ def test_a_card_computes_what_torch_computes() -> None:
         pytest.skip("no Triton kernels here")
     major, _ = torch.cuda.get_device_capability()
     cases = [case for case in parity("cuda") if major >= 8 or "bfloat16" not in case.case]
-    assert len(cases) > 300
+    assert len(cases) > 150
     assert [case for case in cases if not case.error <= case.limit] == []
 
 

@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
     *("dequantize", "normalize", "add", "normalize_backward"),
-    *("rotate", "gate", "gate_backward"),
+    *("rotate", "gate", "gate_backward", "step"),
 )
 
 

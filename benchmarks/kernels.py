@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Compiled:
     shared_bytes: int
     widest_load: int
     widest_store: int
-    instructions: dict[str, int] = field(default_factory=dict)
+    instructions: str
 
 
 def builds(dtype: str) -> Iterator[Build]:
@@ -219,7 +219,7 @@ def _read(ptx: str, shared: int, architecture: int, options: Sequence[str]) -> C
         shared,
         max((_width(one) for one in moved if one.startswith("ld")), default=0),
         max((_width(one) for one in moved if one.startswith("st")), default=0),
-        moved,
+        ", ".join(f"{times} {one}" for one, times in moved.items()),
     )
 
 

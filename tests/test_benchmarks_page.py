@@ -72,10 +72,13 @@ def peft_s(card):
     return card["sides"]["PEFT"]["step_s"]
 
 
-def test_the_table_of_kernels_is_what_was_compiled_and_nothing_spills():
+def test_the_table_of_kernels_is_what_was_compiled_and_in_16_bits_nothing_spills():
     rows = measured("kernels")["kernels"]
     assert {row["architecture"] for row in rows} == {75, 80, 86, 89, 90, 100, 120}
-    assert [row for row in rows if row["spilled_bytes"]] == []
+    spilled = [row for row in rows if row["spilled_bytes"]]
+    assert [(row["dtype"], row["kernel"], row["spilled_bytes"]) for row in spilled] == [
+        ("fp32", "norm Llama, 4096", 8)  # on sm_100, as the page says
+    ]
     expected = {}
     for row in rows:
         if row["dtype"] == ("bf16" if row["architecture"] > 75 else "fp16"):

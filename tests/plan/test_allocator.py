@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from benchmark import BENCHMARKS
 from caching_allocator import (
     LARGE_SEGMENT,
     ROUND,
@@ -134,3 +135,15 @@ def test_auto_reserves_no_more_than_the_card_has(run, share):
         order = [longest, shorter, longest]  # the preflight has the longest
         allocator = CachingAllocator(room, expandable=expandable)
         assert reserved(run.loading, order, allocator) <= room
+
+
+def test_what_was_replayed_of_real_models_stays_below_their_cards():
+    """The result of `benchmarks/allocator.py`; the one that does not is for the preflight."""
+    settings = json.loads((BENCHMARKS / "results" / "allocator.json").read_text())["settings"]
+    assert len(settings) == 40
+    assert {one["card"] for one in settings} == {"8GB", "12GB", "16GB", "24GB"}
+    assert all(one["fits"] for one in settings)
+    above = [one for one in settings if not one["holds_expandable"]]
+    assert [(one["model"], one["card"], one["length"]) for one in above] == [
+        ("qwen2_7b", "8GB", 1024)
+    ]

@@ -80,7 +80,7 @@ IN_BITS = [
     (16, torch.float16),
 ]
 WAYS = [((True, False), (False, True)), ((True, True), (False, False))]
-"""With matrix tiles, packed: two of the four ways for one number of bits, the others for the next."""
+"""With matrix tiles, packed: two of the four ways for a number of bits, the others for the next."""
 
 
 @pytest.mark.parametrize(

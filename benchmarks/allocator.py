@@ -8,11 +8,12 @@ card, everything that loading and two steps allocate and free is replayed, in or
 torch's caching allocator (`tests/support/caching_allocator.py`), with expandable segments as the
 commands set them and without. What is reserved at most has to stay below the card less the CUDA
 context. Sizes inside kernels are not known here, nor are modules that are loaded late. Needs the
-config.json files of the test material. Writes results/allocator.json after every model.
+config.json files of the test material. Writes results/allocator.json.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -134,11 +135,28 @@ SETTINGS: tuple[tuple[str, str, int, tuple[tuple[str, int, int], ...]], ...] = (
 """A model's config.json, the linears with adapters, their rank; cards, rows and their length."""
 
 
-def simulated(run: RecordedRun, card: str, rows: int, length: int) -> dict[str, Any]:
+class Runs:
+    """The recorded runs of a base and its adapters, one for each optimizer that `auto` may take."""
+
+    def __init__(self, base: BaseConfig, lora: LoRAConfig) -> None:
+        self._base, self._lora = base, lora
+        self.planner = Planner(base, lora, TrainingConfig(), "cuda")
+        self._made: dict[str, RecordedRun] = {}
+
+    def of(self, optim: str) -> RecordedRun:
+        """The run with this optimizer, whose loading has its states and no others."""
+        if optim not in self._made:
+            with recording():
+                training = TrainingConfig(optim=optim)
+                self._made[optim] = RecordedRun(Planner(self._base, self._lora, training, "cuda"))
+        return self._made[optim]
+
+
+def simulated(runs: Runs, card: str, rows: int, length: int) -> dict[str, Any]:
     """The plan of `auto` for a whole card, and what its steps reserve there."""
-    planner, budget = run.planner, size_bytes(card)
-    shape = BatchShape(rows, length, length)
-    plan = planner.plan(shape, "auto", budget)
+    budget, shape = size_bytes(card), BatchShape(rows, length, length)
+    plan = runs.planner.plan(shape, "auto", budget)
+    run = runs.of(plan.optim)
     step = run.step(shape, plan)
     room = budget - OVERHEADS["cuda"].fixed
     found: dict[str, Any] = {
@@ -169,18 +187,22 @@ def simulated(run: RecordedRun, card: str, rows: int, length: int) -> dict[str, 
 def main() -> None:
     """Replay all settings, model by model."""
     parser = record.make_parser(__doc__, "allocator")
-    parser.add_argument("--only", help="models to replay, by comma", default="")
+    parser.add_argument(
+        "--only", help="models to replay, by comma; others stay as they are", default=""
+    )
     given = parser.parse_args()
     configs, results = Path(os.environ["QLORA_KIT_DATA"]) / "configs", []
+    kept = given.results / f"{given.result}.json"
     for model, targets, rank, points in SETTINGS:
         if given.only and model not in given.only.split(","):
+            settings = json.loads(kept.read_text())["settings"]
+            results += [one for one in settings if one["model"] == model]
             continue
         base = BaseConfig(str(configs / f"{model}.json"), bits=4)
-        with recording():
-            lora = LoRAConfig(r=rank, target_modules=targets)
-            run = RecordedRun(Planner(base, lora, TrainingConfig(), "cuda"))
+        lora = LoRAConfig(r=rank, target_modules=targets)
+        runs = Runs(base, lora)
         for point in points:
-            found = {"model": model, "targets": targets, "rank": rank, **simulated(run, *point)}
+            found = {"model": model, "targets": targets, "rank": rank, **simulated(runs, *point)}
             results.append(found)
             least = found["room_bytes"] - found["reserved_expandable"]
             print(
@@ -189,8 +211,7 @@ def main() -> None:
                 f"{(found['room_bytes'] - found['reserved_segments']) / 2**20:.0f} without",
                 flush=True,
             )
-        path = record.write_result(given, {"settings": results})
-    print(path)
+    print(record.write_result(given, {"settings": results}))
 
 
 if __name__ == "__main__":

@@ -138,12 +138,11 @@ def test_auto_reserves_no_more_than_the_card_has(run, share):
 
 
 def test_what_was_replayed_of_real_models_stays_below_their_cards():
-    """The result of `benchmarks/allocator.py`; the one that does not is for the preflight."""
+    """The result of `benchmarks/allocator.py`."""
     settings = json.loads((BENCHMARKS / "results" / "allocator.json").read_text())["settings"]
     assert len(settings) == 40
     assert {one["card"] for one in settings} == {"8GB", "12GB", "16GB", "24GB"}
-    assert all(one["fits"] for one in settings)
-    above = [one for one in settings if not one["holds_expandable"]]
-    assert [(one["model"], one["card"], one["length"]) for one in above] == [
-        ("qwen2_7b", "8GB", 1024)
-    ]
+    for one in settings:
+        assert one["fits"]
+        assert one["holds_expandable"]
+        assert one["reserved_expandable"] <= one["room_bytes"]

@@ -35,6 +35,8 @@ class RecordingCounter(StorageCounter):
         self.numbers: dict[int, int] = {}
         """The numbers of what lives, by storage."""
         self.count, self.is_quiet = 0, False
+        self.elsewhere: set[int] = set()
+        """The numbers of what turned out to lie in other memory, or to be the plan's own."""
 
     def note(self, key: int, size: int) -> None:
         """Something of so many bytes is on the device from here on."""
@@ -50,10 +52,12 @@ class RecordingCounter(StorageCounter):
             super().tag(component, (tensor,))
             if was is None or (was[1] in self._apart) == (component in self._apart):
                 continue
-            if component in self._apart:
-                self._end(key)
-            else:
+            if component not in self._apart:
                 self.note(key, was[0])
+                continue
+            if was[1] != "gradients" and key in self.numbers:
+                self.elsewhere.add(self.numbers[key])
+            self._end(key)
 
     def _add(self, tensor: Tensor, component: str) -> None:
         key = tensor.untyped_storage()._cdata
@@ -127,7 +131,8 @@ class RecordedRun:
     def __init__(self, planner: Planner) -> None:
         self.planner, self._counter = planner, planner.run._counter
         assert isinstance(self._counter, RecordingCounter)
-        self.loading = list(self._counter.events)
+        elsewhere = self._counter.elsewhere
+        self.loading = [one for one in self._counter.events if one[0] not in elsewhere]
 
     def step(self, shape: BatchShape, plan: MemoryPlan) -> list[Event]:
         """The events of a step with the levels of a plan, through all layers, and its update."""

@@ -216,9 +216,9 @@ OVERHEADS = {
         # backward), modules are loaded when a kernel is first called, and the allocator rounds
         # segments up to 20 MiB.
         256_000_000,
-        # Holes between blocks of the caching allocator. Replayed at 40 settings
-        # (benchmarks/allocator.py), 39 stay below their card, one is 88 MiB above it; without
-        # expandable segments 8 are above. A trial before the first step finds those.
+        # Holes between blocks of the caching allocator. At 40 settings on cards of 8 to 24 GB
+        # (benchmarks/allocator.py) 389 MiB are left at least with expandable segments; without
+        # them 7 settings do not fit, which the trial before the first step finds.
         0.05,
         "context and libraries, a common figure for cards of the last years, not measured here; "
         "benchmarks/device_overhead.py measures yours",

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("support", "accelerator")]
 
 from families import TRAITS  # noqa: E402
-from test_families import (  # noqa: E402
+from test_every_family import (  # noqa: E402
     FOUND_OUT,
     KEEP_NO_ROWS_APART,
     Case,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -302,3 +303,9 @@ def test_a_bad_flag_needs_no_torch_and_under_a_second(
     assert usage[0].startswith(f"usage: qlora-kit {command.replace('_', '-')} ")
     assert line.startswith("error: unknown flag --modle, did you mean --model?; ")
     assert found.seconds < 1
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """pytest imports them by their names alone: of two that are alike one is not collected."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.run import RunConfig
 from qlora_kit.config.training import TrainingConfig
@@ -90,6 +91,9 @@ def check_resumed(
         raise CheckpointError(f"{resume.path}: does not say what it is of", "use another one")
     now, names = config.as_flat(), _option_names()
     saved = {names.get(name, name): value for name, value in saved.items()}  # renamed since
+    # An option that is newer than the checkpoint counts as left alone there.
+    left_alone = {flag_of(field): field.default for field in _option_fields()}
+    saved |= {name: left_alone[name] for name in now.keys() - saved.keys()}
     different = {
         name: f"{saved.get(name, 'none')} there, {now.get(name, 'none')} here"
         for name in {**saved, **now}
@@ -143,6 +147,10 @@ def _option_names() -> dict[str, str]:
     """Every name of an option of a run, with its main name."""
     return {
         name: flag_of(field)
-        for field in itertools.chain.from_iterable(map(fields, types_of(RunConfig).values()))
+        for field in _option_fields()
         for name in (field.name, *field.metadata["option"]["aliases"], flag_of(field))
     }
+
+
+def _option_fields() -> Iterator[Field[Any]]:
+    return itertools.chain.from_iterable(map(fields, types_of(RunConfig).values()))

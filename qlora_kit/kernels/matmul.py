@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.device.target import device_type, is_native, representative
+from qlora_kit.device.target import device_type, is_native, is_rocm, representative
 from qlora_kit.kernels.workspace import workspace
 
 PART = 2**24
@@ -106,9 +106,8 @@ def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
 
     There it is one kernel, where a product in 16 bits takes another one for the cast.
     """
-    wide = getattr(torch.ops.aten.mm, "dtype", None)  # since torch 2.8
-    if wide is not None and left.dtype is not torch.float32 and device_type(left) == "cuda":
-        return wide(left, right, torch.float32)  # type: ignore[no-any-return]
+    if _gives_fp32(left):
+        return torch.ops.aten.mm.dtype(left, right, torch.float32)  # type: ignore[no-any-return]
     return matmul(left, right).float()
 
 
@@ -136,10 +135,19 @@ def scale_columns(tokens: Tensor, scales: Tensor, out: Tensor) -> None:
 def bmm_to_fp32(left: Tensor, right: Tensor, out: Tensor) -> None:
     """`left` (N, m, k) times `right` (N, k, n) into fp32 `out` (N, m, n), not rounded in between.
 
-    CUDA multiplies 16 bits and gives fp32 since torch 2.8; elsewhere both sides become fp32.
+    CUDA multiplies 16 bits and gives fp32; elsewhere both sides become fp32.
     """
-    direct = getattr(torch.ops.aten.bmm, "dtype_out", None)
-    if direct is not None and left.dtype is not torch.float32 and device_type(left) == "cuda":
-        direct(left, right, torch.float32, out=out)
+    if _gives_fp32(left):
+        torch.ops.aten.bmm.dtype_out(left, right, torch.float32, out=out)
     else:
         torch.bmm(left.float(), right.float(), out=out)
+
+
+def _gives_fp32(x: Tensor) -> bool:
+    """Whether tensors like `x`, of 16 bits, can be multiplied into fp32 by one kernel.
+
+    On CUDA, since torch 2.8. Its builds for ROCm have the operations too, and some of them (2.9)
+    refuse to run them.
+    """
+    there = hasattr(torch.ops.aten.mm, "dtype") and not is_rocm()
+    return there and x.dtype in (torch.bfloat16, torch.float16) and device_type(x) == "cuda"

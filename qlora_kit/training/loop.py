@@ -164,10 +164,11 @@ def train_step(
         loss = run_backward(backward, micro_batches)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in trained if p.grad is not None]
-    if scale != 1.0:
+    if grads and scale != 1.0:
         torch._foreach_mul_(grads, 1 / scale)
-    # Not clip_grad_norm_: a norm that is not finite would spread over gradients that are.
-    grad_norm = nn.utils.get_total_norm(grads)
+    # Not clip_grad_norm_: a norm that is not finite would spread over gradients that are. Of no
+    # gradients torch's is on the host.
+    grad_norm = nn.utils.get_total_norm(grads).to(loss.device)
     if before_step is None or before_step(step, loss, grad_norm):
         nn.utils.clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
         optimizer.step()

@@ -51,6 +51,21 @@ def test_a_run_waits_once_a_step_and_once_an_evaluation() -> None:
     assert [(one.loss, one.grad_norm) for one in reports] == [(1.0, 1.0)] * 2
 
 
+def test_a_step_that_gives_no_gradient_has_its_norm_beside_its_loss() -> None:
+    """In fp16 as well: so that the guard comes to say what is cut off from the loss."""
+    batch = small_batch()
+    with accelerator() as card:
+        model = card.adapted(saved("llama2"))
+        optimizer, given = card.optimizer(model), card.on_host(batch)
+
+        def no_gradient(backward: Any, parts: Any) -> torch.Tensor:
+            return torch.zeros((), device=model.device)
+
+        options = {"step": 1, "max_grad_norm": 1.0, "loss_scale": 1024.0}
+        loss, norm = train_step(model, [given], optimizer, run_backward=no_gradient, **options)
+        assert loss.device == norm.device == model.device
+
+
 def test_backward_tells_its_workspace_from_a_thread_of_its_own() -> None:
     """As on CUDA: autograd runs what belongs to a device in a thread of that device."""
     batch, threads = small_batch(), []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from adapted import adapted_model
 from families import relative_error, save_checkpoint, token_ids
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kit.base.load import read_weights
@@ -16,8 +17,15 @@ from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import compute_dtype
-from qlora_kit.device.target import NATIVE, processor_with
-from qlora_kit.kernels.matmul import add_matmul, grad_input, linear, matmul
+from qlora_kit.device.target import NATIVE, planned_device, processor_with
+from qlora_kit.kernels.matmul import (
+    add_matmul,
+    bmm_to_fp32,
+    grad_input,
+    linear,
+    matmul,
+    matmul_fp32,
+)
 from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.profiler import count_step
@@ -167,3 +175,25 @@ def test_auto_takes_16_bits_where_the_processor_has_them():
     with processor_with():
         assert compute_dtype("auto", cpu) is torch.float32
     assert (compute_dtype("auto", cpu) is torch.bfloat16) == (torch.bfloat16 in NATIVE)
+
+
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_products_in_16_bits_become_fp32_in_their_own_kernel_on_nvidias_cards_alone(
+    monkeypatch, hip
+):
+    """torch 2.9 for ROCm: "gemm input type at::BFloat16 and output type float is not supported"."""
+
+    class Overloads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    found = set()
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with FakeTensorMode(), planned_device("cuda", (8, 0)), Overloads():
+        x = torch.empty(2, 16, 16, dtype=torch.bfloat16)
+        product = matmul_fp32(x[0], x[1])
+        bmm_to_fp32(x, x, torch.empty(2, 16, 16))
+    assert product.dtype is torch.float32
+    in_one = {"aten.mm.dtype", "aten.bmm.dtype_out"}
+    assert found & in_one == (set() if hip else in_one)

@@ -22,14 +22,15 @@ IMPORTS = (
     "def main(argv):\n"
     "    assert 'torch' not in sys.modules\n"
     "    import torch\n"
-    "    print(os.environ.get('OMP_WAIT_POLICY'))\n"
+    "    print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('PYTORCH_ALLOC_CONF'))\n"
     "    return 0\n"
     "sys.exit(reports_errors(main)([]))\n"
 )
 
 
 def run(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    ours = ("OMP_", *ALLOCATOR)
+    kept = {n: v for n, v in os.environ.items() if not any(one in n for one in ours)}
     return subprocess.run(
         [sys.executable, "-c", IMPORTS],
         capture_output=True,
@@ -39,15 +40,22 @@ def run(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+SEGMENTS = "expandable_segments:True"
+
+
 @pytest.mark.parametrize(
-    ("environment", "policy"),
-    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "5"}, "None")],
+    ("environment", "policy", "allocator"),
+    [
+        ({}, "PASSIVE", SEGMENTS),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", SEGMENTS),
+        ({"GOMP_SPINCOUNT": "5", ALLOCATOR[1]: "x:1"}, "None", None),
+    ],
 )
-def test_threads_that_wait_sleep_unless_the_user_said_how(
-    environment: dict[str, str], policy: str
+def test_threads_sleep_and_cuda_has_expandable_segments_unless_the_user_said_how(
+    environment: dict[str, str], policy: str, allocator: str | None
 ) -> None:
     done = run(environment)
-    assert (done.returncode, done.stdout) == (0, f"{policy}\n")
+    assert (done.returncode, done.stdout) == (0, f"{policy} {allocator}\n")
     # OpenMP itself has heard of it: torch was not there before.
     assert f"OMP_WAIT_POLICY = '{policy if policy != 'None' else 'PASSIVE'}'" in done.stderr
 
@@ -59,20 +67,6 @@ def test_so_do_those_of_a_program_that_uses_the_package() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=kept, check=False
     )
     assert (done.returncode, done.stdout) == (0, "PASSIVE\n")
-
-
-def test_the_allocator_of_cuda_has_expandable_segments_unless_the_user_said_how() -> None:
-    code = "import os; from qlora_kit import load_base; print(os.environ.get('{}'))"
-    kept = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
-    for given, expected in (({}, "expandable_segments:True"), ({ALLOCATOR[1]: "x:1"}, "None")):
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(ALLOCATOR[0])],
-            capture_output=True,
-            text=True,
-            env={**kept, **given},
-            check=False,
-        )
-        assert (done.returncode, done.stdout) == (0, f"{expected}\n")
 
 
 @pytest.mark.parametrize(

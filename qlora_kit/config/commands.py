@@ -9,7 +9,7 @@ from qlora_kit.config.base import DTYPES
 from qlora_kit.config.data import DEFAULT_LENGTH
 from qlora_kit.config.limits import MOST_DATA, MOST_DRAWN, MOST_ROWS, MOST_TOKENS, SEEDS
 from qlora_kit.config.lora import OTHER_BASE_HELP
-from qlora_kit.options.checks import a_name, a_size, between, one_of
+from qlora_kit.options.checks import a_name, a_size, also, between, one_of
 from qlora_kit.options.option import Options, option
 
 
@@ -198,6 +198,7 @@ class ShowConfig(Options):
         "rows of a batch, for the share of padding",
         aliases=("per_device_train_batch_size",),
         check=between(1, MOST_ROWS),
+        reads=also({"auto": 8}),
     )
     seed: int = option(42, "of the order and of the share held out, as in finetune", check=SEEDS)
     json: bool = option(False, "print one JSON object and nothing else")

@@ -39,11 +39,16 @@ class Rows:
 
 
 def attention_kernel(
-    card: Capability, dtype: torch.dtype, head_size: int, softcap: float | None = None
+    card: Capability,
+    dtype: torch.dtype,
+    head_size: int,
+    softcap: float | None = None,
+    drops: bool = False,
 ) -> str:
     """`flash`, `efficient` or `blocks`: what a card of this compute capability attends by.
 
-    Packs and sliding windows change nothing: each of the three has both.
+    Packs and sliding windows change nothing: each of the three has both. `drops` says that the
+    base has dropout of attention.
     Source: torch's sdp_utils.cpp, the checks of dtype, hardware and head size.
     """
     in_16_bits = dtype in (torch.float16, torch.bfloat16)
@@ -51,7 +56,7 @@ def attention_kernel(
         return "blocks"
     # Backward of these widths needs more shared memory than a block has there.
     small = (8, 6) <= card <= (8, 9) or card >= (12, 0)
-    too_wide = head_size > 256 or (small and 192 < head_size <= 224)
+    too_wide = head_size > 256 or (small and head_size > 192 and (drops or head_size <= 224))
     if in_16_bits and card >= (8, 0) and not too_wide:
         return "flash"
     return "blocks" if dtype is torch.bfloat16 and card < (8, 0) else "efficient"

@@ -213,7 +213,7 @@ def _dropped_on_cuda(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float, card: Capability
 ) -> Tensor:
     """Attention with dropout of whole sequences, (B, H, T, d), by the kernels of the library."""
-    if attention_kernel(card, query.dtype, query.shape[-1]) == "flash":
+    if attention_kernel(card, query.dtype, query.shape[-1], drops=True) == "flash":
         attend = torch.ops.aten._scaled_dot_product_flash_attention
         output, *_ = attend(query, key, value, dropout, True, scale=scale)
         return output  # type: ignore[no-any-return]

@@ -123,6 +123,13 @@ def test_json_is_what_the_loop_gets(capsys, model, chats):
     assert collate_packs([list(encoded.rows)[:1]], pad)["num_supervised"]
 
 
+def test_a_config_that_leaves_micro_batches_to_the_plan_is_shown(capsys, model, chats):
+    def shown(*more):
+        return run(capsys, *arguments(model, chats, "--json", *more)).out
+
+    assert shown("--per_device_train_batch_size", "auto") == shown()
+
+
 def test_the_terminal_has_rows_counts_lengths_and_reasons(capsys, model, chats):
     out = run(capsys, *arguments(model, chats, "--eval_fraction", 0, "--rows", 4)).out
     assert f"{chats}:1" in out

@@ -37,6 +37,15 @@ def test_a_card_takes_the_kernel_that_it_has(card, dtype, head_size, kernel):
     assert attention_kernel(card, dtype, head_size, softcap=50.0) == "blocks"
 
 
+@pytest.mark.parametrize("card", [RTX_30, RTX_50])
+def test_dropout_of_wide_heads_is_not_flashs_on_smaller_cards(card):
+    """torch refuses their backward there: see `can_use_flash_attention` in sdp_utils.cpp."""
+    assert attention_kernel(card, BF16, 256) == "flash"
+    assert attention_kernel(card, BF16, 256, drops=True) == "efficient"
+    assert attention_kernel(card, BF16, 128, drops=True) == "flash"
+    assert attention_kernel(H100, BF16, 256, drops=True) == "flash"
+
+
 @pytest.mark.parametrize("kernel", ["flash", "efficient"])
 @pytest.mark.parametrize("window", [None, 1, 5, 22])
 @pytest.mark.parametrize("lengths", [PACKS, WHOLE], ids=["packs", "rows"])

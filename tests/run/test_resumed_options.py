@@ -11,7 +11,7 @@ from qlora_kit.config.run import RunConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.run.reporter import Reporter
-from qlora_kit.run.resume import check_resumed, resumed_rows
+from qlora_kit.run.resume import check_resumed
 from qlora_kit.training.checkpoint import Checkpoint
 
 
@@ -30,15 +30,3 @@ def test_an_option_that_is_newer_than_a_checkpoint_counts_as_left_alone_there():
     check(checkpoint(**saved), TrainingConfig())
     with pytest.raises(ConfigError, match="triton_kernels: True there, False here"):
         check(checkpoint(**saved), TrainingConfig(triton_kernels=False))
-
-
-def test_auto_micro_batches_are_those_of_the_checkpoint_where_its_steps_are_the_same():
-    saved = replace(RunConfig(), training=TrainingConfig(batch_size=4)).as_flat()
-    for asked, rows, count in ((64, 4, 16), (16, 1, 16)):
-        training = TrainingConfig(gradient_accumulation_steps=asked)
-        found = resumed_rows(training, checkpoint(**saved))
-        assert (found.batch_size, found.gradient_accumulation_steps) == (rows, count)
-    given = TrainingConfig(batch_size=1, gradient_accumulation_steps=64)
-    assert resumed_rows(given, checkpoint(**saved)) is given
-    with pytest.raises(ConfigError, match="batch_size: 4 there, 1 here"):
-        check(checkpoint(**saved), given)

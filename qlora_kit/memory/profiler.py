@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.load import tag_weights
 from qlora_kit.data.batch import Batch
 from qlora_kit.device.found import allocator_peaks, peak_bytes
-from qlora_kit.device.target import has_own_memory
+from qlora_kit.device.target import has_own_memory, has_values
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each
@@ -114,7 +114,7 @@ class MemoryProfiler:
 
     def _counter_here(self) -> StorageCounter:
         own = has_own_memory(self._device)
-        return AllocatorCounter(self._device) if own else StorageCounter()
+        return AllocatorCounter(self._device) if own else HostCounter()
 
     def _take(self, counter: StorageCounter) -> None:
         for interval in counter.intervals:
@@ -130,6 +130,14 @@ class MemoryProfiler:
                 self.highest = max(self.highest, allocated)
             else:
                 phase.resident = peak_bytes(self._device)
+
+
+class HostCounter(StorageCounter):  # type: ignore[no-untyped-call]
+    """Counts what takes memory: not the tensors of a plan that is made in the middle of a step."""
+
+    def _add(self, tensor: Tensor, component: str) -> None:
+        if has_values(tensor) and not tensor.is_meta:
+            super()._add(tensor, component)
 
 
 class AllocatorCounter(StorageCounter):  # type: ignore[no-untyped-call]

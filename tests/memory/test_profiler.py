@@ -13,6 +13,7 @@ from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.memory.profiler import MemoryProfiler
+from qlora_kit.plan.plan import plan_memory
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer
@@ -98,3 +99,12 @@ def test_recomputing_takes_less_and_is_seen_to(base_dir):
     kept, again = (run(base_dir, "adamw", level, {1})[2].sizes for level in ("none", "full"))
     assert again["activations"] < kept["activations"]
     assert all(again[name] == kept[name] for name in ("adapters", "gradients", "optimizer"))
+
+
+def test_a_plan_that_is_made_while_a_step_is_counted_takes_no_memory():
+    """A full device is planned again in the middle of a step; what a plan holds has no values."""
+    profiler = MemoryProfiler(CPU)
+    with profiler.loading() as counter:
+        counter.at("load")
+        plan = plan_memory(length=256)
+    assert profiler.peak[0] < 0.1 * plan.peak_bytes

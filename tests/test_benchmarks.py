@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 
 import pytest
 from benchmark import BENCHMARKS, run_benchmark
@@ -59,6 +60,13 @@ for script in sys.argv[1:]:
     else:
         raise AssertionError(f"{script} did its work")
 """
+
+
+def test_no_benchmark_hides_a_package():
+    """A script's own folder comes first: transformers looks whether there is a `kernels`, say."""
+    taken = {*packages_distributions(), *sys.stdlib_module_names}
+    taken |= {"kernels", "triton_kernels", "flash_attn", "xformers", "deepspeed", "accelerate"}
+    assert sorted({one.stem for one in BENCHMARKS.iterdir()} & taken) == []
 
 
 def test_every_benchmark_says_what_it_takes():

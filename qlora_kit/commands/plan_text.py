@@ -28,6 +28,8 @@ SHOWN = {
 OVER = "!"
 WORST_SHOWN = 20
 """Linears in the table of errors; `--json` has all."""
+LEAST_SHOWN = 0.005
+"""The share of a step's time from which its kind is named."""
 NAMED = 5
 """Linears that are named as a flag has them."""
 
@@ -40,7 +42,8 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
     training = options.training
     terminal.print(
         (options.base.model, "bold"),
-        f", {options.base.bits} bits, {training.rows} x {options.length} tokens, on {plan.device}",
+        f", {options.base.bits} bits, {training.rows} x {options.length} tokens, "
+        f"{training.gradient_accumulation_steps} times a step, on {plan.device}",
     )
     table = Table(show_edge=False)
     for title in ("component", "most in a step", "at the peak"):
@@ -69,9 +72,9 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
         )
     if plan.budget_bytes is not None:
         word = ("fits", "green") if plan.fits else ("does not fit", "red")
-        margin = "tensors are counted, so no margin is left"
+        margin = "tensors are counted, so nothing is kept free"
         if plan.margin_bytes:
-            margin = f"with a margin of {size(plan.margin_bytes)}"
+            margin = f"of which {size(plan.margin_bytes)} are kept free"
         terminal.print(word, f": {size(plan.peak_bytes)} of {size(plan.budget_bytes)}, {margin}")
     for one in answer.suggestions:
         terminal.print(f"  {one.change}: {size(one.plan.peak_bytes)}")
@@ -95,13 +98,16 @@ def _print_time(answer: Answer, terminal: Terminal) -> None:
     if time is None:
         return
     parts = sorted(time.seconds.items(), key=lambda part: -part[1])
-    shown = ", ".join(f"{kind} {taken / time.total_s:.0%}" for kind, taken in parts if taken)
+    shown = ((kind, taken / time.total_s) for kind, taken in parts)
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in shown if share >= LEAST_SHOWN)
     terminal.print(
-        f"about {time.tokens_per_s:,.0f} tokens/s on {time.card}, {time.total_s:.3g} s a step: "
-        f"{shown}"
+        f"about {time.tokens_per_s:,.0f} tokens/s on {time.card}, {time.total_s:.3g} s a step of "
+        f"{time.tokens:,} tokens: {shares}"
     )
     if answer.hours is not None:
-        terminal.print(f"about {answer.hours:.3g} hours for the run")
+        short = answer.hours < 1
+        length = f"{answer.hours * 60:.2g} minutes" if short else f"{answer.hours:.3g} hours"
+        terminal.print(f"about {length} for the run")
     terminal.print("times are an estimate from a table of cards, measured on none of them yet")
 
 

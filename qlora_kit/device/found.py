@@ -42,7 +42,8 @@ def find_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ResourceError(
-            f"--device {name}: {count} CUDA devices here", "use --device cpu, or install CUDA"
+            f"--device {name}: torch {torch.__version__} sees {count} CUDA devices",
+            "use --device cpu; for an NVIDIA card install its driver and a torch built for CUDA",
         )
     if device.index is not None and has_own_memory(device):
         torch.cuda.set_device(device)

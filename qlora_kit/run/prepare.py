@@ -60,7 +60,7 @@ def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | Finish
     if resume is not None:
         check_resumed(config, identity, resume, resolved.overridden, reporter)
     if schedule.num_steps < FEW_STEPS:
-        reporter.note(_few_steps(schedule))
+        reporter.note(_few_steps(schedule, config.training.max_steps))
     if resume is not None and resume.step > schedule.num_steps:
         raise ConfigError(
             f"{resume.path} stands after step {resume.step}, and this run has {schedule.num_steps}",
@@ -88,10 +88,13 @@ def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | Finish
     )
 
 
-def _few_steps(schedule: StepSchedule) -> str:
+def _few_steps(schedule: StepSchedule, max_steps: int | None) -> str:
     per_step = schedule.batch_size * schedule.accumulation
     epochs = -(-ENOUGH_STEPS * per_step // schedule.num_sequences)
+    longer = f"--max_steps {ENOUGH_STEPS}"
+    if max_steps is None:
+        longer = f"--num_train_epochs {epochs} or {longer}"
     return (
-        f"only {schedule.num_steps} optimizer steps, in which little is learnt: give "
-        f"--num_train_epochs {epochs} or --max_steps {ENOUGH_STEPS} for {ENOUGH_STEPS} of them"
+        f"only {schedule.num_steps} optimizer steps, in which little is learnt: give {longer} for "
+        f"{ENOUGH_STEPS} of them"
     )

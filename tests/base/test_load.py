@@ -375,7 +375,7 @@ def test_a_tensor_that_two_modules_share_is_counted_once(bits):
 
 
 def test_a_device_that_is_not_there_is_a_resource_error(checkpoint):
-    with refused(ResourceError, "--device cuda:99", "CUDA devices here", directory=checkpoint):
+    with refused(ResourceError, "--device cuda:99", "CUDA devices", directory=checkpoint):
         load_base(str(checkpoint), device="cuda:99")
 
 

@@ -267,7 +267,7 @@ def test_cuda_where_there_is_none_is_a_resource(refused: Callable[..., str], com
         "generate": ("--model", "./base", "--prompt", "x"),
     }[command]
     for device in ("cuda", "cuda:3"):
-        words = (f"--device {device}: 0 CUDA devices here", "use --device cpu")
+        words = (f"--device {device}: torch", "use --device cpu")
         refused(ResourceError, command, *arguments, "--device", device, words=words, seconds=SHAPES)
 
 

@@ -36,7 +36,7 @@ def _current_card() -> object:
 
 def test_a_card_that_is_not_there_is_refused() -> None:
     count = torch.cuda.device_count()
-    with pytest.raises(ResourceError, match=f"{count} CUDA devices here"):
+    with pytest.raises(ResourceError, match=f"sees {count} CUDA devices"):
         find_device(f"cuda:{count}")
 
 

@@ -55,7 +55,7 @@ def test_numbers_are_those_of_torch(interpreted, kernel):
 
 @pytest.fixture(scope="module")
 def compiler():
-    path = ROOT / "benchmarks" / "kernels.py"
+    path = ROOT / "benchmarks" / "compiled_kernels.py"
     spec = importlib.util.spec_from_file_location("benchmark_of_kernels", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for its dataclasses
@@ -68,7 +68,7 @@ def compiler():
 
 
 def test_kernels_compile_spill_nothing_and_move_16_bytes_a_thread(compiler, tmp_path, monkeypatch):
-    """On one architecture in one dtype; all seven in all dtypes: benchmarks/kernels.py."""
+    """On one architecture in one dtype; all seven in all dtypes: benchmarks/compiled_kernels.py."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for build in compiler.small_set("bf16"):
         found = compiler.compiled(build, 86)

@@ -1,6 +1,6 @@
 """The Triton kernels compiled for seven architectures: registers, spills, shared memory, widths.
 
-    python benchmarks/kernels.py
+    python benchmarks/compiled_kernels.py
 
 It needs no card: Triton compiles to PTX and its own ptxas to machine code, ahead of time, with the
 hints that the launcher gives for pointers of 16-byte alignment and sizes that 16 divides. Widths

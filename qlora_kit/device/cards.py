@@ -27,6 +27,8 @@ BANDWIDTH_REACHED = 4.3 / 4.8
 LAUNCH_S = 5e-6
 """Of the host for a kernel that PyTorch launches one by one: 10,000 of them take 35 to 50 ms."""
 HOPPER = 788 / 989
+LOW_POWER = 0.5
+"""Of cards that are held at 70 W; an assumption."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ CARDS = {
         _card("rtx2060", 6144, (7, 5), (25.8, 6.5), 336, TURING),
         _card("rtx2070", 8192, (7, 5), (29.9, 7.5), 448, TURING),
         _card("rtx2080ti", 11264, (7, 5), (53.8, 13.4), 616, TURING),
-        _card("t4", 15360, (7, 5), (65, 8.1), 320, SHEET),
+        _card("t4", 15360, (7, 5), (65, 8.1), 320, SHEET, LOW_POWER),
         _card("rtx3060", 12288, (8, 6), (25.5, 12.7), 360, "twice its fp32 peak, as in " + AMPERE),
         _card("rtx3070", 8192, (8, 6), (40.6, 20.3), 448, AMPERE),
         _card("rtx3080", 10240, (8, 6), (59.5, 29.8), 760, AMPERE),
@@ -108,7 +110,7 @@ CARDS = {
         _card("rtx5080", 16303, (12, 0), (112.6, 56.3), 960, BLACKWELL),
         _card("rtx5090", 32607, (12, 0), (209.5, 104.8), 1792, BLACKWELL),
         _card("a10", 23028, (8, 6), (125, 31.2), 600, SHEET),
-        _card("l4", 23034, (8, 9), (121, 30.3), 300, SHEET),
+        _card("l4", 23034, (8, 9), (121, 30.3), 300, SHEET, LOW_POWER),
         _card("l40s", 46068, (8, 9), (362, 91.6), 864, SHEET),
         _card("a100-40gb", 40960, (8, 0), (312, 19.5), 1555, SHEET),
         _card("a100-80gb", 81920, (8, 0), (312, 19.5), 1935, SHEET),

@@ -9,6 +9,7 @@ from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.cards import find_card
 from qlora_kit.device.found import available_bytes, card_of, find_device, has_card
+from qlora_kit.errors import ConfigError
 from qlora_kit.options.checks import size_bytes
 from qlora_kit.plan.step_time import Clock
 
@@ -29,12 +30,21 @@ def asked_device(base: BaseConfig, asked: PlanConfig) -> str:
 
 
 def asked_clock(device: str, asked: PlanConfig) -> Clock | None:
-    """Times on the card that is named; else on the one here, unless other memory is planned for."""
+    """Times on the card that is named; else on the one here, unless other memory is planned for.
+
+    Errors: `ConfigError` for hours of a run where no card is known.
+    """
     card = None
     if asked.card is not None:
         card = find_card(asked.card)
     elif asked.device_memory is None:
         card = card_of(torch.device(device))
+    for name in ("rows", "tokens"):
+        if card is None and (count := getattr(asked, name)) is not None:
+            raise ConfigError(
+                f"{name} {count}: hours are estimated for a card whose speed is known",
+                "name it, such as --card rtx3060",
+            )
     return None if card is None else Clock(card)
 
 

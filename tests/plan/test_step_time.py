@@ -218,6 +218,11 @@ def test_the_command_says_time_and_hours(capsys):
     assert by_tokens["hours"] == pytest.approx(found["hours"] / 2)
 
 
+def test_hours_without_a_card_are_refused(capsys):
+    assert main([*OPTIONS, "--device_memory", "8GB", "--rows", "1000"]) == 2
+    assert "rows 1000: hours are" in capsys.readouterr().err
+
+
 def test_a_card_that_is_not_known_is_refused(capsys):
     assert main([*OPTIONS, "--card", "rtx4091"]) == 2
     assert "did you mean rtx4090?" in capsys.readouterr().err

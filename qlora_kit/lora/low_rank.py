@@ -127,7 +127,8 @@ class LowRankBackward:
         masters: Sequence[Tensor],
     ) -> None:
         self._parts, self._tokens, self._hidden, self._masters = parts, tokens, hidden, masters
-        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+        self._by_a: dict[int, Tensor] = {}
+        self._by_b: dict[int, Tensor] = {}
         self._grad_hidden: Tensor | None = None
         self._together = together(parts, tokens)
         if self._together:
@@ -145,31 +146,31 @@ class LowRankBackward:
         number = _number(self._parts, place)
         if not self._together:
             masters = self._masters[2 * number], self._masters[2 * number + 1]
-            self._found[number] = _gradients(
+            self._by_a[number], self._by_b[number] = _gradients(
                 part, grad, self._tokens, self._hidden[number], masters, grad_tokens
             )
             return
         up, hidden = self._ups[number], self._hidden[number]
         flat = grad.reshape(-1, grad.shape[-1]).to(up.dtype)  # (..., out) to (N, out)
         self._piece(number).addmm_(flat, up, beta=0, alpha=part.scaling)
-        by_b = matmul_fp32(flat.t(), hidden.reshape(-1, hidden.shape[-1]))
-        self._found[number] = (by_b, by_b)  # that by A comes at the end
+        # That by A comes at the end.
+        self._by_b[number] = matmul_fp32(flat.t(), hidden.reshape(-1, hidden.shape[-1]))
 
     def gradients(self, grad_tokens: Tensor | None) -> list[Tensor | None]:
         """Those by A (r, in_features) and B (out_features, r) of each; None where none came."""
         adapted = sum(bool(part.weights) for part in self._parts)
         if self._together and self._grad_hidden is not None:
             for number in range(adapted):
-                if number not in self._found:
+                if number not in self._by_b:
                     self._piece(number).zero_()
             ranks = [up.shape[1] for up in self._ups]
             by_a = torch.split(matmul_fp32(self._grad_hidden.t(), self._flat), ranks)
             if grad_tokens is not None:
                 _add_matmul(grad_tokens, self._grad_hidden, self._stacked, 1.0)
-            self._found = {n: (by_a[n], by_b) for n, (_, by_b) in self._found.items()}
+            self._by_a = {number: by_a[number] for number in self._by_b}
         found: list[Tensor | None] = []
         for number in range(adapted):
-            found += self._found.get(number, (None, None))
+            found += self._by_a.get(number), self._by_b.get(number)
         return found
 
     def _piece(self, number: int) -> Tensor:

@@ -89,7 +89,17 @@ class Clock:
         tokens: int,
     ) -> StepTime:
         """A step of `micro_steps` passes and one update, which has so many `tokens` in all."""
-        return _step(passes, update, self.card, micro_steps, tokens)
+        seconds = dict.fromkeys((*KINDS, GAPS), 0.0)
+        kernels = flops = size = 0
+        for intervals, count in ((passes, micro_steps), (update, 1)):
+            for interval in intervals:
+                for kind, taken in interval_seconds(interval, self.card).items():
+                    seconds[kind] += taken * count
+                for work, times in interval.work.items():
+                    kernels += count * times * work.kernels
+                    flops += count * times * work.flops
+                    size += count * times * work.bytes
+        return StepTime(self.card.name, seconds, tokens, kernels, flops, size)
 
     def layers(self, intervals: Sequence[Interval], names: Sequence[str]) -> list[float]:
         """Seconds of forward and backward of each of the layers, by their modules' names."""
@@ -98,26 +108,6 @@ class Clock:
             if interval.module in found:
                 found[interval.module] += sum(interval_seconds(interval, self.card).values())
         return list(found.values())
-
-
-def _step(
-    passes: Iterable[Interval],
-    update: Iterable[Interval],
-    card: Card,
-    micro_steps: int,
-    tokens: int,
-) -> StepTime:
-    seconds = dict.fromkeys((*KINDS, GAPS), 0.0)
-    kernels = flops = size = 0
-    for intervals, count in ((passes, micro_steps), (update, 1)):
-        for interval in intervals:
-            for kind, taken in interval_seconds(interval, card).items():
-                seconds[kind] += taken * count
-            for work, times in interval.work.items():
-                kernels += count * times * work.kernels
-                flops += count * times * work.flops
-                size += count * times * work.bytes
-    return StepTime(card.name, seconds, tokens, kernels, flops, size)
 
 
 def interval_seconds(interval: Interval, card: Card) -> dict[str, float]:

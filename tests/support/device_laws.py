@@ -6,6 +6,7 @@ or in double; the decoders are written from the published tables and share nothi
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from adapted import adapted_model
 from counted_steps import counted_step
 from families import token_ids
+from model_laws import worst as worst_of
 from torch import Tensor
 from trained import trained_base
 
@@ -235,20 +237,8 @@ def results_of(model: Any, batches: Sequence[Batch]) -> Found:
     return {"loss": total, **gradients}
 
 
-def worst(found: Found, reference: Found) -> tuple[float, str]:
-    """The largest relative error of loss and gradients, and whose it is.
-
-    A gradient that is zero but for rounding is measured by the largest one.
-    """
-    assert found.keys() == reference.keys()
-    largest = max(float(one.norm()) for name, one in reference.items() if name != "loss")
-    assert 0 < largest < float("inf")
-    errors = []
-    for name, exact in reference.items():
-        norm = max(float(exact.double().norm()), 1e-4 * largest)
-        error = float((found[name].double() - exact.double()).norm()) / norm
-        errors.append((error if error == error else float("inf"), name))
-    return max(errors)
+worst = functools.partial(worst_of, least=1e-4)
+"""As in the laws of models; kernels of a card leave more in a gradient that is zero otherwise."""
 
 
 def check_step(family: str, bits: int, device: str, levels: Sequence[str] = LEVELS) -> None:

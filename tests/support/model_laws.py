@@ -175,10 +175,10 @@ def _gradients(model: Any) -> Found:
     }
 
 
-def worst(found: Found, reference: Found) -> tuple[float, str]:
+def worst(found: Found, reference: Found, least: float = 1e-6) -> tuple[float, str]:
     """The largest relative error of loss and gradients, and whose it is.
 
-    A gradient that is zero but for rounding is measured by the largest one.
+    A gradient that is zero but for rounding is measured by the share `least` of the largest one.
     """
     assert found.keys() == reference.keys()
     largest = max(float(one.norm()) for name, one in reference.items() if name != "loss")
@@ -187,7 +187,7 @@ def worst(found: Found, reference: Found) -> tuple[float, str]:
     for name, exact in reference.items():
         ours = found[name].double()
         norm = float(exact.double().norm())
-        error = float((ours - exact.double()).norm()) / max(norm, 1e-6 * largest)
+        error = float((ours - exact.double()).norm()) / max(norm, least * largest)
         errors.append((error if error == error else float("inf"), name))
     return max(errors)
 

@@ -12,8 +12,9 @@ import pytest
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import EvaluateConfig, ExportConfig, GenerateConfig
+from qlora_kit.config.commands import EvaluateConfig, GenerateConfig
 from qlora_kit.config.data import DataConfig
+from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.run import RunConfig
@@ -58,7 +59,7 @@ CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
     (OutputConfig, "logging_steps", [1], [0]),
     (ExportConfig, "format", ["hf"], ["gguf", "safetensors"]),
     (ExportConfig, "merge_base", ["dequantized", "original"], ["both"]),
-    (ExportConfig, "shard_size", [2**20], [2**20 - 1, 0, "4GB"]),
+    (ExportConfig, "shard_size", [4096], [4095, 0, "4GB"]),
     (ExportConfig, "max_kl", [0, 1e-3], [-1e-9, "nan"]),
     (GenerateConfig, "max_new_tokens", [1], [0, -1]),
     (GenerateConfig, "temperature", [0, 1.5], [-0.1, 101, "nan"]),

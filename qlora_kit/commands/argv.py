@@ -15,36 +15,11 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import (
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
-    PlanConfig,
-    ShowConfig,
-)
-from qlora_kit.config.data import DataConfig
-from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.output import OutputConfig
-from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError, excerpt
 from qlora_kit.options.checks import FALSE, TRUE, OneOf
 from qlora_kit.options.names import MOST_PROBLEMS, closest, fields_of, spellings_of, version_line
 from qlora_kit.options.option import Options, alternatives, flag_of, types_of
 from qlora_kit.options.parsed import Parsed, make_groups
-
-GROUP_TITLES = {
-    BaseConfig: "model",
-    DataConfig: "data",
-    LoRAConfig: "adapters",
-    TrainingConfig: "training",
-    OutputConfig: "output",
-    ExportConfig: "export",
-    GenerateConfig: "generation",
-    EvaluateConfig: "evaluation",
-    ShowConfig: "what is shown",
-    PlanConfig: "the plan",
-}
 
 
 def parse(
@@ -97,7 +72,7 @@ def _parser(command: str, summary: str, groups: Sequence[type[Options]]) -> _Par
     )
     known: set[str] = set()
     for group in groups:
-        section = parser.add_argument_group(GROUP_TITLES[group])
+        section = parser.add_argument_group(group.title)
         for field in dataclasses.fields(typing.cast(Any, group)):
             if flag_of(field) not in known:
                 known.add(flag_of(field))

@@ -11,7 +11,7 @@ from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import ExportConfig
+from qlora_kit.config.export import ExportConfig
 from qlora_kit.options.parsed import refuse_tokens
 
 SUMMARY = "Merge an adapter into its base and write a plain model, verified against training."

@@ -36,6 +36,8 @@ def _names(value: Any) -> Any:
 class BaseConfig(Options):
     """Which base model, and how it is held."""
 
+    title: typing.ClassVar[str] = "model"
+
     model: str = option(
         "tiny",
         "local directory, hub id or short name (tiny ships with the package; llama-7b, "

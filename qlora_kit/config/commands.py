@@ -1,95 +1,15 @@
-"""The options that only one of the other commands has: export, generate, evaluate, show, plan."""
+"""The options that only one of the other commands has: generate, evaluate, show-data, plan."""
 
 from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
 
-from qlora_kit.config.base import DTYPES
 from qlora_kit.config.data import DEFAULT_LENGTH
 from qlora_kit.config.limits import MOST_DATA, MOST_DRAWN, MOST_ROWS, MOST_TOKENS, SEEDS
 from qlora_kit.config.lora import OTHER_BASE_HELP
-from qlora_kit.options.checks import a_name, a_size, also, between, one_of
+from qlora_kit.options.checks import a_name, a_size, also, between
 from qlora_kit.options.option import Options, option
-
-
-@dataclass(frozen=True)
-class ExportConfig(Options):
-    """What to export, in which form, and how it is verified."""
-
-    adapter: str | None = option(
-        None, "directory of the adapter", check=a_name(), path=True, metavar="DIR"
-    )
-    allow_other_base: bool = option(False, OTHER_BASE_HELP)
-    output_dir: str | None = option(
-        None, "new or empty directory for the model", check=a_name(), path=True, metavar="DIR"
-    )
-    overwrite: bool = option(False, "replace what is in --output_dir")
-    format: str = option(
-        "hf",
-        "what to write: hf, a plain model; adapter, the adapter alone, for others to use",
-        check=one_of("hf", "adapter"),
-    )
-    base_name: str | None = option(
-        None,
-        "name of the base for those who get the result, such as its hub id: a path of this machine "
-        "means nothing to them",
-        check=a_name(),
-        metavar="OWNER/NAME",
-        shown_default="the name that the adapter has",
-    )
-    merge_base: str = option(
-        "dequantized",
-        "add the update to the weights that training multiplied by, or to the original ones",
-        check=one_of("dequantized", "original"),
-    )
-    export_dtype: str = option(
-        "auto",
-        "dtype of the export; auto: the compute dtype of the run",
-        flag="dtype",
-        check=one_of("auto", *DTYPES),
-    )
-    with_towers: bool = option(
-        False,
-        "write the whole multimodal checkpoint, its towers byte for byte, not the text model alone",
-    )
-    shard_size: int = option(
-        4 * 1024**3,
-        "largest size of one file in bytes",
-        check=between(1024**2, 1024**5),
-        metavar="BYTES",
-    )
-    verify: str | None = option(
-        None,
-        "file to verify on",
-        shown_default="the run's own held-out rows, else the sample",
-        check=a_name(),
-        path=True,
-        metavar="FILE",
-    )
-    max_kl: float | None = option(
-        None, "a larger divergence from the model as trained is an error", check=between(0, 1e6)
-    )
-
-    def _conflicts(self) -> typing.Iterator[str]:
-        if self.format == "adapter":
-            plain = {
-                "merge_base": "dequantized",
-                "dtype": "auto",
-                "verify": None,
-                "max_kl": None,
-                "with_towers": False,
-            }
-            given = (
-                self.merge_base,
-                self.export_dtype,
-                self.verify,
-                self.max_kl,
-                self.with_towers,
-            )
-            for (name, default), value in zip(plain.items(), given, strict=True):
-                if value != default:
-                    yield f"{name} {value} goes with format hf, which merges, not with adapter"
 
 
 def _stops(value: str | tuple[str, ...]) -> str | None:
@@ -99,6 +19,8 @@ def _stops(value: str | tuple[str, ...]) -> str | None:
 @dataclass(frozen=True)
 class GenerateConfig(Options):
     """What to generate from, and how tokens are drawn."""
+
+    title: typing.ClassVar[str] = "generation"
 
     adapter: str | None = option(
         None, "directory of an adapter", check=a_name(), path=True, metavar="DIR"
@@ -164,6 +86,8 @@ class GenerateConfig(Options):
 class EvaluateConfig(Options):
     """What to evaluate, and what is shown of it."""
 
+    title: typing.ClassVar[str] = "evaluation"
+
     adapter: str | None = option(
         None, "directory of an adapter", check=a_name(), path=True, metavar="DIR"
     )
@@ -192,6 +116,8 @@ class EvaluateConfig(Options):
 class ShowConfig(Options):
     """What is shown of the data."""
 
+    title: typing.ClassVar[str] = "what is shown"
+
     rows: int = option(3, "show this many rows, token by token", check=between(0, 10**4))
     batch_size: int = option(
         8,
@@ -210,6 +136,8 @@ class ShowConfig(Options):
 @dataclass(frozen=True)
 class PlanConfig(Options):
     """What is planned for, and what is shown of it."""
+
+    title: typing.ClassVar[str] = "the plan"
 
     max_length: int | None = option(
         None,

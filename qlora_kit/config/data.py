@@ -61,6 +61,8 @@ def _assignments(value: str) -> str | None:
 class DataConfig(Options):
     """Which rows, and how they become tokens."""
 
+    title: typing.ClassVar[str] = "data"
+
     data: str = option(
         "sample",
         ".jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file (.gz too), several with commas, "

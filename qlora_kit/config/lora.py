@@ -19,6 +19,8 @@ OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trai
 class LoRAConfig(Options):
     """The adapters: rank, scale and place."""
 
+    title: typing.ClassVar[str] = "adapters"
+
     r: int = option(16, "rank", flag="lora_r", check=between(1, LARGEST_RANK))
     alpha: float = option(
         32.0,

@@ -19,6 +19,8 @@ def _option_names(value: str | tuple[str, ...]) -> str | None:
 class OutputConfig(Options):
     """Where the results go, and what is reported."""
 
+    title: typing.ClassVar[str] = "output"
+
     output_dir: str | None = option(
         None,
         "new or empty directory for the results",

@@ -25,6 +25,8 @@ RECOMPUTE_LEVELS = ("none", "selective", "full")
 class TrainingConfig(Options):
     """The optimization."""
 
+    title: typing.ClassVar[str] = "training"
+
     learning_rate: float = option(
         2e-4, "peak learning rate", check=between(0, 1e3, open_low=True, tiny=1e-12)
     )

@@ -15,29 +15,41 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from qlora_kit.base.tensors import check_finite
 from qlora_kit.base.tokenizer import copy_tokenizer
-from qlora_kit.device.target import dtype_name
+from qlora_kit.config.export import ExportConfig
+from qlora_kit.device.target import DTYPES, dtype_name
 from qlora_kit.errors import ExportError
-from qlora_kit.export.tensors import ExportTensor
-from qlora_kit.export.towers import copy_processors, model_config
+from qlora_kit.export.tensors import ExportTensor, dtype_of, export_tensors
+from qlora_kit.export.towers import (
+    check_towers_stay,
+    copy_processors,
+    model_config,
+    whole_tensors,
+)
 from qlora_kit.files.atomic import replace_file, write_file
 
 
-def write_model(
-    base: Base,
-    tensors: Sequence[ExportTensor],
-    directory: Path,
-    dtype: torch.dtype,
-    shard_size: int,
-    with_towers: bool = False,
-) -> None:
-    """Write the tensors in `dtype`, in files of `shard_size` bytes, with config and tokenizer.
+def hf_size(base: Base, options: ExportConfig) -> int:
+    """Bytes of the export; refuses towers that cannot stay. Errors: `ConfigError`."""
+    size = base.parameters * DTYPES[dtype_of(base, options)].itemsize
+    if options.with_towers:
+        check_towers_stay(base)
+        size += 0 if base.wrapper is None else base.wrapper.left_bytes
+    return size
+
+
+def write_hf(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
+    """Write the merged model, in files of `shard_size` bytes, with config and tokenizer.
 
     With towers it is the whole multimodal model that is written. Host memory holds one file.
-    Errors: `NumericError`, `ExportError`, `ResourceError`.
+    Errors: `ConfigError`, `NumericError`, `ExportError`, `ResourceError`.
     """
-    _write_shards(tensors, directory, dtype, shard_size)
-    _write_settings(base, directory, dtype, with_towers)
-    if with_towers:
+    dtype = DTYPES[dtype_of(base, options)]
+    tensors = export_tensors(base, adapter, options.merged_into)
+    if options.with_towers:
+        tensors = whole_tensors(base, tensors)
+    _write_shards(tensors, directory, dtype, options.shard_size)
+    _write_settings(base, directory, dtype, options.with_towers)
+    if options.with_towers:
         copy_processors(base.source.directory, directory)
 
 

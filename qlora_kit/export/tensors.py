@@ -21,6 +21,8 @@ from qlora_kit.base.fp8_checkpoint import read_numbers
 from qlora_kit.base.linear import dequantize
 from qlora_kit.base.meta_model import tied_names
 from qlora_kit.base.recurrence import recurrent_parameters
+from qlora_kit.config.export import ExportConfig
+from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 from qlora_kit.lora.layer import LoRALinear, delta_weight
@@ -43,6 +45,11 @@ class ExportTensor:
     def nbytes(self, dtype: torch.dtype) -> int:
         """Its bytes in an export of `dtype`."""
         return self.shape.numel() * (self.kept or dtype).itemsize
+
+
+def dtype_of(base: Base, options: ExportConfig) -> str:
+    """The short name of the dtype that is written; auto is the compute dtype of the run."""
+    return dtype_name(base.dtype) if options.export_dtype == "auto" else options.export_dtype
 
 
 def export_tensors(

@@ -64,6 +64,9 @@ def option(
 class Options:
     """Base of the option groups: types and checks are applied when one is made."""
 
+    title: typing.ClassVar[str]
+    """What `--help` says above its options."""
+
     def __post_init__(self) -> None:
         problems = list(self._problems())
         if not problems:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config.commands import ExportConfig
+from qlora_kit.config.export import ExportConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.adapter_files import export_adapter, is_portable
 from qlora_kit.files.atomic import check_output
@@ -67,10 +67,6 @@ def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
     asked = None if options.verify is None else asked_rows(options.verify)
     from qlora_kit.run.merge import merge
 
-    closer = "export with a wider --dtype, or evaluate the export before it is used"
-    if options.merge_base != "dequantized":
-        closer = "export with --merge_base dequantized, or evaluate the export before it is used"
-
     def rows_for(base: Base) -> tuple[Sequence[Encoded], str]:
         for said in base.notes:
             note(said)
@@ -79,5 +75,5 @@ def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
             note(NOT_PORTABLE.format(base.source.reference))
         return rows
 
-    report = merge(named, read, rows_for, closer)
-    return Exported(str(target), report=report, closer=closer)
+    report = merge(named, read, rows_for)
+    return Exported(str(target), report=report, closer=options.closer)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config.commands import ExportConfig
+from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.chat_template import read_templates
-from qlora_kit.device.target import DTYPES, dtype_name
 from qlora_kit.export.companions import write_companions
-from qlora_kit.export.export import check_export, export_model
-from qlora_kit.export.verify import check_distance, verify_export
+from qlora_kit.export.export import check_export, write_export
+from qlora_kit.export.formats import FORMATS
+from qlora_kit.export.tensors import dtype_of
 from qlora_kit.files.atomic import EXPORT_REPORT, check_output
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.metrics import versions, write_json
@@ -25,13 +25,12 @@ def merge(
     named: Named,
     read: Sequence[Path],
     rows_for: RowsFor,
-    closer: str,
 ) -> dict[str, Any]:
     """Write the merged model; returns its report. `read` are the places that are read.
 
     It is compared with the model as trained, on the rows that `rows_for` gives for the base with
-    their source. A difference above `--max_kl` is a `NumericError` with the remedy `closer`, and
-    nothing is written. Errors: as `export_model`.
+    their source. A difference above `--max_kl` is a `NumericError`, and nothing is written.
+    Errors: as `export_model`.
     """
     options, adapter = named.parsed[ExportConfig], named.adapter
     assert options.output_dir is not None
@@ -40,16 +39,16 @@ def merge(
     opened = AdaptedBase.open(named, options.allow_other_base, as_trained=True)
     base = opened.base
     check_output(target, options.overwrite, [*read, base.source.directory])
-    dtype = dtype_name(base.dtype) if options.export_dtype == "auto" else options.export_dtype
     rows, where = rows_for(base)
-    check_export(base, target, DTYPES[dtype], options.with_towers)
+    check_export(base, target, options)
     opened.load()
     name = {} if options.base_name is None else {"name": options.base_name}
     report: dict[str, Any] = {
+        "format": options.format,
         "verified_on": where,
-        "merge_base": options.merge_base,
+        "merge_base": options.merged_into,
         "adapter": adapter.files.directory.resolve().name,
-        "dtype": dtype,
+        "dtype": dtype_of(base, options),
         "base": base.info.as_dict() | name,
         "versions": versions(),
     }
@@ -61,19 +60,8 @@ def merge(
         # The adapter's templates and tokens to stop at, which the base need not have.
         own = bool(read_templates(adapter.files.directory))
         write_companions(base, directory, own)
-        found, way = verify_export(base, directory, dtype, rows)
-        check_distance(found.kl, options.max_kl, closer)
-        report.update(found.as_dict(), export_read=str(way))
+        report.update(FORMATS[options.format].verify(base, options, directory, rows))
         write_json(directory / EXPORT_REPORT, report)
 
-    export_model(
-        base,
-        target,
-        merge_base=options.merge_base,
-        dtype=dtype,
-        shard_size=options.shard_size,
-        with_towers=options.with_towers,
-        overwrite=options.overwrite,
-        inspect=inspect,
-    )
+    write_export(base, options, inspect)
     return report

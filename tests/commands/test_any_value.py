@@ -12,8 +12,8 @@ from pathlib import Path
 
 from anything import GOOD, flags_of, text, value
 from benchmark import run_benchmark
+from option_groups import OPTION_GROUPS
 
-from qlora_kit.commands.argv import GROUP_TITLES
 from qlora_kit.commands.main import COMMANDS
 from qlora_kit.errors import ConfigError
 
@@ -34,7 +34,7 @@ def test_any_value_handed_to_a_constructor_is_taken_or_a_config_error() -> None:
     draw, taken, refused = random.Random(3), 0, 0
     places = [
         (group, field.name)
-        for group in GROUP_TITLES
+        for group in OPTION_GROUPS
         for field in dataclasses.fields(group)  # type: ignore[arg-type]
     ]
     for _ in range(4_000):

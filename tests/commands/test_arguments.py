@@ -16,8 +16,9 @@ import qlora_kit
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.main import COMMANDS, main
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import EvaluateConfig, ExportConfig, GenerateConfig, PlanConfig
+from qlora_kit.config.commands import EvaluateConfig, GenerateConfig, PlanConfig
 from qlora_kit.config.data import DataConfig
+from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.training import TrainingConfig

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from option_groups import OPTION_GROUPS
 
-from qlora_kit.commands.argv import GROUP_TITLES, parse
+from qlora_kit.commands.argv import parse
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import GenerateConfig
 from qlora_kit.config.data import DataConfig
@@ -29,7 +30,7 @@ RUN = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 
 def fields(*kinds: type) -> Iterator[tuple[type[Options], str]]:
     """Every option that may be of one of the types, with its group."""
-    for group in GROUP_TITLES:
+    for group in OPTION_GROUPS:
         for field in dataclasses.fields(group):  # type: ignore[arg-type]
             if set(alternatives(types_of(group)[field.name])) & set(kinds):
                 yield group, field.name

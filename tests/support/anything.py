@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import yaml
+from option_groups import OPTION_GROUPS
 
-from qlora_kit.commands.argv import GROUP_TITLES
 from qlora_kit.commands.main import COMMANDS, main
 from qlora_kit.errors import ERROR_LINE_LIMIT
 from qlora_kit.options.option import flag_of
@@ -213,7 +213,7 @@ def flags_of(command: str) -> tuple[str, ...]:
 @functools.cache
 def edges_of(flag: str) -> tuple[str, ...]:
     """The smallest and the largest number that an option takes, where it takes numbers."""
-    for group in GROUP_TITLES:
+    for group in OPTION_GROUPS:
         for field in dataclasses.fields(group):  # type: ignore[arg-type]
             check = field.metadata["option"]["check"]
             if f"--{flag_of(field)}" == flag and callable(check):

@@ -1,0 +1,107 @@
+"""What is exported, in which form, and how it is verified."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, fields
+
+from qlora_kit.config.base import DTYPES
+from qlora_kit.config.lora import OTHER_BASE_HELP
+from qlora_kit.options.checks import a_name, also, between, one_of
+from qlora_kit.options.option import Options, flag_of, option
+
+MERGED = ("hf",)
+"""Formats of a whole model, its weights with the adapter's update in them."""
+FORMATS = (*MERGED, "adapter")
+GOES_WITH: dict[str, tuple[str, ...]] = {
+    "merge_base": MERGED,
+    "export_dtype": MERGED,
+    "with_towers": ("hf",),
+    "shard_size": ("hf",),
+    "verify": MERGED,
+    "max_kl": MERGED,
+}
+"""The formats that an option says something about; the others go with all."""
+
+
+@dataclass(frozen=True)
+class ExportConfig(Options):
+    """What to export, in which form, and how it is verified."""
+
+    title: typing.ClassVar[str] = "export"
+
+    adapter: str | None = option(
+        None, "directory of the adapter", check=a_name(), path=True, metavar="DIR"
+    )
+    allow_other_base: bool = option(False, OTHER_BASE_HELP)
+    output_dir: str | None = option(
+        None, "new or empty directory for the model", check=a_name(), path=True, metavar="DIR"
+    )
+    overwrite: bool = option(False, "replace what is in --output_dir")
+    format: str = option(
+        "hf",
+        "what to write: hf, a plain model; adapter, the adapter alone, for others to use",
+        check=one_of(*FORMATS),
+    )
+    base_name: str | None = option(
+        None,
+        "name of the base for those who get the result, such as its hub id: a path of this machine "
+        "means nothing to them",
+        check=a_name(),
+        metavar="OWNER/NAME",
+        shown_default="the name that the adapter has",
+    )
+    merge_base: str = option(
+        "auto",
+        "add the update to the weights that training multiplied by, or to the original ones",
+        check=one_of("auto", "dequantized", "original"),
+        shown_default="auto: dequantized",
+    )
+    export_dtype: str = option(
+        "auto",
+        "dtype of the export; auto: the compute dtype of the run",
+        flag="dtype",
+        check=one_of("auto", *DTYPES),
+        reads=also({"f32": "fp32", "f16": "fp16"}),
+    )
+    with_towers: bool = option(
+        False,
+        "write the whole multimodal checkpoint, its towers byte for byte, not the text model alone",
+    )
+    shard_size: int = option(
+        4 * 1024**3,
+        "largest size of one file in bytes",
+        check=between(4096, 1024**5),
+        metavar="BYTES",
+    )
+    verify: str | None = option(
+        None,
+        "file to verify on",
+        shown_default="the run's own held-out rows, else the sample",
+        check=a_name(),
+        path=True,
+        metavar="FILE",
+    )
+    max_kl: float | None = option(
+        None, "a larger divergence from the model as trained is an error", check=between(0, 1e6)
+    )
+
+    @property
+    def merged_into(self) -> str:
+        """The weights that the update is added to: `dequantized` or `original`."""
+        return "dequantized" if self.merge_base == "auto" else self.merge_base
+
+    @property
+    def closer(self) -> str:
+        """What would bring the export nearer to the model as trained: the remedy of an error."""
+        if self.merged_into != "dequantized":
+            return "export with --merge_base dequantized, or evaluate the export before it is used"
+        return "export with a wider --dtype, or evaluate the export before it is used"
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        for field in fields(self):
+            formats = GOES_WITH.get(field.name, FORMATS)
+            value = getattr(self, field.name)
+            if self.format not in formats and value != field.default:
+                name = flag_of(field).lstrip("-")
+                yield f"{name} {value} goes with format {' or '.join(formats)}, not {self.format}"

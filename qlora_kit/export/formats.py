@@ -1,0 +1,42 @@
+"""The formats of an export: for each what is refused early, who writes it and who reads it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.base.base import Base
+from qlora_kit.config.export import ExportConfig
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.export.hf import hf_size, write_hf
+from qlora_kit.export.tensors import dtype_of
+from qlora_kit.export.verify import check_distance, verify_export
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format. Each function is given the base and the options of the export.
+
+    `size` refuses what cannot be written before a weight is read, and gives the bytes that are.
+    `write` fills a directory with the base and its adapter (None: the base alone); `verify` reads
+    it back from there and compares it with the model as trained on some rows: what is said of that
+    in export.json, or a `NumericError` for what is too far.
+    """
+
+    size: Callable[[Base, ExportConfig], int]
+    write: Callable[[Base, str | None, ExportConfig, Path], None]
+    verify: Callable[[Base, ExportConfig, Path, Sequence[Encoded]], dict[str, Any]]
+
+
+def _verify_hf(
+    base: Base, options: ExportConfig, directory: Path, rows: Sequence[Encoded]
+) -> dict[str, Any]:
+    found, way = verify_export(base, directory, dtype_of(base, options), rows)
+    check_distance(found.kl, options.max_kl, options.closer)
+    return found.as_dict() | {"export_read": str(way)}
+
+
+FORMATS = {"hf": Format(hf_size, write_hf, _verify_hf)}
+"""The formats that hold a model, by the names that `--format` has for them."""

@@ -1,10 +1,10 @@
 """Dequantize, add, round once: the tensors of a plain model with an adapter in it, one by one.
 
-The update is added in fp32 to the base weight as training multiplied by it (dequantized in the
-run's compute dtype); a writer rounds the sum once, to the dtype of what it writes. Merging into the
-original weights is offered; it is another model, and `verify` says how far it is from what was
-trained. Every writer reads this list; a tensor is made when it is asked for, so that host memory
-holds as many as the writer does.
+The update is added in fp32 to the base weight as training multiplied by it: in 4 bits dequantized
+in the run's compute dtype, in 8 bits not rounded at all. A writer rounds the sum once, to the dtype
+of what it writes. Merging into the original weights is offered; it is another model, and `verify`
+says how far it is from what was trained. Every writer reads this list; a tensor is made when it is
+asked for, so that host memory holds as many as the writer does.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def export_tensors(
     """
     model, stored = base.model, base.form.stored
     entries = base.entries if merge_base == "original" else {}
+    # In 8 bits training multiplies by whole numbers and scales the products.
+    multiplied = torch.float32 if base.quantization.bits == 8 else base.dtype
     if entries and stored:
         raise ConfigError(
             f"--merge_base original: the base holds {next(iter(stored))}.weight in quantized form "
@@ -72,7 +74,7 @@ def export_tensors(
 
     def frozen(name: str, linear: nn.Linear) -> Tensor:
         if merge_base == "dequantized":
-            return dequantize(linear, base.dtype)
+            return dequantize(linear, multiplied)
         # The buffer that the reader lends is used again, so the tensor is copied out of it.
         key = f"{name}.weight"
         numbers = read_numbers({key: entries[key]}, base.form.scaled, torch.float32, CPU)

@@ -32,6 +32,7 @@ FLOORS = {
     "base": 5,
     "data": 5,
     "lora": 6,
+    "gguf": 6,
     "training": 7,
     "memory": 8,
     "generation": 8,

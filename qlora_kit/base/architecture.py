@@ -19,6 +19,7 @@ from typing import Any
 from qlora_kit.base.experts import count_of, expert_bytes, has_experts
 from qlora_kit.base.fields import PER_LAYER, asks_for_code, problems
 from qlora_kit.base.fp8_scheme import check_stored
+from qlora_kit.base.gguf_facts import Gguf
 from qlora_kit.errors import ModelError, UnsafeInputError
 from qlora_kit.options.checks import size_text
 
@@ -41,6 +42,7 @@ class Architecture:
     that the family's class declares, and `undeclared`; `rope_needs` names what its rope fields must
     have. `packs` says that its attention keeps the rows of a pack apart by their positions. `known`
     says that what its model is made of is here; else it is found out from the model that is built.
+    `gguf` is what llama.cpp does in the family, None where no GGUF is written of it.
     """
 
     known: bool = True
@@ -63,6 +65,7 @@ class Architecture:
     rope_needs: tuple[str, ...] = ()
     packs: bool = True
     undeclared: tuple[str, ...] = ()
+    gguf: Gguf | None = None
 
     def logit_scale_and_softcap(self, config: Any) -> tuple[float, float | None]:
         """The factor on a head's logits and their soft cap, of a model of this `config`."""
@@ -75,13 +78,21 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(strict=True),
-    "mistral": Architecture(strict=True),
-    "qwen2": Architecture(strict=True),
-    "qwen3": Architecture(strict=True),
+    **dict.fromkeys(
+        ("llama", "mistral"), Architecture(strict=True, gguf=Gguf("llama", pairs_rows=True))
+    ),
+    "qwen2": Architecture(strict=True, gguf=Gguf("qwen2")),
+    "qwen3": Architecture(strict=True, gguf=Gguf("qwen3")),
     # torch's fused attention has no soft cap of the scores.
-    "gemma2": Architecture(attention="eager", logit_softcap="final_logit_softcapping", strict=True),
-    "gemma3_text": Architecture(logit_softcap="final_logit_softcapping"),
+    "gemma2": Architecture(
+        attention="eager",
+        logit_softcap="final_logit_softcapping",
+        strict=True,
+        gguf=Gguf("gemma2", norm_offset=1.0),
+    ),
+    "gemma3_text": Architecture(
+        logit_softcap="final_logit_softcapping", gguf=Gguf("gemma3", norm_offset=1.0)
+    ),
     **dict.fromkeys(
         ("gemma4_text", "gemma4_unified_text"),
         Architecture(
@@ -90,9 +101,15 @@ ARCHITECTURES = {
         ),
     ),
     "phi3": Architecture(
-        query_key_value=("qkv_proj",), gate_up=("gate_up_proj",), targets=("qkv_proj",), strict=True
+        query_key_value=("qkv_proj",),
+        gate_up=("gate_up_proj",),
+        targets=("qkv_proj",),
+        strict=True,
+        gguf=Gguf("phi3"),
     ),
-    "granite": Architecture(logit_divisor="logits_scaling", strict=True),
+    "granite": Architecture(
+        logit_divisor="logits_scaling", strict=True, gguf=Gguf("granite", pairs_rows=True)
+    ),
     # Experts are refused; what they share is then the MLP. Its attention gets no positions
     # (transformers 5.23).
     "granitemoehybrid": Architecture(
@@ -103,7 +120,7 @@ ARCHITECTURES = {
         packs=False,
         targets=("q_proj", "v_proj", "in_proj"),
     ),
-    "smollm3": Architecture(),
+    "smollm3": Architecture(gguf=Gguf("smollm3", pairs_rows=True)),
     "olmo2": Architecture(),
     "olmo3": Architecture(),
     "ministral3": Architecture(

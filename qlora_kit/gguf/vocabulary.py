@@ -1,0 +1,296 @@
+"""A tokenizer as the keys of a GGUF under `tokenizer.ggml`.
+
+What is written is the tokenizer as it is loaded here and was trained with, and not what its files
+say: transformers builds some of them anew from their vocabulary. There are two kinds:
+
+- `llama`, sentencepiece's BPE: spaces are `▁`, what is in no token becomes bytes `<0x0A>`, and a
+  score says which neighbours are merged first; the scores are those of the merges
+  (`sentencepiece.py`), so that no tokenizer.model is needed.
+- `gpt2`, byte-level BPE: merges, and the name of a pre-tokenizer (`pre_tokenizer.py`).
+
+llama.cpp takes as many tokens as the embedding has rows, each with a text of its own: rows beyond
+the tokenizer get a name and are unused. Others (unigram, word pieces) are refused by name.
+
+Sources: the specification of GGUF; llama.cpp's src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from tokenizers import models
+
+from qlora_kit.errors import TokenizerError
+from qlora_kit.gguf.differences import MARKS, Difference, normal_form, prefixed
+from qlora_kit.gguf.ends import end_keys
+from qlora_kit.gguf.pre_tokenizer import KNOWN, find_names
+from qlora_kit.gguf.sentencepiece import LOWEST, scores_of
+
+PREFIX = "tokenizer.ggml."
+SPACE = "▁"
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+Value = str | bool | int | list[str] | list[int] | list[float]
+
+
+class TokenType(IntEnum):
+    """What a token is, in the numbers of a GGUF."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass
+class Vocabulary:
+    """What a GGUF says of a tokenizer, and what it cannot say."""
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[TokenType]
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    ids: dict[str, int] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def metadata(self) -> list[tuple[str, Value]]:
+        """Keys and values: texts, truth values, unsigned numbers, and arrays of one kind."""
+        found: list[tuple[str, Value]] = [
+            ("model", self.model),
+            ("pre", self.pre),
+            ("tokens", self.tokens),
+            ("token_type", [int(kind) for kind in self.types]),
+        ]
+        if self.scores is not None:
+            found.append(("scores", self.scores))
+        if self.merges is not None:
+            found.append(("merges", self.merges))
+        return [
+            (PREFIX + name, value)
+            for name, value in (*found, *self.ids.items(), *self.flags.items())
+        ]
+
+    def reads(self, text: str) -> bool:
+        """Whether llama.cpp reads a text as the tokenizer does, as far as is known."""
+        return not any(one.concerns(text) for one in self.differences)
+
+    def warnings(self) -> list[str]:
+        """A sentence for each thing that a user of the file should know."""
+        return [f"llama.cpp reads otherwise: {one.said}" for one in self.differences] + self.notes
+
+
+def vocabulary(
+    tokenizer: Any, rows: int, ends: Collection[int], bos: int | None = None
+) -> Vocabulary:
+    """The vocabulary of a transformers tokenizer for an embedding of `rows` rows.
+
+    `ends` are the tokens at which answers stop, `bos` is the config's where the tokenizer has none.
+    Errors: `TokenizerError` for a kind that llama.cpp does not read or would read otherwise.
+    """
+    if not tokenizer.is_fast:
+        raise _refused(f"the tokenizer is a {type(tokenizer).__name__}, without a tokenizer.json")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
+    if model["type"] != "BPE":
+        raise _refused(f"the tokenizer is a {model['type']} model, not BPE")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            raise _refused(f"the tokenizer has {name} {model[name]!r}")
+    make = _byte_level if _is_byte_level(backend["pre_tokenizer"]) else _sentencepiece
+    found = make(backend, rows, bool(tokenizer.chat_template))
+    if len(set(found.tokens)) < len(found.tokens):
+        twice = next(one for one in found.tokens if found.tokens.count(one) > 1)
+        raise _refused(f"two tokens of the tokenizer are {twice!r}")
+    _name_ids(found, tokenizer, ends, bos)
+    stripping = [
+        one["content"] for one in backend["added_tokens"] if one["lstrip"] or one["rstrip"]
+    ]
+    if stripping:
+        found.notes.append(
+            f"llama.cpp leaves the spaces beside {stripping[0]!r} and {len(stripping) - 1} other "
+            "tokens, which the tokenizer drops"
+        )
+    return found
+
+
+def _is_byte_level(step: Mapping[str, Any] | None) -> bool:
+    steps = [] if step is None else step.get("pretokenizers", [step])
+    return any(one["type"] == "ByteLevel" for one in steps)
+
+
+def _byte_level(backend: Mapping[str, Any], rows: int, chats: bool) -> Vocabulary:
+    model = backend["model"]
+    names = find_names(backend["pre_tokenizer"])
+    pre = _by_ignoring(names, model)
+    merges = [" ".join(pair) for pair in _pairs(model)]
+    if any(merge.count(" ") != 1 for merge in merges):
+        raise _refused("the tokenizer merges tokens with spaces in them")
+    tokens, types = _tokens(backend, rows)
+    found = Vocabulary("gpt2", pre, tokens, types, merges=merges)
+    found.differences += [normal_form(step) for step in _steps(backend["normalizer"])]
+    if KNOWN[pre].marks:
+        found.differences.append(MARKS)
+    return found
+
+
+def _by_ignoring(names: Sequence[str], model: Mapping[str, Any]) -> str:
+    """The name that leaves words whole as the tokenizer does, which matters for some tokens only.
+
+    Errors: `TokenizerError` where there is none and it matters.
+    """
+    ignored = model.get("ignore_merges", False)
+    for name in names:
+        if KNOWN[name].ignore_merges == ignored:
+            return name
+    merging = models.BPE(model["vocab"], _pairs(model))
+    apart = next((one for one in model["vocab"] if len(merging.tokenize(one)) > 1), None)
+    if apart is not None:
+        raise _refused(
+            f"the tokenizer has ignore_merges {ignored}, which llama.cpp's pre-tokenizer "
+            f"{names[0]} has not, and no merges lead to {apart!r}"
+        )
+    return names[0]
+
+
+def _sentencepiece(backend: Mapping[str, Any], rows: int, chats: bool) -> Vocabulary:
+    model = backend["model"]
+    if not model["byte_fallback"] or not set(BYTES) <= model["vocab"].keys():
+        raise _refused("the tokenizer has neither a byte-level pre-tokenizer nor tokens of bytes")
+    scheme, differences = _space_prefix(backend, chats)
+    tokens, types = _tokens(backend, rows)
+    added = {one["content"] for one in backend["added_tokens"]}
+    plain = model["vocab"].keys() - set(BYTES) - added
+    pairs = _pairs(model)
+    ranks = scores_of(plain, pairs)
+    for one in backend["added_tokens"]:
+        # What the merges give as well is plain text, whose `▁` is a space in answers.
+        if types[one["id"]] is TokenType.USER_DEFINED and SPACE in one["content"]:
+            if one["content"] in ranks:
+                types[one["id"]] = TokenType.NORMAL
+            elif one["normalized"]:
+                tokens[one["id"]] = one["content"].replace(SPACE, " ")
+    scored = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
+    scores = [
+        ranks.get(token, LOWEST) if kind in scored else 0.0
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    found = Vocabulary("llama", "default", tokens, types, scores)
+    found.flags["add_space_prefix"] = scheme
+    found.differences += differences
+    return found
+
+
+def _space_prefix(backend: Mapping[str, Any], chats: bool) -> tuple[bool, list[Difference]]:
+    """Whether llama.cpp is to put a space before a text, and where that is not the same.
+
+    Of a `Metaspace` that puts it before the first part of a text alone, it is not for a tokenizer
+    that `chats`: every part of a chat stands behind a control token.
+    Errors: `TokenizerError` for normalizers and pre-tokenizers that do something else.
+    """
+    prepends, replaces = False, False
+    differences = []
+    for step in _steps(backend["normalizer"]):
+        if step["type"] == "Prepend" and step["prepend"] == SPACE:
+            prepends = True
+        elif step["type"] == "Replace" and step["pattern"] == {"String": " "}:
+            replaces = step["content"] == SPACE
+        else:
+            differences.append(normal_form(step))
+    for step in _steps(backend["pre_tokenizer"]):
+        if step["type"] == "Metaspace" and step["replacement"] == SPACE and not step["split"]:
+            scheme = step["prepend_scheme"]
+            prepends = scheme == "always" or (scheme == "first" and not chats)
+            replaces = True
+            differences += prefixed(scheme, prepends)
+        elif step["type"] != "Split" or step["pattern"] != {"String": " "} or not replaces:
+            described = {name: value for name, value in step.items() if name != "type"}
+            raise _refused(f"the tokenizer has the pre-tokenizer {step['type']} {described}"[:200])
+    if not replaces:
+        raise _refused("the tokenizer leaves spaces as they are, where sentencepiece writes ▁")
+    return prepends, differences
+
+
+def _tokens(backend: Mapping[str, Any], rows: int) -> tuple[list[str], list[TokenType]]:
+    """The text of each row's token and what it is. Errors: `TokenizerError` for too few rows."""
+    model = backend["model"]
+    known: dict[int, str] = {}
+    for text, number in model["vocab"].items():
+        # A vocabulary may have two names for a byte, of which llama.cpp asks for this one.
+        if number not in known or text in BYTES:
+            known[number] = text
+    types = dict.fromkeys(known, TokenType.NORMAL)
+    for one in backend["added_tokens"]:
+        known[one["id"]] = one["content"]
+        types[one["id"]] = TokenType.CONTROL if one["special"] else TokenType.USER_DEFINED
+    for text in BYTES if model["byte_fallback"] else ():
+        if text in model["vocab"]:
+            types[model["vocab"][text]] = TokenType.BYTE
+    if not _is_byte_level(backend["pre_tokenizer"]) and model["unk_token"] in model["vocab"]:
+        types[model["vocab"][model["unk_token"]]] = TokenType.UNKNOWN
+    if max(known) >= rows:
+        raise TokenizerError(
+            f"the tokenizer has the token {max(known)}, the embedding {rows} rows",
+            "use the tokenizer that belongs to this model",
+        )
+    taken = set(known.values())
+    texts = [known[row] if row in known else _free(f"[PAD{row}]", taken) for row in range(rows)]
+    return texts, [types.get(row, TokenType.UNUSED) for row in range(rows)]
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _name_ids(found: Vocabulary, tokenizer: Any, ends: Collection[int], bos: int | None) -> None:
+    """Fill in the special ids and whether BOS and EOS are put around a text."""
+    named, notes = end_keys(tokenizer.eos_token_id, ends, found.tokens)
+    found.notes += notes
+    first = tokenizer.bos_token_id
+    if first is None:
+        # Without a key llama.cpp takes some token of its own for it.
+        fits = bos is not None and 0 <= bos < len(found.tokens)
+        first = bos if fits else named["eos_token_id"]
+    found.ids["bos_token_id"] = first
+    found.ids |= named
+    for key, name in (("unknown_token_id", "unk"), ("padding_token_id", "pad")):
+        token = getattr(tokenizer, f"{name}_token_id")
+        if token is not None:
+            found.ids[key] = token
+    around = tokenizer("")["input_ids"]
+    eos = tokenizer.eos_token_id
+    choices = {(): (False, False), (first,): (True, False), (eos,): (False, True)}
+    choices |= {(first, eos): (True, True)}
+    if tuple(around) not in choices:
+        texts = [found.tokens[one] for one in around]
+        raise _refused(f"the tokenizer puts {texts} around a text, llama.cpp BOS and EOS alone")
+    found.flags["add_bos_token"], found.flags["add_eos_token"] = choices[tuple(around)]
+
+
+def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    split = (one.split(" ", 1) if isinstance(one, str) else one for one in model["merges"])
+    return [(left, right) for left, right in split]
+
+
+def _steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """A normalizer or pre-tokenizer as the ones that it applies one after another."""
+    if step is None:
+        return []
+    inner = step.get("normalizers", step.get("pretokenizers"))
+    return [step] if inner is None else [one for part in inner for one in _steps(part)]
+
+
+def _refused(problem: str) -> TokenizerError:
+    return TokenizerError(
+        f"{problem}: llama.cpp would read texts as other tokens", "export to --format hf"
+    )

@@ -1,0 +1,73 @@
+"""llama.cpp reading texts with a vocabulary: a model of one tiny layer around it."""
+
+import json
+import urllib.request
+
+import gguf
+import numpy as np
+import xllamacpp
+
+WIDTH = 32
+
+
+def write_vocabulary(found, path, architecture="llama", template=None):
+    """A GGUF of a one-layer model with a vocabulary."""
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    put_metadata(writer, found.metadata())
+    rows = len(found.tokens)
+    shapes = {"token_embd": (rows, WIDTH), "output_norm": (WIDTH,), "output": (rows, WIDTH)}
+    shapes |= {f"blk.0.{name}_norm": (WIDTH,) for name in ("attn", "ffn")}
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        shapes[f"blk.0.{name}"] = (WIDTH, WIDTH)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def put_metadata(writer, metadata):
+    for key, value in metadata:
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+
+
+class Reader:
+    """llama.cpp with the model of a file."""
+
+    def __init__(self, path):
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = 64
+        params.n_parallel = 1
+        params.warmup = False
+        params.cpuparams.n_threads = 1
+        params.n_gpu_layers = 0
+        params.fit_params = False
+        params.verbosity = 0
+        self.server = xllamacpp.Server(params)
+
+    def tokens(self, text, special=True):
+        asked = {"content": text, "add_special": special, "parse_special": True}
+        return self._post("/tokenize", asked)["tokens"]
+
+    def _post(self, path, body):
+        request = urllib.request.Request(
+            self.server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        return json.loads(urllib.request.urlopen(request, timeout=60).read())

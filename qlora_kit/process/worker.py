@@ -98,8 +98,8 @@ class Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            _write(self._process.stdin, content)
-            reply = _read(self._process.stdout)
+            send(self._process.stdin, content)
+            reply = receive(self._process.stdout)
         except BrokenPipeError:
             return None
         except BaseException:
@@ -139,7 +139,7 @@ def serve(target: str) -> None:
     function = getattr(importlib.import_module(module), name)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while select.select([source], [], [], IDLE_S)[0]:
-        content = _read(source)
+        content = receive(source)
         if not content:
             return
         try:
@@ -149,7 +149,7 @@ def serve(target: str) -> None:
         except (MemoryError, SystemError):  # the latter where C has no memory
             reply = []
         _limit(0, resource.RLIM_INFINITY)
-        _write(sink, json.dumps(reply).encode())
+        send(sink, json.dumps(reply).encode())
 
 
 def _limit(seconds: float, memory: int) -> None:
@@ -161,12 +161,13 @@ def _limit(seconds: float, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _write(pipe: IO[bytes], content: bytes) -> None:
+def send(pipe: IO[bytes], content: bytes) -> None:
+    """Write a message, which the other end reads as a whole."""
     pipe.write(struct.pack(">Q", len(content)) + content)
     pipe.flush()
 
 
-def _read(pipe: IO[bytes]) -> bytes:
-    """What was written, or nothing where the other end has closed."""
+def receive(pipe: IO[bytes]) -> bytes:
+    """The message that was written, or nothing where the other end has closed."""
     size = pipe.read(8)
     return pipe.read(*struct.unpack(">Q", size)) if len(size) == 8 else b""

@@ -90,14 +90,14 @@ def test_no_process_can_be_started(ask, monkeypatch):
 
 
 def test_an_interrupted_question_is_not_answered_to_the_next(ask, monkeypatch):
-    read = worker._read
+    read = worker.receive
 
     def interrupted(pipe):
         raise KeyboardInterrupt
 
     ask(0)
-    monkeypatch.setattr(worker, "_read", interrupted)
+    monkeypatch.setattr(worker, "receive", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ask({"seconds": 0.2})
-    monkeypatch.setattr(worker, "_read", read)
+    monkeypatch.setattr(worker, "receive", read)
     assert ask(2) == 2

@@ -135,6 +135,10 @@ class Server:
     def _size(self) -> int:
         return int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
 
+    @cached_property
+    def _letter(self) -> int:
+        return self.tokenize("a", False)[-1]
+
     def tokenize(self, text: str, special: bool) -> list[int]:  # noqa: D102
         asked = {"content": text, "add_special": special, "parse_special": True}
         return list(self._ask("/tokenize", asked)["tokens"])
@@ -151,7 +155,7 @@ class Server:
 
     def _completed(self, ids: Sequence[int], count: int, probabilities: int) -> dict[str, Any]:
         """What follows `ids`; with `probabilities` those of the first token after them."""
-        asked = {
+        asked: dict[str, Any] = {
             "prompt": list(ids),
             "n_predict": count,
             "temperature": 0,
@@ -161,6 +165,10 @@ class Server:
             "return_tokens": True,
             "cache_prompt": True,  # of one more token only that one is computed
         }
+        if probabilities:
+            # The server keeps back what ends an answer or is half a character, and what it knows
+            # of it. So the token is a letter; the probabilities are those from before the choice.
+            asked["logit_bias"] = [[self._letter, 1e9]]
         answer: dict[str, Any] = self._ask("/completion", asked)
         if probabilities:
             answer |= answer["completion_probabilities"][0]

@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.line("exported", exported.place, width=10)
     for note in exported.notes:
         terminal.note(note)
+    if exported.serve is not None:
+        terminal.line("serve", exported.serve, width=10)
     report = exported.report
     if report is None:
         return 0

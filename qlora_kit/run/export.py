@@ -15,6 +15,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.export.adapter_files import export_adapter, is_portable
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.publish import mend
+from qlora_kit.lora.serving import NOT_PORTABLE, Served, vllm_command
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.verification import asked_rows, verification_rows
@@ -23,21 +24,20 @@ if TYPE_CHECKING:
     from qlora_kit.base.base import Base
     from qlora_kit.data.tokens import Encoded
 
-NOT_PORTABLE = (
-    "the base is named by a path of this machine, {}, which others do not have: --base_name "
-    "OWNER/NAME names it for them"
-)
+NAMES_IT = "--base_name OWNER/NAME names it for them"
 
 
 @dataclass(frozen=True)
 class Exported:
     """What was written: the place in words, and what is to be noted.
 
-    A merged model has the `report` of its export.json, and what would make it `closer`.
+    A merged model has the `report` of its export.json, and what would make it `closer`; an adapter
+    the command line that serves it, if there is one.
     """
 
     place: str
     notes: tuple[str, ...] = ()
+    serve: str | None = None
     report: Mapping[str, Any] | None = None
     closer: str = ""
 
@@ -61,9 +61,14 @@ def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
     mend(target)  # what a killed export left: the old one is in its place again
     check_output(target, options.overwrite, read)
     if options.format == "adapter":
+        assert named.adapter is not None  # it is given
         name = export_adapter(Path(options.adapter), target, options.base_name)
-        notes = () if is_portable(name) else (NOT_PORTABLE.format(name),)
-        return Exported(f"{target}, for the base {name}", notes)
+        served = Served.of_files(named.adapter.files)
+        notes = [*served.notes()]
+        if not is_portable(name):
+            notes.append(NOT_PORTABLE.format(name) + NAMES_IT)
+        serve = vllm_command(served, name or "BASE", target)
+        return Exported(f"{target}, for the base {name}", tuple(notes), serve)
     asked = None if options.verify is None else asked_rows(options.verify)
     from qlora_kit.run.merge import merge
 
@@ -72,7 +77,7 @@ def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
             note(said)
         rows = verification_rows(named.adapter, asked, base, note)
         if options.base_name is None and not base.source.is_portable:
-            note(NOT_PORTABLE.format(base.source.reference))
+            note(NOT_PORTABLE.format(base.source.reference) + NAMES_IT)
         return rows
 
     report = merge(named, read, rows_for)

@@ -95,7 +95,7 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
         # What the memory of that day decided; its states are in the checkpoint.
         training = replace(training, optim=resume.options["optim"])
     training = resumed_rows(training, resume)
-    ranks = check_targets(lora, base, directory, training.optim, start.ranks, reporter)
+    ranks = check_targets(lora, base, directory, training.optim, start, reporter)
     is_chat = request.rows.format == "messages"
     data = settle_data(asked.data, lora.adapter, base, resume, is_chat=is_chat)
     # How this process began is no part of what the run is.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qlora_kit.base.base import Base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.files.atomic import check_room
 from qlora_kit.lora.names import check_keys
+from qlora_kit.lora.serving import NOT_PORTABLE, Served
 from qlora_kit.lora.targets import auto_note, check_rank, find_targets
+from qlora_kit.run.continued import Start
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.training.checkpoint import SLACK_BYTES
 from qlora_kit.training.optimizer import state_bytes
@@ -21,16 +23,16 @@ def check_targets(
     base: Base,
     directory: Path,
     optim: str,
-    ranks: Mapping[str, int] | None,
+    start: Start,
     reporter: Reporter,
 ) -> Mapping[str, int]:
     """Refuse targets, rank or a full disk; the base and its adapters are shown.
 
-    `ranks` are those of an adapter to go on with, by linear; returns those of the run.
+    `start` has the adapter to go on with, if there is one. Returns the rank of each linear.
     Errors: `ConfigError`, `ResourceError`.
     """
     check_keys(base, lora.adapter_keys)
-    targets = find_targets(base.model, lora.target_modules)
+    targets, ranks = find_targets(base.model, lora.target_modules), start.ranks
     if ranks_are_new := ranks is None:
         ranks = dict.fromkeys(targets, lora.r)
         with warnings.catch_warnings():
@@ -39,6 +41,8 @@ def check_targets(
     reporter.base(base, targets, lora)
     if ranks_are_new and lora.target_modules == "auto" and (note := auto_note(base.model)):
         reporter.note(note)
+    for said in _serving_notes(lora, base, start):
+        reporter.note(said)
     layers = {name: base.model.get_submodule(name) for name in ranks}
     parameters = sum(
         ranks[name] * (layer.in_features + layer.out_features) for name, layer in layers.items()
@@ -47,3 +51,23 @@ def check_targets(
     needed = int(parameters * (4 + state_bytes(optim) + 2 * 4)) + 2 * SLACK_BYTES
     check_room(directory, needed, "the first checkpoint with the result")
     return ranks
+
+
+def _serving_notes(lora: LoRAConfig, base: Base, start: Start) -> Iterator[str]:
+    """What servers will refuse of these adapters, or leave out without a word."""
+    if start.files is not None:
+        config = start.files.config
+    else:
+        config = {"r": lora.r, "use_rslora": lora.use_rslora}
+    around = {} if base.wrapper is None else {"wrapper": base.wrapper.model_type}
+    served = Served.of(
+        config,
+        {**around, "adapter_keys": lora.adapter_keys, "embedding_rows": base.embedding_rows},
+    )
+    if (note := served.rank_note()) is not None:
+        yield note
+    yield from served.notes()
+    if not base.source.is_portable:
+        yield NOT_PORTABLE.format(base.source.reference) + (
+            "export --format adapter --base_name OWNER/NAME names it for them"
+        )

@@ -317,6 +317,7 @@ def test_an_adapter_alone_names_its_base_for_others(
     answer = run(*command, "--output_dir", tmp_path / "out", "--base_name", "owner/name")
     assert (answer.code, answer.err) == (0, "")
     assert "note" not in answer.out
+    assert "vllm serve owner/name --enable-lora --max-lora-rank 8 --lora-modules" in answer.out
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     before = json.loads((adapter / "adapter_config.json").read_text())
     assert described == {**before, "base_model_name_or_path": "owner/name", "revision": None}

@@ -6,6 +6,7 @@ One prompt is answered as text, as it comes; those of a file as one JSON object 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 from qlora_kit.commands.argv import parse
@@ -15,6 +16,11 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import GenerateConfig
 
 SUMMARY = "Generate text with a base, or with an adapter on it."
+EMPTY = (
+    "the answer is empty: it ends where it begins; a prompt has to be as in the rows of "
+    "training, with the line end or the space that stood before the answer (--prompt - reads it "
+    "from standard input, --chat puts it into the template)"
+)
 
 
 @reports_errors
@@ -25,9 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.run.generate import generate
 
     generation, terminal = generate(parsed), Terminal()
+    answered = parsed[GenerateConfig].prompts is not None
     for piece in generation:
         if isinstance(piece, str):
             terminal.stream(piece)
+            answered |= bool(piece.strip())
         else:
             terminal.json(piece)
+    if not answered:
+        warnings.warn(EMPTY, stacklevel=1)
     return 0

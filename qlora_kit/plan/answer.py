@@ -26,6 +26,11 @@ from qlora_kit.plan.suggest import Options, Suggestion, suggest
 ROWS, LONGEST, PARTS = (1, 2, 4, 8), 4096, (8, 4, 2, 1)
 """Of the table that `--grid` makes: its lengths are parts of the longest, or of the context."""
 
+NO_BF16 = (
+    "{} has no units for bf16 and is far slower in it than is estimated here: fp16, which --dtype "
+    "auto takes there, is what it multiplies"
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -112,6 +117,8 @@ def answer(parsed: Parsed) -> Answer:
     notes, left, in_16_bits = planner.notes, planner.left, planner.in_16_bits
     if lora.target_modules == "auto" and (auto := auto_note(planner.model)):
         notes = (*notes, auto)
+    if clock is not None and not clock.card.has_bf16 and base.dtype == "bf16":
+        notes = (*notes, NO_BF16.format(clock.card.name))
     hours = _hours(plan, training, asked)
     return Answer(
         options, overhead, plan, suggestions, grid, notes, errors, left, in_16_bits, hours

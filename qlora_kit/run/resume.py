@@ -111,7 +111,7 @@ def check_resumed(
         listed = "; ".join(f"{name}: {how}" for name, how in refused.items())
         fixed = [name for name in refused if name in FIXED_ON_RESUME]
         raise ConfigError(
-            f"{resume.path} is of another run: {listed}",
+            f"{resume.path} is of a run that differs from this one: {listed}",
             f"start a new run: {', '.join(fixed)} cannot change"
             if fixed
             else f"give the same, or --override {','.join(refused)}",

@@ -263,7 +263,7 @@ def test_a_run_of_another_adapter_is_not_resumed(
     shutil.copytree(home / "out", home / "other", ignore=shutil.ignore_patterns("checkpoint-*"))
     # The same shapes, and other weights.
     line = refuses(*resume, adapter="other")
-    assert "is of another run: adapter_fingerprint: " in line
+    assert "is of a run that differs from this one: adapter_fingerprint: " in line
     assert "adapter_fingerprint cannot change" in line
     refuses(*resume, "--override", "adapter_fingerprint", adapter="other")
     before = tree_hash(home)

@@ -208,7 +208,9 @@ def test_the_prompts_of_a_file_are_answered_as_each_alone(
     assert [json.loads(line)["answer"] for line in answer.out.splitlines()] == alone[:2]
 
 
-def test_an_answer_ends_before_a_stop_string(run: Run, workshop: Any) -> None:
+def test_an_answer_ends_before_a_stop_string(
+    run: Run, workshop: Any, recwarn: pytest.WarningsRecorder
+) -> None:
     flags = ("generate", "--model", workshop.base, "--bits", 16, "--prompt", "Once")
     flags = (*flags, "--max_new_tokens", 30)
     whole = run(*flags).out.removesuffix("\n")
@@ -216,7 +218,10 @@ def test_an_answer_ends_before_a_stop_string(run: Run, workshop: Any) -> None:
     for stops in ((whole[4:6],), (whole[9:12], whole[5]), (whole[0],), ("never there",)):
         end = min((whole.find(stop) for stop in stops if stop in whole), default=len(whole))
         more = [flag for stop in stops for flag in ("--stop", stop)]
+        recwarn.clear()
         assert run(*flags, *more).out == whole[:end] + "\n"
+        said = [str(one.message) for one in recwarn]
+        assert any("the answer is empty" in one for one in said) == (not whole[:end].strip())
 
 
 @pytest.mark.parametrize(

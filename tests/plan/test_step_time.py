@@ -236,6 +236,9 @@ def test_a_card_without_bf16_is_planned_in_fp16(capsys):
     assert "stay in fp16" in shown
     assert "tokens/s on t4" in shown
     assert "estimate" in shown
+    assert "no units for bf16" not in shown
+    assert main([*OPTIONS, "--card", "t4", "--dtype", "bf16"]) == 0
+    assert "t4 has no units for bf16" in capsys.readouterr().out.replace("\n", " ")
 
 
 BEFORE = {"forward": 87, "backward": 141}

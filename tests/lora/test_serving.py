@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from trained import save_peft, trained_base
 
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.lora.adapter import adapter_config, save_adapter
+from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.adapter_files import read_adapter
 from qlora_kit.lora.serving import Served, vllm_command
 
@@ -119,16 +118,17 @@ def test_full_weights_beside_an_adapter_are_left_out(base: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(("family", "found"), [("gemma3", False), ("qwen2_vl", True)])
 def test_names_of_a_text_model_are_not_found_on_the_whole_checkpoint(
-    base: Path, family: str, found: bool
+    base: Path, tmp_path: Path, family: str, found: bool
 ) -> None:
-    config = adapter_config(trained_base(base, bits=16, dtype="fp32"))
+    saved(base, tmp_path)
+    config = read_adapter(tmp_path).config
     served = Served.of(config, {"wrapper": family, "adapter_keys": "text"})
     notes = [note for note in served.notes() if "names of the text model alone" in note]
     assert bool(notes) == (not found) == (vllm_command(served, "a/b", Path("x")) is None)
     assert not list(Served.of(config, {"wrapper": family, "adapter_keys": "wrapper"}).notes())
 
 
-def test_rows_that_no_file_has_are_said(base: Path) -> None:
-    config = json.loads(json.dumps(adapter_config(trained_base(base, bits=16, dtype="fp32"))))
-    (note,) = Served.of(config, {"embedding_rows": 300}).notes()
+def test_rows_that_no_file_has_are_said(base: Path, tmp_path: Path) -> None:
+    saved(base, tmp_path)
+    (note,) = Served.of(read_adapter(tmp_path).config, {"embedding_rows": 300}).notes()
     assert note.startswith("it was trained with 300 embedding rows, which no file of the base has")

@@ -1,0 +1,73 @@
+"""Ollama's `Modelfile` beside a GGUF: which file, where answers stop, how chats are written.
+
+Ollama takes what a GGUF says of its tokens and not all of its chat template: it has templates in
+Go's language, and one of its own for what it does not know. So the template is written in that
+language where the form of the model's is known (`chat_form.py`); where it is not, the file says so.
+
+Source: Ollama's docs/modelfile.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, date_of
+from qlora_kit.gguf.chat_form import chat_form
+
+MODELFILE = "Modelfile"
+
+
+def modelfile(
+    tokenizer: Any,
+    ends: Collection[int],
+    context: int | None,
+    *,
+    model: str,
+    adapter: str | None = None,
+    adds_bos: bool = True,
+    options: ChatOptions = NO_OPTIONS,
+) -> str:
+    """The text of a `Modelfile` for the GGUF `model`, or for an `adapter` on it.
+
+    `ends` are the tokens at which answers stop, `context` is in tokens, `adds_bos` says whether the
+    GGUF asks for BOS before a text: the template then has none.
+    """
+    lines = [f"FROM {_place(model)}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER {_place(adapter)}")
+    stops = sorted(filter(None, (tokenizer.convert_ids_to_tokens(one) for one in ends)))
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in stops if '"""' not in text]
+    if context is not None:
+        lines.append(f"PARAMETER num_ctx {context}")
+    return "\n".join([*lines, *_template(tokenizer, adds_bos, options)]) + "\n"
+
+
+def _template(tokenizer: Any, adds_bos: bool, options: ChatOptions) -> list[str]:
+    """The lines about the template."""
+    if not tokenizer.chat_template:
+        return ["# A model without chats: it goes on with the prompt.", 'TEMPLATE "{{ .Prompt }}"']
+    form = chat_form(tokenizer, options, tokenizer.bos_token or "" if adds_bos else "")
+    if form is None:
+        return [
+            "# No TEMPLATE: the model's chat template (tokenizer.chat_template of the GGUF) writes",
+            "# chats in a way that is not known in Go's language. Without one Ollama chooses one",
+            "# itself: chat through llama.cpp, or write TEMPLATE here by hand.",
+        ]
+    text = form.go()
+    if '"""' in text or text.endswith('"'):
+        return ["# No TEMPLATE: the model's chat template writes what cannot be quoted here."]
+    said = ["# As the model's chat template writes chats; tools are left out."]
+    day = date_of(tokenizer, options.date)
+    if day is not None:
+        said.append(f"# It writes the day, here {day}: change it in the text below.")
+    return [*said, f'TEMPLATE """{text}"""']
+
+
+def _quoted(text: str) -> str:
+    return f'"""{text}"""' if '"' in text else f'"{text}"'
+
+
+def _place(name: str) -> str:
+    """A file beside the Modelfile; a name of Ollama's (`llama3.2`) or a path as it is."""
+    return f"./{name}" if name.endswith(".gguf") and "/" not in name else name

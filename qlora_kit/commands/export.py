@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.commands.terminal import Terminal
+from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.options.parsed import refuse_tokens
@@ -18,6 +19,8 @@ SUMMARY = "Merge an adapter into its base and write a plain model, verified agai
 FAR_KL = 1e-2
 """Nats a token above which an export is said to be another model: merging exactly and rounding to
 bf16 gives 1e-3, and merging into the original base of 4 bits 1e-1."""
+LABEL = 26
+"""Characters of a form in the table of `--compare`."""
 
 
 @partial(reports_errors, output_is_product=False)
@@ -30,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.run.export import export
 
     terminal = Terminal()
-    exported = export(parsed, terminal.note)
+    exported = export(parsed, terminal.note, partial(_show_compared, terminal))
+    if exported.place is None:
+        return 0
     terminal.line("exported", exported.place, width=10)
     for note in exported.notes:
         terminal.note(note)
@@ -56,3 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             stacklevel=1,
         )
     return 0
+
+
+def _show_compared(terminal: Terminal, form: Mapping[str, Any]) -> None:
+    """A line of the table of `--compare`."""
+    names = (form["format"], form.get("dtype"), form.get("merge_base"))
+    label = f"  {' '.join(name for name in names if name):<{LABEL}}"
+    if "not_available" in form:
+        terminal.print(label, f"not available: {form['not_available']}")
+        return
+    terminal.print(
+        label,
+        f"{size(form['bytes']):>10}  KL {form['kl']:.2e}  top-1 {form['top1_agreement']:>6.1%}  "
+        f"largest logit difference {form['max_logit_difference']:.3g}",
+    )

@@ -20,8 +20,11 @@ GOES_WITH: dict[str, tuple[str, ...]] = {
     "shard_size": ("hf",),
     "verify": MERGED,
     "max_kl": MERGED,
+    "compare": MERGED,
 }
 """The formats that an option says something about; the others go with all."""
+COMPARING = ("adapter", "allow_other_base", "verify", "compare")
+"""The options that say something of a comparison alone."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class ExportConfig(Options):
     max_kl: float | None = option(
         None, "a larger divergence from the model as trained is an error", check=between(0, 1e6)
     )
+    compare: bool = option(
+        False,
+        "also measure every other form that the model could leave in, one after the other; without "
+        "--output_dir that is all, and nothing is left",
+    )
 
     @property
     def merged_into(self) -> str:
@@ -105,3 +113,6 @@ class ExportConfig(Options):
             if self.format not in formats and value != field.default:
                 name = flag_of(field).lstrip("-")
                 yield f"{name} {value} goes with format {' or '.join(formats)}, not {self.format}"
+            comparing = self.compare and self.output_dir is None
+            if comparing and field.name not in COMPARING and value != field.default:
+                yield f"--{flag_of(field)} is given, and no --output_dir: --compare has every form"

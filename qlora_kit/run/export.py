@@ -29,39 +29,47 @@ NAMES_IT = "--base_name OWNER/NAME names it for them"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the place in words, and what is to be noted.
+    """What was written: the place in words (None: nothing), and what is to be noted.
 
     A merged model has the `report` of its export.json, and what would make it `closer`; an adapter
     the command line that serves it, if there is one.
     """
 
-    place: str
+    place: str | None
     notes: tuple[str, ...] = ()
     serve: str | None = None
     report: Mapping[str, Any] | None = None
     closer: str = ""
 
 
-def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
+def export(
+    parsed: Parsed,
+    note: Callable[[str], None],
+    on_compared: Callable[[Mapping[str, Any]], None],
+) -> Exported:
     """Export what the options name; `note` is called with what a user should know meanwhile.
 
+    So is `on_compared`, with each form that `--compare` measures.
     Errors: `ConfigError`, those of the adapter's, the base's and the data's files, `NumericError`,
     `ExportError`, `ResourceError`.
     """
     options = parsed[ExportConfig]
-    missing = [f"--{name}" for name in ("adapter", "output_dir") if not getattr(options, name)]
-    if options.adapter is None or options.output_dir is None:
+    needed = ("adapter",) if options.compare else ("adapter", "output_dir")
+    missing = [f"--{name}" for name in needed if not getattr(options, name)]
+    if options.adapter is None or missing:
         raise ConfigError(f"{' and '.join(missing)} not given", "give both")
-    target = Path(options.output_dir)
+    target = None if options.output_dir is None else Path(options.output_dir)
     paths = (options.adapter, options.verify, parsed.config_file)
     read = [Path(path) for path in paths if path is not None]
     named = Named.open(parsed, options.adapter)
     if named.files is not None:
         read.append(named.files.source.directory)
-    mend(target)  # what a killed export left: the old one is in its place again
-    check_output(target, options.overwrite, read)
+    if target is not None:
+        mend(target)  # what a killed export left: the old one is in its place again
+        check_output(target, options.overwrite, read)
     if options.format == "adapter":
         assert named.adapter is not None  # it is given
+        assert target is not None
         name = export_adapter(Path(options.adapter), target, options.base_name)
         served = Served.of_files(named.adapter.files)
         notes = [*served.notes()]
@@ -76,9 +84,11 @@ def export(parsed: Parsed, note: Callable[[str], None]) -> Exported:
         for said in base.notes:
             note(said)
         rows = verification_rows(named.adapter, asked, base, note)
-        if options.base_name is None and not base.source.is_portable:
+        if target and options.base_name is None and not base.source.is_portable:
             note(NOT_PORTABLE.format(base.source.reference) + NAMES_IT)
         return rows
 
-    report = merge(named, read, rows_for)
+    report = merge(named, read, rows_for, on_compared)
+    if target is None:
+        return Exported(None)
     return Exported(str(target), report=report, closer=options.closer)

@@ -1,8 +1,11 @@
-"""An adapter merged into its base, verified on rows before it takes its place."""
+"""An adapter merged into its base, verified on rows before it takes its place.
+
+With `--compare` every other form that it could leave in is measured as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.tensors import dtype_of
 from qlora_kit.files.atomic import EXPORT_REPORT, check_output
 from qlora_kit.run.adapted_base import AdaptedBase
+from qlora_kit.run.compare import compare
 from qlora_kit.run.metrics import versions, write_json
 from qlora_kit.run.named_base import Named
 
@@ -25,23 +29,30 @@ def merge(
     named: Named,
     read: Sequence[Path],
     rows_for: RowsFor,
+    on_compared: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
     """Write the merged model; returns its report. `read` are the places that are read.
 
     It is compared with the model as trained, on the rows that `rows_for` gives for the base with
     their source. A difference above `--max_kl` is a `NumericError`, and nothing is written.
+    With `--compare`, `on_compared` is called with each other form as it is measured; without
+    `--output_dir` the report is of those alone.
     Errors: as `export_model`.
     """
     options, adapter = named.parsed[ExportConfig], named.adapter
-    assert options.output_dir is not None
     assert adapter is not None
-    target = Path(options.output_dir)
+    target = None if options.output_dir is None else Path(options.output_dir)
     opened = AdaptedBase.open(named, options.allow_other_base, as_trained=True)
     base = opened.base
-    check_output(target, options.overwrite, [*read, base.source.directory])
+    if target is not None:
+        check_output(target, options.overwrite, [*read, base.source.directory])
     rows, where = rows_for(base)
-    check_export(base, target, options)
+    if target is not None:
+        check_export(base, target, options)
     opened.load()
+    compared = compare(base, target, rows, on_compared) if options.compare else None
+    if target is None:
+        return {"verified_on": where, "compared": compared}
     name = {} if options.base_name is None else {"name": options.base_name}
     report: dict[str, Any] = {
         "format": options.format,
@@ -55,6 +66,8 @@ def merge(
 
     if options.with_towers:
         report["with_towers"] = True
+    if compared is not None:
+        report["compared"] = compared
 
     def inspect(directory: Path) -> None:
         # The adapter's templates and tokens to stop at, which the base need not have.

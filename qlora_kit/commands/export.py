@@ -44,16 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = exported.report
     if report is None:
         return 0
-    far, read = report["kl"] > FAR_KL, report["export_read"]
-    said = "" if read.startswith("whole") else f" (the export was read {read})"
-    terminal.line(
-        "compared" if far else "verified",
-        f"on {report['tokens']} tokens of {report['verified_on']}{said}: KL {report['kl']:.2e}, "
-        f"top-1 agreement {report['top1_agreement']:.1%}, "
-        f"largest logit difference {report['max_logit_difference']:.3g}",
-        width=10,
-    )
-    if far:
+    for name, read in report["readers"].items():
+        how = "" if read["read"].startswith("whole") else f", {read['read']},"
+        terminal.line(
+            "compared" if read["kl"] > FAR_KL else "verified",
+            f"by {name}{how} on {read['tokens']} tokens of {report['verified_on']}: "
+            f"KL {read['kl']:.2e}, top-1 agreement {read['top1_agreement']:.1%}, "
+            f"largest logit difference {read['max_logit_difference']:.3g}, "
+            f"tokens of {read['texts']} texts equal",
+            width=10,
+        )
+    if report["kl"] > FAR_KL:
         warnings.warn(
             f"the export is another model than the one that was trained: {report['kl']:.2g} nats a "
             f"token from it, and for {1 - report['top1_agreement']:.0%} of the tokens another one "

@@ -11,8 +11,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.export.hf import hf_size, write_hf
-from qlora_kit.export.tensors import dtype_of
-from qlora_kit.export.verify import check_distance, verify_export
+from qlora_kit.export.readers import verify_hf
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,5 @@ class Format:
     verify: Callable[[Base, ExportConfig, Path, Sequence[Encoded]], dict[str, Any]]
 
 
-def _verify_hf(
-    base: Base, options: ExportConfig, directory: Path, rows: Sequence[Encoded]
-) -> dict[str, Any]:
-    found, way = verify_export(base, directory, dtype_of(base, options), rows)
-    check_distance(found.kl, options.max_kl, options.closer)
-    return found.as_dict() | {"export_read": str(way)}
-
-
-FORMATS = {"hf": Format(hf_size, write_hf, _verify_hf)}
+FORMATS = {"hf": Format(hf_size, write_hf, verify_hf)}
 """The formats that hold a model, by the names that `--format` has for them."""

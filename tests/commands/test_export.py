@@ -40,13 +40,13 @@ def exported(run: Run, workshop: Any, target: Path, *more: object) -> dict[str, 
     report = json.loads((target / "export.json").read_text())
     # A model that was not trained is not said to be verified.
     far = report["kl"] > 1e-2
-    assert ("compared   on" in answer.out, "verified   on" in answer.out) == (far, not far)
+    ((reader, read),) = report["readers"].items()
+    how = f", {read['read']}," if reader == "qlora_kit" else ""
+    word = "compared" if far else "verified"
+    assert f"{word}   by {reader}{how} on {report['tokens']} tokens of rows.jsonl: " in answer.out
+    assert f"tokens of {read['texts']} texts equal" in answer.out
     assert any("the export is another model than" in str(one.message) for one in said) == far
     assert f"KL {report['kl']:.2e}" in answer.out
-    assert f"on {report['tokens']} tokens of rows.jsonl" in answer.out
-    layers = report["export_read"] if report["export_read"].startswith("layer") else None
-    assert ("(the export was read" in answer.out) == (layers is not None)
-    assert layers is None or f"rows.jsonl (the export was read {layers}): KL" in answer.out
     return dict(report)
 
 
@@ -75,7 +75,11 @@ def test_a_model_that_fits_in_4_bits_only_is_verified_layer_by_layer(
     size = (tmp_path / "whole" / "model.safetensors").stat().st_size
     with with_room(size // 2):
         report = exported(run, workshop, tmp_path / "out")
-    assert report == expected | {"export_read": "layer by layer, on the host"}
+    (name, whole), (other, layers) = *expected["readers"].items(), *report["readers"].items()
+    assert (name, other) == ("transformers", "qlora_kit")
+    assert layers == whole | {"read": "layer by layer, on the host"}
+    said = {"export_read": "layer by layer, on the host", "readers": report["readers"]}
+    assert report == expected | said
     written, whole = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
     assert all(torch.equal(written[name], tensor) for name, tensor in whole.items())
 

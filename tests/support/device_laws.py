@@ -40,7 +40,7 @@ from qlora_kit.data.batch import Batch, collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import free_bytes, with_room
 from qlora_kit.export.export import export_model
-from qlora_kit.export.verify import verify_export
+from qlora_kit.export.readers import verify_export
 from qlora_kit.generation.decode import generate_ids
 from qlora_kit.plan.plan import plan_memory
 from qlora_kit.training.layer_forward import set_recompute
@@ -289,7 +289,7 @@ def check_export(directory: Path, folder: Path, bits: int, device: str) -> list[
     found, ways = [], []
     for free in (free_bytes(base.device), size, 0):
         with with_room(free):
-            distance, way = verify_export(base, save_into, "fp32", rows())
+            distance, way = verify_export(base, save_into, rows())
         found.append(distance)
         ways.append(str(way))
     assert all(one.kl <= 1e-6 and one.top1_agreement == 1 for one in found)

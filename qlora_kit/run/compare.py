@@ -20,6 +20,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.export import MERGED, ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import QloraKitError
+from qlora_kit.export.companions import write_companions
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.tensors import dtype_of
 from qlora_kit.files.aside import folder_beside
@@ -65,6 +66,7 @@ def _measured(
         said |= {"merge_base": options.merged_into, "dtype": dtype_of(base, options)}
         directory.mkdir()
         format.write(base, ADAPTER, options, directory)
+        write_companions(base, directory, own_templates=False)
         written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         report = format.verify(base, options, directory, rows)
     except QloraKitError as error:

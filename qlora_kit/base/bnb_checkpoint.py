@@ -134,7 +134,7 @@ def split_stored(
             raise ModelError(f"{where}: lacks {name}.weight", "fetch the model again")
         group["weight"] = entries[f"{name}.weight"]
         shape = torch.Size((linears[name].out_features, linears[name].in_features))
-        expected = _expected_8bit(shape) if stored.bits == 8 else _expected_4bit(shape, stored)
+        expected = expected_8bit(shape) if stored.bits == 8 else expected_4bit(shape, stored)
         _check_group(name, group, expected)
         offset = 0.0
         if stored.bits == 4:
@@ -151,7 +151,7 @@ def split_stored(
     return layers, {key: entry for key, entry in entries.items() if key not in taken}
 
 
-def _expected_4bit(shape: torch.Size, stored: Quantization) -> dict[str, tuple[str, int | None]]:
+def expected_4bit(shape: torch.Size, stored: Quantization) -> dict[str, tuple[str, int | None]]:
     """Suffix to dtype and number of elements; None where any number up to a limit may be."""
     blocks = math.ceil(shape.numel() / BLOCKSIZE)
     expected: dict[str, tuple[str, int | None]] = {
@@ -166,7 +166,8 @@ def _expected_4bit(shape: torch.Size, stored: Quantization) -> dict[str, tuple[s
     return expected
 
 
-def _expected_8bit(shape: torch.Size) -> dict[str, tuple[str, int | None]]:
+def expected_8bit(shape: torch.Size) -> dict[str, tuple[str, int | None]]:
+    """The same in 8 bits."""
     return {"weight": ("I8", shape.numel()), "SCB": ("F32", shape[0]), "weight_format": ("U8", 1)}
 
 

@@ -145,6 +145,28 @@ def code_tables(quant_type: str) -> tuple[Tensor, Tensor]:
     )
 
 
+def state_tensors(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    quant_type: str,
+    absmax: Tensor,
+    nested: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> dict[str, Tensor]:
+    """What bitsandbytes' checkpoints hold of a 4-bit weight beside its packed bytes, by its names.
+
+    `dtype` is what its own forward dequantizes to; `nested` as in `fused_matmul`.
+    """
+    nested_absmax, nested_map, offset = nested
+    double = nested_absmax is not None and bnb.QuantState(
+        nested_absmax, None, nested_map, NESTED_BLOCKSIZE, dtype=torch.float32
+    )
+    code, _ = code_tables(quant_type)
+    state = bnb.QuantState(
+        absmax, torch.Size(shape), code, BLOCKSIZE, quant_type, dtype, offset, double or None
+    )
+    return state.as_dict(packed=True)  # type: ignore[no-any-return]
+
+
 @torch.library.custom_op("qlora_kit::encode_blocks", mutates_args=())
 def encode_blocks(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
     """Numbers (n,) to packed bytes (ceil(n/2), 1) and fp32 scales (ceil(n/64),).

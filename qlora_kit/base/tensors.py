@@ -50,6 +50,14 @@ class Reader(OpenFiles):
             raise ModelError(f"{entry.path}: ended early", "fetch the file again")
 
 
+def as_stored(entry: TensorEntry) -> Tensor:
+    """A tensor with the bytes of its entry, of any dtype, on the CPU and not looked at."""
+    held = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    with Reader() as read:
+        read(entry, held)
+    return held.view(entry.torch_dtype).view(entry.shape)
+
+
 def read_tensors(
     entries: Mapping[str, TensorEntry],
     read: Read | None = None,

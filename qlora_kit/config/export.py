@@ -10,14 +10,16 @@ from qlora_kit.config.lora import OTHER_BASE_HELP
 from qlora_kit.options.checks import a_name, also, between, one_of
 from qlora_kit.options.option import Options, flag_of, option
 
-MERGED = ("hf",)
-"""Formats of a whole model, its weights with the adapter's update in them."""
+QUANTIZED = {"hf-4bit": 4, "hf-8bit": 8}
+"""Formats whose linears bitsandbytes has quantized, and their bits."""
+MERGED = ("hf", *QUANTIZED)
+"""Formats of a whole model, the adapter in its weights or beside it."""
 FORMATS = (*MERGED, "adapter")
 GOES_WITH: dict[str, tuple[str, ...]] = {
     "merge_base": MERGED,
     "export_dtype": MERGED,
     "with_towers": ("hf",),
-    "shard_size": ("hf",),
+    "shard_size": ("hf", *QUANTIZED),
     "verify": MERGED,
     "max_kl": MERGED,
     "compare": MERGED,
@@ -43,7 +45,8 @@ class ExportConfig(Options):
     overwrite: bool = option(False, "replace what is in --output_dir")
     format: str = option(
         "hf",
-        "what to write: hf, a plain model; adapter, the adapter alone, for others to use",
+        "what to write: hf, a plain model; hf-4bit and hf-8bit, one that bitsandbytes has "
+        "quantized; adapter, the adapter alone, for others to use",
         check=one_of(*FORMATS),
     )
     base_name: str | None = option(
@@ -56,9 +59,10 @@ class ExportConfig(Options):
     )
     merge_base: str = option(
         "auto",
-        "add the update to the weights that training multiplied by, or to the original ones",
-        check=one_of("auto", "dequantized", "original"),
-        shown_default="auto: dequantized",
+        "add the update to the weights that training multiplied by (dequantized), to the original "
+        "ones, or to none: then the base is written as it is, with the adapter beside it",
+        check=one_of("auto", "none", "dequantized", "original"),
+        shown_default="auto: none for hf-4bit and hf-8bit, else dequantized",
     )
     export_dtype: str = option(
         "auto",
@@ -96,13 +100,19 @@ class ExportConfig(Options):
 
     @property
     def merged_into(self) -> str:
-        """The weights that the update is added to: `dequantized` or `original`."""
-        return "dequantized" if self.merge_base == "auto" else self.merge_base
+        """The weights that the update is added to: `dequantized`, `original` or `none`."""
+        if self.merge_base != "auto":
+            return self.merge_base
+        return "none" if self.format in QUANTIZED else "dequantized"
 
     @property
     def closer(self) -> str:
         """What would bring the export nearer to the model as trained: the remedy of an error."""
-        if self.merged_into != "dequantized":
+        if self.format in QUANTIZED:
+            unmerged = self.merged_into == "none"
+            how = "in the bits of the training run" if unmerged else "with --merge_base none"
+            return f"export {how}, which quantizes nothing again, or evaluate it before it is used"
+        if self.merged_into == "original":
             return "export with --merge_base dequantized, or evaluate the export before it is used"
         return "export with a wider --dtype, or evaluate the export before it is used"
 
@@ -116,3 +126,5 @@ class ExportConfig(Options):
             comparing = self.compare and self.output_dir is None
             if comparing and field.name not in COMPARING and value != field.default:
                 yield f"--{flag_of(field)} is given, and no --output_dir: --compare has every form"
+        if self.with_towers and self.merged_into == "none":
+            yield "with_towers goes with a merge, not with merge_base none"

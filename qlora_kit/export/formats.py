@@ -10,6 +10,7 @@ from typing import Any
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.export.bnb import bnb_size, write_bnb
 from qlora_kit.export.hf import hf_size, write_hf
 from qlora_kit.export.readers import verify_hf
 
@@ -29,5 +30,6 @@ class Format:
     verify: Callable[[Base, ExportConfig, Path, Sequence[Encoded]], dict[str, Any]]
 
 
-FORMATS = {"hf": Format(hf_size, write_hf, verify_hf)}
+_bnb = Format(bnb_size, write_bnb, verify_hf)
+FORMATS = {"hf": Format(hf_size, write_hf, verify_hf), "hf-4bit": _bnb, "hf-8bit": _bnb}
 """The formats that hold a model, by the names that `--format` has for them."""

@@ -2,14 +2,15 @@
 
 A card that has room for a model in 4 bits need not have room for a second one in 16. So the export
 is read whole beside it, by transformers, where both fit, else layer by layer by our own reader
-(`base/layer_by_layer.py`), on the device, or on the host where not even that fits.
+(`base/layer_by_layer.py`), on the device, or on the host where not even that fits. One that is
+quantized, or has its adapter beside it, is always read whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from qlora_kit.base.layer_by_layer import layer_by_layer, layer_bytes
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device.target import dtype_name
+from qlora_kit.export.unmerged import FOLDER
+from qlora_kit.lora.adapter import load_adapter
 
 BESIDE = 1.1
 """What a model takes while it runs, in weights of its own: activations of a batch beside them. An
@@ -45,6 +48,12 @@ def ways(directory: Path, device: torch.device, free: int) -> Iterator[Way]:
     """
     cpu = torch.device("cpu")
     opened = open_base(_options(directory, cpu))
+    if opened.quantization.bits < 16 or (directory / FOLDER).is_dir():
+        size = sum(entry.end - entry.start for entry in opened.entries.values())
+        if device != cpu and free >= BESIDE * size:
+            yield Way(device, True)
+        yield Way(cpu, True)
+        return
     around, largest = layer_bytes(opened)
     whole = sum(entry.end - entry.start for entry in opened.plain.values())
     whole += 0 if opened.wrapper is None else opened.wrapper.left_bytes
@@ -53,6 +62,14 @@ def ways(directory: Path, device: torch.device, free: int) -> Iterator[Way]:
     if device != cpu and free >= BESIDE * (around + largest):
         yield Way(device, False)
     yield Way(cpu, False)
+
+
+def with_adapter(model: PreTrainedModel, directory: Path, way: Way) -> PreTrainedModel:
+    """The model that was read from `directory`, with the adapter that lies beside it there."""
+    if (directory / FOLDER).is_dir():
+        base = replace(open_base(_options(directory, way.device)), model=model)
+        load_adapter(base, directory / FOLDER)
+    return model
 
 
 @contextlib.contextmanager
@@ -66,4 +83,5 @@ def _options(directory: Path, device: torch.device) -> BaseConfig:
     """The options of a base that is an export, in the dtype that its config.json names."""
     config = read_json(directory / "config.json")
     dtype = getattr(torch, config.get("torch_dtype") or config["dtype"])
-    return BaseConfig(str(directory), bits=16, dtype=dtype_name(dtype), device=str(device))
+    bits = None if "quantization_config" in config else 16
+    return BaseConfig(str(directory), bits=bits, dtype=dtype_name(dtype), device=str(device))

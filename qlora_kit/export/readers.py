@@ -18,7 +18,7 @@ from qlora_kit.data.batch import padding_id
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import ResourceError
-from qlora_kit.export.read_back import Way, read_layers, ways
+from qlora_kit.export.read_back import Way, read_layers, ways, with_adapter
 from qlora_kit.export.token_check import (
     check_ends,
     check_tokens,
@@ -116,7 +116,7 @@ def _verified(base: Base, directory: Path, way: Way, rows: Sequence[Encoded]) ->
     pad = padding_id(base.tokenizer)
     ours = decoded(base.model, rows, pad)
     if way.whole:
-        model = read_model(directory, way.device)
+        model = with_adapter(read_model(directory, way.device), directory, way)
         return compare(ours, model_pieces(model, ours.rows))
     with read_layers(directory, way) as layered:
         return compare(ours, decoded(layered, rows, pad).pieces())

@@ -35,12 +35,14 @@ class ExportTensor:
     """One tensor of the exported model: its shape, and how to make it.
 
     `kept` is the dtype of one that is taken over as it is; None where the export's is taken.
+    `linear` is the name of the linear, no head, whose weight it is; None for any other tensor.
     """
 
     name: str
     shape: torch.Size
     make: Callable[[], Tensor]
     kept: torch.dtype | None = None
+    linear: str | None = None
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Its bytes in an export of `dtype`."""
@@ -58,14 +60,14 @@ def export_tensors(
     """Every tensor of the plain model in its order; each is made when it is asked for.
 
     `merge_base`: `dequantized` adds to the weights that training multiplied by, `original` to the
-    checkpoint's own, 8-bit floats as the numbers that they mean.
+    checkpoint's own, 8-bit floats as the numbers that they mean. With `none` they are those that
+    training multiplied by, and the adapter is left out.
     Errors: `ConfigError` for the original weights of a checkpoint that holds quantized ones only.
     """
     model, stored = base.model, base.form.stored
-    entries = base.entries if merge_base == "original" else {}
     # In 8 bits training multiplies by whole numbers and scales the products.
     multiplied = torch.float32 if base.quantization.bits == 8 else base.dtype
-    if entries and stored:
+    if merge_base == "original" and stored:
         raise ConfigError(
             f"--merge_base original: the base holds {next(iter(stored))}.weight in quantized form "
             "only",
@@ -73,16 +75,13 @@ def export_tensors(
         )
 
     def frozen(name: str, linear: nn.Linear) -> Tensor:
-        if merge_base == "dequantized":
+        if merge_base != "original":
             return dequantize(linear, multiplied)
-        # The buffer that the reader lends is used again, so the tensor is copied out of it.
-        key = f"{name}.weight"
-        numbers = read_numbers({key: entries[key]}, base.form.scaled, torch.float32, CPU)
-        return next(tensor.clone() for _, tensor in numbers)
+        return _original(base, f"{name}.weight")
 
     def merged(name: str, layer: LoRALinear) -> Tensor:
         weight = frozen(name, layer.base_layer)
-        if adapter is None or adapter not in layer.lora_A:
+        if merge_base == "none" or adapter is None or adapter not in layer.lora_A:
             return weight
         return weight.float().add_(delta_weight(layer, adapter).to(weight.device))
 
@@ -101,7 +100,7 @@ def export_tensors(
                 if name in adapted
                 else partial(frozen, name, linear)
             )
-            tensors.append(ExportTensor(f"{name}.weight", shape, make))
+            tensors.append(ExportTensor(f"{name}.weight", shape, make, linear=name))
             made.pop("weight")
         for leaf, parameter in made.items():
             full = f"{name}.{leaf}"
@@ -118,6 +117,13 @@ def named_as_in_files(tensors: Sequence[ExportTensor], base: Base) -> list[Expor
     """The same by the names of the base's files, which may differ from the model's."""
     names = {name: entry.name for name, entry in base.entries.items()}
     return [replace(one, name=names.get(one.name, one.name)) for one in tensors]
+
+
+def _original(base: Base, key: str) -> Tensor:
+    """A weight of the files as numbers in fp32."""
+    numbers = read_numbers({key: base.entries[key]}, base.form.scaled, torch.float32, CPU)
+    # The buffer that the reader lends is used again, so the tensor is copied out of it.
+    return next(tensor.clone() for _, tensor in numbers)
 
 
 def _written(module: nn.Module) -> dict[str, Tensor]:

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.contents import PROCESSOR_FILES, find
 from qlora_kit.base.meta_model import with_rows
-from qlora_kit.base.safetensors_file import TensorEntry
-from qlora_kit.base.tensors import Reader
+from qlora_kit.base.tensors import as_stored
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.tensors import ExportTensor, named_as_in_files
 
@@ -48,7 +46,7 @@ def whole_tensors(base: Base, tensors: Sequence[ExportTensor]) -> list[ExportTen
     """The decoder's tensors by the files' names, and every tower's with the bytes that it has."""
     left = {} if base.wrapper is None else base.wrapper.left or {}
     return named_as_in_files(tensors, base) + [
-        ExportTensor(name, torch.Size(entry.shape), partial(_stored, entry), entry.torch_dtype)
+        ExportTensor(name, torch.Size(entry.shape), partial(as_stored, entry), entry.torch_dtype)
         for name, entry in left.items()
     ]
 
@@ -82,11 +80,3 @@ def copy_processors(source: Path, directory: Path) -> None:
     for name in PROCESSOR_FILES:
         if path := find(source, name):
             shutil.copyfile(path, directory / name)
-
-
-def _stored(entry: TensorEntry) -> Tensor:
-    """A tensor with the bytes of its entry."""
-    held = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-    with Reader() as read:
-        read(entry, held)
-    return held.view(entry.torch_dtype).view(entry.shape)

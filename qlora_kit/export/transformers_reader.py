@@ -2,7 +2,9 @@
 
 transformers says which tensors it missed and which it did not know, and loads all the same with
 random weights in their place; here that is an error. Shapes and values are not looked at: wrong
-ones show in the distance.
+ones show in the distance. What bitsandbytes holds is multiplied by our own matmuls: on CPUs its own
+are wrong for some widths, and repack weights in place (0.50); and in 8 bits they round the tokens
+too, which is no distance of the weights.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from qlora_kit.base.bnb_tensors import hold_as_ours
 from qlora_kit.errors import ExportError
 from qlora_kit.export.verify import AT_ONCE, Piece
 from qlora_kit.process.out_of_memory import is_out_of_memory
@@ -55,6 +58,7 @@ def read_model(directory: Path, device: torch.device, *, file: str | None = None
         if found := sorted(map(str, said.get(what, ()))):
             listed = f"{len(found)} {what.replace('_', ' ')}: {', '.join(found[:LISTED])}"
             raise ExportError(f"{TRANSFORMERS} reads the export with {listed}", REMEDY)
+    hold_as_ours(model)
     return model.eval()
 
 

@@ -44,23 +44,32 @@ SCALE_OPTIONS = ("r", "lora_alpha", "use_rslora")
 """What the header repeats of the config: a changed one scales the update, and no shape shows it."""
 
 
-def save_adapter(base: Base, directory: str | os.PathLike[str], adapter: str = ADAPTER) -> None:
+def save_adapter(
+    base: Base,
+    directory: str | os.PathLike[str],
+    adapter: str = ADAPTER,
+    other: tuple[str, BaseInfo] | None = None,
+) -> None:
     """Write an adapter of `base.model` into `directory`, which is made where it does not exist.
 
-    Weights are in the adapter dtype. Errors: `NumericError` for an adapter with a value that is
-    not finite (nothing is written), `AdapterError` where the model has no such adapter.
+    Weights are in the adapter dtype. `other`: a text model of the same weights to load it on, its
+    name and what is said of it. Errors: `NumericError` for an adapter with a value that is not
+    finite (nothing is written), `AdapterError` where the model has no such adapter.
     """
-    tensors = adapter_tensors(base.model, adapter, _prefix(base, adapter))
+    prefix = OWN if other else _prefix(base, adapter)
+    tensors = adapter_tensors(base.model, adapter, prefix)
     if not tensors:
         raise AdapterError(f"the model has no adapter {adapter!r}", "inject or load one first")
     for name, tensor in tensors.items():
         check_finite(tensor, name, "train it again, with a lower --learning_rate or weight decay")
-    described = adapter_config(base, adapter)
-    info = base.info.as_dict()
+    described = adapter_config(base, adapter, prefix)
+    if other:
+        described |= {"base_model_name_or_path": other[0], "revision": other[1].revision}
+    info = (other[1] if other else base.info).as_dict()
     info["lora"] = {option: described[option] for option in SCALE_OPTIONS}
-    if base.wrapper is not None:
+    if base.wrapper is not None and not other:
         info["wrapper"] = base.wrapper.model_type
-        info["adapter_keys"] = "text" if _prefix(base, adapter) == OWN else "wrapper"
+        info["adapter_keys"] = "text" if prefix == OWN else "wrapper"
     content = _in_order(save(tensors, {"format": "pt", HEADER_KEY: json.dumps(info)}))
     write_adapter(directory, content, described)
 
@@ -100,12 +109,11 @@ def adapter_tensors(
     return tensors
 
 
-def adapter_config(base: Base, adapter: str = ADAPTER) -> dict[str, Any]:
-    """What PEFT's `adapter_config.json` says of it."""
+def adapter_config(base: Base, adapter: str, prefix: str) -> dict[str, Any]:
+    """What PEFT's `adapter_config.json` says of it, the decoder's names beginning with `prefix`."""
     layers = lora_layers(base.model).items()
     adapted = {name: layer for name, layer in layers if adapter in layer.lora_A}
     config = next(iter(adapted.values())).configs[adapter]
-    prefix = prefix_to_save(base, config.adapter_keys)
     # Towers have modules of the same short names, which PEFT would adapt too.
     targets = [in_class(name, prefix) for name in adapted]
     if prefix == OWN:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.base.base import Base
-from qlora_kit.config.export import MERGED, ExportConfig
+from qlora_kit.config.export import MERGED, QUANTIZED, ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import QloraKitError
 from qlora_kit.export.companions import write_companions
@@ -29,6 +29,7 @@ from qlora_kit.lora.inject import ADAPTER
 
 FORMS: Mapping[str, Sequence[Mapping[str, str]]] = {
     "hf": ({"merge_base": "dequantized"}, {"merge_base": "original"}),
+    **dict.fromkeys(QUANTIZED, ({"merge_base": "none"}, {"merge_base": "dequantized"})),
 }
 """The forms of a format, each as options of the export; of a format that is not here, its own."""
 DISTANCE = ("kl", "top1_agreement", "max_logit_difference", "tokens")

@@ -1,0 +1,78 @@
+"""The writer of checkpoints that bitsandbytes has quantized, in 4 or in 8 bits.
+
+transformers loads them as it loads its own saves of such models. With `--merge_base none` and the
+bits of the run the base in them is the one that was trained on, byte for byte, and the adapter lies
+beside it. Otherwise weights are quantized, the merged ones or the base's in other bits. That moves
+them, maybe further than training did, and `verify` says how far.
+
+What is not quantized (embeddings, head, norms, the linears that `BnbLinears` skips) is in the
+dtype of the export. Left out: towers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.bnb_tensors import checkpoint_bytes, quantization_config
+from qlora_kit.config.export import QUANTIZED, ExportConfig
+from qlora_kit.device.target import DTYPES
+from qlora_kit.errors import ConfigError
+from qlora_kit.export.bnb_linears import BnbLinears
+from qlora_kit.export.hf import write_settings
+from qlora_kit.export.shards import Piece, numbers, write_shards
+from qlora_kit.export.tensors import ExportTensor, dtype_of, export_tensors
+from qlora_kit.export.unmerged import write_beside
+from qlora_kit.lora.inject import lora_layers
+
+
+def bnb_size(base: Base, options: ExportConfig) -> int:
+    """Bytes of the export, at most. Errors: `ConfigError` where no linear would be quantized."""
+    linears = BnbLinears.of(base, QUANTIZED[options.format])
+    if not linears.named:
+        raise ConfigError(
+            f"format {options.format}: no linear of {base.source.name} would be quantized",
+            "use --format hf",
+        )
+    shapes = [_shape(base, name) for name in linears.named]
+    size = sum(checkpoint_bytes(shape, linears.quantization) for shape in shapes)
+    others = base.parameters - sum(shape.numel() for shape in shapes)
+    return size + others * DTYPES[dtype_of(base, options)].itemsize
+
+
+def write_bnb(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
+    """Write the quantized model in files of `shard_size` bytes, with config and tokenizer.
+
+    Host memory holds one file. Errors: `ConfigError`, `NumericError`, `ExportError`,
+    `ResourceError`.
+    """
+    dtype, merged_into = DTYPES[dtype_of(base, options)], options.merged_into
+    linears, layers = BnbLinears.of(base, QUANTIZED[options.format]), lora_layers(base.model)
+    merged = [] if adapter is None else [n for n, one in layers.items() if adapter in one.lora_A]
+
+    def piece(tensor: ExportTensor) -> Piece:
+        if tensor.linear not in linears.named:
+            return numbers(tensor, dtype)
+        moved = merged_into != "none" and tensor.linear in merged
+        unchanged = not moved and merged_into != "original"
+        make = partial(linears.tensors, base, tensor, dtype, unchanged=unchanged)
+        return Piece(checkpoint_bytes(tensor.shape, linears.quantization), make)
+
+    tensors = export_tensors(base, adapter, merged_into)
+    write_shards([piece(one) for one in tensors], directory, options.shard_size)
+    files = base.files
+    assert files is not None  # its weights were read
+    same = base.form.stored and linears.quantization == base.quantization
+    stored = files.decoder.config["quantization_config"] if same else None
+    said = quantization_config(linears.quantization, dtype, linears.skipped, stored)
+    write_settings(base, directory, dtype, quantization=said)
+    if merged_into == "none" and adapter is not None:
+        write_beside(base, adapter, options, directory)
+
+
+def _shape(base: Base, name: str) -> torch.Size:
+    linear = base.model.get_submodule(name)
+    return torch.Size((linear.out_features, linear.in_features))

@@ -1,0 +1,209 @@
+"""Laws of exports that bitsandbytes has quantized: its own bytes, and the model that was trained.
+
+References: what transformers itself saves of bitsandbytes' layers; plain transformers and PEFT in a
+process that cannot import this package; bitsandbytes' functions on blocks of one row each, because
+on CPUs with AVX512 they are wrong for other widths (0.50).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import (
+    QUANTIZED,
+    relative_error,
+    save_checkpoint,
+    save_quantized,
+    token_ids,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from trained import trained_base
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.load import load_base
+from qlora_kit.export.export import export_model
+from qlora_kit.lora.adapter import load_adapter
+from qlora_kit.lora.inject import activate
+
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama_bias", "nf4_double", {"bits": 4}),
+    "gemma2": ("gemma2", "nf4", {"bits": 4, "double_quant": False}),
+    "qwen3": ("qwen3", "fp4", {"bits": 4, "quant_type": "fp4", "double_quant": False}),
+    "phi3": ("phi3", "int8", {"bits": 8}),
+}
+"""A family, how transformers is asked to quantize it, and how we are."""
+
+
+def format_of(options: dict[str, Any]) -> str:
+    return f"hf-{options['bits']}bit"
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for path in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_same_bytes(ours: Path, theirs: Path) -> None:
+    found, expected = tensors_of(ours), tensors_of(theirs)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def trained(directory: Path, dtype: str = "bf16", **options: Any) -> Base:
+    return trained_base(directory, dtype=dtype, device="cpu", **options)
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    return model(input_ids=token_ids(2, 12), use_cache=False).logits.float()
+
+
+def again(directory: Path, dtype: str = "bf16", bits: int | None = None) -> Any:
+    """The model of an export with the adapter beside it, as this package reads both."""
+    base = load_base(str(directory), bits=bits, dtype=dtype, device="cpu")
+    return load_adapter(base, directory / "adapter").model
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in bf16 for every kind, under its name."""
+    root = tmp_path_factory.mktemp("plain")
+    for name, (family, _, _) in KINDS.items():
+        save_checkpoint(root / name, family, torch.bfloat16)
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_has_the_bytes_of_bitsandbytes_and_the_adapter_fits(
+    plain: Path, tmp_path: Path, kind: str
+) -> None:
+    _, quantized, options = KINDS[kind]
+    save_quantized(plain / kind, tmp_path / "theirs", **QUANTIZED[quantized])
+    base = trained(plain / kind, **options)
+    out = export_model(base, tmp_path / "out", format=format_of(options), shard_size=50_000)
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert_same_bytes(out, tmp_path / "theirs")
+    assert torch.equal(logits_of(again(out)), logits_of(base.model))
+    assert json.loads((out / "export.json").read_text())["merge_base"] == "none"
+    theirs, ours = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (tmp_path / "theirs", out)
+    )
+    changed = {"llm_int8_skip_modules": ["lm_head"]}
+    if base.quantization.bits == 4:
+        changed["bnb_4bit_compute_dtype"] = "bfloat16"
+    assert ours == theirs | changed
+    # A checkpoint of bitsandbytes' goes through as it is, the adapter again beside it.
+    stored = trained(tmp_path / "theirs")
+    through = export_model(stored, tmp_path / "through", format=format_of(options))
+    assert_same_bytes(through, tmp_path / "theirs")
+
+
+# Reads exports with plain transformers and PEFT; nothing of this package can be imported there.
+# Of each folder: the base by its own forwards ("own", where all widths are whole blocks), the base
+# by numbers that are dequantized here, and by PEFT with the adapter.
+PLAIN_READER = """
+import sys
+sys.modules["qlora_kit"] = None
+import bitsandbytes as bnb, bitsandbytes.functional as F4
+import torch, torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+def numbers(layer):
+    weight, state = layer.weight, getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return (weight.data * (layer.scales / 127).unsqueeze(1)).to(layer.asked)
+    shape, blocks = state.shape, -(-state.shape.numel() // 64)
+    data = F.pad(weight.data.view(-1), (0, blocks * 32 - weight.numel()))
+    scales = state.absmax
+    if state.nested:
+        scales = F4.dequantize_blockwise(scales, state.state2) + state.offset
+    flat = torch.ops.bitsandbytes.dequantize_4bit.default(
+        data.view(-1, 1), scales, 64, state.quant_type, (blocks, 64), layer.asked
+    )
+    return flat.view(-1)[: shape.numel()].view(shape)
+
+*folders, ids, out = sys.argv[1:]
+ids, logits = load_file(ids)["ids"], {}
+for number, folder in enumerate(folders):
+    folder, _, attention = folder.rpartition("=")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation=attention
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model.eval()
+    layers = [m for m in model.modules() if isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))]
+    assert layers
+    def run(kind, model=model):
+        with torch.no_grad():
+            found = model(input_ids=ids, use_cache=False).logits
+        logits[f"{number} {kind}"] = found.float().contiguous()
+    for layer in layers:
+        # Its forward in evaluation would repack the weight in place on some CPUs.
+        layer.support_avx512bf16_for_cpu = False
+        layer.asked, layer.scales = model.dtype, getattr(layer.weight, "SCB", None)
+    if all(layer.in_features % 64 == 0 for layer in layers):
+        run("own")
+    for layer in layers:
+        layer.forward = lambda x, layer=layer: F.linear(x, numbers(layer), layer.bias)
+    run("numbers")
+    run("adapter", PeftModel.from_pretrained(model, folder, subfolder="adapter").eval())
+save_file(logits, out)
+"""
+
+
+def read_plainly(folders: list[str], scratch: Path) -> list[dict[str, Tensor]]:
+    """What the reader gives for each export, by kind."""
+    save_file({"ids": token_ids(2, 12)}, scratch / "ids")
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_READER, *folders, scratch / "ids", scratch / "logits"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=scratch,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Tensor]] = [{} for _ in folders]
+    for name, logits in load_file(scratch / "logits").items():
+        number, kind = name.split(" ")
+        found[int(number)][kind] = logits
+    return found
+
+
+def test_plain_transformers_and_peft_read_what_was_trained(tmp_path: Path) -> None:
+    bases, folders = [], []
+    for kind, (family, _, options) in KINDS.items():
+        width = {"intermediate_size": 192} if kind in ("llama", "phi3") else {}
+        save_checkpoint(tmp_path / kind, family, torch.float32, **width)
+        bases.append(trained(tmp_path / kind, "fp32", **options))
+        out = export_model(bases[-1], tmp_path / f"{kind} out", format=format_of(options))
+        folders.append(f"{out}={bases[-1].model.config._attn_implementation}")
+    for base, found in zip(bases, read_plainly(folders, tmp_path), strict=True):
+        with_adapter = logits_of(base.model)
+        activate(base.model, None)
+        alone = logits_of(base.model)
+        assert torch.equal(found["numbers"], alone)
+        # PEFT adds up in another order: some units in the last place of fp32.
+        assert relative_error(found["adapter"], with_adapter) <= 2e-6
+        assert relative_error(with_adapter, alone) > 1e-2
+        if "own" in found and base.quantization.bits == 4:
+            assert torch.equal(found["own"], alone)
+        elif "own" in found:
+            # LLM.int8 rounds the tokens to 8 bits as well, which training does not.
+            assert relative_error(found["own"], alone) <= 0.1

@@ -19,7 +19,17 @@ from typing import Any
 from qlora_kit.base.experts import count_of, expert_bytes, has_experts
 from qlora_kit.base.fields import PER_LAYER, asks_for_code, problems
 from qlora_kit.base.fp8_scheme import check_stored
-from qlora_kit.base.gguf_facts import Gguf
+from qlora_kit.base.gguf_facts import (
+    GEMMA2,
+    GEMMA3,
+    GRANITE,
+    LLAMA,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    Gguf,
+)
 from qlora_kit.errors import ModelError, UnsafeInputError
 from qlora_kit.options.checks import size_text
 
@@ -78,21 +88,17 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    **dict.fromkeys(
-        ("llama", "mistral"), Architecture(strict=True, gguf=Gguf("llama", pairs_rows=True))
-    ),
-    "qwen2": Architecture(strict=True, gguf=Gguf("qwen2")),
-    "qwen3": Architecture(strict=True, gguf=Gguf("qwen3")),
+    **dict.fromkeys(("llama", "mistral"), Architecture(strict=True, gguf=LLAMA)),
+    "qwen2": Architecture(strict=True, gguf=QWEN2),
+    "qwen3": Architecture(strict=True, gguf=QWEN3),
     # torch's fused attention has no soft cap of the scores.
     "gemma2": Architecture(
         attention="eager",
         logit_softcap="final_logit_softcapping",
         strict=True,
-        gguf=Gguf("gemma2", norm_offset=1.0),
+        gguf=GEMMA2,
     ),
-    "gemma3_text": Architecture(
-        logit_softcap="final_logit_softcapping", gguf=Gguf("gemma3", norm_offset=1.0)
-    ),
+    "gemma3_text": Architecture(logit_softcap="final_logit_softcapping", gguf=GEMMA3),
     **dict.fromkeys(
         ("gemma4_text", "gemma4_unified_text"),
         Architecture(
@@ -105,11 +111,9 @@ ARCHITECTURES = {
         gate_up=("gate_up_proj",),
         targets=("qkv_proj",),
         strict=True,
-        gguf=Gguf("phi3"),
+        gguf=PHI3,
     ),
-    "granite": Architecture(
-        logit_divisor="logits_scaling", strict=True, gguf=Gguf("granite", pairs_rows=True)
-    ),
+    "granite": Architecture(logit_divisor="logits_scaling", strict=True, gguf=GRANITE),
     # Experts are refused; what they share is then the MLP. Its attention gets no positions
     # (transformers 5.23).
     "granitemoehybrid": Architecture(
@@ -120,7 +124,7 @@ ARCHITECTURES = {
         packs=False,
         targets=("q_proj", "v_proj", "in_proj"),
     ),
-    "smollm3": Architecture(gguf=Gguf("smollm3", pairs_rows=True)),
+    "smollm3": Architecture(gguf=SMOLLM3),
     "olmo2": Architecture(),
     "olmo3": Architecture(),
     "ministral3": Architecture(

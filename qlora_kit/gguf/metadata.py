@@ -1,0 +1,127 @@
+"""What a GGUF says of a model: the numbers of its config, and what of a config it cannot say.
+
+What llama.cpp would drop or do otherwise is refused by name before a weight is read. A sliding
+window that it does not have is a note: texts up to the window's length are read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qlora_kit.base.gguf_facts import CAPS, Gguf
+from qlora_kit.errors import ModelError
+from qlora_kit.gguf.file import Value
+from qlora_kit.gguf.layout import gguf_facts
+from qlora_kit.gguf.rope import LOCAL, head_dim, rope_of
+
+BIASES = ("attention_bias", "mlp_bias")
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Keys and values, the tensors that are no weights, and what a user should know."""
+
+    fields: tuple[tuple[str, Value], ...]
+    tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def metadata(config: Any, rows: int) -> Metadata:
+    """What a file says of a model of this config of transformers, its embedding of `rows` rows.
+
+    Errors: `ModelError` with everything that llama.cpp would do otherwise.
+    """
+    facts = gguf_facts(config.model_type)
+    rope = rope_of(config, facts)
+    if unsaid := [*_unsaid(config, facts), *rope.unsaid]:
+        raise ModelError(
+            f"llama.cpp has nothing for {'; '.join(unsaid)} in models of {config.model_type}",
+            "export with --format hf",
+        )
+    width = head_dim(config)
+    said: list[tuple[str, Value]] = [
+        ("context_length", int(config.max_position_embeddings)),
+        ("embedding_length", int(config.hidden_size)),
+        ("block_count", int(config.num_hidden_layers)),
+        ("feed_forward_length", int(config.intermediate_size)),
+        ("attention.head_count", int(config.num_attention_heads)),
+        ("attention.head_count_kv", int(config.num_key_value_heads)),
+        ("attention.key_length", width),
+        ("attention.value_length", width),
+        ("attention.layer_norm_rms_epsilon", float(config.rms_norm_eps)),
+        ("vocab_size", rows),
+        *_windows(config, facts),
+        *((cap, float(getattr(config, cap))) for cap in facts.caps if _has(config, cap)),
+        *((key, float(getattr(config, name))) for key, name in facts.scales),
+        *rope.fields,
+    ]
+    fields = tuple((f"{facts.architecture}.{key}", value) for key, value in said)
+    return Metadata(fields, rope.tensors, (*_ignored_window(config, facts), *rope.notes))
+
+
+def _has(config: Any, name: str) -> bool:
+    return getattr(config, name, None) is not None
+
+
+def _unsaid(config: Any, facts: Gguf) -> Iterator[str]:
+    """What of a config llama.cpp has nothing for, a phrase each."""
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != facts.activation:
+        yield f"the activation {activation} (it has {facts.activation})"
+    for name in BIASES:
+        if getattr(config, name, False) and name not in facts.biases:
+            yield name
+    shared = config.hidden_size // config.num_attention_heads
+    if head_dim(config) != shared and not facts.own_head_dim:
+        yield f"head_dim {head_dim(config)} (it has {shared})"
+    if not config.tie_word_embeddings and not facts.untied:
+        yield "tie_word_embeddings false"
+    if getattr(config, "use_bidirectional_attention", False):
+        yield "use_bidirectional_attention"
+    for name in CAPS:
+        if _has(config, name) and name not in facts.caps:
+            yield f"{name} {getattr(config, name):g}"
+        if name in facts.always and not _has(config, name):
+            yield f"{name} null"
+    if facts.wide_scale_at is not None:
+        wide = config.num_hidden_layers == facts.wide_scale_at
+        scalar = shared if wide else head_dim(config)
+        if config.query_pre_attn_scalar != scalar:
+            yield f"query_pre_attn_scalar {config.query_pre_attn_scalar} (it has {scalar})"
+    if facts.windows and _period(config) is None:
+        yield "layer_types in which full attention has no period"
+    if (every := facts.unturned_every) is not None:
+        turned = [bool(one) for one in config.no_rope_layers[: config.num_hidden_layers]]
+        if turned != [bool((layer + 1) % every) for layer in range(len(turned))]:
+            yield f"no_rope_layers other than each {every}th"
+
+
+def _windows(config: Any, facts: Gguf) -> Iterator[tuple[str, Value]]:
+    period = _period(config) if facts.windows else 1
+    if period != 1:
+        assert period is not None  # it was refused
+        yield "attention.sliding_window", int(config.sliding_window)
+        yield "attention.sliding_window_pattern", period
+
+
+def _period(config: Any) -> int | None:
+    """The n of which each n-th layer alone has no window; 0 where all have one, None for no n."""
+    local = [kind == LOCAL for kind in config.layer_types]
+    period = local.index(False) + 1 if False in local else 0
+    expected = [not period or layer % period < period - 1 for layer in range(len(local))]
+    return period if local == expected else None
+
+
+def _ignored_window(config: Any, facts: Gguf) -> Iterator[str]:
+    window, types = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
+    if facts.windows or not window or (types is not None and LOCAL not in types):
+        return
+    if window < config.max_position_embeddings:
+        yield (
+            f"llama.cpp has no sliding window in {facts.architecture} models: of a text longer "
+            f"than {window} tokens it attends to all"
+        )

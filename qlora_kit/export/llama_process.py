@@ -33,6 +33,9 @@ class Backend(Protocol):
     def facts(self) -> dict[str, Any]:
         """How many tokens the vocabulary has, and at which ids an answer ends (None: unknown)."""
 
+    def names(self) -> list[str] | None:
+        """The text of every token as the file has it; None: unknown."""
+
     def tokenize(self, text: str, special: bool) -> list[int]:
         """The ids of a text, control strings in it read as the tokens that they name."""
 
@@ -78,6 +81,9 @@ class Cyllama:
         count = self._vocabulary.n_vocab
         ends = [one for one in range(count) if self._vocabulary.is_eog(one)]
         return {"vocabulary": count, "ends": ends}
+
+    def names(self) -> list[str] | None:  # noqa: D102
+        return [self._vocabulary.get_text(one) for one in range(self._vocabulary.n_vocab)]
 
     def tokenize(self, text: str, special: bool) -> list[int]:  # noqa: D102
         return list(self._vocabulary.tokenize(text, special, True))
@@ -130,6 +136,9 @@ class Server:
 
     def facts(self) -> dict[str, Any]:  # noqa: D102
         return {"vocabulary": self._size, "ends": None}
+
+    def names(self) -> list[str] | None:  # noqa: D102
+        return None
 
     @cached_property
     def _size(self) -> int:
@@ -219,6 +228,17 @@ def serve() -> None:
                 _answer(sink, found, numbers=numbers.tobytes())
             except Exception as error:
                 _answer(sink, None, str(error) or type(error).__name__)
+
+
+def quantize(source: str, target: str, kind: int, threads: int) -> None:
+    """Write the GGUF `source` as llama.cpp's file type `kind`. Only cyllama has this."""
+    from cyllama.llama import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    llama_cpp.ggml_backend_load_all()
+    settings = llama_cpp.LlamaModelQuantizeParams()
+    settings.ftype, settings.nthread = kind, threads
+    llama_cpp.model_quantize(source, target, settings)
 
 
 def _answer(sink: IO[bytes], found: Any, wrong: str | None = None, numbers: bytes = b"") -> None:

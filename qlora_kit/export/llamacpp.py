@@ -30,6 +30,7 @@ from qlora_kit.process.worker import PACKAGE, receive, send
 LIBRARIES = {"cyllama": (4096, 2**27), "xllamacpp": (512, 2**21)}
 """The libraries, the better one first, and for each the most positions that it is asked about and
 the most scores in all: what takes about a minute."""
+QUANTIZES = "cyllama"
 WITH_ADAPTER = ("xllamacpp",)
 AT_ONCE = 2**22
 """Scores that come over at once."""
@@ -39,7 +40,9 @@ LEVEL = re.compile(r"^[\d.]+ E +")
 INSTALL = "pip install 'qlora-kit[llamacpp]'"
 
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
-START += "from qlora_kit.export.llama_process import serve; serve()"
+START += "from qlora_kit.export.llama_process import {call}"
+SERVE = START.format(call="serve; serve()")
+QUANTIZE = START.format(call="quantize; quantize(**json.loads(sys.argv[2]))")
 
 
 def llama_library(*, adapter: bool = False) -> str | None:
@@ -48,6 +51,15 @@ def llama_library(*, adapter: bool = False) -> str | None:
         if importlib.util.find_spec(name) is not None:
             return name
     return None
+
+
+def check_quantizes(kind: str) -> None:
+    """Refuse a type that is quantized by llama.cpp where no library does. Errors: `ConfigError`."""
+    if importlib.util.find_spec(QUANTIZES) is None:
+        raise ConfigError(
+            f"--quantize {kind}: {QUANTIZES}, the llama.cpp that quantizes, is not installed",
+            f"{INSTALL}, or leave it out and run llama-quantize model.gguf {kind}.gguf {kind}",
+        )
 
 
 class LlamaCpp:
@@ -71,11 +83,13 @@ class LlamaCpp:
             what = " or ".join(WITH_ADAPTER if lora is not None else LIBRARIES)
             raise ConfigError(f"llama.cpp is not installed ({what})", INSTALL)
         self.library = library
+        self.gives_logits = library != "xllamacpp"
+        """Whether `scores` are logits, or log-probabilities."""
         self.file = file
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._read = 0
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", START, json.dumps([PACKAGE, *sys.path])],
+            _command(SERVE),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -102,6 +116,11 @@ class LlamaCpp:
         most, scores = LIBRARIES[library]
         self.positions = max(1, min(most, scores // self.vocabulary))
         """How many positions it should be asked about."""
+
+    def names(self) -> list[str] | None:
+        """The text of every token as the file has it; None where the library does not tell."""
+        names: list[str] | None = self._ask(["names", []])[0]
+        return names
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of a text; `special` adds what the tokenizer puts before and after one."""
@@ -157,10 +176,40 @@ class LlamaCpp:
     def _error(self, wrong: str) -> ExportError:
         """An error with the line of llama.cpp that says the reason, where one does."""
         self._said.seek(self._read)
-        lines = self._said.read().decode(errors="replace").splitlines()
-        reasons = [line for line in lines if REASON.search(line)]
-        said = LEVEL.sub("", plain(reasons[0].strip() if reasons else wrong))[:200]
+        said = _reason(self._said.read(), wrong)
         return ExportError(
             f"llama.cpp ({self.library}) does not take {self.file.name}: {said}",
             "nothing was written; export another --format, or update the library that reads it",
         )
+
+
+def quantize_gguf(source: Path, target: Path, kind: int) -> None:
+    """Write a GGUF of plain numbers as llama.cpp's file type `kind`, in a process of its own.
+
+    `check_quantizes` has found the library. Errors: `ExportError`.
+    """
+    settings = {"source": str(source), "target": str(target), "kind": kind}
+    ended = subprocess.run(
+        [*_command(QUANTIZE), json.dumps(settings | {"threads": torch.get_num_threads()})],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        check=False,
+    )
+    if ended.returncode:
+        raise ExportError(
+            f"llama.cpp does not quantize: {_reason(ended.stdout, 'it ended')}",
+            "nothing was written; export without --quantize",
+        )
+
+
+def _command(code: str) -> list[str]:
+    return [sys.executable, "-I", "-S", "-B", "-c", code, json.dumps([PACKAGE, *sys.path])]
+
+
+def _reason(printed: bytes, otherwise: str) -> str:
+    """The line in what llama.cpp printed that says why."""
+    lines = printed.decode(errors="replace").splitlines()
+    reasons = [line for line in lines if REASON.search(line)]
+    return LEVEL.sub("", plain(reasons[0].strip() if reasons else otherwise))[:200]

@@ -32,7 +32,7 @@ from qlora_kit.export.transformers_reader import (
     read_model,
     read_tokenizer,
 )
-from qlora_kit.export.verify import Verification, check_distance, compare, decoded
+from qlora_kit.export.verify import Decoded, Verification, check_distance, compare, decoded
 from qlora_kit.process.out_of_memory import is_out_of_memory
 
 
@@ -113,10 +113,15 @@ def verify_export(base: Base, directory: Path, rows: Sequence[Encoded]) -> tuple
 
 
 def _verified(base: Base, directory: Path, way: Way, rows: Sequence[Encoded]) -> Verification:
-    pad = padding_id(base.tokenizer)
-    ours = decoded(base.model, rows, pad)
+    ours = trained(base, rows)
     if way.whole:
         model = with_adapter(read_model(directory, way.device), directory, way)
         return compare(ours, model_pieces(model, ours.rows))
     with read_layers(directory, way) as layered:
-        return compare(ours, decoded(layered, rows, pad).pieces())
+        theirs = decoded(layered, rows, padding_id(base.tokenizer))
+        return compare(ours, theirs.pieces())
+
+
+def trained(base: Base, rows: Sequence[Encoded]) -> Decoded:
+    """The model as trained on what is compared of some rows."""
+    return decoded(base.model, rows, padding_id(base.tokenizer))

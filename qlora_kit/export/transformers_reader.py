@@ -10,6 +10,7 @@ too, which is no distance of the weights.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,12 +96,16 @@ def model_pieces(model: Any, rows: Sequence[Sequence[int]]) -> Iterator[Piece]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside transformers draws no bars, and says nothing: what it reports is looked at."""
+    """Inside transformers draws no bars, and says nothing: what it reports is looked at.
+
+    The bar of its GGUF reader heeds no setting, so that nothing at all goes to stderr.
+    """
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bar:

@@ -27,7 +27,7 @@ def test_a_process_that_ends_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
     """As llama.cpp ends its own where an assertion fails; the last words are in the error."""
     dies = "import sys, os; sys.stdin.buffer.read(8)\n"
     dies += "print('ggml.c:1: GGML_ASSERT(rows > 0) failed', file=sys.stderr); os.abort()"
-    monkeypatch.setattr(llamacpp, "START", dies)
+    monkeypatch.setattr(llamacpp, "SERVE", dies)
     with pytest.raises(ExportError, match=r"GGML_ASSERT\(rows > 0\) failed"):
         LlamaCpp(tmp_path / "model.gguf", library="cyllama")
 

@@ -1,0 +1,115 @@
+"""A GGUF read back: by llama.cpp, and by transformers where it knows the family.
+
+llama.cpp says which tokens texts are, at which tokens answers end, and the logits; transformers
+makes all tensors fp32 and runs them, which takes the memory of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+from qlora_kit.base.base import Base
+from qlora_kit.config.export import ExportConfig
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.device.found import free_bytes
+from qlora_kit.export.gguf_tokens import LLAMA_CPP, GgufTokens
+from qlora_kit.export.llamacpp import INSTALL, LlamaCpp, llama_library
+from qlora_kit.export.readers import Read, report_of, trained
+from qlora_kit.export.transformers_reader import (
+    TRANSFORMERS,
+    model_pieces,
+    read_model,
+    read_tokenizer,
+)
+from qlora_kit.export.verify import Decoded, Piece, compare
+from qlora_kit.gguf.layout import gguf_facts
+
+WORK = 2**42
+"""Parameters times positions: what a CPU multiplies in some minutes."""
+FEWEST = 256
+"""llama.cpp has no shorter context."""
+BESIDE = 8.8
+"""Bytes that transformers takes for a parameter of a GGUF: fp32 twice at the end of its reading."""
+
+
+@dataclass(frozen=True)
+class GgufReaders:
+    """What reads a file, for what it is to be compared with."""
+
+    base: Base
+    file: Path
+    rows: Sequence[Encoded]
+
+    @cached_property
+    def ours(self) -> Decoded:
+        """The model as trained."""
+        return trained(self.base, self.rows)
+
+    @cached_property
+    def tokens(self) -> GgufTokens:
+        """The tokens that the file should give."""
+        return GgufTokens(self.base, self.rows)
+
+    def by_llama_cpp(self) -> Read:
+        """What llama.cpp finds. Errors: `ExportError`."""
+        longest = max(len(row) for row in self.ours.rows)
+        with LlamaCpp(self.file, context=max(FEWEST, longest)) as llama:
+            texts = self.tokens.check_llama(llama)
+            most = min(llama.positions, max(1, WORK // self.base.parameters))
+            pieces = _pieces(llama, self.ours.rows, most)
+            found = compare(self.ours, pieces, normalized=not llama.gives_logits)
+            return Read(LLAMA_CPP, f"whole, by {llama.library}", found, texts)
+
+    def by_transformers(self) -> Read:
+        """What transformers finds. Errors: `ExportError`."""
+        place, name = self.file.parent, self.file.name
+        texts = self.tokens.check(TRANSFORMERS, read_tokenizer(place, file=name))
+        model = read_model(place, self.base.device, file=name)
+        found = compare(self.ours, model_pieces(model, self.ours.rows))
+        return Read(TRANSFORMERS, "whole, in fp32", found, texts)
+
+    def absent(self) -> dict[str, str]:
+        """The readers that there are not, and why."""
+        found = {}
+        if llama_library() is None:
+            found[LLAMA_CPP] = f"it is not installed ({INSTALL})"
+        family = gguf_facts(self.base.model.config.model_type).architecture
+        if family not in GGUF_SUPPORTED_ARCHITECTURES:
+            found[TRANSFORMERS] = f"it reads no {family} models from a GGUF"
+        elif (needed := BESIDE * self.base.parameters) > (free := free_bytes(self.base.device)):
+            sizes = f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+            found[TRANSFORMERS] = f"it takes {sizes}"
+        return found
+
+
+def verify_gguf(
+    base: Base, options: ExportConfig, directory: Path, rows: Sequence[Encoded]
+) -> dict[str, Any]:
+    """Read the GGUF in a directory back; what is said of it in export.json.
+
+    Errors: `ExportError`, `NumericError` for a distance above the limit, `ResourceError`.
+    """
+    (file,) = directory.glob("*.gguf")
+    readers = GgufReaders(base, file, rows)
+    absent = readers.absent()
+    ways = {LLAMA_CPP: readers.by_llama_cpp, TRANSFORMERS: readers.by_transformers}
+    reads = [read() for name, read in ways.items() if name not in absent]
+    return report_of(reads, options) | {"not_read_by": absent}
+
+
+def _pieces(llama: LlamaCpp, rows: Sequence[Sequence[int]], most: int) -> Iterator[Piece]:
+    """llama.cpp's logits of the first `most` positions."""
+    for number, row in enumerate(rows):
+        start, stop = 0, min(len(row) - 1, most)
+        for scores in llama.scores(row, stop):
+            yield Piece(number, start, scores)
+            start += len(scores)
+        most -= stop
+        if most <= 0:
+            return

@@ -7,8 +7,9 @@ refused instead.
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,13 +24,29 @@ class Difference:
     """What is said of some texts, and which they are."""
 
     said: str
-    concerns: Callable[[str], bool]
+    concerns: Callable[[str], object]
 
 
-MARKS = Difference(
-    "texts with combining marks, which llama.cpp splits at other places",
-    lambda text: any(unicodedata.category(one).startswith("M") for one in text),
+def _has_marks_or_inner_capitals(text: str) -> bool:
+    kinds = ["", *map(unicodedata.category, text), ""]
+    return any(kind.startswith("M") for kind in kinds) or any(
+        here in CAPITAL and one > "\x7f" and (before.startswith("L") or behind in CAPITAL)
+        for one, before, here, behind in zip(text, kinds, kinds[1:], kinds[2:], strict=False)
+    )
+
+
+CAPITAL = ("Lu", "Lt")
+CASES = Difference(
+    "texts with combining marks, or with capitals beyond ASCII inside of words or before others, "
+    "which llama.cpp splits at other places",
+    _has_marks_or_inner_capitals,
 )
+
+
+def spelled(names: Sequence[str]) -> list[Difference]:
+    """What llama.cpp takes for control tokens by their names, which are plain ones."""
+    found = re.compile("|".join(map(re.escape, names)))
+    return [Difference(f"texts with {names[0]!r}, a plain token", found.search)] if names else []
 
 
 def normal_form(step: Mapping[str, Any]) -> Difference:
@@ -51,27 +68,29 @@ def normal_form(step: Mapping[str, Any]) -> Difference:
     )
 
 
-def prefixed(scheme: str, added: bool) -> list[Difference]:
+def prefixed(scheme: str, added: bool, control: Sequence[str]) -> list[Difference]:
     """What the pre-tokenizer `Metaspace` does otherwise than llama.cpp, which has `added` spaces.
 
-    It puts no space before a space, nor (`first`) before what follows a control token.
+    It puts no space before a space, nor (`first`) before what follows one of the `control` tokens.
     """
+    starts = tuple(control)
     if scheme == "never":
         return []
     if not added:
         return [
             Difference(
                 "texts that begin without a control token, to which the tokenizer adds a space",
-                lambda text: not text.startswith((" ", "▁")),
+                lambda text: bool(text) and not text.startswith((" ", "▁", *starts)),
             )
         ]
+    behind = "|".join(map(re.escape, control))
     found = [
         Difference(
-            "texts that begin with a space, before which llama.cpp puts another one",
-            lambda text: text.startswith((" ", "▁")),
+            "texts and their parts that begin with a space, before which llama.cpp puts another",
+            re.compile(f"(?:^|{behind})[ ▁]" if behind else "^[ ▁]").search,
         )
     ]
-    if scheme == "first":
+    if scheme == "first" and behind:
         said = "what follows a control token, before which llama.cpp puts a space"
-        found.append(Difference(said, lambda _: False))
+        found.append(Difference(said, re.compile(f"(?:{behind})(?!{behind}|$)").search))
     return found

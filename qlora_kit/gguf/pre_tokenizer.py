@@ -7,8 +7,8 @@ brought into one form, a tuple of regular expressions applied one after another,
 here; what is not in the table is refused. Each entry is proven by texts that both read alike
 (`tests/gguf/test_three_readers.py`).
 
-llama.cpp's regular expressions know no categories below a letter class, so that it reads some texts
-with combining marks otherwise than the tokenizer where a split asks for \p{M} (`MARKS`).
+Where splits ask for capitals and small letters (\p{Lu}, \p{Ll}), llama.cpp knows those of ASCII
+alone, and reads some texts otherwise (`differences.CASES`).
 
 Sources: llama.cpp's src/llama-vocab.cpp; the pre-tokenizers of the library `tokenizers` 0.23.
 """
@@ -40,8 +40,8 @@ class Known:
 
     splits: tuple[str, ...]
     ignore_merges: bool = False
-    marks: bool = False
-    """whether it reads texts with combining marks otherwise than these splits say"""
+    cases: bool = False
+    """whether it takes other letters than the splits say for capitals and for small ones"""
 
 
 KNOWN = {
@@ -67,9 +67,6 @@ KNOWN = {
             rf"{ASCII_WORD}|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
             r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         )
-    ),
-    "deepseek-coder": Known(
-        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", DIGIT)
     ),
 }
 """By llama.cpp's name. Of names for one split it is the one that leaves spaces in answers alone."""

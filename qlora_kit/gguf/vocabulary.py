@@ -19,32 +19,21 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
 from tokenizers import models
 
 from qlora_kit.errors import TokenizerError
-from qlora_kit.gguf.differences import MARKS, Difference, normal_form, prefixed
-from qlora_kit.gguf.ends import end_keys
+from qlora_kit.gguf.differences import CASES, Difference, normal_form, prefixed, spelled
+from qlora_kit.gguf.ends import BY_NAME, end_keys
 from qlora_kit.gguf.pre_tokenizer import KNOWN, find_names
 from qlora_kit.gguf.sentencepiece import LOWEST, scores_of
+from qlora_kit.gguf.stripping import general_name, stripped, strips_as_phi3
+from qlora_kit.gguf.token_list import BYTES, TokenType, is_byte_level, token_list
 
 PREFIX = "tokenizer.ggml."
 SPACE = "▁"
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 Value = str | bool | int | list[str] | list[int] | list[float]
-
-
-class TokenType(IntEnum):
-    """What a token is, in the numbers of a GGUF."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 @dataclass
@@ -59,6 +48,8 @@ class Vocabulary:
     merges: list[str] | None = None
     ids: dict[str, int] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
+    strips: bool = False
+    """whether spaces behind control tokens go away, which `general.name` has to say"""
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -78,6 +69,10 @@ class Vocabulary:
             (PREFIX + name, value)
             for name, value in (*found, *self.ids.items(), *self.flags.items())
         ]
+
+    def general_name(self, name: str) -> str:
+        """A model's name as `general.name`, from which llama.cpp takes more than a name."""
+        return general_name(name, self.strips)
 
     def reads(self, text: str) -> bool:
         """Whether llama.cpp reads a text as the tokenizer does, as far as is known."""
@@ -105,54 +100,47 @@ def vocabulary(
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
             raise _refused(f"the tokenizer has {name} {model[name]!r}")
-    make = _byte_level if _is_byte_level(backend["pre_tokenizer"]) else _sentencepiece
+    make = _byte_level if is_byte_level(backend["pre_tokenizer"]) else _sentencepiece
     found = make(backend, rows, bool(tokenizer.chat_template))
     if len(set(found.tokens)) < len(found.tokens):
         twice = next(one for one in found.tokens if found.tokens.count(one) > 1)
         raise _refused(f"two tokens of the tokenizer are {twice!r}")
     _name_ids(found, tokenizer, ends, bos)
-    stripping = [
-        one["content"] for one in backend["added_tokens"] if one["lstrip"] or one["rstrip"]
-    ]
-    if stripping:
-        found.notes.append(
-            f"llama.cpp leaves the spaces beside {stripping[0]!r} and {len(stripping) - 1} other "
-            "tokens, which the tokenizer drops"
-        )
+    added = backend["added_tokens"]
+    found.strips = strips_as_phi3(added, found.tokens)
+    if not found.strips:
+        found.differences += stripped(added)
     return found
-
-
-def _is_byte_level(step: Mapping[str, Any] | None) -> bool:
-    steps = [] if step is None else step.get("pretokenizers", [step])
-    return any(one["type"] == "ByteLevel" for one in steps)
 
 
 def _byte_level(backend: Mapping[str, Any], rows: int, chats: bool) -> Vocabulary:
     model = backend["model"]
     names = find_names(backend["pre_tokenizer"])
-    pre = _by_ignoring(names, model)
+    pre = _by_ignoring(names, backend)
     merges = [" ".join(pair) for pair in _pairs(model)]
     if any(merge.count(" ") != 1 for merge in merges):
         raise _refused("the tokenizer merges tokens with spaces in them")
-    tokens, types = _tokens(backend, rows)
+    tokens, types = token_list(backend, rows)
     found = Vocabulary("gpt2", pre, tokens, types, merges=merges)
     found.differences += [normal_form(step) for step in _steps(backend["normalizer"])]
-    if KNOWN[pre].marks:
-        found.differences.append(MARKS)
+    if KNOWN[pre].cases:
+        found.differences.append(CASES)
     return found
 
 
-def _by_ignoring(names: Sequence[str], model: Mapping[str, Any]) -> str:
+def _by_ignoring(names: Sequence[str], backend: Mapping[str, Any]) -> str:
     """The name that leaves words whole as the tokenizer does, which matters for some tokens only.
 
     Errors: `TokenizerError` where there is none and it matters.
     """
+    model = backend["model"]
     ignored = model.get("ignore_merges", False)
     for name in names:
         if KNOWN[name].ignore_merges == ignored:
             return name
     merging = models.BPE(model["vocab"], _pairs(model))
-    apart = next((one for one in model["vocab"] if len(merging.tokenize(one)) > 1), None)
+    words = model["vocab"].keys() - {one["content"] for one in backend["added_tokens"]}
+    apart = min((one for one in words if len(merging.tokenize(one)) > 1), default=None)
     if apart is not None:
         raise _refused(
             f"the tokenizer has ignore_merges {ignored}, which llama.cpp's pre-tokenizer "
@@ -163,12 +151,12 @@ def _by_ignoring(names: Sequence[str], model: Mapping[str, Any]) -> str:
 
 def _sentencepiece(backend: Mapping[str, Any], rows: int, chats: bool) -> Vocabulary:
     model = backend["model"]
-    if not model["byte_fallback"] or not set(BYTES) <= model["vocab"].keys():
+    if not model["byte_fallback"] or not model["vocab"].keys() >= BYTES:
         raise _refused("the tokenizer has neither a byte-level pre-tokenizer nor tokens of bytes")
     scheme, differences = _space_prefix(backend, chats)
-    tokens, types = _tokens(backend, rows)
+    tokens, types = token_list(backend, rows)
     added = {one["content"] for one in backend["added_tokens"]}
-    plain = model["vocab"].keys() - set(BYTES) - added
+    plain = model["vocab"].keys() - BYTES - added
     pairs = _pairs(model)
     ranks = scores_of(plain, pairs)
     for one in backend["added_tokens"]:
@@ -197,6 +185,7 @@ def _space_prefix(backend: Mapping[str, Any], chats: bool) -> tuple[bool, list[D
     Errors: `TokenizerError` for normalizers and pre-tokenizers that do something else.
     """
     prepends, replaces = False, False
+    control = [one["content"] for one in backend["added_tokens"] if one["special"]]
     differences = []
     for step in _steps(backend["normalizer"]):
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
@@ -210,7 +199,7 @@ def _space_prefix(backend: Mapping[str, Any], chats: bool) -> tuple[bool, list[D
             scheme = step["prepend_scheme"]
             prepends = scheme == "always" or (scheme == "first" and not chats)
             replaces = True
-            differences += prefixed(scheme, prepends)
+            differences += prefixed(scheme, prepends, control)
         elif step["type"] != "Split" or step["pattern"] != {"String": " "} or not replaces:
             described = {name: value for name, value in step.items() if name != "type"}
             raise _refused(f"the tokenizer has the pre-tokenizer {step['type']} {described}"[:200])
@@ -219,43 +208,13 @@ def _space_prefix(backend: Mapping[str, Any], chats: bool) -> tuple[bool, list[D
     return prepends, differences
 
 
-def _tokens(backend: Mapping[str, Any], rows: int) -> tuple[list[str], list[TokenType]]:
-    """The text of each row's token and what it is. Errors: `TokenizerError` for too few rows."""
-    model = backend["model"]
-    known: dict[int, str] = {}
-    for text, number in model["vocab"].items():
-        # A vocabulary may have two names for a byte, of which llama.cpp asks for this one.
-        if number not in known or text in BYTES:
-            known[number] = text
-    types = dict.fromkeys(known, TokenType.NORMAL)
-    for one in backend["added_tokens"]:
-        known[one["id"]] = one["content"]
-        types[one["id"]] = TokenType.CONTROL if one["special"] else TokenType.USER_DEFINED
-    for text in BYTES if model["byte_fallback"] else ():
-        if text in model["vocab"]:
-            types[model["vocab"][text]] = TokenType.BYTE
-    if not _is_byte_level(backend["pre_tokenizer"]) and model["unk_token"] in model["vocab"]:
-        types[model["vocab"][model["unk_token"]]] = TokenType.UNKNOWN
-    if max(known) >= rows:
-        raise TokenizerError(
-            f"the tokenizer has the token {max(known)}, the embedding {rows} rows",
-            "use the tokenizer that belongs to this model",
-        )
-    taken = set(known.values())
-    texts = [known[row] if row in known else _free(f"[PAD{row}]", taken) for row in range(rows)]
-    return texts, [types.get(row, TokenType.UNUSED) for row in range(rows)]
-
-
-def _free(name: str, taken: Collection[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name
-
-
 def _name_ids(found: Vocabulary, tokenizer: Any, ends: Collection[int], bos: int | None) -> None:
     """Fill in the special ids and whether BOS and EOS are put around a text."""
     named, notes = end_keys(tokenizer.eos_token_id, ends, found.tokens)
     found.notes += notes
+    kinds = zip(found.tokens, found.types, strict=True)
+    plain = [text for text, kind in kinds if kind is TokenType.NORMAL and text in BY_NAME]
+    found.differences += spelled(plain)
     first = tokenizer.bos_token_id
     if first is None:
         # Without a key llama.cpp takes some token of its own for it.

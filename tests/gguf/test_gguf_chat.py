@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_tokenizer import chat_tokenizer
 from family_templates import FAMILY_TEMPLATES
+from gguf_reader import Reader, write_vocabulary
 
 from qlora_kit.base.source import TINY
 from qlora_kit.base.tokenizer import load_tokenizer
 from qlora_kit.data.chat_template import DIRECTORY
 from qlora_kit.gguf.chat import chat_metadata, without_marks
+from qlora_kit.gguf.vocabulary import vocabulary
 
 TINYS = (TINY / "chat_template.jinja").read_text()
 CHAT = [
@@ -51,6 +54,16 @@ def test_a_template_without_marks_writes_the_same(template: str) -> None:
 def test_a_template_without_marks_stays_as_it_is() -> None:
     for text in (*FAMILY_TEMPLATES.values(), *(p.read_text() for p in DIRECTORY.glob("*.jinja"))):
         assert without_marks(text) == text
+
+
+def test_llama_cpp_writes_chats_as_the_tokenizer_does(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(TINY)
+    found = vocabulary(tokenizer, len(tokenizer), [1])
+    write_vocabulary(found, tmp_path / "model.gguf", more=chat_metadata(tokenizer))
+    reader = Reader(tmp_path / "model.gguf")
+    for chat in (CHAT, [{"role": "system", "content": "Be brief."}, *CHAT], CHAT[:1]):
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert reader.chat(chat) == text.removeprefix("<s>")
 
 
 def test_named_templates_stand_beside_the_default() -> None:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf_reader import Reader, write_vocabulary
 from texts import TEXTS
-from transformers import AutoTokenizer
+from tokenizer_kinds import ADDED, SPLITS, byte_level, sentencepiece
+from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
+from qlora_kit.base.contents import tokenizer_files
 from qlora_kit.base.source import TINY
-from qlora_kit.base.tokenizer import load_tokenizer
-from qlora_kit.gguf.vocabulary import TokenType, vocabulary
+from qlora_kit.base.tokenizer import load_tokenizer, make_tokenizer
+from qlora_kit.data.answers import turn_ends
+from qlora_kit.gguf.vocabulary import TokenType, Vocabulary, vocabulary
 
-STORIES = Path(os.environ.get("QLORA_KIT_DATA", "absent")) / "models" / "stories260K"
+DATA = Path(os.environ.get("QLORA_KIT_DATA", "absent"))
+STORIES, GPT2 = DATA / "models" / "stories260K", DATA / "tokenizers" / "gpt2"
+FIRST_SPACES = {"a space", "spaces before", "control strings"}
 
 
-def differing(tokenizer: Any, reader: Any) -> dict[str, Any]:
+def differing(tokenizer: Any, reader: Callable[[str], list[int]]) -> set[str]:
     """The texts that a reader has other tokens for."""
-    found = {name: (tokenizer(text)["input_ids"], reader(text)) for name, text in TEXTS.items()}
-    return {name: both for name, both in found.items() if both[0] != both[1]}
+    return {name for name, text in TEXTS.items() if tokenizer(text)["input_ids"] != reader(text)}
+
+
+def made(tokenizer: Any, rows: int = 0) -> Vocabulary:
+    ends = turn_ends(tokenizer) | {tokenizer.eos_token_id}
+    return vocabulary(tokenizer, rows or len(tokenizer), ends)
+
+
+def in_llama_cpp(found: Vocabulary, directory: Path, **options: Any) -> Callable[[str], list[int]]:
+    write_vocabulary(found, directory / "model.gguf", **options)
+    return Reader(directory / "model.gguf").tokens
+
+
+def in_transformers(directory: Path) -> Callable[[str], list[int]]:
+    theirs = AutoTokenizer.from_pretrained(directory, gguf_file="model.gguf")
+    return lambda text: list(theirs(text)["input_ids"])
 
 
 @pytest.mark.parametrize("base", ["tiny", "stories260K"])
@@ -31,13 +52,106 @@ def test_texts_are_the_same_tokens_in_three_readers(base: str, tmp_path: Path) -
         pytest.skip("needs the model stories260K of $QLORA_KIT_DATA")
     tokenizer = load_tokenizer(directory)
     rows = len(tokenizer) + 3
-    found = vocabulary(tokenizer, rows, [tokenizer.eos_token_id])
+    found = made(tokenizer, rows)
     assert found.tokens[-1] == f"[PAD{rows - 1}]"
     assert found.types[-3:] == [TokenType.UNUSED] * 3
-    write_vocabulary(found, tmp_path / "model.gguf")
-    assert differing(tokenizer, Reader(tmp_path / "model.gguf").tokens) == {}
-    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert found.warnings() == []
+    assert differing(tokenizer, in_llama_cpp(found, tmp_path)) == set()
     # transformers puts a space before the first part of a text alone, and none before another: a
     # file of the architecture "llama" cannot tell it what the tokenizer does.
-    upstream = {"tiny": set(), "stories260K": {"a space", "spaces before", "control strings"}}
-    assert differing(tokenizer, lambda text: theirs(text)["input_ids"]).keys() == upstream[base]
+    upstream = {"tiny": set(), "stories260K": FIRST_SPACES}
+    assert differing(tokenizer, in_transformers(tmp_path)) == upstream[base]
+
+
+def test_texts_are_the_same_tokens_with_the_vocabulary_of_gpt_2(tmp_path: Path) -> None:
+    if not GPT2.exists():
+        pytest.skip("needs the tokenizer gpt2 of $QLORA_KIT_DATA")
+    tokenizer = make_tokenizer(GPT2, tokenizer_files(GPT2), {"model_type": "gpt2"})
+    found = made(tokenizer)
+    assert found.pre == "gpt-2"
+    assert differing(tokenizer, in_llama_cpp(found, tmp_path)) == set()
+
+
+LLAMA_CPP = {
+    "qwen2": {"combining"},
+    "qwen35": {"combining"},
+    "tekken": {"combining", "marks"},
+    "gpt-4o": {"combining", "marks"},
+    "metaspace": FIRST_SPACES,
+}
+"""Texts that llama.cpp reads otherwise whatever a file says."""
+TRANSFORMERS = {
+    # It takes GPT-2's split for what it does not know.
+    "deepseek-v3": {
+        *("code", "contractions", "combining", "digits", "marks", "cases", "other spaces")
+    },
+    "qwen2": {"combining"},
+    "qwen35": {"combining"},
+    # It does not leave words whole.
+    "llama-bpe": {"a word of its own"},
+    "tekken": {"a word of its own"},
+    "llama-2": FIRST_SPACES,
+    # It drops no spaces beside control tokens.
+    "phi-3": {"control strings"},
+}
+"""Texts that transformers' reader of GGUF reads otherwise."""
+
+
+@pytest.mark.parametrize("kind", [*SPLITS, *ADDED])
+def test_texts_are_the_same_tokens_for_every_kind(kind: str, tmp_path: Path) -> None:
+    tokenizer = byte_level(kind) if kind in SPLITS else sentencepiece(kind)
+    found = made(tokenizer)
+    assert (found.model, found.pre) == (("gpt2", kind) if kind in SPLITS else ("llama", "default"))
+    architecture = {"gemma": "gemma2", "phi-3": "phi3"}.get(kind, "llama")
+    others = differing(tokenizer, in_llama_cpp(found, tmp_path))
+    assert others == LLAMA_CPP.get(kind, set())
+    # And that is said, of each such text and as a sentence.
+    assert not any(found.reads(TEXTS[name]) for name in others)
+    assert bool(others) == any("reads otherwise" in one for one in found.warnings())
+    write_vocabulary(found, tmp_path / "model.gguf", architecture)
+    assert differing(tokenizer, in_transformers(tmp_path)) == TRANSFORMERS.get(kind, set())
+
+
+@pytest.mark.parametrize("made_by", [LlamaTokenizer, GemmaTokenizer])
+def test_tokenizers_that_transformers_builds_itself(made_by: Any, tmp_path: Path) -> None:
+    like = sentencepiece("gemma" if made_by is GemmaTokenizer else "llama-2")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    merges = [tuple(one) for one in backend_of(like)["model"]["merges"]]
+    tokenizer = made_by(vocab=like.get_vocab(), merges=merges, add_bos_token=True, **names)
+    found = made(tokenizer)
+    others = differing(tokenizer, in_llama_cpp(found, tmp_path))
+    assert not any(found.reads(TEXTS[name]) for name in others)
+    # Both have a plain token `<|im_end|>`, which llama.cpp takes for the end of a turn.
+    spaces = {"control strings"} if made_by is GemmaTokenizer else FIRST_SPACES
+    assert others == spaces
+
+
+def backend_of(tokenizer: Any) -> Any:
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def test_parts_of_a_chat_have_the_spaces_that_the_tokenizer_gives_them(tmp_path: Path) -> None:
+    """A space before a text's first part alone is none in a chat, which begins with BOS."""
+    tokenizer = sentencepiece("metaspace")
+    tokenizer.chat_template = "{{ bos_token }}[INST]{{ messages[0].content }}"
+    found = made(tokenizer)
+    read = in_llama_cpp(found, tmp_path)
+    for chat in ("<s>[INST]Hi</s><s>[INST] there  [INST]", "<s> a", "[INST]two parts"):
+        assert found.reads(chat)
+        assert read(chat) == tokenizer(chat)["input_ids"]
+    assert not found.reads(TEXTS["prose"])
+    assert read(TEXTS["prose"]) != tokenizer(TEXTS["prose"])["input_ids"]
+
+
+def test_spaces_beside_control_tokens_go_where_the_name_says_so(tmp_path: Path) -> None:
+    text = "<|user|> \n Hi<|end|>\n<|user|> <s> a <|endoftext|> b</s> c"
+    phi = sentencepiece("phi-3")
+    found = made(phi)
+    assert found.general_name("Phi-3.5-mini") == "Phi-3.5-mini"
+    assert found.general_name("mine") == "mine phi-3"
+    assert in_llama_cpp(found, tmp_path, name="mine")(text) == phi(text)["input_ids"]
+    other = made(sentencepiece("llama-2"))
+    assert other.general_name("my-phi3") == "my-phi 3"
+    tiny = load_tokenizer(TINY)
+    # llama.cpp ends where a file of that name has not all of Phi-3's tokens.
+    assert in_llama_cpp(made(tiny), tmp_path, name="Phi-3")(text) == tiny(text)["input_ids"]

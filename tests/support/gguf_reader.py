@@ -10,16 +10,17 @@ import xllamacpp
 WIDTH = 32
 
 
-def write_vocabulary(found, path, architecture="llama", template=None):
+def write_vocabulary(found, path, architecture="llama", name="a model", more=()):
     """A GGUF of a one-layer model with a vocabulary."""
     writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_name(found.general_name(name))
     writer.add_context_length(4096)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(1)
     writer.add_feed_forward_length(WIDTH)
     writer.add_head_count(1)
     writer.add_layer_norm_rms_eps(1e-5)
-    put_metadata(writer, found.metadata())
+    put_metadata(writer, [*found.metadata(), *more])
     rows = len(found.tokens)
     shapes = {"token_embd": (rows, WIDTH), "output_norm": (WIDTH,), "output": (rows, WIDTH)}
     shapes |= {f"blk.0.{name}_norm": (WIDTH,) for name in ("attn", "ffn")}
@@ -63,6 +64,15 @@ class Reader:
     def tokens(self, text, special=True):
         asked = {"content": text, "add_special": special, "parse_special": True}
         return self._post("/tokenize", asked)["tokens"]
+
+    def answer(self, wanted, count=4):
+        """The tokens of an answer in which each would be `wanted`."""
+        asked = {"prompt": [0], "n_predict": count, "temperature": 0, "return_tokens": True}
+        return self._post("/completion", {**asked, "logit_bias": [[wanted, 100.0]]})
+
+    def chat(self, messages):
+        """The text that llama.cpp makes of a chat by the file's template."""
+        return self._post("/apply-template", {"messages": messages})["prompt"]
 
     def _post(self, path, body):
         request = urllib.request.Request(

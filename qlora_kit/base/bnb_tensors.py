@@ -22,15 +22,15 @@ STATE_BYTES = 512
 """More than the JSON object of a 4-bit linear takes."""
 
 
-def checkpoint_bytes(shape: torch.Size, quantization: Quantization) -> int:
-    """The bytes of a linear of that shape (out_features, in_features), at most."""
+def checkpoint_bytes(shape: torch.Size, quantization: Quantization) -> dict[str, int]:
+    """The bytes of each tensor of a linear (out_features, in_features), at most, by its suffix."""
     expected = (
         expected_8bit(shape) if quantization.bits == 8 else expected_4bit(shape, quantization)
     )
-    return sum(
-        SIZES[dtype] * (STATE_BYTES if count is None else count)
-        for dtype, count in expected.values()
-    )
+    return {
+        suffix: SIZES[dtype] * (STATE_BYTES if count is None else count)
+        for suffix, (dtype, count) in expected.items()
+    }
 
 
 def checkpoint_tensors(layer: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -38,7 +38,8 @@ def bnb_size(base: Base, options: ExportConfig) -> int:
             "use --format hf",
         )
     shapes = [_shape(base, name) for name in linears.named]
-    size = sum(checkpoint_bytes(shape, linears.quantization) for shape in shapes)
+    sizes = [checkpoint_bytes(shape, linears.quantization) for shape in shapes]
+    size = sum(sum(one.values()) for one in sizes)
     others = base.parameters - sum(shape.numel() for shape in shapes)
     return size + others * DTYPES[dtype_of(base, options)].itemsize
 
@@ -46,7 +47,7 @@ def bnb_size(base: Base, options: ExportConfig) -> int:
 def write_bnb(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
     """Write the quantized model in files of `shard_size` bytes, with config and tokenizer.
 
-    Host memory holds one file. Errors: `ConfigError`, `NumericError`, `ExportError`,
+    Host memory holds one linear. Errors: `ConfigError`, `NumericError`, `ExportError`,
     `ResourceError`.
     """
     dtype, merged_into = DTYPES[dtype_of(base, options)], options.merged_into
@@ -59,7 +60,9 @@ def write_bnb(base: Base, adapter: str | None, options: ExportConfig, directory:
         moved = merged_into != "none" and tensor.linear in merged
         unchanged = not moved and merged_into != "original"
         make = partial(linears.tensors, base, tensor, dtype, unchanged=unchanged)
-        return Piece(checkpoint_bytes(tensor.shape, linears.quantization), make)
+        sizes = checkpoint_bytes(tensor.shape, linears.quantization)
+        names = [tensor.name.removesuffix("weight") + suffix for suffix in sizes]
+        return Piece(names, sum(sizes.values()), make)
 
     tensors = export_tensors(base, adapter, merged_into)
     write_shards([piece(one) for one in tensors], directory, options.shard_size)

@@ -39,7 +39,7 @@ def write_hf(base: Base, adapter: str | None, options: ExportConfig, directory: 
     """Write the model in files of `shard_size` bytes, with config and tokenizer.
 
     The adapter is in its weights, or beside it. With towers it is the whole multimodal model that
-    is written. Host memory holds one file.
+    is written. Host memory holds one tensor.
     Errors: `ConfigError`, `NumericError`, `ExportError`, `ResourceError`.
     """
     dtype = DTYPES[dtype_of(base, options)]

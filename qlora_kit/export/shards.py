@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from qlora_kit.base.tensors import check_finite
-from qlora_kit.errors import ExportError
+from qlora_kit.export.tensor_file import write_tensors
 from qlora_kit.export.tensors import ExportTensor
 from qlora_kit.files.atomic import replace_file, write_file
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that go into one file: what they take at most, and how to make them, by name."""
+    """Tensors that go into one file: their names, what they take at most, and how to make them."""
 
+    names: Sequence[str]
     nbytes: int
     make: Callable[[], Mapping[str, Tensor]]
 
 
 def numbers(tensor: ExportTensor, dtype: torch.dtype) -> Piece:
     """A tensor in `dtype`, or the one that it keeps; one that is not finite there is refused."""
-    return Piece(tensor.nbytes(dtype), partial(_rounded, tensor, dtype))
+    return Piece([tensor.name], tensor.nbytes(dtype), partial(_rounded, tensor, dtype))
 
 
 def write_shards(pieces: Sequence[Piece], directory: Path, shard_size: int) -> None:
     """Write them in their order, in files of at most `shard_size` bytes but for larger pieces.
 
-    Memory holds one file. Errors: `NumericError`, `ExportError`, `ResourceError`.
+    Memory holds one piece. Errors: `NumericError`, `ResourceError`.
     """
     shards: list[list[Piece]] = [[]]
     filled = 0
@@ -53,12 +53,7 @@ def write_shards(pieces: Sequence[Piece], directory: Path, shard_size: int) -> N
             if len(shards) == 1
             else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
-        content: dict[str, Tensor] = {}
-        for piece in shard:
-            content |= {name: one.contiguous() for name, one in piece.make().items()}
-        where |= dict.fromkeys(content, file)
-        total += sum(tensor.nbytes for tensor in content.values())
-        _save(content, directory / file)
+        total += _write(shard, directory / file, where)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_file(directory / INDEX_FILE, json.dumps(index, indent=2).encode())
@@ -71,11 +66,20 @@ def _rounded(tensor: ExportTensor, dtype: torch.dtype) -> dict[str, Tensor]:
     return {tensor.name: value}
 
 
-def _save(content: dict[str, Tensor], path: Path) -> None:
-    try:
-        replace_file(path, lambda aside: save_file(content, aside, {"format": "pt"}))
-    except Exception as error:
-        if isinstance(error, OSError):
-            raise
-        # safetensors raises its own class for what the system refuses.
-        raise ExportError(f"{path}: {error}", "free some space or choose another place") from error
+def _write(shard: Sequence[Piece], path: Path, where: dict[str, str]) -> int:
+    """Write the pieces of one file, and say of each tensor `where` it is; the bytes of them."""
+    total = 0
+
+    def made() -> Iterator[tuple[str, Tensor]]:
+        for piece in shard:
+            tensors = dict(piece.make())
+            where.update(dict.fromkeys(tensors, path.name))
+            for name in list(tensors):
+                yield name, tensors.pop(name)  # who takes it is the only one who holds it
+
+    def write(aside: Path) -> None:
+        nonlocal total
+        total = write_tensors(aside, made(), [name for piece in shard for name in piece.names])
+
+    replace_file(path, write)
+    return total

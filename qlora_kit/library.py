@@ -7,7 +7,7 @@ from typing import Any
 from qlora_kit.commands.display import Display
 from qlora_kit.commands.failure import stands_for
 from qlora_kit.commands.finetune import opened_run
-from qlora_kit.config.run import RUN_GROUPS
+from qlora_kit.config.run import FINETUNE_GROUPS
 from qlora_kit.data.given_rows import GivenRows, given_rows
 from qlora_kit.options.parsed import parse_values
 from qlora_kit.process.signals import StopSignals
@@ -37,7 +37,7 @@ def finetune(*, progress: bool = False, **options: Any) -> RunResult:
                 rows = given_rows(name, options.get(name))
                 if rows is not None:
                     given[rows.name], options[name] = rows, rows.name
-            parsed = parse_values(options, RUN_GROUPS)
+            parsed = parse_values(options, FINETUNE_GROUPS)
             with opened_run(parsed, Display if progress else Reporter, signals, given) as run:
                 if not run.is_finished:
                     run.train(**run.training())

@@ -210,6 +210,10 @@ class Display(Reporter):
             + next((shell_word(one) for one in prompts if len(one) <= SHOWN_PROMPT), "'...'"),
         )
 
+    def sent(self, address: str) -> None:
+        """Where the adapter is on the hub."""
+        self._line("sent", address)
+
     def _line(self, label: str, text: str) -> None:
         self._terminal.line(label, text)
 

@@ -6,14 +6,18 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.hub import HubConfig
 from qlora_kit.options.parsed import refuse_tokens
+
+if TYPE_CHECKING:
+    from qlora_kit.run.export import Exported
 
 SUMMARY = "Merge an adapter into its base and write a plain model, verified against training."
 FAR_KL = 1e-2
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     # The export's own --dtype comes first: it is the dtype of what is written.
-    parsed = parse("qlora-kit export", SUMMARY, (ExportConfig, BaseConfig), given)
+    parsed = parse("qlora-kit export", SUMMARY, (ExportConfig, BaseConfig, HubConfig), given)
     refuse_tokens(parsed)
     from qlora_kit.run.export import export
 
@@ -36,14 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     exported = export(parsed, terminal.note, partial(_show_compared, terminal))
     if exported.place is None:
         return 0
-    terminal.line("exported", exported.place, width=10)
+    _show(exported, exported.place, terminal)
+    if address := exported.send():
+        terminal.line("sent", address, width=10)
+    return 0
+
+
+def _show(exported: Exported, place: str, terminal: Terminal) -> None:
+    """Print where an export is, and how far it is from what was trained."""
+    terminal.line("exported", place, width=10)
     for note in exported.notes:
         terminal.note(note)
     if exported.serve is not None:
         terminal.line("serve", exported.serve, width=10)
     report = exported.report
     if report is None:
-        return 0
+        return
     for name, read in report["readers"].items():
         how = "" if read["read"].startswith("whole") else f", {read['read']},"
         terminal.line(
@@ -61,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"is the likeliest; {exported.closer} (--max_kl makes this an error)",
             stacklevel=1,
         )
-    return 0
 
 
 def _show_compared(terminal: Terminal, form: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.display import Display
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.config.run import RUN_GROUPS
+from qlora_kit.config.run import FINETUNE_GROUPS
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.process.signals import StopSignals
 
@@ -66,10 +66,10 @@ def opened_run(
 
 
 def _parse(argv: Sequence[str]) -> Parsed:
-    parsed = parse("qlora-kit finetune", SUMMARY, RUN_GROUPS, argv)
-    given = {name for group in RUN_GROUPS for name in parsed.given[group]}
+    parsed = parse("qlora-kit finetune", SUMMARY, FINETUNE_GROUPS, argv)
+    given = {name for group in FINETUNE_GROUPS for name in parsed.given[group]}
     if parsed.config_file is None and not given & {"model", "data", "adapter"}:
         parsed = parse(
-            "qlora-kit finetune", SUMMARY, RUN_GROUPS, ["--config", str(QUICKSTART), *argv]
+            "qlora-kit finetune", SUMMARY, FINETUNE_GROUPS, ["--config", str(QUICKSTART), *argv]
         )
     return parsed

@@ -12,6 +12,7 @@ from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.data import DataConfig
+from qlora_kit.config.hub import HubConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.training import TrainingConfig
@@ -28,7 +29,8 @@ GROUPS = (BaseConfig, LoRAConfig, TrainingConfig, PlanConfig)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    parsed = parse("qlora-kit plan", SUMMARY, GROUPS, argv, beside=(DataConfig, OutputConfig))
+    beside = (DataConfig, OutputConfig, HubConfig)
+    parsed = parse("qlora-kit plan", SUMMARY, GROUPS, argv, beside=beside)
     from qlora_kit.plan.ask import plan_for
 
     answer = plan_for(parsed)

@@ -12,6 +12,7 @@ from typing import Any
 
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
+from qlora_kit.config.hub import HubConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.training import TrainingConfig
@@ -19,6 +20,8 @@ from qlora_kit.options.option import as_flat
 from qlora_kit.options.parsed import Parsed
 
 RUN_GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
+FINETUNE_GROUPS = (*RUN_GROUPS, HubConfig)
+"""What `finetune` takes: where an adapter goes afterwards is no part of the run that made it."""
 
 
 @dataclass(frozen=True)

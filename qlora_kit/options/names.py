@@ -96,13 +96,14 @@ FOREIGN = {
     "temperature 0": "greedy do_sample",
     "prompt": "text question query instruction input",
     "shard_size": "max_shard_size export_size",
+    "push_to_hub": "hub_repo hf_repo upload_to_hub hub_repo_id repo_id hf_hub_repo upload",
     "dry_run": "dryrun plan_only",
     "group_by_length": "length_grouping",
     # Nothing here is like these: the name that looks closest would mislead.
     "": "neftune_noise_alpha attn_implementation use_flash_attention_2 flash_attention flash_attn "
     "fsdp fsdp_config deepspeed ddp_find_unused_parameters local_rank use_dora use_unsloth "
     "trust_remote_code remove_unused_columns dataloader_num_workers tf32 torch_compile "
-    "hub_model_id hub_token label_smoothing_factor adam_beta1 adam_beta2 adam_epsilon "
+    "hub_token label_smoothing_factor adam_beta1 adam_beta2 adam_epsilon "
     "modules_to_save layers_to_transform init_lora_weights bias lora_bias task_type strict "
     "special_tokens dataset_prepared_path xformers_attention liger_kernel use_liger_kernel "
     "unfreeze save_safetensors",

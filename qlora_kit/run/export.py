@@ -5,8 +5,9 @@ Places, the adapter's files, headers and the first rows are refused before torch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,18 @@ from qlora_kit.files.publish import mend
 from qlora_kit.lora.serving import NOT_PORTABLE, Served, vllm_command
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
+from qlora_kit.run.sending import (
+    BESIDE,
+    NAME_IT,
+    check_base_name,
+    check_sending,
+    is_sent,
+    send_export,
+)
 from qlora_kit.run.verification import asked_rows, verification_rows
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
-    from qlora_kit.data.tokens import Encoded
 
 NAMES_IT = "--base_name OWNER/NAME names it for them"
 
@@ -31,11 +39,13 @@ NAMES_IT = "--base_name OWNER/NAME names it for them"
 class Exported:
     """What was written: the place in words (None: nothing), and what is to be noted.
 
-    A merged model has the `report` of its export.json, and what would make it `closer`; an adapter
-    the command line that serves it, if there is one.
+    `send` sends it to the hub where that is asked for, and gives its address there. A merged model
+    has the `report` of its export.json, and what would make it `closer`; an adapter the command
+    line that serves it, if there is one.
     """
 
     place: str | None
+    send: Callable[[], str | None]
     notes: tuple[str, ...] = ()
     serve: str | None = None
     report: Mapping[str, Any] | None = None
@@ -51,10 +61,11 @@ def export(
 
     So is `on_compared`, with each form that `--compare` measures.
     Errors: `ConfigError`, those of the adapter's, the base's and the data's files, `NumericError`,
-    `ExportError`, `ResourceError`.
+    `ExportError`, `ResourceError`; what the hub refuses is refused here already.
     """
     options = parsed[ExportConfig]
-    needed = ("adapter",) if options.compare else ("adapter", "output_dir")
+    alone = options.compare and not is_sent(parsed)
+    needed = ("adapter",) if alone else ("adapter", "output_dir")
     missing = [f"--{name}" for name in needed if not getattr(options, name)]
     if options.adapter is None or missing:
         raise ConfigError(f"{' and '.join(missing)} not given", "give both")
@@ -69,6 +80,14 @@ def export(
         check_output(target, options.overwrite, read)
     if options.format == "adapter":
         assert named.adapter is not None  # it is given
+        its_own = named.adapter.files.config.get("base_model_name_or_path")
+        check_base_name(parsed, options.base_name or its_own, NAME_IT)
+    elif options.merged_into == "none":
+        check_base_name(parsed, options.base_name or str(target and target.absolute()), BESIDE)
+    check_sending(parsed, options.format)
+    send = partial(send_export, parsed, target)
+    if options.format == "adapter":
+        assert named.adapter is not None
         assert target is not None
         name = export_adapter(Path(options.adapter), target, options.base_name)
         served = Served.of_files(named.adapter.files)
@@ -76,11 +95,11 @@ def export(
         if not is_portable(name):
             notes.append(NOT_PORTABLE.format(name) + NAMES_IT)
         serve = vllm_command(served, name or "BASE", target)
-        return Exported(f"{target}, for the base {name}", tuple(notes), serve)
+        return Exported(f"{target}, for the base {name}", send, tuple(notes), serve)
     asked = None if options.verify is None else asked_rows(options.verify)
     from qlora_kit.run.merge import merge
 
-    def rows_for(base: Base) -> tuple[Sequence[Encoded], str]:
+    def rows_for(base: Base) -> tuple[Any, str]:
         for said in base.notes:
             note(said)
         rows = verification_rows(named.adapter, asked, base, note)
@@ -90,5 +109,5 @@ def export(
 
     report = merge(named, read, rows_for, on_compared)
     if target is None:
-        return Exported(None)
-    return Exported(str(target), report=report, closer=options.closer)
+        return Exported(None, send)
+    return Exported(str(target), send, report=report, closer=options.closer)

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from qlora_kit.base.source import is_path
 from qlora_kit.config.base import DEFAULT_BITS
 from qlora_kit.errors import redacted
+from qlora_kit.export.adapter_files import STAYS_BEHIND
 from qlora_kit.run.result import RunRecord
 
 
@@ -46,7 +47,7 @@ def model_card(run: RunRecord) -> str:
 ---
 # LoRA adapter for {_code(base)}
 
-Trained with qlora-kit. `config.yaml` holds every option, `run.json` every number.
+Trained with qlora-kit.{STAYS_BEHIND}
 
 ## Training
 - base: {_code(base)}, revision {_code(model["revision"] or "none")}, \

@@ -16,6 +16,7 @@ from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.request import RunRequest
 from qlora_kit.run.resolve import FinishedRun
 from qlora_kit.run.run import Run
+from qlora_kit.run.sending import check_base_name, send_run
 
 
 @contextlib.contextmanager
@@ -25,13 +26,16 @@ def open_run(
     """Prepare a run, hold its directory, load the model, restore the checkpoint; then hand over.
 
     A run to resume that is finished is handed over as that. When the block stops between two steps
-    (a signal, a numeric error, a full device), what was reached is saved first. Errors: those of
-    preparing and loading, `ResourceError`, `Stopped`.
+    (a signal, a numeric error, a full device), what was reached is saved first. At the end the
+    adapter goes to the hub where that is asked for. Errors: those of preparing, loading and
+    sending, `ResourceError`, `Stopped`.
     """
     plan = prepare_run(request, reporter)
     if isinstance(plan, FinishedRun):
         yield plan
+        send_run(request.parsed, plan.directory, reporter)
         return
+    check_base_name(request.parsed, plan.base.source.reference)
     output = plan.config.output
     with contextlib.ExitStack() as stack:
         plan, place = _hold_directory(plan, stack)
@@ -57,6 +61,7 @@ def open_run(
                 with contextlib.suppress(QloraKitError, OSError):
                     run.state.save()
                 raise
+    send_run(request.parsed, run.directory, reporter)
 
 
 def _hold_directory(

@@ -83,3 +83,6 @@ class Reporter:
         is_chat: bool,
     ) -> None:
         """What the run gave (`run.json`), and held-out prompts to go on with."""
+
+    def sent(self, address: str) -> None:
+        """The adapter is on the hub."""

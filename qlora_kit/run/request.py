@@ -11,7 +11,6 @@ from pathlib import Path
 
 from qlora_kit.base.base_files import BaseFiles
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.rows import Rows, load_rows
@@ -21,6 +20,7 @@ from qlora_kit.run.metrics import check_trackers
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.place import check_place
 from qlora_kit.run.saved_adapter import SavedAdapter
+from qlora_kit.run.sending import check_sending
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RunRequest:
     @property
     def targets_given(self) -> bool:
         """Whether the linears to adapt were named."""
-        return "target_modules" in self.parsed.given[LoRAConfig]
+        return any("target_modules" in names for names in self.parsed.given.values())
 
     def files_of(self, base: BaseConfig) -> BaseFiles | None:
         """`files`, where they are those of `base`: a checkpoint may have named another one."""
@@ -52,8 +52,8 @@ class RunRequest:
 def read_request(parsed: Parsed, given: Mapping[str, GivenRows] | None = None) -> RunRequest:
     """Read what a run is asked to be; `given` has rows of the program, as for `load_rows`.
 
-    Errors: those of the options, the rows, the adapter's and the base's files, and of the directory
-    where it is named.
+    Errors: those of the options, the rows, the adapter's and the base's files, of the directory
+    where it is named, and of the hub where the adapter is to go there.
     """
     refuse_tokens(parsed)
     config = RunConfig.of(parsed)
@@ -69,4 +69,5 @@ def read_request(parsed: Parsed, given: Mapping[str, GivenRows] | None = None) -
     if config.output.output_dir is not None:
         model = None if named.files is None else named.files.source.directory
         check_place(config, Path(config.output.output_dir), model)
+    check_sending(parsed, "adapter")
     return RunRequest(parsed, config, rows, named.adapter, named.files)

@@ -6,146 +6,22 @@ empty folder. What the server was asked for is looked at as well as what came of
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
 from families import save_checkpoint, tree_hash
+from loopback_hub import COMMIT, ID, OLDER, TOKEN, Handler, Hub, Repository, served
 from safetensors.torch import load_file
 
 from qlora_kit.base.hub import TEMPLATES
-
-COMMIT, OLDER = "a" * 40, "b" * 40
-TOKEN = "hf_" + "secretSecretSecret" * 2
-ID = "owner/tiny-llama"
-
-
-@dataclass
-class Repository:
-    """What the server serves under `ID`, and how it behaves."""
-
-    files: dict[str, bytes]
-    revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, "v1": OLDER})
-    status: int = 200
-    error_code: str | None = None
-    refuse_files: bool = False
-    """Refuse only the files: so gated repositories do, whose description is public."""
-
-    token: str | None = None
-    """What a private repository wants to see."""
-
-    claimed_size: int | None = None
-    asked: list[str] = field(default_factory=list)
-    tokens: list[str | None] = field(default_factory=list)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """The parts of the hub's protocol that a download of a snapshot uses."""
-
-    protocol_version = "HTTP/1.1"
-    repository: Repository
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: pytest's output is not a log."""
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def answer(self) -> None:
-        repository = self.repository
-        path = unquote(urlsplit(self.path).path)
-        repository.asked.append(f"{self.command} {path}")
-        repository.tokens.append(self.headers.get("authorization"))
-        is_file = "/resolve/" in path
-        if repository.status != 200 and (is_file or not repository.refuse_files):
-            return self.send(repository.status, {}, error=repository.error_code)
-        if repository.token and self.headers.get("authorization") != f"Bearer {repository.token}":
-            return self.send(401, {}, error="RepoNotFound")
-        if path.startswith(f"/api/models/{ID}"):
-            return self.describe(path.removeprefix(f"/api/models/{ID}"))
-        if path.startswith(f"/{ID}/resolve/"):
-            revision, _, name = path.removeprefix(f"/{ID}/resolve/").partition("/")
-            return self.file(revision, name)
-        return self.send(404, {}, error="RepoNotFound")
-
-    def commit(self, revision: str) -> str | None:
-        known = self.repository.revisions
-        return revision if revision in known.values() else known.get(revision)
-
-    def describe(self, rest: str) -> None:
-        kind, _, revision = rest.strip("/").partition("/")
-        commit = self.commit(revision.split("/")[0] or "main")
-        if commit is None:
-            return self.send(404, {}, error="RevisionNotFound")
-        sizes = {
-            name: self.repository.claimed_size or len(content)
-            for name, content in self.repository.files.items()
-        }
-        if kind == "tree":
-            tree = [
-                {"type": "file", "path": name, "size": size, "oid": oid(name)}
-                for name, size in sizes.items()
-            ]
-            return self.send(200, tree)
-        siblings = [
-            {"rfilename": name, "size": size, "blobId": oid(name)} for name, size in sizes.items()
-        ]
-        return self.send(200, {"id": ID, "modelId": ID, "sha": commit, "siblings": siblings})
-
-    def file(self, revision: str, name: str) -> None:
-        content = self.repository.files.get(name)
-        commit = self.commit(revision)
-        if commit is None or content is None:
-            self.send(404, {}, error="EntryNotFound" if commit else "RevisionNotFound")
-            return
-        headers = {
-            "X-Repo-Commit": commit,
-            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
-            "Accept-Ranges": "bytes",
-        }
-        self.send(200, content, headers=headers)
-
-    def send(
-        self,
-        status: int,
-        body: Any,
-        *,
-        headers: dict[str, str] | None = None,
-        error: str | None = None,
-    ) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        if error:
-            self.send_header("X-Error-Code", error)
-            said = self.headers.get("authorization") or "of this test"
-            self.send_header("X-Error-Message", f"{error}: {said}")
-            content = json.dumps({"error": said}).encode()
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-
-def oid(name: str) -> str:
-    return hashlib.sha1(name.encode()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -158,45 +34,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     unwanted = ("pytorch_model.bin", "modeling_tiny.py", "README.md", "consolidated.safetensors")
     unwanted = (*unwanted, "onnx/model.safetensors", "original/params.json", ".gitattributes")
     return wanted | dict.fromkeys(unwanted, b"must not be fetched")
-
-
-@dataclass
-class Hub:
-    """A server with its repository, and a fresh home for the client."""
-
-    repository: Repository
-    endpoint: str
-    home: Path
-
-    def python(
-        self, code: str, *arguments: str, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run code in a new process that knows this hub and nothing of the machine's own login."""
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-            cwd=self.home,
-            env=self.environment(**environment),
-        )
-
-    def environment(self, **more: str) -> dict[str, str]:
-        """That of a process that knows this hub and nothing of the machine's own login."""
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()
-        }
-        settings = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.home / "hf")}
-        return {**kept, **settings, **more}
-
-    def resolve(
-        self, name: str = ID, revision: str = "", **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Find a model; prints its directory and commit or the error line, and seconds of waits."""
-        return self.python(RESOLVE, name, revision, **environment)
 
 
 RESOLVE = """
@@ -252,13 +89,15 @@ for _ in sys.stdin:
 @pytest.fixture
 def hub(files: dict[str, bytes], tmp_path: Path) -> Iterator[Hub]:
     repository = Repository(dict(files))
-    handler = type("Served", (Handler,), {"repository": repository})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield Hub(repository, f"http://127.0.0.1:{server.server_address[1]}", tmp_path)
-    server.shutdown()
-    server.server_close()
+    with served(Handler, repository=repository) as endpoint:
+        yield Hub(repository, endpoint, tmp_path)
+
+
+def found_on(
+    hub: Hub, name: str = ID, revision: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Find a model; prints its directory and commit or the error line, and seconds of waits."""
+    return hub.python(RESOLVE, name, revision, **environment)
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -271,7 +110,7 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 
 
 def test_a_model_is_downloaded_checked_and_loaded_again_without_a_network(hub: Hub) -> None:
-    done = hub.resolve()
+    done = found_on(hub)
     assert done.returncode == 0, done.stderr
     directory, commit, name, _ = done.stdout.splitlines()
     assert (commit, name) == (COMMIT, ID)
@@ -301,11 +140,11 @@ def test_a_model_is_downloaded_checked_and_loaded_again_without_a_network(hub: H
 
     # A second time nothing is fetched; and without the hub the cache is enough.
     hub.repository.asked.clear()
-    again = hub.resolve()
+    again = found_on(hub)
     assert again.stdout.splitlines()[0] == directory
     assert not [line for line in hub.repository.asked if "/resolve/" in line]
     for lost in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-        alone = hub.resolve(**lost)
+        alone = found_on(hub, **lost)
         assert alone.stdout.splitlines()[:2] == [directory, COMMIT]
     # The snapshot's links into the cache's blobs are followed when it is loaded.
     loaded = hub.python(
@@ -328,10 +167,12 @@ def test_a_model_is_downloaded_checked_and_loaded_again_without_a_network(hub: H
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub) -> None:
     for revision, commit in (("v1", OLDER), (OLDER, OLDER), ("main", COMMIT)):
-        done = hub.resolve(revision=revision)
+        done = found_on(hub, revision=revision)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[1] == commit
-    refused(hub.resolve(revision="v2"), 3, f"{ID} at v2: no such revision", "branch, tag or commit")
+    refused(
+        found_on(hub, revision="v2"), 3, f"{ID} at v2: no such revision", "branch, tag or commit"
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,7 +190,7 @@ def test_what_the_hub_refuses_is_a_model_error_with_a_remedy(
     hub: Hub, status: int, error: str | None, words: tuple[str, ...]
 ) -> None:
     hub.repository.status, hub.repository.error_code = status, error
-    done = hub.resolve()
+    done = found_on(hub)
     refused(done, 3, ID, *words)
     assert float(done.stdout) == 0  # a refusal is not tried again and again
 
@@ -357,12 +198,12 @@ def test_what_the_hub_refuses_is_a_model_error_with_a_remedy(
 def test_a_gated_repository_that_shows_its_description_is_gated_all_the_same(hub: Hub) -> None:
     hub.repository.status, hub.repository.error_code = 403, "GatedRepo"
     hub.repository.refuse_files = True
-    refused(hub.resolve(), 3, "gated", "accept its terms")
+    refused(found_on(hub), 3, "gated", "accept its terms")
 
 
 def test_a_hub_that_is_broken_is_a_resource(hub: Hub) -> None:
     hub.repository.status = 503
-    refused(hub.resolve(), 4, "the hub answers with an error (503)", "try again later")
+    refused(found_on(hub), 4, "the hub answers with an error (503)", "try again later")
 
 
 def test_without_a_network_and_a_cache_it_says_just_that_and_soon(hub: Hub) -> None:
@@ -374,7 +215,7 @@ def test_without_a_network_and_a_cache_it_says_just_that_and_soon(hub: Hub) -> N
             {"HF_ENDPOINT": "http://no-such-host.invalid"},
             {"HF_HUB_OFFLINE": "1"},
         ):
-            done = hub.resolve(**lost)
+            done = found_on(hub, **lost)
             refused(
                 done, 4, f"{ID}: the hub cannot be reached and the local hub cache does not hold"
             )
@@ -384,14 +225,14 @@ def test_without_a_network_and_a_cache_it_says_just_that_and_soon(hub: Hub) -> N
 
 
 def test_half_a_download_is_not_taken_for_a_model(hub: Hub) -> None:
-    directory = Path(hub.resolve().stdout.splitlines()[0])
+    directory = Path(found_on(hub).stdout.splitlines()[0])
     shard = next(iter(sorted(directory.glob("*.safetensors"))))
     shard.resolve().unlink()
     shard.unlink()
-    refused(hub.resolve(HF_HUB_OFFLINE="1"), 4, "does not hold this model")
+    refused(found_on(hub, HF_HUB_OFFLINE="1"), 4, "does not hold this model")
     # With the hub the missing file alone is fetched.
     hub.repository.asked.clear()
-    assert hub.resolve().returncode == 0
+    assert found_on(hub).returncode == 0
     assert {line.split("/")[-1] for line in hub.repository.asked if "/resolve/" in line} == {
         shard.name
     }
@@ -401,7 +242,7 @@ def test_room_on_the_disk_is_checked_before_a_file_is_fetched(hub: Hub) -> None:
     hub.repository.claimed_size = 10**15
     free = shutil.disk_usage(hub.home).free
     assert free < 10**15
-    done = hub.resolve()
+    done = found_on(hub)
     refused(done, 4, " bytes are to be fetched into ", "free", "HF_HOME")
     assert not [line for line in hub.repository.asked if "/resolve/" in line]
     assert not list(hub.home.rglob("*.safetensors"))
@@ -409,9 +250,9 @@ def test_room_on_the_disk_is_checked_before_a_file_is_fetched(hub: Hub) -> None:
 
 def test_a_repository_of_pickles_or_of_nothing_is_refused_before_a_download(hub: Hub) -> None:
     hub.repository.files = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
-    refused(hub.resolve(), 3, "its weights are pickles", "safetensors")
+    refused(found_on(hub), 3, "its weights are pickles", "safetensors")
     hub.repository.files = {"config.json": b"{}"}
-    refused(hub.resolve(), 3, f"{ID}: holds no safetensors")
+    refused(found_on(hub), 3, f"{ID}: holds no safetensors")
     assert not [line for line in hub.repository.asked if "/resolve/" in line]
 
 
@@ -455,14 +296,14 @@ def test_what_config_shows_is_refused_before_weights_are_fetched(hub: Hub, how: 
 
 
 def test_a_short_name_stands_for_a_hub_id(hub: Hub) -> None:
-    done = hub.resolve("mistral-7b")
+    done = found_on(hub, "mistral-7b")
     refused(done, 3, "mistralai/Mistral-7B-v0.3: the hub has no such repository")
     assert "GET /api/models/mistralai/Mistral-7B-v0.3" in hub.repository.asked
 
 
 @pytest.mark.parametrize("name", ["no-such-name", "owner/" + "x" * 200, "owner/a..b", "a b/c"])
 def test_a_name_that_is_no_hub_id_is_never_asked_for(hub: Hub, name: str) -> None:
-    done = hub.resolve(name)
+    done = found_on(hub, name)
     refused(done, 3, name[:40])
     assert hub.repository.asked == []
 
@@ -471,21 +312,21 @@ def test_a_revision_of_a_directory_is_refused(hub: Hub) -> None:
     (hub.home / "base").mkdir()
     (hub.home / "base" / "config.json").write_text("{}")
     refused(
-        hub.resolve("./base", "main"), 2, "revision main is given, and ./base is not on the hub"
+        found_on(hub, "./base", "main"), 2, "revision main is given, and ./base is not on the hub"
     )
-    refused(hub.resolve("tiny", "main"), 2, "leave --revision out")
+    refused(found_on(hub, "tiny", "main"), 2, "leave --revision out")
 
 
 def test_a_private_repository_opens_for_the_token_of_the_environment_or_the_login(
     hub: Hub,
 ) -> None:
     hub.repository.token = TOKEN
-    refused(hub.resolve(), 3, "private", "HF_TOKEN")
-    assert hub.resolve(HF_TOKEN=TOKEN).returncode == 0
+    refused(found_on(hub), 3, "private", "HF_TOKEN")
+    assert found_on(hub, HF_TOKEN=TOKEN).returncode == 0
     shutil.rmtree(hub.home / "hf")
     (hub.home / "hf").mkdir()
     (hub.home / "hf" / "token").write_text(TOKEN)
-    assert hub.resolve().returncode == 0
+    assert found_on(hub).returncode == 0
     assert f"Bearer {TOKEN}" in hub.repository.tokens
 
 
@@ -546,7 +387,7 @@ def test_a_hub_that_is_silent_is_given_up(hub: Hub) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        done = hub.resolve(
-            HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}", HF_HUB_ETAG_TIMEOUT="1"
+        done = found_on(
+            hub, HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}", HF_HUB_ETAG_TIMEOUT="1"
         )
     refused(done, 4, "the hub cannot be reached")

@@ -19,6 +19,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import EvaluateConfig, GenerateConfig, PlanConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.hub import HubConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.training import TrainingConfig
@@ -164,7 +165,7 @@ def test_a_flag_of_another_tool_names_the_one_that_is_meant(flag: str) -> None:
 
 
 def test_every_name_of_another_tool_leads_to_an_option_and_hides_none() -> None:
-    commands = [*GROUPS, ExportConfig, GenerateConfig, EvaluateConfig, PlanConfig]
+    commands = [*GROUPS, HubConfig, ExportConfig, GenerateConfig, EvaluateConfig, PlanConfig]
     known = {flag_of(field) for group in commands for field in dataclasses.fields(group)}
     planned = {"dry_run"}  # named in the contract, and not there yet
     for ours, theirs in FOREIGN.items():

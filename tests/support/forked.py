@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ SERVER = """
 import json, os, sys
 exec(sys.argv[1])
 for line in sys.stdin:
-    folder, said, arguments = json.loads(line)
+    folder, said, arguments, variables = json.loads(line)
     child = os.fork()
     if not child:
         os.chdir(folder)
+        os.environ.update(variables)
         for handle, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(said + name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), handle)
         from qlora_kit.commands.main import main
@@ -45,23 +47,32 @@ class Answer:
 
 
 class Forks:
-    """A process that runs `before`, then forks for each command; `after` is run behind it."""
+    """A process that runs `before`, then forks for each command; `after` is run behind it.
 
-    def __init__(self, folder: Path, before: str = "", after: str = "") -> None:
+    Its environment is this process's, or the one that is given.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        before: str = "",
+        after: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._said = folder / "said."
         self._process = subprocess.Popen(
             [sys.executable, "-c", SERVER, before, after],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**(environment or os.environ), "PYTHONPATH": str(ROOT)},
         )
 
-    def run(self, folder: Path, *arguments: str) -> Answer:
-        """Run `qlora-kit` with these arguments in a folder."""
+    def run(self, folder: Path, *arguments: str, **variables: str) -> Answer:
+        """Run `qlora-kit` with these arguments in a folder, and more environment variables."""
         assert self._process.stdin
         assert self._process.stdout
-        request = [str(folder), str(self._said), arguments]
+        request = [str(folder), str(self._said), arguments, variables]
         print(json.dumps(request), file=self._process.stdin, flush=True)
         code, seconds = json.loads(self._process.stdout.readline())
         out, err = (Path(f"{self._said}{name}").read_text() for name in ("out", "err"))

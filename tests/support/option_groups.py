@@ -6,6 +6,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import EvaluateConfig, GenerateConfig, PlanConfig, ShowConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.hub import HubConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.training import TrainingConfig
@@ -19,4 +20,12 @@ RUN_GROUPS: tuple[type[Options], ...] = (
     OutputConfig,
 )
 """Those of a training run."""
-OPTION_GROUPS = (*RUN_GROUPS, ExportConfig, GenerateConfig, EvaluateConfig, ShowConfig, PlanConfig)
+OPTION_GROUPS = (
+    *RUN_GROUPS,
+    HubConfig,
+    ExportConfig,
+    GenerateConfig,
+    EvaluateConfig,
+    ShowConfig,
+    PlanConfig,
+)

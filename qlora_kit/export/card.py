@@ -1,0 +1,91 @@
+"""The model card of an export: its `README.md`, with the YAML that the hub reads at its head.
+
+It says what the export was made of, how far it is from what was trained, and how it is loaded. It
+holds no path: the base is named where others find it by that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+CARD = "README.md"
+LOADERS = {
+    "hf": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")\n'
+    'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+    "multimodal": "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+    'model = AutoModelForImageTextToText.from_pretrained("DIR", dtype="auto")\n'
+    'processor = AutoProcessor.from_pretrained("DIR")',
+}
+
+
+def export_card(report: Mapping[str, Any], directory: Path, base_name: str | None) -> str:
+    """The Markdown of the `README.md` of the export that lies in `directory`.
+
+    `report` is what its export.json says; `base_name` is None where others do not find the base.
+    """
+    form, base = report["format"], report["base"]
+    is_gguf = form.startswith("gguf")
+    front = ModelCardData(
+        base_model=base_name,
+        library_name="gguf" if is_gguf else "transformers",
+        tags=["qlora", *(["gguf"] if is_gguf else [])],
+    )
+    name = base_name or base["name"]
+    title = "LoRA adapter for" if form == "gguf-lora" else "Fine-tuned"
+    made = "\n".join(f"- {line}" for line in _made_of(report, name))
+    return f"""---
+{front.to_yaml()}
+---
+# {title} {_code(name)}
+
+A LoRA adapter trained on a quantized base, exported by qlora-kit. `export.json` holds every number.
+
+## What it is
+{made}
+
+## Use
+{_use(report, directory)}
+"""
+
+
+def _made_of(report: Mapping[str, Any], name: str) -> Iterator[str]:
+    base = report["base"]
+    held = f"{base['bits']} bits" if base["bits"] != 16 else "16 bits, not quantized"
+    held += f" ({base['quant_type']})" if base.get("quant_type") else ""
+    yield f"format: {report['format']}, {report['dtype']}"
+    yield f"base: {_code(name)}, revision {_code(base['revision'] or 'none')}"
+    merged = {
+        "dequantized": f", the update added to the weights that training multiplied by ({held})",
+        "original": f", the update added to the original weights, not to those in {held}",
+    }
+    yield f"trained with the base in {held}{merged.get(str(report.get('merge_base')), '')}"
+    if report.get("kl") is not None:
+        yield (
+            f"distance from the model as trained: KL {report['kl']:.2e} nats a token, top-1 "
+            f"agreement {report['top1_agreement']:.1%}, largest logit difference "
+            f"{report['max_logit_difference']:.3g}, on {report['tokens']} tokens"
+        )
+
+
+def _use(report: Mapping[str, Any], directory: Path) -> str:
+    """How it is loaded, by the files that are there; `DIR` is where they are."""
+    files = sorted(path.name for path in directory.glob("*.gguf"))
+    if not files:
+        loader = "multimodal" if report.get("with_towers") else "hf"
+        where = "`DIR` is the name of this repository, or its directory."
+        return "\n".join((where, "```python", LOADERS[loader], "```"))
+    is_lora = report["format"] == "gguf-lora"
+    lines = [f"llama-cli -m {f'BASE.gguf --lora {files[0]}' if is_lora else files[0]}"]
+    if (directory / "Modelfile").exists():
+        lines.append("ollama create NAME -f Modelfile")
+    return "\n".join(("```", *lines, "```"))
+
+
+def _code(text: str) -> str:
+    """`text` as inline code that neither ends early nor breaks the line."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"

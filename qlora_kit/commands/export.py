@@ -56,6 +56,15 @@ def _show(exported: Exported, place: str, terminal: Terminal) -> None:
     report = exported.report
     if report is None:
         return
+    if (updates := report.get("updates")) is not None:
+        terminal.line(
+            "verified",
+            f"{updates} updates as read back, at most {report['update_error']:.0e} of themselves "
+            "from the trained ones",
+            width=10,
+        )
+    if "kl" not in report:
+        return
     for name, read in report["readers"].items():
         how = "" if read["read"].startswith("whole") else f", {read['read']},"
         terminal.line(

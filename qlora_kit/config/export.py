@@ -14,10 +14,10 @@ QUANTIZED = {"hf-4bit": 4, "hf-8bit": 8}
 """Formats whose linears bitsandbytes has quantized, and their bits."""
 MERGED = ("hf", *QUANTIZED)
 """Formats of a whole model, the adapter in its weights or beside it."""
-FORMATS = (*MERGED, "adapter")
+FORMATS = (*MERGED, "gguf-lora", "adapter")
 GOES_WITH: dict[str, tuple[str, ...]] = {
     "merge_base": MERGED,
-    "export_dtype": MERGED,
+    "export_dtype": (*MERGED, "gguf-lora"),
     "with_towers": ("hf",),
     "shard_size": ("hf", *QUANTIZED),
     "verify": MERGED,
@@ -46,7 +46,8 @@ class ExportConfig(Options):
     format: str = option(
         "hf",
         "what to write: hf, a plain model; hf-4bit and hf-8bit, one that bitsandbytes has "
-        "quantized; adapter, the adapter alone, for others to use",
+        "quantized; gguf-lora, the adapter as llama.cpp adds it to a GGUF of the base; adapter, "
+        "the adapter alone, for others to use",
         check=one_of(*FORMATS),
     )
     base_name: str | None = option(
@@ -103,11 +104,13 @@ class ExportConfig(Options):
         """The weights that the update is added to: `dequantized`, `original` or `none`."""
         if self.merge_base != "auto":
             return self.merge_base
-        return "none" if self.format in QUANTIZED else "dequantized"
+        return "none" if self.format in (*QUANTIZED, "gguf-lora") else "dequantized"
 
     @property
     def closer(self) -> str:
         """What would bring the export nearer to the model as trained: the remedy of an error."""
+        if self.format == "gguf-lora":
+            return "export with --dtype f32"
         if self.format in QUANTIZED:
             unmerged = self.merged_into == "none"
             how = "in the bits of the training run" if unmerged else "with --merge_base none"

@@ -50,8 +50,13 @@ class ExportTensor:
 
 
 def dtype_of(base: Base, options: ExportConfig) -> str:
-    """The short name of the dtype that is written; auto is the compute dtype of the run."""
-    return dtype_name(base.dtype) if options.export_dtype == "auto" else options.export_dtype
+    """The short name of the dtype that is written; auto is the compute dtype of the run.
+
+    Of an adapter for llama.cpp it is fp32, which holds what was trained and is small all the same.
+    """
+    if options.export_dtype != "auto":
+        return options.export_dtype
+    return "fp32" if options.format == "gguf-lora" else dtype_name(base.dtype)
 
 
 def export_tensors(

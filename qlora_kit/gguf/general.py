@@ -16,13 +16,20 @@ def general(base: str, is_hub_id: bool, parameters: int, kind: str) -> list[tupl
     `parameters` are the numbers in its weights.
     """
     gguf = import_gguf()
-    owner, _, name = base.rstrip("/").rpartition("/")
-    found: list[tuple[str, Value]] = [
+    return [
         ("general.type", "model"),
-        ("general.name", name),
+        ("general.name", base.rstrip("/").rpartition("/")[2]),
         ("general.size_label", gguf.size_label(parameters, parameters, 0, 0)),
         ("general.file_type", FILE_TYPES[kind]),
         ("general.quantization_version", int(gguf.GGML_QUANT_VERSION)),
+        *base_model(base, is_hub_id),
+    ]
+
+
+def base_model(base: str, is_hub_id: bool) -> list[tuple[str, Value]]:
+    """The keys that name the model that a file comes from, or belongs to; as `general`."""
+    owner, _, name = base.rstrip("/").rpartition("/")
+    found: list[tuple[str, Value]] = [
         ("general.base_model.count", 1),
         ("general.base_model.0.name", name),
     ]

@@ -57,9 +57,11 @@ class LoRALinear(nn.Module):
     ) -> None:
         """Add fp32 masters on the base layer's device: A drawn, B zero, so that nothing changes.
 
-        A is drawn from the global generator as PEFT draws it (Kaiming uniform, a = sqrt(5)).
+        Those of a base without weights are on the CPU. A is drawn from the global generator as
+        PEFT draws it (Kaiming uniform, a = sqrt(5)).
         """
         device = self.base_layer.weight.device
+        device = torch.device("cpu") if device.type == "meta" else device
         down = nn.Linear(self.in_features, r, bias=False, device="cpu", dtype=torch.float32)
         up = nn.Linear(r, self.out_features, bias=False, device="cpu", dtype=torch.float32)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))

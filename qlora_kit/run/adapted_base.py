@@ -45,9 +45,12 @@ class AdaptedBase:
         take_generation_config(base.model, read_generation_config(directory), directory)
         return AdaptedBase(base, adapter, allow_other_base)
 
-    def load(self) -> PreTrainedModel:
-        """Read the weights, the adapter's too. Errors: as `read_weights` and `load_adapter`."""
-        model = read_weights(self.base)
+    def load(self, *, weights: bool = True) -> PreTrainedModel:
+        """Read the weights, the adapter's too; without `weights` the adapter's alone.
+
+        Errors: as `read_weights` and `load_adapter`.
+        """
+        model = read_weights(self.base) if weights else self.base.model
         if self.adapter is not None:
             load_adapter(self.base, self.adapter.files, allow_other_base=self.allow_other_base)
         return model

@@ -1,0 +1,60 @@
+"""`export --format gguf-lora`: the adapter alone, verified, or refused early."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from trained import save_peft
+
+Run = Callable[..., Any]
+COMMAND = ("export", "--format", "gguf-lora", "--output_dir", "out")
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_an_adapter_is_written_and_its_updates_are_read_back(run: Run, workshop: Any) -> None:
+    answer = run(*COMMAND, "--adapter", workshop.adapter, "--base_name", "owner/name")
+    assert (answer.code, answer.err) == (0, "")
+    report = json.loads(Path("out/export.json").read_text())
+    assert f"verified   {report['updates']} updates as read back, at most " in answer.out
+    assert report["update_error"] < 1e-6
+    assert (report["format"], report["merge_base"], report["dtype"]) == (
+        "gguf-lora",
+        "none",
+        "fp32",
+    )
+    reader = gguf.GGUFReader("out/adapter.gguf")
+    assert len(reader.tensors) == 2 * report["updates"] == 2 * 14
+    said = reader.get_field("general.base_model.0.repo_url").contents()
+    assert said == "https://huggingface.co/owner/name"
+    # The export that is there already stays, whatever comes.
+    before = Path("out/adapter.gguf").read_bytes()
+    assert run(*COMMAND, "--adapter", workshop.adapter).code != 0
+    assert Path("out/adapter.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapters_on_the_head_or_the_embedding_are_refused(
+    run: Run, workshop: Any, tmp_path: Path, target: str
+) -> None:
+    save_peft(workshop.base, tmp_path / "peft", r=2, target_modules=["q_proj", target])
+    answer = run(*COMMAND, "--adapter", tmp_path / "peft", "--bits", 16)
+    assert answer.code == 3
+    assert "target_modules asks for " in answer.line
+    assert target in answer.line
+    assert not Path("out").exists()
+
+
+def test_options_of_a_merge_do_not_go_with_it(run: Run, workshop: Any) -> None:
+    for flags in (("--merge_base", "original"), ("--dtype", "q8_0"), ("--with_towers",)):
+        answer = run(*COMMAND, "--adapter", workshop.adapter, *flags)
+        assert answer.code == 2
+        assert flags[0].lstrip("-") in answer.line

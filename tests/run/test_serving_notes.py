@@ -9,7 +9,7 @@ import pytest
 from trained import write_rows
 from wrappers import save_wrapped
 
-from qlora_kit.config.run import RUN_GROUPS
+from qlora_kit.config.run import FINETUNE_GROUPS
 from qlora_kit.options.parsed import parse_values
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.request import read_request
@@ -28,7 +28,7 @@ def notes(tmp_path: Path, **options: Any) -> list[str]:
     """What is noted of a run before its rows are encoded."""
     options = {"model": "tiny", "data": write_rows(tmp_path / "rows.jsonl"), **options}
     reporter = Notes()
-    parsed = parse_values({**options, "output_dir": tmp_path / "run"}, RUN_GROUPS)
+    parsed = parse_values({**options, "output_dir": tmp_path / "run"}, FINETUNE_GROUPS)
     resolve_run(read_request(parsed), reporter)
     return reporter.said
 

@@ -68,29 +68,8 @@ def normal_form(step: Mapping[str, Any]) -> Difference:
     )
 
 
-def prefixed(scheme: str, added: bool, control: Sequence[str]) -> list[Difference]:
-    """What the pre-tokenizer `Metaspace` does otherwise than llama.cpp, which has `added` spaces.
-
-    It puts no space before a space, nor (`first`) before what follows one of the `control` tokens.
-    """
-    starts = tuple(control)
-    if scheme == "never":
-        return []
-    if not added:
-        return [
-            Difference(
-                "texts that begin without a control token, to which the tokenizer adds a space",
-                lambda text: bool(text) and not text.startswith((" ", "▁", *starts)),
-            )
-        ]
-    behind = "|".join(map(re.escape, control))
-    found = [
-        Difference(
-            "texts and their parts that begin with a space, before which llama.cpp puts another",
-            re.compile(f"(?:^|{behind})[ ▁]" if behind else "^[ ▁]").search,
-        )
-    ]
-    if scheme == "first" and behind:
-        said = "what follows a control token, before which llama.cpp puts a space"
-        found.append(Difference(said, re.compile(f"(?:{behind})(?!{behind}|$)").search))
-    return found
+def inside_words(added: Sequence[Mapping[str, Any]]) -> list[Difference]:
+    """What llama.cpp takes for added tokens inside of words, where the tokenizer does not."""
+    texts = [one["content"] for one in added if one["single_word"]]
+    found = re.compile("|".join(rf"\w{text}|{text}\w" for text in map(re.escape, texts)))
+    return [Difference(f"texts with {texts[0]!r} in a word", found.search)] if texts else []

@@ -62,5 +62,12 @@ def _free(name: str, taken: Collection[str]) -> str:
 
 def is_byte_level(step: Mapping[str, Any] | None) -> bool:
     """Whether a pre-tokenizer writes bytes as characters."""
-    steps = [] if step is None else step.get("pretokenizers", [step])
-    return any(one["type"] == "ByteLevel" for one in steps)
+    return any(one["type"] == "ByteLevel" for one in steps_of(step))
+
+
+def steps_of(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """A normalizer or pre-tokenizer as the ones that it applies one after another."""
+    if step is None:
+        return []
+    inner = step.get("normalizers", step.get("pretokenizers"))
+    return [step] if inner is None else [one for part in inner for one in steps_of(part)]

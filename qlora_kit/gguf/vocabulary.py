@@ -16,23 +16,24 @@ Sources: the specification of GGUF; llama.cpp's src/llama-vocab.cpp.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokenizers import models
 
 from qlora_kit.errors import TokenizerError
-from qlora_kit.gguf.differences import CASES, Difference, normal_form, prefixed, spelled
+from qlora_kit.gguf.differences import CASES, Difference, inside_words, normal_form, spelled
 from qlora_kit.gguf.ends import BY_NAME, end_keys
 from qlora_kit.gguf.pre_tokenizer import KNOWN, find_names
 from qlora_kit.gguf.sentencepiece import LOWEST, scores_of
+from qlora_kit.gguf.spaces import SPACE, spaces_of
 from qlora_kit.gguf.stripping import general_name, stripped, strips_as_phi3
-from qlora_kit.gguf.token_list import BYTES, TokenType, is_byte_level, token_list
+from qlora_kit.gguf.token_list import BYTES, TokenType, is_byte_level, steps_of, token_list
 
 PREFIX = "tokenizer.ggml."
-SPACE = "▁"
 Value = str | bool | int | list[str] | list[int] | list[float]
 
 
@@ -93,23 +94,32 @@ def vocabulary(
     """
     if not tokenizer.is_fast:
         raise _refused(f"the tokenizer is a {type(tokenizer).__name__}, without a tokenizer.json")
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = backend["model"]
+    text = tokenizer.backend_tokenizer.to_str()
+    read = _read(text, rows, bool(tokenizer.chat_template))
+    found = replace(read, differences=[*read.differences], flags={**read.flags}, notes=[], ids={})
+    _name_ids(found, tokenizer, ends, bos)
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _read(text: str, rows: int, chats: bool) -> Vocabulary:
+    """What the text of a tokenizer.json says; an export asks for it several times."""
+    backend = json.loads(text)
+    model, added = backend["model"], backend["added_tokens"]
     if model["type"] != "BPE":
         raise _refused(f"the tokenizer is a {model['type']} model, not BPE")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
             raise _refused(f"the tokenizer has {name} {model[name]!r}")
     make = _byte_level if is_byte_level(backend["pre_tokenizer"]) else _sentencepiece
-    found = make(backend, rows, bool(tokenizer.chat_template))
+    found = make(backend, rows, chats)
     if len(set(found.tokens)) < len(found.tokens):
         twice = next(one for one in found.tokens if found.tokens.count(one) > 1)
         raise _refused(f"two tokens of the tokenizer are {twice!r}")
-    _name_ids(found, tokenizer, ends, bos)
-    added = backend["added_tokens"]
     found.strips = strips_as_phi3(added, found.tokens)
     if not found.strips:
         found.differences += stripped(added)
+    found.differences += inside_words(added)
     return found
 
 
@@ -122,7 +132,7 @@ def _byte_level(backend: Mapping[str, Any], rows: int, chats: bool) -> Vocabular
         raise _refused("the tokenizer merges tokens with spaces in them")
     tokens, types = token_list(backend, rows)
     found = Vocabulary("gpt2", pre, tokens, types, merges=merges)
-    found.differences += [normal_form(step) for step in _steps(backend["normalizer"])]
+    found.differences += [normal_form(step) for step in steps_of(backend["normalizer"])]
     if KNOWN[pre].cases:
         found.differences.append(CASES)
     return found
@@ -153,59 +163,28 @@ def _sentencepiece(backend: Mapping[str, Any], rows: int, chats: bool) -> Vocabu
     model = backend["model"]
     if not model["byte_fallback"] or not model["vocab"].keys() >= BYTES:
         raise _refused("the tokenizer has neither a byte-level pre-tokenizer nor tokens of bytes")
-    scheme, differences = _space_prefix(backend, chats)
+    spaces = spaces_of(backend, chats)
     tokens, types = token_list(backend, rows)
-    added = {one["content"] for one in backend["added_tokens"]}
-    plain = model["vocab"].keys() - BYTES - added
     pairs = _pairs(model)
+    added = {one["content"] for one in backend["added_tokens"]}
+    plain = model["vocab"].keys() - BYTES - (added - {left + right for left, right in pairs})
     ranks = scores_of(plain, pairs)
     for one in backend["added_tokens"]:
-        # What the merges give as well is plain text, whose `▁` is a space in answers.
         if types[one["id"]] is TokenType.USER_DEFINED and SPACE in one["content"]:
-            if one["content"] in ranks:
-                types[one["id"]] = TokenType.NORMAL
-            elif one["normalized"]:
+            if one["normalized"] and spaces.normalized:
                 tokens[one["id"]] = one["content"].replace(SPACE, " ")
+            elif one["content"] in ranks:
+                # The merges give it: it is plain text, whose `▁` is a space in answers.
+                types[one["id"]] = TokenType.NORMAL
     scored = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
     scores = [
         ranks.get(token, LOWEST) if kind in scored else 0.0
         for token, kind in zip(tokens, types, strict=True)
     ]
     found = Vocabulary("llama", "default", tokens, types, scores)
-    found.flags["add_space_prefix"] = scheme
-    found.differences += differences
+    found.flags["add_space_prefix"] = spaces.before
+    found.differences += spaces.differences
     return found
-
-
-def _space_prefix(backend: Mapping[str, Any], chats: bool) -> tuple[bool, list[Difference]]:
-    """Whether llama.cpp is to put a space before a text, and where that is not the same.
-
-    Of a `Metaspace` that puts it before the first part of a text alone, it is not for a tokenizer
-    that `chats`: every part of a chat stands behind a control token.
-    Errors: `TokenizerError` for normalizers and pre-tokenizers that do something else.
-    """
-    prepends, replaces = False, False
-    control = [one["content"] for one in backend["added_tokens"] if one["special"]]
-    differences = []
-    for step in _steps(backend["normalizer"]):
-        if step["type"] == "Prepend" and step["prepend"] == SPACE:
-            prepends = True
-        elif step["type"] == "Replace" and step["pattern"] == {"String": " "}:
-            replaces = step["content"] == SPACE
-        else:
-            differences.append(normal_form(step))
-    for step in _steps(backend["pre_tokenizer"]):
-        if step["type"] == "Metaspace" and step["replacement"] == SPACE and not step["split"]:
-            scheme = step["prepend_scheme"]
-            prepends = scheme == "always" or (scheme == "first" and not chats)
-            replaces = True
-            differences += prefixed(scheme, prepends, control)
-        elif step["type"] != "Split" or step["pattern"] != {"String": " "} or not replaces:
-            described = {name: value for name, value in step.items() if name != "type"}
-            raise _refused(f"the tokenizer has the pre-tokenizer {step['type']} {described}"[:200])
-    if not replaces:
-        raise _refused("the tokenizer leaves spaces as they are, where sentencepiece writes ▁")
-    return prepends, differences
 
 
 def _name_ids(found: Vocabulary, tokenizer: Any, ends: Collection[int], bos: int | None) -> None:
@@ -239,14 +218,6 @@ def _name_ids(found: Vocabulary, tokenizer: Any, ends: Collection[int], bos: int
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     split = (one.split(" ", 1) if isinstance(one, str) else one for one in model["merges"])
     return [(left, right) for left, right in split]
-
-
-def _steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """A normalizer or pre-tokenizer as the ones that it applies one after another."""
-    if step is None:
-        return []
-    inner = step.get("normalizers", step.get("pretokenizers"))
-    return [step] if inner is None else [one for part in inner for one in _steps(part)]
 
 
 def _refused(problem: str) -> TokenizerError:

@@ -12,12 +12,15 @@ import pytest
 from gguf_reader import Reader, write_vocabulary
 from texts import TEXTS
 from tokenizer_kinds import ADDED, SPLITS, byte_level, sentencepiece
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from qlora_kit.base.contents import tokenizer_files
 from qlora_kit.base.source import TINY
 from qlora_kit.base.tokenizer import load_tokenizer, make_tokenizer
 from qlora_kit.data.answers import turn_ends
+from qlora_kit.gguf.pre_tokenizer import KNOWN
 from qlora_kit.gguf.vocabulary import TokenType, Vocabulary, vocabulary
 
 DATA = Path(os.environ.get("QLORA_KIT_DATA", "absent"))
@@ -141,6 +144,30 @@ def test_parts_of_a_chat_have_the_spaces_that_the_tokenizer_gives_them(tmp_path:
         assert read(chat) == tokenizer(chat)["input_ids"]
     assert not found.reads(TEXTS["prose"])
     assert read(TEXTS["prose"]) != tokenizer(TEXTS["prose"])["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "gemma", "metaspace", "gpt-2"])
+def test_added_tokens_are_found_in_texts(kind: str, tmp_path: Path) -> None:
+    tokenizer = byte_level(kind) if kind in SPLITS else sentencepiece(kind)
+    added = [AddedToken("<tool>"), AddedToken("<raw>", normalized=False)]
+    added += [AddedToken("yes", single_word=True), AddedToken("▁▁x", normalized=kind == "gemma")]
+    tokenizer.add_tokens(added)
+    found = made(tokenizer)
+    read = in_llama_cpp(found, tmp_path)
+    alike = set()
+    for text in ("<tool>", "a<tool>b", "a <raw> b", "</s><raw>", "a  xb", "a   xb", "yes", "yesno"):
+        if read(text) == tokenizer(text)["input_ids"]:
+            alike.add(text)
+        else:
+            assert not found.reads(text), text
+    # Of what is said to differ some is alike; what is common is.
+    assert alike >= {"<tool>", "</s><raw>", "yes"}
+    assert kind == "metaspace" or "a <raw> b" in alike
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN.keys() & GGUF_PRE_TOKENIZER_SPLITS.keys()))
+def test_splits_are_those_that_transformers_takes_for_a_name(name: str) -> None:
+    assert KNOWN[name].splits == (GGUF_PRE_TOKENIZER_SPLITS[name],)
 
 
 def test_spaces_beside_control_tokens_go_where_the_name_says_so(tmp_path: Path) -> None:

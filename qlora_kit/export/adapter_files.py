@@ -19,6 +19,8 @@ from qlora_kit.files.publish import publish
 from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 
 CARD = "README.md"
+FOLDER = "adapter"
+"""Where an adapter lies beside its base in an export that does not merge them."""
 STAYS_BEHIND = " `config.yaml` holds every option, `run.json` every number."
 """What a run's model card says of files that others do not get."""
 

@@ -21,7 +21,7 @@ from qlora_kit.base.layer_by_layer import layer_by_layer, layer_bytes
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device.target import dtype_name
-from qlora_kit.export.unmerged import FOLDER
+from qlora_kit.export.adapter_files import FOLDER
 from qlora_kit.lora.adapter import load_adapter
 
 BESIDE = 1.1

@@ -17,11 +17,10 @@ from qlora_kit.base.source import is_path
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.export import QUANTIZED, ExportConfig
 from qlora_kit.errors import redacted
+from qlora_kit.export.adapter_files import CARD, FOLDER
 from qlora_kit.export.tensors import dtype_of
 from qlora_kit.files.atomic import real_path, write_file
 from qlora_kit.lora.adapter import save_adapter
-
-FOLDER = "adapter"
 
 
 def write_beside(base: Base, adapter: str, options: ExportConfig, directory: Path) -> None:
@@ -35,7 +34,7 @@ def write_beside(base: Base, adapter: str, options: ExportConfig, directory: Pat
     asked = BaseConfig(str(directory), bits=bits, dtype=dtype_of(base, options), device="cpu")
     info = replace(open_base(asked).info, name=name, revision=None)
     save_adapter(base, directory / FOLDER, adapter, (reference, info))
-    write_file(directory / "README.md", _card(base, options, name).encode())
+    write_file(directory / CARD, _card(base, options, name).encode())
 
 
 def _card(base: Base, options: ExportConfig, name: str) -> str:

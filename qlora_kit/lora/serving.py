@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qlora_kit.base.safetensors_file import some
-from qlora_kit.lora.adapter_files import AdapterFiles
+from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT = 16
@@ -140,6 +140,17 @@ class Served:
             f"vLLM serves rank {self.rank} with --max-lora-rank {given}; its default is "
             f"{VLLM_DEFAULT}, with which it refuses the adapter"
         )
+
+
+def served_beside(base: Path, directory: Path) -> tuple[tuple[str, ...], str | None]:
+    """What is to be noted of an adapter in `directory` on its `base`, and what serves both.
+
+    Nothing where no adapter lies there.
+    """
+    if not directory.is_dir():
+        return (), None
+    served = Served.of_files(read_adapter(directory))
+    return tuple(served.notes()), vllm_command(served, str(base), directory)
 
 
 def vllm_command(served: Served, base: str, directory: Path) -> str | None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.errors import ConfigError
-from qlora_kit.export.adapter_files import export_adapter, is_portable
+from qlora_kit.export.adapter_files import FOLDER, export_adapter, is_portable
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.publish import mend
-from qlora_kit.lora.serving import NOT_PORTABLE, Served, vllm_command
+from qlora_kit.lora.serving import NOT_PORTABLE, Served, served_beside, vllm_command
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.sending import (
@@ -82,7 +82,7 @@ def export(
         assert named.adapter is not None  # it is given
         its_own = named.adapter.files.config.get("base_model_name_or_path")
         check_base_name(parsed, options.base_name or its_own, NAME_IT)
-    elif options.merged_into == "none":
+    elif options.merged_into == "none" and options.format != "gguf-lora":
         check_base_name(parsed, options.base_name or str(target and target.absolute()), BESIDE)
     check_sending(parsed, options.format)
     send = partial(send_export, parsed, target)
@@ -110,4 +110,5 @@ def export(
     report = merge(named, read, rows_for, on_compared)
     if target is None:
         return Exported(None, send)
-    return Exported(str(target), send, report=report, closer=options.closer)
+    said, serve = served_beside(target, target / FOLDER)
+    return Exported(str(target), send, said, serve, report, options.closer)

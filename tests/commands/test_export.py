@@ -110,6 +110,27 @@ def test_shards_are_written_and_read_back(run: Run, workshop: Any, tmp_path: Pat
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
 
 
+def test_the_base_in_4_bits_is_exact_and_its_merge_is_not(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    report = exported(run, workshop, tmp_path / "out", "--format", "hf-4bit")
+    assert (report["format"], report["merge_base"]) == ("hf-4bit", "none")
+    assert report["kl"] <= 1e-6
+    again = run(
+        "generate", "--adapter", tmp_path / "out" / "adapter", "--prompt", "a", "--max_new_tokens",
+        1, "--dtype", "fp32",
+    )  # fmt: skip
+    assert again.code == 0
+    answer = run(
+        "export", "--adapter", workshop.adapter, "--model", workshop.base, "--output_dir",
+        tmp_path / "merged", "--verify", workshop.rows, "--format", "hf-4bit", "--merge_base",
+        "dequantized", "--max_kl", 1e-3,
+    )  # fmt: skip
+    assert answer.code == 5
+    assert "--merge_base none" in answer.line
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_divergence_above_max_kl_is_an_error_and_leaves_nothing(
     run: Run, workshop: Any, tmp_path: Path
 ) -> None:

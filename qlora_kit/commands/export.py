@@ -66,22 +66,34 @@ def _show(exported: Exported, place: str, terminal: Terminal) -> None:
     if "kl" not in report:
         return
     for name, read in report["readers"].items():
-        how = "" if read["read"].startswith("whole") else f", {read['read']},"
-        terminal.line(
-            "compared" if read["kl"] > FAR_KL else "verified",
-            f"by {name}{how} on {read['tokens']} tokens of {report['verified_on']}: "
-            f"KL {read['kl']:.2e}, top-1 agreement {read['top1_agreement']:.1%}, "
-            f"largest logit difference {read['max_logit_difference']:.3g}, "
-            f"tokens of {read['texts']} texts equal",
-            width=10,
-        )
-    if report["kl"] > FAR_KL:
+        _show_read(terminal, name, read, report["verified_on"])
+    for name, why in report.get("not_read_by", {}).items():
+        terminal.note(f"the export was not read by {name}: {why}")
+    if (report["kl"] or 0) > FAR_KL:
         warnings.warn(
             f"the export is another model than the one that was trained: {report['kl']:.2g} nats a "
             f"token from it, and for {1 - report['top1_agreement']:.0%} of the tokens another one "
             f"is the likeliest; {exported.closer} (--max_kl makes this an error)",
             stacklevel=1,
         )
+
+
+def _show_read(terminal: Terminal, name: str, read: Mapping[str, Any], where: str) -> None:
+    """A line on what a reader of the export found."""
+    if "kl" not in read:
+        said = f"{read['tensors']} tensors are what was written, no text was read"
+        terminal.line("checked", f"by {name}, {read['read']}: {said}", width=10)
+        return
+    how = "" if read["read"].startswith("whole") else f", {read['read']},"
+    texts = "all" if read["texts_equal"] == read["texts"] else f"{read['texts_equal']} of"
+    terminal.line(
+        "compared" if read["kl"] > FAR_KL else "verified",
+        f"by {name}{how} on {read['tokens']} tokens of {where}: "
+        f"KL {read['kl']:.2e}, top-1 agreement {read['top1_agreement']:.1%}, "
+        f"largest logit difference {read['max_logit_difference']:.3g}, "
+        f"tokens of {texts} {read['texts']} texts equal",
+        width=10,
+    )
 
 
 def _show_compared(terminal: Terminal, form: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""A GGUF read back: by llama.cpp, and by transformers where it knows the family.
+"""The readers of a GGUF: llama.cpp, and transformers where it knows the family.
 
 llama.cpp says which tokens texts are, at which tokens answers end, and the logits; transformers
-makes all tensors fp32 and runs them, which takes the memory of that.
+makes all tensors fp32 and runs them, which takes the memory of that. It leaves much of what a GGUF
+says of a model (factors, biases, windows), so that it is given the config: it judges the tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from qlora_kit.base.base import Base
@@ -24,7 +26,7 @@ from qlora_kit.export.readers import Read, report_of, trained
 from qlora_kit.export.transformers_reader import (
     TRANSFORMERS,
     model_pieces,
-    read_model,
+    read_gguf,
     read_tokenizer,
 )
 from qlora_kit.export.verify import Decoded, Piece, compare
@@ -34,8 +36,9 @@ WORK = 2**42
 """Parameters times positions: what a CPU multiplies in some minutes."""
 FEWEST = 256
 """llama.cpp has no shorter context."""
-BESIDE = 8.8
-"""Bytes that transformers takes for a parameter of a GGUF: fp32 twice at the end of its reading."""
+HELD, READING = 4.4, 8.8
+"""Bytes that transformers takes for a parameter of a GGUF, on the device and on the host before:
+fp32, with some room, and twice that at the end of its reading."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,18 @@ class GgufReaders:
             most = min(llama.positions, max(1, WORK // self.base.parameters))
             pieces = _pieces(llama, self.ours.rows, most)
             found = compare(self.ours, pieces, normalized=not llama.gives_logits)
-            return Read(LLAMA_CPP, f"whole, by {llama.library}", found, texts)
+            how = f"whole, by {llama.library}"
+        return Read(LLAMA_CPP, how, found, texts, len(self.tokens.texts))
 
     def by_transformers(self) -> Read:
         """What transformers finds. Errors: `ExportError`."""
-        place, name = self.file.parent, self.file.name
-        texts = self.tokens.check(TRANSFORMERS, read_tokenizer(place, file=name))
-        model = read_model(place, self.base.device, file=name)
+        texts = self.tokens.equal(read_tokenizer(self.file.parent, file=self.file.name))
+        held = HELD * self.base.parameters
+        device = self.base.device if free_bytes(self.base.device) >= held else torch.device("cpu")
+        model = read_gguf(self.file, self.base.model.config, device)
         found = compare(self.ours, model_pieces(model, self.ours.rows))
-        return Read(TRANSFORMERS, "whole, in fp32", found, texts)
+        how = "whole, with the settings of config.json"
+        return Read(TRANSFORMERS, how, found, texts, len(self.tokens.texts))
 
     def absent(self) -> dict[str, str]:
         """The readers that there are not, and why."""
@@ -80,10 +86,11 @@ class GgufReaders:
         if llama_library() is None:
             found[LLAMA_CPP] = f"it is not installed ({INSTALL})"
         family = gguf_facts(self.base.model.config.model_type).architecture
+        needed, free = READING * self.base.parameters, free_bytes(torch.device("cpu"))
         if family not in GGUF_SUPPORTED_ARCHITECTURES:
-            found[TRANSFORMERS] = f"it reads no {family} models from a GGUF"
-        elif (needed := BESIDE * self.base.parameters) > (free := free_bytes(self.base.device)):
-            sizes = f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+            found[TRANSFORMERS] = f"it reads no {family} models out of a GGUF"
+        elif needed > free:
+            sizes = f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
             found[TRANSFORMERS] = f"it takes {sizes}"
         return found
 

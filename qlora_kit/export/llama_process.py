@@ -72,6 +72,7 @@ class Cyllama:
         self._step = max(32, min(context, AT_ONCE // self._vocabulary.n_vocab))
         settings.n_ctx, settings.n_batch, settings.n_ubatch = context, self._step, self._step
         settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
+        settings.swa_full = True
         settings.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.n_threads = settings.n_threads_batch = threads
         self._context = llama_cpp.LlamaContext(model=self._model, params=settings, verbose=False)
@@ -124,6 +125,7 @@ class Server:
         settings.n_ctx = context
         settings.n_parallel = 1
         settings.verbosity = 1  # errors
+        settings.swa_full = True  # else what a window has left cannot be taken up again
         settings.warmup = settings.fit_params = False
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         settings.n_gpu_layers = 0

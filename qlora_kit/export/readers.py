@@ -6,7 +6,7 @@ Tokens come first: a reader that makes others of a text is refused whatever its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.batch import padding_id
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import empty_cache, free_bytes
-from qlora_kit.errors import ResourceError
+from qlora_kit.errors import ExportError, ResourceError
 from qlora_kit.export.read_back import Way, read_layers, ways, with_adapter
 from qlora_kit.export.token_check import (
     check_ends,
@@ -38,23 +38,37 @@ from qlora_kit.process.out_of_memory import is_out_of_memory
 
 @dataclass(frozen=True)
 class Read:
-    """What one reader found: its name, how it read, the distance, and texts of equal tokens."""
+    """What one reader found: its name, how it read, the distance, and of how many of the `texts`
+    it makes the same tokens.
+    """
 
     reader: str
     how: str
     found: Verification
+    texts_equal: int
     texts: int
 
     def as_dict(self) -> dict[str, Any]:
         """For export.json."""
-        return self.found.as_dict() | {"texts": self.texts, "read": self.how}
+        texts = {"texts": self.texts, "texts_equal": self.texts_equal}
+        return self.found.as_dict() | texts | {"read": self.how}
 
 
 def report_of(reads: Sequence[Read], options: ExportConfig) -> dict[str, Any]:
     """What export.json says: each reader's distance, and at the top the largest one.
 
-    Errors: `NumericError` where one is above the limit.
+    Without readers there is none. Errors: `NumericError` where one is above the limit,
+    `ExportError` where there is a limit and no reader.
     """
+    if not reads:
+        if options.max_kl is not None:
+            raise ExportError(
+                f"--max_kl {options.max_kl:g}: nothing here reads the export",
+                "nothing was written; install llama.cpp: pip install 'qlora-kit[llamacpp]'",
+            )
+        return dict.fromkeys((one.name for one in fields(Verification)), None) | {
+            "export_read": None
+        }
     for one in reads:
         check_distance(one.found.kl, options.max_kl, options.closer, one.reader)
     worst = max(reads, key=lambda one: one.found.kl)
@@ -73,7 +87,7 @@ def verify_hf(
     check_tokenizer_files(base, directory, texts)
     found, way = verify_export(base, directory, rows)
     reader = TRANSFORMERS if way.whole else "qlora_kit"
-    return report_of([Read(reader, str(way), found, len(texts))], options)
+    return report_of([Read(reader, str(way), found, len(texts), len(texts))], options)
 
 
 def check_tokenizer_files(base: Base, directory: Path, texts: Sequence[str]) -> None:

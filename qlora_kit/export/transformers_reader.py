@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from qlora_kit.base.bnb_tensors import hold_as_ours
@@ -28,38 +28,57 @@ from qlora_kit.process.out_of_memory import is_out_of_memory
 
 TRANSFORMERS = "transformers"
 REMEDY = "nothing was written; report this with the command and the model"
+READ_AS = {"mistral": "llama"}
+"""Families that are written, and read, as another one."""
 LISTED = 3
 """Tensors that an error names."""
 
 
-def read_model(directory: Path, device: torch.device, *, file: str | None = None) -> Any:
-    """The model in `directory`, or in the GGUF `file` there, on a device.
+def read_model(directory: Path, device: torch.device) -> Any:
+    """The model in `directory` on a device.
 
     A multimodal checkpoint is read as the class that its config.json names.
     Errors: `ExportError` for one that transformers does not read, or reads in part.
     """
-    more: dict[str, Any] = {"dtype": "auto"} if file is None else {"gguf_file": file}
+    config = json.loads((directory / "config.json").read_text())
     kind = AutoModelForCausalLM
-    if file is None:
-        config = json.loads((directory / "config.json").read_text())
-        if "text_config" in config:
-            kind = getattr(transformers, config["architectures"][0])
-        # Of the kinds of attention only this one has a soft cap.
-        if config.get("text_config", config).get("attn_logit_softcapping") is not None:
-            more["attn_implementation"] = "eager"
+    if "text_config" in config:
+        kind = getattr(transformers, config["architectures"][0])
+    capped = config.get("text_config", config).get("attn_logit_softcapping") is not None
+    model = _read(kind, directory, device, capped, dtype="auto")
+    hold_as_ours(model)
+    return model
+
+
+def read_gguf(file: Path, config: PreTrainedConfig, device: torch.device) -> Any:
+    """The model in a GGUF in fp32 on a device, its numbers and names by `config`.
+
+    Of most families transformers does not take all of these from a GGUF. Errors: `ExportError`.
+    """
+    said = config.to_dict()
+    said.pop("quantization_config", None)
+    kind = said.pop("model_type")
+    plain = AutoConfig.for_model(READ_AS.get(kind, kind), **said)
+    capped = said.get("attn_logit_softcapping") is not None
+    more = {"gguf_file": file.name, "config": plain, "dtype": torch.float32}
+    return _read(AutoModelForCausalLM, file.parent, device, capped, **more)
+
+
+def _read(kind: Any, directory: Path, device: torch.device, capped: bool, **more: Any) -> Any:
+    """What transformers reads, whole. Of the kinds of attention only `eager` has a soft cap."""
     with _quiet(), _refusals():
         model, said = kind.from_pretrained(
             directory,
             device_map={"": str(device)},
             local_files_only=True,
             output_loading_info=True,
+            attn_implementation="eager" if capped else "sdpa",
             **more,
         )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, said.get(what, ()))):
             listed = f"{len(found)} {what.replace('_', ' ')}: {', '.join(found[:LISTED])}"
             raise ExportError(f"{TRANSFORMERS} reads the export with {listed}", REMEDY)
-    hold_as_ours(model)
     return model.eval()
 
 

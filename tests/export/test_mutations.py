@@ -121,4 +121,4 @@ def test_the_same_unchanged_is_the_trained_model(base: Base, tmp_path: Path) -> 
     found = verified(base, tmp_path / "out")
     assert found["readers"].keys() == {"transformers"}
     assert found["kl"] <= 1e-6
-    assert found["readers"]["transformers"]["texts"] == 13
+    assert found["readers"]["transformers"]["texts_equal"] == 13

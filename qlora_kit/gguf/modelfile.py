@@ -25,19 +25,22 @@ def modelfile(
     *,
     model: str,
     adapter: str | None = None,
-    adds_bos: bool = True,
+    adds_bos: bool | None = None,
     options: ChatOptions = NO_OPTIONS,
 ) -> str:
     """The text of a `Modelfile` for the GGUF `model`, or for an `adapter` on it.
 
     `ends` are the tokens at which answers stop, `context` is in tokens, `adds_bos` says whether the
-    GGUF asks for BOS before a text: the template then has none.
+    GGUF asks for BOS before a text (None: as the tokenizer does): the template then has none.
     """
-    lines = [f"FROM {_place(model)}"]
+    if adds_bos is None:
+        adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    lines = [] if adapter is None else ["# The model that the adapter was trained on, as a GGUF."]
+    lines.append(f"FROM {_place(model)}")
     if adapter is not None:
         lines.append(f"ADAPTER {_place(adapter)}")
     stops = sorted(filter(None, (tokenizer.convert_ids_to_tokens(one) for one in ends)))
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in stops if '"""' not in text]
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in stops if _can_be_quoted(text)]
     if context is not None:
         lines.append(f"PARAMETER num_ctx {context}")
     return "\n".join([*lines, *_template(tokenizer, adds_bos, options)]) + "\n"
@@ -55,13 +58,19 @@ def _template(tokenizer: Any, adds_bos: bool, options: ChatOptions) -> list[str]
             "# itself: chat through llama.cpp, or write TEMPLATE here by hand.",
         ]
     text = form.go()
-    if '"""' in text or text.endswith('"'):
+    if not _can_be_quoted(text):
         return ["# No TEMPLATE: the model's chat template writes what cannot be quoted here."]
     said = ["# As the model's chat template writes chats; tools are left out."]
     day = date_of(tokenizer, options.date)
     if day is not None:
         said.append(f"# It writes the day, here {day}: change it in the text below.")
     return [*said, f'TEMPLATE """{text}"""']
+
+
+def _can_be_quoted(text: str) -> bool:
+    """Whether Ollama reads a quoted text as it is: it drops what cannot be printed."""
+    printed = all(one.isprintable() for one in text if one not in "\t\r\n")
+    return printed and '"""' not in text and not text.endswith('"')
 
 
 def _quoted(text: str) -> str:

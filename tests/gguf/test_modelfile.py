@@ -64,7 +64,7 @@ def test_a_go_template_writes_what_the_chat_template_does(name: str) -> None:
 def test_bos_is_in_the_template_where_nobody_else_puts_it() -> None:
     tokenizer = chat_tokenizer(adds_bos=False)
     tokenizer.chat_template = OURS["llama-3"]
-    text = template_of(modelfile(tokenizer, [1], 512, model="model.gguf", adds_bos=False))
+    text = template_of(modelfile(tokenizer, [1], 512, model="model.gguf"))
     for chat in chats():
         assert execute(text, chat) == expected(tokenizer, chat)
 
@@ -86,12 +86,16 @@ def test_the_day_of_a_template_is_said() -> None:
         "{% for m in messages %}{{ m.role + m.content | upper }}{% endfor %}",
         "{% for m in messages[:-1] %}{{ m.role + m.content }}{% endfor %}",
         "{{ raise_exception('no') }}",
+        # What Ollama's file cannot hold.
+        "{% for m in messages %}{{ m.content + '\u200b' }}{% endfor %}",
+        '{% for m in messages %}{{ m.content + \'"""\' }}{% endfor %}',
     ],
 )
 def test_a_template_of_no_known_form_is_left_out_and_that_is_said(template: str) -> None:
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = template
-    assert chat_form(tokenizer, NO_OPTIONS) is None
+    quotable = not any(one in template for one in ("\u200b", '"'))
+    assert (chat_form(tokenizer, NO_OPTIONS) is None) == quotable
     text = modelfile(tokenizer, [1], 512, model="model.gguf")
     assert "\nTEMPLATE" not in text
     assert "# No TEMPLATE: " in text
@@ -108,6 +112,8 @@ def test_a_modelfile_says_the_file_the_stops_and_the_context() -> None:
         "PARAMETER num_ctx 1024",
     ]
     adapter = modelfile(tokenizer, ends, None, model="llama3.2", adapter="adapter.gguf")
+    of, _, adapter = adapter.partition("\n")
+    assert of == "# The model that the adapter was trained on, as a GGUF."
     assert adapter.startswith("FROM llama3.2\nADAPTER ./adapter.gguf\nPARAMETER stop")
 
 

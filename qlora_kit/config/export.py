@@ -107,6 +107,11 @@ class ExportConfig(Options):
         return "none" if self.format in (*QUANTIZED, "gguf-lora") else "dequantized"
 
     @property
+    def is_beside(self) -> bool:
+        """Whether the export holds the base as it was trained on, and the adapter beside it."""
+        return self.merged_into == "none" and self.format in MERGED
+
+    @property
     def closer(self) -> str:
         """What would bring the export nearer to the model as trained: the remedy of an error."""
         if self.format == "gguf-lora":

@@ -72,7 +72,7 @@ def write_bnb(base: Base, adapter: str | None, options: ExportConfig, directory:
     stored = files.decoder.config["quantization_config"] if same else None
     said = quantization_config(linears.quantization, dtype, linears.skipped, stored)
     write_settings(base, directory, dtype, quantization=said)
-    if merged_into == "none" and adapter is not None:
+    if options.is_beside and adapter is not None:
         write_beside(base, adapter, options, directory)
 
 

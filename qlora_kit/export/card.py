@@ -12,7 +12,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-CARD = "README.md"
+from qlora_kit.export.adapter_files import CARD, FOLDER
+from qlora_kit.files.atomic import write_file
+
 LOADERS = {
     "hf": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     'model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")\n'
@@ -20,25 +22,30 @@ LOADERS = {
     "multimodal": "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
     'model = AutoModelForImageTextToText.from_pretrained("DIR", dtype="auto")\n'
     'processor = AutoProcessor.from_pretrained("DIR")',
+    "unmerged": "from peft import PeftModel\n"
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("DIR", dtype="auto")\n'
+    f'model = PeftModel.from_pretrained(model, "DIR", subfolder="{FOLDER}")\n'
+    'tokenizer = AutoTokenizer.from_pretrained("DIR")',
 }
 
 
-def export_card(report: Mapping[str, Any], directory: Path, base_name: str | None) -> str:
-    """The Markdown of the `README.md` of the export that lies in `directory`.
+def write_card(report: Mapping[str, Any], directory: Path, base_name: str | None) -> None:
+    """Write the `README.md` of the export that lies in `directory`.
 
     `report` is what its export.json says; `base_name` is None where others do not find the base.
     """
     form, base = report["format"], report["base"]
-    is_gguf = form.startswith("gguf")
+    is_gguf, beside = form.startswith("gguf"), (directory / FOLDER).is_dir()
     front = ModelCardData(
         base_model=base_name,
-        library_name="gguf" if is_gguf else "transformers",
+        library_name="gguf" if is_gguf else "peft" if beside else "transformers",
         tags=["qlora", *(["gguf"] if is_gguf else [])],
     )
     name = base_name or base["name"]
     title = "LoRA adapter for" if form == "gguf-lora" else "Fine-tuned"
-    made = "\n".join(f"- {line}" for line in _made_of(report, name))
-    return f"""---
+    made = "\n".join(f"- {line}" for line in _made_of(report, name, beside))
+    text = f"""---
 {front.to_yaml()}
 ---
 # {title} {_code(name)}
@@ -51,9 +58,10 @@ A LoRA adapter trained on a quantized base, exported by qlora-kit. `export.json`
 ## Use
 {_use(report, directory)}
 """
+    write_file(directory / CARD, text.encode())
 
 
-def _made_of(report: Mapping[str, Any], name: str) -> Iterator[str]:
+def _made_of(report: Mapping[str, Any], name: str, beside: bool) -> Iterator[str]:
     base = report["base"]
     held = f"{base['bits']} bits" if base["bits"] != 16 else "16 bits, not quantized"
     held += f" ({base['quant_type']})" if base.get("quant_type") else ""
@@ -64,6 +72,8 @@ def _made_of(report: Mapping[str, Any], name: str) -> Iterator[str]:
         "original": f", the update added to the original weights, not to those in {held}",
     }
     yield f"trained with the base in {held}{merged.get(str(report.get('merge_base')), '')}"
+    if beside:
+        yield f"not merged: the base lies here, and the adapter in `{FOLDER}`"
     if report.get("kl") is not None:
         yield (
             f"distance from the model as trained: KL {report['kl']:.2e} nats a token, top-1 "
@@ -77,6 +87,8 @@ def _use(report: Mapping[str, Any], directory: Path) -> str:
     files = sorted(path.name for path in directory.glob("*.gguf"))
     if not files:
         loader = "multimodal" if report.get("with_towers") else "hf"
+        if (directory / FOLDER).is_dir():
+            loader = "unmerged"
         where = "`DIR` is the name of this repository, or its directory."
         return "\n".join((where, "```python", LOADERS[loader], "```"))
     is_lora = report["format"] == "gguf-lora"

@@ -50,7 +50,7 @@ def write_hf(base: Base, adapter: str | None, options: ExportConfig, directory: 
     write_settings(base, directory, dtype, with_towers=options.with_towers)
     if options.with_towers:
         copy_processors(base.source.directory, directory)
-    if options.merged_into == "none" and adapter is not None:
+    if options.is_beside and adapter is not None:
         write_beside(base, adapter, options, directory)
 
 

@@ -82,7 +82,7 @@ def export(
         assert named.adapter is not None  # it is given
         its_own = named.adapter.files.config.get("base_model_name_or_path")
         check_base_name(parsed, options.base_name or its_own, NAME_IT)
-    elif options.merged_into == "none" and options.format != "gguf-lora":
+    elif options.is_beside:
         check_base_name(parsed, options.base_name or str(target and target.absolute()), BESIDE)
     check_sending(parsed, options.format)
     send = partial(send_export, parsed, target)

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.chat_template import read_templates
-from qlora_kit.export.card import CARD, export_card
+from qlora_kit.export.card import write_card
 from qlora_kit.export.companions import write_companions
 from qlora_kit.export.export import check_export, write_export
 from qlora_kit.export.formats import FORMATS
@@ -19,7 +19,7 @@ from qlora_kit.export.tensors import dtype_of
 from qlora_kit.files.atomic import EXPORT_REPORT, check_output
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.compare import compare
-from qlora_kit.run.metrics import versions, write_json, write_text
+from qlora_kit.run.metrics import versions, write_json
 from qlora_kit.run.named_base import Named
 
 RowsFor = Callable[[Any], tuple[Any, str]]
@@ -54,7 +54,9 @@ def merge(
     compared = compare(base, target, rows, on_compared) if options.compare else None
     if target is None:
         return {"verified_on": where, "compared": compared}
-    name = {} if options.base_name is None else {"name": options.base_name}
+    # With the adapter beside it the name is that of the export.
+    base_name = None if options.is_beside else options.base_name
+    name = {} if base_name is None else {"name": base_name}
     report: dict[str, Any] = {
         "format": options.format,
         "verified_on": where,
@@ -76,9 +78,8 @@ def merge(
         write_companions(base, directory, own)
         report.update(FORMATS[options.format].verify(base, options, directory, rows))
         write_json(directory / EXPORT_REPORT, report)
-        if not (directory / CARD).exists():  # of an adapter beside its base there is one
-            found_as = options.base_name or (base.source.name if base.source.revision else None)
-            write_text(directory / CARD, export_card(report, directory, found_as))
+        found_as = base_name or (base.source.name if base.source.revision else None)
+        write_card(report, directory, found_as)
 
     write_export(base, options, inspect)
     return report

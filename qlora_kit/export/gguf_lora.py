@@ -30,13 +30,17 @@ from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError, NumericError
 from qlora_kit.export.tensors import dtype_of
+from qlora_kit.generation.decode import end_ids
 from qlora_kit.gguf.file import Fields, FileTensor, write_gguf_file
 from qlora_kit.gguf.general import FILE_TYPES, base_model
 from qlora_kit.gguf.layout import Layout, import_gguf
+from qlora_kit.gguf.modelfile import write_modelfile
 from qlora_kit.gguf.tensor_types import KINDS
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 
 FILE = "adapter.gguf"
+BASE_FILE = "base.gguf"
+"""What the base is called in Ollama's file."""
 ALPHA = "adapter.lora.alpha"
 TRAINED_ON = "qlora_kit.trained_on"
 """The key under which the file says what the header of our adapters does."""
@@ -84,7 +88,10 @@ def lora_size(base: Base, options: ExportConfig) -> int:
 
 
 def write_lora(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
-    """Write the adapter into `directory`. Errors: `ExportError`, `NumericError`, `ModelError`."""
+    """Write the adapter into `directory`, and Ollama's file beside it.
+
+    Errors: `ExportError`, `NumericError`, `ModelError`.
+    """
     found = [] if adapter is None else pairs(base, adapter)
     if not found:
         raise ExportError("there is no adapter to write", "load one, or export --format gguf")
@@ -92,6 +99,8 @@ def write_lora(base: Base, adapter: str | None, options: ExportConfig, directory
     tensors = [one for pair in found for one in _tensors(layout, pair, alpha, kind)]
     fields = _fields(base, options, alpha, kind)
     write_gguf_file(directory / FILE, layout.facts.architecture, fields, tensors)
+    ends, words = end_ids(base.model, base.tokenizer), base.tokenizer
+    write_modelfile(directory, words, ends, base.context, model=BASE_FILE, adapter=FILE)
 
 
 def _kind(base: Base, options: ExportConfig) -> str:

@@ -10,12 +10,32 @@ Source: Ollama's docs/modelfile.md.
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, date_of
+from qlora_kit.data.tokens import decoded
+from qlora_kit.files.atomic import write_file
 from qlora_kit.gguf.chat_form import chat_form
 
 MODELFILE = "Modelfile"
+MOST_CONTEXT = 8192
+"""Tokens of context that it asks for at most: Ollama allocates its cache for all."""
+
+
+def write_modelfile(
+    directory: Path,
+    tokenizer: Any,
+    ends: Collection[int],
+    context: int,
+    *,
+    model: str,
+    adapter: str | None = None,
+) -> None:
+    """Write `modelfile` into a directory, for at most `MOST_CONTEXT` tokens."""
+    context = min(context, MOST_CONTEXT)
+    text = modelfile(tokenizer, ends, context, model=model, adapter=adapter)
+    write_file(directory / MODELFILE, text.encode())
 
 
 def modelfile(
@@ -39,7 +59,7 @@ def modelfile(
     lines.append(f"FROM {_place(model)}")
     if adapter is not None:
         lines.append(f"ADAPTER {_place(adapter)}")
-    stops = sorted(filter(None, (tokenizer.convert_ids_to_tokens(one) for one in ends)))
+    stops = sorted(filter(None, (decoded(tokenizer, [one]) for one in ends)))
     lines += [f"PARAMETER stop {_quoted(text)}" for text in stops if _can_be_quoted(text)]
     if context is not None:
         lines.append(f"PARAMETER num_ctx {context}")

@@ -39,6 +39,9 @@ def test_an_adapter_is_written_and_its_updates_are_read_back(run: Run, workshop:
     before = Path("out/adapter.gguf").read_bytes()
     assert run(*COMMAND, "--adapter", workshop.adapter).code != 0
     assert Path("out/adapter.gguf").read_bytes() == before
+    assert run(*COMMAND, "--adapter", workshop.adapter, "--overwrite").code == 0
+    ollama = Path("out/Modelfile").read_text()
+    assert "FROM ./base.gguf\nADAPTER ./adapter.gguf\nPARAMETER stop" in ollama
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -348,7 +348,9 @@ def test_a_base_beside_its_adapter_is_named_as_the_repository(shop: Shop, tmp_pa
     assert answer.code == 0, answer.err
     there = shop.storage.repositories[ME].files
     assert there == files_of(tmp_path / "out")
-    assert there["README.md"].count(ME.encode()) > 2
+    described = json.loads(there["adapter/adapter_config.json"])
+    assert described["base_model_name_or_path"] == ME
+    assert ME.encode() not in there["README.md"]  # it is no model's base but the adapter's here
     for name, content in there.items():
         assert str(tmp_path).encode() not in content, name
 

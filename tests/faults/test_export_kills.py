@@ -50,3 +50,10 @@ def test_killed_anywhere_an_export_leaves_the_old_one_or_the_new_one(
     exports.put_old(form, place)
     assert exports.killed(form, place, int(at), how).code in ENDED
     assert exports.found(form, place) == found[states.index(state)], (calls[int(at) - 1], how)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_holds_no_path_of_this_machine(exports: Exports, form: str) -> None:
+    for path in exports.made(form, "new").rglob("*"):
+        if path.is_file():
+            assert str(exports.root).encode() not in path.read_bytes(), path.name

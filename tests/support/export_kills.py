@@ -23,7 +23,7 @@ from typing import Any
 
 from forked import Answer, Forks
 
-from qlora_kit.config.export import FORMATS
+from qlora_kit.config.export import FORMATS, GOES_WITH
 from qlora_kit.files.publish import mend
 
 BEFORE = """
@@ -71,7 +71,9 @@ class Exports:
         known = ["export", "--adapter", self.root / "adapter", "--format", form]
         more = ["--base_name", f"owner/{age}", "--output_dir", place]
         if form != "adapter":
-            more += ["--model", self.root / "base", "--verify", self.root / "rows.jsonl"]
+            more += ["--model", self.root / "base"]
+        if form in GOES_WITH["verify"]:
+            more += ["--verify", self.root / "rows.jsonl"]
         return [str(one) for one in (*known, *more)]
 
     def put_old(self, form: str, place: Path) -> None:

@@ -30,7 +30,8 @@ MARK_LIMIT = 64 * 1024**2
 
 MADE = re.compile(
     r"run\.json|export\.json|config\.(yaml|json)|metrics\.jsonl|README\.md|adapter"
-    r"|adapter_(config\.json|model\.safetensors)|adapter\.gguf|Modelfile|checkpoint-\d+|\.replaced(\.part)?"
+    r"|adapter_(config\.json|model\.safetensors)|adapter\.gguf|Modelfile|checkpoint-\d+"
+    r"|\.replaced(\.part)?"
     r"|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|(special_)?token(izer|s_map)?(_config)?\.(json|model)|added_tokens\.json|merges\.txt"
     r"|vocab\.(json|txt|bpe)|spiece\.model|sentencepiece\.bpe\.model|chat_template\.(jinja|json)"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from qlora_kit.base.source import TINY
 from qlora_kit.base.tokenizer import load_tokenizer, make_tokenizer
 from qlora_kit.data.answers import turn_ends
 from qlora_kit.gguf.pre_tokenizer import KNOWN
+from qlora_kit.gguf.sentencepiece import LOWEST
+from qlora_kit.gguf.token_list import BYTES
 from qlora_kit.gguf.vocabulary import TokenType, Vocabulary, vocabulary
 
 DATA = Path(os.environ.get("QLORA_KIT_DATA", "absent"))
@@ -64,6 +67,51 @@ def test_texts_are_the_same_tokens_in_three_readers(base: str, tmp_path: Path) -
     # file of the architecture "llama" cannot tell it what the tokenizer does.
     upstream = {"tiny": set(), "stories260K": FIRST_SPACES}
     assert differing(tokenizer, in_transformers(tmp_path)) == upstream[base]
+
+
+def test_scores_out_of_merges_are_in_the_order_of_sentencepieces() -> None:
+    if not STORIES.exists():
+        pytest.skip("needs the model stories260K of $QLORA_KIT_DATA")
+    theirs = dict(pieces((STORIES / "tokenizer.model").read_bytes()))
+    found = made(load_tokenizer(STORIES))
+    assert found.tokens == list(theirs)
+    assert found.scores is not None
+    ours = dict(zip(found.tokens, found.scores, strict=True))
+    merged = [text for text, score in ours.items() if score > LOWEST and text not in BYTES]
+    merged = [text for text in merged if found.types[found.tokens.index(text)] == 1]
+    assert len(merged) > 100
+    assert sorted(merged, key=ours.__getitem__) == sorted(merged, key=theirs.__getitem__)
+
+
+def pieces(content: bytes) -> Iterator[tuple[str, float]]:
+    """The texts and scores of a tokenizer.model: fields 1 of a message, of fields 1 and 2."""
+
+    def fields(data: bytes) -> Iterator[tuple[int, Any]]:
+        place = 0
+        while place < len(data):
+            head, place = varint(data, place)
+            if head & 7 == 0:
+                value, place = varint(data, place)
+                yield head >> 3, value
+                continue
+            size = 4
+            if head & 7 == 2:
+                size, place = varint(data, place)
+            yield head >> 3, data[place : place + size]
+            place += size
+
+    def varint(data: bytes, place: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            value |= (data[place] & 127) << shift
+            shift, place = shift + 7, place + 1
+            if data[place - 1] < 128:
+                return value, place
+
+    for number, message in fields(content):
+        if number == 1:
+            said = dict(fields(message))
+            yield said[1].decode(), struct.unpack("<f", said[2])[0] if 2 in said else 0.0
 
 
 def test_texts_are_the_same_tokens_with_the_vocabulary_of_gpt_2(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Every call through which a file or a directory changes is gone through, each wri
 it written: the folder is copied at each, for a kill leaves the disk as it is then. At random
 moments (uniform over the time of the processor that an export takes) the kernel ends the process,
 wherever it is. The next export looks at what was left: the old export is whole or the new one is,
-and nothing lies beside it. Every fifth time it exports again, which gives the new one.
+and nothing lies beside it. Every tenth time it exports again, which gives the new one. Formats that
+are not asked for keep their rows of an earlier result.
 
     OMP_NUM_THREADS=1 python benchmarks/export_kills.py
 """
@@ -12,6 +13,7 @@ and nothing lies beside it. Every fifth time it exports again, which gives the n
 from __future__ import annotations
 
 import collections
+import json
 import os
 import random
 import shutil
@@ -26,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from export_kills import ENDED, Exports  # noqa: E402
 from families import save_checkpoint  # noqa: E402
-from record import make_parser, write_result  # noqa: E402
+from record import make_parser, provenance, write_result  # noqa: E402
 from trained import save_trained, write_rows  # noqa: E402
 
 from qlora_kit.config.export import FORMATS  # noqa: E402
@@ -49,7 +51,7 @@ def at_every_call(exports: Exports, form: str, folder: Path) -> dict[str, Any]:
 
 
 def at_random(exports: Exports, form: str, folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """`count` kills at moments that are drawn, and exports after every fifth of them."""
+    """`count` kills at moments that are drawn, and exports after every tenth of them."""
     place, draw = folder / "random" / "out", random.Random(f"{form} {seed}")
     exports.put_old(form, place)
     duration = min(exports.run(form, place).seconds for _ in range(3))
@@ -65,7 +67,7 @@ def at_random(exports: Exports, form: str, folder: Path, count: int, seed: int) 
             whole[one] += 1
         else:
             faults.append(f"after {after:.3f} s: {one}")
-        if sum(whole.values()) % 5 == 0:
+        if sum(whole.values()) % 10 == 0:
             again = exports.run(form, place)
             if again.code or exports.found(form, place) != "new":
                 faults.append(f"after {after:.3f} s, the next: {again.err[-300:]}")
@@ -78,26 +80,27 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
     given = parser.parse_args()
-    table: dict[str, Any] = {}
+    path = given.results / f"{given.result}.json"
+    table: dict[str, Any] = json.loads(path.read_text())["table"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         save_checkpoint(root / "base")
         save_trained(root / "base", root / "adapter", bits=4, dtype="fp32")
         write_rows(root / "rows.jsonl", 4)
-        exports = Exports(root, given.formats)
+        exports, commit = Exports(root, given.formats), provenance()["commit"]
         for form in given.formats:
             folder = root / "killed" / form
             every = at_every_call(exports, form, folder)
             drawn = at_random(exports, form, folder, given.random, given.seed)
-            table[form] = {"every_call": every, "random": drawn}
+            table[form] = {"commit": commit, "every_call": every, "random": drawn}
             print(form, table[form], flush=True)
             shutil.rmtree(folder)
         exports.close()
     faults = [
         f"{form}: {one}"
         for form, row in table.items()
-        for part in row.values()
-        for one in part["faults"]
+        for part in ("every_call", "random")
+        for one in row[part]["faults"]
     ]
     print(write_result(given, {"table": table, "faults": faults}))
     return 1 if faults else 0

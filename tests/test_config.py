@@ -57,7 +57,7 @@ CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
     (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63, "x"]),
     (OutputConfig, "output_dir", ["out"], [""]),
     (OutputConfig, "logging_steps", [1], [0]),
-    (ExportConfig, "format", ["hf", "hf-4bit", "hf-8bit"], ["gguf", "safetensors"]),
+    (ExportConfig, "format", ["hf", "hf-8bit", "gguf"], ["ggml", "safetensors"]),
     (ExportConfig, "merge_base", ["none", "dequantized", "original"], ["both"]),
     (ExportConfig, "shard_size", [4096], [4095, 0, "4GB"]),
     (ExportConfig, "max_kl", [0, 1e-3], [-1e-9, "nan"]),

@@ -49,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(exported: Exported, place: str, terminal: Terminal) -> None:
     """Print where an export is, and how far it is from what was trained."""
     terminal.line("exported", place, width=10)
-    for note in exported.notes:
+    report = exported.report
+    for note in (*exported.notes, *(report or {}).get("notes", ())):
         terminal.note(note)
     if exported.serve is not None:
         terminal.line("serve", exported.serve, width=10)
-    report = exported.report
     if report is None:
         return
     if (updates := report.get("updates")) is not None:

@@ -12,9 +12,11 @@ from qlora_kit.options.option import Options, flag_of, option
 
 QUANTIZED = {"hf-4bit": 4, "hf-8bit": 8}
 """Formats whose linears bitsandbytes has quantized, and their bits."""
-MERGED = ("hf", *QUANTIZED)
+MERGED = ("hf", *QUANTIZED, "gguf")
 """Formats of a whole model, the adapter in its weights or beside it."""
 FORMATS = (*MERGED, "gguf-lora", "adapter")
+BLOCK_TYPES = ("q8_0", "q4_0")
+"""Types of 8 and 4 bits in blocks of 32 numbers, which a GGUF alone has."""
 GOES_WITH: dict[str, tuple[str, ...]] = {
     "merge_base": MERGED,
     "export_dtype": (*MERGED, "gguf-lora"),
@@ -46,8 +48,8 @@ class ExportConfig(Options):
     format: str = option(
         "hf",
         "what to write: hf, a plain model; hf-4bit and hf-8bit, one that bitsandbytes has "
-        "quantized; gguf-lora, the adapter as llama.cpp adds it to a GGUF of the base; adapter, "
-        "the adapter alone, for others to use",
+        "quantized; gguf, the file that llama.cpp and Ollama run; gguf-lora, the adapter as "
+        "llama.cpp adds it to a GGUF of the base; adapter, the adapter alone, for others to use",
         check=one_of(*FORMATS),
     )
     base_name: str | None = option(
@@ -67,9 +69,9 @@ class ExportConfig(Options):
     )
     export_dtype: str = option(
         "auto",
-        "dtype of the export; auto: the compute dtype of the run",
+        "dtype of the export; auto: the compute dtype of the run; q8_0 and q4_0 with gguf",
         flag="dtype",
-        check=one_of("auto", *DTYPES),
+        check=one_of("auto", *DTYPES, *BLOCK_TYPES),
         reads=also({"f32": "fp32", "f16": "fp16"}),
     )
     with_towers: bool = option(
@@ -128,11 +130,15 @@ class ExportConfig(Options):
         for field in fields(self):
             formats = GOES_WITH.get(field.name, FORMATS)
             value = getattr(self, field.name)
+            if value in BLOCK_TYPES:
+                formats = ("gguf",)
             if self.format not in formats and value != field.default:
                 name = flag_of(field).lstrip("-")
                 yield f"{name} {value} goes with format {' or '.join(formats)}, not {self.format}"
             comparing = self.compare and self.output_dir is None
             if comparing and field.name not in COMPARING and value != field.default:
                 yield f"--{flag_of(field)} is given, and no --output_dir: --compare has every form"
+        if self.format == "gguf" and self.merge_base == "none":
+            yield "format gguf goes with a merge, not with merge_base none"
         if self.with_towers and self.merged_into == "none":
             yield "with_towers goes with a merge, not with merge_base none"

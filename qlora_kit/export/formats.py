@@ -11,7 +11,10 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.export.bnb import bnb_size, write_bnb
+from qlora_kit.export.companions import write_companions
+from qlora_kit.export.gguf import gguf_notes, gguf_size, write_gguf
 from qlora_kit.export.gguf_lora import lora_size, verify_lora, write_lora
+from qlora_kit.export.gguf_readers import verify_gguf
 from qlora_kit.export.hf import hf_size, write_hf
 from qlora_kit.export.readers import verify_hf
 
@@ -23,14 +26,22 @@ class Format:
     `size` refuses what cannot be written before a weight is read, and gives the bytes that are.
     `write` fills a directory with the base and its adapter (None: the base alone); `verify` reads
     it back from there and compares it with the model as trained on some rows: what is said of that
-    in export.json, or a `NumericError` for what is too far. `needs_base` says whether the weights
-    of the base are read for any of it.
+    in export.json, or a `NumericError` for what is too far. `companions` adds what others need
+    beside the weights to generate as we do, its last argument says whether the chat templates are
+    the adapter's own; `notes` is what users of the export should know. `needs_base` says whether
+    the weights of the base are read for any of it.
     """
 
     size: Callable[[Base, ExportConfig], int]
     write: Callable[[Base, str | None, ExportConfig, Path], None]
     verify: Callable[[Base, ExportConfig, Path, Sequence[Encoded]], dict[str, Any]]
+    companions: Callable[[Base, Path, bool], None] = write_companions
+    notes: Callable[[Base, ExportConfig], Sequence[str]] = lambda base, options: ()
     needs_base: bool = True
+
+
+def _inside(base: Base, directory: Path, own_templates: bool) -> None:
+    """A GGUF has its tokenizer and its templates in it."""
 
 
 _bnb = Format(bnb_size, write_bnb, verify_hf)
@@ -38,6 +49,7 @@ FORMATS = {
     "hf": Format(hf_size, write_hf, verify_hf),
     "hf-4bit": _bnb,
     "hf-8bit": _bnb,
+    "gguf": Format(gguf_size, write_gguf, verify_gguf, _inside, gguf_notes),
     "gguf-lora": Format(lora_size, write_lora, verify_lora, needs_base=False),
 }
 """The formats that a base is opened for, by the names that `--format` has for them."""

@@ -62,6 +62,14 @@ def dtype_of(base: Base, options: ExportConfig) -> str:
 def export_tensors(
     base: Base, adapter: str | None = ADAPTER, merge_base: str = "dequantized"
 ) -> list[ExportTensor]:
+    """`model_tensors` by the names that a checkpoint of the model has."""
+    tensors = model_tensors(base, adapter, merge_base)
+    return tensors if base.wrapper is not None else named_as_in_files(tensors, base)
+
+
+def model_tensors(
+    base: Base, adapter: str | None = ADAPTER, merge_base: str = "dequantized"
+) -> list[ExportTensor]:
     """Every tensor of the plain model in its order; each is made when it is asked for.
 
     `merge_base`: `dequantized` adds to the weights that training multiplied by, `original` to the
@@ -115,7 +123,7 @@ def export_tensors(
             own = full in recurrent and parameter.dtype is torch.float32
             kept = parameter.dtype if own else None
             tensors.append(ExportTensor(full, parameter.shape, parameter.detach, kept))
-    return tensors if base.wrapper is not None else named_as_in_files(tensors, base)
+    return tensors
 
 
 def named_as_in_files(tensors: Sequence[ExportTensor], base: Base) -> list[ExportTensor]:

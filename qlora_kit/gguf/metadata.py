@@ -23,11 +23,15 @@ BIASES = ("attention_bias", "mlp_bias")
 
 @dataclass(frozen=True)
 class Metadata:
-    """Keys and values, the tensors that are no weights, and what a user should know."""
+    """Keys and values, the tensors that are no weights, and what a user should know.
+
+    `context` is the most tokens up to which llama.cpp computes what transformers does.
+    """
 
     fields: tuple[tuple[str, Value], ...]
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...]
+    context: int
 
 
 def metadata(config: Any, rows: int) -> Metadata:
@@ -60,7 +64,16 @@ def metadata(config: Any, rows: int) -> Metadata:
         *rope.fields,
     ]
     fields = tuple((f"{facts.architecture}.{key}", value) for key, value in said)
-    return Metadata(fields, rope.tensors, (*_ignored_window(config, facts), *rope.notes))
+    context, notes = int(config.max_position_embeddings), rope.notes
+    if (window := _ignored_window(config, facts)) is not None and window < context:
+        notes.append(
+            f"llama.cpp has no sliding window in {facts.architecture} models: of a text longer "
+            f"than {window} tokens it attends to all"
+        )
+        context = window
+    if rope.original is not None:
+        context = min(context, rope.original)
+    return Metadata(fields, rope.tensors, tuple(notes), context)
 
 
 def _has(config: Any, name: str) -> bool:
@@ -116,12 +129,9 @@ def _period(config: Any) -> int | None:
     return period if local == expected else None
 
 
-def _ignored_window(config: Any, facts: Gguf) -> Iterator[str]:
+def _ignored_window(config: Any, facts: Gguf) -> int | None:
+    """The length of a sliding window that llama.cpp does not have."""
     window, types = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
     if facts.windows or not window or (types is not None and LOCAL not in types):
-        return
-    if window < config.max_position_embeddings:
-        yield (
-            f"llama.cpp has no sliding window in {facts.architecture} models: of a text longer "
-            f"than {window} tokens it attends to all"
-        )
+        return None
+    return int(window)

@@ -26,12 +26,16 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 @dataclass
 class Rope:
-    """What a file says of a rotary embedding, what it cannot say, and what a user should know."""
+    """What a file says of a rotary embedding, what it cannot say, and what a user should know.
+
+    `original` is the context above which llama.cpp takes other factors for every text.
+    """
 
     fields: list[tuple[str, Value]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     unsaid: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    original: int | None = None
 
 
 def rope_of(config: Any, facts: Gguf) -> Rope:
@@ -110,6 +114,7 @@ def _longrope(rope: Rope, config: Any, said: Mapping[str, Any]) -> None:
     for name in ("long", "short"):
         factors = torch.tensor(said[f"{name}_factor"], dtype=torch.float32)
         rope.tensors[f"rope_factors_{name}.weight"] = factors
+    rope.original = original
     rope.notes.append(
         f"run llama.cpp with a context of at most {original} tokens (-c {original}) unless texts "
         "are longer: in a longer one it takes the long factors for every text, transformers for "

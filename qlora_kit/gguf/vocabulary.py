@@ -128,6 +128,8 @@ def _byte_level(backend: Mapping[str, Any], rows: int, chats: bool) -> Vocabular
     names = find_names(backend["pre_tokenizer"])
     pre = _by_ignoring(names, backend)
     merges = [" ".join(pair) for pair in _pairs(model)]
+    if not merges:
+        raise _refused("the tokenizer has no merges, and a GGUF no empty list")
     if any(merge.count(" ") != 1 for merge in merges):
         raise _refused("the tokenizer merges tokens with spaces in them")
     tokens, types = token_list(backend, rows)

@@ -20,15 +20,16 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.export import MERGED, QUANTIZED, ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import QloraKitError
-from qlora_kit.export.companions import write_companions
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.tensors import dtype_of
 from qlora_kit.files.aside import folder_beside
 from qlora_kit.files.atomic import check_room
+from qlora_kit.gguf.tensor_types import KINDS
 from qlora_kit.lora.inject import ADAPTER
 
 FORMS: Mapping[str, Sequence[Mapping[str, str]]] = {
     "hf": ({"merge_base": "dequantized"}, {"merge_base": "original"}),
+    "gguf": tuple({"export_dtype": name} for name in KINDS),
     **dict.fromkeys(QUANTIZED, ({"merge_base": "none"}, {"merge_base": "dequantized"})),
 }
 """The forms of a format, each as options of the export; of a format that is not here, its own."""
@@ -67,7 +68,7 @@ def _measured(
         said |= {"merge_base": options.merged_into, "dtype": dtype_of(base, options)}
         directory.mkdir()
         format.write(base, ADAPTER, options, directory)
-        write_companions(base, directory, own_templates=False)
+        format.companions(base, directory, False)
         written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         report = format.verify(base, options, directory, rows)
     except QloraKitError as error:

@@ -12,7 +12,6 @@ from typing import Any
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.chat_template import read_templates
 from qlora_kit.export.card import write_card
-from qlora_kit.export.companions import write_companions
 from qlora_kit.export.export import check_export, write_export
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.tensors import dtype_of
@@ -67,16 +66,19 @@ def merge(
         "versions": versions(),
     }
 
+    format = FORMATS[options.format]
     if options.with_towers:
         report["with_towers"] = True
+    if notes := format.notes(base, options):
+        report["notes"] = list(notes)
     if compared is not None:
         report["compared"] = compared
 
     def inspect(directory: Path) -> None:
         # The adapter's templates and tokens to stop at, which the base need not have.
         own = bool(read_templates(adapter.files.directory))
-        write_companions(base, directory, own)
-        report.update(FORMATS[options.format].verify(base, options, directory, rows))
+        format.companions(base, directory, own)
+        report.update(format.verify(base, options, directory, rows))
         write_json(directory / EXPORT_REPORT, report)
         found_as = base_name or (base.source.name if base.source.revision else None)
         write_card(report, directory, found_as)

@@ -1,0 +1,131 @@
+"""The writer of GGUF: a whole model in the one file that llama.cpp and Ollama run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_kit.base.base import Base
+from qlora_kit.config.export import ExportConfig
+from qlora_kit.export.tensors import ExportTensor, dtype_of, model_tensors
+from qlora_kit.files.atomic import write_file
+from qlora_kit.generation.decode import end_ids
+from qlora_kit.gguf.file import FileTensor, Value, head_bytes, write_gguf_file
+from qlora_kit.gguf.general import general
+from qlora_kit.gguf.layout import Layout
+from qlora_kit.gguf.metadata import metadata
+from qlora_kit.gguf.tensor_types import KINDS, kind_of
+from qlora_kit.gguf.texts import texts
+
+STEM = "model"
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A file that is yet to be written: its name, what it says and holds, what to know of it.
+
+    `beside` are the texts of the files that belong to it, by their names.
+    """
+
+    name: str
+    architecture: str
+    fields: list[tuple[str, Value]]
+    tensors: list[FileTensor]
+    notes: tuple[str, ...]
+    beside: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size, to within a few bytes a tensor."""
+        return head_bytes(self.fields, self.tensors) + sum(one.nbytes for one in self.tensors)
+
+
+def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFile:
+    """The GGUF of a base with its adapter; nothing of a weight is read for it.
+
+    Errors: `ModelError` for a family or a feature that llama.cpp has nothing for, `TokenizerError`,
+    `ConfigError` where the package gguf is not installed.
+    """
+    config, kind = base.model.config, KINDS[dtype_of(base, options)]
+    layout = Layout.of(config)
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    said = metadata(config, rows)
+    ends = end_ids(base.model, base.tokenizer)
+    words = texts(base.tokenizer, rows, ends, config.bos_token_id, file_name(kind), said.context)
+    tied = bool(config.tie_word_embeddings)
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    weights = model_tensors(base, adapter, options.merged_into)
+    tensors = [_tensor(layout, one, kind_of(one.shape, kind, one.name == head)) for one in weights]
+    tensors += [FileTensor(n, t.shape, "F32", partial(_same, t)) for n, t in said.tensors.items()]
+    name, is_hub_id = base.source.name, base.source.revision is not None
+    if options.base_name is not None:
+        name, is_hub_id = options.base_name, True
+    parameters = sum(one.shape.numel() for one in weights)
+    return GgufFile(
+        file_name(kind),
+        layout.facts.architecture,
+        [*general(name, is_hub_id, parameters, kind), *said.fields, *words.fields],
+        tensors,
+        (*said.notes, *words.notes, *_said_of_kinds(tensors, kind)),
+        words.beside,
+    )
+
+
+def file_name(kind: str) -> str:
+    """The name of a file of a type, `F16` for example."""
+    return f"{STEM}-{kind}.gguf"
+
+
+def gguf_size(base: Base, options: ExportConfig) -> int:
+    """Bytes of the export. Errors: as `gguf_file`."""
+    return gguf_file(base, None, options).nbytes
+
+
+def gguf_notes(base: Base, options: ExportConfig) -> Sequence[str]:
+    """What a user of the file should know. Errors: as `gguf_file`."""
+    return gguf_file(base, None, options).notes
+
+
+def write_gguf(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
+    """Write the file into a directory, one tensor in memory at a time, and Ollama's beside it.
+
+    Errors: as `gguf_file`, `NumericError` for what a type cannot hold, and the system's.
+    """
+    made = gguf_file(base, adapter, options)
+    write_gguf_file(directory / made.name, made.architecture, made.fields, made.tensors)
+    for name, text in made.beside.items():
+        write_file(directory / name, text.encode())
+
+
+def _tensor(layout: Layout, one: ExportTensor, kind: str) -> FileTensor:
+    """A tensor of the model by its name, in its row order and with its offset in the file."""
+    module, _, leaf = one.name.rpartition(".")
+    offset = layout.facts.norm_offset if module.endswith("norm") else 0.0
+
+    def make() -> Tensor:
+        tensor = one.make()
+        if offset:
+            tensor = tensor.to(torch.float32) + offset
+        return layout.rows(module, tensor)
+
+    return FileTensor(f"{layout.name(module)}.{leaf}", one.shape, kind, make)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _said_of_kinds(tensors: Sequence[FileTensor], kind: str) -> list[str]:
+    """What differs from the type that was asked for, where one would not expect it."""
+    others = [one for one in tensors if len(one.shape) > 1 and one.kind != kind]
+    said = []
+    for other in sorted({one.kind for one in others}):
+        count = sum(one.kind == other for one in others)
+        why = "for its rows are no multiple of 32" if other == "F16" else "the head"
+        said.append(f"{count} of {len(tensors)} tensors in {other}, not {kind}: {why}")
+    return said

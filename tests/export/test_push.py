@@ -11,12 +11,14 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from families import save_checkpoint
@@ -192,6 +194,18 @@ def test_an_upload_that_breaks_off_leaves_the_export_and_is_gone_on_with(
     assert shop.storage.repositories[ME].files == expected
     assert shop.storage.repositories[ME].private
     assert len(shop.storage.sent) == len(large)
+
+
+def test_a_signal_while_it_is_sent_leaves_the_export(shop: Shop, tmp_path: Path) -> None:
+    def stop() -> None:
+        (command,) = psutil.Process(shop.forks.pid).children()
+        command.send_signal(signal.SIGTERM)
+
+    shop.storage.on_file = stop
+    answer = shop.export(tmp_path, "--push_to_hub", ME)
+    refused(answer, 143, f"out is written, and not sent to {ME}", f"hf upload {ME} out . --private")
+    assert (tmp_path / "out" / "export.json").exists()
+    assert shop.storage.repositories[ME].files == {}
 
 
 @pytest.mark.parametrize("form", ["hf", "adapter"])

@@ -68,6 +68,11 @@ class Forks:
             env={**(environment or os.environ), "PYTHONPATH": str(ROOT)},
         )
 
+    @property
+    def pid(self) -> int:
+        """The process whose children the commands are."""
+        return self._process.pid
+
     def run(self, folder: Path, *arguments: str, **variables: str) -> Answer:
         """Run `qlora-kit` with these arguments in a folder, and more environment variables."""
         assert self._process.stdin

@@ -63,8 +63,6 @@ def _show(exported: Exported, place: str, terminal: Terminal) -> None:
             "from the trained ones",
             width=10,
         )
-    if "kl" not in report:
-        return
     for name, read in report["readers"].items():
         _show_read(terminal, name, read, report["verified_on"])
     for name, why in report.get("not_read_by", {}).items():

@@ -22,8 +22,8 @@ GOES_WITH: dict[str, tuple[str, ...]] = {
     "export_dtype": (*MERGED, "gguf-lora"),
     "with_towers": ("hf",),
     "shard_size": ("hf", *QUANTIZED),
-    "verify": MERGED,
-    "max_kl": MERGED,
+    "verify": (*MERGED, "gguf-lora"),
+    "max_kl": (*MERGED, "gguf-lora"),
     "compare": MERGED,
 }
 """The formats that an option says something about; the others go with all."""

@@ -13,7 +13,8 @@ from qlora_kit.data.tokens import Encoded
 from qlora_kit.export.bnb import bnb_size, write_bnb
 from qlora_kit.export.companions import write_companions
 from qlora_kit.export.gguf import gguf_notes, gguf_size, write_gguf
-from qlora_kit.export.gguf_lora import lora_size, verify_lora, write_lora
+from qlora_kit.export.gguf_lora import lora_notes, lora_size, write_lora
+from qlora_kit.export.gguf_lora_check import needs_base, verify_lora
 from qlora_kit.export.gguf_readers import verify_gguf
 from qlora_kit.export.hf import hf_size, write_hf
 from qlora_kit.export.readers import verify_hf
@@ -37,7 +38,7 @@ class Format:
     verify: Callable[[Base, ExportConfig, Path, Sequence[Encoded]], dict[str, Any]]
     companions: Callable[[Base, Path, bool], None] = write_companions
     notes: Callable[[Base, ExportConfig], Sequence[str]] = lambda base, options: ()
-    needs_base: bool = True
+    needs_base: Callable[[], bool] = lambda: True
 
 
 def _inside(base: Base, directory: Path, own_templates: bool) -> None:
@@ -50,6 +51,8 @@ FORMATS = {
     "hf-4bit": _bnb,
     "hf-8bit": _bnb,
     "gguf": Format(gguf_size, write_gguf, verify_gguf, _inside, gguf_notes),
-    "gguf-lora": Format(lora_size, write_lora, verify_lora, needs_base=False),
+    "gguf-lora": Format(
+        lora_size, write_lora, verify_lora, notes=lora_notes, needs_base=needs_base
+    ),
 }
 """The formats that a base is opened for, by the names that `--format` has for them."""

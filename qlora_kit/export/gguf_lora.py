@@ -27,7 +27,6 @@ from torch import Tensor
 
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
-from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError, NumericError
 from qlora_kit.export.tensors import dtype_of
 from qlora_kit.generation.decode import end_ids
@@ -85,6 +84,16 @@ def lora_size(base: Base, options: ExportConfig) -> int:
     Layout.of(base.model.config)
     layers = lora_layers(base.model).values()
     return sum(4 * w.numel() for one in layers for name in one.lora_A for w in one.weights(name))
+
+
+def lora_notes(base: Base, options: ExportConfig) -> Sequence[str]:
+    """What a user of the file should know."""
+    if base.embedding_rows is None:
+        return ()
+    return (
+        f"the adapter was trained with {base.embedding_rows} embedding rows, a GGUF of the base "
+        "has fewer: its new tokens are none there; --format gguf has them",
+    )
 
 
 def write_lora(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
@@ -172,14 +181,6 @@ def check_updates(base: Base, options: ExportConfig, directory: Path) -> float:
     if held:
         raise ExportError(f"{FILE}: holds {next(iter(held))} beside the adapter", "export it again")
     return largest
-
-
-def verify_lora(
-    base: Base, options: ExportConfig, directory: Path, rows: Sequence[Encoded]
-) -> dict[str, Any]:
-    """What export.json says of a file that is read back. Errors: as `check_updates`."""
-    found = check_updates(base, options, directory)
-    return {"updates": len(pairs(base)), "update_error": found}
 
 
 def _numbers(tensor: Any) -> Tensor:

@@ -43,11 +43,12 @@ fp32, with some room, and twice that at the end of its reading."""
 
 @dataclass(frozen=True)
 class GgufReaders:
-    """What reads a file, for what it is to be compared with."""
+    """What reads a file, for what it is to be compared with; llama.cpp with an adapter's on it."""
 
     base: Base
     file: Path
     rows: Sequence[Encoded]
+    lora: Path | None = None
 
     @cached_property
     def ours(self) -> Decoded:
@@ -62,7 +63,7 @@ class GgufReaders:
     def by_llama_cpp(self) -> Read:
         """What llama.cpp finds. Errors: `ExportError`."""
         longest = max(len(row) for row in self.ours.rows)
-        with LlamaCpp(self.file, context=max(FEWEST, longest)) as llama:
+        with LlamaCpp(self.file, lora=self.lora, context=max(FEWEST, longest)) as llama:
             texts = self.tokens.check_llama(llama)
             most = min(llama.positions, max(1, WORK // self.base.parameters))
             pieces = _pieces(llama, self.ours.rows, most)

@@ -9,7 +9,10 @@ from typing import Any
 
 import gguf
 import pytest
-from trained import save_peft
+from gguf_models import save_model
+from trained import save_peft, save_trained, write_rows
+
+from qlora_kit.export.llamacpp import llama_library
 
 Run = Callable[..., Any]
 COMMAND = ("export", "--format", "gguf-lora", "--output_dir", "out")
@@ -42,6 +45,22 @@ def test_an_adapter_is_written_and_its_updates_are_read_back(run: Run, workshop:
     assert run(*COMMAND, "--adapter", workshop.adapter, "--overwrite").code == 0
     ollama = Path("out/Modelfile").read_text()
     assert "FROM ./base.gguf\nADAPTER ./adapter.gguf\nPARAMETER stop" in ollama
+
+
+def test_llama_cpp_runs_it_on_its_base(run: Run, tmp_path: Path) -> None:
+    if llama_library(adapter=True) is None:
+        pytest.skip("needs xllamacpp, which runs adapters")
+    save_model(tmp_path / "base", "llama2")
+    save_trained(tmp_path / "base", tmp_path / "adapter", bits=4, dtype="fp32")
+    rows = write_rows(tmp_path / "rows.jsonl")
+    command = (*COMMAND, "--adapter", tmp_path / "adapter", "--verify", rows)
+    answer = run(*command, "--max_kl", 1e-5)
+    assert (answer.code, answer.err) == (0, "")
+    assert "verified   by llama.cpp on " in answer.out
+    report = json.loads(Path("out/export.json").read_text())
+    assert report["kl"] < 1e-6
+    assert report["verified_on"] == "rows.jsonl"
+    assert not list(Path("out").glob("model*"))
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -10,7 +10,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from families import save_checkpoint
+from families import save_checkpoint, token_ids
+from gguf_models import save_model
+from tokenizers import normalizers
 from torch import Tensor
 from trained import save_peft, save_trained, trained_base
 
@@ -20,8 +22,11 @@ from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError, NumericError
 from qlora_kit.export.gguf_lora import FILE, check_updates, lora_size, write_lora
+from qlora_kit.export.gguf_lora_check import run_on_base, verify_lora
+from qlora_kit.export.llamacpp import llama_library
 from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.inject import lora_layers
 from qlora_kit.lora.layer import delta_weight
@@ -199,3 +204,60 @@ def test_a_family_that_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> Non
     base = open_base(BaseConfig(str(tmp_path / "base"), bits=16, dtype="fp32"))
     with pytest.raises(Exception, match="'olmo2' is not written as GGUF"):
         lora_size(base, options(tmp_path / "out"))
+
+
+needs_llama_cpp = pytest.mark.skipif(
+    llama_library(adapter=True) is None, reason="needs xllamacpp, which runs adapters"
+)
+ROWS = [Encoded(ids, ids) for n in (9, 30) for ids in token_ids(1, n, seed=n).tolist()]
+
+
+def of_family(family: str, directory: Path) -> Base:
+    """A base in 4 bits with adapters on every linear, scaled as rsLoRA is."""
+    save_model(directory, family)
+    lora = LoRAConfig(r=R, alpha=ALPHA, target_modules="all-linear", use_rslora=True)
+    return trained_base(directory, bits=4, dtype="fp32", device="cpu", lora=lora)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "gemma3", "phi3", "granite"])
+def test_llama_cpp_gives_the_logits_of_the_model_as_trained(family: str, tmp_path: Path) -> None:
+    base, out = of_family(family, tmp_path / "base"), tmp_path / "out"
+    written(base, out)
+    before = sorted(path.name for path in out.iterdir())
+    found = verify_lora(base, options(out, max_kl=1e-5), out, ROWS)
+    # fp32 against fp32; the adapter alone is 1e-2 and more.
+    assert found["kl"] < 1e-6
+    assert found["top1_agreement"] == 1
+    assert found["readers"].keys() == {"llama.cpp"}
+    assert sorted(path.name for path in out.iterdir()) == before  # the base is gone
+
+
+@needs_llama_cpp
+def test_rows_in_another_order_are_caught_by_llama_cpp(tmp_path: Path) -> None:
+    """It need not be told the order, as what reads the updates back is."""
+    base, out = of_family("llama2", tmp_path / "base"), tmp_path / "out"
+    written(base, out)
+    held = np.memmap(out / FILE, np.uint8, "r+")
+    for one in gguf.GGUFReader(out / FILE).tensors:
+        if one.name.endswith(("attn_q.weight.lora_b", "attn_k.weight.lora_b")):
+            rows = in_halves(torch.from_numpy(one.data.copy()), 4).numpy().view(np.uint8).ravel()
+            start = int(one.data_offset)
+            held[start : start + rows.size] = rows
+    held.flush()
+    with pytest.raises(NumericError, match=r"attn_q\.weight: its update"):
+        check_updates(base, options(out), out)
+    with pytest.raises(NumericError, match=r"as llama\.cpp reads it is"):
+        run_on_base(base, options(out, max_kl=1e-3), out, ROWS)
+
+
+def test_a_limit_needs_llama_cpp(saved: Path, tmp_path: Path) -> None:
+    base, out = trained_base(saved, bits=16, dtype="fp32"), tmp_path / "out"
+    written(base, out)
+    base.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # no GGUF says it
+    found = verify_lora(base, options(out), out, ROWS)
+    assert found["updates"] == 14
+    assert found["kl"] is None
+    assert found["not_read_by"].keys() == {"llama.cpp"}
+    with pytest.raises(ExportError, match="nothing here reads the export"):
+        verify_lora(base, options(out, max_kl=1.0), out, ROWS)

@@ -1,0 +1,83 @@
+"""An adapter's GGUF, read back from disk, and run by llama.cpp on its base.
+
+Each update is compared with the trained one, whatever is installed. Where llama.cpp is, and the
+base has room in F32, that is written beside the file, and llama.cpp adds the adapter to it: its
+logits are compared with those of the model as trained.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_kit.base.base import Base
+from qlora_kit.config.export import ExportConfig
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.device.found import free_bytes
+from qlora_kit.errors import QloraKitError
+from qlora_kit.export.gguf import gguf_size, write_gguf
+from qlora_kit.export.gguf_lora import FILE, check_updates, pairs
+from qlora_kit.export.gguf_readers import GgufReaders
+from qlora_kit.export.gguf_tokens import LLAMA_CPP
+from qlora_kit.export.llamacpp import INSTALL, llama_library
+from qlora_kit.export.readers import report_of
+from qlora_kit.files.atomic import check_room
+
+WHOLE = ExportConfig(format="gguf", export_dtype="fp32")
+"""How the base is written for it."""
+BESIDE = 1.2
+"""What llama.cpp takes in weights of the base: its cache, activations and logits beside them. An
+allowance."""
+
+
+def needs_base() -> bool:
+    """Whether the weights of the base are needed: llama.cpp is here, and runs the adapter on it."""
+    return llama_library(adapter=True) is not None
+
+
+def verify_lora(
+    base: Base, options: ExportConfig, directory: Path, rows: Sequence[Encoded]
+) -> dict[str, Any]:
+    """What is said in export.json of a file that is read back, and run by llama.cpp on its base.
+
+    Errors: as `check_updates`, `NumericError` for a distance above the limit, `ExportError` where
+    there is a limit and it is not run.
+    """
+    largest = check_updates(base, options, directory)
+    found: dict[str, Any] = {"updates": len(pairs(base)), "update_error": largest}
+    if why := _why_not_run(base, directory):
+        return found | report_of([], options) | {"readers": {}, "not_read_by": {LLAMA_CPP: why}}
+    return found | run_on_base(base, options, directory, rows)
+
+
+def run_on_base(
+    base: Base, options: ExportConfig, directory: Path, rows: Sequence[Encoded]
+) -> dict[str, Any]:
+    """How far llama.cpp's logits are, with the file in `directory` on its base, for export.json.
+
+    Errors: `ExportError`, `NumericError` for a distance above the limit.
+    """
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        write_gguf(base, None, WHOLE, Path(folder))
+        (file,) = Path(folder).glob("*.gguf")
+        read = GgufReaders(base, file, rows, lora=directory / FILE).by_llama_cpp()
+    return report_of([read], options)
+
+
+def _why_not_run(base: Base, directory: Path) -> str | None:
+    """Why llama.cpp cannot run the adapter on its base here; None where it can."""
+    if not needs_base():
+        return f"it is not installed ({INSTALL})"
+    try:
+        size = gguf_size(base, WHOLE)
+        check_room(directory, size, "the base in F32")
+    except QloraKitError as error:
+        return error.problem
+    needed, free = BESIDE * size / 2**30, free_bytes(torch.device("cpu")) / 2**30
+    if free < needed:
+        return f"its base in F32 takes {needed:.1f} GiB of memory, and {free:.1f} are free"
+    return None

@@ -69,7 +69,11 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
     return GgufFile(
         file_name(kind),
         layout.facts.architecture,
-        [*general(name, is_hub_id, parameters, kind), *said.fields, *words.fields],
+        [
+            *general(name, is_hub_id, parameters, kind, words.strips),
+            *said.fields,
+            *words.fields,
+        ],
         tensors,
         (*said.notes, *words.notes, *_said_of_kinds(tensors, kind)),
         words.beside,

@@ -32,8 +32,7 @@ def write_modelfile(
     model: str,
     adapter: str | None = None,
 ) -> None:
-    """Write `modelfile` into a directory, for at most `MOST_CONTEXT` tokens."""
-    context = min(context, MOST_CONTEXT)
+    """Write `modelfile` into a directory."""
     text = modelfile(tokenizer, ends, context, model=model, adapter=adapter)
     write_file(directory / MODELFILE, text.encode())
 
@@ -45,16 +44,12 @@ def modelfile(
     *,
     model: str,
     adapter: str | None = None,
-    adds_bos: bool | None = None,
     options: ChatOptions = NO_OPTIONS,
 ) -> str:
     """The text of a `Modelfile` for the GGUF `model`, or for an `adapter` on it.
 
-    `ends` are the tokens at which answers stop, `context` is in tokens, `adds_bos` says whether the
-    GGUF asks for BOS before a text (None: as the tokenizer does): the template then has none.
+    `ends` are the tokens at which answers stop, `context` is the model's, in tokens.
     """
-    if adds_bos is None:
-        adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     lines = [] if adapter is None else ["# The model that the adapter was trained on, as a GGUF."]
     lines.append(f"FROM {_place(model)}")
     if adapter is not None:
@@ -62,15 +57,17 @@ def modelfile(
     stops = sorted(filter(None, (decoded(tokenizer, [one]) for one in ends)))
     lines += [f"PARAMETER stop {_quoted(text)}" for text in stops if _can_be_quoted(text)]
     if context is not None:
-        lines.append(f"PARAMETER num_ctx {context}")
-    return "\n".join([*lines, *_template(tokenizer, adds_bos, options)]) + "\n"
+        lines.append(f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}")
+    return "\n".join([*lines, *_template(tokenizer, options)]) + "\n"
 
 
-def _template(tokenizer: Any, adds_bos: bool, options: ChatOptions) -> list[str]:
+def _template(tokenizer: Any, options: ChatOptions) -> list[str]:
     """The lines about the template."""
     if not tokenizer.chat_template:
         return ["# A model without chats: it goes on with the prompt.", 'TEMPLATE "{{ .Prompt }}"']
-    form = chat_form(tokenizer, options, tokenizer.bos_token or "" if adds_bos else "")
+    # The GGUF asks for BOS where the tokenizer puts it, and the template then has none.
+    adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    form = chat_form(tokenizer, options, tokenizer.bos_token if adds_bos else "")
     if form is None:
         return [
             "# No TEMPLATE: the model's chat template (tokenizer.chat_template of the GGUF) writes",

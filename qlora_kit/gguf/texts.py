@@ -11,9 +11,6 @@ from qlora_kit.gguf.file import Value
 from qlora_kit.gguf.modelfile import MODELFILE, modelfile
 from qlora_kit.gguf.vocabulary import vocabulary
 
-MOST_CONTEXT = 8192
-"""Tokens of context that the Modelfile asks for at most: Ollama allocates its cache for all."""
-
 
 @dataclass(frozen=True)
 class Texts:
@@ -22,6 +19,8 @@ class Texts:
     fields: tuple[tuple[str, Value], ...]
     notes: tuple[str, ...]
     beside: dict[str, str]
+    strips: bool
+    """whether spaces behind control tokens go away, which the model's name decides on"""
 
 
 def texts(
@@ -33,12 +32,6 @@ def texts(
     Errors: `TokenizerError`.
     """
     words = vocabulary(tokenizer, rows, ends, bos)
-    said = modelfile(
-        tokenizer,
-        ends,
-        min(context, MOST_CONTEXT),
-        model=file,
-        adds_bos=words.flags["add_bos_token"],
-    )
+    said = modelfile(tokenizer, ends, context, model=file)
     fields = (*words.metadata(), *chat_metadata(tokenizer))
-    return Texts(fields, tuple(words.warnings()), {MODELFILE: said})
+    return Texts(fields, tuple(words.warnings()), {MODELFILE: said}, words.strips)

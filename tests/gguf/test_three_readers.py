@@ -21,6 +21,7 @@ from qlora_kit.base.contents import tokenizer_files
 from qlora_kit.base.source import TINY
 from qlora_kit.base.tokenizer import load_tokenizer, make_tokenizer
 from qlora_kit.data.answers import turn_ends
+from qlora_kit.gguf.general import general
 from qlora_kit.gguf.pre_tokenizer import KNOWN
 from qlora_kit.gguf.sentencepiece import LOWEST
 from qlora_kit.gguf.token_list import BYTES
@@ -227,6 +228,8 @@ def test_spaces_beside_control_tokens_go_where_the_name_says_so(tmp_path: Path) 
     assert in_llama_cpp(found, tmp_path, name="mine")(text) == phi(text)["input_ids"]
     other = made(sentencepiece("llama-2"))
     assert other.general_name("my-phi3") == "my-phi 3"
+    assert ("general.name", "phi 3") in general("owner/phi-3", True, 1, "F32", other.strips)
+    assert ("general.name", "phi-3") in general("owner/phi-3", True, 1, "F32", found.strips)
     tiny = load_tokenizer(TINY)
     # llama.cpp ends where a file of that name has not all of Phi-3's tokens.
     assert in_llama_cpp(made(tiny), tmp_path, name="Phi-3")(text) == tiny(text)["input_ids"]

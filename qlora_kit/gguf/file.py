@@ -88,10 +88,11 @@ def _append(path: Path, tensors: Sequence[FileTensor]) -> None:
     with open(path, "ab") as file:
         file.write(bytes(-file.tell() % ALIGNED))
         for one in tensors:
-            content = encode(one.make(), one.kind, one.name)
-            assert content.nbytes == one.nbytes, one.name
-            file.write(content.data)
-            file.write(bytes(-content.nbytes % ALIGNED))
+            start = file.tell()
+            for part in encode(one.make(), one.kind, one.name):
+                file.write(part.data)
+            assert file.tell() - start == one.nbytes, one.name
+            file.write(bytes(-one.nbytes % ALIGNED))
 
 
 def _types(types: Any, value: Value) -> tuple[Any, ...]:

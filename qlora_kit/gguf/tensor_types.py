@@ -9,7 +9,7 @@ it is the head as well: every token's probability hangs on it alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "
 BLOCKS = {"Q8_0": (32, 34), "Q4_0": (32, 18)}
 """Numbers and bytes of a block; its first two bytes are the scale in fp16."""
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+AT_ONCE = 2**22
+"""Numbers of a tensor that are written at once."""
 WIDER = "use a wider --dtype, such as bf16 or f32"
 
 
@@ -42,17 +44,24 @@ def nbytes(shape: Sequence[int], kind: str) -> int:
     return math.prod(shape) // numbers * size
 
 
-def encode(tensor: Tensor, kind: str, name: str) -> np.ndarray:
-    """The bytes of a tensor in a type, (count,).
+def encode(tensor: Tensor, kind: str, name: str) -> Iterator[np.ndarray]:
+    """The bytes of a tensor in a type, some rows at a time: no second whole of it is there.
 
     Errors: `NumericError` for what is not finite in it.
     """
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    step = max(1, AT_ONCE // rows.shape[1])
+    for start in range(0, len(rows), step):
+        yield _encoded(rows[start : start + step], kind, name)
+
+
+def _encoded(rows: Tensor, kind: str, name: str) -> np.ndarray:
     if kind in FLOATS:
-        made = tensor.to("cpu", FLOATS[kind]).contiguous()
+        made = rows.to("cpu", FLOATS[kind]).contiguous()
         check_finite(made, f"{name} of the export in {kind}", WIDER)
         return made.view(-1).view(torch.uint8).numpy()
     gguf = import_gguf()
-    numbers = tensor.to("cpu", torch.float32).contiguous()
+    numbers = rows.to("cpu", torch.float32).contiguous()
     check_finite(numbers, f"{name} of the export", WIDER)
     with np.errstate(over="ignore"):  # it is looked at below
         blocks = gguf.quants.quantize(numbers.numpy(), gguf.GGMLQuantizationType[kind])

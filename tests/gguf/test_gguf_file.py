@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from qlora_kit.errors import NumericError
+from qlora_kit.gguf import tensor_types
 from qlora_kit.gguf.file import Fields, FileTensor, head_bytes, write_gguf_file
 from qlora_kit.gguf.tensor_types import BLOCKS, FLOATS, encode, kind_of, nbytes
 
@@ -115,9 +115,19 @@ def test_types_by_shape() -> None:
 def test_what_a_type_cannot_hold_is_refused(kind: str, largest: float) -> None:
     held = torch.zeros(2, 32)
     held[1, 3] = largest
-    assert np.isfinite(encode(held, kind, "a").astype(np.float32)).all()
+    assert sum(part.nbytes for part in encode(held, kind, "a")) == nbytes((2, 32), kind)
     with pytest.raises(NumericError, match=r"^a.*1 (values|scales)"):
-        encode(held * 1.01, kind, "a")
+        list(encode(held * 1.01, kind, "a"))
     held[0, 0] = torch.nan
     with pytest.raises(NumericError, match=r"^a .*1 values that are not finite"):
-        encode(held, kind, "a")
+        list(encode(held, kind, "a"))
+
+
+@pytest.mark.parametrize("kind", [*FLOATS, *BLOCKS])
+def test_rows_at_a_time_are_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(7, 64, generator=torch.Generator().manual_seed(2))
+    (whole,) = encode(tensor, kind, "a")
+    monkeypatch.setattr(tensor_types, "AT_ONCE", 128)
+    parts = list(encode(tensor, kind, "a"))
+    assert len(parts) == 4
+    assert b"".join(part.tobytes() for part in parts) == whole.tobytes()

@@ -286,6 +286,12 @@ def test_other_bits_than_the_run_quantize_what_it_multiplied_by(
         assert words in options.closer
 
 
+def test_an_export_without_a_quantized_linear_is_refused(plain: Path, tmp_path: Path) -> None:
+    base = trained(plain / "llama", bits=4, skip_modules=".*")
+    with refused(ConfigError, "hf-8bit: no linear of llama would", directory=tmp_path):
+        export_model(base, tmp_path / "out", format="hf-8bit")
+
+
 def test_the_base_as_numbers_and_the_adapter_beside_it(plain: Path, tmp_path: Path) -> None:
     base = trained(plain / "llama", bits=4)
     out = export_model(base, tmp_path / "out", merge_base="none")

@@ -157,13 +157,13 @@ def state_tensors(
     `dtype` is what its own forward dequantizes to; `nested` as in `fused_matmul`.
     """
     nested_absmax, nested_map, offset = nested
-    double = nested_absmax is not None and bnb.QuantState(
-        nested_absmax, None, nested_map, NESTED_BLOCKSIZE, dtype=torch.float32
-    )
-    code, _ = code_tables(quant_type)
-    state = bnb.QuantState(
-        absmax, torch.Size(shape), code, BLOCKSIZE, quant_type, dtype, offset, double or None
-    )
+    inner, (code, _) = None, code_tables(quant_type)
+    if nested_absmax is not None:
+        inner = bnb.QuantState(
+            nested_absmax, None, nested_map, NESTED_BLOCKSIZE, dtype=torch.float32
+        )
+    whole = torch.Size(shape)
+    state = bnb.QuantState(absmax, whole, code, BLOCKSIZE, quant_type, dtype, offset, inner)
     return state.as_dict(packed=True)  # type: ignore[no-any-return]
 
 

@@ -18,6 +18,7 @@ import torch
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import checkpoint_bytes, quantization_config
+from qlora_kit.base.quantize import BLOCKSIZE
 from qlora_kit.config.export import QUANTIZED, ExportConfig
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import ConfigError
@@ -42,6 +43,30 @@ def bnb_size(base: Base, options: ExportConfig) -> int:
     size = sum(sum(one.values()) for one in sizes)
     others = base.parameters - sum(shape.numel() for shape in shapes)
     return size + others * DTYPES[dtype_of(base, options)].itemsize
+
+
+def bnb_notes(base: Base, options: ExportConfig) -> list[str]:
+    """What users of the export should know."""
+    linears, held = BnbLinears.of(base, QUANTIZED[options.format]), base.quantization.bits
+    bits, notes = linears.quantization.bits, []
+    if options.merged_into != "none":
+        notes.append(
+            "the merged weights are quantized again, which moves them by more than rounding does; "
+            "--merge_base none writes the base as it was trained on, with the adapter beside it"
+        )
+    elif bits != held:
+        notes.append(
+            f"the adapter was trained on {held} bits, and its base is quantized to {bits}: another "
+            f"base than its own, by as much as the distance says"
+        )
+    widths = {name.rpartition(".")[2]: _shape(base, name)[1] for name in sorted(linears.named)}
+    odd = [f"{name} ({width})" for name, width in widths.items() if width % BLOCKSIZE]
+    if bits == 4 and odd:
+        notes.append(
+            "bitsandbytes (0.50) multiplies wrongly on CPUs with AVX512 where rows are no multiple "
+            f"of {BLOCKSIZE}, as of {', '.join(odd)}: on such CPUs use qlora-kit, or --format hf"
+        )
+    return notes
 
 
 def write_bnb(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.export.bnb import bnb_size, write_bnb
+from qlora_kit.export.bnb import bnb_notes, bnb_size, write_bnb
 from qlora_kit.export.companions import write_companions
 from qlora_kit.export.gguf import gguf_notes, gguf_size, write_gguf
 from qlora_kit.export.gguf_lora import lora_notes, lora_size, write_lora
@@ -45,7 +45,7 @@ def _inside(base: Base, directory: Path, own_templates: bool) -> None:
     """A GGUF has its tokenizer and its templates in it."""
 
 
-_bnb = Format(bnb_size, write_bnb, verify_hf)
+_bnb = Format(bnb_size, write_bnb, verify_hf, notes=bnb_notes)
 FORMATS = {
     "hf": Format(hf_size, write_hf, verify_hf),
     "hf-4bit": _bnb,

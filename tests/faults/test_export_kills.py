@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from export_kills import ENDED, Exports
 from families import save_checkpoint
+from gguf_models import add_merge
 from trained import save_trained, write_rows
 
 from qlora_kit.config.export import FORMATS
@@ -22,6 +23,7 @@ from qlora_kit.config.export import FORMATS
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
     root = tmp_path_factory.mktemp("exports")
     save_checkpoint(root / "base")
+    add_merge(root / "base")
     save_trained(root / "base", root / "adapter", bits=4, dtype="fp32")
     write_rows(root / "rows.jsonl", 4)
     made = Exports(root)

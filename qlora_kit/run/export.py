@@ -103,8 +103,8 @@ def export(
         for said in base.notes:
             note(said)
         rows = verification_rows(named.adapter, asked, base, note)
-        if target and options.base_name is None and not base.source.is_portable:
-            note(NOT_PORTABLE.format(base.source.reference) + NAMES_IT)
+        if path := _path_of_base(options, base):
+            note(NOT_PORTABLE.format(path) + NAMES_IT)
         return rows
 
     report = merge(named, read, rows_for, on_compared)
@@ -112,3 +112,15 @@ def export(
         return Exported(None, send)
     said, serve = served_beside(target, target / FOLDER)
     return Exported(str(target), send, said, serve, report, options.closer)
+
+
+def _path_of_base(options: ExportConfig, base: Base) -> str | None:
+    """The path of this machine by which an export names its base; None for a name.
+
+    An adapter beside its base is told where the export itself lies.
+    """
+    if options.output_dir is None or options.base_name is not None:
+        return None
+    if options.is_beside:
+        return str(Path(options.output_dir).absolute())
+    return None if base.source.is_portable else base.source.reference

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import LONG_ROPE, save_checkpoint, token_ids
+from families import save_checkpoint, token_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,8 +19,6 @@ from qlora_kit.config.export import ExportConfig
 from qlora_kit.export.gguf import gguf_file, write_gguf
 from qlora_kit.export.llamacpp import LlamaCpp
 
-WIDE = {"intermediate_size": 192}
-"""Rows of whole blocks of 32 numbers."""
 LONG = {"original_max_position_embeddings": 256, "max_position_embeddings": 1024}
 """llama.cpp has no context below 256 tokens: of up to these it takes the short factors, and of the
 16 that the tiny models have otherwise the long ones, as transformers for a text of 20."""
@@ -34,8 +32,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
 WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama2", {}),
     "llama3": ("llama3", {}),
-    "llama_bias": ("llama_bias", {}),
-    "llama_yarn": ("llama2", {"rope_parameters": YARN, "num_key_value_heads": 1}),
+    "llama_bias": ("llama_bias", {"rope_parameters": YARN, "num_key_value_heads": 1}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"rope_parameters": YARN}),
@@ -49,7 +46,6 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": None,
         },
     ),
-    "phi3": ("phi3", {"rope_scaling": LONG_ROPE, **LONG}),
     "phi3_long": ("phi3", {}),
     "phi4_mini": ("phi4_mini", LONG),
     "granite": ("granite", {"attention_bias": True, "rope_parameters": LINEAR}),

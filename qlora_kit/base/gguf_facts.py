@@ -22,7 +22,8 @@ class Gguf:
     that it computes; `turns_part` says that a part of a head may be left unturned. `activation` is
     the MLP's. `biases` are the fields of a config whose biases it reads. `own_head_dim` says that
     heads need not share the width of the model out among them, `untied` that the head may have
-    weights of its own. `windows` says that it has sliding windows. `caps` are the soft caps that
+    weights of its own. `windows` says that it has sliding windows, `names_window` that it ignores
+    them and that older releases of it refuse a file that names none. `caps` are the soft caps that
     it reads; those that it `always` has must be there. With `wide_scale_at` layers it scales
     queries by the model's width over the heads, not by a head's. `unturned_every` says that each
     n-th layer has no rotary embedding. `scales` are keys of the file and the fields of config.json
@@ -39,6 +40,7 @@ class Gguf:
     own_head_dim: bool = True
     untied: bool = True
     windows: bool = False
+    names_window: bool = False
     caps: tuple[str, ...] = ()
     always: tuple[str, ...] = ()
     wide_scale_at: int | None = None
@@ -70,7 +72,13 @@ GEMMA3 = Gguf(
     caps=("final_logit_softcapping",),
     wide_scale_at=62,
 )
-PHI3 = Gguf("phi3", rope=("default", "longrope"), turns_part=True, own_head_dim=False)
+PHI3 = Gguf(
+    "phi3",
+    rope=("default", "longrope"),
+    turns_part=True,
+    own_head_dim=False,
+    names_window=True,
+)
 GRANITE = Gguf(
     "granite",
     pairs_rows=True,

@@ -114,6 +114,8 @@ def _unsaid(config: Any, facts: Gguf) -> Iterator[str]:
 
 
 def _windows(config: Any, facts: Gguf) -> Iterator[tuple[str, Value]]:
+    if facts.names_window:
+        yield "attention.sliding_window", int(config.sliding_window or 0)
     period = _period(config) if facts.windows else 1
     if period != 1:
         assert period is not None  # it was refused

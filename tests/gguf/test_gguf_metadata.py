@@ -83,6 +83,13 @@ def test_a_window_that_is_ignored_is_said(family: str, window: int) -> None:
     assert said(family, sliding_window=128, **changes).notes == ()
 
 
+@pytest.mark.parametrize("window", [8, None])
+def test_phi_3_names_a_window(window: int | None) -> None:
+    """llama.cpp ignores it; its older releases refuse a file that names none."""
+    fields = dict(said("phi4", sliding_window=window).fields)
+    assert fields["phi3.attention.sliding_window"] == (window or 0)
+
+
 def test_phi_3_says_which_context_has_the_short_factors() -> None:
     (note,) = said("phi3", rope_scaling=LONG_ROPE, **LONG).notes
     assert "-c 256" in note

@@ -69,7 +69,8 @@ class ExportConfig(Options):
     )
     export_dtype: str = option(
         "auto",
-        "dtype of the export; auto: the compute dtype of the run; q8_0 and q4_0 with gguf",
+        "dtype of the export; auto: the compute dtype of the run, f32 of gguf-lora; q8_0 and q4_0 "
+        "with gguf",
         flag="dtype",
         check=one_of("auto", *DTYPES, *BLOCK_TYPES),
         reads=also({"f32": "fp32", "f16": "fp16"}),

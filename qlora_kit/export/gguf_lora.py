@@ -33,6 +33,7 @@ from qlora_kit.generation.decode import end_ids
 from qlora_kit.gguf.file import Fields, FileTensor, write_gguf_file
 from qlora_kit.gguf.general import FILE_TYPES, base_model
 from qlora_kit.gguf.layout import Layout, import_gguf
+from qlora_kit.gguf.metadata import Metadata, metadata
 from qlora_kit.gguf.modelfile import write_modelfile
 from qlora_kit.gguf.tensor_types import KINDS
 from qlora_kit.lora.inject import ADAPTER, lora_layers
@@ -77,23 +78,32 @@ def pairs(base: Base, adapter: str = ADAPTER) -> list[Pair]:
 
 
 def lora_size(base: Base, options: ExportConfig) -> int:
-    """Bytes of the export as far as they are known; refuses families that are not written.
+    """Bytes of the export as far as they are known; refuses what llama.cpp has not of the base.
 
     Errors: `ModelError`, `ConfigError`.
     """
     Layout.of(base.model.config)
+    _said(base)
     layers = lora_layers(base.model).values()
     return sum(4 * w.numel() for one in layers for name in one.lora_A for w in one.weights(name))
 
 
 def lora_notes(base: Base, options: ExportConfig) -> Sequence[str]:
     """What a user of the file should know."""
+    notes = _said(base).notes
     if base.embedding_rows is None:
-        return ()
+        return notes
     return (
+        *notes,
         f"the adapter was trained with {base.embedding_rows} embedding rows, a GGUF of the base "
         "has fewer: its new tokens are none there; --format gguf has them",
     )
+
+
+def _said(base: Base) -> Metadata:
+    """What a GGUF of the base says of it. Errors: as `metadata`."""
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    return metadata(base.model.config, rows)
 
 
 def write_lora(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.errors import ExportError, NumericError
-from qlora_kit.export.gguf_lora import FILE, check_updates, lora_size, write_lora
+from qlora_kit.errors import ExportError, ModelError, NumericError
+from qlora_kit.export.gguf_lora import FILE, check_updates, lora_notes, lora_size, write_lora
 from qlora_kit.export.gguf_lora_check import run_on_base, verify_lora
 from qlora_kit.export.llamacpp import llama_library
 from qlora_kit.lora.adapter import load_adapter
@@ -199,11 +200,28 @@ def test_an_update_that_is_another_one_is_found(saved: Path, tmp_path: Path, wro
         check_updates(base, options(out), out)
 
 
-def test_a_family_that_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "base", "olmo2", torch.float32)
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("olmo2", "'olmo2' is not written as GGUF"),
+        # Its settings are none that llama.cpp has: the base would be another model there.
+        ("gemma2", "llama.cpp has nothing for query_pre_attn_scalar 24"),
+    ],
+)
+def test_a_base_that_llama_cpp_does_not_have_is_refused(
+    tmp_path: Path, family: str, said: str
+) -> None:
+    save_checkpoint(tmp_path / "base", family, torch.float32)
     base = open_base(BaseConfig(str(tmp_path / "base"), bits=16, dtype="fp32"))
-    with pytest.raises(Exception, match="'olmo2' is not written as GGUF"):
+    with pytest.raises(ModelError, match=re.escape(said)):
         lora_size(base, options(tmp_path / "out"))
+
+
+def test_a_window_that_llama_cpp_does_not_have_is_noted(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base", "mistral", torch.float32)
+    base = open_base(BaseConfig(str(tmp_path / "base"), bits=16, dtype="fp32"))
+    (note,) = lora_notes(base, options(tmp_path / "out"))
+    assert "sliding window" in note
 
 
 needs_llama_cpp = pytest.mark.skipif(

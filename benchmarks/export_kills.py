@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from export_kills import ENDED, Exports  # noqa: E402
-from families import save_checkpoint  # noqa: E402
+from gguf_models import save_model  # noqa: E402
 from record import make_parser, provenance, write_result  # noqa: E402
 from trained import save_trained, write_rows  # noqa: E402
 
@@ -84,7 +84,7 @@ def main() -> int:
     table: dict[str, Any] = json.loads(path.read_text())["table"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        save_checkpoint(root / "base")
+        save_model(root / "base", "llama2")
         save_trained(root / "base", root / "adapter", bits=4, dtype="fp32")
         write_rows(root / "rows.jsonl", 4)
         exports, commit = Exports(root, given.formats), provenance()["commit"]

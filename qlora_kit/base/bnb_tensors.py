@@ -40,7 +40,7 @@ def checkpoint_tensors(layer: QuantizedLinear, dtype: torch.dtype) -> dict[str, 
     """
     weight = layer.weight.detach()
     if isinstance(layer, Linear8bit):
-        # 0: rows in their own order, the only layout that there is since bitsandbytes 0.45.
+        # 0: rows in their own order, the only layout that bitsandbytes (0.50) reads.
         layout = torch.zeros((), dtype=torch.uint8)
         made = {"weight": weight, "SCB": layer.row_absmax, "weight_format": layout}
     else:

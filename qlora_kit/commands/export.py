@@ -101,6 +101,9 @@ def _show_compared(terminal: Terminal, form: Mapping[str, Any]) -> None:
     if "not_available" in form:
         terminal.print(label, f"not available: {form['not_available']}")
         return
+    if form["kl"] is None:
+        terminal.print(label, f"{size(form['bytes']):>10}  nothing here reads it")
+        return
     terminal.print(
         label,
         f"{size(form['bytes']):>10}  KL {form['kl']:.2e}  top-1 {form['top1_agreement']:>6.1%}  "

@@ -17,9 +17,15 @@ MERGED = ("hf", *QUANTIZED, "gguf")
 FORMATS = (*MERGED, "gguf-lora", "adapter")
 BLOCK_TYPES = ("q8_0", "q4_0")
 """Types of 8 and 4 bits in blocks of 32 numbers, which a GGUF alone has."""
+LLAMA_TYPES = (
+    *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS"),
+    *("Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
+)
+"""llama.cpp's types of files that it quantizes to without samples of text."""
 GOES_WITH: dict[str, tuple[str, ...]] = {
     "merge_base": MERGED,
     "export_dtype": (*MERGED, "gguf-lora"),
+    "quantize": ("gguf",),
     "with_towers": ("hf",),
     "shard_size": ("hf", *QUANTIZED),
     "verify": (*MERGED, "gguf-lora"),
@@ -75,6 +81,13 @@ class ExportConfig(Options):
         check=one_of("auto", *DTYPES, *BLOCK_TYPES),
         reads=also({"f32": "fp32", "f16": "fp16"}),
     )
+    quantize: str | None = option(
+        None,
+        "a type that llama.cpp quantizes the GGUF to, from --dtype, where one is installed that "
+        "does: Q4_K_M and others",
+        check=one_of(*LLAMA_TYPES),
+        reads=also({name.lower(): name for name in LLAMA_TYPES}),
+    )
     with_towers: bool = option(
         False,
         "write the whole multimodal checkpoint, its towers byte for byte, not the text model alone",
@@ -125,6 +138,8 @@ class ExportConfig(Options):
             return f"export {how}, which quantizes nothing again, or evaluate it before it is used"
         if self.merged_into == "original":
             return "export with --merge_base dequantized, or evaluate the export before it is used"
+        if self.quantize is not None:
+            return "export with a larger type of --quantize, or evaluate it before it is used"
         return "export with a wider --dtype, or evaluate the export before it is used"
 
     def _conflicts(self) -> typing.Iterator[str]:
@@ -139,6 +154,8 @@ class ExportConfig(Options):
             comparing = self.compare and self.output_dir is None
             if comparing and field.name not in COMPARING and value != field.default:
                 yield f"--{flag_of(field)} is given, and no --output_dir: --compare has every form"
+        if self.quantize is not None and self.export_dtype in BLOCK_TYPES:
+            yield f"quantize {self.quantize} goes with a dtype of 16 or 32 bits"
         if self.format == "gguf" and self.merge_base == "none":
             yield "format gguf goes with a merge, not with merge_base none"
         if self.with_towers and self.merged_into == "none":

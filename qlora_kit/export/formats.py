@@ -12,10 +12,11 @@ from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.export.bnb import bnb_notes, bnb_size, write_bnb
 from qlora_kit.export.companions import write_companions
-from qlora_kit.export.gguf import gguf_notes, gguf_size, write_gguf
+from qlora_kit.export.gguf import gguf_notes
+from qlora_kit.export.gguf_check import verify_gguf
 from qlora_kit.export.gguf_lora import lora_notes, lora_size, write_lora
 from qlora_kit.export.gguf_lora_check import needs_base, verify_lora
-from qlora_kit.export.gguf_readers import verify_gguf
+from qlora_kit.export.gguf_quantize import any_gguf_size, write_any_gguf
 from qlora_kit.export.hf import hf_size, write_hf
 from qlora_kit.export.readers import verify_hf
 
@@ -50,7 +51,7 @@ FORMATS = {
     "hf": Format(hf_size, write_hf, verify_hf),
     "hf-4bit": _bnb,
     "hf-8bit": _bnb,
-    "gguf": Format(gguf_size, write_gguf, verify_gguf, _inside, gguf_notes),
+    "gguf": Format(any_gguf_size, write_any_gguf, verify_gguf, _inside, gguf_notes),
     "gguf-lora": Format(
         lora_size, write_lora, verify_lora, notes=lora_notes, needs_base=needs_base
     ),

@@ -52,11 +52,12 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
     `ConfigError` where the package gguf is not installed.
     """
     config, kind = base.model.config, KINDS[dtype_of(base, options)]
+    named = options.quantize or kind
     layout = Layout.of(config)
     rows = base.model.get_input_embeddings().weight.shape[0]
     said = metadata(config, rows)
     ends = end_ids(base.model, base.tokenizer)
-    words = texts(base.tokenizer, rows, ends, config.bos_token_id, file_name(kind), said.context)
+    words = texts(base.tokenizer, rows, ends, config.bos_token_id, file_name(named), said.context)
     tied = bool(config.tie_word_embeddings)
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     weights = model_tensors(base, adapter, options.merged_into)
@@ -67,7 +68,7 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
         name, is_hub_id = options.base_name, True
     parameters = sum(one.shape.numel() for one in weights)
     return GgufFile(
-        file_name(kind),
+        file_name(named),
         layout.facts.architecture,
         [
             *general(name, is_hub_id, parameters, kind, words.strips),
@@ -75,7 +76,7 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
             *words.fields,
         ],
         tensors,
-        (*said.notes, *words.notes, *_said_of_kinds(tensors, kind)),
+        (*said.notes, *words.notes, *_said_of_kinds(tensors, named)),
         words.beside,
     )
 
@@ -124,12 +125,18 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _said_of_kinds(tensors: Sequence[FileTensor], kind: str) -> list[str]:
+def _said_of_kinds(tensors: Sequence[FileTensor], asked: str) -> list[str]:
     """What differs from the type that was asked for, where one would not expect it."""
-    others = [one for one in tensors if len(one.shape) > 1 and one.kind != kind]
+    matrices = [one for one in tensors if len(one.shape) > 1]
+    if "_K" in asked or asked == "IQ4_XS":
+        uneven = sum(one.shape[-1] % 256 > 0 for one in matrices)
+        why = f"not {asked}: their rows are no multiple of 256"
+        smaller = f"{uneven} of {len(tensors)} tensors are in types of smaller blocks, {why}"
+        return [smaller] if uneven else []
+    others = [one for one in matrices if one.kind != asked and asked in KINDS.values()]
     said = []
     for other in sorted({one.kind for one in others}):
         count = sum(one.kind == other for one in others)
         why = "for its rows are no multiple of 32" if other == "F16" else "the head"
-        said.append(f"{count} of {len(tensors)} tensors in {other}, not {kind}: {why}")
+        said.append(f"{count} of {len(tensors)} tensors in {other}, not {asked}: {why}")
     return said

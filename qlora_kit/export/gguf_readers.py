@@ -11,18 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from qlora_kit.base.base import Base
-from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import free_bytes
 from qlora_kit.export.gguf_tokens import LLAMA_CPP, GgufTokens
 from qlora_kit.export.llamacpp import INSTALL, LlamaCpp, llama_library
-from qlora_kit.export.readers import Read, report_of, trained
+from qlora_kit.export.readers import Read, trained
 from qlora_kit.export.transformers_reader import (
     TRANSFORMERS,
     model_pieces,
@@ -31,6 +29,7 @@ from qlora_kit.export.transformers_reader import (
 )
 from qlora_kit.export.verify import Decoded, Piece, compare
 from qlora_kit.gguf.layout import gguf_facts
+from qlora_kit.process.out_of_memory import is_out_of_memory
 
 WORK = 2**42
 """Parameters times positions: what a CPU multiplies in some minutes."""
@@ -59,6 +58,20 @@ class GgufReaders:
     def tokens(self) -> GgufTokens:
         """The tokens that the file should give."""
         return GgufTokens(self.base, self.rows)
+
+    def all(self) -> tuple[list[Read], dict[str, str]]:
+        """What each reader finds, and why the others do not read. Errors: `ExportError`."""
+        absent, reads = self.absent(), []
+        if LLAMA_CPP not in absent:
+            reads.append(self.by_llama_cpp())
+        if TRANSFORMERS not in absent:
+            try:
+                reads.append(self.by_transformers())
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                absent[TRANSFORMERS] = "memory ended while it did"
+        return reads, absent
 
     def by_llama_cpp(self) -> Read:
         """What llama.cpp finds. Errors: `ExportError`."""
@@ -94,21 +107,6 @@ class GgufReaders:
             sizes = f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
             found[TRANSFORMERS] = f"it takes {sizes}"
         return found
-
-
-def verify_gguf(
-    base: Base, options: ExportConfig, directory: Path, rows: Sequence[Encoded]
-) -> dict[str, Any]:
-    """Read the GGUF in a directory back; what is said of it in export.json.
-
-    Errors: `ExportError`, `NumericError` for a distance above the limit, `ResourceError`.
-    """
-    (file,) = directory.glob("*.gguf")
-    readers = GgufReaders(base, file, rows)
-    absent = readers.absent()
-    ways = {LLAMA_CPP: readers.by_llama_cpp, TRANSFORMERS: readers.by_transformers}
-    reads = [read() for name, read in ways.items() if name not in absent]
-    return report_of(reads, options) | {"not_read_by": absent}
 
 
 def _pieces(llama: LlamaCpp, rows: Sequence[Sequence[int]], most: int) -> Iterator[Piece]:

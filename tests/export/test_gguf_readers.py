@@ -1,0 +1,108 @@
+"""Laws of a GGUF read back: who reads it, what is said where nobody does, what is quantized."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from families import refused, token_ids
+from gguf_models import save_model
+from trained import trained_base
+
+from qlora_kit.base.base import Base
+from qlora_kit.config.export import ExportConfig
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.errors import ConfigError, ExportError
+from qlora_kit.export import gguf_readers, llamacpp
+from qlora_kit.export.export import check_export, write_export
+from qlora_kit.export.formats import FORMATS
+from qlora_kit.export.gguf_check import check_tensors
+from qlora_kit.export.llamacpp import LlamaCpp
+from qlora_kit.generation.decode import generate_ids
+
+ROWS = [Encoded(ids, ids) for n in (9, 30) for ids in token_ids(1, n, seed=n).tolist()]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    directory = tmp_path_factory.mktemp("base")
+    save_model(directory, "llama2", hidden_size=256)
+    return trained_base(directory, bits=4, dtype="fp32", device="cpu")
+
+
+def options(**more: Any) -> ExportConfig:
+    return ExportConfig(format="gguf", **more)
+
+
+def written(base: Base, directory: Path, asked: ExportConfig) -> Path:
+    FORMATS["gguf"].write(base, "default", asked, directory)
+    (file,) = directory.glob("*.gguf")
+    return file
+
+
+def verified(base: Base, directory: Path, asked: ExportConfig) -> dict[str, Any]:
+    return FORMATS["gguf"].verify(base, asked, directory, ROWS)
+
+
+def test_greedy_text_is_that_of_generate(base: Base, tmp_path: Path) -> None:
+    file = written(base, tmp_path, options())
+    prompts = [token_ids(1, n, seed=n)[0].tolist() for n in (3, 7, 12)]
+    steps = generate_ids(base.model, prompts, max_new_tokens=12, eos_ids=(2,), pad_id=0)
+    columns = zip(*steps, strict=True)
+    expected = [[one for one in column if one is not None] for column in columns]
+    with LlamaCpp(file) as llama:
+        assert [llama.greedy(ids, 12) for ids in prompts] == expected
+
+
+def test_without_readers_it_is_said_that_tensors_are_what_was_written(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_readers, "llama_library", lambda: None)
+    monkeypatch.setattr(gguf_readers, "GGUF_SUPPORTED_ARCHITECTURES", [])
+    file = written(base, tmp_path, options(export_dtype="q8_0"))
+    report = verified(base, tmp_path, options(export_dtype="q8_0"))
+    assert report["kl"] is None
+    assert report["readers"] == {"gguf": {"tensors": 21, "read": "tensor by tensor"}}
+    assert "pip install 'qlora-kit[llamacpp]'" in report["not_read_by"]["llama.cpp"]
+    assert "no llama models" in report["not_read_by"]["transformers"]
+    with pytest.raises(ExportError, match=r"--max_kl 0\.1: nothing here reads the export"):
+        verified(base, tmp_path, options(export_dtype="q8_0", max_kl=0.1))
+    content = bytearray(file.read_bytes())
+    content[-9000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ExportError, match="is not what was written, and 0 others"):
+        check_tensors(base, options(export_dtype="q8_0"), file)
+
+
+def test_quantizing_is_refused_before_weights_where_no_library_does_it(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
+    asked = options(output_dir=str(tmp_path / "out"), quantize="Q4_K_M")
+    with refused(ConfigError, "--quantize Q4_K_M", "not installed", directory=tmp_path):
+        check_export(base, tmp_path / "out", asked)
+    with pytest.raises(ConfigError, match="quantize Q4_K_M goes with a dtype of 16 or 32 bits"):
+        options(quantize="Q4_K_M", export_dtype="q8_0")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cyllama") is None, reason="needs cyllama")
+def test_llama_cpp_quantizes_and_the_result_is_verified(base: Base, tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+    asked = options(output_dir=str(tmp_path / "out"), quantize="Q6_K")
+
+    def inspect(directory: Path) -> None:
+        found.update(verified(base, directory, asked))
+
+    out = write_export(base, asked, inspect)
+    (file,) = out.glob("*.gguf")
+    assert file.name == "model-Q6_K.gguf"
+    assert "FROM ./model-Q6_K.gguf" in (out / "Modelfile").read_text()
+    reader = gguf.GGUFReader(file)
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q6_K
+    kinds = {one.name: one.tensor_type.name for one in reader.tensors}
+    assert kinds["blk.0.attn_q.weight"] == "Q6_K"
+    assert found["readers"].keys() == {"llama.cpp", "transformers"}
+    assert 1e-5 < found["kl"] < 0.2  # random weights, in some 6 bits

@@ -112,10 +112,11 @@ def test_windows_by_their_period(types: list[str], period: int | None) -> None:
 
 def test_gemma_of_27_billion_scales_by_its_width() -> None:
     """llama.cpp knows it by its number of layers alone."""
-    heads = {"num_attention_heads": 4, "num_hidden_layers": 46}
-    assert said("gemma2", query_pre_attn_scalar=16, **heads).fields
-    with pytest.raises(ModelError, match=r"query_pre_attn_scalar 32 \(it has 16\)"):
-        said("gemma2", query_pre_attn_scalar=32, **heads)
+    config = tiny_model("gemma2", query_pre_attn_scalar=16).config
+    with pytest.raises(ModelError, match=r"query_pre_attn_scalar 16 \(it has 32\)"):
+        metadata(config, 264)
+    config.num_hidden_layers = 46
+    assert metadata(config, 264).fields
 
 
 def test_factors_of_llama_3_are_one_where_nothing_is_slowed() -> None:

@@ -58,7 +58,8 @@ TASKS = {
     "stories260K": Task("wikisql", 100, 8, 3e-3),
     "qwen3": Task("sample:query", 100, 16, 3e-3),
 }
-QUANTIZED = {"nf4": (4, "nf4"), "fp4": (4, "fp4"), "int8": (8, None)}
+QUANTIZED = {"nf4": (4, "nf4"), "fp4": (4, "fp4"), "int8": (8, None), "nf4, 10 steps": (4, "nf4")}
+"""The bits and the type of each case; the last is what has hardly been trained."""
 FORMS: dict[str, dict[str, str]] = {
     "dequantized, bf16": {"format": "hf", "dtype": "bf16"},
     "dequantized, fp32": {"format": "hf", "dtype": "fp32"},
@@ -71,6 +72,8 @@ FORMS: dict[str, dict[str, str]] = {
     "gguf q8_0": {"format": "gguf", "dtype": "q8_0"},
     "gguf q4_0": {"format": "gguf", "dtype": "q4_0"},
 }
+BASES = ("dequantized, bf16", "original, bf16")
+"""What is measured of every case; of the first all forms are."""
 PEFT, AS_TRAINED = "PEFT's merge", "as trained"
 
 
@@ -99,7 +102,7 @@ def trained(model: str, quantized: str, work: Path) -> tuple[Base, dict[str, Any
     directory, task = base_of(model, work), TASKS[model]
     bits, quant_type = QUANTIZED[quantized]
     held = {"bits": bits} if quant_type is None else {"bits": bits, "quant_type": quant_type}
-    adapter = work / f"{model}-{quantized}"
+    adapter = adapter_of(model, quantized, work)
     if not (adapter / "run.json").exists():
         finetune(
             model=str(directory),
@@ -107,7 +110,7 @@ def trained(model: str, quantized: str, work: Path) -> tuple[Base, dict[str, Any
             output_dir=str(adapter),
             device="cpu",
             dtype="bf16",
-            max_steps=task.steps,
+            max_steps=10 if "10 steps" in quantized else task.steps,
             batch_size=task.batch,
             gradient_accumulation_steps=1,
             learning_rate=task.learning_rate,
@@ -120,6 +123,10 @@ def trained(model: str, quantized: str, work: Path) -> tuple[Base, dict[str, Any
     base = load_base(str(directory), dtype="bf16", device="cpu", **held)
     load_adapter(base, adapter)
     return base, json.loads((adapter / "run.json").read_text())["eval"]
+
+
+def adapter_of(model: str, quantized: str, work: Path) -> Path:
+    return work / f"{model}-{quantized.replace(', ', '-').replace(' ', '-')}"
 
 
 def data_of(task: Task) -> str:
@@ -145,7 +152,7 @@ def measure(model: str, quantized: str, names: list[str], work: Path) -> dict[st
                 found[name] = exported(base, reference, FORMS[name], Path(folder) / "export")
     if PEFT in names:
         bits, quant_type = QUANTIZED[quantized]
-        adapter = work / f"{model}-{quantized}"
+        adapter = adapter_of(model, quantized, work)
         merged = merged_by_peft(base.source.directory, adapter, bits, quant_type or "nf4")
         found[PEFT] = reference.compare(of_model(merged))
     positions = sum(len(row.input_ids) - 1 for row in reference.rows)
@@ -254,7 +261,8 @@ def main() -> None:
         for quantized, model in itertools.product(given.quantized, given.models):
             old = done.get((model, quantized), {"forms": {}})
             forms = old["forms"]
-            names = [name for name in (*FORMS, PEFT) if "loss" not in forms.get(name, {})]
+            wanted = FORMS if quantized == "nf4" else BASES
+            names = [name for name in (*wanted, PEFT) if "loss" not in forms.get(name, {})]
             if not names:
                 continue
             case = run_apart(model, quantized, names, given)

@@ -105,6 +105,7 @@ def main() -> None:
     data = Path(os.environ.get("QLORA_KIT_DATA", ""))
     parser.add_argument("--config", type=Path, default=data / "configs/tinyllama_1b_chat_v1.0.json")
     parser.add_argument("--formats", nargs="+", default=MERGED, choices=MERGED)
+    parser.add_argument("--dtypes", nargs="+", help="of hf and gguf, these alone")
     given = parser.parse_args()
     table = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -112,6 +113,8 @@ def main() -> None:
         make_checkpoint(given.config, checkpoint)
         copy_tokenizer(data / "models/stories260K", checkpoint)
         for form in forms(given.formats):
+            if given.dtypes and form.get("dtype", given.dtypes[0]) not in given.dtypes:
+                continue
             row = measure(checkpoint, target, form)
             shutil.rmtree(target, ignore_errors=True)
             table.append(row)

@@ -89,3 +89,28 @@ def test_the_table_of_kernels_is_what_was_compiled_and_in_16_bits_nothing_spills
         assert found[kernel][: len(compiled)] == [str(row["registers"]) for row in compiled]
         assert found[kernel][-2] == "0"
         assert {(row["widest_load"], row["widest_store"]) for row in compiled} == {(16, 16)}
+
+
+def test_the_tables_of_merge_bases_are_what_was_measured():
+    cases = measured("export_bases")["cases"]
+    nf4 = [case for case in cases if case["quantized"] == "nf4"]
+    expected = [
+        [name, *(of_form(case["forms"].get(name, {})) for case in nf4)] for name in nf4[0]["forms"]
+    ]
+    assert marked_rows("bases") == expected
+    names = ("as trained", "dequantized, bf16", "original, bf16", "PEFT's merge")
+    assert marked_rows("bases_rest") == [
+        [case["model"], case["quantized"], *(of_form(case["forms"][name]) for name in names)]
+        for case in cases
+        if case["quantized"] != "nf4"
+    ]
+
+
+def of_form(form):
+    """A cell: the relative error of the logits, and the loss."""
+    return f"{form['logit_error']:.2%}, {form['loss']:.4f}" if "loss" in form else "-"
+
+
+def marked_rows(mark):
+    marked = PAGE.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
+    return [line.strip("| ").split(" | ") for line in marked.strip().splitlines()[2:]]

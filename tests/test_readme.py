@@ -49,6 +49,21 @@ def test_the_speed_table_is_what_was_measured():
         assert times == ", ".join(f"{one:.2f}" for one in faster)
 
 
+def test_the_table_of_merge_bases_is_what_was_measured():
+    rows = table_rows(re.search(r"<!-- bases -->\n(.*?)<!-- /bases -->", README, re.S)[1])
+    cases = json.loads((RESULTS / "export_bases.json").read_text())["cases"]
+    measured = {case["model"]: case["forms"] for case in cases if case["quantized"] == "nf4"}
+    assert [model for model, *_ in rows] == [*measured]
+    times = []
+    for model, *cells in rows:
+        names = ("as trained", "dequantized, bf16", "original, bf16", "PEFT's merge")
+        forms = [measured[model][name] for name in names]
+        assert cells == [f"{form['logit_error']:.1%}, {form['loss']:.3f}" for form in forms]
+        times.append(forms[3]["logit_error"] / forms[1]["logit_error"])
+    low, high = re.search(r"(\d+) to (\d+) times as near as PEFT's merge", README).groups()
+    assert (int(low), int(high)) == (int(min(times)), int(max(times)))
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 200
 

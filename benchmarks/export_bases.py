@@ -171,27 +171,30 @@ def exported(
     except QloraKitError as error:
         return {"not_available": error.problem}
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    return {"bytes": size, **reference.compare(read_back(directory, form))}
+    return {"bytes": size, **reference.compare(read_back(base, directory, form))}
 
 
-def read_back(directory: Path, form: dict[str, str]) -> Logits:
-    """The logits of an export, by a reader that fits its format."""
+def read_back(base: Base, directory: Path, form: dict[str, str]) -> Logits:
+    """The logits of an export of `base`, by a reader that fits its format."""
     from export_parts.distance import of_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_kit.base.load import load_base
     from qlora_kit.lora.adapter import load_adapter
 
     if form["format"] == "gguf":
         (file,) = directory.glob("*.gguf")
-        return of_model(AutoModelForCausalLM.from_pretrained(directory, gguf_file=file.name))
+        # transformers does not read every field of a config out of a GGUF.
+        config = AutoConfig.from_pretrained(base.source.directory, dtype="float32")
+        named = {"gguf_file": file.name, "config": config}
+        return of_model(AutoModelForCausalLM.from_pretrained(directory, **named))
     if form["format"] == "hf":
         return of_model(AutoModelForCausalLM.from_pretrained(directory, dtype="auto"))
     # bitsandbytes' own matmuls are wrong for some sizes on some CPUs; ours read its files.
-    base = load_base(str(directory), dtype="bf16", device="cpu")
+    held = load_base(str(directory), dtype="bf16", device="cpu")
     if form["merge_base"] == "none":
-        load_adapter(base, directory / "adapter")
-    return of_model(base.model)
+        load_adapter(held, directory / "adapter")
+    return of_model(held.model)
 
 
 def run_apart(

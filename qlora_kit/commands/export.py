@@ -96,7 +96,8 @@ def _show_read(terminal: Terminal, name: str, read: Mapping[str, Any], where: st
 
 def _show_compared(terminal: Terminal, form: Mapping[str, Any]) -> None:
     """A line of the table of `--compare`."""
-    names = (form["format"], form.get("dtype"), form.get("merge_base"))
+    kind = form.get("quantize") or form.get("dtype")
+    names = (form["format"], kind, form.get("merge_base"))
     label = f"  {' '.join(name for name in names if name):<{LABEL}}"
     if "not_available" in form:
         terminal.print(label, f"not available: {form['not_available']}")

@@ -29,7 +29,7 @@ from qlora_kit.lora.inject import ADAPTER
 
 FORMS: Mapping[str, Sequence[Mapping[str, str]]] = {
     "hf": ({"merge_base": "dequantized"}, {"merge_base": "original"}),
-    "gguf": tuple({"export_dtype": name} for name in KINDS),
+    "gguf": (*({"export_dtype": name} for name in KINDS), {"quantize": "Q4_K_M"}),
     **dict.fromkeys(QUANTIZED, ({"merge_base": "none"}, {"merge_base": "dequantized"})),
 }
 """The forms of a format, each as options of the export; of a format that is not here, its own."""

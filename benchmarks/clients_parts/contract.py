@@ -38,8 +38,8 @@ def serve(answer: Callable[[Task], dict[str, Any]], *packages: str, ours: bool =
         try:
             said = answer(task)
         except Exception as error:
-            first = str(error).strip().partition("\n")[0]
-            said = {"refused": f"{type(error).__name__}: {first[:200]}"}
+            words = " ".join(str(error).split())
+            said = {"refused": f"{type(error).__name__}: {words[:300]}"}
         said["versions"] = {name: importlib.metadata.version(name) for name in packages}
         Path(task["answer"]).write_text(json.dumps(said))
 

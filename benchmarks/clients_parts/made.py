@@ -132,5 +132,7 @@ def _command(name: str, *arguments: str) -> None:
     command = importlib.import_module(f"qlora_kit.commands.{name}")
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = command.main(list(arguments))
+    if code in (130, 143):
+        raise SystemExit(code)  # stopped by a signal
     if code:
         raise RuntimeError(said.getvalue().strip().splitlines()[-1])

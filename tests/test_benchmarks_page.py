@@ -114,3 +114,19 @@ def of_form(form):
 def marked_rows(mark):
     marked = PAGE.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
     return [line.strip("| ").split(" | ") for line in marked.strip().splitlines()[2:]]
+
+
+def test_the_table_of_clients_is_what_they_answered():
+    expected = {}
+    parts = sorted((BENCHMARKS / "results").glob("clients_*.json"))
+    for row in (row for part in parts for row in json.loads(part.read_text())["rows"]):
+        read = f"{row['format']}{row['how'] and ': '}{row['how']}"
+        cells = expected.setdefault((row["client"], read, row["against"]), [])
+        if "equal_text" in row:
+            figures = [row["logprob"], row["kl"]] if "kl" in row else [row["given"]]
+            cells.append(", ".join([str(row["equal_text"]), *(f"{one:.0e}" for one in figures)]))
+        else:
+            cells.append(next(iter({"refused", "failed"} & row.keys())))
+    marked = PAGE.partition("<!-- clients -->")[2].partition("<!-- /clients -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in marked.strip().splitlines()[2:]]
+    assert {tuple(row[:3]): [one for one in row[3:] if one.strip()] for row in rows} == expected

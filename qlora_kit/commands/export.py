@@ -23,6 +23,7 @@ SUMMARY = "Merge an adapter into its base and write a plain model, verified agai
 FAR_KL = 1e-2
 """Nats a token above which an export is said to be another model: merging exactly and rounding to
 bf16 gives 1e-3, and merging into the original base of 4 bits 1e-1."""
+MADE_UP = " (it makes the tokenizer of a GGUF up by the family)"
 LABEL = 26
 """Characters of a form in the table of `--compare`."""
 
@@ -84,12 +85,13 @@ def _show_read(terminal: Terminal, name: str, read: Mapping[str, Any], where: st
         return
     how = "" if read["read"].startswith("whole") else f", {read['read']},"
     texts = "all" if read["texts_equal"] == read["texts"] else f"{read['texts_equal']} of"
+    made_up = name == "transformers" and texts != "all"
     terminal.line(
         "compared" if read["kl"] > FAR_KL else "verified",
         f"by {name}{how} on {read['tokens']} tokens of {where}: "
         f"KL {read['kl']:.2e}, top-1 agreement {read['top1_agreement']:.1%}, "
         f"largest logit difference {read['max_logit_difference']:.3g}, "
-        f"tokens of {texts} {read['texts']} texts equal",
+        f"tokens of {texts} {read['texts']} texts equal{MADE_UP if made_up else ''}",
         width=10,
     )
 

@@ -124,8 +124,13 @@ class ExportConfig(Options):
 
     @property
     def is_beside(self) -> bool:
-        """Whether the export holds the base as it was trained on, and the adapter beside it."""
-        return self.merged_into == "none" and self.format in MERGED
+        """Whether the export holds the base as it was trained on, and PEFT's files beside it."""
+        return self.merged_into == "none" and self.format in ("hf", *QUANTIZED)
+
+    @property
+    def has_lora_beside(self) -> bool:
+        """Whether the export is a GGUF of the base, and one of the adapter beside it."""
+        return self.merged_into == "none" and self.format == "gguf"
 
     @property
     def closer(self) -> str:
@@ -156,7 +161,5 @@ class ExportConfig(Options):
                 yield f"--{flag_of(field)} is given, and no --output_dir: --compare has every form"
         if self.quantize is not None and self.export_dtype in BLOCK_TYPES:
             yield f"quantize {self.quantize} goes with a dtype of 16 or 32 bits"
-        if self.format == "gguf" and self.merge_base == "none":
-            yield "format gguf goes with a merge, not with merge_base none"
         if self.with_towers and self.merged_into == "none":
             yield "with_towers goes with a merge, not with merge_base none"

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from qlora_kit.export.adapter_files import CARD, FOLDER
+from qlora_kit.export.gguf_lora import FILE as LORA
 from qlora_kit.files.atomic import write_file
 
 LOADERS = {
@@ -36,7 +37,10 @@ def write_card(report: Mapping[str, Any], directory: Path, base_name: str | None
     `report` is what its export.json says; `base_name` is None where others do not find the base.
     """
     form, base = report["format"], report["base"]
-    is_gguf, beside = form.startswith("gguf"), (directory / FOLDER).is_dir()
+    is_gguf, adapter = form.startswith("gguf"), directory / FOLDER
+    if is_gguf:
+        adapter = directory / LORA
+    beside = adapter.name if form != "gguf-lora" and adapter.exists() else None
     front = ModelCardData(
         base_model=base_name,
         library_name="gguf" if is_gguf else "peft" if beside else "transformers",
@@ -61,7 +65,7 @@ A LoRA adapter trained on a quantized base, exported by qlora-kit. `export.json`
     write_file(directory / CARD, text.encode())
 
 
-def _made_of(report: Mapping[str, Any], name: str, beside: bool) -> Iterator[str]:
+def _made_of(report: Mapping[str, Any], name: str, beside: str | None) -> Iterator[str]:
     base = report["base"]
     held = f"{base['bits']} bits" if base["bits"] != 16 else "16 bits, not quantized"
     held += f" ({base['quant_type']})" if base.get("quant_type") else ""
@@ -73,7 +77,7 @@ def _made_of(report: Mapping[str, Any], name: str, beside: bool) -> Iterator[str
     }
     yield f"trained with the base in {held}{merged.get(str(report.get('merge_base')), '')}"
     if beside:
-        yield f"not merged: the base lies here, and the adapter in `{FOLDER}`"
+        yield f"not merged: the base lies here, and the adapter in `{beside}`"
     if report.get("kl") is not None:
         yield (
             f"distance from the model as trained: KL {report['kl']:.2e} nats a token, top-1 "
@@ -91,8 +95,8 @@ def _use(report: Mapping[str, Any], directory: Path) -> str:
             loader = "unmerged"
         where = "`DIR` is the name of this repository, or its directory."
         return "\n".join((where, "```python", LOADERS[loader], "```"))
-    is_lora = report["format"] == "gguf-lora"
-    lines = [f"llama-cli -m {f'BASE.gguf --lora {files[0]}' if is_lora else files[0]}"]
+    model = next((name for name in files if name != LORA), "BASE.gguf")
+    lines = [f"llama-cli -m {model}{f' --lora {LORA}' if LORA in files else ''}"]
     if (directory / "Modelfile").exists():
         lines.append("ollama create NAME -f Modelfile")
     return "\n".join(("```", *lines, "```"))

@@ -11,6 +11,7 @@ from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError
 from qlora_kit.export.gguf import gguf_file
+from qlora_kit.export.gguf_lora import FILE, beside_model, check_updates
 from qlora_kit.export.gguf_readers import GgufReaders
 from qlora_kit.export.readers import report_of
 from qlora_kit.gguf.file import FileTensor
@@ -27,14 +28,17 @@ def verify_gguf(
     Where neither llama.cpp nor transformers reads it, there are no distances but that each tensor
     is what was to be written. Errors: `ExportError`, `NumericError` for a distance above the limit.
     """
-    (file,) = directory.glob("*.gguf")
-    readers = GgufReaders(base, file, rows)
+    lora = directory / FILE if options.has_lora_beside else None
+    (file,) = (one for one in directory.glob("*.gguf") if one != lora)
+    readers = GgufReaders(base, file, rows, lora)
     reads, absent = readers.all()
     report = report_of(reads, options) | {"not_read_by": absent}
     if not reads:
         readers.tokens.check_file(file)
         tensors = check_tensors(base, options, file)
         report["readers"] = {"gguf": {"tensors": tensors, "read": "tensor by tensor"}}
+    if lora is not None:
+        report["update_error"] = check_updates(base, beside_model(options), directory)
     return report
 
 

@@ -77,6 +77,13 @@ def pairs(base: Base, adapter: str = ADAPTER) -> list[Pair]:
     return found
 
 
+def beside_model(options: ExportConfig) -> ExportConfig:
+    """The options of an adapter's file that lies beside a GGUF of its base."""
+    return ExportConfig(
+        output_dir=options.output_dir, format="gguf-lora", base_name=options.base_name
+    )
+
+
 def lora_size(base: Base, options: ExportConfig) -> int:
     """Bytes of the export as far as they are known; refuses what llama.cpp has not of the base.
 
@@ -106,8 +113,14 @@ def _said(base: Base) -> Metadata:
     return metadata(base.model.config, rows)
 
 
-def write_lora(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
-    """Write the adapter into `directory`, and Ollama's file beside it.
+def write_lora(
+    base: Base,
+    adapter: str | None,
+    options: ExportConfig,
+    directory: Path,
+    model: str = BASE_FILE,
+) -> None:
+    """Write the adapter into `directory`, and Ollama's file for it on `model` beside it.
 
     Errors: `ExportError`, `NumericError`, `ModelError`.
     """
@@ -119,7 +132,7 @@ def write_lora(base: Base, adapter: str | None, options: ExportConfig, directory
     fields = _fields(base, options, alpha, kind)
     write_gguf_file(directory / FILE, layout.facts.architecture, fields, tensors)
     ends, words = end_ids(base.model, base.tokenizer), base.tokenizer
-    write_modelfile(directory, words, ends, base.context, model=BASE_FILE, adapter=FILE)
+    write_modelfile(directory, words, ends, base.context, model=model, adapter=FILE)
 
 
 def _kind(base: Base, options: ExportConfig) -> str:

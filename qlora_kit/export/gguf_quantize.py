@@ -1,6 +1,6 @@
-"""A GGUF in one of llama.cpp's types of files, which llama.cpp itself quantizes.
+"""A GGUF of a model, quantized by llama.cpp where that is asked for, or with its adapter beside it.
 
-It is written in the dtype of the export first, beside, and gone when it has been quantized.
+What llama.cpp quantizes is written in the dtype of the export first, beside, and gone afterwards.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.export.gguf import gguf_size, write_gguf
+from qlora_kit.export.gguf_lora import beside_model, lora_size, write_lora
 from qlora_kit.export.llamacpp import check_quantizes, quantize_gguf
 from qlora_kit.gguf.layout import import_gguf
 
@@ -22,6 +23,8 @@ def any_gguf_size(base: Base, options: ExportConfig) -> int:
     Errors: as `gguf_file`, `ConfigError` where no library quantizes.
     """
     size = gguf_size(base, options)
+    if options.has_lora_beside:
+        size += lora_size(base, beside_model(options))
     if options.quantize is None:
         return size
     check_quantizes(options.quantize)
@@ -31,10 +34,11 @@ def any_gguf_size(base: Base, options: ExportConfig) -> int:
 def write_any_gguf(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
     """Write the GGUF, quantized where that is asked for. Errors: as `write_gguf`, `ExportError`."""
     write_gguf(base, adapter, options, directory)
-    if options.quantize is None:
-        return
-    kind = import_gguf().LlamaFileType[f"MOSTLY_{options.quantize}"]
     (file,) = directory.glob("*.gguf")
-    plain = file.rename(directory / PLAIN)
-    quantize_gguf(plain, file, int(kind))
-    plain.unlink()
+    if options.quantize is not None:
+        kind = import_gguf().LlamaFileType[f"MOSTLY_{options.quantize}"]
+        plain = file.rename(directory / PLAIN)
+        quantize_gguf(plain, file, int(kind))
+        plain.unlink()
+    if options.has_lora_beside and adapter is not None:
+        write_lora(base, adapter, beside_model(options), directory, file.name)

@@ -97,11 +97,13 @@ class GgufReaders:
     def absent(self) -> dict[str, str]:
         """The readers that there are not, and why."""
         found = {}
-        if llama_library() is None:
+        if llama_library(adapter=self.lora is not None) is None:
             found[LLAMA_CPP] = f"it is not installed ({INSTALL})"
         family = gguf_facts(self.base.model.config.model_type).architecture
         needed, free = READING * self.base.parameters, free_bytes(torch.device("cpu"))
-        if family not in GGUF_SUPPORTED_ARCHITECTURES:
+        if self.lora is not None:
+            found[TRANSFORMERS] = "it adds no adapter to a GGUF"
+        elif family not in GGUF_SUPPORTED_ARCHITECTURES:
             found[TRANSFORMERS] = f"it reads no {family} models out of a GGUF"
         elif needed > free:
             sizes = f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"

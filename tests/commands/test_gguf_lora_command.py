@@ -12,6 +12,8 @@ import pytest
 from gguf_models import save_model
 from trained import save_peft, save_trained, write_rows
 
+from qlora_kit.base.load import load_base
+from qlora_kit.export.export import export_model
 from qlora_kit.export.llamacpp import llama_library
 
 Run = Callable[..., Any]
@@ -61,6 +63,35 @@ def test_llama_cpp_runs_it_on_its_base(run: Run, tmp_path: Path) -> None:
     assert report["kl"] < 1e-6
     assert report["verified_on"] == "rows.jsonl"
     assert not list(Path("out").glob("model*"))
+
+
+def test_it_lies_beside_a_gguf_of_its_base(run: Run, tmp_path: Path) -> None:
+    """`--merge_base none`: the same file as alone, and the base is what no adapter leaves it."""
+    save_model(tmp_path / "base", "llama2")
+    save_trained(tmp_path / "base", tmp_path / "adapter", bits=4, dtype="fp32")
+    write_rows(tmp_path / "rows.jsonl")
+    given = ("--adapter", tmp_path / "adapter", "--verify", "rows.jsonl", "--max_kl", 1e-5)
+    flags = (*given, "--format", "gguf", "--merge_base", "none")
+    answer = run("export", *flags, "--output_dir", "both", "--overwrite")
+    assert (answer.code, answer.err) == (0, "")
+    report = json.loads(Path("both/export.json").read_text())
+    assert list(report["readers"]) == ["llama.cpp"]
+    assert report["kl"] < 1e-6
+    assert report["update_error"] == 0
+    assert run(*COMMAND, *given).code == 0
+    held, alone = (gguf.GGUFReader(f"{name}/adapter.gguf") for name in ("both", "out"))
+    assert [one.name for one in held.tensors] == [one.name for one in alone.tensors]
+    assert all(
+        (one.data == other.data).all()
+        for one, other in zip(held.tensors, alone.tensors, strict=True)
+    )
+    base = load_base(str(tmp_path / "base"), bits=4, dtype="fp32", device="cpu")
+    export_model(base, tmp_path / "plain", adapter=None, format="gguf")
+    written = (tmp_path / "plain" / "model-F32.gguf").read_bytes()
+    assert Path("both/model-F32.gguf").read_bytes() == written
+    ollama = Path("both/Modelfile").read_text()
+    assert "FROM ./model-F32.gguf\nADAPTER ./adapter.gguf\n" in ollama
+    assert "llama-cli -m model-F32.gguf --lora adapter.gguf" in Path("both/README.md").read_text()
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -32,11 +32,11 @@ DAMAGED = {
 
 
 def test_damaged_files_of_every_kind_are_accepted_or_refused(tmp_path):
-    result = run_benchmark("fuzz", tmp_path, "--count", "100")
+    result = run_benchmark("fuzz", tmp_path, "--count", "50")
     assert result["findings"] == []
-    assert result["mutants"] == 100 == sum(result["outcomes"].values())
+    assert result["mutants"] == 50 == sum(result["outcomes"].values())
     assert {"accepted", "ModelError", "AdapterError", "UnsafeInputError"} <= set(result["outcomes"])
-    assert len({kind for kinds in result["files"].values() for kind in kinds}) > 40
+    assert len({kind for kinds in result["files"].values() for kind in kinds}) > 30
     assert len(result["files"]) >= 14
 
 

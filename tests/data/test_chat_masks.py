@@ -196,7 +196,7 @@ def straddles(tokenizer, written, messages):
     return any(a < border < b for a, b in offsets["offset_mapping"] for border in borders)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(chats(), st.integers(2, 120))
 def test_the_laws_of_masks_hold_for_random_chats(chat, max_length):
     check_laws(*chat, max_length)

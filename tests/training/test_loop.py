@@ -72,15 +72,15 @@ def peft_losses(base_dir, start, steps, bits, dtype, rate, max_norm):
     return losses
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
 @pytest.mark.parametrize(
-    ("family", "bits", "level"),
+    ("family", "bits", "level", "dtype", "tolerance"),
     [
-        ("llama2", 16, None),
-        ("llama2", 4, None),
-        ("qwen2", 16, "full"),
-        ("qwen2", 8, "full"),
-        ("qwen2", 4, "full"),
+        ("llama2", 16, None, "bf16", 5e-3),
+        ("llama2", 4, None, "fp32", 1e-5),
+        ("qwen2", 16, "full", "fp32", 1e-5),
+        ("qwen2", 8, "full", "fp32", 1e-5),
+        ("qwen2", 8, "full", "bf16", 5e-3),
+        ("qwen2", 4, "full", "bf16", 5e-3),
     ],
 )
 def test_fifty_losses_equal_those_of_peft_by_hand(

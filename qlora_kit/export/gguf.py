@@ -76,7 +76,7 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
             *words.fields,
         ],
         tensors,
-        (*said.notes, *words.notes, *_said_of_kinds(tensors, named)),
+        (*said.notes, *words.notes, *_said_of_kinds(tensors, kind, options.quantize)),
         words.beside,
     )
 
@@ -125,15 +125,19 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _said_of_kinds(tensors: Sequence[FileTensor], asked: str) -> list[str]:
-    """What differs from the type that was asked for, where one would not expect it."""
+def _said_of_kinds(tensors: Sequence[FileTensor], asked: str, quantized: str | None) -> list[str]:
+    """What differs from the type that was asked for, where one would not expect it.
+
+    Of the types that llama.cpp quantizes to, only those of wide blocks fall back to others.
+    """
     matrices = [one for one in tensors if len(one.shape) > 1]
-    if "_K" in asked or asked == "IQ4_XS":
-        uneven = sum(one.shape[-1] % 256 > 0 for one in matrices)
-        why = f"not {asked}: their rows are no multiple of 256"
+    if quantized is not None:
+        wide = "_K" in quantized or quantized == "IQ4_XS"
+        uneven = sum(wide and one.shape[-1] % 256 > 0 for one in matrices)
+        why = f"not {quantized}: their rows are no multiple of 256"
         smaller = f"{uneven} of {len(tensors)} tensors are in types of smaller blocks, {why}"
         return [smaller] if uneven else []
-    others = [one for one in matrices if one.kind != asked and asked in KINDS.values()]
+    others = [one for one in matrices if one.kind != asked]
     said = []
     for other in sorted({one.kind for one in others}):
         count = sum(one.kind == other for one in others)

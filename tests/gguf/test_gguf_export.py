@@ -16,6 +16,7 @@ from qlora_kit.base.load import load_base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.errors import ConfigError, ModelError, NumericError
 from qlora_kit.export.export import export_model
+from qlora_kit.export.gguf import gguf_notes
 
 
 @pytest.mark.parametrize("merge_base", ["dequantized", "original"])
@@ -61,6 +62,26 @@ def test_it_says_where_it_comes_from(tmp_path: Path) -> None:
     export_model(base, place, adapter=None, format="gguf", dtype="f16", overwrite=True)
     assert (place / "model-F16.gguf").exists()
     assert not (place / "model-Q4_0.gguf").exists()
+
+
+def test_what_is_in_another_type_is_said(tmp_path: Path) -> None:
+    """Of what llama.cpp quantizes only the wide blocks: it takes 256 numbers of a row at once."""
+    save_model(tmp_path / "base", "llama2")
+    base = load_base(str(tmp_path / "base"), bits=16, dtype="bf16", device="cpu")
+
+    def said(**options: str) -> list[str]:
+        return list(gguf_notes(base, ExportConfig(format="gguf", **options)))
+
+    known = said()
+    for kind in ("Q8_0", "Q4_0", "Q5_1", "IQ4_NL"):
+        assert said(quantize=kind) == known
+    assert any(
+        "not Q4_K_M: their rows are no multiple of 256" in s for s in said(quantize="Q4_K_M")
+    )
+    heads = [
+        one for one in said(export_dtype="q4_0") if one.endswith("in Q8_0, not Q4_0: the head")
+    ]
+    assert heads
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ class Gguf:
     that it computes; `turns_part` says that a part of a head may be left unturned. `activation` is
     the MLP's. `biases` are the fields of a config whose biases it reads. `own_head_dim` says that
     heads need not share the width of the model out among them, `untied` that the head may have
-    weights of its own. `windows` says that it has sliding windows, `names_window` that it ignores
-    them and that older releases of it refuse a file that names none. `caps` are the soft caps that
+    weights of its own. `windows` says that it has sliding windows, and `assumes_windows` that
+    it has them where a file says nothing of any; `names_window` that it ignores them and that older
+    releases of it refuse a file that names none. `caps` are the soft caps that
     it reads; those that it `always` has must be there. With `wide_scale_at` layers it scales
     queries by the model's width over the heads, not by a head's. `unturned_every` says that each
     n-th layer has no rotary embedding. `scales` are keys of the file and the fields of config.json
@@ -40,6 +41,7 @@ class Gguf:
     own_head_dim: bool = True
     untied: bool = True
     windows: bool = False
+    assumes_windows: bool = False
     names_window: bool = False
     caps: tuple[str, ...] = ()
     always: tuple[str, ...] = ()
@@ -59,6 +61,7 @@ GEMMA2 = Gguf(
     activation="gelu_pytorch_tanh",
     untied=False,
     windows=True,
+    assumes_windows=True,
     caps=CAPS,
     always=CAPS,
     wide_scale_at=46,

@@ -6,10 +6,11 @@ window that it does not have is a note: texts up to the window's length are read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora_kit.base.gguf_facts import CAPS, Gguf
@@ -19,6 +20,7 @@ from qlora_kit.gguf.layout import gguf_facts
 from qlora_kit.gguf.rope import LOCAL, head_dim, rope_of
 
 BIASES = ("attention_bias", "mlp_bias")
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,7 @@ def metadata(config: Any, rows: int) -> Metadata:
     """
     facts = gguf_facts(config.model_type)
     rope = rope_of(config, facts)
-    if unsaid := [*_unsaid(config, facts), *rope.unsaid]:
-        raise ModelError(
-            f"llama.cpp has nothing for {'; '.join(unsaid)} in models of {config.model_type}",
-            "export with --format hf",
-        )
+    _refuse([*_unsaid(config, facts), *rope.unsaid], config.model_type)
     width = head_dim(config)
     said: list[tuple[str, Value]] = [
         ("context_length", int(config.max_position_embeddings)),
@@ -63,6 +61,7 @@ def metadata(config: Any, rows: int) -> Metadata:
         *((key, float(getattr(config, name))) for key, name in facts.scales),
         *rope.fields,
     ]
+    _refuse(_too_large(said), config.model_type)
     fields = tuple((f"{facts.architecture}.{key}", value) for key, value in said)
     context, notes = int(config.max_position_embeddings), rope.notes
     if (window := _ignored_window(config, facts)) is not None and window < context:
@@ -74,6 +73,24 @@ def metadata(config: Any, rows: int) -> Metadata:
     if rope.original is not None:
         context = min(context, rope.original)
     return Metadata(fields, rope.tensors, tuple(notes), context)
+
+
+def _refuse(unsaid: Sequence[str], model_type: str) -> None:
+    if unsaid:
+        raise ModelError(
+            f"llama.cpp has nothing for {'; '.join(unsaid)} in models of {model_type}",
+            "export with --format hf",
+        )
+
+
+def _too_large(said: Sequence[tuple[str, Value]]) -> list[str]:
+    """The numbers that 32 bits do not hold, a phrase each."""
+    return [
+        f"{key} {value} (it has 32 bits)"
+        for key, value in said
+        if (isinstance(value, int) and not 0 <= value < 2**32)
+        or (isinstance(value, float) and not abs(value) <= LARGEST_FLOAT)
+    ]
 
 
 def _has(config: Any, name: str) -> bool:
@@ -121,6 +138,9 @@ def _windows(config: Any, facts: Gguf) -> Iterator[tuple[str, Value]]:
         assert period is not None  # it was refused
         yield "attention.sliding_window", int(config.sliding_window)
         yield "attention.sliding_window_pattern", period
+    elif facts.assumes_windows:
+        # It takes no pattern without any: its windows are as long as texts are.
+        yield "attention.sliding_window", int(config.max_position_embeddings)
 
 
 def _period(config: Any) -> int | None:

@@ -48,6 +48,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         },
         "layer_types in which full attention has no period",
     ),
+    ("llama2", {"max_position_embeddings": 2**32}, r"context_length 4294967296 \(it has 32 bits"),
+    ("llama2", {"rope_parameters": FULL | {"rope_theta": 1e39}}, r"rope.freq_base 1e\+39 \(it"),
 ]
 
 
@@ -108,6 +110,15 @@ def test_windows_by_their_period(types: list[str], period: int | None) -> None:
     fields = dict(said("gemma3", **GEMMA, num_hidden_layers=6, layer_types=types).fields)
     assert fields.get("gemma3.attention.sliding_window_pattern") == period
     assert ("gemma3.attention.sliding_window" in fields) == (period is not None)
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_gemma_2_without_windows_has_long_ones(window: int | None) -> None:
+    """llama.cpp has a window of 4096 tokens in every second layer where a file says nothing."""
+    full = {"layer_types": ["full_attention"] * 2, "sliding_window": window}
+    fields = dict(said("gemma2", **GEMMA, **full, max_position_embeddings=8192).fields)
+    assert fields["gemma2.attention.sliding_window"] == 8192
+    assert "gemma2.attention.sliding_window_pattern" not in fields
 
 
 def test_gemma_of_27_billion_scales_by_its_width() -> None:

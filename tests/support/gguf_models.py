@@ -37,6 +37,14 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"rope_parameters": YARN}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 32}),
+    "gemma2_full": (
+        "gemma2",
+        {
+            "query_pre_attn_scalar": 32,
+            "layer_types": ["full_attention"] * 2,
+            "max_position_embeddings": 64,
+        },
+    ),
     "gemma3": ("gemma3", {"query_pre_attn_scalar": 32, "num_hidden_layers": 6}),
     "gemma3_untied": (
         "gemma3",

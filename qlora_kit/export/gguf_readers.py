@@ -59,9 +59,12 @@ class GgufReaders:
         """The tokens that the file should give."""
         return GgufTokens(self.base, self.rows)
 
-    def all(self) -> tuple[list[Read], dict[str, str]]:
-        """What each reader finds, and why the others do not read. Errors: `ExportError`."""
-        absent, reads = self.absent(), []
+    def all(self, absent: dict[str, str]) -> list[Read]:
+        """What each reader finds that is not `absent`; one that memory ends for joins those.
+
+        Errors: `ExportError`.
+        """
+        reads = []
         if LLAMA_CPP not in absent:
             reads.append(self.by_llama_cpp())
         if TRANSFORMERS not in absent:
@@ -71,7 +74,7 @@ class GgufReaders:
                 if not is_out_of_memory(error):
                     raise
                 absent[TRANSFORMERS] = "memory ended while it did"
-        return reads, absent
+        return reads
 
     def by_llama_cpp(self) -> Read:
         """What llama.cpp finds. Errors: `ExportError`."""
@@ -91,7 +94,7 @@ class GgufReaders:
         device = self.base.device if free_bytes(self.base.device) >= held else torch.device("cpu")
         model = read_gguf(self.file, self.base.model.config, device)
         found = compare(self.ours, model_pieces(model, self.ours.rows))
-        how = "whole, with the settings of config.json"
+        how = "with the settings of config.json"
         return Read(TRANSFORMERS, how, found, texts, len(self.tokens.texts))
 
     def absent(self) -> dict[str, str]:

@@ -13,13 +13,15 @@ from gguf_models import save_model
 from trained import trained_base
 
 from qlora_kit.base.base import Base
+from qlora_kit.commands.export import _show_read
+from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ConfigError, ExportError
 from qlora_kit.export import gguf_readers, llamacpp
 from qlora_kit.export.export import check_export, write_export
 from qlora_kit.export.formats import FORMATS
-from qlora_kit.export.gguf_check import check_tensors
+from qlora_kit.export.gguf_written import check_tensors
 from qlora_kit.export.llamacpp import LlamaCpp
 from qlora_kit.generation.decode import generate_ids
 
@@ -60,7 +62,7 @@ def test_greedy_text_is_that_of_generate(base: Base, tmp_path: Path) -> None:
 def test_without_readers_it_is_said_that_tensors_are_what_was_written(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_readers, "llama_library", lambda: None)
+    monkeypatch.setattr(gguf_readers, "llama_library", lambda adapter: None)
     monkeypatch.setattr(gguf_readers, "GGUF_SUPPORTED_ARCHITECTURES", [])
     file = written(base, tmp_path, options(export_dtype="q8_0"))
     report = verified(base, tmp_path, options(export_dtype="q8_0"))
@@ -75,6 +77,17 @@ def test_without_readers_it_is_said_that_tensors_are_what_was_written(
     file.write_bytes(content)
     with pytest.raises(ExportError, match="is not what was written, and 0 others"):
         check_tensors(base, options(export_dtype="q8_0"), file)
+
+
+def test_that_transformers_was_given_the_config_is_on_the_terminal(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gguf_readers, "llama_library", lambda adapter: None)
+    written(base, tmp_path, options())
+    (read,) = verified(base, tmp_path, options())["readers"].values()
+    _show_read(Terminal(), "transformers", read, "rows.jsonl")
+    said = "verified   by transformers, with the settings of config.json, on 37 tokens of rows"
+    assert capsys.readouterr().out.startswith(said)
 
 
 def test_quantizing_is_refused_before_weights_where_no_library_does_it(

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from families import edit_weights, save_checkpoint, token_ids
@@ -22,6 +23,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError, NumericError, QloraKitError
+from qlora_kit.export import gguf_readers
 from qlora_kit.export.export import write_export
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.transformers_reader import read_model
@@ -205,6 +207,37 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
         return made[family]
 
     return base_of
+
+
+def other_base_of_rope(directory: Path) -> None:
+    """A number that transformers does not take from the file."""
+    (file,) = directory.glob("*.gguf")
+    reader = gguf.GGUFReader(file, "r+")
+    reader.fields["llama.rope.freq_base"].parts[-1][0] *= 7
+    reader.data.flush()
+
+
+SEEN_BY_TRANSFORMERS = [name for name in GGUF if name != "wrong rope factor"]
+"""It takes no factors from a file, and what they are was to be written so."""
+
+
+@pytest.mark.parametrize("mutation", [*SEEN_BY_TRANSFORMERS, "another base"])
+def test_transformers_alone_finds_it_too(
+    written: Callable[[str], Base],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mutation: str,
+) -> None:
+    """Where llama.cpp is not installed. What transformers leaves of a file is compared by key."""
+    after, wrong = other_base_of_rope, (ExportError, "llama.rope.freq_base is not what was written")
+    family, change, error, said = GGUF.get(mutation, ("llama2", None, *wrong))
+    base = written(family)
+    monkeypatch.setattr(gguf_readers, "llama_library", lambda adapter: None)
+    if change is not None:
+        change(monkeypatch)
+    with pytest.raises(error, match=said.replace(r"llama\.cpp", "transformers")):
+        verified(base, tmp_path / "out", None if change else after, format="gguf")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mutation", GGUF)

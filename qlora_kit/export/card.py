@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 
 from qlora_kit.export.adapter_files import CARD, FOLDER
 from qlora_kit.export.gguf_lora import FILE as LORA
+from qlora_kit.export.gguf_lora import own_values
 from qlora_kit.files.atomic import write_file
 
 LOADERS = {
@@ -78,11 +79,18 @@ def _made_of(report: Mapping[str, Any], name: str, beside: str | None) -> Iterat
     yield f"trained with the base in {held}{merged.get(str(report.get('merge_base')), '')}"
     if beside:
         yield f"not merged: the base lies here, and the adapter in `{beside}`"
+    where = own_values(base["bits"]) if report["format"] == "gguf-lora" else ""
+    if where:
+        yield (
+            f"for a GGUF of {where}, as `qlora-kit export --format gguf --merge_base none` writes "
+            "it: on one of the original base it is another model"
+        )
     if report.get("kl") is not None:
         yield (
-            f"distance from the model as trained: KL {report['kl']:.2e} nats a token, top-1 "
-            f"agreement {report['top1_agreement']:.1%}, largest logit difference "
-            f"{report['max_logit_difference']:.3g}, on {report['tokens']} tokens"
+            f"distance from the model as trained{where and f', on {where}'}: "
+            f"KL {report['kl']:.2e} nats a token, top-1 agreement {report['top1_agreement']:.1%}, "
+            f"largest logit difference {report['max_logit_difference']:.3g}, "
+            f"on {report['tokens']} tokens"
         )
 
 

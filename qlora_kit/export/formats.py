@@ -39,7 +39,7 @@ class Format:
     verify: Callable[[Base, ExportConfig, Path, Sequence[Encoded]], dict[str, Any]]
     companions: Callable[[Base, Path, bool], None] = write_companions
     notes: Callable[[Base, ExportConfig], Sequence[str]] = lambda base, options: ()
-    needs_base: Callable[[], bool] = lambda: True
+    needs_base: Callable[[Base, ExportConfig], bool] = lambda base, options: True
 
 
 def _inside(base: Base, directory: Path, own_templates: bool) -> None:

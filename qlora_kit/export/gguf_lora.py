@@ -98,6 +98,12 @@ def lora_size(base: Base, options: ExportConfig) -> int:
 def lora_notes(base: Base, options: ExportConfig) -> Sequence[str]:
     """What a user of the file should know."""
     notes = _said(base).notes
+    if where := own_values(base.info.bits):
+        notes = (
+            *notes,
+            f"the adapter is for {where}, which --format gguf --merge_base none writes: on a "
+            "GGUF of the original base it is another model",
+        )
     if base.embedding_rows is None:
         return notes
     return (
@@ -105,6 +111,11 @@ def lora_notes(base: Base, options: ExportConfig) -> Sequence[str]:
         f"the adapter was trained with {base.embedding_rows} embedding rows, a GGUF of the base "
         "has fewer: its new tokens are none there; --format gguf has them",
     )
+
+
+def own_values(bits: int) -> str:
+    """The base on which the adapter is the model as trained; empty where there is no other one."""
+    return f"the base's own values in {bits} bits" if bits < 16 else ""
 
 
 def _said(base: Base) -> Metadata:
@@ -132,7 +143,7 @@ def write_lora(
     fields = _fields(base, options, alpha, kind)
     write_gguf_file(directory / FILE, layout.facts.architecture, fields, tensors)
     ends, words = end_ids(base.model, base.tokenizer), base.tokenizer
-    write_modelfile(directory, words, ends, base.context, model=model, adapter=FILE)
+    write_modelfile(directory, words, ends, _said(base).context, model=model, adapter=FILE)
 
 
 def _kind(base: Base, options: ExportConfig) -> str:

@@ -1,14 +1,15 @@
 """An adapter's GGUF, read back from disk, and run by llama.cpp on its base.
 
 Each update is compared with the trained one, whatever is installed. Where llama.cpp is, and the
-base has room in F32, that is written beside the file, and llama.cpp adds the adapter to it: its
-logits are compared with those of the model as trained.
+base has room in F32, that is written beside the file, in the values that training multiplied by,
+and llama.cpp adds the adapter to it: its logits are compared with those of the model as trained.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import free_bytes
 from qlora_kit.errors import QloraKitError
 from qlora_kit.export.gguf import gguf_size, write_gguf
-from qlora_kit.export.gguf_lora import FILE, check_updates, pairs
+from qlora_kit.export.gguf_lora import FILE, check_updates, own_values, pairs
 from qlora_kit.export.gguf_readers import GgufReaders
 from qlora_kit.export.gguf_tokens import LLAMA_CPP
 from qlora_kit.export.llamacpp import INSTALL, llama_library
@@ -34,9 +35,10 @@ BESIDE = 1.2
 allowance."""
 
 
-def needs_base() -> bool:
+def needs_base(base: Base, options: ExportConfig) -> bool:
     """Whether the weights of the base are needed: llama.cpp is here, and runs the adapter on it."""
-    return llama_library(adapter=True) is not None
+    assert options.output_dir is not None
+    return _why_not_run(base, Path(options.output_dir)) is None
 
 
 def verify_lora(
@@ -49,7 +51,10 @@ def verify_lora(
     """
     largest = check_updates(base, options, directory)
     found: dict[str, Any] = {"updates": len(pairs(base)), "update_error": largest}
-    if why := _why_not_run(base, directory):
+    why = _why_not_run(base, directory)
+    if why is None and base.model.device.type == "meta":
+        why = "there was no room for its base when it was to be loaded"
+    if why:
         return found | report_of([], options) | {"readers": {}, "not_read_by": {LLAMA_CPP: why}}
     return found | run_on_base(base, options, directory, rows)
 
@@ -65,12 +70,14 @@ def run_on_base(
         write_gguf(base, None, WHOLE, Path(folder))
         (file,) = Path(folder).glob("*.gguf")
         read = GgufReaders(base, file, rows, lora=directory / FILE).by_llama_cpp()
+    if where := own_values(base.info.bits):
+        read = replace(read, how=f"on {where}")
     return report_of([read], options)
 
 
 def _why_not_run(base: Base, directory: Path) -> str | None:
     """Why llama.cpp cannot run the adapter on its base here; None where it can."""
-    if not needs_base():
+    if llama_library(adapter=True) is None:
         return f"it is not installed ({INSTALL})"
     try:
         size = gguf_size(base, WHOLE)

@@ -49,7 +49,7 @@ def merge(
     rows, where = rows_for(base)
     if target is not None:
         check_export(base, target, options)
-    opened.load(weights=options.compare or FORMATS[options.format].needs_base())
+    opened.load(weights=options.compare or FORMATS[options.format].needs_base(base, options))
     compared = compare(base, target, rows, on_compared) if options.compare else None
     if target is None:
         return {"verified_on": where, "compared": compared}

@@ -58,7 +58,11 @@ def test_llama_cpp_runs_it_on_its_base(run: Run, tmp_path: Path) -> None:
     command = (*COMMAND, "--adapter", tmp_path / "adapter", "--verify", rows)
     answer = run(*command, "--max_kl", 1e-5)
     assert (answer.code, answer.err) == (0, "")
-    assert "verified   by llama.cpp on " in answer.out
+    assert "verified   by llama.cpp, on the base's own values in 4 bits, on " in answer.out
+    assert "note: the adapter is for the base's own values in 4 bits, " in answer.out
+    card = Path("out/README.md").read_text()
+    assert "distance from the model as trained, on the base's own values in 4 bits: KL " in card
+    assert "as `qlora-kit export --format gguf --merge_base none` writes it" in card
     report = json.loads(Path("out/export.json").read_text())
     assert report["kl"] < 1e-6
     assert report["verified_on"] == "rows.jsonl"

@@ -25,8 +25,9 @@ from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError, ModelError, NumericError
+from qlora_kit.export import gguf_lora_check
 from qlora_kit.export.gguf_lora import FILE, check_updates, lora_notes, lora_size, write_lora
-from qlora_kit.export.gguf_lora_check import run_on_base, verify_lora
+from qlora_kit.export.gguf_lora_check import needs_base, run_on_base, verify_lora
 from qlora_kit.export.llamacpp import llama_library
 from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.inject import lora_layers
@@ -224,6 +225,21 @@ def test_a_window_that_llama_cpp_does_not_have_is_noted(tmp_path: Path) -> None:
     assert "sliding window" in note
 
 
+def test_the_base_that_a_quantized_one_is_in_gguf_is_noted(saved: Path, tmp_path: Path) -> None:
+    (note,) = lora_notes(open_base(BaseConfig(str(saved), bits=4, dtype="fp32")), options(tmp_path))
+    assert note.startswith("the adapter is for the base's own values in 4 bits")
+    plain = open_base(BaseConfig(str(saved), bits=16, dtype="fp32"))
+    assert not lora_notes(plain, options(tmp_path))
+
+
+def test_the_context_is_that_up_to_which_llama_cpp_computes_the_same(tmp_path: Path) -> None:
+    """Beyond it the model has other factors; the file of the whole model says the same."""
+    save_model(tmp_path / "base", "phi4_mini")
+    base = trained_base(tmp_path / "base", bits=16, dtype="fp32")
+    written(base, tmp_path / "out")
+    assert "num_ctx 256\n" in (tmp_path / "out" / "Modelfile").read_text()
+
+
 needs_llama_cpp = pytest.mark.skipif(
     llama_library(adapter=True) is None, reason="needs xllamacpp, which runs adapters"
 )
@@ -267,6 +283,22 @@ def test_rows_in_another_order_are_caught_by_llama_cpp(tmp_path: Path) -> None:
         check_updates(base, options(out), out)
     with pytest.raises(NumericError, match=r"as llama\.cpp reads it is"):
         run_on_base(base, options(out, max_kl=1e-3), out, ROWS)
+
+
+@needs_llama_cpp
+def test_a_base_without_room_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "base"
+    save_model(source, "llama2")
+    opened = open_base(BaseConfig(str(source), bits=4, dtype="fp32"))
+    assert needs_base(opened, options(tmp_path / "out"))
+    monkeypatch.setattr(gguf_lora_check, "free_bytes", lambda device: 0)
+    assert not needs_base(opened, options(tmp_path / "out"))
+    save_trained(source, tmp_path / "adapter", bits=4, dtype="fp32")
+    load_adapter(opened, tmp_path / "adapter")
+    written(opened, tmp_path / "out")
+    monkeypatch.undo()  # and there is room when it is read back
+    found = verify_lora(opened, options(tmp_path / "out"), tmp_path / "out", ROWS)
+    assert "no room for its base" in found["not_read_by"]["llama.cpp"]
 
 
 def test_a_limit_needs_llama_cpp(saved: Path, tmp_path: Path) -> None:

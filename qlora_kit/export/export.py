@@ -15,6 +15,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.errors import AdapterError
 from qlora_kit.export.formats import FORMATS
+from qlora_kit.export.readers import check_read
 from qlora_kit.export.tensors import dtype_of
 from qlora_kit.files.atomic import EXPORT_REPORT, check_output, check_room, write_file
 from qlora_kit.files.publish import publish
@@ -24,9 +25,13 @@ from qlora_kit.lora.inject import ADAPTER, lora_layers
 def check_export(base: Base, target: Path, options: ExportConfig) -> None:
     """Refuse what needs no weights: what the format does not take, a disk without room for it.
 
+    So is a limit on a distance that nobody here measures.
     Errors: `ConfigError`, `ExportError`, `ResourceError`.
     """
-    check_room(target, FORMATS[options.format].size(base, options), "the export")
+    format = FORMATS[options.format]
+    check_room(target, format.size(base, options), "the export")
+    if options.max_kl is not None and (absent := format.unread(base, options)):
+        check_read(options, absent)
 
 
 def export_model(

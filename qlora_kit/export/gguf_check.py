@@ -6,18 +6,27 @@ tokens, so that without llama.cpp all of that is compared with what was to be wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.export.gguf import gguf_size
 from qlora_kit.export.gguf_lora import FILE, beside_model, check_updates
-from qlora_kit.export.gguf_readers import GgufReaders
+from qlora_kit.export.gguf_readers import GgufReaders, absent_readers
 from qlora_kit.export.gguf_tokens import LLAMA_CPP
 from qlora_kit.export.gguf_written import check_fields, check_tensors
 from qlora_kit.export.readers import report_of
+from qlora_kit.export.transformers_reader import TRANSFORMERS
+
+
+def unread_gguf(base: Base, options: ExportConfig) -> Mapping[str, str]:
+    """Why nobody here would read the file; nothing where one does. No file is needed."""
+    size = gguf_size(base, options) if options.quantize is None else 0
+    absent = absent_readers(base, size, adapter=options.has_lora_beside)
+    return absent if {LLAMA_CPP, TRANSFORMERS} <= absent.keys() else {}
 
 
 def verify_gguf(
@@ -36,7 +45,7 @@ def verify_gguf(
         check_fields(base, options, file)
         readers.tokens.check_file(file)
     reads = readers.all(absent)
-    report = report_of(reads, options) | {"not_read_by": absent}
+    report = report_of(reads, options, absent) | {"not_read_by": absent}
     if not reads:
         report["readers"] = {}
         if options.quantize is None:  # what llama.cpp quantized we did not write

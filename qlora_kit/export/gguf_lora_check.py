@@ -8,7 +8,7 @@ and llama.cpp adds the adapter to it: its logits are compared with those of the 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from qlora_kit.device.found import free_bytes
 from qlora_kit.errors import QloraKitError
 from qlora_kit.export.gguf import gguf_size, write_gguf
 from qlora_kit.export.gguf_lora import FILE, check_updates, own_values, pairs
-from qlora_kit.export.gguf_readers import GgufReaders
+from qlora_kit.export.gguf_readers import BESIDE, GgufReaders
 from qlora_kit.export.gguf_tokens import LLAMA_CPP
 from qlora_kit.export.llamacpp import INSTALL, llama_library
 from qlora_kit.export.readers import report_of
@@ -30,15 +30,19 @@ from qlora_kit.files.atomic import check_room
 
 WHOLE = ExportConfig(format="gguf", export_dtype="fp32")
 """How the base is written for it."""
-BESIDE = 1.2
-"""What llama.cpp takes in weights of the base: its cache, activations and logits beside them. An
-allowance."""
 
 
 def needs_base(base: Base, options: ExportConfig) -> bool:
     """Whether the weights of the base are needed: llama.cpp is here, and runs the adapter on it."""
     assert options.output_dir is not None
     return _why_not_run(base, Path(options.output_dir)) is None
+
+
+def unread_lora(base: Base, options: ExportConfig) -> Mapping[str, str]:
+    """Why llama.cpp would not run the file on its base; nothing where it does."""
+    assert options.output_dir is not None
+    why = _why_not_run(base, Path(options.output_dir))
+    return {} if why is None else {LLAMA_CPP: why}
 
 
 def verify_lora(
@@ -55,7 +59,8 @@ def verify_lora(
     if why is None and base.model.device.type == "meta":
         why = "there was no room for its base when it was to be loaded"
     if why:
-        return found | report_of([], options) | {"readers": {}, "not_read_by": {LLAMA_CPP: why}}
+        absent = {LLAMA_CPP: why}
+        return found | report_of([], options, absent) | {"readers": {}, "not_read_by": absent}
     return found | run_on_base(base, options, directory, rows)
 
 
@@ -72,7 +77,7 @@ def run_on_base(
         read = GgufReaders(base, file, rows, lora=directory / FILE).by_llama_cpp()
     if where := own_values(base.info.bits):
         read = replace(read, how=f"on {where}")
-    return report_of([read], options)
+    return report_of([read], options, {})
 
 
 def _why_not_run(base: Base, directory: Path) -> str | None:

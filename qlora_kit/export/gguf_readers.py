@@ -35,6 +35,8 @@ WORK = 2**42
 """Parameters times positions: what a CPU multiplies in some minutes."""
 FEWEST = 256
 """llama.cpp has no shorter context."""
+BESIDE = 1.2
+"""What llama.cpp takes in weights: its cache, activations and logits beside them. An allowance."""
 HELD, READING = 4.4, 8.8
 """Bytes that transformers takes for a parameter of a GGUF, on the device and on the host before:
 fp32, with some room, and twice that at the end of its reading."""
@@ -99,19 +101,32 @@ class GgufReaders:
 
     def absent(self) -> dict[str, str]:
         """The readers that there are not, and why."""
-        found = {}
-        if llama_library(adapter=self.lora is not None) is None:
-            found[LLAMA_CPP] = f"it is not installed ({INSTALL})"
-        family = gguf_facts(self.base.model.config.model_type).architecture
-        needed, free = READING * self.base.parameters, free_bytes(torch.device("cpu"))
-        if self.lora is not None:
-            found[TRANSFORMERS] = "it adds no adapter to a GGUF"
-        elif family not in GGUF_SUPPORTED_ARCHITECTURES:
-            found[TRANSFORMERS] = f"it reads no {family} models out of a GGUF"
-        elif needed > free:
-            sizes = f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
-            found[TRANSFORMERS] = f"it takes {sizes}"
-        return found
+        size = self.file.stat().st_size
+        return absent_readers(self.base, size, adapter=self.lora is not None)
+
+
+def absent_readers(base: Base, size: int, *, adapter: bool) -> dict[str, str]:
+    """Who does not read a GGUF of a base of `size` bytes, with an adapter's on it or without.
+
+    For each the reason: it is not here, does not do that, or has not the memory for it.
+    """
+    found, free = {}, free_bytes(torch.device("cpu"))
+    if llama_library(adapter=adapter) is None:
+        found[LLAMA_CPP] = f"it is not installed ({INSTALL})"
+    elif BESIDE * size > free:
+        found[LLAMA_CPP] = _takes(BESIDE * size, free)
+    family = gguf_facts(base.model.config.model_type).architecture
+    if adapter:
+        found[TRANSFORMERS] = "it adds no adapter to a GGUF"
+    elif family not in GGUF_SUPPORTED_ARCHITECTURES:
+        found[TRANSFORMERS] = f"it reads no {family} models out of a GGUF"
+    elif READING * base.parameters > free:
+        found[TRANSFORMERS] = _takes(READING * base.parameters, free)
+    return found
+
+
+def _takes(needed: float, free: int) -> str:
+    return f"it takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
 
 
 def _pieces(llama: LlamaCpp, rows: Sequence[Sequence[int]], most: int) -> Iterator[Piece]:

@@ -5,7 +5,7 @@ Tokens come first: a reader that makes others of a text is refused whatever its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -54,18 +54,29 @@ class Read:
         return self.found.as_dict() | texts | {"read": self.how}
 
 
-def report_of(reads: Sequence[Read], options: ExportConfig) -> dict[str, Any]:
+def check_read(options: ExportConfig, absent: Mapping[str, str]) -> None:
+    """Refuse a limit on the distance where no reader can measure it, `absent` with their reasons.
+
+    Errors: `ExportError`.
+    """
+    if options.max_kl is not None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in absent.items())
+        raise ExportError(
+            f"--max_kl {options.max_kl:g}: nothing here reads the export ({reasons})",
+            "nothing was written; give one of them what it lacks, or leave out --max_kl",
+        )
+
+
+def report_of(
+    reads: Sequence[Read], options: ExportConfig, absent: Mapping[str, str]
+) -> dict[str, Any]:
     """What export.json says: each reader's distance, and at the top the largest one.
 
-    Without readers there is none. Errors: `NumericError` where one is above the limit,
-    `ExportError` where there is a limit and no reader.
+    Without readers there is none; why those that are `absent` are is said as well. Errors:
+    `NumericError` where one is above the limit, `ExportError` where there is a limit and no reader.
     """
     if not reads:
-        if options.max_kl is not None:
-            raise ExportError(
-                f"--max_kl {options.max_kl:g}: nothing here reads the export",
-                "nothing was written; install llama.cpp: pip install 'qlora-kit[llamacpp]'",
-            )
+        check_read(options, absent)
         return dict.fromkeys((one.name for one in fields(Verification)), None) | {
             "export_read": None
         }
@@ -87,7 +98,7 @@ def verify_hf(
     check_tokenizer_files(base, directory, texts)
     found, way = verify_export(base, directory, rows)
     reader = TRANSFORMERS if way.whole else "qlora_kit"
-    return report_of([Read(reader, str(way), found, len(texts), len(texts))], options)
+    return report_of([Read(reader, str(way), found, len(texts), len(texts))], options, {})
 
 
 def check_tokenizer_files(base: Base, directory: Path, texts: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qlora_kit.commands.export import _show_read
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.device.found import with_room
 from qlora_kit.errors import ConfigError, ExportError
 from qlora_kit.export import gguf_readers, llamacpp
 from qlora_kit.export.export import check_export, write_export
@@ -70,8 +72,12 @@ def test_without_readers_it_is_said_that_tensors_are_what_was_written(
     assert report["readers"] == {"gguf": {"tensors": 21, "read": "tensor by tensor"}}
     assert "pip install 'qlora-kit[llamacpp]'" in report["not_read_by"]["llama.cpp"]
     assert "no llama models" in report["not_read_by"]["transformers"]
-    with pytest.raises(ExportError, match=r"--max_kl 0\.1: nothing here reads the export"):
+    said = r"--max_kl 0\.1: nothing here reads the export \(llama.cpp: it is not .*; transformers: "
+    with pytest.raises(ExportError, match=said):
         verified(base, tmp_path, options(export_dtype="q8_0", max_kl=0.1))
+    with pytest.raises(ExportError, match=said):  # before a weight is read
+        check_export(base, tmp_path, options(max_kl=0.1))
+    check_export(base, tmp_path, options())
     content = bytearray(file.read_bytes())
     content[-9000] ^= 1
     file.write_bytes(content)
@@ -88,6 +94,20 @@ def test_that_transformers_was_given_the_config_is_on_the_terminal(
     _show_read(Terminal(), "transformers", read, "rows.jsonl")
     said = "verified   by transformers, with the settings of config.json, on 37 tokens of rows"
     assert capsys.readouterr().out.startswith(said)
+
+
+@pytest.mark.parametrize("format", ["gguf", "gguf-lora"])
+def test_a_reader_without_the_memory_is_not_asked(base: Base, tmp_path: Path, format: str) -> None:
+    where = {"output_dir": str(tmp_path), "format": format}
+    asked, limited = ExportConfig(**where), ExportConfig(**where, max_kl=0.1)
+    FORMATS[format].write(base, "default", asked, tmp_path)
+    with with_room(2**20):
+        report = FORMATS[format].verify(base, asked, tmp_path, ROWS)
+        with pytest.raises(ExportError, match=r"\(llama.cpp: it.* takes 0\.0 GiB of memory, and 0"):
+            check_export(base, tmp_path, limited)
+    assert report["kl"] is None
+    assert re.search(r"it.* takes 0\.0 GiB of memory, and 0", report["not_read_by"]["llama.cpp"])
+    check_export(base, tmp_path, limited)
 
 
 def test_quantizing_is_refused_before_weights_where_no_library_does_it(

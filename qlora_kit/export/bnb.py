@@ -25,13 +25,22 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.export.bnb_linears import BnbLinears
 from qlora_kit.export.hf import write_settings
 from qlora_kit.export.shards import Piece, numbers, write_shards
-from qlora_kit.export.tensors import ExportTensor, dtype_of, export_tensors
+from qlora_kit.export.tensors import (
+    ExportTensor,
+    check_merge_base,
+    dtype_of,
+    export_tensors,
+)
 from qlora_kit.export.unmerged import write_beside
 from qlora_kit.lora.inject import lora_layers
 
 
 def bnb_size(base: Base, options: ExportConfig) -> int:
-    """Bytes of the export, at most. Errors: `ConfigError` where no linear would be quantized."""
+    """Bytes of the export, at most.
+
+    Errors: `ConfigError` where no linear would be quantized, or no file has the weights.
+    """
+    check_merge_base(base, options.merged_into)
     linears = BnbLinears.of(base, QUANTIZED[options.format])
     if not linears.named:
         raise ConfigError(

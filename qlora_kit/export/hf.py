@@ -15,7 +15,7 @@ from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.device.target import DTYPES, dtype_name
 from qlora_kit.export.shards import numbers, write_shards
-from qlora_kit.export.tensors import dtype_of, export_tensors
+from qlora_kit.export.tensors import check_merge_base, dtype_of, export_tensors
 from qlora_kit.export.towers import (
     check_towers_stay,
     copy_processors,
@@ -27,7 +27,11 @@ from qlora_kit.files.atomic import write_file
 
 
 def hf_size(base: Base, options: ExportConfig) -> int:
-    """Bytes of the export; refuses towers that cannot stay. Errors: `ConfigError`."""
+    """Bytes of the export; refuses towers that cannot stay, and weights that are not there.
+
+    Errors: `ConfigError`.
+    """
+    check_merge_base(base, options.merged_into)
     size = base.parameters * DTYPES[dtype_of(base, options)].itemsize
     if options.with_towers:
         check_towers_stay(base)

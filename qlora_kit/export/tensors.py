@@ -59,6 +59,16 @@ def dtype_of(base: Base, options: ExportConfig) -> str:
     return "fp32" if options.format == "gguf-lora" else dtype_name(base.dtype)
 
 
+def check_merge_base(base: Base, merge_base: str) -> None:
+    """Refuse to merge into original weights that no file holds. Errors: `ConfigError`."""
+    if merge_base == "original" and base.form.stored:
+        raise ConfigError(
+            f"--merge_base original: the base holds {next(iter(base.form.stored))}.weight in "
+            "quantized form only",
+            "use --merge_base dequantized",
+        )
+
+
 def export_tensors(
     base: Base, adapter: str | None = ADAPTER, merge_base: str = "dequantized"
 ) -> list[ExportTensor]:
@@ -77,15 +87,10 @@ def model_tensors(
     training multiplied by, and the adapter is left out.
     Errors: `ConfigError` for the original weights of a checkpoint that holds quantized ones only.
     """
-    model, stored = base.model, base.form.stored
+    check_merge_base(base, merge_base)
+    model = base.model
     # In 8 bits training multiplies by whole numbers and scales the products.
     multiplied = torch.float32 if base.quantization.bits == 8 else base.dtype
-    if merge_base == "original" and stored:
-        raise ConfigError(
-            f"--merge_base original: the base holds {next(iter(stored))}.weight in quantized form "
-            "only",
-            "use --merge_base dequantized",
-        )
 
     def frozen(name: str, linear: nn.Linear) -> Tensor:
         if merge_base != "original":

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from qlora_kit.base.bnb_tensors import hold_as_ours
+from qlora_kit.base.towers import multimodal_class
 from qlora_kit.errors import ExportError
 from qlora_kit.export.verify import AT_ONCE, Piece
 from qlora_kit.process.out_of_memory import is_out_of_memory
@@ -37,13 +38,13 @@ LISTED = 3
 def read_model(directory: Path, device: torch.device) -> Any:
     """The model in `directory` on a device.
 
-    A multimodal checkpoint is read as the class that its config.json names.
+    A multimodal checkpoint is read as the class that transformers has for its family.
     Errors: `ExportError` for one that transformers does not read, or reads in part.
     """
     config = json.loads((directory / "config.json").read_text())
     kind = AutoModelForCausalLM
-    if "text_config" in config:
-        kind = getattr(transformers, config["architectures"][0])
+    if "text_config" in config and (name := multimodal_class(config["model_type"])) is not None:
+        kind = getattr(transformers, name)
     capped = config.get("text_config", config).get("attn_logit_softcapping") is not None
     model = _read(kind, directory, device, capped, dtype="auto")
     hold_as_ours(model)
@@ -71,6 +72,7 @@ def _read(kind: Any, directory: Path, device: torch.device, capped: bool, **more
             directory,
             device_map={"": str(device)},
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             attn_implementation="eager" if capped else "sdpa",
             **more,
@@ -86,7 +88,9 @@ def read_tokenizer(directory: Path, *, file: str | None = None) -> Any:
     """The tokenizer in `directory`, or in the GGUF `file` there. Errors: `ExportError`."""
     more = {} if file is None else {"gguf_file": file}
     with _quiet(), _refusals():
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, **more)
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, **more
+        )
 
 
 @torch.no_grad()

@@ -34,9 +34,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.safetensors_file import SINGLE_FILE
+from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError, ExportError, NumericError
-from qlora_kit.export.export import export_model
+from qlora_kit.export.export import check_export, export_model
 from qlora_kit.export.tensors import export_tensors
 from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.lora.inject import lora_layers
@@ -346,8 +347,14 @@ def test_a_base_that_holds_quantized_weights_only_has_no_original(
     save_tokenizer(tmp_path / "base")
     trained = trained_base(tmp_path / "base", bits=4, double_quant=False, dtype="bf16")
     before = tree_hash(tmp_path)
-    with pytest.raises(ConfigError, match=r"--merge_base original: the base holds .* quantized"):
+    said = r"--merge_base original: the base holds .* quantized"
+    with pytest.raises(ConfigError, match=said):
         export_model(trained, tmp_path / "out", merge_base="original")
+    # So it is when nothing is loaded yet.
+    for form in ("hf", "hf-4bit", "hf-8bit"):
+        options = ExportConfig(format=form, merge_base="original")
+        with pytest.raises(ConfigError, match=said):
+            check_export(trained, tmp_path / "out", options)
     assert tree_hash(tmp_path) == before
     export_model(trained, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

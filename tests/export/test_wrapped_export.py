@@ -17,6 +17,7 @@ from qlora_kit.base.text_decoder import is_tower
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.export import export_model
+from qlora_kit.export.transformers_reader import read_model
 from qlora_kit.lora.inject import inject_lora
 
 PROCESSOR = "preprocessor_config.json"
@@ -93,6 +94,11 @@ def test_towers_keep_their_dtype_in_another_export(checkpoints, tmp_path):
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert config["model_type"] == "gemma3"
     assert config["dtype"] == "bfloat16"
+    # transformers has a class for the family, whatever the file says.
+    del config["architectures"]
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    read = read_model(tmp_path / "whole", torch.device("cpu"))
+    assert type(read).__name__ == "Gemma3ForConditionalGeneration"
 
 
 def test_towers_are_refused_where_they_cannot_stay(checkpoints, bases, tmp_path):

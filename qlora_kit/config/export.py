@@ -61,10 +61,12 @@ class ExportConfig(Options):
     base_name: str | None = option(
         None,
         "name of the base for those who get the result, such as its hub id: a path of this machine "
-        "means nothing to them",
+        "means nothing to them. Where the base lies in the result, beside the adapter, it is the "
+        "name that the result will have",
         check=a_name(),
         metavar="OWNER/NAME",
-        shown_default="the name that the adapter has",
+        shown_default="the name that the adapter has; of a result with the base in it, "
+        "--push_to_hub's",
     )
     merge_base: str = option(
         "auto",

@@ -33,8 +33,8 @@ class HubConfig(Options):
 
     push_to_hub: str | None = option(
         None,
-        "repository on the Hugging Face hub that gets the result once it is on disk; the token is "
-        "HF_TOKEN's or that of `hf auth login`",
+        "repository on the Hugging Face hub that gets the result once it is on disk, in place of "
+        "an older one's README.md and weights; the token is HF_TOKEN's or that of `hf auth login`",
         aliases=("hub_model_id",),
         check=_a_repository,
         reads=also(dict.fromkeys(FALSE)),

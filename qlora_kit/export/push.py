@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.hub import HubConfig
 from qlora_kit.errors import ConfigError, ExportError, QloraKitError, ResourceError, excerpt
+from qlora_kit.export.adapter_files import CARD
 from qlora_kit.process.signals import Stopped
 
 if TYPE_CHECKING:
@@ -31,19 +32,22 @@ WEIGHTS = re.compile(
     r"((pytorch_)?model(-\d{5}-of-\d{5})?|adapter_model)\.(safetensors|bin)(\.index\.json)?"
 )
 """Weights that a loader takes in place of others where both are there."""
+LISTED = 4
+"""Files that a warning names."""
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 LATER = "try again later, or leave --push_to_hub out and send the result afterwards"
 
 
-def check_push(options: HubConfig, export_format: str) -> None:
+def check_push(options: HubConfig, export_format: str) -> str | None:
     """Refuse what would keep a result of this format from the hub, before any work is done.
 
+    Returns what becomes of files that the repository has already; None where nothing does.
     Errors: `ConfigError` for a repository that is something else, `ResourceError` for a hub that
     cannot be reached, and for what this account may not do, as far as the hub tells.
     """
     repository = options.push_to_hub
     if repository is None:
-        return
+        return None
     from huggingface_hub import constants, get_token
 
     called = f"--push_to_hub {repository}"
@@ -63,6 +67,8 @@ def check_push(options: HubConfig, export_format: str) -> None:
     if there is not None:
         _check_there(there, options, export_format, called)
     _check_account(account, repository, called)
+    said = "" if there is None else _replaced(there, export_format)
+    return f"{called}: {said}" if said else None
 
 
 def push(options: HubConfig, files: Mapping[str, Path | bytes], kept: Path, again: str) -> str:
@@ -160,6 +166,19 @@ def _check_there(there: Any, options: HubConfig, export_format: str, called: str
         )
     if is_adapter and MODEL in names and ADAPTER not in names:
         raise ConfigError(f"{called}: it holds a model", "name another repository for the adapter")
+
+
+def _replaced(there: Any, export_format: str) -> str:
+    """What becomes of a repository's files when a result of this format is sent there."""
+    names = {sibling.rfilename for sibling in there.siblings or ()}
+    gone = sorted(name for name in names if WEIGHTS.fullmatch(name))
+    said = ["its README.md is replaced"] if CARD in names else []
+    if gone and not export_format.startswith("gguf"):
+        listed = gone if len(gone) <= LISTED else [*gone[:LISTED], f"{len(gone) - LISTED} more"]
+        said.append(
+            f"of its weights ({', '.join(listed)}) those are deleted that the result has not"
+        )
+    return f"{' and '.join(said)}; its history keeps them" if said else ""
 
 
 def _check_account(account: Any, repository: str, called: str) -> None:

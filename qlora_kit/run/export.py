@@ -20,11 +20,11 @@ from qlora_kit.lora.serving import NOT_PORTABLE, Served, served_beside, vllm_com
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.sending import (
-    BESIDE,
     NAME_IT,
     check_base_name,
     check_sending,
     is_sent,
+    named_as_repository,
     send_export,
 )
 from qlora_kit.run.verification import asked_rows, verification_rows
@@ -63,6 +63,7 @@ def export(
     Errors: `ConfigError`, those of the adapter's, the base's and the data's files, `NumericError`,
     `ExportError`, `ResourceError`; what the hub refuses is refused here already.
     """
+    parsed = named_as_repository(parsed)
     options = parsed[ExportConfig]
     alone = options.compare and not is_sent(parsed)
     needed = ("adapter",) if alone else ("adapter", "output_dir")
@@ -82,8 +83,6 @@ def export(
         assert named.adapter is not None  # it is given
         its_own = named.adapter.files.config.get("base_model_name_or_path")
         check_base_name(parsed, options.base_name or its_own, NAME_IT)
-    elif options.is_beside:
-        check_base_name(parsed, options.base_name or str(target and target.absolute()), BESIDE)
     check_sending(parsed, options.format)
     send = partial(send_export, parsed, target)
     if options.format == "adapter":

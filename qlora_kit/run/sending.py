@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
+from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.hub import HubConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.adapter_files import is_portable, public_files
@@ -16,7 +19,6 @@ NAMED_LATER = (
     "give its hub id as --model, or send the adapter later with `qlora-kit export --format adapter "
     "--base_name OWNER/NAME --push_to_hub ...`"
 )
-BESIDE = "give the repository's name as --base_name too: the base lies there beside the adapter"
 NAME_IT = "name it for others with --base_name OWNER/NAME"
 
 
@@ -26,8 +28,30 @@ def is_sent(parsed: Parsed) -> bool:
 
 
 def check_sending(parsed: Parsed, export_format: str) -> None:
-    """Refuse what would keep a result of this format from the hub. Errors: as `check_push`."""
-    check_push(parsed[HubConfig], export_format)
+    """Refuse what would keep a result of this format from the hub, and warn of what it replaces.
+
+    Errors: as `check_push`.
+    """
+    if said := check_push(parsed[HubConfig], export_format):
+        warnings.warn(said, stacklevel=2)
+
+
+def named_as_repository(parsed: Parsed) -> Parsed:
+    """The options of an export whose base lies beside its adapter: on the hub it is the repository.
+
+    Errors: `ConfigError` for another name.
+    """
+    options, repository = parsed[ExportConfig], parsed[HubConfig].push_to_hub
+    if repository is None or not options.is_beside:
+        return parsed
+    if options.base_name not in (None, repository):
+        raise ConfigError(
+            f"--base_name {options.base_name}: the base lies beside the adapter, in the repository "
+            f"{repository}",
+            "leave --base_name out",
+        )
+    named = replace(options, base_name=repository)
+    return replace(parsed, groups={**parsed.groups, ExportConfig: named})
 
 
 def check_base_name(parsed: Parsed, name: str | None, remedy: str = NAMED_LATER) -> None:

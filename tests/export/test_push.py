@@ -117,6 +117,7 @@ def refused(answer: Answer, code: int, *words: str) -> None:
 def test_an_export_is_there_byte_for_byte_and_private(shop: Shop, tmp_path: Path) -> None:
     answer = shop.export(tmp_path, "--push_to_hub", ME)
     assert answer.code == 0, answer.err
+    assert "is replaced" not in answer.err  # there was nothing
     assert answer.out.splitlines()[-1] == f"sent       {shop.endpoint}/{ME}"
     there = shop.storage.repositories[ME]
     assert there.private
@@ -136,6 +137,8 @@ def test_an_export_is_there_byte_for_byte_and_private(shop: Shop, tmp_path: Path
         tmp_path, "--push_to_hub", ME, "--overwrite", "--dtype", "bf16", "--shard_size", 60000
     )
     assert answer.code == 0, answer.err
+    said = "its README.md is replaced and of its weights (model.safetensors) those are deleted"
+    assert f"warning: --push_to_hub {ME}: {said}" in answer.err
     assert shop.storage.repositories[ME].files == files_of(tmp_path / "out")
     assert "model.safetensors" not in files_of(tmp_path / "out")
 
@@ -357,9 +360,12 @@ def test_an_adapter_whose_base_is_a_path_is_not_sent(shop: Shop, tmp_path: Path)
 
 def test_a_base_beside_its_adapter_is_named_as_the_repository(shop: Shop, tmp_path: Path) -> None:
     told = ("--push_to_hub", ME, "--format", "hf-4bit")
-    refused(shop.export(tmp_path, *told), 2, "give the repository's name as --base_name too")
-    answer = shop.export(tmp_path, *told, "--base_name", ME)
+    answer = shop.export(tmp_path, *told, "--base_name", BASE)
+    refused(answer, 2, f"--base_name {BASE}: the base lies beside", f"repository {ME}; leave")
+    assert list(tmp_path.iterdir()) == []
+    answer = shop.export(tmp_path, *told)
     assert answer.code == 0, answer.err
+    assert "path of this machine" not in answer.out
     there = shop.storage.repositories[ME].files
     assert there == files_of(tmp_path / "out")
     described = json.loads(there["adapter/adapter_config.json"])

@@ -94,6 +94,8 @@ def _show_read(terminal: Terminal, name: str, read: Mapping[str, Any], where: st
         f"tokens of {texts} {read['texts']} texts equal{MADE_UP if made_up else ''}",
         width=10,
     )
+    if note := read.get("note"):
+        terminal.note(note)
 
 
 def _show_compared(terminal: Terminal, form: Mapping[str, Any]) -> None:

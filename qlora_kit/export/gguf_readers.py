@@ -33,6 +33,15 @@ from qlora_kit.process.out_of_memory import is_out_of_memory
 
 WORK = 2**42
 """Parameters times positions: what a CPU multiplies in some minutes."""
+SEVERAL, EACH = 4, 2
+"""Rows among which what is computed is shared at least, and positions of each that is asked
+about."""
+ENOUGH = 100
+"""Tokens of which the mean says something."""
+FEW = (
+    "llama.cpp was asked about {} tokens alone, of {}: it gives the probabilities of so large a "
+    "vocabulary slowly here, and their mean is a rough one"
+)
 FEWEST = 256
 """llama.cpp has no shorter context."""
 BESIDE = 1.2
@@ -83,11 +92,15 @@ class GgufReaders:
         longest = max(len(row) for row in self.ours.rows)
         with LlamaCpp(self.file, lora=self.lora, context=max(FEWEST, longest)) as llama:
             texts = self.tokens.check_llama(llama)
-            most = min(llama.positions, max(1, WORK // self.base.parameters))
-            pieces = _pieces(llama, self.ours.rows, most)
+            lengths = [len(row) - 1 for row in self.ours.rows]
+            work = max(1, WORK // self.base.parameters)
+            places = spread(lengths, llama.positions, work)
+            pieces = _pieces(llama, self.ours.rows, places)
             found = compare(self.ours, pieces, normalized=not llama.gives_logits)
             how = f"whole, by {llama.library}"
-        return Read(LLAMA_CPP, how, found, texts, len(self.tokens.texts))
+        of = sum(lengths)
+        note = FEW.format(found.tokens, of) if found.tokens < min(of, ENOUGH) else None
+        return Read(LLAMA_CPP, how, found, texts, len(self.tokens.texts), note)
 
     def by_transformers(self) -> Read:
         """What transformers finds. Errors: `ExportError`."""
@@ -129,13 +142,35 @@ def _takes(needed: float, free: int) -> str:
     return f"it takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
 
 
-def _pieces(llama: LlamaCpp, rows: Sequence[Sequence[int]], most: int) -> Iterator[Piece]:
-    """llama.cpp's logits of the first `most` positions."""
-    for number, row in enumerate(rows):
-        start, stop = 0, min(len(row) - 1, most)
-        for scores in llama.scores(row, stop):
-            yield Piece(number, start, scores)
+def spread(lengths: Sequence[int], scored: int, computed: int) -> list[tuple[int, int, int]]:
+    """Which positions to ask about: (row, start, stop), `scored` in all, the last ones of rows.
+
+    `lengths` are those of the rows, in positions. All of a row before `stop` is computed for them,
+    at most `computed` in all. A wrong rotary embedding or window shows late in a row, a wrong
+    factor in every row: so it is the ends of some rows.
+    """
+    if sum(lengths) <= min(scored, computed):
+        return [(row, 0, length) for row, length in enumerate(lengths) if length]
+    chosen: list[tuple[int, int]] = []
+    for row, length in enumerate(lengths):
+        others = max(1, min(SEVERAL - len(chosen), len(lengths) - row))
+        stop = min(length, computed // others)
+        if stop > 0 and len(chosen) * EACH < scored:
+            chosen.append((row, stop))
+            computed -= stop
+    found = []
+    for left, (row, stop) in zip(range(len(chosen), 0, -1), chosen, strict=True):
+        start = max(0, stop - -(-scored // left))
+        found.append((row, start, stop))
+        scored -= stop - start
+    return [one for one in found if one[1] < one[2]]
+
+
+def _pieces(
+    llama: LlamaCpp, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int, int]]
+) -> Iterator[Piece]:
+    """llama.cpp's logits of some positions."""
+    for row, start, stop in places:
+        for scores in llama.scores(rows[row], stop, start=start):
+            yield Piece(row, start, scores)
             start += len(scores)
-        most -= stop
-        if most <= 0:
-            return

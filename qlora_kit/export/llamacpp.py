@@ -127,17 +127,19 @@ class LlamaCpp:
         ids: list[int] = self._ask(["tokenize", [text, special]])[0]
         return ids
 
-    def scores(self, ids: Sequence[int], stop: int | None = None) -> Iterator[Tensor]:
-        """Logits, each row up to a constant, of what follows each of `ids` before `stop`.
+    def scores(
+        self, ids: Sequence[int], stop: int | None = None, *, start: int = 0
+    ) -> Iterator[Tensor]:
+        """Logits, each row up to a constant, of what follows each of `ids` from `start` to `stop`.
 
         In pieces (n, vocabulary), fp32, of consecutive positions.
         """
         stop = len(ids) if stop is None else stop
         step = max(1, AT_ONCE // self.vocabulary)
-        for start in range(0, stop, step):
-            last = min(start + step, stop)
-            _, numbers = self._ask(["scores", [list(ids), start, last]])
-            yield torch.frombuffer(bytearray(numbers), dtype=torch.float32).view(last - start, -1)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            _, numbers = self._ask(["scores", [list(ids), first, last]])
+            yield torch.frombuffer(bytearray(numbers), dtype=torch.float32).view(last - first, -1)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """The likeliest tokens after `ids`, at most `count`, the one that ends the answer last."""

@@ -39,7 +39,7 @@ from qlora_kit.process.out_of_memory import is_out_of_memory
 @dataclass(frozen=True)
 class Read:
     """What one reader found: its name, how it read, the distance, and of how many of the `texts`
-    it makes the same tokens.
+    it makes the same tokens. `note` is what a user should know of it.
     """
 
     reader: str
@@ -47,11 +47,13 @@ class Read:
     found: Verification
     texts_equal: int
     texts: int
+    note: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For export.json."""
         texts = {"texts": self.texts, "texts_equal": self.texts_equal}
-        return self.found.as_dict() | texts | {"read": self.how}
+        note = {} if self.note is None else {"note": self.note}
+        return self.found.as_dict() | texts | {"read": self.how} | note
 
 
 def check_read(options: ExportConfig, absent: Mapping[str, str]) -> None:

@@ -23,8 +23,9 @@ from qlora_kit.errors import ConfigError, ExportError
 from qlora_kit.export import gguf_readers, llamacpp
 from qlora_kit.export.export import check_export, write_export
 from qlora_kit.export.formats import FORMATS
+from qlora_kit.export.gguf_readers import spread
 from qlora_kit.export.gguf_written import check_tensors
-from qlora_kit.export.llamacpp import LlamaCpp
+from qlora_kit.export.llamacpp import LIBRARIES, LlamaCpp
 from qlora_kit.generation.decode import generate_ids
 
 ROWS = [Encoded(ids, ids) for n in (9, 30) for ids in token_ids(1, n, seed=n).tolist()]
@@ -108,6 +109,40 @@ def test_a_reader_without_the_memory_is_not_asked(base: Base, tmp_path: Path, fo
     assert report["kl"] is None
     assert re.search(r"it.* takes 0\.0 GiB of memory, and 0", report["not_read_by"]["llama.cpp"])
     check_export(base, tmp_path, limited)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "scored", "computed", "expected"),
+    [
+        ([8, 29], 37, 37, [(0, 0, 8), (1, 0, 29)]),
+        # A large vocabulary: the ends of as many rows as each have two positions in it.
+        ([8, 29], 4, 99, [(0, 6, 8), (1, 27, 29)]),
+        ([90] * 40, 16, 10**6, [(row, 88, 90) for row in range(8)]),
+        ([1, 0, 90], 8, 99, [(0, 0, 1), (2, 83, 90)]),
+        # A large model: what comes before is computed too, of four rows at least.
+        ([90] * 40, 999, 200, [(row, 0, 50) for row in range(4)]),
+        ([90], 4, 50, [(0, 46, 50)]),
+        ([90, 90], 1, 1, [(1, 0, 1)]),
+    ],
+)
+def test_the_ends_of_rows_are_asked_about(
+    lengths: list[int], scored: int, computed: int, expected: list[tuple[int, int, int]]
+) -> None:
+    assert spread(lengths, scored, computed) == expected
+
+
+@pytest.mark.parametrize("library", [n for n in LIBRARIES if importlib.util.find_spec(n)])
+def test_of_a_large_vocabulary_few_tokens_are_compared_which_is_said(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    written(base, tmp_path, options())
+    monkeypatch.setattr(gguf_readers, "GGUF_SUPPORTED_ARCHITECTURES", [])
+    monkeypatch.setattr(llamacpp, "LIBRARIES", {library: (512, 264 * 6)})
+    report = verified(base, tmp_path, options())
+    assert report["tokens"] == 6
+    assert report["kl"] < 1e-5  # of other positions it is another one
+    note = report["readers"]["llama.cpp"]["note"]
+    assert "asked about 6 tokens alone, of 37" in note
 
 
 def test_quantizing_is_refused_before_weights_where_no_library_does_it(

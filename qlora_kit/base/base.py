@@ -23,6 +23,7 @@ from qlora_kit.base.share import Share, share_of
 from qlora_kit.base.source import Source
 from qlora_kit.base.text_decoder import Wrapper
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.data import DataConfig
 from qlora_kit.device.target import dtype_name
 
 CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "context_length")
@@ -70,7 +71,8 @@ class Base:
     `embedding_rows` is what the embedding (and the head) is resized to, None where the files have
     all of its rows. `tokenizer` is None in a plan of a bare config.json. `notes` are what a user
     should know of the files and the device, a sentence each. `wrapper` is what is around the text
-    decoder of a multimodal checkpoint, None for a text model.
+    decoder of a multimodal checkpoint, None for a text model. `chats` are the data options of the
+    run that trained the adapter which is exported, None where no run of ours did.
     """
 
     model: PreTrainedModel
@@ -85,6 +87,7 @@ class Base:
     embedding_rows: int | None = None
     notes: tuple[str, ...] = ()
     wrapper: Wrapper | None = None
+    chats: DataConfig | None = None
     parameters: int = field(init=False)
     share: Share | None = field(init=False)
     """What stays in 16 bits beside quantized linears; None where nothing is quantized."""

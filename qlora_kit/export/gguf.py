@@ -13,12 +13,12 @@ from torch import Tensor
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.export.tensors import ExportTensor, dtype_of, model_tensors
-from qlora_kit.files.atomic import write_file
 from qlora_kit.generation.decode import end_ids
 from qlora_kit.gguf.file import FileTensor, Value, head_bytes, write_gguf_file
 from qlora_kit.gguf.general import general
 from qlora_kit.gguf.layout import Layout
 from qlora_kit.gguf.metadata import metadata
+from qlora_kit.gguf.modelfile import write_modelfile
 from qlora_kit.gguf.tensor_types import KINDS, kind_of
 from qlora_kit.gguf.texts import texts
 
@@ -27,9 +27,8 @@ STEM = "model"
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file that is yet to be written: its name, what it says and holds, what to know of it.
-
-    `beside` are the texts of the files that belong to it, by their names.
+    """A file that is yet to be written: its name, what it says and holds, what to know of it, and
+    the `context` up to which llama.cpp computes the same, in tokens.
     """
 
     name: str
@@ -37,7 +36,7 @@ class GgufFile:
     fields: list[tuple[str, Value]]
     tensors: list[FileTensor]
     notes: tuple[str, ...]
-    beside: dict[str, str]
+    context: int
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +56,7 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
     rows = base.model.get_input_embeddings().weight.shape[0]
     said = metadata(config, rows)
     ends = end_ids(base.model, base.tokenizer)
-    words = texts(base.tokenizer, rows, ends, config.bos_token_id, file_name(named), said.context)
+    words = texts(base.tokenizer, rows, ends, config.bos_token_id)
     tied = bool(config.tie_word_embeddings)
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     weights = model_tensors(base, adapter, options.merged_into)
@@ -77,7 +76,7 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
         ],
         tensors,
         (*said.notes, *words.notes, *_said_of_kinds(tensors, kind, options.quantize)),
-        words.beside,
+        said.context,
     )
 
 
@@ -103,8 +102,8 @@ def write_gguf(base: Base, adapter: str | None, options: ExportConfig, directory
     """
     made = gguf_file(base, adapter, options)
     write_gguf_file(directory / made.name, made.architecture, made.fields, made.tensors)
-    for name, text in made.beside.items():
-        write_file(directory / name, text.encode())
+    ends, words = end_ids(base.model, base.tokenizer), base.tokenizer
+    write_modelfile(directory, words, ends, made.context, model=made.name, chats=base.chats)
 
 
 def _tensor(layout: Layout, one: ExportTensor, kind: str) -> FileTensor:

@@ -143,7 +143,8 @@ def write_lora(
     fields = _fields(base, options, alpha, kind)
     write_gguf_file(directory / FILE, layout.facts.architecture, fields, tensors)
     ends, words = end_ids(base.model, base.tokenizer), base.tokenizer
-    write_modelfile(directory, words, ends, _said(base).context, model=model, adapter=FILE)
+    context, chats = _said(base).context, base.chats
+    write_modelfile(directory, words, ends, context, model=model, adapter=FILE, chats=chats)
 
 
 def _kind(base: Base, options: ExportConfig) -> str:

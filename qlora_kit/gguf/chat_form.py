@@ -13,6 +13,7 @@ system texts, and `.Messages`, those of one role in succession made one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
@@ -24,6 +25,8 @@ from qlora_kit.data.tokens import Tokens
 from qlora_kit.errors import QloraKitError
 
 Render = Callable[[Messages], str]
+BRACES = re.compile(r"\{\{|\{\Z")
+"""Go reads `{{{` as `{{` and a `{`: a text that an action comes behind cannot end in one."""
 ONE_LEFT = "eq (len (slice $.Messages $i)) 1"
 """In Go: whether the message of a loop is the last."""
 
@@ -173,5 +176,5 @@ def _chats() -> list[Messages]:
 
 
 def _go(text: str) -> str:
-    """A text as it stands in a Go template."""
-    return text.replace("{{", '{{ "{{" }}')
+    """A text as it stands in a Go template, before an action too."""
+    return BRACES.sub(r'{{ "\g<0>" }}', text)

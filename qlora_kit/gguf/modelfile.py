@@ -13,7 +13,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, date_of
+from qlora_kit.data.chat_template import (
+    NO_OPTIONS,
+    ChatOptions,
+    HasChatOptions,
+    chat_options,
+    date_of,
+)
 from qlora_kit.data.tokens import decoded
 from qlora_kit.files.atomic import write_file
 from qlora_kit.gguf.chat_form import chat_form
@@ -31,9 +37,11 @@ def write_modelfile(
     *,
     model: str,
     adapter: str | None = None,
+    chats: HasChatOptions | None = None,
 ) -> None:
-    """Write `modelfile` into a directory."""
-    text = modelfile(tokenizer, ends, context, model=model, adapter=adapter)
+    """Write `modelfile` into a directory; `chats` are a run's options, None: there was none."""
+    options = NO_OPTIONS if chats is None else chat_options(chats)
+    text = modelfile(tokenizer, ends, context, model=model, adapter=adapter, options=options)
     write_file(directory / MODELFILE, text.encode())
 
 
@@ -48,7 +56,8 @@ def modelfile(
 ) -> str:
     """The text of a `Modelfile` for the GGUF `model`, or for an `adapter` on it.
 
-    `ends` are the tokens at which answers stop, `context` is the model's, in tokens.
+    `ends` are the tokens at which answers stop, `context` is the model's, in tokens; `options` are
+    those of the run about its chats.
     """
     lines = [] if adapter is None else ["# The model that the adapter was trained on, as a GGUF."]
     lines.append(f"FROM {_place(model)}")

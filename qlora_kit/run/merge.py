@@ -6,6 +6,7 @@ With `--compare` every other form that it could leave in is measured as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def merge(
     options, adapter = named.parsed[ExportConfig], named.adapter
     assert adapter is not None
     target = None if options.output_dir is None else Path(options.output_dir)
-    opened = AdaptedBase.open(named, options.allow_other_base, as_trained=True)
+    opened = _open(named, options)
     base = opened.base
     if target is not None:
         check_output(target, options.overwrite, [*read, base.source.directory])
@@ -85,3 +86,10 @@ def merge(
 
     write_export(base, options, inspect)
     return report
+
+
+def _open(named: Named, options: ExportConfig) -> AdaptedBase:
+    """The base as it was trained on, and how the run wrote its chats. Errors: as `merge`."""
+    opened = AdaptedBase.open(named, options.allow_other_base, as_trained=True)
+    assert named.adapter is not None
+    return replace(opened, base=replace(opened.base, chats=named.adapter.data_options()))

@@ -68,10 +68,15 @@ class SavedAdapter:
         held = {name: value for group in made.values() for name, value in as_flat(group).items()}
         return {name: held[name] for name in self._written if name in held}
 
+    def data_options(self) -> DataConfig | None:
+        """The run's data options; None where no run of ours made the adapter."""
+        own = self.options(DataConfig)
+        return DataConfig(**own) if own else None
+
     def chat(self) -> ChatOptions:
         """How the run wrote its chats: its variables and its day."""
-        own = self.options(DataConfig)
-        return chat_options(DataConfig(**own)) if own else NO_OPTIONS
+        own = self.data_options()
+        return NO_OPTIONS if own is None else chat_options(own)
 
     def reads_literally(self) -> bool:
         """Whether the run read control tokens in its rows as characters."""

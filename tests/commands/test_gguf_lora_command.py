@@ -98,6 +98,24 @@ def test_it_lies_beside_a_gguf_of_its_base(run: Run, tmp_path: Path) -> None:
     assert "llama-cli -m model-F32.gguf --lora adapter.gguf" in Path("both/README.md").read_text()
 
 
+@pytest.mark.parametrize("format", ["gguf", "gguf-lora"])
+def test_ollama_writes_chats_as_the_run_did(run: Run, tmp_path: Path, format: str) -> None:
+    save_model(tmp_path / "base", "llama2")
+    adapter = tmp_path / "adapter"
+    save_trained(tmp_path / "base", adapter, bits=16, dtype="fp32")
+    template = "{{ strftime_now('%d.%m.%y') + mode }}{% for m in messages %}[{{ m.content }}]"
+    (adapter / "chat_template.jinja").write_text(template + "{% endfor %}")
+    chats = "chat_date: '2024-01-31'\nchat_template_args: mode=quick\n"
+    (adapter / "config.yaml").write_text(f"data: rows.jsonl\n{chats}")
+    write_rows(tmp_path / "rows.jsonl")
+    flags = ("--adapter", adapter, "--verify", "rows.jsonl", "--format", format, "--dtype", "f32")
+    answer = run("export", *flags, "--output_dir", "out")
+    assert (answer.code, answer.err) == (0, "")
+    ollama = Path("out/Modelfile").read_text()
+    assert "31.01.24quick{{ end }}{{ range" in ollama
+    assert "# It writes the day, here 2024-01-31: " in ollama
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_adapters_on_the_head_or_the_embedding_are_refused(
     run: Run, workshop: Any, tmp_path: Path, target: str

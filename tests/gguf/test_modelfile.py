@@ -23,6 +23,8 @@ OURS = {path.stem: path.read_text() for path in sorted(DIRECTORY.glob("*.jinja")
 BRACES = "{% for m in messages %}{{ m.role + '{{x}} {{ y' + m.content }}{% endfor %}{{ '{{' }}"
 TEMPLATES = {f"our {name}": text for name, text in OURS.items()} | FAMILY_TEMPLATES
 TEMPLATES |= {"braces": BRACES}
+# A brace before each action: Go reads `{{{` as `{{` and a `{` that it does not know.
+TEMPLATES |= {"a brace": "{% for m in messages %}{{ '[{' + m.content + '}{{{' }}{% endfor %}{"}
 
 
 def chats() -> list[list[dict[str, str]]]:

@@ -16,6 +16,7 @@ def execute(template, data):
     messages, system = _collated(data)
     root = {"System": system, "Messages": messages}
     parts = ACTION.split(template)  # texts and actions in turn
+    assert not any(action.startswith("{") for action in parts[1::2]), "Go does not parse it"
     nodes, place = _block(parts, 0)
     assert place == len(parts), "an end without a beginning"
     return _run(nodes, root, {"$": root})

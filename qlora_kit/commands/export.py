@@ -1,4 +1,4 @@
-"""`qlora-kit export`: merge an adapter into a plain model, and say how far it is from training."""
+"""`qlora-kit export`: a trained model in a format for others, and how far it is from training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qlora_kit.options.parsed import refuse_tokens
 if TYPE_CHECKING:
     from qlora_kit.run.export import Exported
 
-SUMMARY = "Merge an adapter into its base and write a plain model, verified against training."
+SUMMARY = "Write what was trained in a format that others load, verified against training."
 FAR_KL = 1e-2
 """Nats a token above which an export is said to be another model: merging exactly and rounding to
 bf16 gives 1e-3, and merging into the original base of 4 bits 1e-1."""

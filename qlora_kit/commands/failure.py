@@ -38,7 +38,7 @@ MEMORY_REMEDIES = {
     "finetune": "lower --batch_size, --max_length or --bits, use --gradient_checkpointing full",
     "evaluate": "lower --batch_size, --max_length or --bits",
     "generate": "lower --batch_size, --max_new_tokens or --bits",
-    "export": "use --dtype bf16 or a smaller --shard_size",
+    "export": "give --verify FILE with a few short rows",
     "show_data": "show shorter rows",
 }
 """What takes less memory, in flags that the command has."""

@@ -14,7 +14,7 @@ from qlora_kit.options.names import version_line
 COMMANDS = {
     "finetune": "load a base in 4, 8 or 16 bits, train LoRA adapters, save them",
     "plan": "say what a run will take, before a byte of weights is read",
-    "export": "merge an adapter, write a plain model, verify it",
+    "export": "write what was trained in a format for others, verify it",
     "generate": "go on from a prompt with a base or an adapter",
     "show_data": "show, in colour, which tokens are trained on",
     "evaluate": "loss, perplexity and exact match of a base, an adapter or an export",

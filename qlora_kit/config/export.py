@@ -48,7 +48,7 @@ class ExportConfig(Options):
     )
     allow_other_base: bool = option(False, OTHER_BASE_HELP)
     output_dir: str | None = option(
-        None, "new or empty directory for the model", check=a_name(), path=True, metavar="DIR"
+        None, "new or empty directory for the result", check=a_name(), path=True, metavar="DIR"
     )
     overwrite: bool = option(False, "replace what is in --output_dir")
     format: str = option(
@@ -160,7 +160,8 @@ class ExportConfig(Options):
                 yield f"{name} {value} goes with format {' or '.join(formats)}, not {self.format}"
             comparing = self.compare and self.output_dir is None
             if comparing and field.name not in COMPARING and value != field.default:
-                yield f"--{flag_of(field)} is given, and no --output_dir: --compare has every form"
+                why = "--compare alone measures every form, and writes none"
+                yield f"--{flag_of(field)} is given, and no --output_dir: {why}"
         if self.quantize is not None and self.export_dtype in BLOCK_TYPES:
             yield f"quantize {self.quantize} goes with a dtype of 16 or 32 bits"
         if self.with_towers and self.merged_into == "none":

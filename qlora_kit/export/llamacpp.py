@@ -58,7 +58,7 @@ def check_quantizes(kind: str) -> None:
     if importlib.util.find_spec(QUANTIZES) is None:
         raise ConfigError(
             f"--quantize {kind}: {QUANTIZES}, the llama.cpp that quantizes, is not installed",
-            f"{INSTALL}, or leave it out and run llama-quantize model.gguf {kind}.gguf {kind}",
+            f"{INSTALL}, or leave it out and run llama-quantize model-BF16.gguf {kind}.gguf {kind}",
         )
 
 

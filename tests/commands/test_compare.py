@@ -81,6 +81,7 @@ def test_what_says_how_to_write_needs_a_place_to_write_to(run: Run, workshop: An
         "--merge_base is given, and no --output_dir"
         in run(*command, "--merge_base", "original").line
     )
+    assert "measures every form, and writes none" in run(*command, "--max_kl", 1).line
     assert (
         "compare True goes with format"
         in run(*command, "--format", "adapter", "--output_dir", "out").line

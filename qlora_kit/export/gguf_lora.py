@@ -14,6 +14,7 @@ Source: llama.cpp's src/llama-adapter.cpp.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -192,8 +193,9 @@ def check_updates(base: Base, options: ExportConfig, directory: Path) -> float:
     """Read the file and compare each update with the trained one; the largest distance.
 
     A distance is relative, of the whole matrix: |alpha / r * B A - scaling * B A| over the norm of
-    the latter. The package gguf reads the file. Errors: `NumericError` for a distance above what
-    rounding explains, `ExportError` for a file that has other pairs than the adapter.
+    the latter; no such matrix is made (`distance`). The package gguf reads the file.
+    Errors: `NumericError` for a distance above what rounding explains, `ExportError` for a file
+    that has other pairs than the adapter.
     """
     reader, largest = import_gguf().GGUFReader(directory / FILE), 0.0
     alpha = float(reader.get_field(ALPHA).contents())
@@ -205,17 +207,37 @@ def check_updates(base: Base, options: ExportConfig, directory: Path) -> float:
         if None in read:
             raise ExportError(f"{FILE}: has no {name}.lora_a or .lora_b", "export it again")
         a, b = map(_numbers, read)
-        trained = layout.rows(pair.module, pair.b.double()) @ pair.a.double() * pair.scaling
-        far = (b @ a * (alpha / a.shape[0]) - trained).norm() / (trained.norm() or 1.0)
-        largest = max(largest, float(far))
+        trained = layout.rows(pair.module, pair.b.double()) * pair.scaling, pair.a.double()
+        far = distance((b * (alpha / a.shape[0]), a), trained)
+        largest = max(largest, far)
         if not far <= TOLERANCE[kind]:
             raise NumericError(
-                f"{name}: its update in {FILE} is {float(far):.1e} of itself from the trained one",
+                f"{name}: its update in {FILE} is {far:.1e} of itself from the trained one",
                 "export with --dtype f32",
             )
     if held:
         raise ExportError(f"{FILE}: holds {next(iter(held))} beside the adapter", "export it again")
     return largest
+
+
+def distance(read: tuple[Tensor, Tensor], trained: tuple[Tensor, Tensor]) -> float:
+    """|B A - B' A'| / |B' A'| in Frobenius norms of the products of (B, A) and (B', A'), fp64.
+
+    The difference is (B - B') A + B' (A - A'), a product of rank 2r, whose norm is that of the
+    (2r, 2r) matrices of its two factors: |P Q|^2 is the sum of (P^T P) * (Q Q^T). Infinite where
+    the shapes are not the same.
+    """
+    (b, a), (other_b, other_a) = read, trained
+    if a.shape != other_a.shape or b.shape != other_b.shape:
+        return math.inf
+    apart = _norm(torch.cat([b - other_b, other_b], 1), torch.cat([a, a - other_a]))
+    return apart / (_norm(other_b, other_a) or 1.0)
+
+
+def _norm(b: Tensor, a: Tensor) -> float:
+    """|B A|, the rounding of what is zero left out."""
+    squared = float(((b.T @ b) * (a @ a.T)).sum())
+    return math.sqrt(squared) if not squared < 0 else 0.0
 
 
 def _numbers(tensor: Any) -> Tensor:

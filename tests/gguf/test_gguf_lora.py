@@ -26,7 +26,14 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError, ModelError, NumericError
 from qlora_kit.export import gguf_lora_check
-from qlora_kit.export.gguf_lora import FILE, check_updates, lora_notes, lora_size, write_lora
+from qlora_kit.export.gguf_lora import (
+    FILE,
+    check_updates,
+    distance,
+    lora_notes,
+    lora_size,
+    write_lora,
+)
 from qlora_kit.export.gguf_lora_check import needs_base, run_on_base, verify_lora
 from qlora_kit.export.llamacpp import llama_library
 from qlora_kit.lora.adapter import load_adapter
@@ -199,6 +206,26 @@ def test_an_update_that_is_another_one_is_found(saved: Path, tmp_path: Path, wro
         layer.remove_adapter("default")
     with pytest.raises(ExportError if wrong == "pair" else NumericError, match=r"blk\.1\.attn_q"):
         check_updates(base, options(out), out)
+
+
+@pytest.mark.parametrize("by", [0.0, 1e-9, 1e-4, 1.0])
+def test_a_distance_is_that_of_the_whole_matrices(by: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    b, a, of_b, of_a = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((40, 3), (3, 50), (40, 3), (3, 50))
+    )
+    other_b, other_a = b + by * of_b, a + by * of_a
+    expected = (other_b @ other_a - b @ a).norm() / (b @ a).norm()
+    # The reference subtracts products that are rounded to 2^-53 of themselves.
+    assert distance((other_b, other_a), (b, a)) == pytest.approx(float(expected), rel=1e-5)
+    assert distance((b, a[:2]), (b, a)) == math.inf
+
+
+def test_a_distance_makes_no_matrix_of_the_weight_s_size() -> None:
+    """Which would be 2 TiB in fp64."""
+    long = torch.ones(2**19, 1, dtype=torch.float64)
+    assert distance((long, long.T * 1.5), (long, long.T)) == pytest.approx(0.5, rel=1e-12)
 
 
 @pytest.mark.parametrize(

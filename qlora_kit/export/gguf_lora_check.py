@@ -26,7 +26,7 @@ from qlora_kit.export.gguf_readers import BESIDE, GgufReaders
 from qlora_kit.export.gguf_tokens import LLAMA_CPP
 from qlora_kit.export.llamacpp import INSTALL, llama_library
 from qlora_kit.export.readers import report_of
-from qlora_kit.files.atomic import check_room
+from qlora_kit.files.atomic import check_room, without_folders
 
 WHOLE = ExportConfig(format="gguf", export_dtype="fp32")
 """How the base is written for it."""
@@ -88,7 +88,7 @@ def _why_not_run(base: Base, directory: Path) -> str | None:
         size = gguf_size(base, WHOLE)
         check_room(directory, size, "the base in F32")
     except QloraKitError as error:
-        return error.problem
+        return without_folders(error.problem, directory, base.source.directory)
     needed, free = BESIDE * size / 2**30, free_bytes(torch.device("cpu")) / 2**30
     if free < needed:
         return f"its base in F32 takes {needed:.1f} GiB of memory, and {free:.1f} are free"

@@ -222,6 +222,15 @@ def check_room(directory: Path, needed: int, what: str) -> None:
         )
 
 
+def without_folders(said: str, *folders: Path) -> str:
+    """A message for others: paths in `folders` are those from there, and these have no name."""
+    for folder in folders:
+        said = said.removeprefix(f"{folder}: ")
+        for name in {os.path.abspath(folder), os.path.realpath(folder)}:
+            said = said.replace(f"{name}{os.sep}", "").replace(f"{name}: ", "").replace(name, ".")
+    return said
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal digits."""
     with open(path, "rb") as file:

@@ -2,8 +2,8 @@
 
 Each candidate is written to a folder that nobody sees, read back, compared with the model as
 trained, and removed before the next one is made: the disk holds one at a time. What cannot be
-written here (a format without its extra, a family that it does not know, a disk without the room)
-is listed with the reason.
+written here (a format without its extra, a family that it does not know, a disk or a memory without
+the room) is listed with the reason.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from typing import Any
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import MERGED, QUANTIZED, ExportConfig
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.device.found import empty_cache
 from qlora_kit.errors import QloraKitError
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.tensors import dtype_of
 from qlora_kit.files.aside import folder_beside
-from qlora_kit.files.atomic import check_room
+from qlora_kit.files.atomic import check_room, without_folders
 from qlora_kit.gguf.tensor_types import KINDS
 from qlora_kit.lora.inject import ADAPTER
+from qlora_kit.process.out_of_memory import is_out_of_memory
 
 FORMS: Mapping[str, Sequence[Mapping[str, str]]] = {
     "hf": ({"merge_base": "dequantized"}, {"merge_base": "original"}),
@@ -71,35 +73,52 @@ def _measured(
         format.companions(base, directory, False)
         written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         report = format.verify(base, options, directory, rows)
+        return said | {"bytes": written} | {name: report[name] for name in DISTANCE}
     except QloraKitError as error:
-        return said | {"not_available": error.problem}
+        why = error.problem
+    except OSError as error:
+        why = error.strerror or str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        why = "memory ended while it was made or read"
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    return said | {"bytes": written} | {name: report[name] for name in DISTANCE}
+    # Here, not above: the exception held the frames, and they the tensors.
+    empty_cache()
+    return said | {"not_available": without_folders(why, directory, folder, base.source.directory)}
 
 
 @contextlib.contextmanager
 def _folder(target: Path | None) -> Iterator[Path]:
     """A folder beside `target`, gone when the block ends; the next export removes one of a kill."""
-    held = None if target is None else _beside(target)
-    if held is None:
-        with tempfile.TemporaryDirectory(prefix="qlora-kit-compare-") as name:
-            yield Path(name)
-        return
-    folder, handle = held
-    try:
+    with contextlib.ExitStack() as held:
+        folder = None if target is None else _beside(target.resolve(), held)
+        if folder is None:
+            made = tempfile.TemporaryDirectory(prefix="qlora-kit-compare-")
+            folder = Path(held.enter_context(made))
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
 
 
-def _beside(target: Path) -> tuple[Path, int] | None:
-    """A folder beside `target` and what holds it; None where none can be made."""
-    place = target.resolve()
-    while not place.parent.exists():  # they are made when the export is
-        place = place.parent
+def _beside(target: Path, held: contextlib.ExitStack) -> Path | None:
+    """A folder beside `target` for as long as `held` is; None where none can be made.
+
+    So are the folders above that are not there yet: where `target` will be is looked for what a
+    kill left.
+    """
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
-        return folder_beside(place)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        held.callback(_remove_empty, missing)
+        folder, handle = folder_beside(target)
     except OSError:  # the target is a mount point, say
         return None
+    held.callback(os.close, handle)
+    held.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

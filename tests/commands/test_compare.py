@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from families import tree_hash
 
 from qlora_kit.config.export import MERGED
+from qlora_kit.files.publish import mend
 from qlora_kit.run import compare
 
 Run = Callable[..., Any]
@@ -70,9 +74,57 @@ def test_what_does_not_fit_on_the_disk_is_listed_with_the_reason(
     found[4] = 0  # blocks that are available
     monkeypatch.setattr(os, "statvfs", lambda place: os.statvfs_result(found))
     answer = compared(run, workshop)
-    assert "not available: " in answer.out
+    # What is said goes to the hub: no folder of this machine is named.
+    assert "not available: a candidate of --compare needs " in answer.out
     assert "and 0 are free" in answer.out
     assert "KL" not in answer.out
+
+
+def full(directory: Path) -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device", str(directory / "model"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (full, "No space left on device"),
+        (lambda directory: MemoryError(), "memory ended while it was made or read"),
+        (
+            lambda directory: RuntimeError(f"{directory}: out of memory"),
+            "memory ended while",
+        ),
+    ],
+)
+def test_what_the_machine_has_no_room_for_meanwhile_is_listed_too(
+    run: Run, workshop: Any, monkeypatch: pytest.MonkeyPatch, error: Any, said: str
+) -> None:
+    def write(base: Any, adapter: Any, options: Any, directory: Path) -> None:
+        (directory / "half").touch()
+        raise error(directory)
+
+    monkeypatch.setattr(compare, "MERGED", ("hf",))
+    monkeypatch.setitem(compare.FORMATS, "hf", replace(compare.FORMATS["hf"], write=write))
+    answer = compared(run, workshop)
+    assert answer.out.count(f"not available: {said}") == 2
+    assert "/model" not in answer.out
+
+
+def test_the_next_export_removes_what_a_kill_left(tmp_path: Path) -> None:
+    """Where the directory's parents were not there yet, too."""
+    target = tmp_path / "new" / "deep" / "out"
+    if not (child := os.fork()):
+        with compare._folder(target) as folder:
+            (folder / "candidate").touch()
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert [path.name for path in tmp_path.rglob("candidate")] == ["candidate"]
+    mend(target)
+    assert list(target.parent.iterdir()) == []
+    # One that is not killed leaves nothing, and what was there before.
+    shutil.rmtree(target.parent)
+    with compare._folder(target) as folder:
+        assert folder.parent == target.parent
+    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
 
 
 def test_what_says_how_to_write_needs_a_place_to_write_to(run: Run, workshop: Any) -> None:

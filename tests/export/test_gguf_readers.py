@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from qlora_kit.export.export import check_export, write_export
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.gguf_readers import spread
 from qlora_kit.export.gguf_written import check_tensors
-from qlora_kit.export.llamacpp import LIBRARIES, LlamaCpp
+from qlora_kit.export.llamacpp import LIBRARIES, LlamaCpp, llama_library
 from qlora_kit.generation.decode import generate_ids
 
 ROWS = [Encoded(ids, ids) for n in (9, 30) for ids in token_ids(1, n, seed=n).tolist()]
@@ -109,6 +110,20 @@ def test_a_reader_without_the_memory_is_not_asked(base: Base, tmp_path: Path, fo
     assert report["kl"] is None
     assert re.search(r"it.* takes 0\.0 GiB of memory, and 0", report["not_read_by"]["llama.cpp"])
     check_export(base, tmp_path, limited)
+
+
+@pytest.mark.skipif(not llama_library(adapter=True), reason="needs xllamacpp")
+def test_a_reason_names_no_folder_of_this_machine(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = list(os.statvfs("/"))
+    found[4] = 0  # blocks that are available
+    monkeypatch.setattr(os, "statvfs", lambda place: os.statvfs_result(found))
+    monkeypatch.chdir(tmp_path)
+    for asked in (str(tmp_path / "out"), "in"):
+        options = ExportConfig(format="gguf-lora", output_dir=asked)
+        (why,) = FORMATS["gguf-lora"].unread(base, options).values()
+        assert re.fullmatch(r"the base in F32 needs \d+ bytes, and 0 are free", why)
 
 
 @pytest.mark.parametrize(

@@ -92,4 +92,4 @@ def _open(named: Named, options: ExportConfig) -> AdaptedBase:
     """The base as it was trained on, and how the run wrote its chats. Errors: as `merge`."""
     opened = AdaptedBase.open(named, options.allow_other_base, as_trained=True)
     assert named.adapter is not None
-    return replace(opened, base=replace(opened.base, chats=named.adapter.data_options()))
+    return replace(opened, base=replace(opened.base, chats=named.adapter.chats_alone()))

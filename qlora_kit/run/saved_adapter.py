@@ -5,6 +5,7 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,9 @@ from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
 from qlora_kit.options.option import Options, as_flat
 from qlora_kit.options.parsed import make_groups
 from qlora_kit.options.yaml_file import read_config
+
+ABOUT_CHATS = {"chat_date", "chat_template_args", "merge_system", "train_on"}
+"""The options that `chat_options` reads."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +62,34 @@ class SavedAdapter:
         Options of other groups are not looked at: data that is gone hinders nobody who needs the
         base. Errors: `AdapterError` for what no run writes.
         """
+        return self._checked(self._written, groups)
+
+    def _checked(
+        self, written: Mapping[str, Any], groups: Sequence[type[Options]]
+    ) -> dict[str, Any]:
         try:
-            made, _ = make_groups(self._written, groups)
+            made, _ = make_groups(written, groups)
         except ConfigError as error:
             path = self.files.directory / "config.yaml"
             raise AdapterError(
                 f"{path}: {error.problem}", "restore the file, or remove it"
             ) from error
         held = {name: value for group in made.values() for name, value in as_flat(group).items()}
-        return {name: held[name] for name in self._written if name in held}
-
-    def data_options(self) -> DataConfig | None:
-        """The run's data options; None where no run of ours made the adapter."""
-        own = self.options(DataConfig)
-        return DataConfig(**own) if own else None
+        return {name: held[name] for name in written if name in held}
 
     def chat(self) -> ChatOptions:
         """How the run wrote its chats: its variables and its day."""
-        own = self.data_options()
-        return NO_OPTIONS if own is None else chat_options(own)
+        own = self.options(DataConfig)
+        return chat_options(DataConfig(**own)) if own else NO_OPTIONS
+
+    def chats_alone(self) -> DataConfig | None:
+        """The run's options about chats, whatever is wrong with its data; None where it has none.
+
+        Errors: `AdapterError` for what no run writes.
+        """
+        written = {name: one for name, one in self._written.items() if name in ABOUT_CHATS}
+        own = self._checked(written, (DataConfig,))
+        return DataConfig(**own) if own else None
 
     def reads_literally(self) -> bool:
         """Whether the run read control tokens in its rows as characters."""

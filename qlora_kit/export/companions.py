@@ -33,10 +33,10 @@ def write_companions(base: Base, directory: Path, own_templates: bool) -> None:
         shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
         write_templates(base.tokenizer, directory)
     known = None if files.generation is None else files.source.directory / SETTINGS
-    write_settings(base.model, base.tokenizer, known, directory)
+    write_generation_settings(base.model, base.tokenizer, known, directory)
 
 
-def write_settings(
+def write_generation_settings(
     model: PreTrainedModel, tokenizer: Any, known: Path | None, directory: Path
 ) -> None:
     """Write generation_config.json, as it is in the file `known` but for the tokens to stop at."""

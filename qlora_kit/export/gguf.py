@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
-from qlora_kit.export.tensors import ExportTensor, dtype_of, model_tensors
+from qlora_kit.export.tensors import ExportTensor, dtype_of, model_tensors, name_of
 from qlora_kit.generation.decode import end_ids
 from qlora_kit.gguf.file import FileTensor, Value, head_bytes, write_gguf_file
 from qlora_kit.gguf.general import general
@@ -62,9 +62,7 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
     weights = model_tensors(base, adapter, options.merged_into)
     tensors = [_tensor(layout, one, kind_of(one.shape, kind, one.name == head)) for one in weights]
     tensors += [FileTensor(n, t.shape, "F32", partial(_same, t)) for n, t in said.tensors.items()]
-    name, is_hub_id = base.source.name, base.source.revision is not None
-    if options.base_name is not None:
-        name, is_hub_id = options.base_name, True
+    name, is_hub_id = name_of(base, options)
     parameters = sum(one.shape.numel() for one in weights)
     return GgufFile(
         file_name(named),

@@ -29,7 +29,7 @@ from torch import Tensor
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.errors import ExportError, NumericError
-from qlora_kit.export.tensors import dtype_of
+from qlora_kit.export.tensors import dtype_of, name_of
 from qlora_kit.generation.decode import end_ids
 from qlora_kit.gguf.file import Fields, FileTensor, write_gguf_file
 from qlora_kit.gguf.general import FILE_TYPES, base_model
@@ -174,9 +174,7 @@ def _written_b(layout: Layout, pair: Pair, alpha: float) -> Tensor:
 def _fields(base: Base, options: ExportConfig, alpha: float, kind: str) -> Fields:
     """What the file says: what it is, its alpha, and the base that it is for."""
     assert options.output_dir is not None
-    name, is_hub_id = base.source.name, base.source.revision is not None
-    if options.base_name is not None:
-        name, is_hub_id = options.base_name, True
+    name, is_hub_id = name_of(base, options)
     trained_on = base.info.as_dict() | {"name": name}
     return [
         ("general.type", "adapter"),

@@ -49,6 +49,16 @@ class ExportTensor:
         return self.shape.numel() * (self.kept or dtype).itemsize
 
 
+def name_of(base: Base, options: ExportConfig) -> tuple[str, bool]:
+    """What an export calls its base, and whether others find it on the hub by that name.
+
+    With PEFT's files beside it `--base_name` is the name of the export itself.
+    """
+    if options.base_name is not None and not options.is_beside:
+        return options.base_name, True
+    return base.source.name, base.source.revision is not None
+
+
 def dtype_of(base: Base, options: ExportConfig) -> str:
     """The short name of the dtype that is written; auto is the compute dtype of the run.
 

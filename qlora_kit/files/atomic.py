@@ -35,7 +35,7 @@ MADE = re.compile(
     r"|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|(special_)?token(izer|s_map)?(_config)?\.(json|model)|added_tokens\.json|merges\.txt"
     r"|vocab\.(json|txt|bpe)|spiece\.model|sentencepiece\.bpe\.model|chat_template\.(jinja|json)"
-    r"|additional_chat_templates|model-\w+\.gguf|adapter\.gguf|Modelfile|\..+\.\d+\.(tmp|old)"
+    r"|additional_chat_templates|model-\w+\.gguf|\..+\.\d+\.(tmp|old)"
     # What trackers keep beside a run.
     r"|qlora-kit|wandb|mlruns|mlartifacts|dvclive|swanlog|trackio|\.?aim"
 )

@@ -15,7 +15,7 @@ from qlora_kit.data.chat_template import read_templates
 from qlora_kit.export.card import write_card
 from qlora_kit.export.export import check_export, write_export
 from qlora_kit.export.formats import FORMATS
-from qlora_kit.export.tensors import dtype_of
+from qlora_kit.export.tensors import dtype_of, name_of
 from qlora_kit.files.atomic import EXPORT_REPORT, check_output
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.compare import compare
@@ -54,16 +54,14 @@ def merge(
     compared = compare(base, target, rows, on_compared) if options.compare else None
     if target is None:
         return {"verified_on": where, "compared": compared}
-    # With the adapter beside it the name is that of the export.
-    base_name = None if options.is_beside else options.base_name
-    name = {} if base_name is None else {"name": base_name}
+    name, is_hub_id = name_of(base, options)
     report: dict[str, Any] = {
         "format": options.format,
         "verified_on": where,
         "merge_base": options.merged_into,
         "adapter": adapter.files.directory.resolve().name,
         "dtype": dtype_of(base, options),
-        "base": base.info.as_dict() | name,
+        "base": base.info.as_dict() | {"name": name},
         "versions": versions(),
     }
 
@@ -81,8 +79,7 @@ def merge(
         format.companions(base, directory, own)
         report.update(format.verify(base, options, directory, rows))
         write_json(directory / EXPORT_REPORT, report)
-        found_as = base_name or (base.source.name if base.source.revision else None)
-        write_card(report, directory, found_as)
+        write_card(report, directory, name if is_hub_id else None)
 
     write_export(base, options, inspect)
     return report

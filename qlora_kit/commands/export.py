@@ -24,7 +24,7 @@ FAR_KL = 1e-2
 """Nats a token above which an export is said to be another model: merging exactly and rounding to
 bf16 gives 1e-3, and merging into the original base of 4 bits 1e-1."""
 MADE_UP = " (it makes the tokenizer of a GGUF up by the family)"
-LABEL = 26
+LABEL = 25
 """Characters of a form in the table of `--compare`."""
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qlora_kit.run.export import export
 
     terminal = Terminal()
-    exported = export(parsed, terminal.note, partial(_show_compared, terminal))
+    exported = export(parsed, terminal.note, _Compared(terminal))
     if exported.place is None:
         return 0
     _show(exported, exported.place, terminal)
@@ -58,11 +58,10 @@ def _show(exported: Exported, place: str, terminal: Terminal) -> None:
     if report is None:
         return
     if (updates := report.get("updates")) is not None:
+        error = report["update_error"]
+        said = f"within {error:.0e} of" if error else "equal to"
         terminal.line(
-            "verified",
-            f"{updates} updates as read back, at most {report['update_error']:.0e} of themselves "
-            "from the trained ones",
-            width=10,
+            "verified", f"{updates} updates, read back, are {said} the trained ones", width=10
         )
     for name, read in report["readers"].items():
         _show_read(terminal, name, read, report["verified_on"])
@@ -72,7 +71,8 @@ def _show(exported: Exported, place: str, terminal: Terminal) -> None:
         warnings.warn(
             f"the export is another model than the one that was trained: {report['kl']:.2g} nats a "
             f"token from it, and for {1 - report['top1_agreement']:.0%} of the tokens another one "
-            f"is the likeliest; {exported.closer} (--max_kl makes this an error)",
+            f"is the likeliest; {exported.closer}, or look at its answers before it is used "
+            "(--max_kl makes this an error)",
             stacklevel=1,
         )
 
@@ -91,26 +91,34 @@ def _show_read(terminal: Terminal, name: str, read: Mapping[str, Any], where: st
         f"by {name}{how} on {read['tokens']} tokens of {where}: "
         f"KL {read['kl']:.2e}, top-1 agreement {read['top1_agreement']:.1%}, "
         f"largest logit difference {read['max_logit_difference']:.3g}, "
-        f"tokens of {texts} {read['texts']} texts equal{MADE_UP if made_up else ''}",
+        f"tokenizer equal on {texts} {read['texts']} texts{MADE_UP if made_up else ''}",
         width=10,
     )
     if note := read.get("note"):
         terminal.note(note)
 
 
-def _show_compared(terminal: Terminal, form: Mapping[str, Any]) -> None:
-    """A line of the table of `--compare`."""
-    kind = form.get("quantize") or form.get("dtype")
-    names = (form["format"], kind, form.get("merge_base"))
-    label = f"  {' '.join(name for name in names if name):<{LABEL}}"
-    if "not_available" in form:
-        terminal.print(label, f"not available: {form['not_available']}")
-        return
-    if form["kl"] is None:
-        terminal.print(label, f"{size(form['bytes']):>10}  nothing here reads it")
-        return
-    terminal.print(
-        label,
-        f"{size(form['bytes']):>10}  KL {form['kl']:.2e}  top-1 {form['top1_agreement']:>6.1%}  "
-        f"largest logit difference {form['max_logit_difference']:.3g}",
-    )
+class _Compared:
+    """The table of `--compare`: a line for each form, as it is known."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal, self._begun = terminal, False
+
+    def __call__(self, form: Mapping[str, Any]) -> None:
+        if not self._begun:
+            head = f"{'size':>10}  {'KL':>8}  {'top-1':>6}  {'furthest logit':>14}  read by"
+            self._terminal.print(f"  {'':<{LABEL}}", (head, "bold"))
+            self._begun = True
+        kind = form.get("quantize") or form.get("dtype")
+        names = (form["format"], kind, form.get("merge_base"))
+        label = f"  {' '.join(name for name in names if name):<{LABEL}}"
+        if "not_available" in form:
+            said = f"not available: {form['not_available']}"
+        elif form["kl"] is None:
+            said = f"{size(form['bytes']):>10}  nothing here reads it"
+        else:
+            said = (
+                f"{size(form['bytes']):>10}  {form['kl']:>8.2e}  {form['top1_agreement']:>6.1%}  "
+                f"{form['max_logit_difference']:>14.3g}  {form['reader']}"
+            )
+        self._terminal.print(label, said)

@@ -81,7 +81,7 @@ class ExportConfig(Options):
         "with gguf",
         flag="dtype",
         check=one_of("auto", *DTYPES, *BLOCK_TYPES),
-        reads=also({"f32": "fp32", "f16": "fp16"}),
+        reads=also({"f32": "fp32", "f16": "fp16"} | {name: name for name in BLOCK_TYPES}),
     )
     quantize: str | None = option(
         None,
@@ -142,12 +142,12 @@ class ExportConfig(Options):
         if self.format in QUANTIZED:
             unmerged = self.merged_into == "none"
             how = "in the bits of the training run" if unmerged else "with --merge_base none"
-            return f"export {how}, which quantizes nothing again, or evaluate it before it is used"
+            return f"export {how}, which quantizes nothing again"
         if self.merged_into == "original":
-            return "export with --merge_base dequantized, or evaluate the export before it is used"
+            return "export with --merge_base dequantized"
         if self.quantize is not None:
-            return "export with a larger type of --quantize, or evaluate it before it is used"
-        return "export with a wider --dtype, or evaluate the export before it is used"
+            return "export with a larger type of --quantize"
+        return "export with a wider --dtype"
 
     def _conflicts(self) -> typing.Iterator[str]:
         for field in fields(self):

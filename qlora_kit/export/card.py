@@ -70,10 +70,10 @@ def _made_of(report: Mapping[str, Any], name: str, beside: str | None) -> Iterat
     base = report["base"]
     held = f"{base['bits']} bits" if base["bits"] != 16 else "16 bits, not quantized"
     held += f" ({base['quant_type']})" if base.get("quant_type") else ""
-    yield f"format: {report['format']}, {report['dtype']}"
+    yield f"format: {report['format']}, {report.get('quantize') or report['dtype']}"
     yield f"base: {_code(name)}, revision {_code(base['revision'] or 'none')}"
     merged = {
-        "dequantized": f", the update added to the weights that training multiplied by ({held})",
+        "dequantized": ", the update added to the weights as training multiplied by them",
         "original": f", the update added to the original weights, not to those in {held}",
     }
     yield f"trained with the base in {held}{merged.get(str(report.get('merge_base')), '')}"

@@ -24,7 +24,7 @@ from qlora_kit.export.gguf import gguf_size, write_gguf
 from qlora_kit.export.gguf_lora import FILE, check_updates, own_values, pairs
 from qlora_kit.export.gguf_readers import BESIDE, GgufReaders
 from qlora_kit.export.gguf_tokens import LLAMA_CPP
-from qlora_kit.export.llamacpp import INSTALL, llama_library
+from qlora_kit.export.llamacpp import NOT_INSTALLED, llama_library
 from qlora_kit.export.readers import report_of
 from qlora_kit.files.atomic import check_room, without_folders
 
@@ -83,7 +83,7 @@ def run_on_base(
 def _why_not_run(base: Base, directory: Path) -> str | None:
     """Why llama.cpp cannot run the adapter on its base here; None where it can."""
     if llama_library(adapter=True) is None:
-        return f"it is not installed ({INSTALL})"
+        return NOT_INSTALLED
     try:
         size = gguf_size(base, WHOLE)
         check_room(directory, size, "the base in F32")

@@ -11,7 +11,8 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.export.gguf import gguf_size, write_gguf
 from qlora_kit.export.gguf_lora import beside_model, lora_size, write_lora
-from qlora_kit.export.llamacpp import check_quantizes, quantize_gguf
+from qlora_kit.export.llamacpp import quantize_gguf
+from qlora_kit.gguf.extras import check_extras
 from qlora_kit.gguf.layout import import_gguf
 
 PLAIN = "plain.gguf"
@@ -27,7 +28,7 @@ def any_gguf_size(base: Base, options: ExportConfig) -> int:
         size += lora_size(base, beside_model(options))
     if options.quantize is None:
         return size
-    check_quantizes(options.quantize)
+    check_extras(options.quantize)
     return 2 * size
 
 

@@ -19,7 +19,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import free_bytes
 from qlora_kit.export.gguf_tokens import LLAMA_CPP, GgufTokens
-from qlora_kit.export.llamacpp import INSTALL, LlamaCpp, llama_library
+from qlora_kit.export.llamacpp import NOT_INSTALLED, LlamaCpp, llama_library
 from qlora_kit.export.readers import Read, trained
 from qlora_kit.export.transformers_reader import (
     TRANSFORMERS,
@@ -125,7 +125,7 @@ def absent_readers(base: Base, size: int, *, adapter: bool) -> dict[str, str]:
     """
     found, free = {}, free_bytes(torch.device("cpu"))
     if llama_library(adapter=adapter) is None:
-        found[LLAMA_CPP] = f"it is not installed ({INSTALL})"
+        found[LLAMA_CPP] = NOT_INSTALLED
     elif BESIDE * size > free:
         found[LLAMA_CPP] = _takes(BESIDE * size, free)
     family = gguf_facts(base.model.config.model_type).architecture

@@ -24,20 +24,21 @@ import torch
 from torch import Tensor
 
 from qlora_kit.errors import ConfigError, ExportError
+from qlora_kit.gguf.extras import INSTALL_LLAMA_CPP
 from qlora_kit.process.streams import plain
 from qlora_kit.process.worker import PACKAGE, receive, send
 
 LIBRARIES = {"cyllama": (4096, 2**27), "xllamacpp": (512, 2**21)}
 """The libraries, the better one first, and for each the most positions that it is asked about and
 the most scores in all: what takes about a minute."""
-QUANTIZES = "cyllama"
 WITH_ADAPTER = ("xllamacpp",)
 AT_ONCE = 2**22
 """Scores that come over at once."""
 REASON = re.compile(r"GGML_ASSERT|error loading|failed to|error:|invalid")
 """What a line of llama.cpp has that says why; the first one is nearest to the reason."""
 LEVEL = re.compile(r"^[\d.]+ E +")
-INSTALL = "pip install 'qlora-kit[llamacpp]'"
+
+NOT_INSTALLED = f"it is not installed ({INSTALL_LLAMA_CPP})"
 
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
 START += "from qlora_kit.export.llama_process import {call}"
@@ -51,15 +52,6 @@ def llama_library(*, adapter: bool = False) -> str | None:
         if importlib.util.find_spec(name) is not None:
             return name
     return None
-
-
-def check_quantizes(kind: str) -> None:
-    """Refuse a type that is quantized by llama.cpp where no library does. Errors: `ConfigError`."""
-    if importlib.util.find_spec(QUANTIZES) is None:
-        raise ConfigError(
-            f"--quantize {kind}: {QUANTIZES}, the llama.cpp that quantizes, is not installed",
-            f"{INSTALL}, or leave it out and run llama-quantize model-BF16.gguf {kind}.gguf {kind}",
-        )
 
 
 class LlamaCpp:
@@ -81,7 +73,7 @@ class LlamaCpp:
         library = library or llama_library(adapter=lora is not None)
         if library is None:
             what = " or ".join(WITH_ADAPTER if lora is not None else LIBRARIES)
-            raise ConfigError(f"llama.cpp is not installed ({what})", INSTALL)
+            raise ConfigError(f"llama.cpp is not installed ({what})", INSTALL_LLAMA_CPP)
         self.library = library
         self.gives_logits = library != "xllamacpp"
         """Whether `scores` are logits, or log-probabilities."""
@@ -188,7 +180,7 @@ class LlamaCpp:
 def quantize_gguf(source: Path, target: Path, kind: int) -> None:
     """Write a GGUF of plain numbers as llama.cpp's file type `kind`, in a process of its own.
 
-    `check_quantizes` has found the library. Errors: `ExportError`.
+    `check_extras` has found the library. Errors: `ExportError`.
     """
     settings = {"source": str(source), "target": str(target), "kind": kind}
     ended = subprocess.run(

@@ -154,7 +154,7 @@ def check_distance(kl: float, limit: float | None, closer: str, reader: str | No
     raise NumericError(
         f"the export{by} is {kl:.3g} nats a token from the model as trained, {said}; "
         "nothing was written",
-        closer,
+        f"{closer}, or allow more with --max_kl",
     )
 
 

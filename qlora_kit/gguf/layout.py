@@ -15,8 +15,7 @@ from torch import Tensor
 from qlora_kit.base.architecture import ARCHITECTURES, architecture_of
 from qlora_kit.base.gguf_facts import Gguf
 from qlora_kit.errors import ConfigError, ModelError
-
-INSTALL = "pip install 'qlora-kit[gguf]'"
+from qlora_kit.gguf.extras import INSTALL_GGUF
 
 
 @dataclass(frozen=True)
@@ -91,5 +90,5 @@ def import_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError(f"the package gguf cannot be imported: {error}", INSTALL) from error
+        raise ConfigError(f"the package gguf cannot be imported: {error}", INSTALL_GGUF) from error
     return gguf

@@ -73,7 +73,9 @@ def _measured(
         format.companions(base, directory, False)
         written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         report = format.verify(base, options, directory, rows)
-        return said | {"bytes": written} | {name: report[name] for name in DISTANCE}
+        found = {reader: one.get("kl") or 0.0 for reader, one in report["readers"].items()}
+        reader = max(found, key=lambda one: found[one], default=None)
+        return said | {"bytes": written, "reader": reader} | {n: report[n] for n in DISTANCE}
     except QloraKitError as error:
         why = error.problem
     except OSError as error:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.errors import ConfigError
-from qlora_kit.export.adapter_files import FOLDER, export_adapter, is_portable
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.publish import mend
-from qlora_kit.lora.serving import NOT_PORTABLE, Served, served_beside, vllm_command
+from qlora_kit.gguf.extras import check_extras
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.sending import (
@@ -27,12 +26,11 @@ from qlora_kit.run.sending import (
     named_as_repository,
     send_export,
 )
+from qlora_kit.run.served import export_alone, not_portable, served_model
 from qlora_kit.run.verification import asked_rows, verification_rows
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
-
-NAMES_IT = "--base_name OWNER/NAME names it for them"
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,8 @@ def export(
     """
     parsed = named_as_repository(parsed)
     options = parsed[ExportConfig]
-    alone = options.compare and not is_sent(parsed)
-    needed = ("adapter",) if alone else ("adapter", "output_dir")
-    missing = [f"--{name}" for name in needed if not getattr(options, name)]
-    if options.adapter is None or missing:
-        raise ConfigError(f"{' and '.join(missing)} not given", "give both")
+    _check_given(options, parsed)
+    assert options.adapter is not None
     target = None if options.output_dir is None else Path(options.output_dir)
     paths = (options.adapter, options.verify, parsed.config_file)
     read = [Path(path) for path in paths if path is not None]
@@ -83,18 +78,15 @@ def export(
         assert named.adapter is not None  # it is given
         its_own = named.adapter.files.config.get("base_model_name_or_path")
         check_base_name(parsed, options.base_name or its_own, NAME_IT)
+    if options.format.startswith("gguf"):
+        check_extras(options.quantize)
     check_sending(parsed, options.format)
     send = partial(send_export, parsed, target)
     if options.format == "adapter":
         assert named.adapter is not None
         assert target is not None
-        name = export_adapter(Path(options.adapter), target, options.base_name)
-        served = Served.of_files(named.adapter.files)
-        notes = [*served.notes()]
-        if not is_portable(name):
-            notes.append(NOT_PORTABLE.format(name) + NAMES_IT)
-        serve = vllm_command(served, name or "BASE", target)
-        return Exported(f"{target}, for the base {name}", send, tuple(notes), serve)
+        name, notes, serve = export_alone(named.adapter, options, target)
+        return Exported(f"{target}, for the base {name}", send, notes, serve)
     asked = None if options.verify is None else asked_rows(options.verify)
     from qlora_kit.run.merge import merge
 
@@ -103,14 +95,25 @@ def export(
             note(said)
         rows = verification_rows(named.adapter, asked, base, note)
         if path := _path_of_base(options, base):
-            note(NOT_PORTABLE.format(path) + NAMES_IT)
+            note(not_portable(path))
         return rows
 
     report = merge(named, read, rows_for, on_compared)
     if target is None:
         return Exported(None, send)
-    said, serve = served_beside(target, target / FOLDER)
+    said, serve = served_model(target)
     return Exported(str(target), send, said, serve, report, options.closer)
+
+
+def _check_given(options: ExportConfig, parsed: Parsed) -> None:
+    """Refuse an export of nothing, or to nowhere. Errors: `ConfigError`."""
+    alone = options.compare and not is_sent(parsed)
+    needed = ("adapter",) if alone else ("adapter", "output_dir")
+    missing = [f"--{name}" for name in needed if not getattr(options, name)]
+    if missing:
+        alone = options.adapter is not None
+        remedy = "give one, or --compare, which needs none" if alone else "give both"
+        raise ConfigError(f"{' and '.join(missing)} not given", remedy)
 
 
 def _path_of_base(options: ExportConfig, base: Base) -> str | None:

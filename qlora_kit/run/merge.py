@@ -68,6 +68,8 @@ def merge(
     format = FORMATS[options.format]
     if options.with_towers:
         report["with_towers"] = True
+    if options.quantize is not None:
+        report["quantize"] = options.quantize
     if notes := format.notes(base, options):
         report["notes"] = list(notes)
     if compared is not None:

@@ -44,7 +44,7 @@ def exported(run: Run, workshop: Any, target: Path, *more: object) -> dict[str, 
     how = f", {read['read']}," if reader == "qlora_kit" else ""
     word = "compared" if far else "verified"
     assert f"{word}   by {reader}{how} on {report['tokens']} tokens of rows.jsonl: " in answer.out
-    assert f"tokens of all {read['texts']} texts equal" in answer.out
+    assert f"tokenizer equal on all {read['texts']} texts" in answer.out
     assert any("the export is another model than" in str(one.message) for one in said) == far
     assert f"KL {report['kl']:.2e}" in answer.out
     return dict(report)

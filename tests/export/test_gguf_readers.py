@@ -163,7 +163,10 @@ def test_of_a_large_vocabulary_few_tokens_are_compared_which_is_said(
 def test_quantizing_is_refused_before_weights_where_no_library_does_it(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "cyllama" else known(name)
+    )
     asked = options(output_dir=str(tmp_path / "out"), quantize="Q4_K_M")
     with refused(ConfigError, "--quantize Q4_K_M", "not installed", directory=tmp_path):
         check_export(base, tmp_path / "out", asked)

@@ -21,16 +21,16 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.bnb_tensors import hold_as_ours
 from qlora_kit.base.towers import multimodal_class
 from qlora_kit.errors import ExportError
 from qlora_kit.export.verify import AT_ONCE, Piece
+from qlora_kit.gguf.layout import gguf_facts
 from qlora_kit.process.out_of_memory import is_out_of_memory
 
 TRANSFORMERS = "transformers"
 REMEDY = "nothing was written; report this with the command and the model"
-READ_AS = {"mistral": "llama"}
-"""Families that are written, and read, as another one."""
 LISTED = 3
 """Tensors that an error names."""
 
@@ -58,8 +58,10 @@ def read_gguf(file: Path, config: PreTrainedConfig, device: torch.device) -> Any
     """
     said = config.to_dict()
     said.pop("quantization_config", None)
-    kind = said.pop("model_type")
-    plain = AutoConfig.for_model(READ_AS.get(kind, kind), **said)
+    kind, facts = said.pop("model_type"), gguf_facts(config.model_type)
+    if architecture_of(facts.architecture).gguf is facts:
+        kind = facts.architecture  # a family that is written, and read, as another one
+    plain = AutoConfig.for_model(kind, **said)
     capped = said.get("attn_logit_softcapping") is not None
     more = {"gguf_file": file.name, "config": plain, "dtype": torch.float32}
     return _read(AutoModelForCausalLM, file.parent, device, capped, **more)
@@ -74,7 +76,7 @@ def _read(kind: Any, directory: Path, device: torch.device, capped: bool, **more
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            attn_implementation="eager" if capped else "sdpa",
+            attn_implementation="eager" if capped else None,
             **more,
         )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):

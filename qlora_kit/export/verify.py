@@ -92,15 +92,6 @@ class Decoded:
                 yield Piece(row, start, self.logits(row, start, start + self.step))
 
 
-def verify(trained: Any, exported: Any, batches: Iterable[Batch]) -> Verification:
-    """Compare two models on the positions of `batches` that precede a token, padding left out.
-
-    Both run in evaluation mode. KL is of the exported model's distribution from the trained one's.
-    """
-    taken = list(_enough(batches))
-    return compare(Decoded(trained, taken), Decoded(exported, taken).pieces())
-
-
 def decoded(model: Any, rows: Sequence[Encoded], pad_id: int) -> Decoded:
     """What is compared of some rows: the first ones, up to enough tokens, in few batches.
 
@@ -114,6 +105,7 @@ def decoded(model: Any, rows: Sequence[Encoded], pad_id: int) -> Decoded:
 def compare(trained: Decoded, pieces: Iterable[Piece], *, normalized: bool = False) -> Verification:
     """The distance of what a reader gives from the model as trained.
 
+    KL is of the reader's distribution from the trained model's.
     `normalized`: the reader gives log-probabilities, and so the logits are taken.
     Errors: `ExportError` for a reader with another vocabulary.
     """

@@ -30,7 +30,7 @@ from qlora_kit.gguf.ends import BY_NAME, end_keys
 from qlora_kit.gguf.pre_tokenizer import KNOWN, find_names
 from qlora_kit.gguf.sentencepiece import LOWEST, scores_of
 from qlora_kit.gguf.spaces import SPACE, spaces_of
-from qlora_kit.gguf.stripping import general_name, stripped, strips_as_phi3
+from qlora_kit.gguf.stripping import stripped, strips_as_phi3
 from qlora_kit.gguf.token_list import BYTES, TokenType, is_byte_level, steps_of, token_list
 
 PREFIX = "tokenizer.ggml."
@@ -70,10 +70,6 @@ class Vocabulary:
             (PREFIX + name, value)
             for name, value in (*found, *self.ids.items(), *self.flags.items())
         ]
-
-    def general_name(self, name: str) -> str:
-        """A model's name as `general.name`, from which llama.cpp takes more than a name."""
-        return general_name(name, self.strips)
 
     def reads(self, text: str) -> bool:
         """Whether llama.cpp reads a text as the tokenizer does, as far as is known."""

@@ -52,7 +52,7 @@ def compare(
     found = []
     with _folder(target) as folder:
         for name in MERGED:
-            for form in FORMS.get(name, ({},)):
+            for form in FORMS[name]:
                 found.append(_measured(base, {"format": name, **form}, rows, folder))
                 on_compared(found[-1])
     return found

@@ -18,7 +18,14 @@ from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.export.export import export_model
 from qlora_kit.export.read_back import ways
 from qlora_kit.export.readers import verify_export
-from qlora_kit.export.verify import TOKEN_LIMIT, check_distance, verify
+from qlora_kit.export.verify import (
+    TOKEN_LIMIT,
+    Decoded,
+    Verification,
+    check_distance,
+    compare,
+    decoded,
+)
 from qlora_kit.memory.counter import StorageCounter
 
 
@@ -36,6 +43,11 @@ BATCHES = [
     collate([Encoded(ids, ids) for ids in ROWS[:3]], pad_id=0),
     collate([Encoded(ROWS[3], ROWS[3])], pad_id=0),
 ]
+
+
+def verify(trained: Any, exported: Any, batches: Any) -> Verification:
+    """Two models on the same batches."""
+    return compare(Decoded(trained, batches), Decoded(exported, batches).pieces())
 
 
 @pytest.mark.parametrize("family", ["llama2", "gemma2", "granite"])
@@ -149,15 +161,7 @@ def test_memory_that_ends_meanwhile_leads_to_layer_by_layer(tmp_path: Path) -> N
 def test_reading_ends_once_enough_tokens_were_compared() -> None:
     model = tiny_model()
     ids = token_ids(1, 100)[0].tolist()
-    row = Encoded(ids, ids)
-    taken = []
-
-    def endless() -> Any:
-        while True:
-            taken.append(collate([row] * 8, pad_id=0))
-            yield taken[-1]
-
-    result = verify(model, model, endless())
-    per_batch = 8 * 99
-    assert len(taken) == -(-TOKEN_LIMIT // per_batch)
-    assert result.tokens == len(taken) * per_batch
+    taken = decoded(model, [Encoded(ids, ids)] * 200, pad_id=0)
+    tokens = 99 * len(taken.rows)
+    assert TOKEN_LIMIT <= tokens < TOKEN_LIMIT + 99 * 40  # a batch has at most 40 of these rows
+    assert compare(taken, taken.pieces()).tokens == tokens

@@ -24,6 +24,7 @@ from qlora_kit.data.answers import turn_ends
 from qlora_kit.gguf.general import general
 from qlora_kit.gguf.pre_tokenizer import KNOWN
 from qlora_kit.gguf.sentencepiece import LOWEST
+from qlora_kit.gguf.stripping import general_name
 from qlora_kit.gguf.token_list import BYTES
 from qlora_kit.gguf.vocabulary import TokenType, Vocabulary, vocabulary
 
@@ -223,11 +224,11 @@ def test_spaces_beside_control_tokens_go_where_the_name_says_so(tmp_path: Path) 
     text = "<|user|> \n Hi<|end|>\n<|user|> <s> a <|endoftext|> b</s> c"
     phi = sentencepiece("phi-3")
     found = made(phi)
-    assert found.general_name("Phi-3.5-mini") == "Phi-3.5-mini"
-    assert found.general_name("mine") == "mine phi-3"
+    assert general_name("Phi-3.5-mini", found.strips) == "Phi-3.5-mini"
+    assert general_name("mine", found.strips) == "mine phi-3"
     assert in_llama_cpp(found, tmp_path, name="mine")(text) == phi(text)["input_ids"]
     other = made(sentencepiece("llama-2"))
-    assert other.general_name("my-phi3") == "my-phi 3"
+    assert general_name("my-phi3", other.strips) == "my-phi 3"
     assert ("general.name", "phi 3") in general("owner/phi-3", True, 1, "F32", other.strips)
     assert ("general.name", "phi-3") in general("owner/phi-3", True, 1, "F32", found.strips)
     tiny = load_tokenizer(TINY)

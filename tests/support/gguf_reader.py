@@ -7,13 +7,15 @@ import gguf
 import numpy as np
 import xllamacpp
 
+from qlora_kit.gguf.stripping import general_name
+
 WIDTH = 32
 
 
 def write_vocabulary(found, path, architecture="llama", name="a model", more=()):
     """A GGUF of a one-layer model with a vocabulary."""
     writer = gguf.GGUFWriter(str(path), architecture)
-    writer.add_name(found.general_name(name))
+    writer.add_name(general_name(name, found.strips))
     writer.add_context_length(4096)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(1)

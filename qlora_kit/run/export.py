@@ -107,12 +107,13 @@ def export(
 
 def _check_given(options: ExportConfig, parsed: Parsed) -> None:
     """Refuse an export of nothing, or to nowhere. Errors: `ConfigError`."""
-    alone = options.compare and not is_sent(parsed)
-    needed = ("adapter",) if alone else ("adapter", "output_dir")
+    needs_place = not options.compare or is_sent(parsed)
+    needed = ("adapter", "output_dir") if needs_place else ("adapter",)
     missing = [f"--{name}" for name in needed if not getattr(options, name)]
     if missing:
-        alone = options.adapter is not None
-        remedy = "give one, or --compare, which needs none" if alone else "give both"
+        remedy = (
+            "give both" if "--adapter" in missing else "give one, or --compare, which needs none"
+        )
         raise ConfigError(f"{' and '.join(missing)} not given", remedy)
 
 

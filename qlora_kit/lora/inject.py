@@ -12,7 +12,8 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.dropout import KeyedDropout
-from qlora_kit.lora.layer import LoRALinear
+from qlora_kit.lora.layer import LoRALinear, Masters
+from qlora_kit.lora.switch import Switch
 from qlora_kit.lora.targets import check_rank, find_targets
 
 ADAPTER = "default"
@@ -43,12 +44,13 @@ def inject_lora(
     check_rank(model, targets, config.r)
     dtype = _adapter_dtype(model, config)
     clear_adapter(model, adapter)
+    switch = switch_of(model)
     # A local random state: drawing adapters leaves the caller's as it was. `manual_seed` of torch
     # itself would reseed the devices' as well, and adapters are drawn on the CPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name in targets:
-            layer = lora_layer(model, name)
+            layer = lora_layer(model, name, switch)
             dropout = KeyedDropout(config.dropout, seed, name)
             layer.add_adapter(adapter, config.r, config.scaling, dtype, dropout)
             layer.configs[adapter] = config
@@ -78,13 +80,18 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def lora_layer(model: nn.Module, name: str) -> LoRALinear:
+def switch_of(model: nn.Module) -> Switch:
+    """The one that the adapted linears of a model read; a new one where there is none yet."""
+    return next((layer.switch for layer in lora_layers(model).values()), Switch())
+
+
+def lora_layer(model: nn.Module, name: str, switch: Switch) -> LoRALinear:
     """The LoRALinear of that name, put around the linear where there is none yet."""
     owner, _, leaf = name.rpartition(".")
     parent = model.get_submodule(owner)
     layer = getattr(parent, leaf)
     if not isinstance(layer, LoRALinear):
-        layer = LoRALinear(layer)
+        layer = LoRALinear(layer, switch)
         layer.train(parent.training)
         setattr(parent, leaf, layer)
     return layer
@@ -115,18 +122,16 @@ def activate(model: nn.Module, adapter: str | None) -> None:
     Base weights are not touched. Errors: `AdapterError` for an adapter that the model does not
     have; nothing is changed then.
     """
-    layers = lora_layers(model).values()
     if adapter is not None:
-        _check_known(adapter, layers)
-    for layer in layers:
-        layer.active = adapter if adapter is not None and adapter in layer.lora_A else None
+        _check_known(adapter, lora_layers(model).values())
+    switch_of(model).active = None if adapter is None else Masters(adapter)
 
 
 def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Take an adapter out of the model. Errors: `AdapterError` for an unknown or the active one."""
     layers = lora_layers(model).values()
     _check_known(adapter, layers)
-    if any(layer.active == adapter for layer in layers):
+    if _is_active(model, adapter):
         raise AdapterError(f"adapter {adapter!r} is active", "switch to another one first")
     clear_adapter(model, adapter)
 
@@ -147,9 +152,15 @@ def check_name(adapter: object) -> None:
 
 def clear_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Take every trace of an adapter of that name out of the model, if there is one."""
+    if _is_active(model, adapter):
+        switch_of(model).active = None
     for layer in lora_layers(model).values():
         if adapter in layer.lora_A:
             layer.remove_adapter(adapter)
+
+
+def _is_active(model: nn.Module, adapter: str) -> bool:
+    return switch_of(model).active == Masters(adapter)
 
 
 def _names(layers: Iterable[LoRALinear]) -> list[str]:

@@ -31,16 +31,18 @@ from qlora_kit.kernels.rmsnorm import FrozenNorm
 from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.lora.dropout import KeyedDropout
 from qlora_kit.lora.low_rank import LowRank, LowRankBackward, Part
+from qlora_kit.lora.switch import Switch
 
 Before = FrozenNorm | Gate
 """What comes before linears, and is recomputed in backward."""
 
 
 class LoRALinear(nn.Module):
-    """A linear with adapters by name, of which one or none is active."""
+    """A linear with trained adapters by name; `switch`, the model's one, says which takes part."""
 
-    def __init__(self, base_layer: nn.Linear) -> None:
+    def __init__(self, base_layer: nn.Linear, switch: Switch | None = None) -> None:
         super().__init__()
+        self.switch = switch or Switch()
         self.base_layer = base_layer
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -49,7 +51,6 @@ class LoRALinear(nn.Module):
         self.adapter_dtypes: dict[str, torch.dtype] = {}
         self.configs: dict[str, LoRAConfig] = {}
         """Of each adapter the options, whose r and alpha a layer may have otherwise."""
-        self.active: str | None = None
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
 
     def add_adapter(
@@ -57,8 +58,9 @@ class LoRALinear(nn.Module):
     ) -> None:
         """Add fp32 masters on the base layer's device: A drawn, B zero, so that nothing changes.
 
-        Those of a base without weights are on the CPU. A is drawn from the global generator as
-        PEFT draws it (Kaiming uniform, a = sqrt(5)).
+        The adapter takes part from then on, in all layers of the switch that have it. Masters of a
+        base without weights are on the CPU. A is drawn from the global generator as PEFT draws it
+        (Kaiming uniform, a = sqrt(5)).
         """
         device = self.base_layer.weight.device
         device = torch.device("cpu") if device.type == "meta" else device
@@ -72,16 +74,14 @@ class LoRALinear(nn.Module):
             held[name] = matrix
         self.lora_dropout[name] = dropout
         self.scaling[name], self.adapter_dtypes[name] = scaling, dtype
-        self.active = name
+        self.switch.active = Masters(name)
 
     def remove_adapter(self, name: str) -> None:
-        """Drop an adapter; the base alone is left active if it was the active one."""
+        """Drop the masters of an adapter: this layer is the base where it would take part."""
         for held in (self.lora_A, self.lora_B, self.lora_dropout):
             del held[name]
         for said in (self.scaling, self.adapter_dtypes, self.configs):
             said.pop(name, None)  # type: ignore[attr-defined]
-        if self.active == name:
-            self.active = None
 
     def weights(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The masters A (r, in_features) and B (out_features, r) of an adapter."""
@@ -89,9 +89,25 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (..., in_features) to (..., out_features) in the dtype of `x`."""
-        if self.active is None:
+        if self.switch.active is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
         return linears((x,), [self])[0]
+
+
+@dataclass(frozen=True)
+class Masters:
+    """A trained adapter as what takes part: an `Active` of `switch.py`."""
+
+    name: str
+
+    def part(self, layer: nn.Module) -> Part | None:
+        """The masters of a layer, where it has them."""
+        if not isinstance(layer, LoRALinear) or self.name not in layer.lora_A:
+            return None
+        dropout: KeyedDropout = layer.lora_dropout[self.name]  # type: ignore[assignment]
+        dtype, scaling = layer.adapter_dtypes[self.name], layer.scaling[self.name]
+        weights = layer.weights(self.name)
+        return Part(layer.base_layer, weights, scaling, dtype, dropout, dropout.position)
 
 
 def delta_weight(layer: LoRALinear, name: str) -> Tensor:
@@ -139,14 +155,12 @@ def linears(
 
 
 def _part_of(layer: nn.Module) -> Part:
-    """A linear's base, and what its active adapter computes with."""
-    name = getattr(layer, "active", None)
-    if name is None:
-        return Part(getattr(layer, "base_layer", layer))  # type: ignore[arg-type]
-    assert isinstance(layer, LoRALinear)
-    dropout: KeyedDropout = layer.lora_dropout[name]  # type: ignore[assignment]
-    dtype, scaling = layer.adapter_dtypes[name], layer.scaling[name]
-    return Part(layer.base_layer, layer.weights(name), scaling, dtype, dropout, dropout.position)
+    """A linear's base, and what takes part beside it."""
+    if not isinstance(layer, LoRALinear):
+        return Part(layer)  # type: ignore[arg-type]
+    active = layer.switch.active
+    part = None if active is None else active.part(layer)
+    return part or Part(layer.base_layer)
 
 
 @dataclass

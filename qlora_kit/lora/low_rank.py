@@ -24,11 +24,12 @@ from qlora_kit.lora.dropout import KeyedDropout
 class Part:
     """One linear of a group: its base, and what its active adapter computes with.
 
-    `weights` are the masters A (r, in_features) and B (out_features, r), or none.
+    `weights` are A (r, in_features) and B (out_features, r), or none: the fp32 masters of training,
+    or frozen ones in the adapter dtype.
     """
 
     base: nn.Linear
-    weights: tuple[nn.Parameter, ...] = ()
+    weights: tuple[Tensor, ...] = ()
     scaling: float = 1.0
     dtype: torch.dtype = torch.float32
     dropout: KeyedDropout | None = None

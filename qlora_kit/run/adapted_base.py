@@ -13,7 +13,8 @@ from qlora_kit.base.meta_model import take_generation_config
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.data.chat_template import take_template
-from qlora_kit.lora.adapter import load_adapter, open_adapter
+from qlora_kit.lora.adapter import load_adapter
+from qlora_kit.lora.opening import open_adapter
 from qlora_kit.run.named_base import Named, base_of
 from qlora_kit.run.saved_adapter import SavedAdapter
 

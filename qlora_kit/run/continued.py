@@ -19,8 +19,8 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
-from qlora_kit.lora.adapter import open_adapter
 from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
+from qlora_kit.lora.opening import open_adapter
 from qlora_kit.lora.targets import find_targets, short_names
 from qlora_kit.run.named_base import base_of
 from qlora_kit.run.request import RunRequest

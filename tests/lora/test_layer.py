@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_kit.base.linear import dequantize, quantize_linear
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.lora.dropout import KeyedDropout
-from qlora_kit.lora.layer import LoRALinear, delta_weight
+from qlora_kit.lora.layer import LoRALinear, Masters, delta_weight
 from qlora_kit.training.optimizer import make_optimizer
 
 IN, OUT, R, SCALING = 44, 28, 4, 1.5
@@ -119,13 +119,13 @@ def test_a_fresh_adapter_and_no_adapter_are_the_base(form):
     x = drawn(3, IN, seed=5).bfloat16()
     base = layer.base_layer(x)
     assert not torch.equal(layer(x), base)
-    layer.active = None
+    layer.switch.active = None
     assert torch.equal(layer(x), base)
     layer.add_adapter("fresh", 2, 8.0, torch.bfloat16, KeyedDropout(0.0, 0, "layer"))
-    assert layer.active == "fresh"
+    assert layer.switch.active == Masters("fresh")
     assert torch.equal(layer(x), base)
     layer.remove_adapter("fresh")
-    assert layer.active is None
+    assert torch.equal(layer(x), base)
     assert list(layer.lora_A) == ["a"]
 
 
@@ -218,7 +218,7 @@ def test_backward_keeps_the_input_and_the_low_rank_product_only():
 def test_a_second_derivative_is_refused(adapted):
     """Backward knows no graph of its own: what came of one would be wrong."""
     layer = make(Quantization(4, "nf4", True), torch.float32)
-    layer.active = "a" if adapted else None
+    layer.switch.active = Masters("a") if adapted else None
     x = drawn(6, IN, seed=5).requires_grad_()
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):

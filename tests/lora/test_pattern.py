@@ -16,7 +16,7 @@ from qlora_kit.base.pattern import PLAIN, TIME_LIMIT_S, full_matches
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ConfigError
-from qlora_kit.lora.adapter import open_adapter
+from qlora_kit.lora.opening import open_adapter
 from qlora_kit.lora.targets import find_targets
 
 NAMES = [f"model.layers.{n}.{part}_proj" for n in (0, 1, 11) for part in ("self_attn.q", "mlp.up")]

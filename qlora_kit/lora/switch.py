@@ -1,0 +1,33 @@
+"""What takes part beside the base: one reference, which all adapted linears of a model read.
+
+A switch sets this reference and nothing else. So its cost grows neither with the adapted linears
+nor with the adapters, it moves and allocates nothing, and there is no moment in which some layers
+have one adapter and some another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from qlora_kit.lora.low_rank import Part
+
+
+class Active(Protocol):
+    """One adapter, or those of the rows of a batch."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+
+    def part(self, layer: nn.Module) -> Part | None:
+        """What an adapted linear computes with; None where the base alone does."""
+
+
+@dataclass
+class Switch:
+    """The reference of one model; None is the base alone."""
+
+    active: Active | None = None

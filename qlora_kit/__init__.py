@@ -19,6 +19,7 @@ _HOMES = {
     "inject_lora": "lora.inject",
     "load_adapter": "lora.adapter",
     "save_adapter": "lora.adapter",
+    "AdapterBank": "lora.bank",
     "export_model": "export.export",
     "make_optimizer": "training.optimizer",
     "plan_memory": "plan.plan",

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base, BaseInfo
-from qlora_kit.base.tensors import check_finite, read_tensors
+from qlora_kit.base.tensors import check_finite
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError
@@ -163,11 +161,9 @@ def load_adapter(
     """
     check_name(adapter)
     model = base.model
-    path, config, entries, modules, dtype, prefix = open_adapter(
-        model, directory, None if allow_other_base else base.info
-    )
-    tensors = {name: tensor.float().clone() for name, tensor in read_tensors(entries)}
-    targets = config["target_modules"]
+    opened = open_adapter(model, directory, None if allow_other_base else base.info)
+    masters = opened.read(dtype=torch.float32)
+    config, dtype, targets = opened.config, opened.dtype, opened.config["target_modules"]
     lora = LoRAConfig(
         r=config["r"],
         alpha=config["lora_alpha"],
@@ -175,21 +171,22 @@ def load_adapter(
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_rslora=bool(config.get("use_rslora")),
         adapter_dtype=next(name for name, known in DTYPES.items() if known is dtype),
-        adapter_keys=None if base.wrapper is None else "text" if prefix == OWN else "wrapper",
+        adapter_keys=None
+        if base.wrapper is None
+        else "text"
+        if opened.prefix == OWN
+        else "wrapper",
     )
     clear_adapter(model, adapter)
     switch = switch_of(model)
-    for name, (r, alpha) in modules.items():
+    for name, (r, _) in opened.modules.items():
         layer = lora_layer(model, name, switch)
-        scaling = replace(lora, r=r, alpha=alpha).scaling
         with torch.random.fork_rng(devices=[]):
             dropout = KeyedDropout(lora.dropout, seed, name)
-            layer.add_adapter(adapter, r, scaling, dtype, dropout)
+            layer.add_adapter(adapter, r, opened.scaling(name), dtype, dropout)
         layer.configs[adapter] = lora
-        for part, weight in zip("AB", layer.weights(adapter), strict=True):
-            weight.data.copy_(tensors[module_key(name, part, prefix)])
-            weight.requires_grad_(False)
-    if all(not t.any() for name, t in tensors.items() if name.endswith("lora_B.weight")):
-        warnings.warn(f"{path}: every lora_B is zero: the adapter has no effect", stacklevel=2)
+        for master, weight in zip(layer.weights(adapter), masters[name], strict=True):
+            master.data.copy_(weight)
+            master.requires_grad_(False)
     activate(model, adapter)
     return base

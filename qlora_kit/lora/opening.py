@@ -1,17 +1,21 @@
-"""The files of an adapter checked against a model, before any of its weights is read."""
+"""The files of an adapter: checked against a model, and then its weights, read once."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import BaseInfo
 from qlora_kit.base.safetensors_file import TensorEntry
+from qlora_kit.base.tensors import CPU, checks_later, read_tensors
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
@@ -33,6 +37,33 @@ class OpenAdapter(NamedTuple):
     dtype: torch.dtype
     prefix: str
     """What the decoder's names begin with in the files."""
+
+    def scaling(self, module: str) -> float:
+        """What the low-rank product of a linear that it adapts is multiplied by."""
+        r, alpha = self.modules[module]
+        use_rslora = bool(self.config.get("use_rslora"))
+        return LoRAConfig(r=r, alpha=alpha, use_rslora=use_rslora).scaling
+
+    def read(
+        self, device: torch.device = CPU, dtype: torch.dtype | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (r, in_features) and B (out_features, r) of each linear that it adapts, on `device`.
+
+        Each lies in memory of its own, in `dtype` or as stored. Errors: `NumericError`.
+        """
+        checks = checks_later(torch.empty(0, device=device))
+        kept = dict.fromkeys(self.entries, dtype or self.dtype)
+        tensors = dict(read_tensors(self.entries, device=device, kept=kept, checks=checks))
+        if checks is not None:
+            checks.read()
+        weights = {}
+        for name in self.modules:
+            a, b = (tensors[module_key(name, part, self.prefix)] for part in "AB")
+            weights[name] = a, b
+        if not torch.stack([b.any() for _, b in weights.values()]).any():
+            said = f"{self.path}: every lora_B is zero: the adapter has no effect"
+            warnings.warn(said, stacklevel=3)
+        return weights
 
 
 def open_adapter(

@@ -1,0 +1,220 @@
+"""AdapterBank: many adapters on one frozen base, of which each call takes one, or one a row.
+
+The base is held once, in 4, 8 or 16 bits, and no adapter ever changes it: an adapter is a pair of
+small matrices for each linear that it adapts, kept beside the model in the adapter's own dtype. A
+switch sets the one reference that all adapted linears read (`switch.py`), so that it costs the same
+for one linear and for all of a large model, for one adapter and for a thousand.
+
+An adapter is checked and read whole before anything changes, and comes into the bank by one
+assignment. So a fault leaves bank and model as they were, and another thread may add and remove
+while one decodes: what takes part there stays what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.base.base import Base
+from qlora_kit.config.limits import LARGEST_ALPHA
+from qlora_kit.errors import AdapterError
+from qlora_kit.lora.adapter_files import AdapterFiles
+from qlora_kit.lora.inject import check_name, lora_layer, switch_of
+from qlora_kit.lora.low_rank import Part
+from qlora_kit.lora.opening import open_adapter
+from qlora_kit.lora.switch import Active, Switch
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """An adapter that does not train: an `Active` of tensors that nothing writes to."""
+
+    name: str
+    parts: Mapping[nn.Module, Part]
+    """Of each adapted linear: A (r, in_features), B (out_features, r), the scaling, their dtype."""
+
+    def part(self, layer: nn.Module) -> Part | None:
+        """What an adapted linear computes with; None where the base alone does."""
+        return self.parts.get(layer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its matrices."""
+        return sum(weight.nbytes for part in self.parts.values() for weight in part.weights)
+
+
+class AdapterBank:
+    """The adapters of a base, by name, and which of them takes part.
+
+    A model that trains an adapter of its own keeps it: `use` sets it aside, `using` puts it back.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._adapters: dict[str, Frozen] = {}
+        # Replaced as a whole, so that a reader in another thread has the one or the other.
+        self._switch: Switch | None = None
+        self._changing = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in the order in which they came."""
+        return tuple(self._adapters)
+
+    @property
+    def active(self) -> str | None:
+        """What takes part, None for the base alone."""
+        active = self._shared_switch().active
+        return None if active is None else active.name
+
+    def add(
+        self,
+        name: str,
+        directory: AdapterFiles | str | os.PathLike[str],
+        *,
+        allow_other_base: bool = False,
+    ) -> None:
+        """Add the adapter in `directory` (ours or PEFT's) under a name; what is active stays so.
+
+        Errors: `AdapterError` for a name that is taken, or where files, shapes, targets or the base
+        do not fit; `UnsafeInputError`, `NumericError`. Nothing is changed then, nor where memory
+        ends on the way.
+        """
+        with self._changing:
+            self._check_new(name)
+            info = None if allow_other_base else self.base.info
+            opened = open_adapter(self.base.model, directory, info)
+            weights = opened.read(self.base.device)
+            parts = {module: (weights[module], opened.scaling(module)) for module in opened.modules}
+            self._put(name, parts)
+
+    def add_sum(self, name: str, weights: Mapping[str, float]) -> None:
+        """Add the weighted sum of adapters of the bank as one more.
+
+        Its update of a linear is the sum of theirs, of which each is multiplied by its weight: the
+        A's are stacked along the rank and the B's, scaled in fp32, beside each other, so that ranks
+        add. It has the widest dtype of its parts, to which a scaled B is rounded once.
+        Errors: `AdapterError` for a name that is taken or unknown, and for weights that are no
+        finite numbers or all 0.
+        """
+        with self._changing:
+            self._check_new(name)
+            _check_weights(weights)
+            summed = [(self._get(part), float(weight)) for part, weight in weights.items()]
+            by_layer: dict[nn.Module, list[tuple[Part, float]]] = {}
+            for adapter, weight in summed:
+                for layer, part in adapter.parts.items():
+                    if weight:
+                        by_layer.setdefault(layer, []).append((part, weight))
+            parts = {layer: _sum(terms) for layer, terms in by_layer.items()}
+            self._adapters = {**self._adapters, name: Frozen(name, parts)}
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; its memory is free when nothing that computes with it is left.
+
+        Errors: `AdapterError` for an unknown name, and for the adapter that is active.
+        """
+        with self._changing:
+            if self._get(name) is self._shared_switch().active:
+                raise AdapterError(
+                    f"adapter {name!r} is active", "switch to another one first, or use(None)"
+                )
+            self._adapters = {known: one for known, one in self._adapters.items() if known != name}
+
+    def use(self, name: str | None) -> None:
+        """Let one adapter take part from the next forward on; None is the base alone.
+
+        Errors: `AdapterError` for an unknown name; nothing is changed then.
+        """
+        self._shared_switch().active = None if name is None else self._get(name)
+
+    @contextlib.contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Let one adapter take part meanwhile, and afterwards what took part before."""
+        switch = self._shared_switch()
+        before = switch.active
+        self.use(name)
+        try:
+            yield
+        finally:
+            switch.active = before
+
+    def rows(self, names: Sequence[str | None]) -> Active | None:
+        """What takes part in a batch whose rows have these adapters, None for the base alone.
+
+        Errors: `AdapterError` for an unknown name.
+        """
+        adapters = [None if name is None else self._get(name) for name in names]
+        if all(one is adapters[0] for one in adapters[1:]):
+            return adapters[0] if adapters else None
+        raise AdapterError(
+            f"rows of {len(set(names))} adapters are in one batch", "give one adapter a batch"
+        )
+
+    def _get(self, name: str) -> Frozen:
+        adapters = self._adapters
+        if name not in adapters:
+            known = ", ".join(adapters) or "none: add one first"
+            raise AdapterError(f"the bank has no adapter {name!r}", f"it has {known}")
+        return adapters[name]
+
+    def _check_new(self, name: str) -> None:
+        check_name(name)
+        if name in self._adapters:
+            raise AdapterError(
+                f"the bank has an adapter {name!r} already", "give another name, or remove it first"
+            )
+
+    def _shared_switch(self) -> Switch:
+        """The reference that the adapted linears of the model read; there are none before `add`."""
+        return self._switch or switch_of(self.base.model)
+
+    def _put(self, name: str, weights: Mapping[str, tuple[tuple[Tensor, Tensor], float]]) -> None:
+        """Add what was read: nothing here takes memory of a device, or fails."""
+        switch = self._shared_switch()
+        parts: dict[nn.Module, Part] = {}
+        for module, ((a, b), scaling) in weights.items():
+            layer = lora_layer(self.base.model, module, switch)
+            parts[layer] = Part(layer.base_layer, (a, b), scaling, a.dtype)
+        self._switch = switch
+        self._adapters = {**self._adapters, name: Frozen(name, parts)}
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    wrong = {
+        name: weight
+        for name, weight in weights.items()
+        if isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not abs(weight) <= LARGEST_ALPHA
+    }
+    if wrong or not any(weights.values()):
+        said = str(wrong or dict(weights))[:100]
+        raise AdapterError(
+            f"the weights of a sum must be numbers, not all 0, got {said}",
+            "give a weight for each adapter, such as {'a': 0.7, 'b': 0.3}",
+        )
+
+
+def _sum(terms: Sequence[tuple[Part, float]]) -> Part:
+    """One part whose update is the weighted sum of those of parts of one linear."""
+    factors = [part.scaling * weight for part, weight in terms]
+    # The largest is left to the matmul, and the others are taken by it: equal ones leave every B as
+    # it is, and no B grows out of the range of its dtype.
+    scaling = max(factors, key=abs)
+    dtype = terms[0][0].dtype
+    for part, _ in terms:
+        dtype = torch.promote_types(dtype, part.dtype)
+    downs = [part.weights[0].to(dtype) for part, _ in terms]
+    ups = [
+        part.weights[1].float().mul(factor / scaling).to(dtype)
+        for (part, _), factor in zip(terms, factors, strict=True)
+    ]
+    weights = torch.cat(downs, dim=0), torch.cat(ups, dim=1)  # (sum of r, in) and (out, sum of r)
+    return Part(terms[0][0].base, weights, scaling, dtype)

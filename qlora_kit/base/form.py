@@ -25,7 +25,7 @@ from qlora_kit.base.meta_model import decoder_linears, expected_shapes, tied_nam
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry, some
 from qlora_kit.base.skipped import in_16_bits, left_linears, listed_modules
-from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.base import QUANT_TYPES, BaseConfig
 from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.checks import joined
@@ -58,6 +58,14 @@ class Form:
     skipped: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+
+
+def in_bits(held: Quantization, bits: int) -> Quantization:
+    """How linears of a base `held` so are held in `bits`: as they are, else nf4 in double quant."""
+    if held.bits == bits:
+        return held
+    quant_type, double_quant = (QUANT_TYPES[0], True) if bits == 4 else (None, None)
+    return Quantization(bits, quant_type, double_quant, held.skip_modules)
 
 
 def stated_form(config: BaseConfig, described: Mapping[str, Any], path: Path) -> StatedForm:

@@ -6,19 +6,19 @@ they are quantized already. The others are quantized from their numbers in fp32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import checkpoint_tensors
+from qlora_kit.base.form import in_bits
 from qlora_kit.base.linear import QuantizedLinear, quantize_linear
 from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.skipped import left_linears
 from qlora_kit.base.tensors import as_stored, check_finite
-from qlora_kit.config.base import QUANT_TYPES
 from qlora_kit.export.tensors import ExportTensor
 from qlora_kit.lora.inject import lora_layers
 
@@ -51,9 +51,7 @@ class BnbLinears:
         linears = {name: linear for name, linear in every.items() if name in inner}
         left = base.form.skipped
         if held.bits != bits:
-            held = replace(held, bits=bits, quant_type=None, double_quant=None)
-            if bits == 4:
-                held = replace(held, quant_type=QUANT_TYPES[0], double_quant=True)
+            held = in_bits(held, bits)
             left |= left_linears(held, linears, model)[0]
         named = frozenset(linears.keys() - left)
         return BnbLinears(held, named, tuple(sorted(every.keys() - named)))

@@ -25,7 +25,8 @@ from qlora_kit.config.export import ExportConfig
 from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.inject import ADAPTER, lora_layers
-from qlora_kit.lora.layer import LoRALinear, delta_weight
+from qlora_kit.lora.layer import LoRALinear, Masters
+from qlora_kit.lora.merged import merged_weight, multiplied_dtype
 
 CPU = torch.device("cpu")
 
@@ -99,8 +100,7 @@ def model_tensors(
     """
     check_merge_base(base, merge_base)
     model = base.model
-    # In 8 bits training multiplies by whole numbers and scales the products.
-    multiplied = torch.float32 if base.quantization.bits == 8 else base.dtype
+    multiplied = multiplied_dtype(base)
 
     def frozen(name: str, linear: nn.Linear) -> Tensor:
         if merge_base != "original":
@@ -109,9 +109,9 @@ def model_tensors(
 
     def merged(name: str, layer: LoRALinear) -> Tensor:
         weight = frozen(name, layer.base_layer)
-        if merge_base == "none" or adapter is None or adapter not in layer.lora_A:
+        if merge_base == "none" or adapter is None:
             return weight
-        return weight.float().add_(delta_weight(layer, adapter).to(weight.device))
+        return merged_weight(weight, Masters(adapter).part(layer))
 
     tensors: list[ExportTensor] = []
     adapted, tied, recurrent = lora_layers(model), tied_names(model), recurrent_parameters(model)

@@ -110,17 +110,6 @@ class Masters:
         return Part(layer.base_layer, weights, scaling, dtype, dropout, dropout.position)
 
 
-def delta_weight(layer: LoRALinear, name: str) -> Tensor:
-    """The dense update `scaling * B @ A` in fp32, (out_features, in_features).
-
-    It is computed from what training multiplied by: A and B rounded to the adapter dtype.
-    """
-    lora_a, lora_b = layer.weights(name)
-    dtype = layer.adapter_dtypes[name]
-    a, b = (w.detach().to(dtype).float() for w in (lora_a, lora_b))
-    return (b @ a).mul_(layer.scaling[name])
-
-
 def linears(
     inputs: Sequence[Tensor],
     layers: Sequence[nn.Module],

@@ -40,6 +40,15 @@ class Part:
         return x if self.dropout is None else self.dropout.at(self.position, x)
 
 
+def delta_weight(part: Part) -> Tensor:
+    """The dense update `scaling * B @ A` in fp32, (out_features, in_features).
+
+    It is computed from what training multiplied by: A and B rounded to the adapter dtype.
+    """
+    lora_a, lora_b = (weight.detach().to(part.dtype).float() for weight in part.weights)
+    return (lora_b @ lora_a).mul_(part.scaling)
+
+
 def together(parts: Sequence[Part], tokens: Tensor) -> bool:
     """Whether the adapters of some linears are computed together.
 

@@ -38,7 +38,8 @@ from qlora_kit.export.gguf_lora_check import needs_base, run_on_base, verify_lor
 from qlora_kit.export.llamacpp import llama_library
 from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.inject import lora_layers
-from qlora_kit.lora.layer import delta_weight
+from qlora_kit.lora.layer import Masters
+from qlora_kit.lora.low_rank import delta_weight
 
 ALPHA, R = 6, 4
 
@@ -104,11 +105,11 @@ def test_every_update_is_the_trained_one(
         layer = lora_layers(base.model)[f"model.layers.1.{place}.{ours}"]
         found = update(reader, f"blk.1.{theirs}")
         if heads := {"q_proj": 4, "k_proj": 2}.get(ours):
-            assert not torch.allclose(found.float(), delta_weight(layer, "default"))
+            assert not torch.allclose(found.float(), delta_weight(Masters("default").part(layer)))
             found = in_halves(found, heads)
         # fp32: the reference multiplies in it, and alpha is rounded to it.
         torch.testing.assert_close(
-            found.float(), delta_weight(layer, "default"), rtol=1e-5, atol=1e-7
+            found.float(), delta_weight(Masters("default").part(layer)), rtol=1e-5, atol=1e-7
         )
     assert len(reader.tensors) == 2 * len(lora_layers(base.model))
     # A and B themselves are the trained ones, to the last bit.
@@ -141,7 +142,7 @@ def test_ranks_and_alphas_of_modules_are_folded_into_b(
         if leaf != "v_proj":
             found = in_halves(found, {"q_proj": 4, "k_proj": 2}[leaf])
         torch.testing.assert_close(
-            found.float(), delta_weight(layer, "default"), rtol=1e-5, atol=1e-7
+            found.float(), delta_weight(Masters("default").part(layer)), rtol=1e-5, atol=1e-7
         )
     assert check_updates(base, options(tmp_path / "out"), tmp_path / "out") < 1e-6
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from gpu_parts.setting import Setting
+from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.base.linear import Linear4bit, dequantize, frozen_linear, quantize_linear
-from qlora_kit.base.quantize import BLOCKSIZE, Quantization, code_tables, decoding
+from qlora_kit.base.quantize import Quantization, code_tables, decoding
 
 SHAPES = ((64, 64), (173, 64), (64, 173), (96, 160), (33, 7), (256, 1024))
 ROWS, FEW = 7, 2

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.base.fp8_scheme import BITSANDBYTES
 from qlora_kit.base.json_file import is_deep
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlora_kit.base.quantize import (
-    BLOCKSIZE,
     NESTED_BLOCKSIZE,
     Quantization,
     code_tables,

@@ -23,13 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlora_kit.base.encode_weight import BLOCKSIZE, encode_blocks
 from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.quantize import (
-    BLOCKSIZE,
     Quantization,
     decode_blocks,
     dequantize_scales,
-    encode_blocks,
     fused_matmul,
     is_fused,
     quantize_8bit,

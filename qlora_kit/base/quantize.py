@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from qlora_kit.base.encode_weight import BLOCKSIZE, encode_rows
 from qlora_kit.base.imports import quiet_import
 from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
@@ -34,9 +35,7 @@ with quiet_import():
     from bitsandbytes import cextension
     from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary as NoLibrary
 
-BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
-ENCODED_AT_ONCE, MOST_AT_ONCE = 2**17, 2**30
 CPU = torch.device("cpu")
 KERNEL_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _DECODING: ContextVar[bool] = ContextVar("decoding", default=False)
@@ -96,8 +95,10 @@ def quantize_8bit(
     looked_at.add(weight, INT8_LIMIT, error)
     if checks is None:
         looked_at.read()
-    rows, row_absmax, _ = bnb.int8_vectorwise_quant(weight.half())
-    return rows, row_absmax
+    if device_type(weight) == "cuda":  # where its kernel makes no copy
+        rows, row_absmax, _ = bnb.int8_vectorwise_quant(weight.half())
+        return rows, row_absmax
+    return encode_rows(weight)  # type: ignore[no-any-return]
 
 
 def quantize_scales(absmax: Tensor) -> dict[str, Tensor]:
@@ -165,37 +166,6 @@ def state_tensors(
     whole = torch.Size(shape)
     state = bnb.QuantState(absmax, whole, code, BLOCKSIZE, quant_type, dtype, offset, inner)
     return state.as_dict(packed=True)  # type: ignore[no-any-return]
-
-
-@torch.library.custom_op("qlora_kit::encode_blocks", mutates_args=())
-def encode_blocks(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
-    """Numbers (n,) to packed bytes (ceil(n/2), 1) and fp32 scales (ceil(n/64),).
-
-    One part after another: off CUDA bitsandbytes makes several fp32 copies of what it is given. On
-    CUDA it makes none, and counts in 32 bits.
-    """
-    at_once = ENCODED_AT_ONCE if device_type(flat) != "cuda" else MOST_AT_ONCE
-    if flat.numel() <= at_once:
-        made = torch.ops.bitsandbytes.quantize_4bit.default(
-            flat, BLOCKSIZE, quant_type, torch.uint8
-        )
-        return made[0], made[1]
-    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-flat.numel() // BLOCKSIZE), device=flat.device)
-    for start in range(0, flat.numel(), at_once):
-        part = flat[start : start + at_once]
-        bytes_, scales = torch.ops.bitsandbytes.quantize_4bit.default(
-            part, BLOCKSIZE, quant_type, torch.uint8
-        )
-        packed[start // 2 : start // 2 + bytes_.numel()] = bytes_
-        absmax[start // BLOCKSIZE : start // BLOCKSIZE + scales.numel()] = scales
-    return packed, absmax
-
-
-@encode_blocks.register_fake
-def _(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
-    packed = flat.new_empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
-    return packed, flat.new_empty(-(-flat.numel() // BLOCKSIZE), dtype=torch.float32)
 
 
 def decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import checkpoint_bytes, quantization_config
-from qlora_kit.base.quantize import BLOCKSIZE
+from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.config.export import QUANTIZED, ExportConfig
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import ConfigError

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
+from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.base.form import in_bits
 from qlora_kit.base.linear import QuantizedLinear, dequantize, quantize_linear
 from qlora_kit.base.load import quantized_tensors
-from qlora_kit.base.quantize import BLOCKSIZE
 from qlora_kit.base.tensors import check_finite
 from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import ConfigError, ResourceError

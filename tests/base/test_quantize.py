@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.base import quantize
+from qlora_kit.base.encode_weight import BLOCKSIZE, ENCODED_AT_ONCE
 from qlora_kit.base.linear import (
     base_grad_input,
     base_matmul,
@@ -426,6 +427,19 @@ def test_8bit_matmuls_need_no_fp32_memory_of_the_size_of_the_weight():
         else:
             # With matrix tiles the library's product packs the weight again, in its 16 bits.
             assert peak < 3 * weight.numel()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_quantizing_makes_what_it_gives_and_copies_of_a_part(form):
+    weight, given = random_weight((1024, 2048), torch.bfloat16), []
+    quantize_linear(weight, None, form)  # what is made once
+    peak = profiled_peak(lambda: given.append(quantize_linear(weight, None, form)))
+    held = sum(tensor.nbytes for tensor in quantized_tensors(given[0]))
+    # At most two copies in fp32, codes of 64 and of 8 bits, and the scales, quantized last.
+    assert peak <= held + 32 * ENCODED_AT_ONCE + 16 * weight.numel() // BLOCKSIZE
+    if form.bits == 8:
+        whole = profiled_peak(lambda: bf.int8_vectorwise_quant(weight.half()))
+        assert whole > held + 8 * weight.numel()
 
 
 def test_odd_shapes_compile_nothing():

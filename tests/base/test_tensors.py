@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kit.base import quantize, tensors
+from qlora_kit.base import encode_weight, tensors
+from qlora_kit.base.encode_weight import encode_blocks, encode_rows
 from qlora_kit.base.number_checks import FINITE, NumberChecks
-from qlora_kit.base.quantize import encode_blocks
 from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.base.tensors import CPU, Reader, read_tensors
 from qlora_kit.device.host_buffers import HostBuffers
@@ -138,9 +138,9 @@ def test_files_that_are_not_finite_are_refused_where_the_checks_are_read(tmp_pat
 def test_encoding_whole_or_in_parts_gives_the_same_bytes(monkeypatch, numel):
     """The part of a card is the whole tensor."""
     flat = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
-    whole = encode_blocks(flat, "nf4")
-    monkeypatch.setattr(quantize, "ENCODED_AT_ONCE", 128)
-    parts = encode_blocks(flat, "nf4")
+    whole = *encode_blocks(flat, "nf4"), *encode_rows(flat.view(-1, 8))
+    monkeypatch.setattr(encode_weight, "ENCODED_AT_ONCE", 128)
+    parts = *encode_blocks(flat, "nf4"), *encode_rows(flat.view(-1, 8))
     for one, other in zip(whole, parts, strict=True):
         assert one.shape == other.shape
         assert torch.equal(one, other)

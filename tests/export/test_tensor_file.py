@@ -48,9 +48,9 @@ def test_a_tensor_is_let_go_before_the_next_one_is_made(tmp_path: Path) -> None:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for number in range(4):
             assert not any(one() is not None for one in seen)
-            made = [torch.full((8,), float(number))]
+            made = [torch.full((8 - number,), float(number))]  # one of an odd size waits as bytes
             seen.append(weakref.ref(made[0]))
             yield str(number), made.pop()
 
     write_tensors(tmp_path / "model.safetensors", tensors(), list("0123"))
-    assert load_file(tmp_path / "model.safetensors")["3"][0] == 3
+    assert load_file(tmp_path / "model.safetensors")["3"].tolist() == [3] * 5

@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
+from qlora_kit.commands import evaluate, generate
 from qlora_kit.commands.argv import parse
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import EvaluateConfig, GenerateConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.generation import (
+    AdaptersConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    SamplingConfig,
+)
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.run import RunConfig
@@ -24,7 +30,7 @@ from qlora_kit.options.option import Options, as_flat, flag_of
 from qlora_kit.options.yaml_file import dump
 
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
-ALL = (*GROUPS, ExportConfig, GenerateConfig, EvaluateConfig)
+ALL = (*GROUPS, ExportConfig, AdaptersConfig, SamplingConfig, GenerateConfig, EvaluateConfig)
 
 # (group, field, good values, bad values); values as the command line or a file hands them over.
 CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
@@ -61,9 +67,9 @@ CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
     (ExportConfig, "merge_base", ["none", "dequantized", "original"], ["both"]),
     (ExportConfig, "shard_size", [4096], [4095, 0, "4GB"]),
     (ExportConfig, "max_kl", [0, 1e-3], [-1e-9, "nan"]),
-    (GenerateConfig, "max_new_tokens", [1], [0, -1]),
-    (GenerateConfig, "temperature", [0, 1.5], [-0.1, 101, "nan"]),
-    (GenerateConfig, "top_p", [1, 0.01], [0, 1.01, "nan"]),
+    (SamplingConfig, "max_new_tokens", [1], [0, -1]),
+    (SamplingConfig, "temperature", [0, 1.5], [-0.1, 101, "nan"]),
+    (SamplingConfig, "top_p", [1, 0.01], [0, 1.01, "nan"]),
     (EvaluateConfig, "generate", [0, 5], [-1, "all"]),
     (EvaluateConfig, "batch_size", [1], [0]),
 ]
@@ -256,7 +262,7 @@ def test_every_option_survives_the_command_line() -> None:
 
 
 def test_names_do_not_clash_within_a_command() -> None:
-    for groups in (GROUPS, (BaseConfig, GenerateConfig), (BaseConfig, DataConfig, EvaluateConfig)):
+    for groups in (GROUPS, generate.GROUPS, evaluate.GROUPS):
         seen: dict[str, str] = {}
         for group in groups:
             for field in dataclasses.fields(group):  # type: ignore[arg-type]
@@ -283,3 +289,48 @@ def test_sizes(text, expected):
             TrainingConfig(memory_budget=text)
     else:
         assert TrainingConfig(memory_budget=text).budget_bytes == expected
+
+
+def test_adapters_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    for given, named in (
+        (None, {}),
+        ("runs/sql", {"default": "runs/sql"}),
+        (("sql=runs/x", "qa=y=z"), {"sql": "runs/x", "qa": "y=z"}),
+        (("runs/sql/", "runs/qa"), {"sql": "runs/sql/", "qa": "runs/qa"}),
+        (("a=b", "a=c"), {"a=b": "a=b", "a": "c"}),
+        (("a=b",), {"default": "a=b"}),
+        (("x=~/y",), {"x": str(Path.home() / "y")}),
+    ):
+        assert dict(AdaptersConfig(adapter=given).named) == named
+    for wrong, words in (
+        (("runs/sql", "other/sql"), "adapter other/sql is called sql, as runs/sql is"),
+        (("a=x", "a=y"), "adapter a=y is called a, as x is"),
+        (("base=x",), "adapter base=x: give it another name"),
+        (("=x",), "adapter =x: give it as NAME=DIR"),
+        (("no/where=x",), "adapter no/where=x: give it as NAME=DIR"),
+        (("a", "llama-1.1b"), "adapter llama-1.1b: give it as NAME=DIR"),
+        (("a\nb=x",), "give it as NAME=DIR"),
+        (("n" * 201 + "=x",), "at most 200 characters"),
+        (("a=",), "adapter must be DIR or NAME=DIR"),
+        (("x=~nosuchuser/y",), "adapter must be a path, and ~name"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            AdaptersConfig(adapter=wrong)
+        assert words in caught.value.problem
+    with pytest.raises(ConfigError, match="allow_other_base goes with adapter"):
+        AdaptersConfig(allow_other_base=True)
+
+
+def test_of_several_adapters_one_is_named() -> None:
+    several, one = AdaptersConfig(adapter=("a=x", "b=y")), AdaptersConfig(adapter="x")
+    assert (several.chosen("b"), several.chosen("base"), one.chosen(None)) == ("b", None, "default")
+    assert AdaptersConfig().chosen(None) is None
+    for config, use, words in (
+        (several, None, "2 adapters are given, .* give --use with one of a, b, or base"),
+        (several, "c", "use c: no adapter has this name; name one of a, b, or base"),
+        (AdaptersConfig(), "c", "use c: no adapter has this name; give it as --adapter NAME=DIR"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            config.chosen(use)

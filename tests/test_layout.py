@@ -49,7 +49,8 @@ FLOORS = {
 BITSANDBYTES = {"base.quantize", "training.optimizer"}
 LIGHT = (
     *(f"config.{name}" for name in ("base", "commands", "data", "export", "hub")),
-    *("config.limits", "config.lora", "config.output", "config.run", "config.training"),
+    *("config.generation", "config.limits", "config.lora", "config.output", "config.run"),
+    "config.training",
     *("errors", "redact", "files.aside", "files.atomic", "files.lock", "files.publish"),
     *("options.checks", "options.option", "options.names", "options.yaml_file", "options.parsed"),
     *("process.signals", "process.out_of_memory", "process.start", "process.streams"),

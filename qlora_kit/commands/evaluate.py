@@ -10,17 +10,18 @@ from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import EvaluateConfig
 from qlora_kit.config.data import DataConfig
+from qlora_kit.config.generation import AdaptersConfig, EvaluateConfig
 
 SUMMARY = "Evaluate a base, an adapter or an export on a file: loss, perplexity, exact match."
+GROUPS = (BaseConfig, AdaptersConfig, DataConfig, EvaluateConfig)
 
 
 @reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
-    parsed = parse("qlora-kit evaluate", SUMMARY, (BaseConfig, DataConfig, EvaluateConfig), given)
+    parsed = parse("qlora-kit evaluate", SUMMARY, GROUPS, given)
     from qlora_kit.run.evaluate import evaluate_model
 
     report, terminal = evaluate_model(parsed), Terminal()

@@ -13,9 +13,10 @@ from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import GenerateConfig
+from qlora_kit.config.generation import AdaptersConfig, GenerateConfig, SamplingConfig
 
 SUMMARY = "Generate text with a base, or with an adapter on it."
+GROUPS = (BaseConfig, AdaptersConfig, GenerateConfig, SamplingConfig)
 EMPTY = (
     "the answer is empty: it ends where it begins; a prompt has to be as in the rows of "
     "training, with the line end or the space that stood before the answer (--prompt - reads it "
@@ -27,7 +28,7 @@ EMPTY = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
-    parsed = parse("qlora-kit generate", SUMMARY, (BaseConfig, GenerateConfig), given)
+    parsed = parse("qlora-kit generate", SUMMARY, GROUPS, given)
     from qlora_kit.run.generate import generate
 
     generation, terminal = generate(parsed), Terminal()

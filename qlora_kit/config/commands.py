@@ -1,4 +1,4 @@
-"""The options that only one of the other commands has: generate, evaluate, show-data, plan."""
+"""The options that only one of the other commands has: show-data, plan."""
 
 from __future__ import annotations
 
@@ -6,110 +6,9 @@ import typing
 from dataclasses import dataclass
 
 from qlora_kit.config.data import DEFAULT_LENGTH
-from qlora_kit.config.limits import MOST_DATA, MOST_DRAWN, MOST_ROWS, MOST_TOKENS, SEEDS
-from qlora_kit.config.lora import OTHER_BASE_HELP
+from qlora_kit.config.limits import MOST_DATA, MOST_ROWS, MOST_TOKENS, SEEDS
 from qlora_kit.options.checks import a_name, a_size, also, between
 from qlora_kit.options.option import Options, option
-
-
-def _stops(value: str | tuple[str, ...]) -> str | None:
-    return None if value and all(value) else "texts that are not empty"
-
-
-@dataclass(frozen=True)
-class GenerateConfig(Options):
-    """What to generate from, and how tokens are drawn."""
-
-    title: typing.ClassVar[str] = "generation"
-
-    adapter: str | None = option(
-        None, "directory of an adapter", check=a_name(), path=True, metavar="DIR"
-    )
-    allow_other_base: bool = option(False, OTHER_BASE_HELP)
-    prompt: str | None = option(
-        None,
-        "the text to go on from; -, or nothing where text is piped in: from standard input, "
-        "without its last line end",
-        metavar="TEXT|-",
-    )
-    prompts: str | None = option(
-        None,
-        ".jsonl, .json or .csv file of rows with a prompt, or .txt with one a line; answers are "
-        "printed as JSON lines, each beside its row",
-        check=a_name(),
-        path=True,
-        metavar="FILE",
-    )
-    batch_size: int = option(8, "rows of --prompts at a time", check=between(1, MOST_ROWS))
-    max_new_tokens: int = option(128, "stop after this many tokens", check=between(1, MOST_DRAWN))
-    stop: str | tuple[str, ...] | None = option(
-        None,
-        "end an answer before this text; give it again for another",
-        check=_stops,
-        repeated=True,
-        metavar="TEXT",
-    )
-    temperature: float = option(
-        0.0, "0: always the likeliest token", check=between(0, 100, tiny=1e-6)
-    )
-    top_p: float = option(
-        1.0,
-        "draw from the likeliest tokens that make up this share",
-        check=between(0, 1, open_low=True, tiny=1e-6),
-    )
-    top_k: int = option(
-        0,
-        "draw from this many of the likeliest tokens",
-        check=between(0, 10**6),
-        shown_default="0: from all",
-    )
-    repetition_penalty: float = option(
-        1.0,
-        "divide the logits of tokens that were there, where they are positive, by this (else "
-        "multiply)",
-        check=between(0.01, 100),
-    )
-    seed: int = option(42, "of the drawing", check=SEEDS)
-    chat: bool = option(False, "put each prompt into the model's chat template")
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The texts before which an answer ends."""
-        return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-
-    def _conflicts(self) -> typing.Iterator[str]:
-        if self.prompt is not None and self.prompts is not None:
-            yield f"prompt is given beside prompts {self.prompts}: name one of them"
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(Options):
-    """What to evaluate, and what is shown of it."""
-
-    title: typing.ClassVar[str] = "evaluation"
-
-    adapter: str | None = option(
-        None, "directory of an adapter", check=a_name(), path=True, metavar="DIR"
-    )
-    allow_other_base: bool = option(False, OTHER_BASE_HELP)
-    exact_match: bool = option(
-        True,
-        "answer every prompt greedily, and count the answers that equal the completion; of a row "
-        "of messages, its last trained turn",
-    )
-    generate: int = option(
-        0, "show this many answers beside the expected ones", check=between(0, 10**6)
-    )
-    max_new_tokens: int = option(128, "longest answer in tokens", check=between(1, MOST_DRAWN))
-    batch_size: int = option(
-        8, "rows at a time", aliases=("per_device_eval_batch_size",), check=between(1, MOST_ROWS)
-    )
-    seed: int = option(42, "of the share that --eval_fraction draws, as in finetune", check=SEEDS)
-    json: bool = option(False, "print one JSON object and nothing else")
-
-    def _conflicts(self) -> typing.Iterator[str]:
-        if self.generate and not self.exact_match:
-            yield f"generate {self.generate} shows answers, and exact_match is off: name one"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ from qlora_kit.config.limits import LARGEST_ALPHA, LARGEST_RANK
 from qlora_kit.options.checks import a_name, between, one_of
 from qlora_kit.options.option import Options, option
 
+NAME_LIMIT = 200
+"""Characters of an adapter's name."""
+ADAPTER_NAMES = f"printable, without a dot or a slash, of at most {NAME_LIMIT} characters"
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
+
+
+def is_adapter_name(name: object) -> bool:
+    """Whether a name can be part of the names of an adapter's weights, which dots divide."""
+    plain = isinstance(name, str) and name.isprintable() and len(name) <= NAME_LIMIT
+    return plain and name != "" and "." not in str(name)
 
 
 @dataclass(frozen=True)

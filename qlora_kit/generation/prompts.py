@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config.commands import GenerateConfig
+from qlora_kit.config.generation import GenerateConfig
 from qlora_kit.data.fields import text
 from qlora_kit.data.lines import decoded, lines
 from qlora_kit.data.records import records

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from qlora_kit.config.commands import EvaluateConfig
+from qlora_kit.config.generation import EvaluateConfig
 from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_kit.config.commands import GenerateConfig
+from qlora_kit.config.generation import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Sampling:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        GenerateConfig(**vars(self))
+        SamplingConfig(**vars(self))
 
     def drawer(self, prompts: Sequence[Sequence[int]], steps: int) -> Callable[[Tensor], Tensor]:
         """What gives, step after step, tokens (B,) for logits (B, V); it remembers its rows.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.lora import LoRAConfig, is_adapter_name
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.dropout import KeyedDropout
@@ -17,8 +17,6 @@ from qlora_kit.lora.switch import Switch
 from qlora_kit.lora.targets import check_rank, find_targets
 
 ADAPTER = "default"
-NAME_LIMIT = 200
-"""Characters of an adapter's name."""
 
 
 def inject_lora(
@@ -142,8 +140,7 @@ def check_name(adapter: object) -> None:
     Adapters are modules by name, and part of the names of their weights: a dot would divide it,
     and a name that the container itself has (`keys`, `forward` ...) is taken.
     """
-    plain = isinstance(adapter, str) and adapter.isprintable() and len(adapter) <= NAME_LIMIT
-    if not plain or not adapter or "." in str(adapter) or hasattr(nn.ModuleDict(), str(adapter)):
+    if not is_adapter_name(adapter) or hasattr(nn.ModuleDict(), str(adapter)):
         raise AdapterError(
             f"{repr(adapter)[:60]} cannot be the name of an adapter",
             "give letters, digits, - and _, such as my_adapter",

@@ -100,7 +100,7 @@ def _checked(value: Any, annotation: Any, details: Mapping[str, Any]) -> tuple[A
     try:
         value = convert(value, annotation)
         if details["path"] and isinstance(value, str):
-            value = _at_home(value)
+            value = at_home(value)
     except ValueError as error:
         wanted = str(error)
         if check is None or not wanted.startswith(("text", *NUMBERS)):
@@ -115,7 +115,7 @@ def _checked(value: Any, annotation: Any, details: Mapping[str, Any]) -> tuple[A
     return value, check(value) if check else None
 
 
-def _at_home(path: str) -> str:
+def at_home(path: str) -> str:
     """A path with its `~` or `~user` replaced. Errors: `ValueError` where no home is known."""
     whole = os.path.expanduser(path)
     if whole.startswith("~"):

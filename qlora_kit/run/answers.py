@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qlora_kit.config.commands import GenerateConfig
+from qlora_kit.config.generation import AdaptersConfig, GenerateConfig, SamplingConfig
 from qlora_kit.data.batch import padding_id
 from qlora_kit.data.chat_template import NO_OPTIONS
 from qlora_kit.data.encode import prompt_ids
@@ -24,7 +24,7 @@ def answer_pieces(named: Named, row: Row) -> Iterator[str]:
     ends = end_ids(model, tokenizer)
     steps = generate_ids(model, ids, eos_ids=ends, pad_id=padding_id(tokenizer), **drawing)
     pieces = stream_text(tokenizer, (step[0] for step in steps), after=ids[0])
-    yield from until(pieces, named.parsed[GenerateConfig].stops)
+    yield from until(pieces, named.parsed[SamplingConfig].stops)
     yield "\n"
 
 
@@ -36,7 +36,7 @@ def answer_rows(named: Named, rows: Sequence[Row]) -> Iterator[Row]:
         model,
         tokenizer,
         ids,
-        stops=options.stops,
+        stops=named.parsed[SamplingConfig].stops,
         batch_size=options.batch_size,
         **drawing,
     )
@@ -47,11 +47,13 @@ def answer_rows(named: Named, rows: Sequence[Row]) -> Iterator[Row]:
 def _opened(named: Named, rows: Sequence[Row]) -> tuple[Any, Any, list[list[int]], dict[str, Any]]:
     """The model, its tokenizer, the tokens of each prompt, and how an answer is drawn."""
     options = named.parsed[GenerateConfig]
-    opened = AdaptedBase.open(named, options.allow_other_base)
+    opened = AdaptedBase.open(named, named.parsed[AdaptersConfig].allow_other_base)
     adapter, tokenizer = opened.adapter, opened.base.tokenizer
     chat = NO_OPTIONS if adapter is None or not options.chat else adapter.chat()
     literal = adapter is not None and adapter.reads_literally()
     ids = [
         prompt_ids(row["prompt"], tokenizer, options.chat, literal, options=chat) for row in rows
     ]
-    return opened.load(), tokenizer, ids, {name: getattr(options, name) for name in DRAWING}
+    sampling = named.parsed[SamplingConfig]
+    drawing = {name: getattr(sampling, name) for name in DRAWING}
+    return opened.load(), tokenizer, ids, drawing

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from qlora_kit.config.commands import EvaluateConfig
 from qlora_kit.config.data import DataConfig
+from qlora_kit.config.generation import AdaptersConfig, EvaluateConfig
 from qlora_kit.data.rows import load_rows
 from qlora_kit.data.source import is_one_table
 from qlora_kit.errors import ConfigError
@@ -26,7 +26,10 @@ def evaluate_model(parsed: Parsed) -> dict[str, Any]:
     Errors: those of the files, `ConfigError`, `NumericError`.
     """
     options = parsed[EvaluateConfig]
-    named = Named.open(parsed, options.adapter)
+    adapters = parsed[AdaptersConfig].named
+    if len(adapters) > 1:
+        raise ConfigError(f"{len(adapters)} adapters are given", "evaluate one at a time")
+    named = Named.open(parsed, next(iter(adapters.values()), None))
     data, seed = _data(parsed, named.adapter)
     found = load_rows(data, seed)
     rows, source = found.train, found.train_source

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_kit.config.commands import GenerateConfig
+from qlora_kit.config.generation import AdaptersConfig, GenerateConfig
 from qlora_kit.generation.prompts import check_prompt, one_prompt, rows_of_prompts
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
@@ -21,7 +21,9 @@ def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
     """
     options = parsed[GenerateConfig]
     check_prompt(options)
-    named = Named.open(parsed, options.adapter)
+    adapters = parsed[AdaptersConfig]
+    chosen = adapters.chosen(options.use)
+    named = Named.open(parsed, None if chosen is None else adapters.named[chosen])
     if options.prompts is None:
         rows = [{"prompt": one_prompt(options)}]
     else:

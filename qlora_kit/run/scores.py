@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.config.commands import EvaluateConfig
 from qlora_kit.config.data import DataConfig
+from qlora_kit.config.generation import AdaptersConfig, EvaluateConfig
 from qlora_kit.data.batch import eval_batches, padding_id
 from qlora_kit.data.chat_template import check_chat_options, use_template
 from qlora_kit.data.encode import encode_rows
@@ -26,7 +26,7 @@ def scores(named: Named, data: DataConfig, rows: Table, source: str) -> dict[str
     Errors: those of the base, the adapter and encoding; `NumericError` for a loss that is none.
     """
     options, rules = named.parsed[EvaluateConfig], EncodeRules.of(data)
-    opened = AdaptedBase.open(named, options.allow_other_base)
+    opened = AdaptedBase.open(named, named.parsed[AdaptersConfig].allow_other_base)
     base, adapter = opened.base, opened.adapter
     if "chat_template" in named.parsed.given[DataConfig] and data.chat_template is not None:
         use_template(base.tokenizer, data.chat_template)

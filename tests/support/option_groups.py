@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import EvaluateConfig, GenerateConfig, PlanConfig, ShowConfig
+from qlora_kit.config.commands import PlanConfig, ShowConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.generation import (
+    AdaptersConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    SamplingConfig,
+)
 from qlora_kit.config.hub import HubConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
@@ -24,6 +30,8 @@ OPTION_GROUPS = (
     *RUN_GROUPS,
     HubConfig,
     ExportConfig,
+    AdaptersConfig,
+    SamplingConfig,
     GenerateConfig,
     EvaluateConfig,
     ShowConfig,

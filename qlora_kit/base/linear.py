@@ -272,6 +272,8 @@ def base_grad_input(layer: nn.Linear, grad: Tensor, total: Tensor | None = None)
 
 def frozen_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """`base_matmul(layer, x)` in the graph of `x`; nothing of the weight is kept for backward."""
+    if not torch.is_grad_enabled():
+        return base_matmul(layer, x)
     return _FrozenMatmul.apply(x, layer)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -121,6 +121,24 @@ def add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
         y.add_(left.float() @ right.float(), alpha=alpha)
 
 
+def bmm(left: Tensor, right: Tensor) -> Tensor:
+    """`left` (b, m, k) times `right` (b, k, n), activations and adapters, in `left`'s dtype."""
+    dtype = matmul_dtype(left)
+    if dtype is left.dtype:
+        return torch.bmm(left, right)
+    return torch.bmm(left.to(dtype), right.to(dtype)).to(left.dtype)
+
+
+def add_bmm(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """`y += alpha * left @ right` in place: (b, m, n), (b, m, k) and (b, k, n)."""
+    if left.dtype is y.dtype is matmul_dtype(left):
+        y.baddbmm_(left, right, alpha=alpha)
+    elif left.dtype is matmul_dtype(left):
+        y.add_(torch.bmm(left, right), alpha=alpha)
+    else:
+        y.add_(torch.bmm(left.float(), right.float()), alpha=alpha)
+
+
 def scale_columns(tokens: Tensor, scales: Tensor, out: Tensor) -> None:
     """16-bit `tokens` (..., n) times fp32 `scales` (n,), rounded once, into `out`.
 

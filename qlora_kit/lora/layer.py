@@ -30,7 +30,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.kernels.rmsnorm import FrozenNorm
 from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.lora.dropout import KeyedDropout
-from qlora_kit.lora.low_rank import LowRank, LowRankBackward, Part
+from qlora_kit.lora.low_rank import LowRank, LowRankBackward, Part, together
 from qlora_kit.lora.switch import Switch
 
 Before = FrozenNorm | Gate
@@ -135,6 +135,9 @@ def linears(
     linears stops between the two.
     """
     parts = tuple(_part_of(layer) for layer in layers)
+    if not torch.is_grad_enabled():
+        outputs = _without_graph(inputs, parts, before, ready)
+        return (*outputs, inputs[0]) if residual else outputs
     weights = [weight for part in parts for weight in part.weights]
     group = _Group(parts, before, len(inputs), tuple(ready or ()), residual)
     if ready is not None:
@@ -150,6 +153,30 @@ def _part_of(layer: nn.Module) -> Part:
     active = layer.switch.active
     part = None if active is None else active.part(layer)
     return part or Part(layer.base_layer)
+
+
+def _without_graph(
+    inputs: Sequence[Tensor],
+    parts: Sequence[Part],
+    before: Before | None,
+    ready: list[Tensor] | None,
+) -> tuple[Tensor, ...]:
+    """The outputs where no backward follows: nothing is kept, and no node is made."""
+    if ready:
+        tokens = ready[0]
+        ready.clear()
+    else:
+        tokens = inputs[0] if before is None else before.apply(*inputs)[0]
+    low_rank = LowRank.of(parts, tokens) if together(parts, tokens) else None
+    outputs = []
+    for place, part in enumerate(parts):
+        y = base_matmul(part.base, tokens)  # (..., out_features)
+        if low_rank is not None:
+            low_rank.add_to(y, place)
+        elif part.weights:
+            part.add_to(y, tokens)
+        outputs.append(y)
+    return tuple(outputs)
 
 
 @dataclass

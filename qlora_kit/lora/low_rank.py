@@ -39,6 +39,19 @@ class Part:
         """`x` (..., in_features), or its gradient, through the mask of the forward pass."""
         return x if self.dropout is None else self.dropout.at(self.position, x)
 
+    def down(self, tokens: Tensor) -> Tensor:
+        """A x (..., r) of tokens (..., in_features)."""
+        lora_a = self.weights[0].to(self.dtype)
+        return linear(self.dropped(tokens).to(self.dtype), lora_a)
+
+    def up(self, hidden: Tensor, y: Tensor) -> None:
+        """Add B A x to the output `y` (..., out_features); `hidden` is what `down` gave."""
+        _add_matmul(y, hidden, self.weights[1].to(self.dtype).t(), self.scaling)
+
+    def add_to(self, y: Tensor, tokens: Tensor) -> None:
+        """Both at once, where nothing is kept for backward."""
+        self.up(self.down(tokens), y)
+
 
 def delta_weight(part: Part) -> Tensor:
     """The dense update `scaling * B @ A` in fp32, (out_features, in_features).
@@ -103,11 +116,7 @@ class LowRank:
             hidden = flat.new_empty(flat.shape[0], stacked.shape[0])
             hidden.addmm_(flat, stacked.t(), beta=0, alpha=adapted[0].scaling)
             return cls(parts, torch.split(hidden.view(*tokens.shape[:-1], -1), ranks, dim=-1), ups)
-        hiddens = []
-        for part in adapted:
-            lora_a = part.weights[0].to(part.dtype)
-            hiddens.append(linear(part.dropped(tokens).to(part.dtype), lora_a))
-        return cls(parts, hiddens)
+        return cls(parts, [part.down(tokens) for part in adapted])
 
     def add_to(self, y: Tensor, place: int) -> None:
         """Add the update of the linear at `place` to its output (..., out_features)."""
@@ -118,8 +127,7 @@ class LowRank:
         if self.ups:
             _add_matmul(y, self.hidden[number], self.ups[number].t(), 1.0)
         else:
-            lora_b = part.weights[1].to(part.dtype)
-            _add_matmul(y, self.hidden[number], lora_b.t(), part.scaling)
+            part.up(self.hidden[number], y)
 
 
 class LowRankBackward:

@@ -1,0 +1,261 @@
+"""Rows of one batch with adapters of their own, or none: one forward, the base's products once.
+
+The adapters of a mix lie in one matrix for each linear and dtype: all A one below another
+(sum of r, in_features), and so all B (sum of r, out_features), whatever the ranks. A step of few
+tokens multiplies by all of them and blanks what is another row's: one matmul to the ranks, a mask,
+one matmul added to the output. That reads each weight once, as any way must, and its products
+with the other rows' adapters are few. A long prompt takes the rows' own A and B out of these
+matrices, short ranks filled up with zeros, and multiplies row by row in one batched matmul each.
+
+Matrices are made where a linear is first used, for all layers as large as the adapters themselves,
+and mixes of the same adapters share them: a row that leaves, or one more row of an adapter that is
+there, costs some small tensors of places. An adapter that is no longer asked for stays in the
+matrices while there are no more than `KEPT`, so that rows which come and go do not build them anew.
+
+Left out: gradients.
+Compare: Chen et al., Punica (arXiv 2310.18547); Sheng et al., S-LoRA (arXiv 2311.03285), whose
+kernels gather A and B by pointers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.errors import AdapterError
+from qlora_kit.kernels.matmul import add_bmm, add_matmul, bmm, linear
+from qlora_kit.lora.layer import LoRALinear
+from qlora_kit.lora.low_rank import Part
+from qlora_kit.lora.switch import Active
+
+KEPT = 8
+"""Adapters that matrices may have where the rows ask for fewer."""
+GATHERED = 48
+"""Tokens of a row, times the other adapters, from which its own A and B are taken out first."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where an adapter lies among the ranks of a stack: `start` to `start + r`."""
+
+    adapter: int
+    start: int
+    r: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The adapters of one dtype on one linear: A (R + 1, in), B (R + 1, out), R the sum of ranks.
+
+    The last row of each is zero: what ranks that a row does not have are taken from.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    spans: tuple[Span, ...]
+    layout: int
+    """The number of `spans`: stacks of one layout have the same places for rows."""
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, Part]], layouts: dict[tuple[Span, ...], int]) -> Stack:
+        """From the parts of adapters, by their numbers in the mix."""
+        downs = [part.weights[0].detach() for _, part in parts]
+        ups = [part.weights[1].detach() for _, part in parts]
+        ranks, dtype = [down.shape[0] for down in downs], parts[0][1].dtype
+        lora_a = downs[0].new_zeros(sum(ranks) + 1, downs[0].shape[1], dtype=dtype)
+        lora_b = ups[0].new_zeros(sum(ranks) + 1, ups[0].shape[0], dtype=dtype)
+        spans, start = [], 0
+        for (number, part), down, up, r in zip(parts, downs, ups, ranks, strict=True):
+            lora_a[start : start + r].copy_(down)
+            lora_b[start : start + r].copy_(up.t())
+            spans.append(Span(number, start, r, part.scaling))
+            start += r
+        layout = layouts.setdefault(tuple(spans), len(layouts))
+        return cls(lora_a, lora_b, tuple(spans), layout)
+
+    def own(self, matrix: Tensor, places: Places) -> Tensor:
+        """The ranks of each row, (B, r, n) of A or B (R + 1, n)."""
+        rows = places.foreign.shape[0]
+        return matrix.index_select(0, places.own).view(rows, -1, matrix.shape[1])
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the rows (B,) take of a stack whose ranks are R, of r at most.
+
+    `foreign` (B, 1, R) is true where a rank is not the row's; `own` (B * r,) are the places of its
+    ranks, or of the zero. `scaling` is the one of all, or `scalings` (B, 1, 1) are by row.
+    """
+
+    foreign: Tensor
+    own: Tensor
+    scaling: float
+    scalings: Tensor | None
+
+    @classmethod
+    def of(cls, stack: Stack, rows: Sequence[int]) -> Places | None:
+        """For the number of each row's adapter, -1 for none; None where no row has any of these."""
+        by_adapter = {span.adapter: span for span in stack.spans}
+        found = [by_adapter.get(row) for row in rows]
+        if not any(found):
+            return None
+        device, total = stack.lora_a.device, sum(span.r for span in stack.spans)
+        widest = max(span.r for span in found if span is not None)
+        foreign = torch.ones(len(rows), 1, total, dtype=torch.bool)
+        own = torch.full((len(rows), widest), total)
+        scalings = torch.ones(len(rows), 1, 1)
+        for row, span in enumerate(found):
+            if span is not None:
+                foreign[row, 0, span.start : span.start + span.r] = False
+                own[row, : span.r] = torch.arange(span.start, span.start + span.r)
+                scalings[row] = span.scaling
+        alike = {span.scaling for span in found if span is not None}
+        one, several = (alike.pop(), None) if len(alike) == 1 else (1.0, scalings.to(device))
+        return cls(foreign.to(device), own.view(-1).to(device), one, several)
+
+
+@dataclass(frozen=True)
+class RowsPart(Part):
+    """A linear's base, and of each of so many rows its own adapter."""
+
+    rows: int = 0
+    stacks: tuple[tuple[Stack, Places], ...] = ()
+
+    def add_to(self, y: Tensor, tokens: Tensor) -> None:
+        """Add each row's update to the output (..., out_features) of tokens (..., in_features)."""
+        x = self._by_row(tokens)
+        by_row, flat = y.view(*x.shape[:2], -1), y.view(-1, y.shape[-1])
+        for stack, places in self.stacks:
+            given, scalings = x.to(stack.lora_a.dtype), places.scalings
+            gathered = x.shape[1] * (len(stack.spans) - 1) > GATHERED
+            if gathered:
+                hidden = bmm(given, stack.own(stack.lora_a, places).transpose(1, 2))  # (B, T, r)
+            else:
+                # Filled, not multiplied by zero: another adapter's value may be infinite in fp16.
+                hidden = linear(given, stack.lora_a[:-1])  # (B, T, R)
+                hidden.masked_fill_(places.foreign, 0)
+            if scalings is not None:
+                hidden.mul_(scalings)
+            if gathered:
+                add_bmm(by_row, hidden, stack.own(stack.lora_b, places), places.scaling)
+            else:
+                ranks = hidden.view(-1, hidden.shape[-1])
+                add_matmul(flat, ranks, stack.lora_b[:-1], places.scaling)
+
+    def _by_row(self, tokens: Tensor) -> Tensor:
+        """`tokens` as (B, T, in_features); some models' code hands them over as (B * T, in)."""
+        if tokens.dim() == 2 and tokens.shape[0] % self.rows == 0:
+            return tokens.reshape(self.rows, -1, tokens.shape[-1])
+        if tokens.dim() != 3 or tokens.shape[0] != self.rows:
+            raise AdapterError(
+                f"a linear reads {tuple(tokens.shape)}, which are not the tokens of {self.rows} "
+                "rows: rows with adapters of their own cannot share a batch in this model",
+                "give each adapter a batch of its own",
+            )
+        return tokens
+
+
+@dataclass
+class Stacks:
+    """The adapters of a mix, and what is made of them linear by linear."""
+
+    adapters: tuple[Active, ...]
+    made: dict[nn.Module, tuple[Stack, ...]] = field(default_factory=dict)
+    layouts: dict[tuple[Span, ...], int] = field(default_factory=dict)
+
+    def of(self, layer: LoRALinear) -> tuple[Stack, ...]:
+        """Those of a linear, one for each dtype; made once."""
+        if layer not in self.made:
+            by_dtype: dict[torch.dtype, list[tuple[int, Part]]] = {}
+            for number, adapter in enumerate(self.adapters):
+                part = adapter.part(layer)
+                if part is None or not part.weights:
+                    continue
+                if part.base is not layer.base_layer or part.position is not None:
+                    raise AdapterError(
+                        f"adapter {adapter.name!r} is merged or in training",
+                        "give it a batch of its own",
+                    )
+                by_dtype.setdefault(part.dtype, []).append((number, part))
+            self.made[layer] = tuple(Stack.of(one, self.layouts) for one in by_dtype.values())
+        return self.made[layer]
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the matrices that are made."""
+        both = [t for stacks in self.made.values() for s in stacks for t in (s.lora_a, s.lora_b)]
+        return sum(t.numel() * t.element_size() for t in both)
+
+
+class Mixed:
+    """Rows with adapters of their own as what takes part: an `Active` of `switch.py`.
+
+    It is for batches of just these rows, in this order, and for frozen adapters: what they hold is
+    copied once.
+    """
+
+    def __init__(self, stacks: Stacks, rows: Sequence[int]) -> None:
+        self.stacks, self.rows = stacks, tuple(rows)
+        """Of each row the number of its adapter, -1 for none."""
+        self._parts: dict[nn.Module, RowsPart | None] = {}
+        self._places: dict[int, Places | None] = {}
+
+    @classmethod
+    def of(
+        cls, adapters_by_row: Sequence[Active | None], last: Active | None = None
+    ) -> Active | None:
+        """What takes part for rows with these adapters; one for all rows is that adapter itself.
+
+        `last` is a mix whose matrices are used again as far as they have what these rows need.
+        """
+        needed = {id(one): one for one in adapters_by_row if one is not None}
+        if len(needed) <= 1 and None not in adapters_by_row:
+            return next(iter(needed.values()), None)
+        if not needed:
+            return None
+        stacks = last.stacks if isinstance(last, Mixed) else Stacks(())
+        held = {id(one): one for one in stacks.adapters}
+        if not needed.keys() <= held.keys():
+            kept = [one for key, one in held.items() if key not in needed]
+            room = max(0, KEPT - len(needed))
+            stacks = Stacks((*kept[max(0, len(kept) - room) :], *needed.values()))
+        numbers = {id(one): number for number, one in enumerate(stacks.adapters)}
+        return cls(stacks, [-1 if one is None else numbers[id(one)] for one in adapters_by_row])
+
+    @property
+    def name(self) -> str:
+        """The adapters of the rows, for messages."""
+        names = [self.stacks.adapters[row].name if row >= 0 else "none" for row in self.rows]
+        return f"by row: {', '.join(names)}"
+
+    def part(self, layer: nn.Module) -> Part | None:
+        """What a linear computes with; None where no row has an adapter on it.
+
+        Errors: `AdapterError` where a graph would be made.
+        """
+        if torch.is_grad_enabled():
+            raise AdapterError(
+                "rows with adapters of their own are computed without gradients",
+                "use torch.no_grad(), or one adapter for the whole batch",
+            )
+        if layer not in self._parts:
+            assert isinstance(layer, LoRALinear)
+            self._parts[layer] = self._part(layer)
+        return self._parts[layer]
+
+    def _part(self, layer: LoRALinear) -> RowsPart | None:
+        found = []
+        for stack in self.stacks.of(layer):
+            if stack.layout not in self._places:
+                self._places[stack.layout] = Places.of(stack, self.rows)
+            if (places := self._places[stack.layout]) is not None:
+                found.append((stack, places))
+        if not found:
+            return None
+        (stack, _), *_ = found
+        given = (stack.lora_a, stack.lora_b), 1.0, stack.lora_a.dtype
+        return RowsPart(layer.base_layer, *given, rows=len(self.rows), stacks=tuple(found))

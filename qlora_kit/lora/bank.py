@@ -27,6 +27,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapter_files import AdapterFiles
 from qlora_kit.lora.inject import check_name, lora_layer, switch_of
 from qlora_kit.lora.low_rank import Part
+from qlora_kit.lora.mixed import Mixed
 from qlora_kit.lora.opening import open_adapter
 from qlora_kit.lora.switch import Active, Switch
 
@@ -61,6 +62,8 @@ class AdapterBank:
         # Replaced as a whole, so that a reader in another thread has the one or the other.
         self._switch: Switch | None = None
         self._changing = threading.Lock()
+        self._mixed: Mixed | None = None
+        """The last one, whose matrices the next may use again."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,6 +129,7 @@ class AdapterBank:
                     f"adapter {name!r} is active", "switch to another one first, or use(None)"
                 )
             self._adapters = {known: one for known, one in self._adapters.items() if known != name}
+            self._mixed = None  # it may hold the adapter
 
     def use(self, name: str | None) -> None:
         """Let one adapter take part from the next forward on; None is the base alone.
@@ -148,14 +152,13 @@ class AdapterBank:
     def rows(self, names: Sequence[str | None]) -> Active | None:
         """What takes part in a batch whose rows have these adapters, None for the base alone.
 
-        Errors: `AdapterError` for an unknown name.
+        One adapter for all rows is that adapter itself. Errors: `AdapterError` for an unknown name.
         """
         adapters = [None if name is None else self._get(name) for name in names]
-        if all(one is adapters[0] for one in adapters[1:]):
-            return adapters[0] if adapters else None
-        raise AdapterError(
-            f"rows of {len(set(names))} adapters are in one batch", "give one adapter a batch"
-        )
+        found = Mixed.of(adapters, self._mixed)
+        if isinstance(found, Mixed):
+            self._mixed = found
+        return found
 
     def _get(self, name: str) -> Frozen:
         adapters = self._adapters

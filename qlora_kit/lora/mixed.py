@@ -173,7 +173,7 @@ class Stacks:
             by_dtype: dict[torch.dtype, list[tuple[int, Part]]] = {}
             for number, adapter in enumerate(self.adapters):
                 part = adapter.part(layer)
-                if part is None or not part.weights:
+                if part is None:
                     continue
                 if part.base is not layer.base_layer or part.position is not None:
                     raise AdapterError(

@@ -182,6 +182,10 @@ def test_a_mix_is_refused_where_a_graph_is_made_or_rows_are_not_to_be_found():
     with pytest.raises(AdapterError, match="without gradients"):
         model(input_ids=token_ids(2, 16))
     layer = next(iter(lora_layers(model).values()))
+    copy = Part(torch.nn.Linear(layer.in_features, layer.out_features))
+    merged = Mixed.of([drawn(model, "a", r=4), Drawn("merged", {layer: copy})])
+    with torch.no_grad(), pytest.raises(AdapterError, match="'merged' is merged"):
+        merged.part(layer)
     for shape in ((3, 5, 64), (1, 2, 5, 64), (5, 64)):
         with torch.no_grad(), pytest.raises(AdapterError, match="tokens of 2 rows"):
             layer(torch.zeros(shape))

@@ -72,7 +72,7 @@ class LoRALinear(nn.Module):
             # Not Module.to, which refuses fake tensors (torch 2.13).
             matrix.weight = nn.Parameter(matrix.weight.detach().to(device))
             held[name] = matrix
-        self.lora_dropout[name] = dropout
+        self.lora_dropout[name] = dropout.train(self.training)
         self.scaling[name], self.adapter_dtypes[name] = scaling, dtype
         self.switch.active = Masters(name)
 

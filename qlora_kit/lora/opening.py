@@ -19,7 +19,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
-from qlora_kit.lora.names import module_key, prefix_of
+from qlora_kit.lora.names import module_key, plain_keys, prefix_of
 from qlora_kit.lora.targets import adapted_modules
 
 SCALE_OPTIONS = ("r", "lora_alpha", "use_rslora")
@@ -32,6 +32,7 @@ class OpenAdapter(NamedTuple):
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry]
+    """Its tensors by PEFT's keys."""
     modules: dict[str, tuple[int, float]]
     """Rank and alpha of each linear that it adapts."""
     dtype: torch.dtype
@@ -76,7 +77,8 @@ def open_adapter(
     """
     if not isinstance(files, AdapterFiles):
         files = read_adapter(files)
-    path, config, entries = files.weights, files.config, files.entries
+    path, config = files.weights, files.config
+    entries = {plain: files.entries[key] for plain, key in plain_keys(files.entries, path).items()}
     _check_base(base, files.trained_on, path)
     _check_scale(config, files.trained_on, files.described_in)
     prefix = prefix_of(model, entries, path)
@@ -144,12 +146,18 @@ def _check_tensors(
             )
         if surplus:
             parts.append(f"holds {len(surplus)} that it does not ask for ({surplus[0]} ...)")
-        raise AdapterError(
-            f"{path}: {'; '.join(parts)}", "use the base and config that belong to the adapter"
-        )
+        remedy = "use the base and config that belong to the adapter"
+        if any(".lora_" not in name for name in surplus):
+            remedy = (
+                "where whole weights were trained too, merge it with the program that trained it, "
+                "and use the result as the base"
+            )
+        raise AdapterError(f"{path}: {'; '.join(parts)}", remedy)
     for name, shape in expected.items():
         if present[name] != shape:
+            remedy = "use the base and the r that belong to the adapter"
+            if 0 in present[name]:
+                remedy = "save it again, gathered from all ranks (DeepSpeed's ZeRO-3, FSDP)"
             raise AdapterError(
-                f"{path}: {name} is {list(present[name])}, expected {list(shape)}",
-                "use the base and the r that belong to the adapter",
+                f"{path}: {name} is {list(present[name])}, expected {list(shape)}", remedy
             )

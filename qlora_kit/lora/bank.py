@@ -27,6 +27,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapter_files import AdapterFiles
 from qlora_kit.lora.inject import check_name, lora_layer, switch_of
 from qlora_kit.lora.low_rank import Part
+from qlora_kit.lora.merged import Merged, merge
 from qlora_kit.lora.mixed import Mixed
 from qlora_kit.lora.opening import open_adapter
 from qlora_kit.lora.switch import Active, Switch
@@ -59,6 +60,7 @@ class AdapterBank:
     def __init__(self, base: Base) -> None:
         self.base = base
         self._adapters: dict[str, Frozen] = {}
+        self._merged: dict[str, Merged] = {}
         # Replaced as a whole, so that a reader in another thread has the one or the other.
         self._switch: Switch | None = None
         self._changing = threading.Lock()
@@ -124,19 +126,36 @@ class AdapterBank:
         Errors: `AdapterError` for an unknown name, and for the adapter that is active.
         """
         with self._changing:
-            if self._get(name) is self._shared_switch().active:
+            if self._shared_switch().active in (self._get(name), self._taking_part(name)):
                 raise AdapterError(
                     f"adapter {name!r} is active", "switch to another one first, or use(None)"
                 )
             self._adapters = {known: one for known, one in self._adapters.items() if known != name}
             self._mixed = None  # it may hold the adapter
+            self.unmerge(name)
+
+    def merge(self, name: str, bits: int | None = 16) -> Merged:
+        """Let an adapter take part as copies of its linears with it in them (`merged.py`).
+
+        They lie beside the base in `bits`, None: as the base, and are used from the next `use` or
+        `rows` on; in a batch their rows are alone. Errors: as `merge`, and `AdapterError` for an
+        unknown name; nothing is changed then.
+        """
+        with self._changing:
+            merged = merge(self.base, self._get(name), bits)
+            self._merged = {**self._merged, name: merged}
+        return merged
+
+    def unmerge(self, name: str) -> None:
+        """Let an adapter take part beside the base again; its copies, if any, are dropped."""
+        self._merged = {known: one for known, one in self._merged.items() if known != name}
 
     def use(self, name: str | None) -> None:
         """Let one adapter take part from the next forward on; None is the base alone.
 
         Errors: `AdapterError` for an unknown name; nothing is changed then.
         """
-        self._shared_switch().active = None if name is None else self._get(name)
+        self._shared_switch().active = None if name is None else self._taking_part(name)
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -152,13 +171,24 @@ class AdapterBank:
     def rows(self, names: Sequence[str | None]) -> Active | None:
         """What takes part in a batch whose rows have these adapters, None for the base alone.
 
-        One adapter for all rows is that adapter itself. Errors: `AdapterError` for an unknown name.
+        One adapter for all rows is that adapter itself. Errors: `AdapterError` for an unknown name,
+        and for a merged adapter beside others.
         """
-        adapters = [None if name is None else self._get(name) for name in names]
+        adapters = [None if name is None else self._taking_part(name) for name in names]
+        merged = next((one for one in adapters if isinstance(one, Merged)), None)
+        if merged is not None and any(one is not merged for one in adapters):
+            raise AdapterError(
+                f"adapter {merged.name!r} is merged, and shares no batch with other rows",
+                "give it a batch of its own, or unmerge it",
+            )
         found = Mixed.of(adapters, self._mixed)
         if isinstance(found, Mixed):
             self._mixed = found
         return found
+
+    def _taking_part(self, name: str) -> Frozen | Merged:
+        """An adapter as it is used: merged where it is."""
+        return self._merged.get(name) or self._get(name)
 
     def _get(self, name: str) -> Frozen:
         adapters = self._adapters

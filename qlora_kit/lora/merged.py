@@ -40,7 +40,7 @@ TRANSIENT = 12
 the update in fp32, and the rounded sum."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Merged:
     """A merged copy of each adapted linear; what the adapter leaves alone is the base."""
 

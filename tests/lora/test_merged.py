@@ -9,14 +9,17 @@ import weakref
 import pytest
 import torch
 from families import relative_error, token_ids
-from trained import trained_base
+from trained import save_trained, trained_base
 
+from qlora_kit import AdapterBank
 from qlora_kit.base.linear import Linear4bit, Linear8bit, dequantize
+from qlora_kit.base.load import load_base
 from qlora_kit.device.found import with_room
-from qlora_kit.errors import ConfigError, NumericError, ResourceError
+from qlora_kit.errors import AdapterError, ConfigError, NumericError, ResourceError
 from qlora_kit.export.tensors import export_tensors
 from qlora_kit.lora.inject import lora_layers, switch_of
 from qlora_kit.lora.merged import merge
+from qlora_kit.training.layer_forward import use_fused_blocks
 
 FP32, BF16 = 1e-5, 0.02
 """Relative logit error: sums in another order; rounding of the weights to bf16, which alone is
@@ -121,3 +124,36 @@ def test_bits_that_a_base_has_not_and_sums_that_are_no_numbers_are_refused(bases
     lora_layers(base.model)["model.layers.1.mlp.up_proj"].lora_B["default"].weight.data.fill_(1e5)
     with pytest.raises(NumericError, match="float16"):
         merge(base, adapter)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_bank_uses_a_merged_adapter_by_its_name_until_it_is_unmerged(bases, tmp_path, bits):
+    save_trained(bases / "llama3", tmp_path, dtype="fp32")
+    base = load_base(str(bases / "llama3"), bits=bits, dtype="fp32")
+    assert use_fused_blocks(base.model) is None
+    bank = AdapterBank(base)
+    bank.add("a", tmp_path)
+    before, alone = fingerprint(base.model), logits(base.model)
+    bank.use("a")
+    unmerged = logits(base.model)
+    merged = bank.merge("a")
+    assert torch.equal(logits(base.model), unmerged)  # until it is used
+    with bank.using("a"):
+        assert switch_of(base.model).active is merged is bank.rows(["a", "a"])
+        assert relative_error(logits(base.model), unmerged) <= FP32
+        assert bank.active == "a"
+    with pytest.raises(AdapterError, match="'a' is merged, and shares no batch"):
+        bank.rows(["a", None])
+    bank.add_sum("weaker", {"a": 0.5})
+    bank.unmerge("a")
+    for name, wanted in ((None, alone), ("a", unmerged)):
+        bank.use(name)
+        assert torch.equal(logits(base.model), wanted)
+    bank.merge("a")
+    with pytest.raises(AdapterError, match="'a' is active"):
+        bank.remove("a")
+    bank.use("weaker")
+    bank.remove("a")
+    with pytest.raises(AdapterError, match="no adapter 'a'"):
+        bank.use("a")
+    assert fingerprint(base.model) == before

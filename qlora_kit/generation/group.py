@@ -1,7 +1,9 @@
 """Rows that are decoded together: the cache they share, and one step after another.
 
-After the prompt a step is one token a row. It reads nothing back to the host and, as the tokens
-stay on the device, copies nothing up: whether there is padding the host knows from the prompts.
+Rows of different lengths end at the same place: padding is on the left, the mask hides it, and
+`position_ids` count from each row's own first token. After the prompt a step is one token a row. It
+reads nothing back to the host and, as the tokens stay on the device, copies nothing up: whether
+there is padding the host knows from the lengths.
 """
 
 from __future__ import annotations
@@ -11,54 +13,48 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import masking_utils
 
 from qlora_kit.base.quantize import decoding
-from qlora_kit.base.recurrence import state_carriers
+from qlora_kit.generation.cache import RowBytes, is_known, join, keep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def together(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rows that share a batch: all, or those of one length where padding would be read.
-
-    A mask hides padding from attention. What carries a state through it may be moved by a bias
-    (LFM2's) or divides the tokens into other chunks than those of the prompt alone.
-    """
-    if not state_carriers(model):
-        return [list(range(len(prompts)))]
-    by_length: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(row)
-    return list(by_length.values())
-
-
 class Group:
-    """Rows of a batch that are decoded together, with what the next step takes."""
+    """Rows of a batch that are decoded together, with what the next step takes.
+
+    `lengths` are the tokens of each row, those that the next step takes included.
+    """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        rows: list[int],
-        prompts: Sequence[Sequence[int]],
-        pad_id: int,
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
     ) -> None:
-        self.rows = rows
+        self.lengths = [len(prompt) for prompt in prompts]
         self._model = model
-        self._places = torch.tensor(rows).to(model.device)
-        self._is_padded = len({len(prompts[row]) for row in rows}) > 1
         # (B, T) each
-        self._input_ids, self._mask = _padded_left([prompts[i] for i in rows], pad_id, model.device)
+        self._input_ids, self._mask = _padded_left(prompts, pad_id, model.device)
         self._position_ids = (self._mask.cumsum(-1) - 1).clamp(min=0)
         self._cache: Any = None
+
+    @property
+    def can_change(self) -> bool:
+        """Whether rows may join and leave: the kind of cache is known."""
+        return is_known(self._cache)
+
+    @property
+    def row_bytes(self) -> RowBytes | None:
+        """What the cache of one row takes; asked of a group of one row and one token."""
+        return RowBytes.of(self._cache)
 
     def logits(self) -> Tensor:
         """Those of the next token of each row, (B, V) in fp32."""
         with (
             decoding() if self._cache is not None else contextlib.nullcontext(),
-            _known(self._is_padded),
+            _known(is_padded=min(self.lengths) != max(self.lengths)),
         ):
             output = self._model(
                 input_ids=self._input_ids,
@@ -72,11 +68,45 @@ class Group:
         return output.logits[:, -1].float()  # type: ignore[no-any-return]  # (B, 1, V) to (B, V)
 
     def feed(self, tokens: Tensor) -> None:
-        """The token that each row goes on with, of `tokens` (rows of all groups,)."""
-        self._input_ids = tokens.index_select(0, self._places)[:, None]  # (B, 1)
-        # (B, T + step + 1): every key so far
+        """The token (B,) that each row goes on with."""
+        self._input_ids = tokens[:, None]  # (B, 1)
+        # (B, T + 1): every key so far, and this one
         self._mask = torch.cat((self._mask, torch.ones_like(self._input_ids)), dim=-1)
         self._position_ids = self._position_ids[:, -1:] + 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, after `feed`; padding that all have is cut off."""
+        self.lengths = [self.lengths[row] for row in rows]
+        chosen, width = torch.tensor(rows).to(self._model.device), max(self.lengths)
+        keep(self._cache, chosen, width - 1)
+        self._input_ids = self._input_ids.index_select(0, chosen)
+        self._mask = self._mask[:, -width:].index_select(0, chosen)
+        self._position_ids = self._position_ids.index_select(0, chosen)
+
+    def join(self, others: Sequence[Group]) -> None:
+        """Take in the rows of other groups, behind its own, after each was fed."""
+        groups = [self, *others]
+        self.lengths = [length for group in groups for length in group.lengths]
+        width = max(self.lengths)
+        self._cache = join([group._cache for group in groups], width - 1)
+        self._input_ids = torch.cat([group._input_ids for group in groups])
+        padded = [functional.pad(one._mask, (width - one._mask.shape[1], 0)) for one in groups]
+        self._mask = torch.cat(padded)
+        self._position_ids = torch.cat([group._position_ids for group in groups])
+
+
+@contextlib.contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, modules are in evaluation mode; then each is in its own again."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

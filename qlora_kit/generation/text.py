@@ -13,40 +13,134 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+CONTEXT, CUT_EVERY = 4, 16
+"""Tokens that are decoded with the new ones at least, and how many come between two cuts."""
+
+
+class AnswerText:
+    """The text of one answer, pushed token by token; what is given is final.
+
+    With `after`, the prompt's tokens, it is what the answer adds to its text: the space before the
+    first word is kept, which some tokenizers drop at the beginning of a text. Held back is what a
+    later token could still change, bytes that are not yet a character, and what may be the
+    beginning of one of `stops`, of which nothing is given.
+
+    The text of a part differs from the part of the text: byte fallback, joined spaces, a beginning
+    that is stripped. So a token is decoded together with those before it, back to a place where
+    characters are whole and no run of byte tokens goes on, and some tokens further.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        after: Sequence[int] = (),
+        stops: Sequence[str] = (),
+    ) -> None:
+        self._tokenizer, self._until = tokenizer, _Until(stops)
+        whole = len(after)
+        while whole and not self._ends_a_text(after[whole - 1]):
+            whole -= 1
+        self._seen = [*self._recent(after[:whole]), *after[whole:]]
+        self._text = _decoded(tokenizer, self._seen)
+        self._given, self._since_cut = self._text.rstrip("\ufffd"), 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one of `stops` has come: nothing is given any more."""
+        return self._until.stopped
+
+    def push(self, token: int) -> str:
+        """The text that is final with this token, and has not been given."""
+        return self._until.push(self._final(token))
+
+    def finish(self) -> str:
+        """The rest, after the last token."""
+        # Not simply a continuation where an answer spoils a run of bytes that its prompt ends with.
+        given, text = self._given, self._text
+        rest = text[len(os.path.commonprefix((given, text))) :]  # noqa: RUF071
+        self._given = text
+        return self._until.push(rest) + self._until.finish()
+
+    def _final(self, token: int) -> str:
+        self._seen.append(token)
+        before, self._text = self._text, _decoded(self._tokenizer, self._seen)
+        # Incomplete UTF-8 decodes to U+FFFD. With byte fallback, one bad byte turns the whole run
+        # of byte tokens into U+FFFD, complete characters included, so a run waits for its end;
+        # a special token, which adds nothing, does not end it.
+        if self._text == before or self._is_byte(token):
+            return ""
+        final = self._text.rstrip("\ufffd")
+        if not final.startswith(self._given) or len(final) == len(self._given):
+            return ""
+        piece, self._given = final[len(self._given) :], final
+        self._since_cut += 1
+        if self._since_cut >= CUT_EVERY and self._ends_a_text(token):
+            self._seen, self._since_cut = self._recent(self._seen), 0
+            self._text = self._given = _decoded(self._tokenizer, self._seen)
+        return piece
+
+    def _recent(self, ids: Sequence[int]) -> list[int]:
+        """The last of some tokens, of which the last ends a text."""
+        for start in range(len(ids) - CONTEXT, 0, -1):
+            if self._ends_a_text(ids[start - 1]):
+                return list(ids[start:])
+        return list(ids)
+
+    def _ends_a_text(self, token: int) -> bool:
+        """Whether a token ends with a whole character that is no blank.
+
+        No later token changes that, and what it adds does not depend on what stood before.
+        """
+        text = "" if self._is_byte(token) else _decoded(self._tokenizer, [token])
+        return text[-1:].strip() not in ("", "\ufffd")
+
+    def _is_byte(self, token: int) -> bool:
+        return bool(_BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))))
+
+
+class _Until:
+    """A text that comes in pieces, up to the first of `stops`, of which no part is given either."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._held, self.stopped = stops, "", False
+        self._longest = max(map(len, stops), default=1) - 1
+
+    def push(self, piece: str) -> str:
+        if self.stopped:
+            return ""
+        held = self._held + piece
+        if (end := stop_at(held, self._stops)) is not None:
+            self.stopped, self._held = True, ""
+            return held[:end]
+        kept = next(
+            (
+                size
+                for size in range(min(self._longest, len(held)), 0, -1)
+                if any(stop.startswith(held[-size:]) for stop in self._stops)
+            ),
+            0,
+        )
+        self._held = held[len(held) - kept :]
+        return held[: len(held) - kept]
+
+    def finish(self) -> str:
+        rest, self._held = self._held, ""
+        return rest
 
 
 def stream_text(
     tokenizer: PreTrainedTokenizerBase, ids: Iterable[int | None], *, after: Sequence[int] = ()
 ) -> Iterator[str]:
-    """The text of one row in pieces, each final when it comes.
+    """The text of one row in pieces, each final when it comes: `AnswerText` of a whole answer.
 
-    The pieces together are the decoding of all `ids` (special tokens and None skipped). What a
-    later token could still change is held back: bytes that are not yet a character. With `after`,
-    the prompt's tokens, the pieces are what `ids` add to its text: the space before the first word
-    is kept, which some tokenizers drop at the beginning of a text.
+    The pieces together are the decoding of all `ids` (special tokens and None skipped).
     """
-    seen = list(after)
-    text = _decoded(tokenizer, seen)
-    printed = text.rstrip("\ufffd")
+    text = AnswerText(tokenizer, after=after)
     for token in ids:
-        if token is None:
-            continue
-        seen.append(token)
-        # All of it again, 1 ms for 1,000 tokens: byte fallback, joined spaces and added tokens
-        # make the text of a part differ from the part of the text.
-        before, text = text, _decoded(tokenizer, seen)
-        # Incomplete UTF-8 decodes to U+FFFD. With byte fallback, one bad byte turns the whole run
-        # of byte tokens into U+FFFD, complete characters included, so a run waits for its end;
-        # a special token, which adds nothing, does not end it.
-        if text == before or _BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
-            continue
-        final = text.rstrip("\ufffd")
-        if final.startswith(printed) and len(final) > len(printed):
-            yield final[len(printed) :]
-            printed = final
-    # Not simply a continuation where `ids` spoil a run of bytes that `after` ends with.
-    rest = text[len(os.path.commonprefix((printed, text))) :]  # noqa: RUF071
-    if rest:
+        if token is not None and (piece := text.push(token)):
+            yield piece
+    if rest := text.finish():
         yield rest
 
 
@@ -61,24 +155,12 @@ def added_text(
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     """The pieces of a text before the first of `stops`, of which no part is shown either."""
-    held = ""
+    text = _Until(stops)
     for piece in pieces:
-        held += piece
-        if (end := stop_at(held, stops)) is not None:
-            yield held[:end]
+        yield text.push(piece)
+        if text.stopped:
             return
-        longest = max(map(len, stops), default=1) - 1
-        kept = next(
-            (
-                size
-                for size in range(min(longest, len(held)), 0, -1)
-                if any(stop.startswith(held[-size:]) for stop in stops)
-            ),
-            0,
-        )
-        yield held[: len(held) - kept]
-        held = held[len(held) - kept :]
-    yield held
+    yield text.finish()
 
 
 def stop_at(text: str, stops: Sequence[str]) -> int | None:

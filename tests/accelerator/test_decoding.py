@@ -29,8 +29,7 @@ def test_after_the_prompt_a_step_waits_for_nothing_and_dequantizes_nothing(
             save_checkpoint(tmp_path, **WIDE)
         model = card.adapted(tmp_path, bits=4).eval()
         weights = {m.weight.numel() * 2 for m in model.modules() if isinstance(m, Linear4bit)}
-        group, draw = Group(model, list(range(len(prompts))), prompts, 0), None
-        draw = Sampling(**SETTINGS).drawer(prompts, 3)
+        group, draw = Group(model, prompts, 0), Sampling(**SETTINGS).drawer(prompts, 3)
         with card.watch() as first:
             group.feed(draw(group.logits()))
         with card.watch() as seen:

@@ -64,7 +64,7 @@ def test_a_decoding_step_multiplies_as_any_other(form, dtype, rows) -> None:
 def test_a_decoding_step_runs_bitsandbytes_kernel_and_waits_for_nothing(wide: Path) -> None:
     model = load_base(str(wide), bits=4, dtype="fp16", device=DEVICE).model
     with torch.no_grad():
-        group, draw = Group(model, [0, 1], PROMPTS, 0), Sampling(**SETTINGS).drawer(PROMPTS, 4)
+        group, draw = Group(model, PROMPTS, 0), Sampling(**SETTINGS).drawer(PROMPTS, 4)
         group.feed(draw(group.logits()))
         group.feed(draw(group.logits()))
         with profile(activities=[ProfilerActivity.CUDA]) as seen, refused_waits():

@@ -1,0 +1,61 @@
+"""What takes part beside the base for the rows of a batch, each with an adapter of its own or none.
+
+A request has the tensors of its adapter in hand from when it was taken: one that is removed from
+the bank, or replaced under its name, goes on for the requests that had it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from qlora_kit.errors import ConfigError
+from qlora_kit.lora.bank import AdapterBank
+from qlora_kit.lora.inject import lora_layers, switch_of
+from qlora_kit.lora.switch import Active, Switch
+
+
+class RowAdapters:
+    """Those of a bank for one model; without a bank, what takes part in the model is left alone."""
+
+    def __init__(self, model: nn.Module, bank: AdapterBank | None) -> None:
+        self._model, self._bank = model, bank
+        self._switch: Switch | None = None
+
+    def find(self, name: str | None, what: str = "the request") -> Active | None:
+        """The adapter of that name, for a request that is called `what`.
+
+        Errors: `AdapterError` for an unknown name, `ConfigError` for one where there is no bank.
+        """
+        if self._bank is not None:
+            return self._bank.rows([name])
+        if name is not None:
+            raise ConfigError(
+                f"{what} is for the adapter {name!r}, and there is no bank of adapters",
+                "give a bank that has it",
+            )
+        return None
+
+    def together(self, rows: Sequence[Active | None]) -> Active | None:
+        """What takes part for rows with these adapters, in their order."""
+        if self._bank is None or all(one is rows[0] for one in rows):
+            return rows[0]
+        return self._bank.rows([None if one is None else one.name for one in rows])
+
+    @contextlib.contextmanager
+    def taking(self, active: Active | None) -> Iterator[None]:
+        """Inside, that takes part; afterwards what took part before."""
+        if self._bank is None:
+            yield
+            return
+        # The first adapter that comes into a bank makes the reference of the model.
+        if self._switch is None and self._bank.names and lora_layers(self._model):
+            self._switch = switch_of(self._model)
+        switch = self._switch or Switch()
+        before, switch.active = switch.active, active
+        try:
+            yield
+        finally:
+            switch.active = before

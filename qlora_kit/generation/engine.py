@@ -1,0 +1,291 @@
+"""Continuous batching: requests join and leave a running batch between two steps.
+
+A step computes the prompts that wait, then one token for every row, freshly joined ones included.
+Rows of a batch share the model's forward, and nothing else: each has its own prompt, adapter, way
+of drawing and end, and a row that has ended leaves at once. What a request gets depends on itself
+alone; which rows may share a forward for that is `sharing.py`'s part.
+
+Prompts of one step have at most `most_tokens` together, so that running rows are not held up for
+long; one that is longer by itself is computed whole, in a step without other prompts. The caches of
+rows are joined and cut along the batch, padded on the left to that of the longest row
+(`cache.py`); what that takes is `Engine.cache_bytes`, and how many requests may run is for the
+caller to say.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.generation.adapters import RowAdapters
+from qlora_kit.generation.cache import RowBytes
+from qlora_kit.generation.group import Group, evaluating
+from qlora_kit.generation.request import Request, Ticket, check_request, check_token
+from qlora_kit.generation.sampling import Drawer
+from qlora_kit.generation.sharing import Sharing
+from qlora_kit.lora.bank import AdapterBank
+from qlora_kit.lora.switch import Active
+from qlora_kit.process.out_of_memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MOST_TOKENS = 2048
+"""Tokens of prompts that a step computes, padding included."""
+
+
+@dataclass(eq=False)
+class _Batch:
+    """The requests of a group, and what takes part beside the base for them."""
+
+    group: Group
+    tickets: list[Ticket]
+    active: Active | None
+
+
+class Engine:
+    """Requests on one model, decoded step by step.
+
+    With a bank each request names its adapter; without one, what takes part in the model is left
+    alone. Nothing else of the model changes: a step runs in evaluation mode and without gradients,
+    and puts each module's mode back. No two threads may be in it at a time.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        pad_id: int,
+        bank: AdapterBank | None = None,
+        most_tokens: float = MOST_TOKENS,
+    ) -> None:
+        check_token(model, pad_id)
+        self._model, self._pad_id, self._most_tokens = model, pad_id, most_tokens
+        self._adapters = RowAdapters(model, bank)
+        self._sharing = Sharing(model)
+        self._modules = list(model.modules())
+        self._waiting: deque[Ticket] = deque()
+        self._again: list[Ticket] = []
+        self._batches: list[_Batch] = []
+        self._drawer = Drawer([])
+        self._row_bytes: RowBytes | None = None
+        self._alone = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or runs."""
+        return not (self._waiting or self._again or self._batches)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests whose prompt is not computed yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that get a token in each step."""
+        return len(self._again) + sum(len(batch.tickets) for batch in self._batches)
+
+    def add(self, request: Request) -> Ticket:
+        """Let a request wait for the next step.
+
+        Errors, and nothing is changed then: `ConfigError` for a number out of its range, an empty
+        prompt, a token that the model does not have, or a prompt that together with
+        `max_new_tokens` exceeds the model's context; `AdapterError` for an unknown adapter.
+        """
+        check_request(self._model, request, "the prompt")
+        ticket = Ticket(request, self._adapters.find(request.adapter))
+        self._waiting.append(ticket)
+        return ticket
+
+    def drop(self, ticket: Ticket) -> None:
+        """End a request, running or not: it gets no more tokens, and is told no end."""
+        ticket.leave("dropped")
+        self._waiting = deque(one for one in self._waiting if one is not ticket)
+        self._again = [one for one in self._again if one is not ticket]
+        # Its cache is cut off before the next step, or here, where nobody is left.
+        self._batches = [
+            batch for batch in self._batches if any(one.end is None for one in batch.tickets)
+        ]
+        self._forget()
+
+    # Not inference_mode: a cast that a module caches here must serve training later.
+    @torch.no_grad()
+    def step(self) -> list[tuple[Ticket, int | None]]:
+        """Go on by one token; what each request got, and None where it has ended.
+
+        A request that ends by its length is told its last token, then None. How it ended is
+        `Ticket.end`: an error of one request ends that one, and no other. An error of another kind
+        is raised, and all requests are dropped.
+        """
+        tickets = [*self._waiting, *self._again, *self._running()]
+        try:
+            self._leave()
+            self._batches += self._prompts()
+            return self._step()
+        except BaseException:
+            for ticket in tickets:
+                ticket.leave("dropped")
+            self._waiting.clear()
+            self._again, self._batches = [], []
+            self._forget()
+            raise
+
+    def _step(self) -> list[tuple[Ticket, int | None]]:
+        told: list[tuple[Ticket, int | None]] = []
+        parts: list[Tensor] = []
+        batches, self._batches = self._batches, []
+        with evaluating(self._modules):
+            for batch in batches:
+                for one, logits in self._computed(batch):
+                    if isinstance(logits, Tensor):
+                        parts.append(logits)
+                        self._batches.append(one)
+                        continue
+                    for ticket in one.tickets:
+                        ticket.leave("error", logits)
+                        told.append((ticket, None))
+        if parts:
+            logits = torch.cat(parts) if len(parts) > 1 else parts[0]  # (B, V)
+            tickets = self._running()
+            drawn = self._draw(tickets, logits)
+            # One transfer a step for both, and the only one.
+            both = torch.stack((drawn, logits.amax(-1).isfinite().long())).tolist()
+            for ticket, token, is_finite in zip(tickets, *both, strict=True):
+                told += [(ticket, one) for one in ticket.take(token, bool(is_finite))]
+            sizes = [len(batch.tickets) for batch in self._batches]
+            for batch, tokens in zip(self._batches, torch.split(drawn, sizes), strict=True):
+                batch.group.feed(tokens)
+        self._leave()
+        self._join()
+        return told
+
+    def cache_bytes(self, tokens: int, rows: int = 1) -> int | None:
+        """Bytes of the cache of so many rows, of which the longest has so many tokens.
+
+        None where the kind of cache is not known. The first call computes one token.
+        """
+        if self._row_bytes is None:
+            group = Group(self._model, [[self._pad_id]], self._pad_id)
+            with torch.no_grad(), evaluating(self._modules), self._sharing.fresh():
+                group.logits()
+            self._row_bytes = group.row_bytes
+        return None if self._row_bytes is None else rows * self._row_bytes.at(tokens)
+
+    def _running(self) -> list[Ticket]:
+        return [ticket for batch in self._batches for ticket in batch.tickets]
+
+    def _prompts(self) -> list[_Batch]:
+        """Those whose turn it is, as batches that are to be computed."""
+        chosen, self._again = self._again, []
+        width = count = 0
+        while self._waiting:
+            width, count = max(width, len(self._waiting[0].request.ids)), count + 1
+            if count > 1 and count * width > self._most_tokens:
+                break
+            chosen.append(self._waiting.popleft())
+        return self._made(chosen)
+
+    def _made(self, chosen: Sequence[Ticket]) -> list[_Batch]:
+        """Batches of requests that start, or start again, from their first token."""
+        texts = {ticket: [*ticket.request.ids, *ticket.tokens] for ticket in chosen}
+
+        def key(ticket: Ticket) -> Hashable:
+            return id(ticket) if self._alone else self._sharing.of_prompts(len(texts[ticket]))
+
+        made = []
+        for tickets in _by(chosen, key):
+            group = Group(self._model, [texts[ticket] for ticket in tickets], self._pad_id)
+            made.append(_Batch(group, tickets, self._mixed(tickets)))
+        return made
+
+    def _computed(self, batch: _Batch) -> Iterator[tuple[_Batch, Tensor | Exception]]:
+        """A batch with its logits (B, V), or what was raised where memory ended.
+
+        Rows of a cache whose kind is not known can not leave a batch, and are computed alone from
+        the first such batch on.
+        """
+        logits = self._logits(batch)
+        if isinstance(logits, Exception) or batch.group.can_change or len(batch.tickets) == 1:
+            yield batch, logits
+            return
+        self._alone = True
+        for one in self._made(batch.tickets):
+            yield one, self._logits(one)
+
+    def _logits(self, batch: _Batch) -> Tensor | Exception:
+        """Those of a batch (B, V), or what was raised where memory ended."""
+        try:
+            with self._adapters.taking(batch.active), self._sharing.fresh():
+                return batch.group.logits()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # Its frames hold tensors.
+            return error.with_traceback(None)
+
+    def _draw(self, tickets: list[Ticket], logits: Tensor) -> Tensor:
+        drawn = [ticket.drawn for ticket in tickets]
+        if drawn != self._drawer.rows:
+            self._drawer = Drawer(drawn)
+        return self._drawer(logits)
+
+    def _mixed(self, tickets: Sequence[Ticket]) -> Active | None:
+        return self._adapters.together([ticket.active for ticket in tickets])
+
+    def _leave(self) -> None:
+        """Cut off the rows of requests that have ended, or that are to be computed again."""
+        batches = []
+        for batch in self._batches:
+            kept = []
+            for place, ticket in enumerate(batch.tickets):
+                if ticket.end is not None:
+                    continue
+                if self._sharing.is_computed_again(batch.group.lengths[place]):
+                    self._again.append(ticket)
+                else:
+                    kept.append(place)
+            if not kept:
+                continue
+            if len(kept) < len(batch.tickets):
+                batch.group.keep(kept)
+                batch.tickets = [batch.tickets[place] for place in kept]
+                batch.active = self._mixed(batch.tickets)
+            batches.append(batch)
+        self._batches = batches
+        self._forget()
+
+    def _join(self) -> None:
+        """Put the batches together that may share a forward from now on."""
+
+        def key(batch: _Batch) -> Hashable:
+            if not batch.group.can_change:
+                return id(batch)
+            return self._sharing.of_steps(batch.group.lengths[0])
+
+        batches = []
+        for first, *others in _by(self._batches, key):
+            if others:
+                first.group.join([other.group for other in others])
+                first.tickets = [t for batch in (first, *others) for t in batch.tickets]
+                first.active = self._mixed(first.tickets)
+            batches.append(first)
+        self._batches = batches
+
+    def _forget(self) -> None:
+        """Hold nothing of requests that have left."""
+        if not self._batches:
+            self._drawer = Drawer([])
+
+
+def _by(items: Sequence[Any], key: Callable[[Any], Hashable]) -> Iterator[list[Any]]:
+    """The items of one key together, in the order in which keys first come."""
+    found: dict[Hashable, list[Any]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    yield from found.values()

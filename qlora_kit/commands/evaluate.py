@@ -11,7 +11,7 @@ from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
-from qlora_kit.config.generation import AdaptersConfig, EvaluateConfig
+from qlora_kit.config.generation import BASE, AdaptersConfig, EvaluateConfig
 
 SUMMARY = "Evaluate a base, an adapter or an export on a file: loss, perplexity, exact match."
 GROUPS = (BaseConfig, AdaptersConfig, DataConfig, EvaluateConfig)
@@ -24,12 +24,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parse("qlora-kit evaluate", SUMMARY, GROUPS, given)
     from qlora_kit.run.evaluate import evaluate_model
 
-    report, terminal = evaluate_model(parsed), Terminal()
+    reports, terminal = evaluate_model(parsed), Terminal()
     if parsed[EvaluateConfig].json:
-        terminal.json(report, indent=2)
+        terminal.json(reports if len(reports) > 1 else reports[0], indent=2)
+    elif len(reports) > 1:
+        _compare(reports, terminal)
     else:
-        _show(report, terminal)
+        _show(reports[0], terminal)
     return 0
+
+
+def _compare(reports: list[dict[str, Any]], terminal: Terminal) -> None:
+    """The base and its adapters side by side: their answers, then a table."""
+    from rich.table import Table
+
+    names = [report["adapter"] or BASE for report in reports]
+    width = max(map(len, ("  expected", *names)))
+    for answers in zip(*(report["answers"] for report in reports), strict=True):
+        terminal.print((answers[0]["prompt"].strip(), "dim"))
+        terminal.line("  expected", answers[0]["expected"], width=width + 2)
+        for name, answer in zip(names, answers, strict=True):
+            verdict = "right" if answer["right"] else "wrong"
+            terminal.line(f"  {name}", f"{answer['answer']}  ({verdict})", width=width + 2)
+    base = reports[0]
+    terminal.line("model", f"{base['model']}, {base['bits']} bits, {base['dtype']}", width=10)
+    terminal.line("data", _counts(base), width=10)
+    table = Table(show_edge=False)
+    for title in ("adapter", "loss", "perplexity", "exact match"):
+        table.add_column(title, justify="left" if title == "adapter" else "right")
+    for name, report in zip(names, reports, strict=True):
+        exact = ""
+        if report["asked"]:
+            exact = f"{report['right']} of {report['asked']} ({report['exact_match']:.1%})"
+        table.add_row(name, f"{report['loss']:.4f}", _perplexity(report), exact)
+    terminal.show(table)
+
+
+def _counts(report: dict[str, Any]) -> str:
+    skipped = f", {report['skipped']} skipped" if report["skipped"] else ""
+    return f"{report['data']}: {report['rows']:,} rows{skipped}, {report['tokens']:,} tokens"
+
+
+def _perplexity(report: dict[str, Any]) -> str:
+    perplexity = report["perplexity"]
+    return "beyond measure" if perplexity is None else f"{perplexity:,.3f}"
 
 
 def _show(report: dict[str, Any], terminal: Terminal) -> None:
@@ -41,12 +79,9 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         terminal.line("  answer", f"{answer['answer']}  ({verdict})", width=10)
     if report["adapter"] is not None:
         lines.append(("adapter", report["adapter"]))
-    skipped = f", {report['skipped']} skipped" if report["skipped"] else ""
-    counts = f"{report['rows']:,} rows{skipped}, {report['tokens']:,} tokens"
-    lines.append(("data", f"{report['data']}: {counts}"))
-    perplexity = report["perplexity"]
-    shown = "beyond measure" if perplexity is None else f"{perplexity:,.3f}"
-    lines.append(("loss", f"{report['loss']:.4f} nats a token, perplexity {shown}"))
+    lines.append(("data", _counts(report)))
+    shown = f"{report['loss']:.4f} nats a token, perplexity {_perplexity(report)}"
+    lines.append(("loss", shown))
     if report["asked"]:
         right = f"{report['right']} of {report['asked']} answers equal the completion"
         lines.append(("exact", f"{right} ({report['exact_match']:.1%})"))

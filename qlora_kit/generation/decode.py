@@ -102,14 +102,17 @@ def answers(
     return _texts(engine, tokenizer, requests, stops, batch_size)
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation_config: Any = None
+) -> frozenset[int]:
     """Every token that ends an answer: what ends a turn of the tokenizer's chat template, and the
-    EOS of the tokenizer, the config and the generation config.
+    EOS of the tokenizer, the config and the generation config (the model's, if none is given).
 
     A chat model's end of turn often stands in the last one only, a base's in the template only.
     """
     ends = set(turn_ends(tokenizer))
-    for owner in (tokenizer, model.config, getattr(model, "generation_config", None)):
+    settings = generation_config or getattr(model, "generation_config", None)
+    for owner in (tokenizer, model.config, settings):
         named = getattr(owner, "eos_token_id", None)
         if named is not None:
             ends.update([named] if isinstance(named, int) else named)

@@ -19,7 +19,7 @@ from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped
-from qlora_kit.generation.decode import answers, end_ids
+from qlora_kit.generation.decode import answers
 from qlora_kit.generation.text import added_text
 
 WHOLE = 2**31
@@ -38,6 +38,7 @@ class Question:
 def exact_matches(
     model: PreTrainedModel,
     tokenizer: Any,
+    ends: Collection[int],
     rows: Iterable[Row],
     rules: EncodeRules,
     options: EvaluateConfig,
@@ -45,9 +46,9 @@ def exact_matches(
 ) -> list[dict[str, Any]]:
     """What each row asks, what it expects, the greedy answer, and whether that is right.
 
-    The answer is none where the prompt fills the model's `context`. Errors: those of encoding.
+    `ends` are the tokens that end an answer, which is none where the prompt fills the model's
+    `context`. Errors: those of encoding.
     """
-    ends = end_ids(model, tokenizer)
     asked = _questions(rows, tokenizer, rules, ends)
     texts = _answers(model, tokenizer, asked, options, context, ends)
     return [

@@ -1,57 +1,81 @@
-"""A base with the adapter that a command names on it, checked against each other."""
+"""A base with the adapters that a command names on it, checked against each other."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.checks import read_generation_config
 from qlora_kit.base.load import read_weights
-from qlora_kit.base.meta_model import take_generation_config
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.data.chat_template import take_template
 from qlora_kit.lora.adapter import load_adapter
+from qlora_kit.lora.bank import AdapterBank
+from qlora_kit.lora.inject import check_name
 from qlora_kit.lora.opening import open_adapter
 from qlora_kit.run.named_base import Named, base_of
+from qlora_kit.run.prompt_format import PromptFormat, formats_of
 from qlora_kit.run.saved_adapter import SavedAdapter
 
 
 @dataclass(frozen=True)
 class AdaptedBase:
-    """An opened base and the files of its adapter, if there is one; `load` reads the weights."""
+    """An opened base and the files of its adapters by name; `load` reads the weights.
+
+    `formats` says how the prompts of each adapter are written, and under None those of the base.
+    """
 
     base: Base
-    adapter: SavedAdapter | None
+    adapters: Mapping[str, SavedAdapter]
     allow_other_base: bool
+    formats: Mapping[str | None, PromptFormat]
 
     @staticmethod
     def open(named: Named, allow_other_base: bool, *, as_trained: bool = False) -> AdaptedBase:
         """The base of a command, with the options that `base_of` finds for it.
 
-        Chat templates that were saved with the adapter are the tokenizer's from here on, and the
-        tokens at which it stops the model's. No weight is read.
+        The chat templates that were saved with a single adapter are the tokenizer's from here on,
+        and the tokens at which it stops the model's. No weight is read.
 
         Errors: those of the base's files, and `AdapterError`.
         """
         adapter, parsed = named.adapter, named.parsed
-        if adapter is None:
-            return AdaptedBase(open_base(parsed[BaseConfig], named.files), None, allow_other_base)
-        base = open_base(base_of(parsed, adapter, as_trained=as_trained), named.files)
-        open_adapter(base.model, adapter.files, None if allow_other_base else base.info)
-        directory = adapter.files.directory
-        take_template(base.tokenizer, directory)
-        take_generation_config(base.model, read_generation_config(directory), directory)
-        return AdaptedBase(base, adapter, allow_other_base)
+        asked = parsed[BaseConfig]
+        if adapter is not None:
+            asked = base_of(parsed, adapter, as_trained=as_trained)
+        base = open_base(asked, named.files)
+        for name, one in named.adapters.items():
+            check_name(name)
+            open_adapter(base.model, one.files, None if allow_other_base else base.info)
+        formats = formats_of(base, named.adapters)
+        return AdaptedBase(base, named.adapters, allow_other_base, formats)
 
-    def load(self, *, weights: bool = True) -> PreTrainedModel:
-        """Read the weights, the adapter's too; without `weights` the adapter's alone.
+    @cached_property
+    def bank(self) -> AdapterBank:
+        """The adapters by name, once `load` has read them."""
+        return AdapterBank(self.base)
+
+    def load(self) -> PreTrainedModel:
+        """Read the weights, and the adapters into the bank; a single one takes part.
+
+        Errors: as `read_weights` and `AdapterBank.add`.
+        """
+        model = read_weights(self.base)
+        for name, adapter in self.adapters.items():
+            self.bank.add(name, adapter.files, allow_other_base=self.allow_other_base)
+        if len(self.adapters) == 1:
+            self.bank.use(next(iter(self.adapters)))
+        return model
+
+    def load_masters(self, *, weights: bool = True) -> None:
+        """Read the weights and the adapter as training has it; without `weights` that alone.
 
         Errors: as `read_weights` and `load_adapter`.
         """
-        model = read_weights(self.base) if weights else self.base.model
-        if self.adapter is not None:
-            load_adapter(self.base, self.adapter.files, allow_other_base=self.allow_other_base)
-        return model
+        if weights:
+            read_weights(self.base)
+        for adapter in self.adapters.values():
+            load_adapter(self.base, adapter.files, allow_other_base=self.allow_other_base)

@@ -7,6 +7,7 @@ adapter's own run held out, so that the loss is the one in its run.json.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,17 +21,15 @@ from qlora_kit.run.named_base import Named
 from qlora_kit.run.saved_adapter import SavedAdapter
 
 
-def evaluate_model(parsed: Parsed) -> dict[str, Any]:
-    """The loss, perplexity and answers of what the options name: what `--json` prints.
+def evaluate_model(parsed: Parsed) -> list[dict[str, Any]]:
+    """The loss, perplexity and answers of the base or its adapter, or of the base and several.
 
     Errors: those of the files, `ConfigError`, `NumericError`.
     """
     options = parsed[EvaluateConfig]
-    adapters = parsed[AdaptersConfig].named
-    if len(adapters) > 1:
-        raise ConfigError(f"{len(adapters)} adapters are given", "evaluate one at a time")
-    named = Named.open(parsed, next(iter(adapters.values()), None))
-    data, seed = _data(parsed, named.adapter)
+    adapters = parsed[AdaptersConfig]
+    named = Named.open(parsed, adapters.named, allow_other_base=adapters.allow_other_base)
+    data, seed = _data(parsed, list(named.adapters.values()))
     found = load_rows(data, seed)
     rows, source = found.train, found.train_source
     if found.evaluation:
@@ -48,12 +47,21 @@ def evaluate_model(parsed: Parsed) -> dict[str, Any]:
     return scores(named, data, rows, source)
 
 
-def _data(parsed: Parsed, adapter: SavedAdapter | None) -> tuple[DataConfig, int]:
-    """What to read, and the seed that draws a share of it."""
+def _data(parsed: Parsed, adapters: Sequence[SavedAdapter]) -> tuple[DataConfig, int]:
+    """What to read, and the seed that draws a share of it.
+
+    Errors: `ConfigError` where several adapters were trained on different data, and none is given.
+    """
     options, data = parsed[EvaluateConfig], parsed[DataConfig]
     given = parsed.given[DataConfig]
-    if "data" not in given and adapter is not None:
-        run = adapter.data()
+    if "data" not in given and adapters:
+        runs = [adapter.data() for adapter in adapters]
+        run = runs[0]
+        if any(other != run for other in runs[1:]):
+            raise ConfigError(
+                f"{len(adapters)} adapters are given, and their runs held out different rows",
+                "give the rows as --data",
+            )
         if run is not None:
             own = {name: getattr(data, name) for name in given}
             return replace(run[0], **own), run[1]

@@ -23,7 +23,8 @@ def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
     check_prompt(options)
     adapters = parsed[AdaptersConfig]
     chosen = adapters.chosen(options.use)
-    named = Named.open(parsed, None if chosen is None else adapters.named[chosen])
+    allowed = adapters.allow_other_base
+    named = Named.open(parsed, adapters.named, allow_other_base=allowed)
     if options.prompts is None:
         rows = [{"prompt": one_prompt(options)}]
     else:
@@ -31,5 +32,5 @@ def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
     from qlora_kit.run.answers import answer_pieces, answer_rows
 
     if options.prompts is None:
-        return answer_pieces(named, rows[0])
-    return answer_rows(named, rows)
+        return answer_pieces(named, rows[0]["prompt"], chosen)
+    return answer_rows(named, rows, chosen)

@@ -50,7 +50,8 @@ def merge(
     rows, where = rows_for(base)
     if target is not None:
         check_export(base, target, options)
-    opened.load(weights=options.compare or FORMATS[options.format].needs_base(base, options))
+    format = FORMATS[options.format]
+    opened.load_masters(weights=options.compare or format.needs_base(base, options))
     compared = compare(base, target, rows, on_compared) if options.compare else None
     if target is None:
         return {"verified_on": where, "compared": compared}
@@ -64,8 +65,6 @@ def merge(
         "base": base.info.as_dict() | {"name": name},
         "versions": versions(),
     }
-
-    format = FORMATS[options.format]
     if options.with_towers:
         report["with_towers"] = True
     if options.quantize is not None:

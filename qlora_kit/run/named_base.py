@@ -1,17 +1,20 @@
-"""Which base and which adapter a command means, and their files, each opened once.
+"""Which base and which adapters a command means, and their files, each opened once.
 
-The base is the one that the options name, or the adapter's own. Nothing here needs torch.
+The base is the one that the options name, or the adapters' own. Several have to agree about it:
+what one was trained on in 4 bits is another model in 8. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.base.base_files import BaseFiles, find_base
 from qlora_kit.base.source import TINY, is_known, is_path, local_path
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.generation import ALONE
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.files.atomic import real_path
 from qlora_kit.options.checks import joined
@@ -21,26 +24,48 @@ from qlora_kit.run.saved_adapter import SavedAdapter
 
 @dataclass(frozen=True)
 class Named:
-    """The options of a command, and the files of the adapter and the base that they name.
+    """The options of a command, and the files of the adapters and the base that they name.
 
-    `files` are those of the base, None where the adapter is yet to be asked for it.
+    `files` are those of the base, None where an adapter is yet to be asked for it.
     """
 
     parsed: Parsed
-    adapter: SavedAdapter | None
+    adapters: Mapping[str, SavedAdapter]
     files: BaseFiles | None
 
     @staticmethod
-    def open(parsed: Parsed, adapter: str | None, *, hashed: bool = False) -> Named:
+    def open(
+        parsed: Parsed,
+        adapters: Mapping[str, str] | str | None,
+        *,
+        hashed: bool = False,
+        allow_other_base: bool = False,
+    ) -> Named:
         """Open and check them; `hashed`, for who goes on training the adapter.
 
-        Errors: those of the files, `AdapterError`.
+        `adapters` are directories by name, or the directory of one.
+        Errors: those of the files; `AdapterError` where adapters do not agree about their base,
+        unless `allow_other_base` lets the first one decide.
         """
-        saved = None if adapter is None else SavedAdapter.open(adapter, hashed=hashed)
-        if saved is not None and "model" not in parsed.given[BaseConfig]:
+        if not isinstance(adapters, Mapping):
+            adapters = {} if adapters is None else {ALONE: adapters}
+        saved = {
+            name: SavedAdapter.open(directory, hashed=hashed)
+            for name, directory in adapters.items()
+        }
+        if len(saved) > 1 and not allow_other_base:
+            _check_agreement(parsed, list(saved.values()))
+        if saved and "model" not in parsed.given[BaseConfig]:
             return Named(parsed, saved, None)
         base = parsed[BaseConfig]
         return Named(parsed, saved, find_base(base.model, base.revision))
+
+    @property
+    def adapter(self) -> SavedAdapter | None:
+        """The one that says which base is meant: the first that knows, None without adapters."""
+        given = list(self.adapters.values())
+        known = (one for one in given if one.files.trained_on)
+        return next(known, given[0] if given else None)
 
 
 def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) -> BaseConfig:
@@ -92,6 +117,57 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
     if "model" not in options:
         raise ConfigError(f"{adapter.name} does not say which base it belongs to", "give --model")
     return BaseConfig(**options)
+
+
+AGREED = {
+    "bits": "bits",
+    "quant_type": "quant_type",
+    "double_quant": "double_quant",
+    "skip_modules": "skip_modules",
+    "compute_dtype": "dtype",
+    "embedding_rows": "resize_embeddings",
+}
+"""What an adapter's header says of its base, and the flag that decides it for all."""
+UNSAID = ("skip_modules", "embedding_rows")
+"""Of these the ones that mean something where they are absent."""
+
+
+def _check_agreement(parsed: Parsed, adapters: Sequence[SavedAdapter]) -> None:
+    """Refuse adapters of different bases. Errors: `AdapterError` naming two, and what differs."""
+    given = parsed.given[BaseConfig]
+    for first, other in itertools.combinations(adapters, 2):
+        differences = list(_differences(first, other, given))
+        if differences:
+            raise AdapterError(
+                f"{first.name} and {other.name} were not trained on one base: "
+                + "; ".join(differences),
+                "leave one out, give the flags that are to hold for all, or --allow_other_base",
+            )
+
+
+def _differences(first: SavedAdapter, other: SavedAdapter, given: Collection[str]) -> Iterator[str]:
+    """In what the bases of two adapters differ, as far as both say it and no flag decides it."""
+    ours, theirs = first.files.trained_on, other.files.trained_on
+    if ours and theirs:
+        for field, flag in AGREED.items():
+            values = [ours.get(field), theirs.get(field)]
+            # 8 bits have no type; an adapter of either says so with its bits.
+            said = field in UNSAID or None not in values
+            if said and flag not in given and values[0] != values[1]:
+                yield f"{field} {joined(values[0] or 'none')} and {joined(values[1] or 'none')}"
+    if ours.get("fingerprint") and theirs.get("fingerprint"):
+        if ours["fingerprint"] != theirs["fingerprint"]:
+            yield f"the weights are those of {ours.get('name')} and of {theirs.get('name')}"
+    elif "model" not in given:
+        # PEFT's files say a name alone.
+        names = [one.files.config.get("base_model_name_or_path") for one in (first, other)]
+        if all(names) and len({_place(str(name)) for name in names}) > 1:
+            yield f"they name {names[0]} and {names[1]}"
+
+
+def _place(name: str) -> str:
+    """A base by its path, where it is one."""
+    return str(real_path(local_path(name))) if is_path(name) else name
 
 
 def _named_base(adapter: SavedAdapter, run: Mapping[str, Any]) -> str | None:

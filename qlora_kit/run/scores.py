@@ -1,4 +1,4 @@
-"""The loss, the perplexity and the exact matches of a model on rows."""
+"""The loss, the perplexity and the exact matches of a base and its adapters on rows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.config.data import DataConfig
-from qlora_kit.config.generation import AdaptersConfig, EvaluateConfig
+from qlora_kit.config.generation import ALONE, AdaptersConfig, EvaluateConfig
 from qlora_kit.data.batch import eval_batches, padding_id
 from qlora_kit.data.chat_template import check_chat_options, use_template
-from qlora_kit.data.encode import encode_rows
+from qlora_kit.data.encode import EncodedRows, encode_rows
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Table
 from qlora_kit.errors import NumericError, redacted
@@ -20,45 +20,80 @@ from qlora_kit.run.named_base import Named
 from qlora_kit.training.loss import evaluate
 
 
-def scores(named: Named, data: DataConfig, rows: Table, source: str) -> dict[str, Any]:
+def scores(named: Named, data: DataConfig, rows: Table, source: str) -> list[dict[str, Any]]:
     """What `evaluate --json` prints of the rows of `source`, which `data` says how to encode.
 
-    Errors: those of the base, the adapter and encoding; `NumericError` for a loss that is none.
+    It is one report of the base or its single adapter; of several adapters one each, after that of
+    the base. The base is loaded once, and rows are written in the template of whoever answers.
+    Errors: those of the base, the adapters and encoding; `NumericError` for a loss that is none.
     """
     options, rules = named.parsed[EvaluateConfig], EncodeRules.of(data)
     opened = AdaptedBase.open(named, named.parsed[AdaptersConfig].allow_other_base)
-    base, adapter = opened.base, opened.adapter
-    if "chat_template" in named.parsed.given[DataConfig] and data.chat_template is not None:
-        use_template(base.tokenizer, data.chat_template)
-    check_chat_options(base.tokenizer, rules.chat)
-    encoded = encode_rows(rows, base.tokenizer, data.length_in(base.context), rules)
-    model = opened.load()
-    batches = eval_batches(encoded.rows, options.batch_size, padding_id(base.tokenizer))
-    result = evaluate(model, batches)
-    if not math.isfinite(result.loss):
-        raise NumericError(
-            f"the loss on {source} is {result.loss}",
-            "check the adapter and the base, or use another --dtype",
+    base, model = opened.base, opened.base.model
+    names: list[str | None] = [None, *opened.adapters]
+    if len(opened.adapters) == 1:
+        names = list(opened.adapters)
+    encoded = _encoded(named, data, rows, opened, names)
+    opened.load()
+    reports = []
+    for name in names:
+        tokenizer, ends = opened.formats[name].tokenizer, opened.formats[name].ends
+        mine = encoded[str(tokenizer.chat_template)]
+        with opened.bank.using(name):
+            batches = eval_batches(mine.rows, options.batch_size, padding_id(tokenizer))
+            result = evaluate(model, batches)
+            if not math.isfinite(result.loss):
+                whose = f" of {name}" if len(names) > 1 else ""
+                raise NumericError(
+                    f"the loss{whose} on {source} is {result.loss}",
+                    "check the adapter and the base, or use another --dtype",
+                )
+            answers = []
+            if options.exact_match:
+                answers = exact_matches(model, tokenizer, ends, rows, rules, options, base.context)
+        right = sum(answer["right"] for answer in answers)
+        reports.append(
+            {
+                "model": base.source.name,
+                "revision": base.source.revision,
+                "bits": base.quantization.bits,
+                "dtype": base.info.compute_dtype,
+                "adapter": _shown(opened, name),
+                "data": redacted(source),
+                "rows": len(mine.rows),
+                "skipped": sum(mine.skipped.values()),
+                "tokens": result.tokens,
+                "loss": result.loss,
+                # Beyond what a float holds there is nothing to say.
+                "perplexity": math.exp(result.loss) if result.loss < 700 else None,
+                "exact_match": right / len(answers) if answers else None,
+                "right": right if answers else None,
+                "asked": len(answers) or None,
+                "answers": answers[: options.generate],
+            }
         )
-    answers = []
-    if options.exact_match:
-        answers = exact_matches(model, base.tokenizer, rows, rules, options, base.context)
-    right = sum(answer["right"] for answer in answers)
-    return {
-        "model": base.source.name,
-        "revision": base.source.revision,
-        "bits": base.quantization.bits,
-        "dtype": base.info.compute_dtype,
-        "adapter": None if adapter is None else redacted(Path(adapter.name).resolve().name),
-        "data": redacted(source),
-        "rows": len(encoded.rows),
-        "skipped": sum(encoded.skipped.values()),
-        "tokens": result.tokens,
-        "loss": result.loss,
-        # Beyond what a float holds there is nothing to say.
-        "perplexity": math.exp(result.loss) if result.loss < 700 else None,
-        "exact_match": right / len(answers) if answers else None,
-        "right": right if answers else None,
-        "asked": len(answers) or None,
-        "answers": answers[: options.generate],
-    }
+    return reports
+
+
+def _encoded(
+    named: Named, data: DataConfig, rows: Table, opened: AdaptedBase, names: list[str | None]
+) -> dict[str, EncodedRows]:
+    """The rows in each chat template that is used, by its text."""
+    rules, encoded = EncodeRules.of(data), dict[str, EncodedRows]()
+    for name in names:
+        tokenizer = opened.formats[name].tokenizer
+        if "chat_template" in named.parsed.given[DataConfig] and data.chat_template is not None:
+            use_template(tokenizer, data.chat_template)
+        template = str(tokenizer.chat_template)
+        if template not in encoded:
+            check_chat_options(tokenizer, rules.chat)
+            length = data.length_in(opened.base.context)
+            encoded[template] = encode_rows(rows, tokenizer, length, rules)
+    return encoded
+
+
+def _shown(opened: AdaptedBase, name: str | None) -> str | None:
+    """The name of an adapter; that of its directory where it was given none."""
+    if name == ALONE and name in opened.adapters:
+        return redacted(Path(opened.adapters[name].name).resolve().name)
+    return None if name is None else redacted(name)

@@ -1,0 +1,84 @@
+"""How the prompts of one adapter are written, and where its answers end.
+
+An adapter brings the chat template that it was trained with, and the tokens at which it stops. On a
+base with several of them a prompt is written for the adapter that answers it, so that each answers
+as it does alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.checks import read_generation_config
+from qlora_kit.base.meta_model import take_generation_config
+from qlora_kit.data.answers import chat_ids
+from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, take_template
+from qlora_kit.data.encode import prompt_ids
+from qlora_kit.generation.decode import end_ids
+from qlora_kit.run.saved_adapter import SavedAdapter
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The format of an adapter, or of the base alone; its `tokenizer` has its chat template.
+
+    What the adapter's run says of its chats is read where a prompt needs it.
+    """
+
+    tokenizer: Any
+    model: PreTrainedModel
+    generation_config: Any
+    adapter: SavedAdapter | None = None
+
+    def prompt_ids(self, prompt: str, in_template: bool = False) -> list[int]:
+        """The ids to go on from; `in_template`: the prompt is a user's message."""
+        options = self.chat if in_template else NO_OPTIONS
+        # As the run read control tokens in its rows: as characters, or as what they are.
+        literal = self.adapter is not None and self.adapter.reads_literally()
+        return prompt_ids(prompt, self.tokenizer, in_template, literal, options)
+
+    def chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The ids that come before the answer to some messages. Errors: as `chat_ids`."""
+        return chat_ids(messages, self.tokenizer, self.chat)
+
+    @cached_property
+    def chat(self) -> ChatOptions:
+        """How the adapter's run wrote chats: its variables and its day."""
+        return NO_OPTIONS if self.adapter is None else self.adapter.chat()
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return end_ids(self.model, self.tokenizer, self.generation_config)
+
+
+def formats_of(base: Base, adapters: Mapping[str, SavedAdapter]) -> dict[str | None, PromptFormat]:
+    """The format of each adapter by its name, and under None that of the base alone.
+
+    A base without a chat template writes its prompts as the first adapter does, so that both can
+    be compared. One adapter alone gives the base's tokenizer and model what it brings.
+    Errors: those of the files.
+    """
+    model, plain = (
+        base.model,
+        PromptFormat(copy.copy(base.tokenizer), base.model, base.model.generation_config),
+    )
+    formats: dict[str | None, PromptFormat] = {}
+    for name, adapter in adapters.items():
+        directory = adapter.files.directory
+        tokenizer = base.tokenizer if len(adapters) == 1 else copy.copy(plain.tokenizer)
+        take_template(tokenizer, directory)
+        take_generation_config(model, read_generation_config(directory), directory)
+        formats[name] = PromptFormat(tokenizer, model, model.generation_config, adapter)
+        if len(adapters) > 1:
+            model.generation_config = plain.generation_config
+    first = next(iter(formats.values()), plain)
+    formats[None] = plain if plain.tokenizer.chat_template else first
+    return formats

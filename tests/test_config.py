@@ -302,6 +302,7 @@ def test_adapters_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (("a=b", "a=c"), {"a=b": "a=b", "a": "c"}),
         (("a=b",), {"default": "a=b"}),
         (("x=~/y",), {"x": str(Path.home() / "y")}),
+        (("a", "runs/llama-1.1b"), {"a": "a", "llama-1.1b": "runs/llama-1.1b"}),
     ):
         assert dict(AdaptersConfig(adapter=given).named) == named
     for wrong, words in (
@@ -310,7 +311,6 @@ def test_adapters_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (("base=x",), "adapter base=x: give it another name"),
         (("=x",), "adapter =x: give it as NAME=DIR"),
         (("no/where=x",), "adapter no/where=x: give it as NAME=DIR"),
-        (("a", "llama-1.1b"), "adapter llama-1.1b: give it as NAME=DIR"),
         (("a\nb=x",), "give it as NAME=DIR"),
         (("n" * 201 + "=x",), "at most 200 characters"),
         (("a=",), "adapter must be DIR or NAME=DIR"),

@@ -14,14 +14,24 @@ from qlora_kit.options.option import Options, option
 
 NAME_LIMIT = 200
 """Characters of an adapter's name."""
-ADAPTER_NAMES = f"printable, without a dot or a slash, of at most {NAME_LIMIT} characters"
+ADAPTER_NAMES = f"printable, without a slash, of at most {NAME_LIMIT} characters"
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
+
+
+def is_name(name: object) -> bool:
+    """Whether an adapter can be asked for by a name: a text of one line that is not too long."""
+    plain = isinstance(name, str) and name.isprintable() and len(name) <= NAME_LIMIT
+    return plain and str(name).strip() != ""
 
 
 def is_adapter_name(name: object) -> bool:
     """Whether a name can be part of the names of an adapter's weights, which dots divide."""
-    plain = isinstance(name, str) and name.isprintable() and len(name) <= NAME_LIMIT
-    return plain and name != "" and "." not in str(name)
+    return is_name(name) and "." not in str(name)
+
+
+def scaling_of(r: int, alpha: float, use_rslora: bool) -> float:
+    """What the product B A of rank `r` is multiplied by."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class LoRAConfig(Options):
     @property
     def scaling(self) -> float:
         """What the low-rank product is multiplied by."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return scaling_of(self.r, self.alpha, self.use_rslora)
 
     def _conflicts(self) -> typing.Iterator[str]:
         if self.adapter is None:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
 from qlora_kit.config.limits import LARGEST_ALPHA
+from qlora_kit.config.lora import NAME_LIMIT, is_name
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapter_files import AdapterFiles
-from qlora_kit.lora.inject import check_name, lora_layer, switch_of
+from qlora_kit.lora.inject import lora_layer, switch_of
 from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.merged import Merged, merge
 from qlora_kit.lora.mixed import Mixed
@@ -63,7 +64,7 @@ class AdapterBank:
         self._merged: dict[str, Merged] = {}
         # Replaced as a whole, so that a reader in another thread has the one or the other.
         self._switch: Switch | None = None
-        self._changing = threading.Lock()
+        self._changing = threading.RLock()
         self._mixed: Mixed | None = None
         """The last one, whose matrices the next may use again."""
 
@@ -148,7 +149,8 @@ class AdapterBank:
 
     def unmerge(self, name: str) -> None:
         """Let an adapter take part beside the base again; its copies, if any, are dropped."""
-        self._merged = {known: one for known, one in self._merged.items() if known != name}
+        with self._changing:
+            self._merged = {known: one for known, one in self._merged.items() if known != name}
 
     def use(self, name: str | None) -> None:
         """Let one adapter take part from the next forward on; None is the base alone.
@@ -198,7 +200,12 @@ class AdapterBank:
         return adapters[name]
 
     def _check_new(self, name: str) -> None:
-        check_name(name)
+        # No module has this name, so that it may have dots: those of versions and hub ids.
+        if not is_name(name):
+            raise AdapterError(
+                f"{repr(name)[:60]} cannot be the name of an adapter",
+                f"give a text of one line, of at most {NAME_LIMIT} characters",
+            )
         if name in self._adapters:
             raise AdapterError(
                 f"the bank has an adapter {name!r} already", "give another name, or remove it first"

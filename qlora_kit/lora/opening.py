@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.base import BaseInfo
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.tensors import CPU, checks_later, read_tensors
-from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.lora import scaling_of
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
@@ -42,8 +42,7 @@ class OpenAdapter(NamedTuple):
     def scaling(self, module: str) -> float:
         """What the low-rank product of a linear that it adapts is multiplied by."""
         r, alpha = self.modules[module]
-        use_rslora = bool(self.config.get("use_rslora"))
-        return LoRAConfig(r=r, alpha=alpha, use_rslora=use_rslora).scaling
+        return scaling_of(r, alpha, bool(self.config.get("use_rslora")))
 
     def read(
         self, device: torch.device = CPU, dtype: torch.dtype | None = None

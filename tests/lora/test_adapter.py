@@ -485,27 +485,6 @@ def test_loading_again_replaces_every_layer_of_the_old_adapter(bases, adapter, t
     assert torch.equal(logits(base), logits(load(bases / "llama2")))
 
 
-def test_sixty_four_adapters_and_a_thousand_switches(bases, tmp_path):
-    base = load(bases / "shallow", bits=4)
-    generator, first = torch.Generator().manual_seed(0), {}
-    for number in range(64):
-        config = LoRAConfig(r=1 + number % 7, target_modules="q_proj,v_proj")
-        inject_lora(base.model, config, seed=number, adapter=f"a{number}")
-        for layer in lora_layers(base.model).values():
-            layer.weights(f"a{number}")[1].data.normal_(generator=generator)
-    bases_before = {
-        name: layer.base_layer.weight.clone() for name, layer in lora_layers(base.model).items()
-    }
-    with torch.no_grad():
-        for step in range(1000):
-            number = int(torch.randint(64, (), generator=generator))
-            activate(base.model, f"a{number}")
-            out = base.model(input_ids=token_ids(1, 4), use_cache=False).logits
-            assert torch.equal(out, first.setdefault(number, out)), step
-    for name, layer in lora_layers(base.model).items():
-        assert torch.equal(layer.base_layer.weight, bases_before[name])
-
-
 def test_a_renamed_base_is_still_the_same(bases, adapter, tmp_path):
     moved = shutil.copytree(bases / "llama2", tmp_path / "moved")
     edit_config(moved, transformers_version="5.0.0")

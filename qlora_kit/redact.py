@@ -17,6 +17,8 @@ SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "_PAT")
 """How the names of environment variables end whose values may be secrets."""
 SECRET_LENGTH, SECRET_LIMIT = 8, 2**16
 """Characters from which on a stored line is a secret, and of a file that is read for some."""
+OWN_KEY = "QLORA_KIT_API_KEY"
+"""The variable with the key of a server of ours: secret whatever it looks like."""
 TOKEN_LENGTH, PHRASE_LENGTH, KEY_LENGTH = 16, 24, 32
 """Characters of a run with digits, of what is no single word, and of a key that may have slashes:
 from these on a value is a token."""
@@ -29,9 +31,19 @@ PREFIXES = re.compile(
 def known_secrets() -> tuple[str, ...]:
     """Every text that is never to be printed or written, the longest first."""
     named = (value for name, value in os.environ.items() if name.upper().endswith(SECRET_NAMES))
-    found = {value for value in named if is_token(value)} | set(_stored_logins())
+    found = {value for value in named if is_token(value)} | set(_stored_logins()) | _hidden
+    if len(own := os.environ.get(OWN_KEY, "")) >= SECRET_LENGTH:
+        found.add(own)
     # A part that is replaced before would hide the whole.
     return tuple(sorted(found, key=len, reverse=True))
+
+
+def hide(secret: str) -> None:
+    """Let a text be a secret from here on, such as one that was given by a flag."""
+    _hidden.add(secret)
+
+
+_hidden: set[str] = set()
 
 
 def is_token(value: str) -> bool:

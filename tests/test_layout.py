@@ -37,6 +37,7 @@ FLOORS = {
     "memory": 8,
     "generation": 8,
     "plan": 9,
+    "serving": 9,
     "export": 9,
     "run": 10,
     "commands": 11,
@@ -50,7 +51,7 @@ BITSANDBYTES = {"base.quantize", "training.optimizer"}
 LIGHT = (
     *(f"config.{name}" for name in ("base", "commands", "data", "export", "hub")),
     *("config.generation", "config.limits", "config.lora", "config.output", "config.run"),
-    "config.training",
+    *("config.serve", "config.training"),
     *("errors", "redact", "files.aside", "files.atomic", "files.lock", "files.publish"),
     *("options.checks", "options.option", "options.names", "options.yaml_file", "options.parsed"),
     *("process.signals", "process.out_of_memory", "process.start", "process.streams"),
@@ -173,7 +174,7 @@ def defined(name: str) -> frozenset[str]:
 
 
 LONGEST_MODULE, LONGEST_FUNCTION, MOST_IMPORTED = 300, 60, 12
-LATE = 15
+LATE = 17
 
 
 def functions(name: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

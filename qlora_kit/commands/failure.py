@@ -39,6 +39,7 @@ MEMORY_REMEDIES = {
     "evaluate": "lower --batch_size, --max_length or --bits",
     "generate": "lower --batch_size, --max_new_tokens or --bits",
     "export": "give --verify FILE with a few short rows",
+    "serve": "lower --max_batch, --max_length or --bits",
     "show_data": "show shorter rows",
 }
 """What takes less memory, in flags that the command has."""
@@ -140,7 +141,13 @@ def stands_for(error: Exception, command: str) -> QloraKitError:
         return error
     if isinstance(error, OSError):
         failed = from_os_error(error)
-        if command in ("generate", "evaluate", "show_data", "plan"):  # they have no such flag
+        if command in (
+            "generate",
+            "evaluate",
+            "show_data",
+            "plan",
+            "serve",
+        ):  # they have no such flag
             failed.remedy = failed.remedy.removesuffix(" or choose another place with --output_dir")
         return failed
     return QloraKitError(

@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "say what a run will take, before a byte of weights is read",
     "export": "write what was trained in a format for others, verify it",
     "generate": "go on from a prompt with a base or an adapter",
+    "serve": "answer requests of the OpenAI API with a base and its adapters",
     "show_data": "show, in colour, which tokens are trained on",
     "evaluate": "loss, perplexity and exact match of a base, an adapter or an export",
 }

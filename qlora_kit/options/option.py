@@ -39,6 +39,7 @@ def option(
     reads: Callable[[Any], Any] | None = None,
     metavar: str | None = None,
     shown_default: str | None = None,
+    secret: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag and a key of the config file.
 
@@ -46,6 +47,7 @@ def option(
     `--help` says where the default is worked out later. The value of a `path` may start with `~`.
     A flag that is `repeated` may be given more than once, and has all of its values.
     `reads` is called with what was given, and gives what it means where another tool spells it so.
+    The value of a `secret` is in no error.
     """
     details = {
         "help": help,
@@ -57,6 +59,7 @@ def option(
         "reads": reads,
         "metavar": metavar,
         "shown_default": shown_default,
+        "secret": secret,
     }
     return dataclasses.field(default=default, metadata={"option": details})
 
@@ -85,7 +88,8 @@ class Options:
             if value is not None or not _allows_none(annotation):
                 value, allowed = _checked(value, annotation, details)
             if allowed is not None:
-                yield f"{flag_of(field)} must be {allowed}, got {_shown(value)}"
+                shown = "something else" if details["secret"] else _shown(value)
+                yield f"{flag_of(field)} must be {allowed}, got {shown}"
                 continue
             object.__setattr__(self, field.name, value)
 

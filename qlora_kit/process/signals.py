@@ -67,6 +67,7 @@ class StopSignals:
         self._last_s = 0.0
         self._outermost: FrameType | None = None
         self._before: dict[int, object] = {}
+        self._says: str | None = None
         self.received: int | None = None
         """The signal that came, if one did."""
 
@@ -89,10 +90,13 @@ class StopSignals:
             StopSignals._active = self._outermost = None
 
     @contextlib.contextmanager
-    def between_steps(self) -> Iterator[None]:
-        """Inside, a signal waits for `raise_if_received` or for a droppable part."""
+    def between_steps(self, says: str | None = None) -> Iterator[None]:
+        """Inside, a signal waits for `raise_if_received` or for a droppable part.
+
+        It is answered with the line `says`, where what is waited for is not a step.
+        """
         self.raise_if_received()
-        self._deferred = True
+        self._deferred, self._says = True, says
         try:
             yield
         finally:
@@ -129,7 +133,7 @@ class StopSignals:
                 self._stop_after_import(frame)
                 return
             what = "micro-batch" if number == signal.SIGINT else "step"
-            _say(f"stopping after this {what}")
+            _say(self._says or f"stopping after this {what}")
             signal.setitimer(signal.ITIMER_REAL, self._grace_s, POLL_S)
         elif number == signal.SIGXCPU:
             pass  # the kernel repeats it with every second of CPU time

@@ -1,0 +1,27 @@
+"""`qlora-kit serve`: answer requests of the OpenAI API with a base and adapters on it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.failure import reports_errors
+from qlora_kit.commands.terminal import Terminal
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.generation import AdaptersConfig
+from qlora_kit.config.serve import ServeConfig
+
+SUMMARY = "Serve a base and adapters on it through the OpenAI API, and a page to chat with them."
+
+
+@functools.partial(reports_errors, output_is_product=False)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command until a signal ends it; returns the exit code."""
+    given = sys.argv[1:] if argv is None else argv
+    parsed = parse("qlora-kit serve", SUMMARY, (BaseConfig, AdaptersConfig, ServeConfig), given)
+    from qlora_kit.run.serve import serve
+
+    serve(parsed, Terminal().print)
+    return 0

@@ -1,0 +1,139 @@
+"""Errors as the OpenAI API says them: `{"error": {"message", "type", "param", "code"}}`.
+
+What a client is told is about its own request. Faults of the server have a text that names no path
+and no part of the program; the whole of them is in the server's log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_kit.errors import (
+    ConfigError,
+    DataError,
+    NumericError,
+    QloraKitError,
+    UnsafeInputError,
+    excerpt,
+)
+
+INVALID, BUSY, BROKEN = "invalid_request_error", "rate_limit_error", "server_error"
+"""The API's types of errors that are used here."""
+RETRY_S = 1
+"""Seconds after which a client may ask a full server again."""
+
+
+class ApiError(Exception):
+    """What a request is answered with in place of what it asked for."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, dict(headers or {})
+        self._type, self._param, self._code = type, param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The API's error object."""
+        said = {"type": self._type, "param": self._param, "code": self._code}
+        return {"error": {"message": self.message, **said}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that asks for what there is not."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def no_key() -> ApiError:
+    """A request without the key, or with another one."""
+    return ApiError(
+        401,
+        "the API key is missing or wrong; send it as the header Authorization: Bearer KEY",
+        code="invalid_api_key",
+        headers={"www-authenticate": "Bearer"},
+    )
+
+
+def no_model(name: str, known: list[str]) -> ApiError:
+    """A request to a model that is not here."""
+    return ApiError(
+        404,
+        f"the model {excerpt(name)!r} does not exist; there are {excerpt(', '.join(known), 300)}",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def no_adapters() -> ApiError:
+    """A server that anybody on the machine may ask lets nobody name a directory to read."""
+    return ApiError(
+        403,
+        "adapters are added and removed where the server was started with an API key",
+        code="needs_api_key",
+    )
+
+
+def left() -> ApiError:
+    """What nobody reads: the client has left."""
+    return ApiError(499, "the client left", code="client_left")
+
+
+def no_path() -> ApiError:
+    """A request to what the server does not have."""
+    return ApiError(404, "there is no such path, or not with this method", code="not_found")
+
+
+def too_large(limit: int) -> ApiError:
+    """A body that is not read."""
+    return ApiError(
+        413,
+        f"the body is larger than {limit} bytes; send less text",
+        code="request_too_large",
+    )
+
+
+def queue_full(waiting: int) -> ApiError:
+    """A request beyond what may wait."""
+    return ApiError(
+        429,
+        f"{waiting} requests wait already, which is the server's limit; send it again later",
+        type=BUSY,
+        code="queue_full",
+        headers={"retry-after": str(RETRY_S)},
+    )
+
+
+def closing() -> ApiError:
+    """A request to a server that ends."""
+    return ApiError(503, "the server is shutting down", type=BROKEN, code="shutting_down")
+
+
+def broken() -> ApiError:
+    """A fault of the server, which its log has."""
+    return ApiError(
+        500, "the server failed on this request; its log says how", type=BROKEN, code="internal"
+    )
+
+
+def from_ours(error: QloraKitError) -> ApiError:
+    """An error that the package raised about a request.
+
+    What a prompt does wrong is the client's to know; what is wrong with files is the server's.
+    """
+    if isinstance(error, UnsafeInputError):
+        return invalid("the chat template was stopped on these messages", "messages")
+    if isinstance(error, (ConfigError, DataError)):
+        return invalid(excerpt(error.problem, 400))
+    if isinstance(error, NumericError):
+        message = "the model's numbers are not finite on this prompt"
+        return ApiError(500, message, type=BROKEN, code="not_finite")
+    return broken()

@@ -1,0 +1,157 @@
+"""The names that requests may give as their model: the base, and each adapter on it.
+
+A name says which adapter computes, and how a prompt becomes tokens: an adapter brings the chat
+template, the day, the variables and the ends of the run that made it. Templates and tokenizers run
+in one thread of their own: a tokenizer is put into another state for each text, so that two threads
+may not share it, and the model's thread has another copy to make text of tokens with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.checks import read_generation_config
+from qlora_kit.base.meta_model import take_generation_config
+from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, take_template
+from qlora_kit.data.encode import prompt_ids
+from qlora_kit.errors import InputError, QloraKitError, excerpt
+from qlora_kit.generation.decode import end_ids
+from qlora_kit.serving.errors import ApiError, from_ours, invalid, no_model
+from qlora_kit.serving.prompts import chat_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Model:
+    """One name of the API's models."""
+
+    name: str
+    adapter: str | None
+    """the bank's name of the adapter; None: the base alone"""
+    tokenizer: PreTrainedTokenizerBase
+    """with the chat template of this name"""
+    eos_ids: frozenset[int]
+    chat: ChatOptions = NO_OPTIONS
+    literal: bool = False
+    """whether control tokens in a plain prompt are characters"""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The API's object."""
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "local"}
+
+    def read_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The tokens before the answer to some messages. Errors: `ApiError`, `QloraKitError`."""
+        return chat_prompt(messages, self.tokenizer, self.chat)
+
+    def read_text(self, prompt: str) -> list[int]:
+        """The tokens of a plain prompt. Errors: `QloraKitError`."""
+        return prompt_ids(prompt, self.tokenizer, literal=self.literal)
+
+
+def base_model(base: Base) -> Model:
+    """The base alone, under its own name."""
+    ends = end_ids(base.model, base.tokenizer)
+    return Model(base.source.name, None, base.tokenizer, ends)
+
+
+def adapter_model(
+    base: Base, name: str, directory: Path, chat: ChatOptions = NO_OPTIONS, literal: bool = False
+) -> Model:
+    """An adapter, by what was saved with it: its template, the tokens at which answers stop.
+
+    Errors: those of these files.
+    """
+    # The rest of both is shared.
+    tokenizer, settings = copy.copy(base.tokenizer), copy.copy(base.model)
+    take_template(tokenizer, directory)
+    take_generation_config(settings, read_generation_config(directory), directory)
+    return Model(name, name, tokenizer, end_ids(settings, tokenizer), chat, literal)
+
+
+class Models:
+    """The names, in the order in which they came; the base is first."""
+
+    def __init__(self, base: Model) -> None:
+        self._models = {base.name: base}
+        self._changing = threading.Lock()
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="tokens")
+        self._adding = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self.for_text = copy.deepcopy(base.tokenizer)
+        """the copy of the tokenizer that tokens become text with"""
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return list(self._models)
+
+    def all(self) -> list[Model]:
+        """All of them."""
+        return list(self._models.values())
+
+    def get(self, name: str) -> Model:
+        """The one of that name. Errors: `ApiError`."""
+        found = self._models.get(name)
+        if found is None:
+            raise no_model(name, self.names)
+        return found
+
+    async def read(self, read: Callable[[Any], list[int]], prompt: Any) -> list[int]:
+        """The tokens of a prompt, made in the thread of the tokenizer. Errors: `ApiError`."""
+        try:
+            return cast(list[int], await _in(self._reading, read, prompt))
+        except QloraKitError as error:
+            raise from_ours(error) from error
+
+    async def add(self, name: str, path: str, opened: Callable[[str, str], Model]) -> Model:
+        """A new name for the adapter in a directory, which `opened` puts into the bank.
+
+        That reads files, in a thread of its own, one adapter at a time. Errors: `ApiError`.
+        """
+
+        def added() -> Model:
+            if name in self._models:
+                raise ApiError(409, f"there is a model {name!r} already", param="name")
+            model = opened(name, path)
+            self.put(model)
+            return model
+
+        try:
+            return cast(Model, await _in(self._adding, added))
+        except InputError as error:
+            raise invalid(excerpt(str(error), 400), "path") from error
+        except QloraKitError as error:
+            raise from_ours(error) from error
+
+    def put(self, model: Model) -> None:
+        """Let a model be asked for."""
+        self._change(lambda models: {**models, model.name: model})
+
+    def forget(self, name: str) -> None:
+        """Take a name out; requests for it find it no more."""
+        self._change(lambda models: {one: each for one, each in models.items() if one != name})
+
+    def _change(self, changed: Callable[[dict[str, Model]], dict[str, Model]]) -> None:
+        with self._changing:
+            self._models = changed(self._models)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._reading.shutdown(wait=False, cancel_futures=True)
+        self._adding.shutdown(wait=False, cancel_futures=True)
+
+
+async def _in(pool: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)

@@ -1,0 +1,96 @@
+"""A loaded base behind the API: its bank, its scheduler, its names, put together."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Callable
+
+from qlora_kit.base.base import Base
+from qlora_kit.data.batch import padding_id
+from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
+from qlora_kit.generation.engine import Engine
+from qlora_kit.lora.adapter_files import AdapterFiles
+from qlora_kit.lora.bank import AdapterBank
+from qlora_kit.serving.api import Api, Limits
+from qlora_kit.serving.guard import Guard
+from qlora_kit.serving.listen import url_of
+from qlora_kit.serving.models import Model, Models, adapter_model, base_model
+from qlora_kit.serving.scheduler import Scheduler
+from qlora_kit.serving.server import GRACE_S, run
+
+
+class Service:
+    """The parts of one server. `say` is given the lines of its log, without the time."""
+
+    def __init__(
+        self,
+        base: Base,
+        limits: Limits,
+        *,
+        max_batch: int,
+        max_queue: int,
+        key: str | None,
+        say: Callable[[str], None],
+        open_adapter: Callable[[str, str], Model],
+        debug: bool = False,
+    ) -> None:
+        """`open_adapter` adds the adapter in a directory under a name, by `add`."""
+        self.base, self.bank = base, AdapterBank(base)
+        self._say, self._debug = say, debug
+        engine = Engine(base.model, pad_id=padding_id(base.tokenizer), bank=self.bank)
+        self.scheduler = Scheduler(
+            engine, max_batch=max_batch, max_queue=max_queue, report=self._report
+        )
+        self.models = Models(base_model(base))
+        api = Api(
+            self.models,
+            self.scheduler,
+            limits,
+            add_adapter=open_adapter if key is not None else None,
+            remove_adapter=self.bank.remove,
+        )
+        self.app = Guard(api.app(), key=key, log=say, report=self._report)
+
+    def add(
+        self,
+        name: str,
+        files: AdapterFiles,
+        chat: ChatOptions = NO_OPTIONS,
+        literal: bool = False,
+        allow_other_base: bool = False,
+    ) -> Model:
+        """Add an adapter to the bank; its model, which reads prompts as the adapter's run did.
+
+        Errors: `AdapterError` and those of its files; nothing is changed then.
+        """
+        model = adapter_model(self.base, name, files.directory, chat, literal)
+        self.bank.add(name, files, allow_other_base=allow_other_base)
+        return model
+
+    def run(
+        self,
+        listener: socket.socket,
+        *,
+        is_asked_to_end: Callable[[], bool],
+        grace_s: float = GRACE_S,
+    ) -> None:
+        """Serve until that is asked for."""
+        names = ", ".join(self.models.names)
+        try:
+            run(
+                self.app,
+                listener,
+                self.scheduler,
+                is_asked_to_end=is_asked_to_end,
+                grace_s=grace_s,
+                on_start=lambda: self._say(f"serving {names} at {url_of(listener)}/v1"),
+            )
+        finally:
+            self.models.close()
+
+    def _report(self, error: BaseException) -> None:
+        """Say a fault of the server's own in its log; with `debug` where it is."""
+        if self._debug:
+            self._say("".join(traceback.format_exception(error)))
+        self._say(f"error: {type(error).__name__}: {error}")

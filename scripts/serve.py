@@ -1,0 +1,3 @@
+from qlora_kit.commands.serve import main
+
+raise SystemExit(main())

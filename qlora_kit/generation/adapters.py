@@ -7,13 +7,14 @@ the bank, or replaced under its name, goes on for the requests that had it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from torch import nn
 
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.lora.inject import lora_layers, switch_of
+from qlora_kit.lora.merged import Merged
 from qlora_kit.lora.switch import Active, Switch
 
 
@@ -42,7 +43,12 @@ class RowAdapters:
         """What takes part for rows with these adapters, in their order."""
         if self._bank is None or all(one is rows[0] for one in rows):
             return rows[0]
-        return self._bank.rows([None if one is None else one.name for one in rows])
+        return self._bank.together(rows)
+
+    @staticmethod
+    def apart(active: Active | None) -> Hashable:
+        """Rows for which this is equal may share a forward: a merged adapter is by itself."""
+        return active if isinstance(active, Merged) else None
 
     @contextlib.contextmanager
     def taking(self, active: Active | None) -> Iterator[None]:

@@ -196,7 +196,10 @@ class Engine:
         texts = {ticket: [*ticket.request.ids, *ticket.tokens] for ticket in chosen}
 
         def key(ticket: Ticket) -> Hashable:
-            return id(ticket) if self._alone else self._sharing.of_prompts(len(texts[ticket]))
+            if self._alone:
+                return id(ticket)
+            apart = self._adapters.apart(ticket.active)
+            return apart, self._sharing.of_prompts(len(texts[ticket]))
 
         made = []
         for tickets in _by(chosen, key):
@@ -266,7 +269,8 @@ class Engine:
         def key(batch: _Batch) -> Hashable:
             if not batch.group.can_change:
                 return id(batch)
-            return self._sharing.of_steps(batch.group.lengths[0])
+            apart = self._adapters.apart(batch.active)
+            return apart, self._sharing.of_steps(batch.group.lengths[0])
 
         batches = []
         for first, *others in _by(self._batches, key):

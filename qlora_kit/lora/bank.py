@@ -176,7 +176,13 @@ class AdapterBank:
         One adapter for all rows is that adapter itself. Errors: `AdapterError` for an unknown name,
         and for a merged adapter beside others.
         """
-        adapters = [None if name is None else self._taking_part(name) for name in names]
+        return self.together([None if name is None else self._taking_part(name) for name in names])
+
+    def together(self, adapters: Sequence[Active | None]) -> Active | None:
+        """The same for what `rows` gave one by one, whatever the bank has under its name by now.
+
+        Errors: `AdapterError` for a merged adapter beside others.
+        """
         merged = next((one for one in adapters if isinstance(one, Merged)), None)
         if merged is not None and any(one is not merged for one in adapters):
             raise AdapterError(

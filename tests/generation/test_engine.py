@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
-from families import tiny_model
+from families import randomize_adapter, tiny_model
 from hybrids import HYBRIDS, tiny_hybrid
 
+from qlora_kit.base.load import load_base
+from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.request import Request, Ticket
 from qlora_kit.generation.sampling import Sampling
+from qlora_kit.lora.adapter import save_adapter
+from qlora_kit.lora.bank import AdapterBank
+from qlora_kit.lora.inject import inject_lora
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 CACHES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -91,3 +97,33 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(kind: str) -> None:
             assert (ticket.tokens, ticket.end) == (tokens, end)
             assert told[ticket] == [*tokens, None]
     assert {ticket.end for ticket in tickets} == {"end token", "length", "dropped"}
+
+
+def test_a_request_keeps_the_adapter_that_it_was_taken_with(bases: Path, tmp_path: Path) -> None:
+    base = load_base(str(bases / "llama2"), bits=16, dtype="fp32", device="cpu")
+    for number, name in enumerate("abc"):
+        inject_lora(base.model, LoRAConfig(r=2 + number), seed=number, adapter=name)
+        randomize_adapter(base.model, seed=number, scale=0.3)
+        save_adapter(base, tmp_path / name, name)
+    bank = AdapterBank(base)
+    bank.use(None)
+    for name in "abc":
+        bank.add(name, tmp_path / name)
+    requests = [Request([5, 9, 12 + place], 12, adapter=name) for place, name in enumerate("abc")]
+    expected = [alone(base.model, request, bank=bank) for request in requests]
+    engine = Engine(base.model, pad_id=0, bank=bank)
+    tickets = [engine.add(request) for request in requests[:2]]
+    engine.step()
+    engine.step()
+    # One goes and another comes under its name, one is merged, and a row joins.
+    bank.remove("b")
+    bank.add("b", tmp_path / "a")
+    bank.merge("c")
+    tickets.append(engine.add(requests[2]))
+    for _ in range(3):
+        engine.step()
+    assert engine.num_running == 3
+    while not engine.idle:
+        engine.step()
+    assert [(ticket.tokens, ticket.end) for ticket in tickets] == expected
+    assert len({tuple(ticket.tokens) for ticket in tickets}) == 3

@@ -172,7 +172,7 @@ class Engine:
         """
         if self._row_bytes is None:
             group = Group(self._model, [[self._pad_id]], self._pad_id)
-            with torch.no_grad(), evaluating(self._modules), self._sharing.fresh():
+            with torch.no_grad(), evaluating(self._modules):
                 group.logits()
             self._row_bytes = group.row_bytes
         return None if self._row_bytes is None else rows * self._row_bytes.at(tokens)
@@ -224,7 +224,7 @@ class Engine:
     def _logits(self, batch: _Batch) -> Tensor | Exception:
         """Those of a batch (B, V), or what was raised where memory ended."""
         try:
-            with self._adapters.taking(batch.active), self._sharing.fresh():
+            with self._adapters.taking(batch.active):
                 return batch.group.logits()
         except Exception as error:
             if not is_out_of_memory(error):

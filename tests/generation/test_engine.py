@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import randomize_adapter, tiny_model
 from hybrids import HYBRIDS, tiny_hybrid
 
+from qlora_kit import AdapterBank
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.request import Request, Ticket
 from qlora_kit.generation.sampling import Sampling
 from qlora_kit.lora.adapter import save_adapter
-from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.lora.inject import inject_lora
 
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-CACHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "all tokens": ("llama2", {}),
-    "windows": ("mistral", {}),
-    "windows beside all tokens": ("gemma2", {}),
-    "keys shared between layers": ("gemma4", {}),
-    "keys shared, by its own code": ("gemma3n", {}),
-    "yarn, scaled by position": ("ministral3", {}),
-    "longrope": ("phi3", {}),
-    "dynamic": ("llama2", {"rope_parameters": DYNAMIC, "max_position_embeddings": 128}),
+CACHES = {
+    "all tokens": "llama2",
+    "windows": "mistral",
+    "windows beside all tokens": "gemma2",
+    "keys shared between layers": "gemma4",
+    "keys shared, by its own code": "gemma3n",
+    "yarn, scaled by position": "ministral3",
+    "longrope": "phi3",
 }
 SETTINGS = [
     Sampling(),
@@ -40,10 +42,7 @@ SETTINGS = [
 
 
 def model_of(kind: str) -> Any:
-    if kind in HYBRIDS:
-        return tiny_hybrid(kind)
-    family, changes = CACHES[kind]
-    return tiny_model(family, **changes)
+    return tiny_hybrid(kind) if kind in HYBRIDS else tiny_model(CACHES[kind])
 
 
 def requests_of(count: int, seed: int = 0, **more: Any) -> list[Request]:
@@ -69,34 +68,100 @@ def alone(model: Any, request: Request, **options: Any) -> tuple[list[int], str 
     return ticket.tokens, ticket.end
 
 
-@pytest.mark.parametrize("kind", [*CACHES, *HYBRIDS])
-def test_rows_that_join_and_leave_get_what_they_get_alone(kind: str) -> None:
-    model = model_of(kind)
-    requests = requests_of(14)
-    expected = [alone(model, request) for request in requests]
-    drawn, waiting = random.Random(1), list(requests)
-    engine = Engine(model, pad_id=0, most_tokens=40)
+def interleaved(
+    engine: Engine, requests: list[Request], seed: int = 1
+) -> tuple[list[Ticket], dict[Ticket, list[int | None]]]:
+    """The tickets of requests that join at random steps, some of them dropped, and all told."""
+    drawn, waiting = random.Random(seed), list(requests)
     tickets: list[Ticket] = []
     told: dict[Ticket, list[int | None]] = {}
-    dropped: dict[Ticket, int] = {}
     while waiting or not engine.idle:
         for _ in range(min(len(waiting), drawn.randrange(4))):
             tickets.append(engine.add(waiting.pop(0)))
-        if drawn.random() < 0.1 and engine.num_running:
-            ticket = drawn.choice([one for one in tickets if one.end is None])
-            dropped[ticket] = len(ticket.tokens)
-            engine.drop(ticket)
+        if drawn.random() < 0.1 and not engine.idle:
+            engine.drop(drawn.choice([one for one in tickets if one.end is None]))
         for ticket, token in engine.step():
             told.setdefault(ticket, []).append(token)
-    assert dropped
+    return tickets, told
+
+
+def check_each_is_as_alone(
+    tickets: list[Ticket],
+    told: dict[Ticket, list[int | None]],
+    expected: list[tuple[list[int], str | None]],
+) -> None:
     for ticket, (tokens, end) in zip(tickets, expected, strict=True):
-        if ticket in dropped:
-            assert (ticket.tokens, ticket.end) == (tokens[: dropped[ticket]], "dropped")
+        if ticket.end == "dropped":
+            assert ticket.tokens == tokens[: len(ticket.tokens)]
             assert told.get(ticket, []) == ticket.tokens
         else:
             assert (ticket.tokens, ticket.end) == (tokens, end)
             assert told[ticket] == [*tokens, None]
     assert {ticket.end for ticket in tickets} == {"end token", "length", "dropped"}
+
+
+@pytest.mark.parametrize("kind", [*CACHES, *HYBRIDS])
+def test_rows_that_join_and_leave_get_what_they_get_alone(kind: str) -> None:
+    model = model_of(kind)
+    requests = requests_of(10)
+    expected = [alone(model, request) for request in requests]
+    check_each_is_as_alone(
+        *interleaved(Engine(model, pad_id=0, most_tokens=40), requests), expected
+    )
+
+
+@pytest.mark.parametrize("kind", ["longrope", "windows", "keys shared between layers"])
+def test_cached_steps_equal_the_full_forward(kind: str) -> None:
+    """Also where a row grows out of the length that the model was first trained for."""
+    model = model_of(kind)
+    for request in [Request([5, 6, 7] * 4, 12), Request([9], 20)]:
+        tokens, _ = alone(model, request)
+        with torch.no_grad():
+            for place in range(len(tokens)):
+                seen = torch.tensor([[*request.ids, *tokens[:place]]])
+                logits = model(input_ids=seen, use_cache=False).logits[0, -1]
+                assert logits.argmax() == tokens[place]
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "a": {"r": 4, "alpha": 8.0},
+    "b": {"r": 2, "alpha": 3.0, "target_modules": "all-linear"},
+    "c": {"r": 7, "target_modules": "o_proj,down_proj", "adapter_dtype": "bf16"},
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    for number, (name, form) in enumerate(ADAPTERS.items()):
+        base = load_base(str(bases / "llama2"), bits=16, dtype="fp32", device="cpu")
+        inject_lora(base.model, LoRAConfig(**form), seed=number)
+        randomize_adapter(base.model, scale=0.3)
+        save_adapter(base, root / name)
+    return root
+
+
+def bank_of(bases: Path, adapters: Path, bits: int = 16) -> AdapterBank:
+    bank = AdapterBank(load_base(str(bases / "llama2"), bits=bits, dtype="fp32", device="cpu"))
+    for name in ADAPTERS:
+        bank.add(name, adapters / name)
+    return bank
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_rows_of_a_batch_have_their_own_adapters(bases: Path, adapters: Path, bits: int) -> None:
+    bank = bank_of(bases, adapters, bits)
+    model, names = bank.base.model, [None, *ADAPTERS]
+    base = requests_of(16)
+    requests = [
+        Request(**{**vars(one), "adapter": names[number % 4]}) for number, one in enumerate(base)
+    ]
+    expected = [alone(model, request, bank=bank) for request in requests]
+    plain = [alone(model, request) for request in base]
+    assert sum(one != other for one, other in zip(expected, plain, strict=True)) > 8
+    bank.use("b")
+    check_each_is_as_alone(*interleaved(Engine(model, pad_id=0, bank=bank), requests), expected)
+    assert bank.active == "b"
 
 
 def test_a_request_keeps_the_adapter_that_it_was_taken_with(bases: Path, tmp_path: Path) -> None:
@@ -127,3 +192,149 @@ def test_a_request_keeps_the_adapter_that_it_was_taken_with(bases: Path, tmp_pat
         engine.step()
     assert [(ticket.tokens, ticket.end) for ticket in tickets] == expected
     assert len({tuple(ticket.tokens) for ticket in tickets}) == 3
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Any]:
+    return tiny_model()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": []}, "the prompt is empty"),
+        ({"ids": [264]}, "the token 264"),
+        ({"ids": [5] * 120}, "beyond the model's context of 128"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"adapter": "a"}, "there is no bank"),
+    ],
+)
+def test_a_request_that_is_refused_changes_nothing(
+    model: Any, changes: dict[str, Any], message: str
+) -> None:
+    engine, good = Engine(model, pad_id=0), Request([5, 6], 10)
+    ticket = engine.add(good)
+    engine.step()
+    with pytest.raises(ConfigError, match=message):
+        engine.add(Request(**{**vars(good), **changes}))
+    assert (engine.num_waiting, engine.num_running) == (0, 1)
+    while not engine.idle:
+        engine.step()
+    assert ticket.tokens == alone(model, good)[0]
+
+
+def test_logits_that_are_not_finite_end_their_row_alone() -> None:
+    model = tiny_model()
+    good = [Request([5, 6, 7], 9), Request([8, 9], 5, sampling=Sampling(temperature=1.0))]
+    expected = [alone(model, request) for request in good]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77] = float("nan")
+    engine = Engine(model, pad_id=0)
+    tickets = [engine.add(request) for request in good]
+    engine.step()
+    bad = engine.add(Request([5, 77], 9, sampling=Sampling(temperature=1.0, top_k=3)))
+    assert (bad, None) in engine.step()
+    assert (bad.tokens, bad.end) == ([], "error")
+    assert isinstance(bad.error, NumericError)
+    assert "not finite at new token 1" in str(bad.error)
+    while not engine.idle:
+        engine.step()
+    assert [(ticket.tokens, ticket.end) for ticket in tickets] == expected
+
+
+def test_where_memory_ends_for_a_prompt_that_request_ends_alone(model: Any) -> None:
+    def full(module: Any, args: Any, given: dict[str, Any]) -> None:
+        if given["input_ids"].shape[1] > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    good = Request([5, 6, 7], 9)
+    expected = alone(model, good)
+    handle = model.register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        engine = Engine(model, pad_id=0, most_tokens=60)
+        first = engine.add(good)
+        engine.step()
+        bad, second = engine.add(Request([5] * 60, 9)), engine.add(good)
+        while not engine.idle:
+            engine.step()
+    finally:
+        handle.remove()
+    assert (bad.end, type(bad.error)) == ("error", torch.OutOfMemoryError)
+    assert [(ticket.tokens, ticket.end) for ticket in (first, second)] == [expected] * 2
+
+
+def test_any_other_error_drops_all_and_the_engine_goes_on(model: Any) -> None:
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    engine = Engine(model, pad_id=0)
+    tickets = [engine.add(Request([5, 6, 7], 9)) for _ in range(2)]
+    engine.step()
+    tickets.append(engine.add(Request([5], 9)))
+    handle = model.register_forward_pre_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    handle.remove()
+    assert engine.idle
+    assert {ticket.end for ticket in tickets} == {"dropped"}
+    again = engine.add(tickets[0].request)
+    while not engine.idle:
+        engine.step()
+    assert again.tokens == alone(model, again.request)[0]
+
+
+def test_prompts_of_a_step_are_bounded_and_running_rows_go_on(model: Any) -> None:
+    shapes: list[torch.Size] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    engine = Engine(model, pad_id=0, most_tokens=24)
+    for count in (3, 3, 20, 11, 11, 60, 2):
+        engine.add(Request([5] * count, 30))
+    told = []
+    for _ in range(8):
+        told.append(len(engine.step()))
+    handle.remove()
+    prompts = [shape for shape in shapes if shape[1] > 1]
+    assert [tuple(shape) for shape in prompts] == [(2, 3), (1, 20), (2, 11), (1, 60), (1, 2)]
+    assert told == [2, 3, 5, 6, 7, 7, 7, 7]
+
+
+def held_bytes() -> int:
+    """Of all tensors that live."""
+    gc.collect()
+    storages = {}
+    for one in gc.get_objects():
+        if type(one) in (torch.Tensor, torch.nn.Parameter):
+            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def test_memory_is_flat_over_many_requests_that_end_or_are_dropped(model: Any) -> None:
+    engine, drawn = Engine(model, pad_id=0), random.Random(0)
+    before = held_bytes()
+    for round_ in range(20):
+        tickets = [engine.add(request) for request in requests_of(10, round_)]
+        for _ in range(drawn.randrange(6)):
+            engine.step()
+        for ticket in tickets:
+            engine.drop(ticket)
+        assert engine.idle
+    del tickets, ticket
+    assert held_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [*CACHES, "lfm2", "falcon_h1"])
+def test_the_bytes_of_a_cache_are_said_before_it_is_there(kind: str) -> None:
+    model = model_of(kind)
+    engine = Engine(model, pad_id=0)
+    for rows, tokens in [(1, 1), (1, 5), (3, 30)]:
+        with torch.no_grad():
+            ids = torch.full((rows, tokens), 5)
+            layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+        held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        for layer in layers:
+            for name in ("conv_states", "recurrent_states"):
+                held += getattr(layer, name, {}).values()
+        expected = sum(one.numel() * one.element_size() for one in held if one is not None)
+        assert engine.cache_bytes(tokens, rows) == expected

@@ -2,8 +2,9 @@
 
 Adapters on all linears are trained on NF4 by `finetune`, computing in fp32, so that what is seen is
 the format's own distance: `tiny` on its sample, stories260K on WikiSQL. `export` writes each form,
-and its export.json says what every reader found on the held-out rows. Needs QLORA_KIT_DATA and the
-extras gguf and llamacpp.
+and its export.json says what every reader found on the held-out rows. Of the types of a GGUF it is
+measured as well what their numbers alone cost, and what llama.cpp's way to multiply by them adds
+(`export_parts/gguf_values.py`). Needs QLORA_KIT_DATA and the extras gguf and llamacpp.
 
     OMP_NUM_THREADS=1 python benchmarks/export_formats.py
 """
@@ -16,15 +17,21 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from record import make_parser, write_result
 
+if TYPE_CHECKING:
+    from export_parts.gguf_values import Trained
+
+TYPES = {f"--format gguf --dtype {name}": name for name in ("f16", "bf16", "q8_0", "q4_0")}
+"""The forms that round what they multiply, and are."""
 FORMS = (
     "--format hf --dtype fp32",
     "--format hf-4bit",
     "--format hf-8bit",
-    *(f"--format gguf --dtype {name}" for name in ("f32", "f16", "bf16", "q8_0", "q4_0")),
+    "--format gguf --dtype f32",
+    *TYPES,
     "--format gguf --quantize Q4_K_M",
     "--format gguf --merge_base none --dtype f32",
     "--format gguf-lora",
@@ -44,8 +51,8 @@ def run(*arguments: str) -> None:
         raise SystemExit(f"{' '.join(arguments)}: exit code {code}\n{said.getvalue()}")
 
 
-def exported(adapter: Path, form: str, place: Path) -> dict[str, Any]:
-    """What export.json says of the readers of one form, and its bytes."""
+def exported(adapter: Path, form: str, place: Path, trained: Trained) -> dict[str, Any]:
+    """What export.json says of the readers of one form, and its bytes; of a type its parts."""
     run("export", "--adapter", str(adapter), "--output_dir", str(place), *form.split())
     report = json.loads((place / "export.json").read_text())
     names = ("kl", "top1_agreement", "max_logit_difference", "tokens", "texts", "texts_equal")
@@ -54,10 +61,13 @@ def exported(adapter: Path, form: str, place: Path) -> dict[str, Any]:
         for reader, found in report["readers"].items()
     }
     size = sum(one.stat().st_size for one in place.rglob("*") if one.is_file())
-    return {"form": form, "bytes": size, "readers": readers}
+    found = {"form": form, "bytes": size, "readers": readers}
+    return found | ({"parts": trained.parts(place, TYPES[form])} if form in TYPES else {})
 
 
 def main() -> None:
+    from export_parts.gguf_values import Trained
+
     given = make_parser(__doc__ or "", "export_formats").parse_args()
     data = Path(os.environ["QLORA_KIT_DATA"])
     stories, wikisql = data / "models" / "stories260K", data / "text" / "wikisql"
@@ -73,9 +83,9 @@ def main() -> None:
             options += " --bits 4 --dtype fp32 --target_modules all-linear"
             run("finetune", "--output_dir", str(adapter), *options.split())
             losses = json.loads((adapter / "run.json").read_text())["eval"]
-            forms = []
+            forms, trained = [], Trained.open(adapter)
             for number, form in enumerate(FORMS):
-                forms.append(exported(adapter, form, Path(folder) / f"{name} {number}"))
+                forms.append(exported(adapter, form, Path(folder) / f"{name} {number}", trained))
                 print(name, json.dumps(forms[-1]), flush=True)
             result[name] = {"eval": losses, "forms": forms}
     print(write_result(given, {"models": result, "limits": LIMITS}))

@@ -7,7 +7,8 @@ for one linear and for all of a large model, for one adapter and for a thousand.
 
 An adapter is checked and read whole before anything changes, and comes into the bank by one
 assignment. So a fault leaves bank and model as they were, and another thread may add and remove
-while one decodes: what takes part there stays what it is.
+while one decodes: what takes part there stays what it is. Adding rests between pieces while other
+threads work (`process/pace.py`), so that they keep their speed.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.limits import LARGEST_ALPHA
 from qlora_kit.config.lora import NAME_LIMIT, is_name
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.adapter_files import AdapterFiles
+from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
 from qlora_kit.lora.inject import lora_layer, switch_of
 from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.merged import Merged, merge
 from qlora_kit.lora.mixed import Mixed
 from qlora_kit.lora.opening import open_adapter
 from qlora_kit.lora.switch import Active, Switch
+from qlora_kit.process.pace import Pace
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,7 @@ class AdapterBank:
         self._merged: dict[str, Merged] = {}
         # Replaced as a whole, so that a reader in another thread has the one or the other.
         self._switch: Switch | None = None
-        self._changing = threading.RLock()
+        self._changing, self._pace = threading.RLock(), Pace()
         self._mixed: Mixed | None = None
         """The last one, whose matrices the next may use again."""
 
@@ -94,9 +96,13 @@ class AdapterBank:
         """
         with self._changing:
             self._check_new(name)
+            self._pace.begin()
+            if not isinstance(directory, AdapterFiles):
+                directory = read_adapter(directory)
+            self._pace()
             info = None if allow_other_base else self.base.info
             opened = open_adapter(self.base.model, directory, info)
-            weights = opened.read(self.base.device)
+            weights = opened.read(self.base.device, rest=self._pace)
             parts = {module: (weights[module], opened.scaling(module)) for module in opened.modules}
             self._put(name, parts)
 
@@ -228,6 +234,7 @@ class AdapterBank:
         for module, ((a, b), scaling) in weights.items():
             layer = lora_layer(self.base.model, module, switch)
             parts[layer] = Part(layer.base_layer, (a, b), scaling, a.dtype)
+            self._pace()
         self._switch = switch
         self._adapters = {**self._adapters, name: Frozen(name, parts)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,15 +45,22 @@ class OpenAdapter(NamedTuple):
         return scaling_of(r, alpha, bool(self.config.get("use_rslora")))
 
     def read(
-        self, device: torch.device = CPU, dtype: torch.dtype | None = None
+        self,
+        device: torch.device = CPU,
+        dtype: torch.dtype | None = None,
+        rest: Callable[[], object] = lambda: None,
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """A (r, in_features) and B (out_features, r) of each linear that it adapts, on `device`.
 
-        Each lies in memory of its own, in `dtype` or as stored. Errors: `NumericError`.
+        Each lies in memory of its own, in `dtype` or as stored. `rest` is called between them.
+        Errors: `NumericError`.
         """
         checks = checks_later(torch.empty(0, device=device))
         kept = dict.fromkeys(self.entries, dtype or self.dtype)
-        tensors = dict(read_tensors(self.entries, device=device, kept=kept, checks=checks))
+        tensors = {}
+        for name, tensor in read_tensors(self.entries, device=device, kept=kept, checks=checks):
+            tensors[name] = tensor
+            rest()
         if checks is not None:
             checks.read()
         weights = {}

@@ -17,8 +17,8 @@ class PlainConsole(Console):
     With `record` nothing is printed, and `export_html` has it in colour, whatever the terminal is.
     """
 
-    def __init__(self, *, record: bool = False) -> None:
-        recorded: dict[str, Any] = {}
+    def __init__(self, *, record: bool = False, stderr: bool = False) -> None:
+        recorded: dict[str, Any] = {"stderr": stderr}
         if record:
             recorded = {"file": io.StringIO(), "force_terminal": True, "color_system": "truecolor"}
             recorded |= {"no_color": False, "record": True}

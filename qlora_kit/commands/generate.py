@@ -1,6 +1,7 @@
-"""`qlora-kit generate`: go on from a prompt with a base, or with an adapter on it, streamed.
+"""`qlora-kit generate`: go on from a prompt with a base, or with adapters on it, streamed.
 
-One prompt is answered as text, as it comes; those of a file as one JSON object a line.
+One prompt is answered as text, as it comes; those of a file as one JSON object a line. How fast
+that was is said on standard error.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.generation import AdaptersConfig, GenerateConfig, SamplingConfig
 
-SUMMARY = "Generate text with a base, or with an adapter on it."
+SUMMARY = "Generate text with a base, or with one or many adapters on it."
 GROUPS = (BaseConfig, AdaptersConfig, GenerateConfig, SamplingConfig)
 EMPTY = (
     "the answer is empty: it ends where it begins; a prompt has to be as in the rows of "
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     generation, terminal = generate(parsed), Terminal()
     answered = parsed[GenerateConfig].prompts is not None
-    for piece in generation:
+    for piece in generation.pieces:
         if isinstance(piece, str):
             terminal.stream(piece)
             answered |= bool(piece.strip())
@@ -41,4 +42,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             terminal.json(piece)
     if not answered:
         warnings.warn(EMPTY, stacklevel=1)
+    Terminal(stderr=True).print((str(generation.speed), "dim"))
     return 0

@@ -23,13 +23,13 @@ LABEL = 9
 
 
 class Terminal:
-    """Standard output, with styles where it is a terminal; or a record of what would be there."""
+    """Standard output or error, with styles on a terminal; or a record of what would be there."""
 
-    def __init__(self, *, record: bool = False) -> None:
+    def __init__(self, *, record: bool = False, stderr: bool = False) -> None:
         # Rich is imported where something is printed: `--help` takes no time for it.
         from qlora_kit.commands.console import PlainConsole
 
-        self.console = PlainConsole(record=record)
+        self.console = PlainConsole(record=record, stderr=stderr)
 
     @property
     def is_live(self) -> bool:

@@ -67,7 +67,8 @@ def generate_ids(
     exceeds the model's context; `AdapterError` for an unknown adapter; `NumericError` where logits
     are not finite.
     """
-    requests = _requests(model, prompts, max_new_tokens, eos_ids, pad_id, bank, adapters, sampling)
+    requests = _requests(prompts, max_new_tokens, eos_ids, adapters, sampling)
+    _check_requests(model, requests, pad_id, bank)
     # All prompts are computed in the first step: rows are told of side by side.
     engine = Engine(model, pad_id=pad_id, bank=bank, most_tokens=math.inf)
     return _steps(model, engine, [engine.add(request) for request in requests], ended)
@@ -92,12 +93,29 @@ def answers(
     is `end_ids` where it is not given, and `max_new_tokens` may be a number for each prompt; the
     rest and errors are as in `generate_ids`, before anything is computed.
     """
+    ends = end_ids(model, tokenizer) if eos_ids is None else eos_ids
+    requests = _requests(prompts, max_new_tokens, ends, adapters, sampling)
+    answered = answer_requests(
+        model, tokenizer, requests, stops=stops, batch_size=batch_size, bank=bank
+    )
+    return (text for text, _ in answered)
+
+
+def answer_requests(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    stops: Sequence[str] = (),
+    batch_size: int = 8,
+    bank: AdapterBank | None = None,
+) -> Iterator[tuple[str, Ticket]]:
+    """The answer to each request in turn, as in `answers`, and the ticket with its tokens."""
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}", "give at least 1")
-    ends = end_ids(model, tokenizer) if eos_ids is None else eos_ids
     # What stands in the padding is masked: any token that the model has will do.
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    requests = _requests(model, prompts, max_new_tokens, ends, pad_id, bank, adapters, sampling)
+    _check_requests(model, requests, pad_id, bank)
     engine = Engine(model, pad_id=pad_id, bank=bank)
     return _texts(engine, tokenizer, requests, stops, batch_size)
 
@@ -120,16 +138,13 @@ def end_ids(
 
 
 def _requests(
-    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
     eos_ids: Collection[int],
-    pad_id: int,
-    bank: AdapterBank | None,
     adapters: Sequence[str | None] | None,
     sampling: dict[str, Any],
 ) -> list[Request]:
-    """One for each prompt, checked before any is taken."""
+    """One for each prompt."""
     count, drawn = len(prompts), Sampling(**sampling)
     names: Sequence[str | None] = [None] * count if adapters is None else adapters
     most = [max_new_tokens] * count if isinstance(max_new_tokens, int) else max_new_tokens
@@ -138,17 +153,22 @@ def _requests(
             raise ConfigError(
                 f"{what} has {len(given)} values for {count} prompts", "give one for each prompt"
             )
-    check_token(model, pad_id)
     ends = frozenset(eos_ids)
-    requests = [
+    return [
         Request(prompt, limit, ends, drawn, name)
         for prompt, limit, name in zip(prompts, most, names, strict=True)
     ]
+
+
+def _check_requests(
+    model: PreTrainedModel, requests: Sequence[Request], pad_id: int, bank: AdapterBank | None
+) -> None:
+    """Refuse what cannot be answered, before any is taken."""
+    check_token(model, pad_id)
     known = RowAdapters(model, bank)
     for row, request in enumerate(requests):
         check_request(model, request, f"prompt {row}")
         known.find(request.adapter, f"prompt {row}")
-    return requests
 
 
 def _steps(
@@ -176,10 +196,10 @@ def _texts(
     requests: Sequence[Request],
     stops: Sequence[str],
     batch_size: int,
-) -> Iterator[str]:
-    """The text of each request, in their order."""
+) -> Iterator[tuple[str, Ticket]]:
+    """The text of each request and its ticket, in their order."""
     running: dict[Ticket, tuple[int, AnswerText, list[str]]] = {}
-    waiting, done, given = deque(enumerate(requests)), dict[int, str](), 0
+    waiting, done, given = deque(enumerate(requests)), dict[int, tuple[str, Ticket]](), 0
     while given < len(requests):
         while waiting and len(running) < batch_size:
             row, request = waiting.popleft()
@@ -194,7 +214,7 @@ def _texts(
                 pieces.append(text.push(token))
             if token is None or text.stopped:
                 engine.drop(ticket)
-                done[row] = "".join([*pieces, text.finish()])
+                done[row] = "".join([*pieces, text.finish()]), ticket
                 del running[ticket]
         while given in done:
             yield done.pop(given)

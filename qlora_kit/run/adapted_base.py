@@ -14,7 +14,6 @@ from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.bank import AdapterBank
-from qlora_kit.lora.inject import check_name
 from qlora_kit.lora.opening import open_adapter
 from qlora_kit.run.named_base import Named, base_of
 from qlora_kit.run.prompt_format import PromptFormat, formats_of
@@ -47,8 +46,7 @@ class AdaptedBase:
         if adapter is not None:
             asked = base_of(parsed, adapter, as_trained=as_trained)
         base = open_base(asked, named.files)
-        for name, one in named.adapters.items():
-            check_name(name)
+        for one in named.adapters.values():
             open_adapter(base.model, one.files, None if allow_other_base else base.info)
         formats = formats_of(base, named.adapters)
         return AdaptedBase(base, named.adapters, allow_other_base, formats)

@@ -1,4 +1,4 @@
-"""Answers of a base, or of an adapter on it, to the prompts of `generate`."""
+"""Answers of a base and its adapters to the prompts of `generate`."""
 
 from __future__ import annotations
 
@@ -7,48 +7,75 @@ from typing import Any
 
 from qlora_kit.config.generation import AdaptersConfig, GenerateConfig, SamplingConfig
 from qlora_kit.data.batch import padding_id
-from qlora_kit.generation.decode import answers, generate_ids
+from qlora_kit.generation.decode import answer_requests, generate_ids
+from qlora_kit.generation.prompts import Prompt
+from qlora_kit.generation.request import Request
+from qlora_kit.generation.sampling import Sampling
+from qlora_kit.generation.speed import Speed
 from qlora_kit.generation.text import stream_text, until
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.named_base import Named
 
-Row = dict[str, Any]
-DRAWING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "max_new_tokens")
+DRAWING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
-def answer_pieces(named: Named, prompt: str, adapter: str | None) -> Iterator[str]:
-    """The answer of an adapter to one prompt, as it comes, and a line end."""
+def answer_pieces(named: Named, prompt: Prompt, speed: Speed) -> Iterator[str]:
+    """The answer to one prompt, as it comes, and a line end."""
     options, sampling = named.parsed[GenerateConfig], named.parsed[SamplingConfig]
     opened = _open(named)
-    format = opened.formats[adapter]
-    ids = format.prompt_ids(prompt, options.chat)
-    model, pad_id = opened.load(), padding_id(format.tokenizer)
-    with opened.bank.using(adapter):
-        steps = generate_ids(model, [ids], eos_ids=format.ends, pad_id=pad_id, **_drawing(sampling))
-        pieces = stream_text(format.tokenizer, (step[0] for step in steps), after=ids)
-        yield from until(pieces, sampling.stops)
+    format = opened.formats[prompt.adapter]
+    ids = format.prompt_ids(prompt.text, options.chat)
+    steps = generate_ids(
+        opened.load(),
+        [ids],
+        max_new_tokens=sampling.max_new_tokens,
+        eos_ids=format.ends,
+        pad_id=padding_id(format.tokenizer),
+        bank=opened.bank,
+        adapters=[prompt.adapter],
+        **_drawing(sampling),
+    )
+    speed.prompt_tokens += len(ids)
+
+    def tokens() -> Iterator[int | None]:
+        for step in speed.timed(steps):
+            speed.tokens += 1
+            yield step[0]
+
+    pieces = stream_text(format.tokenizer, tokens(), after=ids)
+    yield from until(pieces, sampling.stops)
     yield "\n"
 
 
-def answer_rows(named: Named, rows: Sequence[Row], adapter: str | None) -> Iterator[Row]:
-    """Each row with its `answer`."""
+def answer_rows(named: Named, prompts: Sequence[Prompt], speed: Speed) -> Iterator[dict[str, Any]]:
+    """The row of each prompt with its `answer`, and who gave it where there are several."""
     options, sampling = named.parsed[GenerateConfig], named.parsed[SamplingConfig]
     opened = _open(named)
-    format = opened.formats[adapter]
-    ids = [format.prompt_ids(row["prompt"], options.chat) for row in rows]
-    model = opened.load()
-    with opened.bank.using(adapter):
-        texts = answers(
-            model,
-            format.tokenizer,
-            ids,
-            stops=sampling.stops,
-            eos_ids=format.ends,
-            batch_size=options.batch_size,
-            **_drawing(sampling),
+    requests = [
+        Request(
+            format.prompt_ids(prompt.text, options.chat),
+            sampling.max_new_tokens,
+            format.ends,
+            Sampling(**_drawing(sampling)),
+            prompt.adapter,
         )
-        for row, text in zip(rows, texts, strict=True):
-            yield {**row, "answer": text}
+        for prompt in prompts
+        for format in (opened.formats[prompt.adapter],)
+    ]
+    answered = answer_requests(
+        opened.load(),
+        opened.base.tokenizer,
+        requests,
+        stops=sampling.stops,
+        batch_size=options.batch_size,
+        bank=opened.bank,
+    )
+    named_in_rows = len(opened.adapters) > 1
+    for prompt, (text, ticket) in zip(prompts, speed.timed(answered), strict=True):
+        speed.prompt_tokens += len(ticket.request.ids)
+        speed.tokens += len(ticket.tokens)
+        given = named_in_rows or "adapter" in prompt.row
+        yield {**prompt.row, **({"adapter": prompt.adapter} if given else {}), "answer": text}
 
 
 def _open(named: Named) -> AdaptedBase:

@@ -6,31 +6,43 @@ Prompts are read, and what paths, JSON and headers show is refused, before torch
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.config.generation import AdaptersConfig, GenerateConfig
-from qlora_kit.generation.prompts import check_prompt, one_prompt, rows_of_prompts
+from qlora_kit.generation.prompts import check_prompt, one_prompt, prompts_of_file
+from qlora_kit.generation.speed import Speed
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
 
 
-def generate(parsed: Parsed) -> Iterator[str] | Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Generation:
+    """Answers that come one after another, and how fast they came so far."""
+
+    pieces: Iterator[str] | Iterator[dict[str, Any]]
+    speed: Speed
+
+
+def generate(parsed: Parsed) -> Generation:
     """The answer to the one prompt in pieces, a line end behind it; or each row with its answer.
 
-    Errors: `ConfigError`, `DataError`, those of the base, the adapter and generation.
+    Errors: `ConfigError`, `DataError`, those of the base, the adapters and generation.
     """
-    options = parsed[GenerateConfig]
+    options, adapters = parsed[GenerateConfig], parsed[AdaptersConfig]
     check_prompt(options)
-    adapters = parsed[AdaptersConfig]
-    chosen = adapters.chosen(options.use)
+    if options.prompts is None or options.use is not None:
+        adapters.chosen(options.use)  # a name that no adapter has is refused here
     allowed = adapters.allow_other_base
     named = Named.open(parsed, adapters.named, allow_other_base=allowed)
-    if options.prompts is None:
-        rows = [{"prompt": one_prompt(options)}]
-    else:
-        rows = rows_of_prompts(options.prompts)
+    prompts = (
+        [one_prompt(options, adapters)]
+        if options.prompts is None
+        else prompts_of_file(options, adapters)
+    )
     from qlora_kit.run.answers import answer_pieces, answer_rows
 
+    speed = Speed()
     if options.prompts is None:
-        return answer_pieces(named, rows[0]["prompt"], chosen)
-    return answer_rows(named, rows, chosen)
+        return Generation(answer_pieces(named, prompts[0], speed), speed)
+    return Generation(answer_rows(named, prompts, speed), speed)

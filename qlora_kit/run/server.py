@@ -10,6 +10,7 @@ from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.generation import AdaptersConfig
 from qlora_kit.config.serve import ServeConfig
+from qlora_kit.errors import ConfigError
 from qlora_kit.lora.opening import open_adapter
 from qlora_kit.run.named_base import Named, base_of
 from qlora_kit.run.saved_adapter import SavedAdapter
@@ -30,6 +31,10 @@ def loaded_service(
     if named.adapter is not None:
         asked = base_of(named.parsed, named.adapter)
     base = open_base(asked, named.files)
+    if base.source.name in saved:
+        raise ConfigError(
+            f"adapter {base.source.name} has the name of the base", "give it another one, NAME=DIR"
+        )
     limits = Limits.of(base.context, options)
     for adapter in saved.values():
         open_adapter(base.model, adapter.files, None if allow_other else base.info)

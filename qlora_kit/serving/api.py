@@ -22,7 +22,15 @@ from qlora_kit.config.serve import ServeConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.generation.sampling import Sampling
 from qlora_kit.serving.answer import Answer
-from qlora_kit.serving.errors import ApiError, broken, from_ours, invalid, no_adapters, no_path
+from qlora_kit.serving.errors import (
+    ApiError,
+    broken,
+    from_ours,
+    invalid,
+    no_adapters,
+    no_path,
+    taken,
+)
 from qlora_kit.serving.guard import read_body
 from qlora_kit.serving.job import Job
 from qlora_kit.serving.models import Model, Models
@@ -169,6 +177,8 @@ class Api:
         if self.add_adapter is None:
             raise no_adapters()
         asked = read(AdapterRequest, await self._body(request))
+        if self.scheduler.is_retiring(asked.name):
+            raise taken(asked.name, "is still removed: its last requests have not ended")
         return (await self.models.add(asked.name, asked.path, self.add_adapter)).described
 
     async def _remove(self, name: str) -> dict[str, Any]:

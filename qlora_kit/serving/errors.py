@@ -20,6 +20,8 @@ from qlora_kit.errors import (
 
 INVALID, BUSY, BROKEN = "invalid_request_error", "rate_limit_error", "server_error"
 """The API's types of errors that are used here."""
+LEFT = 499
+"""The status, in the log alone, of a request whose client has left."""
 RETRY_S = 1
 """Seconds after which a client may ask a full server again."""
 
@@ -84,7 +86,12 @@ def no_adapters() -> ApiError:
 
 def left() -> ApiError:
     """What nobody reads: the client has left."""
-    return ApiError(499, "the client left", code="client_left")
+    return ApiError(LEFT, "the client left", code="client_left")
+
+
+def taken(name: str, why: str) -> ApiError:
+    """A name that another model has."""
+    return ApiError(409, f"{excerpt(name)!r} {why}", param="name", code="name_taken")
 
 
 def no_path() -> ApiError:

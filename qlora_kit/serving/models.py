@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, cast
 from qlora_kit.base.base import Base
 from qlora_kit.base.checks import read_generation_config
 from qlora_kit.base.meta_model import take_generation_config
+from qlora_kit.config.generation import BASE
+from qlora_kit.config.lora import ADAPTER_NAMES, is_adapter_name
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, take_template
 from qlora_kit.data.encode import prompt_ids
 from qlora_kit.errors import InputError, QloraKitError, excerpt
 from qlora_kit.generation.decode import end_ids
-from qlora_kit.serving.errors import ApiError, from_ours, invalid, no_model
+from qlora_kit.serving.errors import from_ours, invalid, no_model, taken
 from qlora_kit.serving.prompts import chat_prompt
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class Models:
     """The names, in the order in which they came; the base is first."""
 
     def __init__(self, base: Model) -> None:
-        self._models = {base.name: base}
+        self._base, self._models = base, {base.name: base}
         self._changing = threading.Lock()
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="tokens")
         self._adding = ThreadPoolExecutor(1, thread_name_prefix="adapters")
@@ -102,8 +104,8 @@ class Models:
         return list(self._models.values())
 
     def get(self, name: str) -> Model:
-        """The one of that name. Errors: `ApiError`."""
-        found = self._models.get(name)
+        """The one of that name; the base is also `base`. Errors: `ApiError`."""
+        found = self._base if name == BASE else self._models.get(name)
         if found is None:
             raise no_model(name, self.names)
         return found
@@ -122,8 +124,10 @@ class Models:
         """
 
         def added() -> Model:
-            if name in self._models:
-                raise ApiError(409, f"there is a model {name!r} already", param="name")
+            if name in self._models or name == BASE:
+                raise taken(name, "is the name of a model that is here")
+            if not is_adapter_name(name) or "/" in name:
+                raise invalid(f"the name of an adapter is {ADAPTER_NAMES}", "name")
             model = opened(name, path)
             self.put(model)
             return model

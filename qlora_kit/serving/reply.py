@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import Response
 
 from qlora_kit.serving.answer import Answer, failed
-from qlora_kit.serving.errors import ApiError, broken, left
+from qlora_kit.serving.errors import LEFT, ApiError, broken, left
 from qlora_kit.serving.job import Event
 from qlora_kit.serving.scheduler import Scheduler
 
@@ -73,7 +73,7 @@ class Reply(Response):
         async for event in self._events():
             text += event.text
             if event.error is not None:
-                self._finish = "failed"
+                self._fail(event.error)
                 raise event.error
             if event.finish is not None:
                 self._finish = event.finish
@@ -95,12 +95,16 @@ class Reply(Response):
                 self._finish = event.finish
                 content += self._answer.last(event.finish)
             if event.error is not None:
-                self._finish = "failed"
+                self._fail(event.error)
                 error = event.error if isinstance(event.error, ApiError) else broken()
                 content += failed(error.body)
             body = {"type": "http.response.body", "body": content, "more_body": not event.is_last}
             await send(body)
             content = b""
+
+    def _fail(self, error: Exception) -> None:
+        is_gone = isinstance(error, ApiError) and error.status == LEFT
+        self._finish = "left" if is_gone else "failed"
 
     def _said(self) -> str:
         """What the log says of an answer: no word of it."""

@@ -12,6 +12,8 @@ Source: OpenAI's API reference, "Create chat completion" and "Create completion"
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -55,6 +57,10 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "moderation": (),
 }
 """Fields of the API that this server does not do, and the values that ask for nothing of it."""
+
+
+OF_ANSWERS = ("refusal", "annotations")
+"""Fields of an answer that its client sends back with it as a message of the chat."""
 
 
 class _Body(BaseModel):
@@ -169,6 +175,10 @@ def read(kind: type[Kind], body: bytes) -> Kind:
         raise _as_api(error) from None
     for name, value in (made.model_extra or {}).items():
         _check_extra(name, value, kind)
+    for number, message in enumerate(getattr(made, "messages", ())):
+        for name, value in (message.model_extra or {}).items():
+            if value not in (None, "", [], {}) and name not in OF_ANSWERS:
+                raise _unknown(f"messages.{number}.{name}", name, Message.model_fields)
     return made
 
 
@@ -176,11 +186,7 @@ def _check_extra(name: str, value: Any, kind: type[BaseModel]) -> None:
     if name in WITHOUT_EFFECT or value is None:
         return
     if name not in NOTHING:
-        known = [*kind.model_fields, *NOTHING, *WITHOUT_EFFECT]
-        near = difflib.get_close_matches(name[:60], known, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        message = f"unrecognized request argument {excerpt(name)!r}{hint}"
-        raise invalid(message, excerpt(name), "unknown_parameter")
+        raise _unknown(name, name, [*kind.model_fields, *NOTHING, *WITHOUT_EFFECT])
     good = NOTHING[name]
     # True is no 1 here, nor False a 0.
     if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in good):
@@ -188,15 +194,26 @@ def _check_extra(name: str, value: Any, kind: type[BaseModel]) -> None:
         raise invalid(f"{name} is not supported by this server: {allowed}", name, "unsupported")
 
 
+_TYPE = re.compile(r"(str|int|float|bool)$|.*\[")
+
+
+def _unknown(place: str, name: str, known: Iterable[str]) -> ApiError:
+    near = difflib.get_close_matches(name[:60], known, n=1)
+    hint = f", did you mean {near[0]}?" if near else ""
+    message = f"unrecognized request argument {excerpt(name)!r}{hint}"
+    return invalid(message, excerpt(place), "unknown_parameter")
+
+
 def _as_api(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body, by its place; a value is not repeated."""
+    """One thing that is wrong with a body, by its place; a value is not repeated."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    first = found[0]
+    # Of what a field may be, the kind that was meant is the one that was read furthest.
+    first = max(found, key=lambda one: len(one["loc"]))
     if first["type"] == "json_invalid":
         return invalid(f"the body is no JSON: {excerpt(first['msg'], 200)}", code="invalid_json")
-    # A union names its members in the place: what it is of is enough.
-    place = [str(part) for part in first["loc"] if str(part)[:1].islower() or str(part).isdigit()]
-    path = excerpt(".".join(place[:4]), 120)
+    # A union names the type that was tried in the place.
+    place = [str(part) for part in first["loc"] if not _TYPE.match(str(part))]
+    path = excerpt(".".join(place[:5]), 120)
     missing = first["type"] == "missing"
     message = f"{path or 'the body'}: {excerpt(first['msg'], 200)}"
     return invalid(message, path or None, "missing_parameter" if missing else "invalid_value")

@@ -15,6 +15,7 @@ from qlora_kit.config.generation import (
 from qlora_kit.config.hub import HubConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.serve import ServeConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import Options
 
@@ -36,4 +37,5 @@ OPTION_GROUPS = (
     EvaluateConfig,
     ShowConfig,
     PlanConfig,
+    ServeConfig,
 )

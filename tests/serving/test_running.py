@@ -1,0 +1,173 @@
+"""A server while it runs: places that become free, keys, adapters that come and go, its end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from conftest import KEY
+from served import Served, serving
+from test_refusals import refusal
+
+LONG = {"model": "noise", "prompt": "Hello", "temperature": 0, "max_tokens": 400, "stream": True}
+SHORT = {"model": "noise", "prompt": "Hello", "temperature": 0, "max_tokens": 2}
+
+
+@contextmanager
+def streaming(client: httpx.Client, **more: Any) -> Iterator[Iterator[str]]:
+    """The lines of an answer that is being written: its first piece has come."""
+    with client.stream("POST", "/v1/completions", json=LONG | more) as response:
+        assert response.status_code == 200, response.read()
+        lines = response.iter_lines()
+        next(lines)
+        yield lines
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def counts(server: Served) -> tuple[int, int]:
+    health = server.health()
+    return health["running"], health["waiting"]
+
+
+def test_a_client_that_leaves_frees_its_place(keyed: Served) -> None:
+    """One that is streamed to, one that waits for a whole answer, and one in the queue."""
+    with keyed.client() as client, streaming(client):
+        with keyed.client() as other, suppress(httpx.ReadTimeout):
+            other.post("/v1/completions", json=SHORT, timeout=0.3)
+        until(lambda: counts(keyed) == (1, 0))
+    until(lambda: counts(keyed) == (0, 0))
+    with keyed.client() as client, suppress(httpx.ReadTimeout):
+        client.post("/v1/completions", json=LONG | {"stream": False}, timeout=0.3)
+    until(lambda: counts(keyed) == (0, 0))
+    with keyed.client() as client:
+        assert client.post("/v1/completions", json=SHORT).status_code == 200
+    assert any(line.endswith(", left") for line in keyed.log)
+
+
+def test_what_the_queue_has_no_room_for_is_told_to_come_back(keyed: Served) -> None:
+    with keyed.client() as client, streaming(client), streaming_request(keyed) as waiting:
+        until(lambda: counts(keyed) == (1, 1))
+        response = client.post("/v1/completions", json=SHORT)
+        error = refusal(response, 429)
+        assert (error["code"], error["type"]) == ("queue_full", "rate_limit_error")
+        assert response.headers["retry-after"] == "1"
+        assert not waiting.is_closed
+    until(lambda: counts(keyed) == (0, 0))
+
+
+@contextmanager
+def streaming_request(server: Served) -> Iterator[httpx.Response]:
+    """A stream that has no piece yet, for it waits."""
+    with server.client() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
+        yield response
+
+
+def test_nobody_asks_without_the_key(keyed: Served) -> None:
+    with keyed.client(headers={}) as client:
+        for key in (
+            None,
+            "",
+            "Bearer",
+            f"Basic {KEY}",
+            "Bearer wrong",
+            f"Bearer {KEY}x",
+            "Bearer ü",
+        ):
+            headers = {} if key is None else {"authorization": key.encode()}
+            for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/x")):
+                response = client.request(method, path, headers=headers)
+                assert refusal(response, 401)["code"] == "invalid_api_key"
+        assert client.get("/health").status_code == client.get("/").status_code == 200
+    with keyed.client() as client:
+        # A proxy may stand before it, and names it otherwise.
+        named = {**keyed.headers, "host": "models.example", "origin": "https://models.example"}
+        assert client.get("/v1/models", headers=named).status_code == 200
+    assert KEY not in json.dumps(keyed.log)
+
+
+def test_adapters_come_and_go_while_others_are_asked(
+    keyed: Served, adapters: dict[str, Path], server: Served
+) -> None:
+    with server.client() as client:
+        expected = client.post("/v1/completions", json=SHORT | {"model": "sql"}).json()
+    with keyed.client() as client, streaming(client) as lines:
+        add = {"name": "sql", "path": str(adapters["sql"])}
+        assert client.post("/v1/adapters", json=add).json()["id"] == "sql"
+        assert [one["id"] for one in client.get("/v1/models").json()["data"]] == [
+            *("tiny", "noise", "sql")
+        ]
+        assert refusal_of(client, add, 409)["param"] == "name"
+        # The one that is being answered goes on with what it has.
+        assert client.delete("/v1/adapters/noise").json()["deleted"] is True
+        assert refusal(client.post("/v1/completions", json=SHORT), 404)["code"] == "model_not_found"
+        refusal(client.delete("/v1/adapters/noise"), 404)
+        again = {"name": "noise", "path": str(adapters["noise"])}
+        assert "still" in refusal_of(client, again, 409)["message"]
+        assert len(list(lines)) > 400
+    with keyed.client() as client:
+        found = client.post("/v1/completions", json=SHORT | {"model": "sql"}).json()
+        assert found["choices"] == expected["choices"]
+        until(lambda: "noise" not in keyed.service.bank.names)
+        assert client.post("/v1/adapters", json=again).status_code == 200
+        assert client.post("/v1/completions", json=SHORT).status_code == 200
+        assert client.delete("/v1/adapters/sql").status_code == 200
+        until(lambda: keyed.service.bank.names == ("noise",))
+
+
+def refusal_of(client: httpx.Client, add: dict[str, str], status: int) -> dict[str, Any]:
+    response = client.post("/v1/adapters", json=add)
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+def test_what_is_no_adapter_is_refused_and_nothing_is_added(
+    keyed: Served, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    before = keyed.service.bank.names, keyed.service.models.names
+    good = str(adapters["qa"])
+    (tmp_path / "adapter_config.json").write_text("{")
+    with keyed.client() as client:
+        for add in (
+            {"name": "a", "path": "/does/not/exist"},
+            {"name": "a", "path": str(tmp_path)},
+            {"name": "a", "path": "/etc/passwd"},
+            {"name": "a", "path": "a\0b"},
+            {"name": "tiny", "path": good},
+            {"name": "base", "path": good},
+            {"name": "../a", "path": good},
+            {"name": "a.b", "path": good},
+            {"name": "", "path": good},
+            {"name": "a"},
+            {"name": "a", "path": good, "bits": 4},
+        ):
+            response = client.post("/v1/adapters", json=add)
+            assert response.status_code in (400, 409), (add, response.text)
+        refusal(client.delete("/v1/adapters/tiny"), 400)
+    assert before == (keyed.service.bank.names, keyed.service.models.names)
+
+
+def test_a_server_that_ends_tells_those_that_wait(adapters: dict[str, Path]) -> None:
+    with serving({"noise": adapters["noise"]}, max_batch=1, grace_s=0.0) as server:
+        client, other = server.client(), server.client()
+        first = client.stream("POST", "/v1/completions", json=LONG)
+        second = other.stream("POST", "/v1/completions", json=LONG)
+        lines = [first.__enter__().iter_lines(), second.__enter__().iter_lines()]
+        next(lines[0])
+        until(lambda: counts(server) == (1, 1))
+    for one in lines:
+        *_, error, done = [line for line in one if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert done == "data: [DONE]"
+    assert server.service.scheduler.counts == (0, 0)

@@ -59,6 +59,16 @@ class PromptFormat:
         return end_ids(self.model, self.tokenizer, self.generation_config)
 
 
+def format_beside(base: PromptFormat, adapter: SavedAdapter) -> PromptFormat:
+    """That of one more adapter on a base; nothing of the base's changes. Errors: those of files."""
+    directory = adapter.files.directory
+    tokenizer, settings = copy.copy(base.tokenizer), copy.copy(base.model)
+    settings.generation_config = base.generation_config
+    take_template(tokenizer, directory)
+    take_generation_config(settings, read_generation_config(directory), directory)
+    return PromptFormat(tokenizer, base.model, settings.generation_config, adapter)
+
+
 def formats_of(base: Base, adapters: Mapping[str, SavedAdapter]) -> dict[str | None, PromptFormat]:
     """The format of each adapter by its name, and under None that of the base alone.
 
@@ -72,13 +82,11 @@ def formats_of(base: Base, adapters: Mapping[str, SavedAdapter]) -> dict[str | N
     )
     formats: dict[str | None, PromptFormat] = {}
     for name, adapter in adapters.items():
-        directory = adapter.files.directory
-        tokenizer = base.tokenizer if len(adapters) == 1 else copy.copy(plain.tokenizer)
-        take_template(tokenizer, directory)
-        take_generation_config(model, read_generation_config(directory), directory)
-        formats[name] = PromptFormat(tokenizer, model, model.generation_config, adapter)
-        if len(adapters) > 1:
-            model.generation_config = plain.generation_config
+        formats[name] = format_beside(plain, adapter)
+    if len(adapters) == 1:
+        (one,) = formats.values()
+        base.tokenizer.chat_template = one.tokenizer.chat_template
+        model.generation_config = one.generation_config
     first = next(iter(formats.values()), plain)
     formats[None] = plain if plain.tokenizer.chat_template else first
     return formats

@@ -12,7 +12,6 @@ from qlora_kit.config.serve import ServeConfig
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.run.named_base import Named
-from qlora_kit.run.saved_adapter import SavedAdapter
 from qlora_kit.serving.extras import check_extras
 from qlora_kit.serving.listen import listening
 
@@ -22,15 +21,15 @@ def serve(parsed: Parsed, say: Callable[[str], None]) -> None:
 
     Errors: `Stopped` at the end, `ConfigError`, `ResourceError`, those of base and adapters.
     """
-    options, adapters = parsed[ServeConfig], parsed[AdaptersConfig].named
+    options, adapters = parsed[ServeConfig], parsed[AdaptersConfig]
     check_extras()
     key = options.key()
-    named = Named.open(parsed, next(iter(adapters.values()), None))
-    saved = {name: SavedAdapter.open(directory) for name, directory in adapters.items()}
+    allowed = adapters.allow_other_base
+    named = Named.open(parsed, adapters.named, allow_other_base=allowed)
     with listening(options.host, options.port) as listener:
         from qlora_kit.run.server import loaded_service
 
-        service = loaded_service(named, saved, key, say)
+        service = loaded_service(named, allowed, key, say)
         with StopSignals() as signals:
             with signals.between_steps("ending: running answers have a few seconds"):
                 service.run(listener, is_asked_to_end=lambda: signals.received is not None)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from qlora_kit.base.load import read_weights
-from qlora_kit.base.open import open_base
-from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.generation import AdaptersConfig
 from qlora_kit.config.serve import ServeConfig
 from qlora_kit.errors import ConfigError
-from qlora_kit.lora.opening import open_adapter
-from qlora_kit.run.named_base import Named, base_of
+from qlora_kit.run.adapted_base import AdaptedBase
+from qlora_kit.run.named_base import Named
+from qlora_kit.run.prompt_format import format_beside
 from qlora_kit.run.saved_adapter import SavedAdapter
 from qlora_kit.serving.api import Limits
 from qlora_kit.serving.models import Model
@@ -20,40 +17,40 @@ from qlora_kit.serving.service import Service
 
 
 def loaded_service(
-    named: Named, saved: Mapping[str, SavedAdapter], key: str | None, say: Callable[[str], None]
+    named: Named, allow_other_base: bool, key: str | None, say: Callable[[str], None]
 ) -> Service:
     """What serves them; all are checked against each other before weights are read.
 
     Errors: `ConfigError`, those of base and adapters.
     """
-    options, allow_other = named.parsed[ServeConfig], named.parsed[AdaptersConfig].allow_other_base
-    asked = named.parsed[BaseConfig]
-    if named.adapter is not None:
-        asked = base_of(named.parsed, named.adapter)
-    base = open_base(asked, named.files)
-    if base.source.name in saved:
+    options = named.parsed[ServeConfig]
+    opened = AdaptedBase.open(named, allow_other_base)
+    base, bank, formats = opened.base, opened.bank, opened.formats
+    if base.source.name in named.adapters:
         raise ConfigError(
             f"adapter {base.source.name} has the name of the base", "give it another one, NAME=DIR"
         )
     limits = Limits.of(base.context, options)
-    for adapter in saved.values():
-        open_adapter(base.model, adapter.files, None if allow_other else base.info)
-    read_weights(base)
+    opened.load()
+    bank.use(None)  # each request names its own
 
-    def add(name: str, adapter: SavedAdapter) -> Model:
-        chat, literal = adapter.chat(), adapter.reads_literally()
-        return service.add(name, adapter.files, chat, literal, allow_other)
+    def open_adapter(name: str, directory: str) -> Model:
+        adapter = SavedAdapter.open(directory)
+        format = format_beside(formats[None], adapter)
+        bank.add(name, adapter.files, allow_other_base=allow_other_base)
+        return Model(name, name, format)
 
     service = Service(
-        base,
+        bank,
+        Model(base.source.name, None, formats[None]),
         limits,
         max_batch=options.max_batch,
         max_queue=options.max_queue,
         key=key,
         say=lambda line: say(f"{time.strftime('%H:%M:%S')} {line}"),
-        open_adapter=lambda name, path: add(name, SavedAdapter.open(path)),
+        open_adapter=open_adapter,
         debug=named.parsed.debug,
     )
-    for name, adapter in saved.items():
-        service.models.put(add(name, adapter))
+    for name in named.adapters:
+        service.models.put(Model(name, name, formats[name]))
     return service

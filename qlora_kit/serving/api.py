@@ -163,7 +163,7 @@ class Api:
             ids=ids,
             adapter=model.adapter,
             max_new_tokens=self.limits.of_answer(asked.most_tokens, len(ids)),
-            eos_ids=model.eos_ids,
+            eos_ids=model.format.ends,
             sampling=sampling(asked),
             tokenizer=self.models.for_text,
             stops=asked.stops,

@@ -15,23 +15,33 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
-from qlora_kit.base.base import Base
-from qlora_kit.base.checks import read_generation_config
-from qlora_kit.base.meta_model import take_generation_config
 from qlora_kit.config.generation import BASE
-from qlora_kit.config.lora import ADAPTER_NAMES, is_adapter_name
-from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, take_template
-from qlora_kit.data.encode import prompt_ids
+from qlora_kit.config.lora import ADAPTER_NAMES, is_name
+from qlora_kit.data.chat_template import ChatOptions
 from qlora_kit.errors import InputError, QloraKitError, excerpt
-from qlora_kit.generation.decode import end_ids
 from qlora_kit.serving.errors import from_ours, invalid, no_model, taken
 from qlora_kit.serving.prompts import chat_prompt
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+class Format(Protocol):
+    """How prompts of a model are written, and where its answers end."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """With the model's chat template."""
+
+    @property
+    def chat(self) -> ChatOptions:
+        """What the template is told beside the messages."""
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The ids to go on from."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,7 @@ class Model:
     name: str
     adapter: str | None
     """the bank's name of the adapter; None: the base alone"""
-    tokenizer: PreTrainedTokenizerBase
-    """with the chat template of this name"""
-    eos_ids: frozenset[int]
-    chat: ChatOptions = NO_OPTIONS
-    literal: bool = False
-    """whether control tokens in a plain prompt are characters"""
+    format: Format
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -56,31 +61,11 @@ class Model:
 
     def read_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The tokens before the answer to some messages. Errors: `ApiError`, `QloraKitError`."""
-        return chat_prompt(messages, self.tokenizer, self.chat)
+        return chat_prompt(messages, self.format.tokenizer, self.format.chat)
 
     def read_text(self, prompt: str) -> list[int]:
         """The tokens of a plain prompt. Errors: `QloraKitError`."""
-        return prompt_ids(prompt, self.tokenizer, literal=self.literal)
-
-
-def base_model(base: Base) -> Model:
-    """The base alone, under its own name."""
-    ends = end_ids(base.model, base.tokenizer)
-    return Model(base.source.name, None, base.tokenizer, ends)
-
-
-def adapter_model(
-    base: Base, name: str, directory: Path, chat: ChatOptions = NO_OPTIONS, literal: bool = False
-) -> Model:
-    """An adapter, by what was saved with it: its template, the tokens at which answers stop.
-
-    Errors: those of these files.
-    """
-    # The rest of both is shared.
-    tokenizer, settings = copy.copy(base.tokenizer), copy.copy(base.model)
-    take_template(tokenizer, directory)
-    take_generation_config(settings, read_generation_config(directory), directory)
-    return Model(name, name, tokenizer, end_ids(settings, tokenizer), chat, literal)
+        return self.format.prompt_ids(prompt)
 
 
 class Models:
@@ -91,7 +76,7 @@ class Models:
         self._changing = threading.Lock()
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="tokens")
         self._adding = ThreadPoolExecutor(1, thread_name_prefix="adapters")
-        self.for_text = copy.deepcopy(base.tokenizer)
+        self.for_text = copy.deepcopy(base.format.tokenizer)
         """the copy of the tokenizer that tokens become text with"""
 
     @property
@@ -126,7 +111,7 @@ class Models:
         def added() -> Model:
             if name in self._models or name == BASE:
                 raise taken(name, "is the name of a model that is here")
-            if not is_adapter_name(name) or "/" in name:
+            if not is_name(name) or "/" in name:
                 raise invalid(f"the name of an adapter is {ADAPTER_NAMES}", "name")
             model = opened(name, path)
             self.put(model)

@@ -194,7 +194,7 @@ def _check_extra(name: str, value: Any, kind: type[BaseModel]) -> None:
         raise invalid(f"{name} is not supported by this server: {allowed}", name, "unsupported")
 
 
-_TYPE = re.compile(r"(str|int|float|bool)$|.*\[")
+_TYPE = re.compile(r"(constrained-)?(str|int|float|bool)$|.*\[")
 
 
 def _unknown(place: str, name: str, known: Iterable[str]) -> ApiError:
@@ -208,7 +208,7 @@ def _as_api(error: ValidationError) -> ApiError:
     """One thing that is wrong with a body, by its place; a value is not repeated."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     # Of what a field may be, the kind that was meant is the one that was read furthest.
-    first = max(found, key=lambda one: len(one["loc"]))
+    first = max(found, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     if first["type"] == "json_invalid":
         return invalid(f"the body is no JSON: {excerpt(first['msg'], 200)}", code="invalid_json")
     # A union names the type that was tried in the place.

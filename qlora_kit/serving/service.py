@@ -6,16 +6,13 @@ import socket
 import traceback
 from collections.abc import Callable
 
-from qlora_kit.base.base import Base
 from qlora_kit.data.batch import padding_id
-from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
 from qlora_kit.generation.engine import Engine
-from qlora_kit.lora.adapter_files import AdapterFiles
 from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.serving.api import Api, Limits
 from qlora_kit.serving.guard import Guard
 from qlora_kit.serving.listen import url_of
-from qlora_kit.serving.models import Model, Models, adapter_model, base_model
+from qlora_kit.serving.models import Model, Models
 from qlora_kit.serving.scheduler import Scheduler
 from qlora_kit.serving.server import GRACE_S, run
 
@@ -25,7 +22,8 @@ class Service:
 
     def __init__(
         self,
-        base: Base,
+        bank: AdapterBank,
+        base: Model,
         limits: Limits,
         *,
         max_batch: int,
@@ -35,38 +33,24 @@ class Service:
         open_adapter: Callable[[str, str], Model],
         debug: bool = False,
     ) -> None:
-        """`open_adapter` adds the adapter in a directory under a name, by `add`."""
-        self.base, self.bank = base, AdapterBank(base)
-        self._say, self._debug = say, debug
-        engine = Engine(base.model, pad_id=padding_id(base.tokenizer), bank=self.bank)
+        """`open_adapter` puts the adapter in a directory into the bank, under a name."""
+        self.bank, self._say, self._debug = bank, say, debug
+        pad_id = padding_id(base.format.tokenizer)
         self.scheduler = Scheduler(
-            engine, max_batch=max_batch, max_queue=max_queue, report=self._report
+            Engine(bank.base.model, pad_id=pad_id, bank=bank),
+            max_batch=max_batch,
+            max_queue=max_queue,
+            report=self._report,
         )
-        self.models = Models(base_model(base))
+        self.models = Models(base)
         api = Api(
             self.models,
             self.scheduler,
             limits,
             add_adapter=open_adapter if key is not None else None,
-            remove_adapter=self.bank.remove,
+            remove_adapter=bank.remove,
         )
         self.app = Guard(api.app(), key=key, log=say, report=self._report)
-
-    def add(
-        self,
-        name: str,
-        files: AdapterFiles,
-        chat: ChatOptions = NO_OPTIONS,
-        literal: bool = False,
-        allow_other_base: bool = False,
-    ) -> Model:
-        """Add an adapter to the bank; its model, which reads prompts as the adapter's run did.
-
-        Errors: `AdapterError` and those of its files; nothing is changed then.
-        """
-        model = adapter_model(self.base, name, files.directory, chat, literal)
-        self.bank.add(name, files, allow_other_base=allow_other_base)
-        return model
 
     def run(
         self,

@@ -144,7 +144,7 @@ def test_the_log_has_a_line_for_each_request_and_no_word_of_it(server: Served) -
         ask(client, "sql", "a very secret prompt", True)
         client.get("/v1/models/not-there%1b[31m")
     (line,) = [one for one in server.log[-2:] if "sql" in one]
-    assert line.startswith("POST /v1/chat/completions 200 ")
+    assert line[9:].startswith("POST /v1/chat/completions 200 ")
     assert "tokens/s" in line
     log = json.dumps(server.log)
     assert "secret" not in log

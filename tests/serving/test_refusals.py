@@ -108,7 +108,7 @@ def test_what_a_body_asks_wrongly_is_named(server: Served) -> None:
 
 
 def test_what_does_not_fit_the_context_is_refused_with_its_code(server: Served) -> None:
-    context = server.service.base.context
+    context = server.service.bank.base.context
     with server.client() as client:
         body = PLAIN | {"prompt": [5] * context}
         error = refusal(client.post("/v1/completions", json=body), 400)

@@ -147,7 +147,7 @@ def test_what_is_no_adapter_is_refused_and_nothing_is_added(
             {"name": "tiny", "path": good},
             {"name": "base", "path": good},
             {"name": "../a", "path": good},
-            {"name": "a.b", "path": good},
+            {"name": "a\x1b[31m", "path": good},
             {"name": "", "path": good},
             {"name": "a"},
             {"name": "a", "path": good, "bits": 4},

@@ -12,18 +12,21 @@ from typing import Any
 import httpx
 from trained import save_trained
 
-from qlora_kit.base.base import Base
-from qlora_kit.base.load import load_base
 from qlora_kit.base.source import TINY
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.generation import AdaptersConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.lora.adapter_files import read_adapter
-from qlora_kit.serving.api import Limits
+from qlora_kit.config.serve import ServeConfig
+from qlora_kit.options.parsed import parse_values
+from qlora_kit.run.named_base import Named
+from qlora_kit.run.server import loaded_service
 from qlora_kit.serving.listen import listening, url_of
 from qlora_kit.serving.service import Service
 
 HOW = {"bits": 16, "dtype": "fp32"}
 """As the base is held: in fp32 the rows of a batch do not change each other's last bits so far
 that another token is the likeliest."""
+GROUPS = (BaseConfig, AdaptersConfig, ServeConfig)
 SPREADS = {"sql": 0.1, "qa": 0.2, "noise": 0.6}
 
 
@@ -57,29 +60,15 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    adapters: dict[str, Path],
-    base: Base | None = None,
-    *,
-    key: str | None = None,
-    max_batch: int = 8,
-    max_queue: int = 64,
-    limits: Limits | None = None,
-    grace_s: float = 5.0,
+    adapters: dict[str, Path], *, key: str | None = None, grace_s: float = 5.0, **options: Any
 ) -> Iterator[Served]:
-    """A server of `tiny` and some adapters, until the context is left."""
-    base = base or load_base(str(TINY), **HOW)
+    """A server of `tiny` and some adapters, by options of `serve`, until the context is left."""
     log: list[str] = []
-    service = Service(
-        base,
-        limits or Limits(max_length=base.context, max_new_tokens=400),
-        max_batch=max_batch,
-        max_queue=max_queue,
-        key=key,
-        say=log.append,
-        open_adapter=lambda name, path: service.add(name, read_adapter(path)),
-    )
-    for name, directory in adapters.items():
-        service.models.put(service.add(name, read_adapter(directory)))
+    given = [f"{name}={directory}" for name, directory in adapters.items()]
+    options = {**HOW, "adapter": given, "max_new_tokens": 400, **options}
+    parsed = parse_values({"model": "tiny", **options}, GROUPS)
+    named = Named.open(parsed, parsed[AdaptersConfig].named)
+    service = loaded_service(named, False, key, log.append)
     ended = threading.Event()
     listener = listening("127.0.0.1", 0)
     url = url_of(listener)

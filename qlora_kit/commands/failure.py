@@ -38,11 +38,14 @@ MEMORY_REMEDIES = {
     "finetune": "lower --batch_size, --max_length or --bits, use --gradient_checkpointing full",
     "evaluate": "lower --batch_size, --max_length or --bits",
     "generate": "lower --batch_size, --max_new_tokens or --bits",
+    "chat": "send /reset, lower --max_new_tokens or --bits",
     "export": "give --verify FILE with a few short rows",
     "serve": "lower --max_batch, --max_length or --bits",
     "show_data": "show shorter rows",
 }
 """What takes less memory, in flags that the command has."""
+WITHOUT_OUTPUT_DIR = ("generate", "chat", "evaluate", "show_data", "plan", "serve")
+"""Commands that have no such flag."""
 
 
 def reports_errors(
@@ -141,13 +144,7 @@ def stands_for(error: Exception, command: str) -> QloraKitError:
         return error
     if isinstance(error, OSError):
         failed = from_os_error(error)
-        if command in (
-            "generate",
-            "evaluate",
-            "show_data",
-            "plan",
-            "serve",
-        ):  # they have no such flag
+        if command in WITHOUT_OUTPUT_DIR:
             failed.remedy = failed.remedy.removesuffix(" or choose another place with --output_dir")
         return failed
     return QloraKitError(

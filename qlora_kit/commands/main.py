@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "go on from a prompt with a base or an adapter",
     "serve": "answer requests of the OpenAI API with a base and its adapters",
     "show_data": "show, in colour, which tokens are trained on",
+    "chat": "talk to a base and its adapters in the terminal",
     "evaluate": "loss, perplexity and exact match of a base, an adapter or an export",
 }
 USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...] | --version"

@@ -42,9 +42,9 @@ class Terminal:
         """Whether styles are seen."""
         return self.console.is_terminal and not self.console.no_color
 
-    def print(self, *parts: str | tuple[str, str], end: str = "\n") -> None:
-        """One text of several parts, each a text or a (text, style)."""
-        self.console.print(_styled(*parts), end=end)
+    def print(self, *parts: str | tuple[str, str], end: str = "\n", wrapped: bool = False) -> None:
+        """One text of several parts, each a text or a (text, style); `wrapped` between words."""
+        self.console.print(_styled(*parts), end=end, soft_wrap=not wrapped)
 
     def line(self, label: str, *parts: str | tuple[str, str], width: int = LABEL) -> None:
         """`label`, then a text of several parts."""

@@ -81,6 +81,11 @@ class AdapterBank:
         active = self._shared_switch().active
         return None if active is None else active.name
 
+    def nbytes(self, name: str) -> int:
+        """What an adapter takes: its matrices, and its copies where it is merged."""
+        merged = self._merged.get(name)
+        return self._get(name).nbytes + (0 if merged is None else merged.nbytes)
+
     def add(
         self,
         name: str,

@@ -119,6 +119,11 @@ class StopSignals:
         if self.received is not None:
             self._stop()
 
+    def forget(self) -> None:
+        """Where a signal was answered otherwise than by leaving: the next is the first again."""
+        self._no_timer()
+        self.received, self._overdue, self._last_s = None, False, 0.0
+
     def between_micro_batches(self) -> None:
         """Stop here if it is ^C that came, or anything twice. Errors: `Stopped`."""
         if self.received == signal.SIGINT or self._overdue:

@@ -193,6 +193,7 @@ GOOD = {
     "plan": "--max_length 64 --device_memory 8GiB",
     "export": "--adapter adapter --output_dir merged --verify rows.jsonl",
     "generate": "--adapter adapter --prompt a --max_new_tokens 2",
+    "chat": "--adapter adapter --max_new_tokens 2",
     "evaluate": "--adapter adapter --data rows.jsonl --max_new_tokens 2",
     "show_data": "--data rows.jsonl --token_cache none",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.chat import ChatConfig
 from qlora_kit.config.commands import PlanConfig, ShowConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.export import ExportConfig
@@ -34,6 +35,7 @@ OPTION_GROUPS = (
     AdaptersConfig,
     SamplingConfig,
     GenerateConfig,
+    ChatConfig,
     EvaluateConfig,
     ShowConfig,
     PlanConfig,

@@ -1,0 +1,3 @@
+from qlora_kit.commands.chat import main
+
+raise SystemExit(main())

@@ -1,0 +1,128 @@
+"""Laws of `qlora-kit chat`: in a pipe answers alone, on a terminal a prompt and a ^C that stops."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trained import save_trained
+
+Run = Callable[..., Any]
+SHORT = ("--max_new_tokens", 8, "--dtype", "fp32")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two adapters on `tiny`."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name, spread in (("a", 0.12), ("b", 0.2)):
+        save_trained(Path("tiny"), root / name, spread=spread, bits=4, dtype="fp32")
+    return root
+
+
+@pytest.fixture
+def piped(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `qlora-kit chat` with these lines piped in."""
+
+    def call(lines: bytes, *arguments: object) -> Any:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8"))
+        return run("chat", *arguments)
+
+    return call
+
+
+def test_a_pipe_has_the_answers_of_generate_and_nothing_else(
+    run: Run, piped: Run, adapters: Path
+) -> None:
+    flags = (f"--adapter=a={adapters / 'a'}", f"--adapter=b={adapters / 'b'}", *SHORT)
+    wanted = {
+        name: run("generate", *flags, "--use", name, "--chat", "--prompt", "Hello").out
+        for name in ("a", "b", "base")
+    }
+    assert len({*wanted.values()}) == 3
+    lines = b"Hello\n/reset\r\n/compare Hello\n/reset\n/use b\nHello"
+    answer = piped(lines, *flags)
+    assert answer.code == 0
+    assert answer.out == "\n".join(
+        [wanted["a"], f"base:\n{wanted['base']}a:\n{wanted['a']}", wanted["b"]]
+    )
+    assert all(line.startswith(("note: ", "warning: ")) for line in answer.err.splitlines())
+    assert "note: b answers from here on" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("lines", "flags", "code", "words"),
+    [
+        (b"/usee b\n", (), 2, "unknown command /usee, did you mean /use?"),
+        (b"Hello\n\xff\n", (), 3, "standard input: a line is not UTF-8"),
+        (b"", ("--use", "c"), 2, "use c: no adapter has this name"),
+        (b"", ("--system", "x", "--plain"), 2, "system is given beside plain"),
+        (b"", ("--model", "{workshop}"), 2, "has no chat template; give --plain"),
+    ],
+)
+def test_what_is_wrong_is_the_end_of_a_pipe(
+    piped: Run, workshop: Any, lines: bytes, flags: tuple[str, ...], code: int, words: str
+) -> None:
+    given = (flag.replace("{workshop}", str(workshop.base)) for flag in flags)
+    answer = piped(lines, *SHORT, *given)
+    assert answer.code == code
+    assert words in answer.line
+
+
+def test_on_a_terminal_c_stops_an_answer_and_twice_leaves() -> None:
+    """At this temperature `tiny` draws its 900 tokens to the end, or nearly."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "qlora_kit", "chat", "--temperature", "5", "--dtype", "fp32"]
+    command += ["--max_new_tokens", "900", "--seed", "3"]
+    environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "100"}
+
+    def take_terminal() -> None:
+        os.setsid()
+        import fcntl
+        import termios
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    chat = subprocess.Popen(command, env=environment, preexec_fn=take_terminal, **streams)
+    os.close(theirs)
+    seen, read = b"", 0
+
+    def until(words: bytes) -> None:
+        """Go on to behind these words."""
+        nonlocal seen, read
+        while words not in seen[read:]:
+            assert select.select([ours], [], [], 60)[0], seen
+            seen += os.read(ours, 4096)
+        read = seen.index(words, read) + len(words)
+
+    try:
+        until(b"base> ")
+        os.write(ours, b"Tell me all.\r")
+        until(b"Tell me all.\r\n")
+        until(b" ")
+        os.write(ours, b"\x03")
+        until(b"stopped; ^C again leaves")
+        until(b"base> ")
+        os.write(ours, b"/usee\r")
+        until(b"did you mean /use?")
+        until(b"base> ")
+        os.write(ours, b"\x03")
+        until(b"^C again leaves")
+        until(b"base> ")
+        os.write(ours, b"\x03")
+        assert chat.wait(60) == 130
+    finally:
+        chat.kill()
+        os.close(ours)
+    assert b"/help lists commands" in seen
+    assert b"cut after" not in seen
+    assert b"Traceback" not in seen

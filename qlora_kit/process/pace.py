@@ -13,9 +13,9 @@ import time
 SHARE = 0.15
 """Of the time, for the own thread."""
 PIECE_S = 0.002
-"""Of the own thread's processor time, between two rests."""
-LOOK_S = 0.01
-"""Of a rest that is taken to see whether others work: the system counts their time by its clock."""
+"""Of work, between two rests."""
+LOOK_S = 0.02
+"""The shortest rest. The system counts processor time by its clock, of 4 to 10 ms."""
 WORKING = 0.1
 """Of a rest, that others were running for if they work."""
 AGAIN_S = 1.0
@@ -32,26 +32,26 @@ class Pace:
         self.begin()
 
     def begin(self) -> None:
-        """A piece of work begins, or the thread is another one."""
-        self._began, self._own = time.perf_counter(), time.thread_time()
-        self._last = self._own
+        """A piece of work begins."""
+        # Not processor time: a thread that is held up by the system holds the interpreter too.
+        self._began = self._last = time.perf_counter()
+        self._rested = 0.0
 
     def __call__(self) -> None:
         """Rest, if it is time to."""
-        own, now = time.thread_time(), time.perf_counter()
-        if own - self._last < PIECE_S:
+        now = time.perf_counter()
+        if now - self._last < PIECE_S:
             return
-        self._last = own
-        if self.others_work:
-            self._rest((own - self._own) / SHARE - (now - self._began))
-        elif now - self._looked > AGAIN_S:
-            self._rest(LOOK_S)
+        worked = now - self._began - self._rested
+        seconds = worked / SHARE - worked - self._rested if self.others_work else LOOK_S
+        if seconds >= LOOK_S and (self.others_work or now - self._looked > AGAIN_S):
+            self._rest(seconds)
+        self._last = time.perf_counter()
 
     def _rest(self, seconds: float) -> None:
-        if seconds < LOOK_S:
-            return  # the next one will be longer
         before, began = time.process_time(), time.perf_counter()
         time.sleep(seconds)
         self._looked = time.perf_counter()
-        others = time.process_time() - before
-        self.others_work = others > WORKING * (self._looked - began)
+        rested, others = self._looked - began, time.process_time() - before
+        self._rested += rested
+        self.others_work = others > WORKING * rested

@@ -25,12 +25,11 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.encode_weight import BLOCKSIZE, encode_blocks
 from qlora_kit.base.number_checks import NumberChecks
+from qlora_kit.base.packed_matmul import packed_matmul
 from qlora_kit.base.quantize import (
     Quantization,
     decode_blocks,
     dequantize_scales,
-    fused_matmul,
-    is_fused,
     quantize_8bit,
     quantize_scales,
 )
@@ -117,11 +116,9 @@ class Linear4bit(QuantizedLinear):
         return dequantize_scales(self.absmax, *self._nested)
 
     def matmul(self, x: Tensor) -> Tensor:
-        """`x W^T + bias`; a decoding step on CUDA reads the packed weight as it lies there."""
-        if not is_fused(x, self.in_features):
-            return super().matmul(x)
-        form = (self.out_features, self.in_features), self.quant_type, self.absmax, self._nested
-        return fused_matmul(x, self.weight, *form, self.bias)
+        """`x W^T + bias`; a decoding step may read the packed weight."""
+        found = packed_matmul(self, x)
+        return super().matmul(x) if found is None else found
 
     @property
     def _nested(self) -> tuple[Any, ...]:

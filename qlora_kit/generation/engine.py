@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qlora_kit.base.packed_matmul import Copies
 from qlora_kit.generation.adapters import RowAdapters
 from qlora_kit.generation.cache import RowBytes
 from qlora_kit.generation.group import Group, evaluating
@@ -75,6 +76,9 @@ class Engine:
         self._drawer = Drawer([])
         self._row_bytes: RowBytes | None = None
         self._alone = False
+        # A run that trains has planned its memory, and a short answer does not need them.
+        trains = any(one.requires_grad for one in model.parameters())
+        self._copies: Copies | None = None if trains else {}
 
     @property
     def idle(self) -> bool:
@@ -225,7 +229,7 @@ class Engine:
         """Those of a batch (B, V), or what was raised where memory ended."""
         try:
             with self._adapters.taking(batch.active):
-                return batch.group.logits()
+                return batch.group.logits(self._copies)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

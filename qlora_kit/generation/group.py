@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import masking_utils
 
+from qlora_kit.base.packed_matmul import Copies, copying_into
 from qlora_kit.base.quantize import decoding
 from qlora_kit.generation.cache import RowBytes, is_known, join, keep
 
@@ -50,10 +51,12 @@ class Group:
         """What the cache of one row takes; asked of a group of one row and one token."""
         return RowBytes.of(self._cache)
 
-    def logits(self) -> Tensor:
-        """Those of the next token of each row, (B, V) in fp32."""
+    def logits(self, copies: Copies | None = None) -> Tensor:
+        """Those of the next token of each row, (B, V) in fp32; a step reads and makes `copies`."""
+        is_step = self._cache is not None
         with (
-            decoding() if self._cache is not None else contextlib.nullcontext(),
+            decoding() if is_step else contextlib.nullcontext(),
+            copying_into(copies if is_step else None),
             _known(is_padded=min(self.lengths) != max(self.lengths)),
         ):
             output = self._model(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.data.chat_mask import Chat, chats
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
 from qlora_kit.data.chat_tokens import chat_tokens
-from qlora_kit.data.rendering import Messages, header_text
+from qlora_kit.data.rendering import Messages, Renderer, Rendering, header_text
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import Tokens, decoded
+from qlora_kit.data.turn_spans import behind_prompt
 from qlora_kit.errors import DataError, QloraKitError
 
 if TYPE_CHECKING:
@@ -37,11 +38,10 @@ def chat_ids(
     header = header_text(messages, tokens, options, tools)
     text, literals = header.text, header.literals
     answer = {"role": "assistant", "content": ANSWERS[0]}
-    content = {"messages": [*messages, answer], **({"tools": tools} if tools else {})}
-    chat = _last_chat(Row(content, "prompt", 1), tokens, options)
+    whole = _answered(Renderer(tokens, "prompt", options, tools), [*messages, answer], text)
     # Where the template writes the turn otherwise, the prompt alone says what comes before it.
-    if chat is not None and chat.text.startswith(text):
-        text, literals = chat.text, chat.literals
+    if whole is not None:
+        text, literals = whole.text, whole.literals
     encoded = chat_tokens(tokens, text, literals)
     if encoded is None:
         raise DataError(
@@ -50,6 +50,22 @@ def chat_ids(
     border = len(header.text)
     ids = [token for token, (_, last) in zip(*encoded, strict=True) if last <= border]
     return tokens.one_start(ids, [False] * len(ids))[0]
+
+
+def _answered(template: Renderer, messages: Messages, header: str) -> Rendering | None:
+    """Some messages, the last one an answer, as training writes them; None unless behind `header`.
+
+    A few renderings, however many turns there are: what is before the answer is read only.
+    """
+    try:
+        shown = template.adapted(messages)
+        whole = template.render(shown)
+        if not whole.text.startswith(header):
+            met = behind_prompt(template, shown)
+            whole = whole if met is None else met[0]
+    except QloraKitError:
+        return None
+    return whole if whole.text.startswith(header) else None
 
 
 def turn_ends(

@@ -24,8 +24,7 @@ from qlora_kit.generation.sampling import Sampling
 from qlora_kit.serving.answer import Answer
 from qlora_kit.serving.errors import (
     ApiError,
-    broken,
-    from_ours,
+    from_error,
     invalid,
     no_adapters,
     no_path,
@@ -206,7 +205,7 @@ def sampling(asked: Asked) -> Sampling:
     try:
         return Sampling(**{name: value for name, value in chosen.items() if value is not None})
     except ConfigError as error:
-        raise from_ours(error) from error
+        raise from_error(error) from error
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
@@ -227,5 +226,5 @@ def _error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         error = no_path() if error.status_code in (404, 405) else invalid("bad request")
     if not isinstance(error, ApiError):
-        error = broken()  # and raised again: the guard has it logged
+        error = from_error(error)  # and raised again: the guard has it logged
     return JSONResponse(error.body, error.status, error.headers)

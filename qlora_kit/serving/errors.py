@@ -13,10 +13,10 @@ from qlora_kit.errors import (
     ConfigError,
     DataError,
     NumericError,
-    QloraKitError,
     UnsafeInputError,
     excerpt,
 )
+from qlora_kit.process.out_of_memory import is_out_of_memory
 
 INVALID, BUSY, BROKEN = "invalid_request_error", "rate_limit_error", "server_error"
 """The API's types of errors that are used here."""
@@ -124,6 +124,17 @@ def closing() -> ApiError:
     return ApiError(503, "the server is shutting down", type=BROKEN, code="shutting_down")
 
 
+def no_memory() -> ApiError:
+    """A request that the device has no room for now."""
+    return ApiError(
+        503,
+        "the server's memory is full; send the request again later, or a shorter one",
+        type=BROKEN,
+        code="out_of_memory",
+        headers={"retry-after": str(RETRY_S)},
+    )
+
+
 def broken() -> ApiError:
     """A fault of the server, which its log has."""
     return ApiError(
@@ -131,11 +142,15 @@ def broken() -> ApiError:
     )
 
 
-def from_ours(error: QloraKitError) -> ApiError:
-    """An error that the package raised about a request.
+def from_error(error: Exception) -> ApiError:
+    """What a request is told of an error that it ran into.
 
     What a prompt does wrong is the client's to know; what is wrong with files is the server's.
     """
+    if isinstance(error, ApiError):
+        return error
+    if is_out_of_memory(error):
+        return no_memory()
     if isinstance(error, UnsafeInputError):
         return invalid("the chat template was stopped on these messages", "messages")
     if isinstance(error, (ConfigError, DataError)):

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 from qlora_kit.config.serve import is_loopback
-from qlora_kit.serving.errors import ApiError, broken, left, no_key, too_large
+from qlora_kit.serving.errors import ApiError, from_error, left, no_key, too_large
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -83,7 +83,7 @@ class Guard:
         except Exception as error:
             self._report(error)
             if not status:
-                await answer(sends, broken())
+                await answer(sends, from_error(error))
         finally:
             took = f"{time.monotonic() - began:.2f} s"
             self._log(" ".join([scope["method"][:8], _known(scope), str(status), took, *said]))

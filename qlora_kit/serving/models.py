@@ -20,8 +20,8 @@ from typing import Any, Protocol, cast
 from qlora_kit.config.generation import BASE
 from qlora_kit.config.lora import ADAPTER_NAMES, is_name
 from qlora_kit.data.chat_template import ChatOptions
-from qlora_kit.errors import InputError, QloraKitError, excerpt
-from qlora_kit.serving.errors import from_ours, invalid, no_model, taken
+from qlora_kit.errors import ConfigError, InputError, QloraKitError, excerpt
+from qlora_kit.serving.errors import from_error, invalid, no_model, taken
 from qlora_kit.serving.prompts import chat_prompt
 
 
@@ -100,7 +100,7 @@ class Models:
         try:
             return cast(list[int], await _in(self._reading, read, prompt))
         except QloraKitError as error:
-            raise from_ours(error) from error
+            raise from_error(error) from error
 
     async def add(self, name: str, path: str, opened: Callable[[str, str], Model]) -> Model:
         """A new name for the adapter in a directory, which `opened` puts into the bank.
@@ -119,10 +119,8 @@ class Models:
 
         try:
             return cast(Model, await _in(self._adding, added))
-        except InputError as error:
+        except (InputError, ConfigError) as error:
             raise invalid(excerpt(str(error), 400), "path") from error
-        except QloraKitError as error:
-            raise from_ours(error) from error
 
     def put(self, model: Model) -> None:
         """Let a model be asked for."""

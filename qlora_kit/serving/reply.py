@@ -87,7 +87,10 @@ class Reply(Response):
 
     async def _stream(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": STREAM})
-        content = self._answer.first()
+        # At once, also where the answer still waits for its place.
+        first = self._answer.first()
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        content = b""
         async for event in self._events():
             if event.text:
                 content += self._answer.piece(event.text)

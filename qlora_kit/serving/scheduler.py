@@ -21,11 +21,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from qlora_kit.errors import QloraKitError
 from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.request import Request, Ticket
 from qlora_kit.generation.text import AnswerText
-from qlora_kit.serving.errors import broken, closing, from_ours, no_model, queue_full
+from qlora_kit.serving.errors import closing, from_error, no_model, queue_full
 from qlora_kit.serving.job import Event, Job
 
 
@@ -215,7 +214,7 @@ class Scheduler:
         return Event(piece, "stop" if text.stopped else None)
 
     def _failed(self, error: Exception) -> Event:
-        answer = from_ours(error) if isinstance(error, QloraKitError) else broken()
+        answer = from_error(error)
         if answer.status >= 500:
             self._report(error)
         return Event(error=answer)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from qlora_kit.data.batch import padding_id
 from qlora_kit.generation.engine import Engine
 from qlora_kit.lora.bank import AdapterBank
+from qlora_kit.options.checks import size_text
 from qlora_kit.serving.api import Api, Limits
 from qlora_kit.serving.guard import Guard
 from qlora_kit.serving.listen import url_of
@@ -34,10 +35,11 @@ class Service:
         debug: bool = False,
     ) -> None:
         """`open_adapter` puts the adapter in a directory into the bank, under a name."""
-        self.bank, self._say, self._debug = bank, say, debug
+        self.bank, self._limits, self._say, self._debug = bank, limits, say, debug
         pad_id = padding_id(base.format.tokenizer)
+        self._engine = Engine(bank.base.model, pad_id=pad_id, bank=bank)
         self.scheduler = Scheduler(
-            Engine(bank.base.model, pad_id=pad_id, bank=bank),
+            self._engine,
             max_batch=max_batch,
             max_queue=max_queue,
             report=self._report,
@@ -60,7 +62,9 @@ class Service:
         grace_s: float = GRACE_S,
     ) -> None:
         """Serve until that is asked for."""
-        names = ", ".join(self.models.names)
+        cache = self._engine.cache_bytes(self._limits.max_length, self.scheduler.max_batch)
+        most = "" if cache is None else f", with a cache of up to {size_text(cache)}"
+        what = f"{', '.join(self.models.names)} at {url_of(listener)}/v1{most}"
         try:
             run(
                 self.app,
@@ -68,7 +72,7 @@ class Service:
                 self.scheduler,
                 is_asked_to_end=is_asked_to_end,
                 grace_s=grace_s,
-                on_start=lambda: self._say(f"serving {names} at {url_of(listener)}/v1"),
+                on_start=lambda: self._say(f"serving {what}"),
             )
         finally:
             self.models.close()

@@ -6,8 +6,11 @@ import json
 import socket
 from typing import Any
 
+import pytest
 from served import Served
 
+from qlora_kit.serving import guard
+from qlora_kit.serving import server as connections
 from qlora_kit.serving.schemas import MOST_MESSAGES
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -194,6 +197,17 @@ def said(server: Served, content: bytes, *, goes: bool = False) -> bytes:
             return connection.recv(65536)
         except (ConnectionResetError, BrokenPipeError):
             return b""
+
+
+def test_what_does_not_arrive_in_time_is_not_waited_for(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "BODY_S", 0.2)
+    monkeypatch.setattr(connections, "HEADERS_S", 0.2)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    assert b" 408 " in said(server, head + b"Content-Length: 9\r\n\r\n{")
+    assert said(server, head) == said(server, b"") == b""  # closed, and never answered
+    assert is_up(server)
 
 
 def test_what_is_no_http_ends_a_connection_and_not_the_server(server: Served) -> None:

@@ -114,7 +114,7 @@ def test_adapters_come_and_go_while_others_are_asked(
         refusal(client.delete("/v1/adapters/noise"), 404)
         again = {"name": "noise", "path": str(adapters["noise"])}
         assert "still" in refusal_of(client, again, 409)["message"]
-        assert len(list(lines)) > 400
+        assert sum(line.startswith("data: {") for line, _ in zip(lines, range(9), strict=False)) > 3
     with keyed.client() as client:
         found = client.post("/v1/completions", json=SHORT | {"model": "sql"}).json()
         assert found["choices"] == expected["choices"]

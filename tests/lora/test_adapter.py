@@ -31,6 +31,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, NumericError, UnsafeInputError
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.adapter_files import read_adapter
+from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.lora.inject import activate, inject_lora, lora_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -83,6 +84,14 @@ def logits(of):
     model = of.model if isinstance(of, Base) else of
     with torch.no_grad():
         return model(input_ids=token_ids(), use_cache=False).logits
+
+
+def same_in_a_bank(base, directory):
+    """Whether the bank makes of an adapter what takes part in a base now."""
+    loaded, bank = logits(base), AdapterBank(base)
+    bank.add("again", directory)
+    with bank.using("again"):
+        return torch.equal(logits(base), loaded)
 
 
 def edit(path, **changes):
@@ -199,6 +208,7 @@ def test_an_adapter_of_peft_has_the_same_logits_in_ours_and_back(bases, tmp_path
     theirs = peft_adapter(base, tmp_path / "peft", **PEFT_SETTINGS[case])
     ours = load_adapter(load(base), tmp_path / "peft")
     assert relative_error(logits(ours), logits(theirs)) <= 1e-6
+    assert same_in_a_bank(ours, tmp_path / "peft")
     # Saved again it is the same adapter, whichever way its targets were chosen.
     save_adapter(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(plain(base), tmp_path / "ours")
@@ -215,6 +225,7 @@ def test_every_family_takes_adapters_of_peft(bases, tmp_path, family):
     theirs = peft_adapter(bases / family, tmp_path, target_modules=list(targets_of(family)))
     ours = load_adapter(load(bases / family), tmp_path)
     assert relative_error(logits(ours), logits(theirs)) <= 1e-6
+    assert same_in_a_bank(ours, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

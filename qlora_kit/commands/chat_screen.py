@@ -18,6 +18,7 @@ from qlora_kit.commands.failure import stands_for
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.errors import DataError, QloraKitError, error_line
 from qlora_kit.process.signals import Stopped, StopSignals
+from qlora_kit.process.streams import note
 from qlora_kit.run.chat_events import Began, Ended, Left, Note, Piece
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class ChatScreen:
         if self._is_typed:
             self._terminal.print((text, "dim"), wrapped=True)
         else:
-            print(f"note: {text}", file=sys.stderr)
+            note(text)
 
     def _line(self) -> str | None:
         """The next line, with those that it goes on in; None at the end."""

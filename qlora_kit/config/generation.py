@@ -11,7 +11,7 @@ from types import MappingProxyType
 from qlora_kit.config.limits import MOST_DRAWN, MOST_ROWS, SEEDS
 from qlora_kit.config.lora import ADAPTER_NAMES, OTHER_BASE_HELP, is_name
 from qlora_kit.errors import ConfigError, excerpt
-from qlora_kit.options.checks import a_name, between
+from qlora_kit.options.checks import a_name, between, one_of
 from qlora_kit.options.option import Options, at_home, option
 
 BASE = "base"
@@ -56,6 +56,14 @@ class AdaptersConfig(Options):
         metavar="[NAME=]DIR",
     )
     allow_other_base: bool = option(False, OTHER_BASE_HELP)
+    merge_in_memory: int | None = option(
+        None,
+        "merge the one adapter into a copy of the linears that it adapts, in so many bits beside "
+        "the base, and say how far its answers are from the adapter's: 16 is close and fast, 8 and "
+        "4 take less memory and are another model",
+        check=one_of(4, 8, 16),
+        shown_default="not merged",
+    )
 
     named: typing.ClassVar[Mapping[str, str]] = MappingProxyType({})
     """The directory of each adapter by its name, in the order in which they were given."""
@@ -87,6 +95,8 @@ class AdaptersConfig(Options):
         given, found = [_named(one) for one in each(self.adapter)], dict[str, str]()
         if self.allow_other_base and not given:
             yield "allow_other_base goes with adapter, which is not given"
+        if self.merge_in_memory is not None and len(given) != 1:
+            yield f"merge_in_memory merges one adapter, and {len(given) or 'none'} are given"
         for name, directory in given:
             shown = excerpt(directory if name is None else f"{name}={directory}")
             # Of `.` and of `runs/x/` the last part is a name too.

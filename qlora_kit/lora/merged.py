@@ -65,11 +65,8 @@ def merge(base: Base, adapter: Active, bits: int | None = None) -> Merged:
     Errors: `ConfigError` for bits that a base has not, `ResourceError` where the copies do not fit,
     `NumericError` for a sum that is not finite or that a format cannot hold.
     """
-    held = base.quantization.bits
-    bits = held if bits is None else bits
-    if bits not in (4, 8, 16) or (held == 16 and bits != 16):
-        allowed = "16, as the base is held" if held == 16 else "4, 8 or 16"
-        raise ConfigError(f"an adapter is merged in {allowed} bits, got {bits}", "give one of them")
+    bits = base.quantization.bits if bits is None else bits
+    check_bits(base, bits)
     layers = lora_layers(base.model).values()
     parts: dict[nn.Module, Part] = {one: part for one in layers if (part := adapter.part(one))}
     _check_room(base, parts, bits)
@@ -77,6 +74,19 @@ def merge(base: Base, adapter: Active, bits: int | None = None) -> Merged:
         adapter.name,
         {layer: Part(_merged(base, adapter.name, part, bits)) for layer, part in parts.items()},
     )
+
+
+def check_bits(base: Base, bits: int) -> None:
+    """Refuse bits that no copy beside a base is made in. Errors: `ConfigError`."""
+    if bits not in (4, 8, 16):
+        raise ConfigError(
+            f"an adapter is merged in 4, 8 or 16 bits, got {bits}", "give one of them"
+        )
+    if base.quantization.bits == 16 != bits:
+        raise ConfigError(
+            f"an adapter would be merged in {bits} bits, and the base is held in 16",
+            "merge it in 16 bits",
+        )
 
 
 def multiplied_dtype(base: Base) -> torch.dtype:

@@ -38,6 +38,11 @@ def _is_shown(character: str) -> bool:
     return character.isprintable() or spaced or character in JOINERS
 
 
+def note(text: str) -> None:
+    """One line on standard error that a reader should not miss; nothing waits for it."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 class Stream:
     """A text stream that is written to for as long as that works.
 
@@ -95,7 +100,7 @@ class Stream:
         if self.required:
             raise self.lost
         if not self._is_error and not isinstance(error, BrokenPipeError):
-            print(f"note: {self.problem}; going on without it", file=sys.stderr)
+            note(f"{self.problem}; going on without it")
 
     @property
     def problem(self) -> str:

@@ -15,6 +15,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.lora.opening import open_adapter
+from qlora_kit.run.merged_copy import asked_bits, merge_in_memory
 from qlora_kit.run.named_base import Named, base_of
 from qlora_kit.run.prompt_format import PromptFormat, formats_of
 from qlora_kit.run.saved_adapter import SavedAdapter
@@ -31,6 +32,8 @@ class AdaptedBase:
     adapters: Mapping[str, SavedAdapter]
     allow_other_base: bool
     formats: Mapping[str | None, PromptFormat]
+    merge_in_memory: int | None = None
+    """The bits of the copies that the one adapter is merged into."""
 
     @staticmethod
     def open(named: Named, allow_other_base: bool, *, as_trained: bool = False) -> AdaptedBase:
@@ -49,7 +52,8 @@ class AdaptedBase:
         for one in named.adapters.values():
             open_adapter(base.model, one.files, None if allow_other_base else base.info)
         formats = formats_of(base, named.adapters)
-        return AdaptedBase(base, named.adapters, allow_other_base, formats)
+        bits = asked_bits(parsed, base)
+        return AdaptedBase(base, named.adapters, allow_other_base, formats, bits)
 
     @cached_property
     def bank(self) -> AdapterBank:
@@ -59,13 +63,16 @@ class AdaptedBase:
     def load(self) -> PreTrainedModel:
         """Read the weights, and the adapters into the bank; a single one takes part.
 
-        Errors: as `read_weights` and `AdapterBank.add`.
+        Errors: as `read_weights`, `AdapterBank.add` and `AdapterBank.merge`.
         """
         model = read_weights(self.base)
         for name, adapter in self.adapters.items():
             self.bank.add(name, adapter.files, allow_other_base=self.allow_other_base)
         if len(self.adapters) == 1:
-            self.bank.use(next(iter(self.adapters)))
+            ((name, adapter),) = self.adapters.items()
+            if self.merge_in_memory is not None:
+                merge_in_memory(self.bank, name, adapter, self.merge_in_memory)
+            self.bank.use(name)
         return model
 
     def load_masters(self, *, weights: bool = True) -> None:

@@ -119,8 +119,12 @@ def test_copies_that_do_not_fit_are_refused_before_they_are_made(base, bits):
 def test_bits_that_a_base_has_not_and_sums_that_are_no_numbers_are_refused(bases):
     base = trained_base(bases / "llama3", bits=16, dtype="fp16")
     adapter = switch_of(base.model).active
-    with pytest.raises(ConfigError, match="in 16, as the base is held bits, got 4"):
+    with pytest.raises(
+        ConfigError, match="merged in 4 bits, and the base is held in 16; merge it in 16"
+    ):
         merge(base, adapter, 4)
+    with pytest.raises(ConfigError, match="merged in 4, 8 or 16 bits, got 5"):
+        merge(base, adapter, 5)
     lora_layers(base.model)["model.layers.1.mlp.up_proj"].lora_B["default"].weight.data.fill_(1e5)
     with pytest.raises(NumericError, match="float16"):
         merge(base, adapter)

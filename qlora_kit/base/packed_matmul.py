@@ -14,6 +14,7 @@ as fast for 1 and 2 rows on one thread, 2 times for 8, and as fast for 64 (768 x
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.encode_weight import BLOCKSIZE, encode_blocks
-from qlora_kit.base.quantize import code_tables, fused_matmul, is_fused
+from qlora_kit.base.quantize import code_tables, cpu_kernel, fused_matmul, is_fused
 from qlora_kit.device.target import has_values
 
 ROWS = 32
@@ -53,13 +54,21 @@ class Copy:
         torch.bitwise_or(upper & 0xF, lower << 4, out=bytes_[..., 1])
         self._packed = bytes_.view(rows, columns // 2)
         self._scales = scales.view(rows, -1).t().to(torch.bfloat16).contiguous()
-        self._code = code_tables(quant_type)[0]
+        kernel = cpu_kernel(f"gemv_4bit_inference_cpu_{quant_type}_bf16")
+        assert kernel is not None
+        self._kernel = kernel
 
     def matmul(self, x: Tensor) -> Tensor:
         """`x` (..., in) in bf16 times the weight, (..., out)."""
-        return torch.ops.bitsandbytes.gemv_4bit.default(  # type: ignore[no-any-return]
-            x.contiguous(), self._packed, self.shape, self._scales, self._code, BLOCKSIZE
-        )
+        (rows, columns), x = self.shape, x.contiguous()
+        y = x.new_empty(*x.shape[:-1], rows)
+        # Not the op of this name, whose own Python takes longer than a small product.
+        sizes = map(ctypes.c_int64, (x.numel() // columns, rows, columns))
+        read = x, self._packed, self._scales, y
+        tensors = [ctypes.c_void_p(one.data_ptr()) for one in read]
+        strides = map(ctypes.c_int64, (BLOCKSIZE, columns, rows))
+        self._kernel(*sizes, *tensors, *strides)
+        return y
 
 
 @contextmanager
@@ -100,7 +109,10 @@ def packed_matmul(layer: Any, x: Tensor) -> Tensor | None:
 @functools.cache
 def _is_right() -> bool:
     """Whether this processor has the kernel, and it reads the order above."""
+    # bitsandbytes registers it where the processor has the instructions.
     if not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::gemv_4bit", "CPU"):
+        return False
+    if cpu_kernel("gemv_4bit_inference_cpu_nf4_bf16") is None:
         return False
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2 * ROWS, 2 * BLOCKSIZE, generator=generator)

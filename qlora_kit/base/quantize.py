@@ -182,7 +182,8 @@ def decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) 
         out.copy_(single)
         return
     # The op of this name makes a new tensor on the CPU; what it calls writes where it is told.
-    call = _on_the_cpu(quant_type, out.dtype) if out.device.type == "cpu" else None
+    name = f"cdequantize_blockwise_cpu_{quant_type}_{KERNEL_DTYPES[out.dtype]}"
+    call = cpu_kernel(name) if out.device.type == "cpu" else None
     if call is not None:
         call(
             ctypes.c_void_p(packed.data_ptr()),
@@ -202,13 +203,12 @@ def decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) 
 
 
 @functools.cache
-def _on_the_cpu(quant_type: str, dtype: torch.dtype) -> Callable[..., None] | None:
-    """The kernel of bitsandbytes' own library, where it found one that has it.
+def cpu_kernel(name: str) -> Callable[..., None] | None:
+    """A kernel of bitsandbytes' own library, where it found one that has it.
 
     Of a name that it does not have the module hands out a function that raises.
     """
     library = None if isinstance(cextension.lib, NoLibrary) else cextension.lib._lib
-    name = f"cdequantize_blockwise_cpu_{quant_type}_{KERNEL_DTYPES[dtype]}"
     return getattr(library, name, None)
 
 

@@ -7,7 +7,6 @@ answer is right where it equals what is expected, blanks around both left out.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,21 +105,20 @@ def _answers(
 ) -> list[str]:
     """The greedy answer to each question; none where the prompt fills the model's context."""
     room = [min(options.max_new_tokens, context - len(question.ids)) for question in asked]
-    # Prompts of like length share a batch, and only those that have the same room.
-    order = sorted(range(len(asked)), key=lambda index: (room[index], len(asked[index].ids)))
+    # Prompts of like length follow each other, and so share a batch.
+    order = sorted(
+        (index for index, limit in enumerate(room) if limit > 0),
+        key=lambda index: len(asked[index].ids),
+    )
+    found = answers(
+        model,
+        tokenizer,
+        [asked[index].ids for index in order],
+        max_new_tokens=[room[index] for index in order],
+        eos_ids=ends,
+        batch_size=options.batch_size,
+    )
     texts = [""] * len(asked)
-    for limit, group in itertools.groupby(order, key=room.__getitem__):
-        if limit < 1:
-            continue
-        chosen = list(group)
-        found = answers(
-            model,
-            tokenizer,
-            [asked[index].ids for index in chosen],
-            max_new_tokens=limit,
-            eos_ids=ends,
-            batch_size=options.batch_size,
-        )
-        for index, text in zip(chosen, found, strict=True):
-            texts[index] = text.strip()
+    for index, text in zip(order, found, strict=True):
+        texts[index] = text.strip()
     return texts

@@ -319,9 +319,9 @@ def no_library(monkeypatch):
     """bitsandbytes as it is where its library for the torch that is here is missing."""
     said = "No compatible CUDA binary found at libbitsandbytes_cuda139.so"
     monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary(said))
-    quantize._on_the_cpu.cache_clear()
+    quantize.cpu_kernel.cache_clear()
     yield said
-    quantize._on_the_cpu.cache_clear()
+    quantize.cpu_kernel.cache_clear()
 
 
 def test_a_library_that_is_not_there_is_said_before_a_weight_is_read(no_library):

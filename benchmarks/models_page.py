@@ -23,11 +23,12 @@ What "works" means, for each number of bits, on an fp32 model of random weights:
 - a step's loss and the gradients of every adapter are those of torch's autograd in fp64, to 1e-5
   (where autograd in fp32 is itself further off, to twice that; the result says so);
 - recompute levels `none`, `selective` and `full` give the same bits;
-- padding on the right, which a run has, changes nothing, to 1e-5; nor does padding on the left,
-  but where transformers' own model already differs;
+- padding on the right, which a run has, changes nothing, to 1e-5 (or as far as above); nor does
+  padding on the left, but where transformers' own model already differs;
 - rows of a pack are as rows alone, to 1e-5, or `--packing` is refused;
 - `finetune` trains all linears and its loss falls, PEFT reads the adapter with equal logits,
-  `export` writes a model that plain transformers reads with equal logits.
+  `export` writes a model that plain transformers reads with equal logits: of a multimodal
+  checkpoint the text model{whole}.
 
 Random weights say nothing of quality, and a tiny model nothing of speed or memory. What a published
 checkpoint of a family has beside these (8-bit floats, remote code, other names) is not looked at.
@@ -85,6 +86,7 @@ def page(result: Mapping[str, Any]) -> str:
         tried="in 4, 8 and 16 bits"
         if in_all == len(by_verdict["works"])
         else f"{in_all} of them in 4, 8 and 16 bits and the others in those that their lines name",
+        whole=_whole(by_verdict["works"]),
         commands="\n".join(
             f"- `{_cell(run['command'], 160)}` at commit {run['commit'][:12]}, {run['date']}"
             for run in [*result.get("earlier", []), measured]
@@ -120,6 +122,19 @@ def page(result: Mapping[str, Any]) -> str:
             f"| `{kind}` | {_cell(summary(row))} |" for kind, row in by_verdict["fault"].items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _whole(works: Mapping[str, Any]) -> str:
+    """Of which types it is refused to write the text model alone."""
+    kinds = [
+        kind
+        for kind, row in works.items()
+        if any("text_alone" in row.get(bits, {}) for bits in BITS)
+    ]
+    if not kinds:
+        return ""
+    named = ", ".join(f"`{kind}`" for kind in kinds)
+    return f", or the whole where transformers takes another tokenizer for that alone ({named})"
 
 
 def write_page(path: Path, result: Mapping[str, Any]) -> None:

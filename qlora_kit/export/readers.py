@@ -20,6 +20,8 @@ from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import ExportError, ResourceError
 from qlora_kit.export.read_back import Way, read_layers, ways, with_adapter
 from qlora_kit.export.token_check import (
+    OF_THE_WHOLE,
+    REMEDY,
     check_ends,
     check_tokens,
     check_vocabulary,
@@ -97,20 +99,27 @@ def verify_hf(
     Errors: `ExportError`, `NumericError` for a distance above the limit, `ResourceError`.
     """
     texts = texts_of(rows, base.tokenizer)
-    check_tokenizer_files(base, directory, texts)
+    alone = base.wrapper is not None and not options.with_towers
+    check_tokenizer_files(base, directory, texts, OF_THE_WHOLE if alone else REMEDY)
     found, way = verify_export(base, directory, rows)
     reader = TRANSFORMERS if way.whole else "qlora_kit"
     return report_of([Read(reader, str(way), found, len(texts), len(texts))], options, {})
 
 
-def check_tokenizer_files(base: Base, directory: Path, texts: Sequence[str]) -> None:
+def check_tokenizer_files(
+    base: Base, directory: Path, texts: Sequence[str], remedy: str = REMEDY
+) -> None:
     """Compare the tokenizer that transformers finds in a directory, and the tokens to stop at.
 
     Errors: `ExportError`.
     """
     name, theirs = TRANSFORMERS, read_tokenizer(directory)
-    check_vocabulary(name, vocabulary(base.tokenizer), vocabulary(theirs))
-    check_tokens(name, base.tokenizer, lambda text: list(theirs(text)["input_ids"]), texts)
+    check_vocabulary(name, vocabulary(base.tokenizer), vocabulary(theirs), remedy)
+
+    def made(text: str) -> list[int]:
+        return list(theirs(text)["input_ids"])
+
+    check_tokens(name, base.tokenizer, made, texts, remedy)
     settings = GenerationConfig.from_pretrained(directory, local_files_only=True)
     said = settings.eos_token_id
     check_ends(name, base.model, base.tokenizer, [said] if isinstance(said, int) else said or ())

@@ -29,6 +29,10 @@ TEXTS = (
 FROM_ROWS, CHARACTERS = 5, 1000
 """How many of the compared rows are taken as texts too, and how much of each."""
 REMEDY = "nothing was written; report this with the command and the model"
+OF_THE_WHOLE = (
+    "nothing was written; transformers takes another tokenizer for the text model alone: "
+    "--format hf --with_towers writes the whole"
+)
 
 
 def texts_of(rows: Sequence[Encoded], tokenizer: Any) -> list[str]:
@@ -40,7 +44,11 @@ def texts_of(rows: Sequence[Encoded], tokenizer: Any) -> list[str]:
 
 
 def check_tokens(
-    reader: str, ours: Any, theirs: Callable[[str], Sequence[int]], texts: Sequence[str]
+    reader: str,
+    ours: Any,
+    theirs: Callable[[str], Sequence[int]],
+    texts: Sequence[str],
+    remedy: str = REMEDY,
 ) -> None:
     """Refuse a reader whose tokens of a text are others than our tokenizer's.
 
@@ -55,21 +63,23 @@ def check_tokens(
         raise ExportError(
             f"{reader} makes other tokens of a text: of {_around(text, ours, expected, at)} it "
             f"makes {found[at : at + 3]} where training had {expected[at : at + 3]}",
-            REMEDY,
+            remedy,
         )
 
 
-def check_vocabulary(reader: str, ours: Sequence[str | None], theirs: Sequence[str | None]) -> None:
+def check_vocabulary(
+    reader: str, ours: Sequence[str | None], theirs: Sequence[str | None], remedy: str = REMEDY
+) -> None:
     """Refuse a reader that has another token under an id, None for one that has no name.
 
     Errors: `ExportError` with the first one.
     """
     if len(theirs) < len(ours):
-        raise ExportError(f"{reader} has {len(theirs)} tokens, training {len(ours)}", REMEDY)
+        raise ExportError(f"{reader} has {len(theirs)} tokens, training {len(ours)}", remedy)
     for number, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one is not None and one != other:
             raise ExportError(
-                f"token {number} is {other!r} to {reader} and {one!r} in training", REMEDY
+                f"token {number} is {other!r} to {reader} and {one!r} in training", remedy
             )
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from any_model import save_random
 from families import edit_weights, randomize_adapter, refused, relative_error, token_ids
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -14,9 +15,12 @@ from wrappers import FIRST, save_wrapped
 
 from qlora_kit.base.load import load_base
 from qlora_kit.base.text_decoder import is_tower
+from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.errors import ConfigError
-from qlora_kit.export.export import export_model
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.errors import ConfigError, ExportError
+from qlora_kit.export.export import export_model, write_export
+from qlora_kit.export.readers import verify_hf
 from qlora_kit.export.transformers_reader import read_model
 from qlora_kit.lora.inject import inject_lora
 
@@ -99,6 +103,23 @@ def test_towers_keep_their_dtype_in_another_export(checkpoints, tmp_path):
     (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
     read = read_model(tmp_path / "whole", torch.device("cpu"))
     assert type(read).__name__ == "Gemma3ForConditionalGeneration"
+
+
+def test_text_models_whose_tokens_transformers_would_change_are_refused(tmp_path):
+    """It takes its own class for any Qwen 2, whatever tokenizer_config.json says (5.23)."""
+    save_random(tmp_path / "base", "got_ocr2")
+    base = adapted(tmp_path / "base")
+    rows = [Encoded(ids, ids) for ids in token_ids().tolist()]
+
+    def write(name, **more):
+        options = ExportConfig(output_dir=str(tmp_path / name), **more)
+        write_export(base, options, lambda made: verify_hf(base, options, made, rows))
+
+    with pytest.raises(ExportError, match="other tokens of a text") as caught:
+        write("text")
+    assert not (tmp_path / "text").exists()
+    assert "--with_towers writes the whole" in caught.value.remedy
+    write("whole", with_towers=True)
 
 
 def test_towers_are_refused_where_they_cannot_stay(checkpoints, bases, tmp_path):

@@ -10,6 +10,8 @@ from qlora_kit.config.lora import OTHER_BASE_HELP
 from qlora_kit.options.checks import a_name, also, between, one_of
 from qlora_kit.options.option import Options, flag_of, option
 
+LORA_FILE = "adapter.gguf"
+"""An adapter as llama.cpp reads it, alone or beside its base; any other GGUF is a model."""
 QUANTIZED = {"hf-4bit": 4, "hf-8bit": 8}
 """Formats whose linears bitsandbytes has quantized, and their bits."""
 MERGED = ("hf", *QUANTIZED, "gguf")

@@ -23,7 +23,7 @@ from qlora_kit.config.export import QUANTIZED, ExportConfig
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.bnb_linears import BnbLinears
-from qlora_kit.export.hf import write_settings
+from qlora_kit.export.hf import write_config
 from qlora_kit.export.shards import Piece, numbers, write_shards
 from qlora_kit.export.tensors import (
     ExportTensor,
@@ -31,7 +31,6 @@ from qlora_kit.export.tensors import (
     dtype_of,
     export_tensors,
 )
-from qlora_kit.export.unmerged import write_beside
 from qlora_kit.lora.inject import lora_layers
 
 
@@ -79,7 +78,7 @@ def bnb_notes(base: Base, options: ExportConfig) -> list[str]:
 
 
 def write_bnb(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
-    """Write the quantized model in files of `shard_size` bytes, with config and tokenizer.
+    """Write the quantized model in files of `shard_size` bytes, with its config.
 
     Host memory holds one linear. Errors: `ConfigError`, `NumericError`, `ExportError`,
     `ResourceError`.
@@ -105,9 +104,7 @@ def write_bnb(base: Base, adapter: str | None, options: ExportConfig, directory:
     same = base.form.stored and linears.quantization == base.quantization
     stored = files.decoder.config["quantization_config"] if same else None
     said = quantization_config(linears.quantization, dtype, linears.skipped, stored)
-    write_settings(base, directory, dtype, quantization=said)
-    if options.is_beside and adapter is not None:
-        write_beside(base, adapter, options, directory)
+    write_config(base, directory, dtype, quantization=said)
 
 
 def _shape(base: Base, name: str) -> torch.Size:

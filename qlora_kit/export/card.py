@@ -6,15 +6,17 @@ holds no path: the base is named where others find it by that name.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from qlora_kit.config.export import LORA_FILE
 from qlora_kit.export.adapter_files import CARD, FOLDER
-from qlora_kit.export.gguf_lora import FILE as LORA
 from qlora_kit.export.gguf_lora import own_values
+from qlora_kit.export.llama_command import llama_command
 from qlora_kit.files.atomic import write_file
 
 LOADERS = {
@@ -40,7 +42,7 @@ def write_card(report: Mapping[str, Any], directory: Path, base_name: str | None
     form, base = report["format"], report["base"]
     is_gguf, adapter = form.startswith("gguf"), directory / FOLDER
     if is_gguf:
-        adapter = directory / LORA
+        adapter = directory / LORA_FILE
     beside = adapter.name if form != "gguf-lora" and adapter.exists() else None
     front = ModelCardData(
         base_model=base_name,
@@ -96,15 +98,14 @@ def _made_of(report: Mapping[str, Any], name: str, beside: str | None) -> Iterat
 
 def _use(report: Mapping[str, Any], directory: Path) -> str:
     """How it is loaded, by the files that are there; `DIR` is where they are."""
-    files = sorted(path.name for path in directory.glob("*.gguf"))
+    files = sorted(path.relative_to(directory) for path in directory.glob("*.gguf"))
     if not files:
         loader = "multimodal" if report.get("with_towers") else "hf"
         if (directory / FOLDER).is_dir():
             loader = "unmerged"
         where = "`DIR` is the name of this repository, or its directory."
         return "\n".join((where, "```python", LOADERS[loader], "```"))
-    model = next((name for name in files if name != LORA), "BASE.gguf")
-    lines = [f"llama-cli -m {model}{f' --lora {LORA}' if LORA in files else ''}"]
+    lines = [shlex.join(llama_command("llama-cli", files))]
     if (directory / "Modelfile").exists():
         lines.append("ollama create NAME -f Modelfile")
     return "\n".join(("```", *lines, "```"))

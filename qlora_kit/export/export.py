@@ -17,6 +17,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.readers import check_read
 from qlora_kit.export.tensors import dtype_of
+from qlora_kit.export.unmerged import write_beside
 from qlora_kit.files.atomic import EXPORT_REPORT, check_output, check_room, write_file
 from qlora_kit.files.publish import publish
 from qlora_kit.lora.inject import ADAPTER, lora_layers
@@ -75,8 +76,12 @@ def write_export(
     inspect: Callable[[Path], None] | None = None,
     *,
     adapter: str | None = ADAPTER,
+    own_templates: bool = False,
 ) -> Path:
-    """What `options` say of `base` with its adapter, as `export_model`."""
+    """What `options` say of `base` with its adapter, as `export_model`.
+
+    With `own_templates` the chat templates are the tokenizer's and not those of the base's files.
+    """
     assert options.output_dir is not None
     target = Path(options.output_dir)
     check_output(target, options.overwrite, [base.source.directory])
@@ -86,10 +91,29 @@ def write_export(
         raise AdapterError(f"the model has no adapter {adapter!r}", "load one, or name another")
     check_export(base, target, options)
     with publish(target) as directory:
-        FORMATS[options.format].write(base, adapter, options, directory)
+        fill(base, options, directory, adapter=adapter, own_templates=own_templates)
         said: dict[str, Any] = {"format": options.format, "merge_base": options.merged_into}
         said |= {"dtype": dtype_of(base, options), "base": base.info.as_dict()}
         write_file(directory / EXPORT_REPORT, json.dumps(said).encode())
         if inspect is not None:
             inspect(directory)
     return target
+
+
+def fill(
+    base: Base,
+    options: ExportConfig,
+    directory: Path,
+    *,
+    adapter: str | None = ADAPTER,
+    own_templates: bool = False,
+) -> None:
+    """Write all of an export into an empty directory, an adapter that is not merged as well.
+
+    Errors: `ConfigError`, `NumericError`, `ExportError`, `ResourceError`.
+    """
+    format = FORMATS[options.format]
+    format.write(base, adapter, options, directory)
+    format.companions(base, directory, own_templates)
+    if options.is_beside and adapter is not None:
+        write_beside(base, adapter, options, directory)

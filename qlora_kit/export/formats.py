@@ -26,13 +26,13 @@ class Format:
     """One format. Each function is given the base and the options of the export.
 
     `size` refuses what cannot be written before a weight is read, and gives the bytes that are.
-    `write` fills a directory with the base and its adapter (None: the base alone); `verify` reads
-    it back from there and compares it with the model as trained on some rows: what is said of that
-    in export.json, or a `NumericError` for what is too far. `companions` adds what others need
-    beside the weights to generate as we do, its last argument says whether the chat templates are
-    the adapter's own; `notes` is what users of the export should know. `needs_base` says whether
-    the weights of the base are read for any of it. `unread` gives the reasons why nobody here would
-    read it back, by the readers' names; nothing where one does.
+    `write` writes the base with its adapter in it (None: the base alone) into a directory;
+    `companions` adds what others need beside the weights to generate as we do, its last argument
+    says whether the chat templates are the adapter's own. `verify` reads it back from there and
+    compares it with the model as trained on some rows: what is said of that in export.json, or a
+    `NumericError` for what is too far. `notes` is what users of the export should know.
+    `needs_base` says whether the weights of the base are read for any of it. `unread` gives the
+    reasons why nobody here would read it back, by the readers' names; nothing where one does.
     """
 
     size: Callable[[Base, ExportConfig], int]

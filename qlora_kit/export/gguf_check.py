@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.base.base import Base
-from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.export import LORA_FILE, ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.export.gguf import gguf_size
-from qlora_kit.export.gguf_lora import FILE, beside_model, check_updates
+from qlora_kit.export.gguf_lora import beside_model, check_updates
 from qlora_kit.export.gguf_readers import GgufReaders, absent_readers
 from qlora_kit.export.gguf_tokens import LLAMA_CPP
 from qlora_kit.export.gguf_written import check_fields, check_tensors
@@ -37,7 +37,7 @@ def verify_gguf(
     Where neither llama.cpp nor transformers reads it, there are no distances but that each tensor
     is what was to be written. Errors: `ExportError`, `NumericError` for a distance above the limit.
     """
-    lora = directory / FILE if options.has_lora_beside else None
+    lora = directory / LORA_FILE if options.has_lora_beside else None
     (file,) = (one for one in directory.glob("*.gguf") if one != lora)
     readers = GgufReaders(base, file, rows, lora)
     absent = readers.absent()

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.base import Base
-from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.export import LORA_FILE, ExportConfig
 from qlora_kit.errors import ExportError, NumericError
 from qlora_kit.export.tensors import dtype_of, name_of
 from qlora_kit.generation.decode import end_ids
@@ -39,7 +39,6 @@ from qlora_kit.gguf.modelfile import write_modelfile
 from qlora_kit.gguf.tensor_types import KINDS
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 
-FILE = "adapter.gguf"
 BASE_FILE = "base.gguf"
 """What the base is called in Ollama's file."""
 ALPHA = "adapter.lora.alpha"
@@ -142,10 +141,10 @@ def write_lora(
     layout, kind, alpha = Layout.of(base.model.config), _kind(base, options), common_alpha(found)
     tensors = [one for pair in found for one in _tensors(layout, pair, alpha, kind)]
     fields = _fields(base, options, alpha, kind)
-    write_gguf_file(directory / FILE, layout.facts.architecture, fields, tensors)
+    write_gguf_file(directory / LORA_FILE, layout.facts.architecture, fields, tensors)
     ends, words = end_ids(base.model, base.tokenizer), base.tokenizer
     context, chats = _said(base).context, base.chats
-    write_modelfile(directory, words, ends, context, model=model, adapter=FILE, chats=chats)
+    write_modelfile(directory, words, ends, context, model=model, adapter=LORA_FILE, chats=chats)
 
 
 def _kind(base: Base, options: ExportConfig) -> str:
@@ -195,7 +194,7 @@ def check_updates(base: Base, options: ExportConfig, directory: Path) -> float:
     Errors: `NumericError` for a distance above what rounding explains, `ExportError` for a file
     that has other pairs than the adapter.
     """
-    reader, largest = import_gguf().GGUFReader(directory / FILE), 0.0
+    reader, largest = import_gguf().GGUFReader(directory / LORA_FILE), 0.0
     alpha = float(reader.get_field(ALPHA).contents())
     held = {one.name: one for one in reader.tensors}
     layout, kind = Layout.of(base.model.config), _kind(base, options)
@@ -203,18 +202,20 @@ def check_updates(base: Base, options: ExportConfig, directory: Path) -> float:
         name = f"{layout.name(pair.module)}.weight"
         read = [held.pop(f"{name}.lora_{part}", None) for part in "ab"]
         if None in read:
-            raise ExportError(f"{FILE}: has no {name}.lora_a or .lora_b", "export it again")
+            raise ExportError(f"{LORA_FILE}: has no {name}.lora_a or .lora_b", "export it again")
         a, b = map(_numbers, read)
         trained = layout.rows(pair.module, pair.b.double()) * pair.scaling, pair.a.double()
         far = distance((b * (alpha / a.shape[0]), a), trained)
         largest = max(largest, far)
         if not far <= TOLERANCE[kind]:
             raise NumericError(
-                f"{name}: its update in {FILE} is {far:.1e} of itself from the trained one",
+                f"{name}: its update in {LORA_FILE} is {far:.1e} of itself from the trained one",
                 "export with --dtype f32",
             )
     if held:
-        raise ExportError(f"{FILE}: holds {next(iter(held))} beside the adapter", "export it again")
+        raise ExportError(
+            f"{LORA_FILE}: holds {next(iter(held))} beside the adapter", "export it again"
+        )
     return largest
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from qlora_kit.base.base import Base
-from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.export import LORA_FILE, ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import free_bytes
 from qlora_kit.errors import QloraKitError
 from qlora_kit.export.gguf import gguf_size, write_gguf
-from qlora_kit.export.gguf_lora import FILE, check_updates, own_values, pairs
+from qlora_kit.export.gguf_lora import check_updates, own_values, pairs
 from qlora_kit.export.gguf_readers import BESIDE, GgufReaders
 from qlora_kit.export.gguf_tokens import LLAMA_CPP
 from qlora_kit.export.llamacpp import NOT_INSTALLED, llama_library
@@ -74,7 +74,7 @@ def run_on_base(
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         write_gguf(base, None, WHOLE, Path(folder))
         (file,) = Path(folder).glob("*.gguf")
-        read = GgufReaders(base, file, rows, lora=directory / FILE).by_llama_cpp()
+        read = GgufReaders(base, file, rows, lora=directory / LORA_FILE).by_llama_cpp()
     if where := own_values(base.info.bits):
         read = replace(read, how=f"on {where}")
     return report_of([read], options, {})

@@ -1,9 +1,8 @@
-"""The writer of plain transformers models: the weights as numbers, config.json, the tokenizer."""
+"""The writer of plain transformers models: the weights as numbers, and config.json."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.tokenizer import copy_tokenizer
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.device.target import DTYPES, dtype_name
 from qlora_kit.export.shards import numbers, write_shards
@@ -22,7 +20,6 @@ from qlora_kit.export.towers import (
     model_config,
     whole_tensors,
 )
-from qlora_kit.export.unmerged import write_beside
 from qlora_kit.files.atomic import write_file
 
 
@@ -40,9 +37,9 @@ def hf_size(base: Base, options: ExportConfig) -> int:
 
 
 def write_hf(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
-    """Write the model in files of `shard_size` bytes, with config and tokenizer.
+    """Write the model in files of `shard_size` bytes, with its config.
 
-    The adapter is in its weights, or beside it. With towers it is the whole multimodal model that
+    The adapter is in its weights, or left out. With towers it is the whole multimodal model that
     is written. Host memory holds one tensor.
     Errors: `ConfigError`, `NumericError`, `ExportError`, `ResourceError`.
     """
@@ -51,14 +48,12 @@ def write_hf(base: Base, adapter: str | None, options: ExportConfig, directory: 
     if options.with_towers:
         tensors = whole_tensors(base, tensors)
     write_shards([numbers(one, dtype) for one in tensors], directory, options.shard_size)
-    write_settings(base, directory, dtype, with_towers=options.with_towers)
+    write_config(base, directory, dtype, with_towers=options.with_towers)
     if options.with_towers:
         copy_processors(base.source.directory, directory)
-    if options.is_beside and adapter is not None:
-        write_beside(base, adapter, options, directory)
 
 
-def write_settings(
+def write_config(
     base: Base,
     directory: Path,
     dtype: torch.dtype,
@@ -66,12 +61,10 @@ def write_settings(
     with_towers: bool = False,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json, tokenizer and generation settings of an export of `base` in `dtype`.
+    """Write config.json of an export of `base` in `dtype`.
 
     `quantization` is the `quantization_config` of an export that has one.
     """
-    source, files = base.source.directory, base.files
-    assert files is not None  # its weights were read
     config = model_config(base, with_towers)
     long_name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype_name(dtype)]
     for part in (config, config.get("text_config", {})):
@@ -84,6 +77,3 @@ def write_settings(
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
     write_file(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    copy_tokenizer(files.tokenizer, directory)
-    if files.generation is not None:
-        shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")

@@ -21,12 +21,12 @@ from qlora_kit.config.export import MERGED, QUANTIZED, ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import empty_cache
 from qlora_kit.errors import QloraKitError
+from qlora_kit.export.export import fill
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.tensors import dtype_of
 from qlora_kit.files.aside import folder_beside
 from qlora_kit.files.atomic import check_room, without_folders
 from qlora_kit.gguf.tensor_types import KINDS
-from qlora_kit.lora.inject import ADAPTER
 from qlora_kit.process.out_of_memory import is_out_of_memory
 
 FORMS: Mapping[str, Sequence[Mapping[str, str]]] = {
@@ -69,8 +69,7 @@ def _measured(
         check_room(folder, format.size(base, options), "a candidate of --compare")
         said |= {"merge_base": options.merged_into, "dtype": dtype_of(base, options)}
         directory.mkdir()
-        format.write(base, ADAPTER, options, directory)
-        format.companions(base, directory, False)
+        fill(base, options, directory)
         written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         report = format.verify(base, options, directory, rows)
         found = {reader: one.get("kl") or 0.0 for reader, one in report["readers"].items()}

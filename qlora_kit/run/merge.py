@@ -75,14 +75,13 @@ def merge(
         report["compared"] = compared
 
     def inspect(directory: Path) -> None:
-        # The adapter's templates and tokens to stop at, which the base need not have.
-        own = bool(read_templates(adapter.files.directory))
-        format.companions(base, directory, own)
         report.update(format.verify(base, options, directory, rows))
         write_json(directory / EXPORT_REPORT, report)
         write_card(report, directory, name if is_hub_id else None)
 
-    write_export(base, options, inspect)
+    # The adapter's templates, which the base need not have.
+    own = bool(read_templates(adapter.files.directory))
+    write_export(base, options, inspect, own_templates=own)
     return report
 
 

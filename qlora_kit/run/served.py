@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.export.adapter_files import FOLDER, export_adapter, is_portable
+from qlora_kit.export.llama_command import llama_command
 from qlora_kit.lora.serving import NOT_PORTABLE, Served, served_beside, vllm_command
 from qlora_kit.run.saved_adapter import SavedAdapter
 
@@ -39,7 +40,4 @@ def served_model(directory: Path) -> tuple[tuple[str, ...], str]:
     files = sorted(directory.glob("*.gguf"))
     if not files:
         return said, shlex.join(["vllm", "serve", str(directory)])
-    lora = [str(one) for one in files if one.stem == "adapter"]
-    model = next((str(one) for one in files if one.stem != "adapter"), "BASE.gguf")
-    words = ["llama-server", "--model", model, *(["--lora", *lora] if lora else [])]
-    return said, shlex.join(words)
+    return said, shlex.join(llama_command("llama-server", files))

@@ -95,7 +95,9 @@ def test_it_lies_beside_a_gguf_of_its_base(run: Run, tmp_path: Path) -> None:
     assert Path("both/model-F32.gguf").read_bytes() == written
     ollama = Path("both/Modelfile").read_text()
     assert "FROM ./model-F32.gguf\nADAPTER ./adapter.gguf\n" in ollama
-    assert "llama-cli -m model-F32.gguf --lora adapter.gguf" in Path("both/README.md").read_text()
+    assert (
+        "llama-cli --model model-F32.gguf --lora adapter.gguf" in Path("both/README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("format", ["gguf", "gguf-lora"])

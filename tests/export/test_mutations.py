@@ -51,7 +51,6 @@ def verified(
     found: dict[str, Any] = {}
 
     def inspect(directory: Path) -> None:
-        FORMATS[asked.format].companions(base, directory, False)
         if change is not None:
             change(directory)
         found.update(FORMATS[asked.format].verify(base, asked, directory, ROWS))

@@ -21,13 +21,12 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.load import load_base
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.export import LORA_FILE, ExportConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError, ModelError, NumericError
 from qlora_kit.export import gguf_lora_check
 from qlora_kit.export.gguf_lora import (
-    FILE,
     check_updates,
     distance,
     lora_notes,
@@ -58,7 +57,7 @@ def options(directory: Path, **more: Any) -> ExportConfig:
 def written(base: Base, directory: Path, **more: Any) -> gguf.GGUFReader:
     directory.mkdir()
     write_lora(base, "default", options(directory, **more), directory)
-    return gguf.GGUFReader(directory / FILE)
+    return gguf.GGUFReader(directory / LORA_FILE)
 
 
 def field(reader: gguf.GGUFReader, key: str) -> Any:
@@ -167,7 +166,7 @@ def test_it_says_which_base_it_is_for(saved: Path, tmp_path: Path) -> None:
     base = trained_base(saved, bits=4, dtype="fp32")
     reader = written(base, tmp_path / "ours")
     assert field(reader, "general.base_model.0.name") == "base"
-    assert str(saved).encode() not in (tmp_path / "ours" / FILE).read_bytes()
+    assert str(saved).encode() not in (tmp_path / "ours" / LORA_FILE).read_bytes()
     reader = written(base, tmp_path / "theirs", base_name="owner/name")
     said = {
         key: field(reader, f"general.base_model.0.{key}")
@@ -300,8 +299,8 @@ def test_rows_in_another_order_are_caught_by_llama_cpp(tmp_path: Path) -> None:
     """It need not be told the order, as what reads the updates back is."""
     base, out = of_family("llama2", tmp_path / "base"), tmp_path / "out"
     written(base, out)
-    held = np.memmap(out / FILE, np.uint8, "r+")
-    for one in gguf.GGUFReader(out / FILE).tensors:
+    held = np.memmap(out / LORA_FILE, np.uint8, "r+")
+    for one in gguf.GGUFReader(out / LORA_FILE).tensors:
         if one.name.endswith(("attn_q.weight.lora_b", "attn_k.weight.lora_b")):
             rows = in_halves(torch.from_numpy(one.data.copy()), 4).numpy().view(np.uint8).ravel()
             start = int(one.data_offset)

@@ -19,6 +19,8 @@ from qlora_kit.kernels.workspace import workspace
 
 PART = 2**24
 """Entries of a weight that are in fp32 at once: 64 MiB."""
+FEW_TOKENS = 16
+"""Of a step of decoding; in prompts there are more."""
 SCALED_AT_ONCE = 32
 """Tokens that `scale_columns` multiplies at once on the CPU."""
 
@@ -26,6 +28,16 @@ SCALED_AT_ONCE = 32
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """What tensors like `x` are multiplied in: their own dtype, or fp32."""
     return x.dtype if device_type(x) != "cpu" or is_native(x.dtype) else torch.float32
+
+
+def adapter_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What tokens `x` (..., n) are multiplied in with an adapter of a `dtype`.
+
+    Few tokens on a CPU in fp32: a product in 16 bits is a call of 20 us there, whatever its size,
+    and with matrices as small as these it is done in fp32 before that.
+    """
+    few = device_type(x) == "cpu" and x.numel() <= FEW_TOKENS * x.shape[-1]
+    return torch.float32 if few else dtype
 
 
 def weight_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

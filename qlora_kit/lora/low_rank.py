@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.device.target import device_type
-from qlora_kit.kernels.matmul import add_matmul, linear, matmul, matmul_fp32
+from qlora_kit.kernels.matmul import adapter_dtype, add_matmul, linear, matmul, matmul_fp32
 from qlora_kit.lora.dropout import KeyedDropout
 
 
@@ -49,8 +49,11 @@ class Part:
         _add_matmul(y, hidden, self.weights[1].to(self.dtype).t(), self.scaling)
 
     def add_to(self, y: Tensor, tokens: Tensor) -> None:
-        """Both at once, where nothing is kept for backward."""
-        self.up(self.down(tokens), y)
+        """Both at once for the output `y` of tokens, where nothing is kept for backward."""
+        dtype = adapter_dtype(tokens, self.dtype)
+        lora_a, lora_b = (weight.to(self.dtype).to(dtype) for weight in self.weights)
+        hidden = linear(self.dropped(tokens).to(dtype), lora_a)
+        _add_matmul(y, hidden, lora_b.t(), self.scaling)
 
 
 def delta_weight(part: Part) -> Tensor:

@@ -7,10 +7,11 @@ one matmul added to the output. That reads each weight once, as any way must, an
 with the other rows' adapters are few. A long prompt takes the rows' own A and B out of these
 matrices, short ranks filled up with zeros, and multiplies row by row in one batched matmul each.
 
-Matrices are made where a linear is first used, for all layers as large as the adapters themselves,
-and mixes of the same adapters share them: a row that leaves, or one more row of an adapter that is
-there, costs some small tensors of places. An adapter that is no longer asked for stays in the
-matrices while there are no more than `KEPT`, so that rows which come and go do not build them anew.
+Matrices are made where a linear is first used. They take the bytes of their adapters once more; on
+a CPU, where they are in fp32, twice those of adapters in 16 bits. Mixes of the same adapters share
+them: a row that leaves, or one more row of an adapter that is there, costs some small tensors of
+places. An adapter that is no longer asked for stays in the matrices while there are no more than
+`KEPT`, so that rows which come and go do not build them anew.
 
 Left out: gradients.
 Compare: Chen et al., Punica (arXiv 2310.18547); Sheng et al., S-LoRA (arXiv 2311.03285), whose
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.device.target import device_type
 from qlora_kit.errors import AdapterError
 from qlora_kit.kernels.matmul import add_bmm, add_matmul, bmm, linear
 from qlora_kit.lora.layer import LoRALinear
@@ -33,8 +35,11 @@ from qlora_kit.lora.switch import Active
 
 KEPT = 8
 """Adapters that matrices may have where the rows ask for fewer."""
-GATHERED = 48
-"""Tokens of a row, times the other adapters, from which its own A and B are taken out first."""
+GATHERED = {"cpu": 16, "cuda": 256}
+"""Tokens of a row, times the other adapters, from which its own A and B are taken out first.
+
+Measured on a CPU; on CUDA by what a card reads and multiplies in the same time.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,13 @@ class Span:
 class Stack:
     """The adapters of one dtype on one linear: A (R + 1, in), B (R + 1, out), R the sum of ranks.
 
-    The last row of each is zero: what ranks that a row does not have are taken from.
+    The last row of each is zero: what ranks that a row does not have are taken from. On a CPU both
+    are in fp32, which few tokens are multiplied in.
     """
 
     lora_a: Tensor
     lora_b: Tensor
+    dtype: torch.dtype
     spans: tuple[Span, ...]
     layout: int
     """The number of `spans`: stacks of one layout have the same places for rows."""
@@ -66,21 +73,28 @@ class Stack:
         downs = [part.weights[0].detach() for _, part in parts]
         ups = [part.weights[1].detach() for _, part in parts]
         ranks, dtype = [down.shape[0] for down in downs], parts[0][1].dtype
-        lora_a = downs[0].new_zeros(sum(ranks) + 1, downs[0].shape[1], dtype=dtype)
-        lora_b = ups[0].new_zeros(sum(ranks) + 1, ups[0].shape[0], dtype=dtype)
+        held = torch.float32 if device_type(downs[0]) == "cpu" else dtype
+        lora_a = downs[0].new_zeros(sum(ranks) + 1, downs[0].shape[1], dtype=held)
+        lora_b = ups[0].new_zeros(sum(ranks) + 1, ups[0].shape[0], dtype=held)
         spans, start = [], 0
         for (number, part), down, up, r in zip(parts, downs, ups, ranks, strict=True):
-            lora_a[start : start + r].copy_(down)
-            lora_b[start : start + r].copy_(up.t())
+            lora_a[start : start + r].copy_(down.to(dtype))
+            lora_b[start : start + r].copy_(up.to(dtype).t())
             spans.append(Span(number, start, r, part.scaling))
             start += r
         layout = layouts.setdefault(tuple(spans), len(layouts))
-        return cls(lora_a, lora_b, tuple(spans), layout)
+        return cls(lora_a, lora_b, dtype, tuple(spans), layout)
 
-    def own(self, matrix: Tensor, places: Places) -> Tensor:
-        """The ranks of each row, (B, r, n) of A or B (R + 1, n)."""
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (R, out) of all adapters."""
+        return self.lora_a[:-1], self.lora_b[:-1]
+
+    def of_rows(self, places: Places) -> tuple[Tensor, Tensor]:
+        """A (B, r, in) and B (B, r, out) of each row, in the adapters' dtype."""
+        a, b = (m.index_select(0, places.own).to(self.dtype) for m in (self.lora_a, self.lora_b))
         rows = places.foreign.shape[0]
-        return matrix.index_select(0, places.own).view(rows, -1, matrix.shape[1])
+        return a.view(rows, -1, a.shape[1]), b.view(rows, -1, b.shape[1])
 
 
 @dataclass(frozen=True)
@@ -128,23 +142,22 @@ class RowsPart(Part):
     def add_to(self, y: Tensor, tokens: Tensor) -> None:
         """Add each row's update to the output (..., out_features) of tokens (..., in_features)."""
         x = self._by_row(tokens)
-        by_row, flat = y.view(*x.shape[:2], -1), y.view(-1, y.shape[-1])
+        most = GATHERED.get(device_type(x), GATHERED["cpu"])
         for stack, places in self.stacks:
-            given, scalings = x.to(stack.lora_a.dtype), places.scalings
-            gathered = x.shape[1] * (len(stack.spans) - 1) > GATHERED
-            if gathered:
-                hidden = bmm(given, stack.own(stack.lora_a, places).transpose(1, 2))  # (B, T, r)
-            else:
-                # Filled, not multiplied by zero: another adapter's value may be infinite in fp16.
-                hidden = linear(given, stack.lora_a[:-1])  # (B, T, R)
-                hidden.masked_fill_(places.foreign, 0)
-            if scalings is not None:
-                hidden.mul_(scalings)
-            if gathered:
-                add_bmm(by_row, hidden, stack.own(stack.lora_b, places), places.scaling)
-            else:
-                ranks = hidden.view(-1, hidden.shape[-1])
-                add_matmul(flat, ranks, stack.lora_b[:-1], places.scaling)
+            if x.shape[1] * (len(stack.spans) - 1) > most:
+                lora_a, lora_b = stack.of_rows(places)
+                hidden = bmm(x.to(stack.dtype), lora_a.transpose(1, 2))  # (B, T, r)
+                if places.scalings is not None:
+                    hidden.mul_(places.scalings)
+                add_bmm(y.view(*x.shape[:2], -1), hidden, lora_b, places.scaling)
+                continue
+            lora_a, lora_b = stack.matrices
+            # Filled, not multiplied by zero: another adapter's value may be infinite in fp16.
+            hidden = linear(x.to(lora_a.dtype), lora_a).masked_fill_(places.foreign, 0)  # (B, T, R)
+            if places.scalings is not None:
+                hidden.mul_(places.scalings)
+            flat = hidden.view(-1, hidden.shape[-1])
+            add_matmul(y.view(-1, y.shape[-1]), flat, lora_b, places.scaling)
 
     def _by_row(self, tokens: Tensor) -> Tensor:
         """`tokens` as (B, T, in_features); some models' code hands them over as (B * T, in)."""
@@ -257,5 +270,5 @@ class Mixed:
         if not found:
             return None
         (stack, _), *_ = found
-        given = (stack.lora_a, stack.lora_b), 1.0, stack.lora_a.dtype
+        given = stack.matrices, 1.0, stack.lora_a.dtype
         return RowsPart(layer.base_layer, *given, rows=len(self.rows), stacks=tuple(found))

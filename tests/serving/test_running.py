@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,8 @@ import httpx
 from conftest import KEY
 from served import Served, serving
 from test_refusals import refusal
+
+from qlora_kit.serving.listen import listening
 
 LONG = {"model": "noise", "prompt": "Hello", "temperature": 0, "max_tokens": 400, "stream": True}
 SHORT = {"model": "noise", "prompt": "Hello", "temperature": 0, "max_tokens": 2}
@@ -38,6 +41,14 @@ def until(holds: Callable[[], bool]) -> None:
 def counts(server: Served) -> tuple[int, int]:
     health = server.health()
     return health["running"], health["waiting"]
+
+
+def test_pieces_are_sent_at_once() -> None:
+    """asyncio sets that for the sockets of this protocol, and for no others."""
+    with listening("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.proto == socket.IPPROTO_TCP
 
 
 def test_a_client_that_leaves_frees_its_place(keyed: Served) -> None:

@@ -64,7 +64,7 @@ def serving(
 ) -> Iterator[Served]:
     """A server of `tiny` and some adapters, by options of `serve`, until the context is left."""
     log: list[str] = []
-    given = [f"{name}={directory}" for name, directory in adapters.items()]
+    given = [f"{name}={directory}" for name, directory in adapters.items()] or None
     options = {**HOW, "adapter": given, "max_new_tokens": 400, **options}
     parsed = parse_values({"model": "tiny", **options}, GROUPS)
     named = Named.open(parsed, parsed[AdaptersConfig].named)

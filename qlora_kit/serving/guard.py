@@ -31,6 +31,7 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/", "/health", "/page.js", "/page.css")
 """Paths that need no key: the page, where the key is typed, and whether the server is there."""
+KEY_PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/adapters")
 BODY_S = 30.0
 """How long a body may take to arrive."""
 SEND_S = 60.0
@@ -131,8 +132,10 @@ def _name(address: str) -> str | None:
 
 def _known(scope: Message) -> str:
     """The path of a request, where it is one that the server has."""
-    route = scope.get("route")
-    return str(getattr(route, "path", None) or "an unknown path")
+    known = getattr(scope.get("route"), "path", None)
+    if known is None and scope["path"] in (*OPEN_PATHS, *KEY_PATHS):
+        known = scope["path"]  # refused before it was looked for
+    return str(known or "an unknown path")
 
 
 async def read_body(receive: Receive, headers: Any, limit: int) -> bytes:

@@ -96,11 +96,17 @@ class Models:
         return found
 
     async def read(self, read: Callable[[Any], list[int]], prompt: Any) -> list[int]:
-        """The tokens of a prompt, made in the thread of the tokenizer. Errors: `ApiError`."""
+        """The tokens of a prompt, made in the thread of the tokenizer.
+
+        Errors: `ApiError` for what the prompt does wrong.
+        """
         try:
             return cast(list[int], await _in(self._reading, read, prompt))
         except QloraKitError as error:
-            raise from_error(error) from error
+            answer = from_error(error)
+            if answer.status >= 500:
+                raise  # for the log
+            raise answer from error
 
     async def add(self, name: str, path: str, opened: Callable[[str, str], Model]) -> Model:
         """A new name for the adapter in a directory, which `opened` puts into the bank.

@@ -10,11 +10,13 @@ from typing import Any
 import openai
 import pytest
 from served import HOW, Served
+from test_refusals import refusal
 
 from qlora_kit.base.load import load_base
 from qlora_kit.base.source import TINY
 from qlora_kit.data.encode import prompt_ids
 from qlora_kit.generation.decode import answers
+from qlora_kit.generation.engine import Engine
 from qlora_kit.lora.bank import AdapterBank
 
 PROMPTS = ("Once upon a time", "1 + 2 =", "Hello")
@@ -29,7 +31,7 @@ def alone(adapters: dict[str, Path]) -> dict[tuple[str, str, bool], str]:
     bank, found = AdapterBank(base), {}
     for name, directory in adapters.items():
         bank.add(name, directory)
-    for name in ("tiny", *adapters):
+    for name in ("tiny", "sql", "qa", "noise"):
         with bank.using(None if name == "tiny" else name):
             for prompt in PROMPTS:
                 for chat in (False, True):
@@ -63,6 +65,40 @@ def test_all_at_once_get_what_each_gets_alone(
     assert found == alone
 
 
+def test_an_answer_that_fails_fails_alone(
+    server: Served, alone: dict[tuple[str, str, bool], str]
+) -> None:
+    keys = [key for key in alone if key[1] == PROMPTS[0]]
+    with server.client() as client, ThreadPoolExecutor(len(alone)) as pool:
+        wrong = [pool.submit(ask, client, "broken", PROMPTS[0], chat) for chat in (False, True)]
+        good = {key: pool.submit(ask, client, *key) for key in keys}
+        assert {key: text_of(job.result(), key[2]) for key, job in good.items()} == {
+            key: alone[key] for key in keys
+        }
+        for job in wrong:
+            assert refusal(job.result(), 500)["code"] == "not_finite"
+    assert any("NumericError" in line for line in server.log)
+
+
+def test_a_step_that_fails_ends_its_answers_and_not_the_server(
+    server: Served,
+    alone: dict[tuple[str, str, bool], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = Engine.step
+
+    def fails_once(engine: Engine) -> Any:
+        monkeypatch.setattr(Engine, "step", step)
+        raise RuntimeError("a fault at /a/path")
+
+    with server.client() as client:
+        monkeypatch.setattr(Engine, "step", fails_once)
+        assert refusal(ask(client, "sql", PROMPTS[0], True), 500)["code"] == "internal"
+        text = text_of(ask(client, "sql", PROMPTS[0], True), True)
+    assert text == alone["sql", PROMPTS[0], True]
+    assert any("RuntimeError: a fault" in line for line in server.log)
+
+
 def test_a_stream_is_the_whole_answer_in_pieces(
     server: Served, alone: dict[tuple[str, str, bool], str]
 ) -> None:
@@ -90,7 +126,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(
 
 def test_models_are_the_base_and_the_adapters(server: Served) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    assert [model.id for model in client.models.list()] == ["tiny", "sql", "qa", "noise"]
+    assert [model.id for model in client.models.list()] == ["tiny", "sql", "qa", "noise", "broken"]
     assert client.models.retrieve("sql").object == "model"
 
 

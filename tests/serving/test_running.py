@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from served import Served, serving
 from test_refusals import refusal
 
 from qlora_kit.serving.listen import listening
+from qlora_kit.serving.server import SPARE_CONNECTIONS
 
 LONG = {"model": "noise", "prompt": "Hello", "temperature": 0, "max_tokens": 400, "stream": True}
 SHORT = {"model": "noise", "prompt": "Hello", "temperature": 0, "max_tokens": 2}
@@ -82,6 +83,17 @@ def streaming_request(server: Served) -> Iterator[httpx.Response]:
     """A stream that has no piece yet, for it waits."""
     with server.client() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
         yield response
+
+
+def test_connections_beyond_the_most_are_told_so_and_closed(keyed: Served) -> None:
+    host, port = keyed.url.removeprefix("http://").split(":")
+    with ExitStack() as opened:
+        for _ in range(1 + 1 + SPARE_CONNECTIONS + 1):
+            one = opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
+        last = one.recv(4096)
+    assert last.startswith(b"HTTP/1.1 503 ")
+    assert b"too many connections" in last
+    until(lambda: keyed.health()["status"] == "ok")
 
 
 def test_nobody_asks_without_the_key(keyed: Served) -> None:

@@ -27,13 +27,16 @@ HOW = {"bits": 16, "dtype": "fp32"}
 """As the base is held: in fp32 the rows of a batch do not change each other's last bits so far
 that another token is the likeliest."""
 GROUPS = (BaseConfig, AdaptersConfig, ServeConfig)
-SPREADS = {"sql": 0.1, "qa": 0.2, "noise": 0.6}
+SPREADS = {"sql": 0.1, "qa": 0.2, "noise": 0.6, "broken": 1e37}
 
 
 def save_adapters(directory: Path) -> dict[str, Path]:
-    """Adapters of `tiny` of different ranks; `noise` never ends an answer by itself."""
+    """Adapters of `tiny` of different ranks; `noise` never ends an answer by itself.
+
+    What `broken` computes is beyond what floats hold.
+    """
     found = {}
-    for rank, (name, spread) in zip((2, 4, 8), SPREADS.items(), strict=True):
+    for rank, (name, spread) in zip((2, 4, 8, 1), SPREADS.items(), strict=True):
         lora = LoRAConfig(r=rank, target_modules="all-linear" if rank > 2 else "auto")
         save_trained(TINY, directory / name, spread=spread, lora=lora, **HOW)
         found[name] = directory / name

@@ -67,6 +67,8 @@ class AdapterBank:
         # Replaced as a whole, so that a reader in another thread has the one or the other.
         self._switch: Switch | None = None
         self._changing, self._pace = threading.RLock(), Pace()
+        self._used: Frozen | Merged | None = None
+        """The one that `use` set; in the middle of a step that decodes another may take part."""
         self._mixed: Mixed | None = None
         """The last one, whose matrices the next may use again."""
 
@@ -135,10 +137,11 @@ class AdapterBank:
     def remove(self, name: str) -> None:
         """Take an adapter out; its memory is free when nothing that computes with it is left.
 
-        Errors: `AdapterError` for an unknown name, and for the adapter that is active.
+        Errors: `AdapterError` for an unknown name, and for the adapter that `use` made active.
         """
         with self._changing:
-            if self._shared_switch().active in (self._get(name), self._taking_part(name)):
+            self._get(name)
+            if self._used is not None and self._used.name == name:
                 raise AdapterError(
                     f"adapter {name!r} is active", "switch to another one first, or use(None)"
                 )
@@ -168,18 +171,19 @@ class AdapterBank:
 
         Errors: `AdapterError` for an unknown name; nothing is changed then.
         """
-        self._shared_switch().active = None if name is None else self._taking_part(name)
+        self._used = None if name is None else self._taking_part(name)
+        self._shared_switch().active = self._used
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """Let one adapter take part meanwhile, and afterwards what took part before."""
-        switch = self._shared_switch()
+        switch, used = self._shared_switch(), self._used
         before = switch.active
         self.use(name)
         try:
             yield
         finally:
-            switch.active = before
+            switch.active, self._used = before, used
 
     def rows(self, names: Sequence[str | None]) -> Active | None:
         """What takes part in a batch whose rows have these adapters, None for the base alone.

@@ -299,6 +299,8 @@ def test_the_active_adapter_stays_and_a_removed_one_leaves_no_tensor(bank, adapt
         assert bank.names == ("a",)
         # What is in flight computes with it to its end.
         assert torch.equal(logits(bank.base), before)
+    with pytest.raises(AdapterError, match="'a' is active"):
+        bank.remove("a")  # a step's mix comes and goes; it is there again afterwards
     bank.use(None)
     del mix
     assert held() is None

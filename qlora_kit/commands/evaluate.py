@@ -1,4 +1,4 @@
-"""`qlora-kit evaluate`: loss, perplexity and exact match of a base, an adapter or an export."""
+"""`qlora-kit evaluate`: loss, perplexity and exact match of a base, its adapters or an export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.generation import BASE, AdaptersConfig, EvaluateConfig
 
-SUMMARY = "Evaluate a base, an adapter or an export on a file: loss, perplexity, exact match."
+SUMMARY = "Evaluate a base, its adapters or an export on a file: loss, perplexity, exact match."
 GROUPS = (BaseConfig, AdaptersConfig, DataConfig, EvaluateConfig)
 
 

@@ -15,11 +15,11 @@ COMMANDS = {
     "finetune": "load a base in 4, 8 or 16 bits, train LoRA adapters, save them",
     "plan": "say what a run will take, before a byte of weights is read",
     "export": "write what was trained in a format for others, verify it",
-    "generate": "go on from a prompt with a base or an adapter",
+    "generate": "generate text with one or many adapters on one base",
     "serve": "answer requests of the OpenAI API with a base and its adapters",
     "show_data": "show, in colour, which tokens are trained on",
     "chat": "talk to a base and its adapters in the terminal",
-    "evaluate": "loss, perplexity and exact match of a base, an adapter or an export",
+    "evaluate": "loss, perplexity and exact match of a base, its adapters or an export",
 }
 USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...] | --version"
 

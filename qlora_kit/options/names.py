@@ -52,7 +52,9 @@ FOREIGN = {
     "target_modules": "lora_target_modules lora_target lora_modules lora_layers targets",
     "target_modules all-linear": "lora_target_linear all_linear",
     "adapter": "adapter_name_or_path adapter_dir adapter_path lora_model_dir lora_weights "
-    "peft_model peft_model_id peft_model_path lora_path checkpoint lora lora_dir",
+    "peft_model peft_model_id peft_model_path lora_path checkpoint lora lora_dir lora_modules "
+    "adapters loras",
+    "use": "adapter_name active_adapter lora_name",
     "learning_rate": "lr learn_rate max_lr peak_lr",
     "lr_scheduler_type": "lr_scheduler scheduler schedule lr_schedule scheduler_type",
     "warmup_steps": "warmup num_warmup_steps lr_warmup_steps",

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import Served, save_adapters, serving
+from served import KEY, Served, save_adapters, serving
 
 
 @pytest.fixture(scope="session")
@@ -16,9 +16,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def server(adapters: dict[str, Path]) -> Iterator[Served]:
     with serving(adapters) as served:
         yield served
-
-
-KEY = "a-key-of-this-test"
 
 
 @pytest.fixture(scope="session")

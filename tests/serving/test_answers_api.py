@@ -9,8 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from served import HOW, Served
-from test_refusals import refusal
+from served import HOW, Served, refusal
 
 from qlora_kit.base.load import load_base
 from qlora_kit.base.source import TINY

@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 import pytest
-from served import Served
+from served import Served, refusal
 
 from qlora_kit.serving import guard
 from qlora_kit.serving import server as connections
@@ -76,18 +76,6 @@ HARMLESS = {
     "seed": -1,
     "stream_options": None,
 }
-
-
-def refusal(response: Any, status: int) -> dict[str, Any]:
-    """The error of a response, whose form is checked."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    assert response.json().keys() == {"error"}
-    error: dict[str, Any] = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert "Traceback" not in response.text
-    assert "/" not in error["message"].replace("/v1/", "").replace("application/json", "")
-    return error
 
 
 def is_up(server: Served) -> bool:

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from conftest import KEY
-from served import Served, serving
-from test_refusals import refusal
+from served import KEY, Served, refusal, serving
 
 from qlora_kit.serving.listen import listening
 from qlora_kit.serving.server import SPARE_CONNECTIONS

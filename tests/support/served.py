@@ -27,6 +27,7 @@ HOW = {"bits": 16, "dtype": "fp32"}
 """As the base is held: in fp32 the rows of a batch do not change each other's last bits so far
 that another token is the likeliest."""
 GROUPS = (BaseConfig, AdaptersConfig, ServeConfig)
+KEY = "a-key-of-this-test"
 SPREADS = {"sql": 0.1, "qa": 0.2, "noise": 0.6, "broken": 1e37}
 
 
@@ -87,3 +88,15 @@ def serving(
         ended.set()
         thread.join(30)
         assert not thread.is_alive()
+
+
+def refusal(response: Any, status: int) -> dict[str, Any]:
+    """The error of a response, whose form is checked."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.json().keys() == {"error"}
+    error: dict[str, Any] = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text
+    assert "/" not in error["message"].replace("/v1/", "").replace("application/json", "")
+    return error

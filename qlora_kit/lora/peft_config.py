@@ -53,6 +53,9 @@ NAMES_LIMIT = 10_000
 TEXT_LIMIT = 4096
 """Characters of a name: a path has no more."""
 
+SHOWN = 3
+"""Folders that are named in place of the one that is given."""
+
 UNUSED: tuple[Any, ...] = (None, False, "none", [], {})
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base as it is; others (pissa ...) change it."""
@@ -68,7 +71,10 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterError(f"{path}: no such directory", "give the directory of a saved adapter")
     where = find(path, CONFIG_FILE, AdapterError)
     if where is None:
-        raise AdapterError(f"{path}: holds no {CONFIG_FILE}", "give the directory of an adapter")
+        # PEFT saves an adapter that has a name into a folder of that name.
+        inside = sorted(str(one.parent) for one in path.glob(f"*/{CONFIG_FILE}"))[:SHOWN]
+        remedy = f"give {' or '.join(inside)}" if inside else "give the directory of an adapter"
+        raise AdapterError(f"{path}: holds no {CONFIG_FILE}", remedy)
     config = read_json(where, AdapterError)
     if find(path, WEIGHTS_FILE, AdapterError) is None:
         if os.path.lexists(path / "adapter_model.bin"):

@@ -150,7 +150,8 @@ def test_an_adapter_of_axolotl_is_what_peft_makes_of_it(base, theirs, adapter):
     edit(adapter, **AXOLOTL)
     # It lies beside the model's own files and those of the run.
     (adapter / "config.json").write_text('{"model_type": "llama"}')
-    (adapter / "tokenizer_config.json").write_text("{}")
+    for name in ("tokenizer_config.json", "training_args.bin", "optimizer.pt", "README.md"):
+        (adapter / name).write_text("{}")
     check(base, adapter, theirs[1])
     edit(adapter, modules_to_save=["embed_tokens", "lm_head"])
     with refused(AdapterError, "modules_to_save ['embed_tokens'", directory=adapter):
@@ -182,3 +183,19 @@ def test_what_is_saved_beside_the_low_rank_part_is_refused_with_what_to_do(base,
     save_file({key: torch.zeros(0) for key in tensors}, adapter / WEIGHTS)
     with refused(AdapterError, "is [0], expected", "gathered from all ranks", directory=adapter):
         AdapterBank(base).add("theirs", adapter)
+
+
+def test_named_adapters_of_one_peft_model_are_in_folders_of_their_names(bases, base, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(bases / "llama2", dtype=torch.float32).eval()
+    model = get_peft_model(plain, PeftConfig(r=4, target_modules=["q_proj"]), "qa").eval()
+    model.add_adapter("sql", PeftConfig(r=3, lora_alpha=5, target_modules=["v_proj", "down_proj"]))
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path)
+    bank = AdapterBank(base)
+    with refused(AdapterError, f"give {tmp_path / 'qa'} or {tmp_path / 'sql'}", directory=tmp_path):
+        bank.add("both", tmp_path)
+    for name in ("qa", "sql"):
+        bank.add(name, tmp_path / name)
+        model.set_adapter(name)
+        with bank.using(name):
+            assert relative_error(logits(base.model), logits(model)) <= 1e-6

@@ -27,6 +27,7 @@ SETTINGS = (
     "--bits 4 --target_modules all-linear --batch_size 16 --gradient_accumulation_steps 1 "
     "--learning_rate 5e-3 --warmup_steps 5 --gradient_checkpointing none"
 )
+ASKED = "--batch_size 50 --max_new_tokens 128"
 STEPS = {"extract": 120, "query": 120, "wikisql": 300}
 FIGURES = ("loss", "tokens", "right", "asked", "exact_match")
 
@@ -64,7 +65,8 @@ def train(task: str, steps: int, output: Path) -> float:
 def evaluated(task: str, *adapters: str) -> list[dict[str, Any]]:
     """What `evaluate` says on the held-out rows of a task: of one adapter, or base and several."""
     flags = [flag for adapter in adapters for flag in ("--adapter", adapter)]
-    said = json.loads(run("evaluate", *flags, "--data", data_of(task)[1], "--json"))
+    asked = ["--data", data_of(task)[1], *ASKED.split(), "--json"]
+    said = json.loads(run("evaluate", *flags, *asked))
     return said if isinstance(said, list) else [said]
 
 
@@ -94,7 +96,7 @@ def main() -> None:
                     f"loss {row['loss']:.4f}",
                     flush=True,
                 )
-    result = {"settings": SETTINGS, "trained": trained, "rows": rows}
+    result = {"settings": SETTINGS, "asked": ASKED, "trained": trained, "rows": rows}
     print(write_result(arguments, result))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -182,3 +182,8 @@ def processor_with(*dtypes: torch.dtype) -> Iterator[None]:
 def is_native(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies in `dtype`."""
     return dtype not in (torch.bfloat16, torch.float16) or dtype in _NATIVE.get()
+
+
+def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers of the host, or rows of them, as a tensor on a device, which nobody waits for."""
+    return torch.tensor(numbers).to(device, non_blocking=True)

@@ -19,6 +19,7 @@ from transformers import masking_utils
 
 from qlora_kit.base.packed_matmul import Copies, copying_into
 from qlora_kit.base.quantize import decoding
+from qlora_kit.device.target import sent
 from qlora_kit.generation.cache import RowBytes, is_known, join, keep
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Group:
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, after `feed`; padding that all have is cut off."""
         self.lengths = [self.lengths[row] for row in rows]
-        chosen, width = torch.tensor(rows).to(self._model.device), max(self.lengths)
+        chosen, width = sent(rows, self._model.device), max(self.lengths)
         keep(self._cache, chosen, width - 1)
         self._input_ids = self._input_ids.index_select(0, chosen)
         self._mask = self._mask[:, -width:].index_select(0, chosen)
@@ -133,4 +134,4 @@ def _padded_left(
     width = max(map(len, prompts))
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return sent(ids, device), sent(mask, device)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.config.generation import SamplingConfig
+from qlora_kit.device.target import sent
 
 NUMBERS_AT_ONCE = 64
 """Uniform numbers of a row that go to the device in one copy."""
@@ -65,7 +66,7 @@ class Drawn:
         from transformers import RepetitionPenaltyLogitsProcessor
 
         if self._prompt:
-            self._seen, self._prompt = torch.tensor(self._prompt).to(logits.device), ()
+            self._seen, self._prompt = sent(self._prompt, logits.device), ()
         penalty = RepetitionPenaltyLogitsProcessor(self.sampling.repetition_penalty)
         return penalty(self._seen[None], logits)  # type: ignore[arg-type, no-any-return]
 
@@ -138,18 +139,18 @@ class Drawer:
         sampled = [self.rows[place] for place in self._sampled]
         if self._used == NUMBERS_AT_ONCE:
             numbers = torch.stack([row.uniforms(NUMBERS_AT_ONCE) for row in sampled])
-            self._uniforms, self._used = numbers.to(device), 0
+            self._uniforms, self._used = numbers.to(device, non_blocking=True), 0
         if self._settings.numel():
             return
         chosen = [row.sampling for row in sampled]
         settings = [[one.temperature for one in chosen], [one.top_p for one in chosen]]
-        self._settings = torch.tensor(settings)[..., None].to(device)  # (2, S, 1)
+        self._settings = sent(settings, device)[..., None]  # (2, S, 1)
         if len(sampled) < len(self.rows):
-            self._places = torch.tensor(self._sampled).to(device)
+            self._places = sent(self._sampled, device)
         for top_k in sorted({one.top_k for one in chosen} - {0}):
             places = [place for place, one in enumerate(chosen) if one.top_k == top_k]
             every = len(places) == len(chosen)
-            self._by_top_k.append((top_k, None if every else torch.tensor(places).to(device)))
+            self._by_top_k.append((top_k, None if every else sent(places, device)))
 
 
 def nucleus(

@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base.linear import Linear4bit
 from qlora_kit.generation.decode import generate_ids
+from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.group import Group
+from qlora_kit.generation.request import Request
 from qlora_kit.generation.sampling import Sampling
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
@@ -53,3 +55,22 @@ def test_a_step_reads_once(tmp_path: Path) -> None:
             steps = generate_ids(model, prompts, max_new_tokens=4, eos_ids=[], pad_id=0, **SETTINGS)
             assert list(steps) == [[1, 1]] * 4
     assert seen.reads == [(2, 2)] * 4
+
+
+def test_a_step_reads_once_while_rows_join_and_leave(tmp_path: Path) -> None:
+    with accelerator() as card:
+        with unset_fake_temporarily():
+            save_checkpoint(tmp_path, **WIDE)
+        engine = Engine(card.adapted(tmp_path, bits=4).eval(), pad_id=0)
+        rows = []
+        with card.watch(may_read=True) as seen:
+            for step in range(9):
+                if step in (0, 1, 4):
+                    how = Sampling(**SETTINGS) if step else Sampling()
+                    for length in (2, 5):
+                        engine.add(Request([5] * length, 2 + step, sampling=how))
+                told = engine.step()
+                rows.append(sum(token is not None for _, token in told))
+    assert rows == [2, 4, 2, 2, 2, 2, 2, 2, 2]
+    assert seen.reads == [(2, count) for count in rows], seen.places
+    assert seen.copied_out == []

@@ -37,6 +37,7 @@ class ChatScreen:
     def __init__(self, lines: Lines) -> None:
         self._lines, self._terminal = lines, Terminal()
         self._is_typed = sys.stdin.isatty()
+        self._notes = self._terminal if sys.stdout.isatty() else Terminal(stderr=True)
         self._is_first = True
 
     def run(self) -> int:
@@ -58,7 +59,9 @@ class ChatScreen:
                         raise
                     signals.forget()
                     if line is None:
-                        self._terminal.stream("\n")  # the prompt's line
+                        self._notes.stream("\n")  # the prompt's line
+                        if _is_begun():
+                            continue
                     if is_second:
                         return stop.exit_code
                     is_second = True
@@ -67,7 +70,7 @@ class ChatScreen:
                     failure = stands_for(error, "chat")
                     if not self._is_typed or type(failure) is QloraKitError:
                         raise
-                    self._terminal.print((error_line(failure), "red"), wrapped=True)
+                    self._notes.print((error_line(failure), "red"), wrapped=True)
 
     def _show(self, line: str) -> bool:
         """Show what comes of a line; whether it leaves the chat."""
@@ -103,7 +106,7 @@ class ChatScreen:
 
     def _note(self, text: str) -> None:
         if self._is_typed:
-            self._terminal.print((text, "dim"), wrapped=True)
+            self._notes.print((text, "dim"), wrapped=True)
         else:
             note(text)
 
@@ -121,12 +124,12 @@ class ChatScreen:
     def _typed(self, prompt: str) -> str | None:
         if not sys.stdout.isatty():
             # Python would write the prompt among the answers.
-            print(prompt, end="", file=sys.stderr, flush=True)
+            self._notes.stream(prompt)
             prompt = ""
         try:
             return input(prompt)
         except EOFError:
-            print(file=sys.stderr)
+            self._notes.stream("\n")
             return None
         except UnicodeDecodeError as error:
             raise DataError("the line is not UTF-8", "use a terminal in UTF-8") from error
@@ -156,6 +159,12 @@ def _remember_lines(lines: Lines) -> None:
         readline.set_completer_delims("")
         readline.set_completer(completed)
         readline.parse_and_bind("tab: complete")
+
+
+def _is_begun() -> bool:
+    """Whether a line is half typed, which a ^C drops."""
+    readline = sys.modules.get("readline")
+    return readline is not None and bool(readline.get_line_buffer())
 
 
 class _Below:

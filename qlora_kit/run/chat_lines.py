@@ -57,7 +57,8 @@ class Lines:
         """The base, and what is on it."""
         bank = self.conversation.by.bank
         said, bits = bank.base.source.name, bank.base.quantization.bits
-        return f"{said} in {bits} bits, with {', '.join(bank.names) or 'no adapter'}"
+        read = "each message alone" if self.conversation.by.plain else "in its chat template"
+        return f"{said} in {bits} bits, {read}, with {', '.join(bank.names) or 'no adapter'}"
 
     def completions(self, begun: str) -> list[str]:
         """The commands that begin so, and `/use` with the name of each adapter."""

@@ -34,12 +34,14 @@ ADAPTER = {
     "finetune": "finetune --data rows.jsonl --output_dir out",
     "export": "export --output_dir out",
     "generate": "generate --prompt x",
+    "chat": "chat",
     "evaluate": "evaluate --data rows.jsonl",
 }
 BASE = {
     "finetune": "finetune --data rows.jsonl --output_dir out",
     "export": "export --adapter adapter --output_dir out",
     "generate": "generate --prompt x",
+    "chat": "chat",
     "evaluate": "evaluate --data rows.jsonl",
 }
 DATA = {

@@ -128,8 +128,10 @@ async function stream(side, place, signal) {
       follow();
     }
     const seconds = (performance.now() - began) / 1000;
-    const parts = tokens === null ? [] : [`${tokens} tokens in ${seconds.toFixed(1)} s`];
-    note.textContent = parts.concat(reason === "length" ? "cut at the most new tokens" : []).join(" · ");
+    const count = tokens === 1 ? "1 token" : `${tokens} tokens`;
+    const parts = tokens === null ? [] : [`${count} in ${seconds.toFixed(1)} s`];
+    if (reason === "length") parts.push("cut at the most new tokens");
+    note.textContent = parts.join(" · ");
   } catch (error) {
     if (error.name === "AbortError") note.textContent = "stopped";
     else note.before(failure(error));

@@ -188,7 +188,7 @@ class Api:
             raise invalid(f"{name} is the base, which stays", "name")
         adapter = model.adapter
         self.models.forget(name)
-        self.scheduler.retire(adapter, lambda: self.remove_adapter(adapter))
+        self.scheduler.retire(adapter, lambda: self.models.later(self.remove_adapter, adapter))
         return {"id": name, "object": "model", "deleted": True}
 
 

@@ -140,6 +140,13 @@ class Models:
         with self._changing:
             self._models = changed(self._models)
 
+    def later(self, remove: Callable[[str], None], adapter: str) -> None:
+        """Take an adapter out of the bank, behind those that are being added.
+
+        The bank changes in one thread at a time: the model's would wait for the files of another.
+        """
+        self._adding.submit(remove, adapter)
+
     def close(self) -> None:
         """Let the threads end."""
         self._reading.shutdown(wait=False, cancel_futures=True)

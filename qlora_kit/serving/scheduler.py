@@ -5,8 +5,8 @@ the thread drops whose client has left, fills free places, lets the engine draw 
 row, and hands on the text that became final. What concerns one request (a stop string, its end, a
 fault) ends it alone; a fault of the step itself ends those that were in it, and the thread goes on.
 
-An adapter that is to be removed takes no new requests from then on; the thread takes it out of the
-bank once its last request has ended, so that no row loses what it computes with.
+An adapter that is to be removed takes no new requests from then on; it may leave the bank once its
+last request has got its place and ended.
 
 Texts are made of tokens here, for a stop string frees its place at once. Everything else of a
 request (its body, its template, its tokens) is done before, by other threads.

@@ -12,8 +12,6 @@ import time
 
 SHARE = 0.15
 """Of the time, for the own thread."""
-PIECE_S = 0.002
-"""Of work, between two rests."""
 LOOK_S = 0.02
 """The shortest rest. The system counts processor time by its clock, of 4 to 10 ms."""
 WORKING = 0.1
@@ -29,29 +27,33 @@ class Pace:
         self.others_work = False
         """What the last rest showed."""
         self._looked = -AGAIN_S
+        self._began = self._last = time.perf_counter()
+        self._worked = 0.0
         self.begin()
 
     def begin(self) -> None:
         """A piece of work begins."""
-        # Not processor time: a thread that is held up by the system holds the interpreter too.
-        self._began = self._last = time.perf_counter()
-        self._rested = 0.0
+        self._last = time.perf_counter()
+        # A long time without work is no reason to take all of it now.
+        self._began = max(self._began, self._last - self._worked / SHARE)
 
     def __call__(self) -> None:
         """Rest, if it is time to."""
+        # Not processor time: a thread that is held up by the system holds the interpreter too.
         now = time.perf_counter()
-        if now - self._last < PIECE_S:
-            return
-        worked = now - self._began - self._rested
-        seconds = worked / SHARE - worked - self._rested if self.others_work else LOOK_S
-        if seconds >= LOOK_S and (self.others_work or now - self._looked > AGAIN_S):
+        self._worked += now - self._last
+        self._last = now
+        seconds = self._worked / SHARE - (now - self._began)
+        if seconds >= LOOK_S and self.others_work:
             self._rest(seconds)
-        self._last = time.perf_counter()
+        elif seconds >= LOOK_S and now - self._looked > AGAIN_S:
+            self._rest(LOOK_S)
+            # What was done while nobody else worked takes nothing from them.
+            self._began, self._worked = self._last, 0.0
 
     def _rest(self, seconds: float) -> None:
         before, began = time.process_time(), time.perf_counter()
         time.sleep(seconds)
-        self._looked = time.perf_counter()
-        rested, others = self._looked - began, time.process_time() - before
-        self._rested += rested
-        self.others_work = others > WORKING * rested
+        self._last = self._looked = time.perf_counter()
+        others = time.process_time() - before
+        self.others_work = others > WORKING * (self._last - began)

@@ -27,7 +27,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ModelError, NumericError
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.adapter_files import read_adapter
-from qlora_kit.lora.inject import activate, inject_lora, lora_layers
+from qlora_kit.lora.inject import activate, inject_lora, lora_layers, switch_of
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.memory.held import tensor_bytes
 from qlora_kit.training.layer_forward import use_fused_blocks
@@ -456,24 +456,27 @@ def test_adding_and_removing_while_another_thread_decodes(bases, adapters):
     base = load(bases)
     bank = AdapterBank(base)
     bank.add("a", adapters / "a")
-    expected = {None: logits(base, 1, 4)}
-    with bank.using("a"):
-        expected["a"] = logits(base, 1, 4)
+    switch = switch_of(base.model)
+    cases = [bank.rows(names) for names in ([None, None], ["a", "a"], ["a", None])]
+    expected = []
+    for case in cases:
+        switch.active = case
+        expected.append(logits(base, 2, 4))
     failed, done = [], threading.Event()
 
     def decode():
-        names = [None, "a"]
+        number = 0
         while not done.is_set():
-            names.reverse()
-            bank.use(names[0])
-            if not torch.equal(logits(base, 1, 4), expected[names[0]]):
-                failed.append(names[0])
+            number = (number + 1) % 3
+            switch.active = cases[number]
+            if not torch.equal(logits(base, 2, 4), expected[number]):
+                failed.append(number)
 
     before = tree_hash(adapters)
     thread = threading.Thread(target=decode)
     thread.start()
     try:
-        for _ in range(8):
+        for _ in range(6):
             for name in "bc":
                 bank.add(name, adapters / name)
             bank.add_sum("s", {"a": 0.5, "b": 0.5, "c": 1})

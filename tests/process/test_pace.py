@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qlora_kit.process.pace import LOOK_S, PIECE_S, SHARE, Pace
+from qlora_kit.process.pace import LOOK_S, SHARE, Pace
 
-PIECE = bytes(10_000)
+PIECE, PIECE_S = bytes(10_000), 0.002
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def others() -> Iterator[None]:
         while not done.is_set():
             hashlib.sha256(large)
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     try:
@@ -34,10 +34,14 @@ def others() -> Iterator[None]:
 
 
 def work(pace: Pace, pieces: int) -> tuple[float, float]:
-    """Some pieces of work of 2 ms each; how long all of them took, and how long with the rests."""
+    """Some pieces of work of 2 ms each; how long all of them took, and how long with the rests.
+
+    Each time is begun anew after three, as adapters are added one after another.
+    """
     began, worked = time.perf_counter(), 0.0
-    pace.begin()
-    for _ in range(pieces):
+    for number in range(pieces):
+        if number % 3 == 0:
+            pace.begin()
         piece = time.perf_counter()
         while time.perf_counter() - piece < PIECE_S:
             hashlib.sha256(PIECE)
@@ -51,8 +55,8 @@ def test_beside_others_the_own_thread_takes_its_share() -> None:
     with others():
         work(pace, 4)
         assert pace.others_work
-        worked, took = work(pace, 8)
-    # A rest that would be shorter than the shortest is left out at the end.
+        worked, took = work(pace, 12)
+    # The last rest is still to come where it would be shorter than the shortest.
     assert worked <= SHARE * (took + LOOK_S)
 
 

@@ -28,7 +28,7 @@ SETTINGS = (
     "--learning_rate 5e-3 --warmup_steps 5 --gradient_checkpointing none"
 )
 ASKED = "--batch_size 50 --max_new_tokens 128"
-STEPS = {"extract": 120, "query": 120, "wikisql": 300}
+TASKS = ("extract", "query", "wikisql")
 FIGURES = ("loss", "tokens", "right", "asked", "exact_match")
 
 
@@ -72,16 +72,15 @@ def evaluated(task: str, *adapters: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = make_parser(__doc__, "tasks")
-    parser.add_argument("--tasks", nargs="+", default=list(STEPS), choices=STEPS)
-    parser.add_argument("--steps", type=int, help="steps of each task (120, 120 and 300)")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--steps", type=int, default=120, help="of each task (%(default)s)")
     arguments = parser.parse_args()
     tasks, trained, rows = arguments.tasks, {}, []
     with tempfile.TemporaryDirectory() as directory:
         for task in tasks:
-            steps = arguments.steps or STEPS[task]
-            seconds = train(task, steps, Path(directory, task))
-            trained[task] = {"steps": steps, "train_s": seconds}
-            print(f"{task:<8} trained for {steps} steps in {seconds} s", flush=True)
+            seconds = train(task, arguments.steps, Path(directory, task))
+            trained[task] = {"steps": arguments.steps, "train_s": seconds}
+            print(f"{task:<8} trained in {seconds} s", flush=True)
         for task in tasks:
             named = [f"{name}={Path(directory, name)}" for name in tasks]
             for report in evaluated(task, *named):

@@ -35,11 +35,10 @@ def generate(parsed: Parsed) -> Generation:
         adapters.chosen(options.use)  # a name that no adapter has is refused here
     allowed = adapters.allow_other_base
     named = Named.open(parsed, adapters.named, allow_other_base=allowed)
-    prompts = (
-        [one_prompt(options, adapters)]
-        if options.prompts is None
-        else prompts_of_file(options, adapters)
-    )
+    if options.prompts is None:
+        prompts = [one_prompt(options, adapters)]
+    else:
+        prompts = prompts_of_file(options, adapters)
     from qlora_kit.run.answers import answer_pieces, answer_rows
 
     speed = Speed()

@@ -76,13 +76,11 @@ def formats_of(base: Base, adapters: Mapping[str, SavedAdapter]) -> dict[str | N
     be compared. One adapter alone gives the base's tokenizer and model what it brings.
     Errors: those of the files.
     """
-    model, plain = (
-        base.model,
-        PromptFormat(copy.copy(base.tokenizer), base.model, base.model.generation_config),
-    )
-    formats: dict[str | None, PromptFormat] = {}
-    for name, adapter in adapters.items():
-        formats[name] = format_beside(plain, adapter)
+    model = base.model
+    plain = PromptFormat(copy.copy(base.tokenizer), model, model.generation_config)
+    formats: dict[str | None, PromptFormat] = {
+        name: format_beside(plain, adapter) for name, adapter in adapters.items()
+    }
     if len(adapters) == 1:
         (one,) = formats.values()
         base.tokenizer.chat_template = one.tokenizer.chat_template

@@ -138,6 +138,26 @@ def test_adapters_of_different_bases_are_refused_and_both_are_named(
     assert run(*other, "--allow_other_base").out == run(*eight, "--bits", 4).out
 
 
+def test_of_adapters_that_name_a_base_and_say_no_more_the_names_are_compared(
+    run: Run, workshop: Any, adapters: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """As PEFT's files do."""
+    peft = shutil.copytree(adapters["b"], tmp_path / "peft")
+    weights, config = peft / "adapter_model.safetensors", peft / "adapter_config.json"
+    save_file(load_file(weights), weights, {"format": "pt"})
+    flags = ("generate", "--prompt", "Once", "--max_new_tokens", 3, "--use", "peft")
+    both = (*flags, *flags_of({**adapters, "peft": peft}, "peft", "a"))
+    assert run(*both).code == 0
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps({**said, "base_model_name_or_path": "some/other"}))
+    answer = run(*both)
+    assert answer.code == 3
+    assert (
+        f"they name some/other and {said['base_model_name_or_path']}; leave one out" in answer.err
+    )
+    assert run(*both, "--model", workshop.base).code == 0
+
+
 def test_a_prompt_is_written_for_the_adapter_that_answers_it(
     run: Run, workshop: Any, adapters: Mapping[str, Path], tmp_path: Path
 ) -> None:

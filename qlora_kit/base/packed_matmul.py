@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ MOST_TOKENS = 64
 NEAR = 0.01
 """Of the norm; a wrong order of bytes is about 1 away."""
 
-Copies = dict[nn.Module, "Copy"]
+Copies = WeakKeyDictionary[nn.Module, "Copy"]
+"""By linear; one that goes, as that of an adapter which was merged, takes its copy along."""
 _COPIES: ContextVar[Copies | None] = ContextVar("copies", default=None)
 
 

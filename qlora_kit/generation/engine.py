@@ -78,7 +78,7 @@ class Engine:
         self._alone = False
         # A run that trains has planned its memory, and a short answer does not need them.
         trains = any(one.requires_grad for one in model.parameters())
-        self._copies: Copies | None = None if trains else {}
+        self._copies: Copies | None = None if trains else Copies()
 
     @property
     def idle(self) -> bool:
@@ -93,7 +93,8 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Requests that get a token in each step."""
-        return len(self._again) + sum(len(batch.tickets) for batch in self._batches)
+        running = sum(ticket.end is None for ticket in self._running())
+        return running + len(self._again)
 
     def add(self, request: Request) -> Ticket:
         """Let a request wait for the next step.

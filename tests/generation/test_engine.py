@@ -300,6 +300,20 @@ def test_prompts_of_a_step_are_bounded_and_running_rows_go_on(model: Any) -> Non
     assert told == [2, 3, 5, 6, 7, 7, 7, 7]
 
 
+def test_a_dropped_row_counts_no_more_and_a_place_is_free_at_once(model: Any) -> None:
+    engine = Engine(model, pad_id=0)
+    tickets = [engine.add(Request([5 + place], 9)) for place in range(3)]
+    engine.step()
+    waits = engine.add(Request([9], 9))
+    engine.drop(tickets[1])
+    assert (engine.num_running, engine.num_waiting) == (2, 1)
+    engine.drop(waits)
+    assert (engine.num_running, engine.num_waiting) == (2, 0)
+    for ticket in tickets:
+        engine.drop(ticket)
+    assert engine.idle
+
+
 def held_bytes() -> int:
     """Of all tensors that live."""
     gc.collect()

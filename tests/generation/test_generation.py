@@ -378,6 +378,11 @@ def test_texts_do_not_depend_on_how_they_are_batched():
     one = list(answers(model, tokenizer, prompts, max_new_tokens=8, temperature=1.0, batch_size=1))
     assert one == list(answers(model, tokenizer, prompts, max_new_tokens=8, temperature=1.0))
     assert len(one) == 3
+    each = list(answers(model, tokenizer, prompts, max_new_tokens=[2, 8, 5], batch_size=2))
+    for prompt, limit, text in zip(prompts, [2, 8, 5], each, strict=True):
+        assert [text] == list(answers(model, tokenizer, [prompt], max_new_tokens=limit))
+    with pytest.raises(ConfigError, match="max_new_tokens has 2 values for 3 prompts"):
+        answers(model, tokenizer, prompts, max_new_tokens=[2, 8])
     assert list(answers(model, tokenizer, [], max_new_tokens=8)) == []
     assert list(
         answers(model, tokenizer, prompts, max_new_tokens=8, eos_ids=range(len(tokenizer)))

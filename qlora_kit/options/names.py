@@ -45,7 +45,7 @@ FOREIGN = {
     "no_train_on_prompt": "mask_prompt completion_only_loss assistant_only_loss mask_inputs "
     "train_on_responses_only train_on_completions_only response_only",
     "max_length": "sequence_len seq_len cutoff_len max_seq_len model_max_length block_size "
-    "context_length sequence_length max_sequence_length seq_length",
+    "context_length sequence_length max_sequence_length seq_length max_model_len ctx_size n_ctx",
     "packing": "sample_packing pack neat_packing",
     "lora_r": "rank lora_rank lora_dim lora_attn_dim",
     "lora_alpha": "lora_scale",
@@ -96,6 +96,11 @@ FOREIGN = {
     "temperature": "temp",
     "top_p": "nucleus",
     "temperature 0": "greedy do_sample",
+    "max_batch": "max_num_seqs max_batch_size parallel n_parallel batch_size",
+    "max_queue": "queue_size max_waiting max_queue_size",
+    "host": "bind listen address server_name",
+    "port": "server_port",
+    "api_key": "key auth_key server_key",
     "prompt": "text question query instruction input",
     "shard_size": "max_shard_size export_size",
     "push_to_hub": "hub_repo hf_repo upload_to_hub hub_repo_id repo_id hf_hub_repo upload",

@@ -32,7 +32,7 @@ from qlora_kit.serving.errors import (
 )
 from qlora_kit.serving.guard import read_body
 from qlora_kit.serving.job import Job
-from qlora_kit.serving.models import Model, Models
+from qlora_kit.serving.models import Model, Models, Prompt
 from qlora_kit.serving.reply import Reply
 from qlora_kit.serving.scheduler import Scheduler
 from qlora_kit.serving.schemas import AdapterRequest, Asked, ChatRequest, CompletionRequest, read
@@ -141,28 +141,28 @@ class Api:
         asked = read(ChatRequest, await self._body(request))
         model = self.models.get(asked.model)
         messages = [_plain(message.model_dump(exclude_none=True)) for message in asked.messages]
-        ids = await self.models.read(model.read_chat, messages)
-        return await self._answer(request, asked, model, ids, is_chat=True)
+        return await self._answer(request, asked, model, messages, is_chat=True)
 
     async def _completion(self, request: Request) -> Response:
         asked = read(CompletionRequest, await self._body(request))
         model, prompt = self.models.get(asked.model), asked.text_or_ids
-        if isinstance(prompt, str):
-            prompt = await self.models.read(model.read_text, prompt)
+        if prompt == []:
+            raise invalid("the prompt has no tokens", "prompt")
         return await self._answer(request, asked, model, prompt, is_chat=False)
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request.receive, request.headers, self.limits.body_bytes)
 
     async def _answer(
-        self, request: Request, asked: Asked, model: Model, ids: list[int], *, is_chat: bool
+        self, request: Request, asked: Asked, model: Model, prompt: Prompt, *, is_chat: bool
     ) -> Response:
         """The answer to a prompt, which waits from here on for its place. Errors: `ApiError`."""
+        ids, ends = await self.models.read(model, prompt)
         job = Job(
             ids=ids,
             adapter=model.adapter,
             max_new_tokens=self.limits.of_answer(asked.most_tokens, len(ids)),
-            eos_ids=model.format.ends,
+            eos_ids=ends,
             sampling=sampling(asked),
             tokenizer=self.models.for_text,
             stops=asked.stops,
@@ -209,8 +209,8 @@ def sampling(asked: Asked) -> Sampling:
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message under the names of rows of data, without what has no value."""
-    return {name: value for name, value in message.items() if value not in (None, "", [], {})}
+    """A message as rows of data have it, without what has no value; a text may be empty."""
+    return {name: value for name, value in message.items() if value not in (None, [], {})}
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 from qlora_kit.config.generation import BASE
 from qlora_kit.config.lora import ADAPTER_NAMES, is_name
@@ -23,6 +23,9 @@ from qlora_kit.data.chat_template import ChatOptions
 from qlora_kit.errors import ConfigError, InputError, QloraKitError, excerpt
 from qlora_kit.serving.errors import from_error, invalid, no_model, taken
 from qlora_kit.serving.prompts import chat_prompt
+
+Prompt: TypeAlias = "str | Sequence[dict[str, Any]] | Sequence[int]"
+"""A text, the messages of a chat, or tokens; a sequence is not empty."""
 
 
 class Format(Protocol):
@@ -59,13 +62,21 @@ class Model:
         """The API's object."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "local"}
 
-    def read_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """The tokens before the answer to some messages. Errors: `ApiError`, `QloraKitError`."""
-        return chat_prompt(messages, self.format.tokenizer, self.format.chat)
+    def read(self, prompt: Prompt) -> tuple[list[int], frozenset[int]]:
+        """The tokens of a prompt, and those that end its answer.
 
-    def read_text(self, prompt: str) -> list[int]:
-        """The tokens of a plain prompt. Errors: `QloraKitError`."""
-        return self.format.prompt_ids(prompt)
+        A prompt is a plain text, the messages of a chat, or tokens.
+        Errors: `ApiError`, `QloraKitError`.
+        """
+        if isinstance(prompt, str):
+            ids = self.format.prompt_ids(prompt)
+        elif isinstance(prompt[0], dict):
+            messages = cast(Sequence[dict[str, Any]], prompt)
+            ids = chat_prompt(messages, self.format.tokenizer, self.format.chat)
+        else:
+            ids = list(cast(Sequence[int], prompt))
+        # A template is asked for these, too, at the first time.
+        return ids, self.format.ends
 
 
 class Models:
@@ -95,13 +106,14 @@ class Models:
             raise no_model(name, self.names)
         return found
 
-    async def read(self, read: Callable[[Any], list[int]], prompt: Any) -> list[int]:
-        """The tokens of a prompt, made in the thread of the tokenizer.
+    async def read(self, model: Model, prompt: Prompt) -> tuple[list[int], frozenset[int]]:
+        """`model.read`, in the thread of the tokenizer.
 
         Errors: `ApiError` for what the prompt does wrong.
         """
         try:
-            return cast(list[int], await _in(self._reading, read, prompt))
+            found = await _in(self._reading, model.read, prompt)
+            return cast(tuple[list[int], frozenset[int]], found)
         except QloraKitError as error:
             answer = from_error(error)
             if answer.status >= 500:

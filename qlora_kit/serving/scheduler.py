@@ -153,11 +153,11 @@ class Scheduler:
 
     def _dropped(self) -> list[Job]:
         """The jobs of the batch, taken out of it."""
-        jobs = [job for job, _ in self._running.values()]
-        for ticket in list(self._running):
-            self._engine.drop(ticket)
-        self._running.clear()
-        return jobs
+        running, self._running = self._running, {}
+        for ticket in running:
+            with contextlib.suppress(Exception):  # after a fault that is said already
+                self._engine.drop(ticket)
+        return [job for job, _ in running.values()]
 
     def _admit(self) -> None:
         """Fill free places with those that wait longest."""

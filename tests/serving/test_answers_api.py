@@ -168,6 +168,7 @@ def test_messages_reach_the_template_as_text_alone(server: Served) -> None:
         parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo there"}]
         assert counted(parts) == counted("Hello there")
         assert counted("<|end|>") > counted("a") + 1
+        assert 0 < counted("") < counted("a")
         body = {"model": "tiny", "prompt": "<|end|>", "max_tokens": 1}
         plain = client.post("/v1/completions", json=body).json()
         ids = client.post("/v1/completions", json={**body, "prompt": [[1, 5, 7]]}).json()

@@ -64,7 +64,8 @@ class Service:
         """Serve until that is asked for."""
         cache = self._engine.cache_bytes(self._limits.max_length, self.scheduler.max_batch)
         most = "" if cache is None else f", with a cache of up to {size_text(cache)}"
-        what = f"{', '.join(self.models.names)} at {url_of(listener)}/v1{most}"
+        url = url_of(listener)
+        what = f"{', '.join(self.models.names)} at {url}/v1, a page to chat at {url}{most}"
         try:
             run(
                 self.app,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,32 @@ def refusal_of(client: httpx.Client, add: dict[str, str], status: int) -> dict[s
     assert response.status_code == status, response.text
     error: dict[str, Any] = response.json()["error"]
     return error
+
+
+def test_an_adapter_brings_its_own_template(
+    keyed: Served, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """It is added with the template, and nothing is left out of a chat without a word."""
+    folder = tmp_path / "own"
+    shutil.copytree(adapters["qa"], folder)
+    users = "{% if m.role == 'user' %}[{{ m.content }}]{% endif %}"
+    template = "{% for m in messages %}" + users + "{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    user = {"role": "user", "content": "Hello"}
+    with keyed.client() as client:
+        add = {"name": "own", "path": str(folder)}
+        assert client.post("/v1/adapters", json=add).status_code == 200
+        counted = {}
+        for name in ("own", "tiny"):
+            body = {"model": name, "messages": [user], "max_tokens": 1}
+            answered = client.post("/v1/chat/completions", json=body).json()
+            counted[name] = answered["usage"]["prompt_tokens"]
+        plain = client.post("/v1/completions", json=SHORT | {"prompt": "[Hello]"}).json()
+        assert counted["own"] == plain["usage"]["prompt_tokens"] != counted["tiny"]
+        body = {"model": "own", "messages": [{"role": "system", "content": "Be."}, user]}
+        error = refusal(client.post("/v1/chat/completions", json=body), 400)
+        assert "leaves the system message out" in error["message"]
+        assert client.delete("/v1/adapters/own").status_code == 200
 
 
 def test_what_is_no_adapter_is_refused_and_nothing_is_added(

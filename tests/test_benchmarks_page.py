@@ -111,6 +111,20 @@ def of_form(form):
     return f"{form['logit_error']:.2%}, {form['loss']:.4f}" if "loss" in form else "-"
 
 
+def test_every_export_takes_the_memory_that_is_allowed():
+    table = measured("export_memory")["table"]
+    kinds = ["bf16", "fp16", "fp32"]
+    both = ["none", "dequantized"]
+    expected = {"hf": kinds, "hf-4bit": both, "hf-8bit": both, "gguf": [*kinds, "q8_0", "q4_0"]}
+    found = [(row["format"], row.get("dtype") or row["merge_base"]) for row in table]
+    assert found == [(name, kind) for name, kinds in expected.items() for kind in kinds]
+    assert all(row["above_loaded"] <= row["allowed"] for row in table)
+    assert marked_rows("export_memory") == [
+        [*kind, *(f"{row[name] / 2**30:.2f} GiB" for name in ("written", "above_loaded"))]
+        for kind, row in zip(map(list, found), table, strict=True)
+    ]
+
+
 def marked_rows(mark):
     marked = PAGE.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
     return [line.strip("| ").split(" | ") for line in marked.strip().splitlines()[2:]]

@@ -67,8 +67,11 @@ class Limits:
             )
         return Limits(options.max_length or context, options.max_new_tokens)
 
-    def of_answer(self, asked: int | None, prompt: int) -> int:
-        """The most tokens of the answer to a prompt of so many. Errors: `ApiError`."""
+    def of_answer(self, asked: int | None, usual: int | None, prompt: int) -> int:
+        """The most tokens of the answer to a prompt of so many, `usual` where none are asked for.
+
+        Errors: `ApiError`.
+        """
         room = self.max_length - prompt
         if room < 1 or (asked is not None and asked > room):
             more = f" and max_tokens {asked}" if asked is not None else ""
@@ -82,7 +85,7 @@ class Limits:
                 f"max_tokens is {asked}, and this server writes at most {self.max_new_tokens}",
                 "max_tokens",
             )
-        return min(asked or self.max_new_tokens, room)
+        return min(asked or usual or self.max_new_tokens, self.max_new_tokens, room)
 
     @property
     def body_bytes(self) -> int:
@@ -161,7 +164,7 @@ class Api:
         job = Job(
             ids=ids,
             adapter=model.adapter,
-            max_new_tokens=self.limits.of_answer(asked.most_tokens, len(ids)),
+            max_new_tokens=self.limits.of_answer(asked.most_tokens, asked.usual_tokens, len(ids)),
             eos_ids=ends,
             sampling=sampling(asked),
             tokenizer=self.models.for_text,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -100,6 +100,9 @@ class Asked(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    usual_tokens: ClassVar[int | None] = None
+    """the limit of an answer where none is asked for; None: the server's"""
+
     @property
     def stops(self) -> tuple[str, ...]:
         """The texts before which the answer ends."""
@@ -150,7 +153,8 @@ class CompletionRequest(Asked):
     """The body of a completion: `prompt` is a text, its tokens, or a list of one of these."""
 
     prompt: str | list[int] | Annotated[list[str | list[int]], Field(min_length=1, max_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+
+    usual_tokens: ClassVar[int | None] = 16
 
     @property
     def text_or_ids(self) -> str | list[int]:

@@ -106,8 +106,13 @@ def test_what_does_not_fit_the_context_is_refused_with_its_code(server: Served) 
         assert error["code"] == "context_length_exceeded"
         body = PLAIN | {"prompt": [5] * (context - 1)}
         assert refusal(client.post("/v1/completions", json=body), 400)["param"] == "max_tokens"
-        response = client.post("/v1/completions", json=body | {"max_tokens": 1})
-        assert response.json()["usage"]["total_tokens"] <= context
+        # What is not asked for gives way.
+        for most in (1, None):
+            response = client.post("/v1/completions", json=body | {"max_tokens": most})
+            assert response.json()["usage"]["total_tokens"] <= context
+        body = PLAIN | {"model": "noise", "max_tokens": None}
+        counts = client.post("/v1/completions", json=body).json()["usage"]
+        assert counts["completion_tokens"] == 16  # as the API has it
 
 
 BODIES = {

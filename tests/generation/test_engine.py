@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import randomize_adapter, tiny_model
 from hybrids import HYBRIDS, tiny_hybrid
+from transformers import DynamicCache
 
 from qlora_kit import AdapterBank
 from qlora_kit.base.load import load_base
@@ -32,6 +33,7 @@ CACHES = {
     "yarn, scaled by position": "ministral3",
     "longrope": "phi3",
 }
+OWN = "a cache of its own"
 SETTINGS = [
     Sampling(),
     Sampling(temperature=1.0, seed=3),
@@ -41,7 +43,24 @@ SETTINGS = [
 ]
 
 
+class OwnCache(DynamicCache):
+    """A cache of a kind that the engine does not know."""
+
+
+def with_own_cache() -> Any:
+    model = tiny_model()
+
+    def bring(module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = given.get("past_key_values") or OwnCache(config=module.config)
+        return args, {**given, "past_key_values": cache}
+
+    model.register_forward_pre_hook(bring, with_kwargs=True)
+    return model
+
+
 def model_of(kind: str) -> Any:
+    if kind == OWN:
+        return with_own_cache()
     return tiny_hybrid(kind) if kind in HYBRIDS else tiny_model(CACHES[kind])
 
 
@@ -100,7 +119,7 @@ def check_each_is_as_alone(
     assert {ticket.end for ticket in tickets} == {"end token", "length", "dropped"}
 
 
-@pytest.mark.parametrize("kind", [*CACHES, *HYBRIDS])
+@pytest.mark.parametrize("kind", [*CACHES, *HYBRIDS, OWN])
 def test_rows_that_join_and_leave_get_what_they_get_alone(kind: str) -> None:
     model = model_of(kind)
     requests = requests_of(10)
@@ -352,3 +371,4 @@ def test_the_bytes_of_a_cache_are_said_before_it_is_there(kind: str) -> None:
                 held += getattr(layer, name, {}).values()
         expected = sum(one.numel() * one.element_size() for one in held if one is not None)
         assert engine.cache_bytes(tokens, rows) == expected
+    assert Engine(with_own_cache(), pad_id=0).cache_bytes(1) is None

@@ -1,15 +1,15 @@
 """Continuous batching: requests join and leave a running batch between two steps.
 
-A step computes the prompts that wait, then one token for every row, freshly joined ones included.
-Rows of a batch share the model's forward, and nothing else: each has its own prompt, adapter, way
-of drawing and end, and a row that has ended leaves at once. What a request gets depends on itself
-alone; which rows may share a forward for that is `sharing.py`'s part.
+A step computes the prompts that wait, then one token for every row. Rows of a batch share the
+model's forward and nothing else: each has its own prompt, adapter, way of drawing and end, and
+leaves when it has ended. What a request gets depends on itself alone (`sharing.py`), in 16 bits but
+for the order of sums in matmuls, which may decide between tokens that are nearly as likely: of 20
+greedy answers of `tiny` in bf16, 40 tokens each, 17 were the same alone and together; in fp32 all.
 
 Prompts of one step have at most `most_tokens` together, so that running rows are not held up for
-long; one that is longer by itself is computed whole, in a step without other prompts. The caches of
-rows are joined and cut along the batch, padded on the left to that of the longest row
-(`cache.py`); what that takes is `Engine.cache_bytes`, and how many requests may run is for the
-caller to say.
+long; one that is longer by itself is computed whole. The caches of rows are joined and cut along
+the batch, padded on the left to that of the longest row; what that takes is `Engine.cache_bytes`,
+and how many requests may run is for the caller to say.
 """
 
 from __future__ import annotations

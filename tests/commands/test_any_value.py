@@ -19,14 +19,16 @@ from qlora_kit.errors import ConfigError
 
 
 def test_any_value_of_any_option_is_taken_or_refused(tmp_path: Path) -> None:
-    options = ["--target", "options", "--count", "100", "--seed", "3"]
+    options = ["--target", "options", "--count", "110", "--seed", "5"]
     result = run_benchmark("properties", tmp_path, *options)
     assert result["findings"] == []
     codes = result["exit_codes"]["options"]
     assert codes.keys() == GOOD.keys()
     for found in codes.values():
-        assert {"2", "3"} <= found.keys(), "no value was refused, or none was taken"
-    assert sum(sum(found.values()) for found in codes.values()) == 100
+        assert "2" in found, f"no value was refused: {codes}"
+        # The base is refused where a value was not, but where it is the good one.
+        assert {"0", "3"} & found.keys(), f"no value was taken: {codes}"
+    assert sum(sum(found.values()) for found in codes.values()) == 110
     assert result["places"]["options"] > 70
 
 

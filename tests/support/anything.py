@@ -196,6 +196,8 @@ GOOD = {
     "chat": "--adapter adapter --max_new_tokens 2",
     "evaluate": "--adapter adapter --data rows.jsonl --max_new_tokens 2",
     "show_data": "--data rows.jsonl --token_cache none",
+    # An address for documentation (RFC 5737), which no machine has: it ends where it would listen.
+    "serve": "--adapter adapter --host 192.0.2.1",
 }
 """Of each command what makes it short."""
 EDGES = r"(?:at least|above) (\S+) and (?:at most|below) (\S+)"

@@ -90,7 +90,8 @@ def at_once(setting: Setting, given: argparse.Namespace) -> dict[str, Any]:
 
 def watched(setting: Setting, given: argparse.Namespace) -> dict[str, Any]:
     with Server(setting.folder, setting.adapters) as server:
-        return leak.watch(server, setting.models, setting.asked, given.requests)
+        adapter = setting.adapters["task7"]
+        return leak.watch(server, setting.models, setting.asked, given.requests, adapter)
 
 
 def hostile_ones(setting: Setting, given: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What `switching.py` is made of: models and adapters, switches, tokens, the picture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import select
@@ -40,13 +41,14 @@ def piped(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_a_pipe_has_the_answers_of_generate_and_nothing_else(
-    run: Run, piped: Run, adapters: Path
+    run: Run, piped: Run, adapters: Path, tmp_path: Path
 ) -> None:
     flags = (f"--adapter=a={adapters / 'a'}", f"--adapter=b={adapters / 'b'}", *SHORT)
-    wanted = {
-        name: run("generate", *flags, "--use", name, "--chat", "--prompt", "Hello").out
-        for name in ("a", "b", "base")
-    }
+    rows = [{"prompt": "Hello", "adapter": name} for name in ("a", "b", None)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    said = run("generate", *flags, "--chat", "--prompts", tmp_path / "rows.jsonl").out
+    answers = [json.loads(line) for line in said.splitlines()]
+    wanted = {one["adapter"] or "base": f"{one['answer']}\n" for one in answers}
     assert len({*wanted.values()}) == 3
     lines = b"Hello\n/reset\r\n/compare Hello\n/reset\n/use b\nHello"
     answer = piped(lines, *flags)

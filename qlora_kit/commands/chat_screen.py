@@ -66,6 +66,8 @@ class ChatScreen:
                         return stop.exit_code
                     is_second = True
                     self._note("^C again leaves" if line is None else "stopped; ^C again leaves")
+                except BrokenPipeError:
+                    raise  # whoever read the answers has left
                 except Exception as error:
                     failure = stands_for(error, "chat")
                     if not self._is_typed or type(failure) is QloraKitError:

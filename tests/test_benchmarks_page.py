@@ -125,6 +125,17 @@ def test_every_export_takes_the_memory_that_is_allowed():
     ]
 
 
+def test_the_table_of_tasks_is_what_was_measured():
+    result = measured("tasks")
+    cells: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        assert row.get("equal_alone", True), row  # switching changes no figure
+        cell = f"{row['right']} of {row['asked']}, {row['loss']:.3f}"
+        cells.setdefault(row["adapter"], []).append(cell)
+    assert marked_rows("tasks") == [[name, *row] for name, row in cells.items()]
+    assert cells.keys() == {"base", *result["trained"]}
+
+
 def marked_rows(mark):
     marked = PAGE.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
     return [line.strip("| ").split(" | ") for line in marked.strip().splitlines()[2:]]

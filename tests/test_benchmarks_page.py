@@ -111,6 +111,34 @@ def of_form(form):
     return f"{form['logit_error']:.2%}, {form['loss']:.4f}" if "loss" in form else "-"
 
 
+READERS = (
+    "llama.cpp",
+    "llama.cpp, the values in F32",
+    "transformers",
+    "transformers, rounding as llama.cpp",
+)
+
+
+def test_the_table_of_formats_is_what_their_readers_found():
+    results, expected = measured("export_formats"), []
+    for model, found in results["models"].items():
+        for one in found["forms"]:
+            by = one["readers"] | one.get("parts", {})
+            cells = [of_reader(by[name]) if name in by else "-" for name in READERS]
+            expected.append([model, one["form"].removeprefix("--format "), *cells])
+            kind = one["form"].partition("--dtype ")[2]
+            if kind in results["limits"] and "gguf --dtype" in one["form"]:
+                exact = by.get(READERS[1], by[READERS[0]])
+                assert exact["kl"] <= results["limits"][kind], (model, kind)
+                assert kind == "bf16" or by[READERS[0]]["kl"] <= results["limits"][kind]
+    assert marked_rows("formats") == expected
+
+
+def of_reader(found):
+    """A cell: KL, and top-1 agreement."""
+    return f"{found['kl']:.1e}, {found['top1_agreement']:.1%}"
+
+
 def test_every_export_takes_the_memory_that_is_allowed():
     table = measured("export_memory")["table"]
     kinds = ["bf16", "fp16", "fp32"]

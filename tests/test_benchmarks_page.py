@@ -123,8 +123,9 @@ def test_the_table_of_formats_is_what_their_readers_found():
     results, expected = measured("export_formats"), []
     for model, found in results["models"].items():
         for one in found["forms"]:
-            by = one["readers"] | one.get("parts", {})
+            by = one.get("readers", {}) | one.get("parts", {})
             cells = [of_reader(by[name]) if name in by else "-" for name in READERS]
+            cells[0] = "refused" if "refused" in one else cells[0]
             expected.append([model, one["form"].removeprefix("--format "), *cells])
             kind = one["form"].partition("--dtype ")[2]
             if kind in results["limits"] and "gguf --dtype" in one["form"]:

@@ -4,7 +4,7 @@ For each model the longest rows that fit with everything recomputed, one row at 
 fake tensors for CUDA, with the overhead that the plan counts and the margin that it leaves. For
 each of the published shapes (`shapes/`) one row of 2,048 tokens, adapters on all linears, and what
 of its weights stays in 16 bits. Writes results/cards.json and results/cards_shapes.json, and the
-tables between the marks in README.md, here and at the top.
+tables between the marks in README.md.
 
     python benchmarks/cards.py
     python benchmarks/cards.py --only shapes
@@ -52,7 +52,7 @@ CARDS = ("8GB", "12GB", "16GB", "24GB")
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 TARGETS = {"auto": "query and value", "all-linear": "all linears"}
 HERE = Path(__file__).resolve().parent
-PAGES = (HERE / "README.md", HERE.parent / "README.md")
+PAGE = HERE / "README.md"
 SHAPES = HERE / "shapes"
 SHAPE_CARDS = ("8GB", "12GB", "16GB", "24GB", "32GB", "48GB", "80GB")
 TOKENS = 2048
@@ -153,12 +153,9 @@ def gigabytes(size: float) -> str:
 
 
 def write_table(mark: str, lines: str) -> None:
-    """Replace what stands between the marks of a table on the pages that have them."""
+    """Replace what stands between the marks of a table in README.md."""
     between = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
-    for page in PAGES:
-        page.write_text(
-            between.sub(lambda marks: f"{marks[1]}{lines}\n{marks[2]}", page.read_text())
-        )
+    PAGE.write_text(between.sub(lambda marks: f"{marks[1]}{lines}\n{marks[2]}", PAGE.read_text()))
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.group import Group
 from qlora_kit.generation.request import Request
 from qlora_kit.generation.sampling import Sampling
+from qlora_kit.lora.inject import switch_of
+from qlora_kit.lora.mixed import Mixed
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 SETTINGS = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.3}
@@ -43,6 +45,25 @@ def test_after_the_prompt_a_step_waits_for_nothing_and_dequantizes_nothing(
     assert not made & weights
     assert seen.operations["bitsandbytes::gemm_4bit"] == 2 * 14
     assert first.operations["bitsandbytes::gemm_4bit"] == 0
+
+
+def test_a_step_of_mixed_rows_waits_for_nothing_and_copies_nothing(tmp_path: Path) -> None:
+    """What rows take of the matrices goes up once, when they are first computed."""
+    with accelerator() as card, torch.no_grad():
+        with unset_fake_temporarily():
+            save_checkpoint(tmp_path, **WIDE)
+        model = card.adapted(tmp_path, bits=4).eval()
+        switch = switch_of(model)
+        switch.active = Mixed.of([switch.active, None])
+        assert isinstance(switch.active, Mixed)
+        group = Group(model, [[5, 6, 7], [8, 9]], 0)
+        with card.watch() as first:
+            group.feed(group.logits().argmax(-1))
+        with card.watch() as seen:
+            group.feed(group.logits().argmax(-1))
+    assert first.reads == seen.reads == seen.copied_in == seen.copied_out == []
+    assert first.copied_in
+    assert seen.operations["aten::masked_fill_"] == 14
 
 
 def test_a_step_reads_once(tmp_path: Path) -> None:

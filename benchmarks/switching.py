@@ -29,7 +29,7 @@ from record import make_parser, write_result
 
 def main() -> None:
     parser = make_parser(__doc__, "switching")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--adapters", type=int, nargs="+", default=[2, 64])
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100, 1000])
     parser.add_argument("--peft_counts", type=int, nargs="+", default=[1, 10])

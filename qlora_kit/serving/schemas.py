@@ -18,11 +18,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qlora_kit.config.limits import MOST_TOKENS
 from qlora_kit.errors import excerpt
 from qlora_kit.serving.errors import ApiError, invalid
 
 MOST_STOPS, LONGEST_STOP = 16, 1000
 MOST_MESSAGES = 512
+MOST_PARTS = 10_000
+"""Parts of a message's content, and calls of a message."""
 LONGEST_PATH = 4096
 LARGEST_SEED = 2**63 - 1
 
@@ -76,6 +79,11 @@ class StreamOptions(_Body):
     include_usage: bool = False
     include_obfuscation: bool = False
 
+
+Item = TypeVar("Item")
+Listed: TypeAlias = Annotated[list[Item], Field(fail_fast=True)]
+"""A list that is read up to its first fault: a body may hold faults by the hundred thousand."""
+Ids: TypeAlias = Annotated[Listed[int], Field(max_length=MOST_TOKENS)]
 
 Stops: TypeAlias = (
     Annotated[str, Field(max_length=LONGEST_STOP)]
@@ -131,17 +139,17 @@ class Message(_Body):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[Listed[TextPart], Field(max_length=MOST_PARTS)] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[Listed[dict[str, Any]], Field(max_length=MOST_PARTS)] | None = None
     reasoning_content: str | None = None
 
 
 class ChatRequest(Asked):
     """The body of a chat completion."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[Listed[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
@@ -152,7 +160,7 @@ class ChatRequest(Asked):
 class CompletionRequest(Asked):
     """The body of a completion: `prompt` is a text, its tokens, or a list of one of these."""
 
-    prompt: str | list[int] | Annotated[list[str | list[int]], Field(min_length=1, max_length=1)]
+    prompt: str | Ids | Annotated[Listed[str | Ids], Field(min_length=1, max_length=1)]
 
     usual_tokens: ClassVar[int | None] = 16
 

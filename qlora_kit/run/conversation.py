@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qlora_kit.config.generation import BASE
-from qlora_kit.data.rendering import header_text, is_written
-from qlora_kit.data.tokens import Tokens
+from qlora_kit.data.unwritten import unwritten
 from qlora_kit.errors import ConfigError
 from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.request import Request, Ticket
@@ -178,8 +177,7 @@ def check_system(written: PromptFormat, text: str | None) -> None:
     """
     if text:
         messages = [{"role": "system", "content": text}, {"role": "user", "content": "Hi"}]
-        rendering = header_text(messages, Tokens(written.tokenizer), written.chat)
-        if not is_written(messages[0], rendering.text):
+        if unwritten(messages, written.tokenizer, written.chat):
             raise ConfigError(
                 "the chat template leaves out what the system says", "say it in a message"
             )

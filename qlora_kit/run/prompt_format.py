@@ -21,6 +21,8 @@ from qlora_kit.base.meta_model import take_generation_config
 from qlora_kit.data.answers import chat_ids
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, take_template
 from qlora_kit.data.encode import prompt_ids
+from qlora_kit.data.unwritten import unwritten
+from qlora_kit.errors import DataError
 from qlora_kit.generation.decode import end_ids
 from qlora_kit.run.saved_adapter import SavedAdapter
 
@@ -45,7 +47,14 @@ class PromptFormat:
         return prompt_ids(prompt, self.tokenizer, in_template, literal, options)
 
     def chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The ids that come before the answer to some messages. Errors: as `chat_ids`."""
+        """The ids that come before the answer to some messages.
+
+        Errors: as `chat_ids`; `DataError` where the template leaves out a part of them.
+        """
+        if parts := unwritten(messages, self.tokenizer, self.chat):
+            raise DataError(
+                f"the chat template leaves out {parts}", "forget the turns, or use another template"
+            )
         return chat_ids(messages, self.tokenizer, self.chat)
 
     @cached_property

@@ -176,7 +176,10 @@ def test_an_adapter_brings_its_own_template(
         assert counted["own"] == plain["usage"]["prompt_tokens"] != counted["tiny"]
         body = {"model": "own", "messages": [{"role": "system", "content": "Be."}, user]}
         error = refusal(client.post("/v1/chat/completions", json=body), 400)
-        assert "leaves the system message out" in error["message"]
+        assert "leaves out the system message" in error["message"]
+        body = {"model": "tiny", "messages": [user | {"name": "Ruth"}]}
+        error = refusal(client.post("/v1/chat/completions", json=body), 400)
+        assert ("leaves out the name" in error["message"], error["param"]) == (True, "messages")
         assert client.delete("/v1/adapters/own").status_code == 200
 
 

@@ -49,6 +49,6 @@ def test_every_command_line_runs(run: Run, folder: Path, monkeypatch: pytest.Mon
 
 
 def test_the_base_of_the_page_is_trained_by_it() -> None:
-    (training,) = (words for command, *words in LINES if command == "finetune")
+    training = next(words for command, *words in LINES if command == "finetune")
     assert training[training.index("--model") + 1] == "tiny"
     assert training[-2:] == ["--output_dir", "run"]

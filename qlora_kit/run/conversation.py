@@ -7,6 +7,7 @@ the chat template, with the options of the run that made the adapter; or, in a p
 the message alone with a line end, as in rows of prompts and completions.
 
 Turns that no longer fit the model's context are left out from the front; the system's text stays.
+An answer has its room first, up to half of the context.
 An answer that is stopped (the generator of its events is closed, or something passes through it
 that is no error) is kept as far as it has come.
 
@@ -92,8 +93,8 @@ class Conversation:
         room = min(by.max_new_tokens, by.context - max(map(len, prompts)))
         if self._left_out > before == 0:
             yield Note(
-                f"the conversation is longer than the model's context of {by.context} tokens: its "
-                "oldest turns are left out from here on"
+                f"the conversation and an answer no longer fit the model's context of {by.context} "
+                "tokens: the oldest turns are left out from here on"
             )
         yield Began(tuple(one or BASE for one in adapters))
         formats = [by.formats[adapter] for adapter in adapters]
@@ -143,15 +144,16 @@ class Conversation:
     def _fitting(self, message: str, adapters: Sequence[str | None]) -> list[list[int]]:
         """The prompts of some adapters, with as many of the last turns as leave room to answer.
 
-        Where the message alone leaves less, the answer is shorter. Errors: `ConfigError` for one
-        that leaves none.
+        Room is kept for `max_new_tokens`, but not for more than half of the context, beside which
+        there would soon be no turns. Where a message alone leaves less, the answer is shorter.
+        Errors: `ConfigError` for one that leaves none.
         """
         context, before = self.by.context, self._left_out
+        kept = min(self.by.max_new_tokens, context // 2)
         while True:
             prompts = [self.ids(message, adapter) for adapter in adapters]
             longest = max(map(len, prompts))
-            fits = longest + self.by.max_new_tokens <= context
-            if fits or self.by.plain or self._left_out >= len(self.turns):
+            if longest + kept <= context or self.by.plain or self._left_out >= len(self.turns):
                 break
             self._left_out += 1
         if longest >= context:

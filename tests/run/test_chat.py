@@ -161,23 +161,23 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(
         assert talk.by.engine.idle
 
 
+@pytest.mark.parametrize(("asked", "most"), [(100, 924), (1000, 512)])
 def test_the_oldest_turns_are_left_out_where_the_context_ends_and_it_is_said_once(
-    opened: Lines,
+    opened: Lines, asked: int, most: int
 ) -> None:
     by = opened.conversation.by
-    room = by.context - 60
-    tight = Conversation(by.__class__(**{**vars(by), "max_new_tokens": room}), "a", "Be brief.")
+    tight = Conversation(by.__class__(**{**vars(by), "max_new_tokens": asked}), "a", "Be brief.")
     lines = Lines(tight)
-    tight.turns = [Turn(f"question {n}", f"answer {n}") for n in range(9)]
+    tight.turns = [Turn(f"question {n} " * 36, f"answer {n}") for n in range(14)]
     turns = list(tight.turns)
     fitting = next(
-        n for n in range(10) if len(templated(lines, turns[n:], "more", "Be brief.")) <= 60
+        n for n in range(15) if len(templated(lines, turns[n:], "more", "Be brief.")) <= most
     )
-    assert 0 < fitting < 9
+    assert 0 < fitting < 13
     events = lines.hear("more")
     assert notes(iter([next(events)])) == [
-        "the conversation is longer than the model's context of 1024 tokens: its oldest turns are "
-        "left out from here on"
+        "the conversation and an answer no longer fit the model's context of 1024 tokens: the "
+        "oldest turns are left out from here on"
     ]
     assert tight.ids("more", "a") == templated(lines, turns[fitting:], "more", "Be brief.")
     next(events)

@@ -12,7 +12,7 @@ are decoded alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
+
+from qlora_kit.process.out_of_memory import is_out_of_memory
 
 _KEYS = {DynamicLayer, LinearAttentionAndFullAttentionLayer}
 _WINDOWS = {DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer}
@@ -45,32 +47,72 @@ def is_known(cache: Any) -> bool:
 
 
 def join(caches: Sequence[Any], tokens: int) -> Any:
-    """The first of the caches with the rows of all, of which the longest has so many `tokens`."""
-    whole = caches[0]
-    for place, layer in enumerate(whole.layers):
-        layers = [cache.layers[place] for cache in caches]
-        kept = _kept(layer, tokens)
-        if kept is not None:
-            for name in ("keys", "values"):
-                parts = [_padded(getattr(one, name), kept) for one in layers]
-                setattr(layer, name, torch.cat(parts))
-            _count(layer, tokens)
-        for name, number in _states(layer):
-            parts = [getattr(one, name)[number] for one in layers]
-            getattr(layer, name)[number] = torch.cat(parts)
+    """The first of the caches with the rows of all, of which the longest has so many `tokens`.
+
+    The others are used up layer by layer, so that it takes little more than the whole. Where memory
+    ends on the way the first is what it was.
+    """
+    whole, undone = caches[0], list[Callable[[], None]]()
+    try:
+        for place in range(len(whole.layers)):
+            undone.append(_join_layer([cache.layers[place] for cache in caches], tokens))
+    except BaseException:
+        for undo in undone:
+            undo()
+        raise
     return whole
 
 
+def _join_layer(layers: Sequence[Any], tokens: int) -> Callable[[], None]:
+    """Put the rows of all into the first; what takes them out again, without any memory."""
+    layer, names = layers[0], ("keys", "values")
+    kept, joined = _kept(layer, tokens), list[Tensor]()
+    before = rows = 0
+    if kept is not None:
+        rows, _, before, _ = layer.keys.shape
+        for name in names:
+            joined.append(torch.cat([_padded(getattr(one, name), kept) for one in layers]))
+    states = []
+    for name, number in _states(layer):
+        parts = [getattr(one, name)[number] for one in layers]
+        rows = len(parts[0])
+        states.append((name, number, torch.cat(parts)))
+
+    # Nothing takes memory from here on.
+    seen = getattr(layer, "cumulative_length", 0)
+    if kept is not None:
+        for name, tensor in zip(names, joined, strict=True):
+            setattr(layer, name, tensor)
+            for one in layers[1:]:
+                setattr(one, name, None)
+        _count(layer, tokens)
+    for name, number, tensor in states:
+        getattr(layer, name)[number] = tensor
+
+    def undo() -> None:
+        if kept is not None:
+            for name in names:
+                setattr(layer, name, getattr(layer, name)[:rows, :, max(0, kept - before) :])
+            _count(layer, seen)
+        for name, number, tensor in states:
+            getattr(layer, name)[number] = tensor[:rows]
+
+    return undo
+
+
 def keep(cache: Any, rows: Tensor, tokens: int) -> None:
-    """Leave these rows (n,) of a cache, of which the longest has so many `tokens`."""
+    """Leave these rows (n,) of a cache, in their order, of which the longest has so many `tokens`.
+
+    Where memory has ended they are moved within what the cache has.
+    """
     for layer in cache.layers:
         kept = _kept(layer, tokens)
         if kept is not None:
             for name in ("keys", "values"):
                 whole = getattr(layer, name)
                 # (B, heads, T, d) to (n, heads, kept, d)
-                part = whole.narrow(-2, whole.shape[-2] - kept, kept).index_select(0, rows)
-                setattr(layer, name, part)
+                part = whole.narrow(-2, whole.shape[-2] - kept, kept)
+                setattr(layer, name, _chosen(part, rows))
             _count(layer, tokens)
         for name, number in _states(layer):
             states = getattr(layer, name)
@@ -111,6 +153,20 @@ def _kept(layer: Any, tokens: int) -> int | None:
     if type(layer) in _STATES - _KEYS - _WINDOWS or not layer.is_initialized or layer.keys is None:
         return None
     return min(tokens, layer.sliding_window - 1) if type(layer) in _WINDOWS else tokens
+
+
+def _chosen(whole: Tensor, rows: Tensor) -> Tensor:
+    """These rows (n,), which ascend, of a tensor (B, ...)."""
+    try:
+        return whole.index_select(0, rows)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    places = rows.tolist()
+    for place, row in enumerate(places):
+        if place != row:
+            whole[place].copy_(whole[row])
+    return whole[: len(places)]
 
 
 def _count(layer: Any, tokens: int) -> None:

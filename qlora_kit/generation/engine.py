@@ -15,15 +15,15 @@ and how many requests may run is for the caller to say.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qlora_kit.base.packed_matmul import Copies
 from qlora_kit.generation.adapters import RowAdapters
+from qlora_kit.generation.batches import Batch, by
 from qlora_kit.generation.cache import RowBytes
 from qlora_kit.generation.group import Group, evaluating
 from qlora_kit.generation.request import Request, Ticket, check_request, check_token
@@ -31,22 +31,12 @@ from qlora_kit.generation.sampling import Drawer
 from qlora_kit.generation.sharing import Sharing
 from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.lora.switch import Active
-from qlora_kit.process.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_TOKENS = 2048
 """Tokens of prompts that a step computes, padding included."""
-
-
-@dataclass(eq=False)
-class _Batch:
-    """The requests of a group, and what takes part beside the base for them."""
-
-    group: Group
-    tickets: list[Ticket]
-    active: Active | None
 
 
 class Engine:
@@ -72,7 +62,7 @@ class Engine:
         self._modules = list(model.modules())
         self._waiting: deque[Ticket] = deque()
         self._again: list[Ticket] = []
-        self._batches: list[_Batch] = []
+        self._batches: list[Batch] = []
         self._drawer = Drawer([])
         self._row_bytes: RowBytes | None = None
         self._alone = False
@@ -152,9 +142,7 @@ class Engine:
                         parts.append(logits)
                         self._batches.append(one)
                         continue
-                    for ticket in one.tickets:
-                        ticket.leave("error", logits)
-                        told.append((ticket, None))
+                    told += [(ticket, None) for ticket in one.fail(logits)]
         if parts:
             logits = torch.cat(parts) if len(parts) > 1 else parts[0]  # (B, V)
             tickets = self._running()
@@ -167,8 +155,7 @@ class Engine:
             for batch, tokens in zip(self._batches, torch.split(drawn, sizes), strict=True):
                 batch.group.feed(tokens)
         self._leave()
-        self._join()
-        return told
+        return told + self._join()
 
     def cache_bytes(self, tokens: int, rows: int = 1) -> int | None:
         """Bytes of the cache of so many rows, of which the longest has so many tokens.
@@ -185,7 +172,7 @@ class Engine:
     def _running(self) -> list[Ticket]:
         return [ticket for batch in self._batches for ticket in batch.tickets]
 
-    def _prompts(self) -> list[_Batch]:
+    def _prompts(self) -> list[Batch]:
         """Those whose turn it is, as batches that are to be computed."""
         chosen, self._again = self._again, []
         width = count = 0
@@ -196,7 +183,7 @@ class Engine:
             chosen.append(self._waiting.popleft())
         return self._made(chosen)
 
-    def _made(self, chosen: Sequence[Ticket]) -> list[_Batch]:
+    def _made(self, chosen: Sequence[Ticket]) -> list[Batch]:
         """Batches of requests that start, or start again, from their first token."""
         texts = {ticket: [*ticket.request.ids, *ticket.tokens] for ticket in chosen}
 
@@ -207,35 +194,24 @@ class Engine:
             return apart, self._sharing.of_prompts(len(texts[ticket]))
 
         made = []
-        for tickets in _by(chosen, key):
+        for tickets in by(chosen, key):
             group = Group(self._model, [texts[ticket] for ticket in tickets], self._pad_id)
-            made.append(_Batch(group, tickets, self._mixed(tickets)))
+            made.append(Batch(group, tickets, self._mixed(tickets)))
         return made
 
-    def _computed(self, batch: _Batch) -> Iterator[tuple[_Batch, Tensor | Exception]]:
+    def _computed(self, batch: Batch) -> Iterator[tuple[Batch, Tensor | Exception]]:
         """A batch with its logits (B, V), or what was raised where memory ended.
 
         Rows of a cache whose kind is not known can not leave a batch, and are computed alone from
         the first such batch on.
         """
-        logits = self._logits(batch)
+        logits = batch.logits(self._adapters, self._copies)
         if isinstance(logits, Exception) or batch.group.can_change or len(batch.tickets) == 1:
             yield batch, logits
             return
         self._alone = True
         for one in self._made(batch.tickets):
-            yield one, self._logits(one)
-
-    def _logits(self, batch: _Batch) -> Tensor | Exception:
-        """Those of a batch (B, V), or what was raised where memory ended."""
-        try:
-            with self._adapters.taking(batch.active):
-                return batch.group.logits(self._copies)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            # Its frames hold tensors.
-            return error.with_traceback(None)
+            yield one, one.logits(self._adapters, self._copies)
 
     def _draw(self, tickets: list[Ticket], logits: Tensor) -> Tensor:
         drawn = [ticket.drawn for ticket in tickets]
@@ -268,33 +244,28 @@ class Engine:
         self._batches = batches
         self._forget()
 
-    def _join(self) -> None:
-        """Put the batches together that may share a forward from now on."""
+    def _join(self) -> list[tuple[Ticket, None]]:
+        """Put the batches together that may share a forward from now on.
 
-        def key(batch: _Batch) -> Hashable:
+        Where memory ends for that, those end that would join a batch; they are what is told.
+        """
+
+        def key(batch: Batch) -> Hashable:
             if not batch.group.can_change:
                 return id(batch)
             apart = self._adapters.apart(batch.active)
             return apart, self._sharing.of_steps(batch.group.lengths[0])
 
+        told: list[tuple[Ticket, None]] = []
         batches = []
-        for first, *others in _by(self._batches, key):
-            if others:
-                first.group.join([other.group for other in others])
-                first.tickets = [t for batch in (first, *others) for t in batch.tickets]
-                first.active = self._mixed(first.tickets)
+        for first, *others in by(self._batches, key):
             batches.append(first)
+            if others and (error := first.join(others, self._mixed)) is not None:
+                told += [(t, None) for one in others for t in one.fail(error)]
         self._batches = batches
+        return told
 
     def _forget(self) -> None:
         """Hold nothing of requests that have left."""
         if not self._batches:
             self._drawer = Drawer([])
-
-
-def _by(items: Sequence[Any], key: Callable[[Any], Hashable]) -> Iterator[list[Any]]:
-    """The items of one key together, in the order in which keys first come."""
-    found: dict[Hashable, list[Any]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    yield from found.values()

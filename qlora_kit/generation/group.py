@@ -99,15 +99,20 @@ class Group:
         self._position_ids = self._position_ids.index_select(0, chosen)
 
     def join(self, others: Sequence[Group]) -> None:
-        """Take in the rows of other groups, behind its own, after each was fed."""
+        """Take in the rows of other groups, behind its own, after each was fed.
+
+        The others are of no use then. Where memory ends on the way this one is what it was.
+        """
         groups = [self, *others]
-        self.lengths = [length for group in groups for length in group.lengths]
-        width = max(self.lengths)
-        self._cache = join([group._cache for group in groups], width - 1)
-        self._input_ids = torch.cat([group._input_ids for group in groups])
+        lengths = [length for group in groups for length in group.lengths]
+        width = max(lengths)
+        input_ids = torch.cat([group._input_ids for group in groups])
         padded = [functional.pad(one._mask, (width - one._mask.shape[1], 0)) for one in groups]
-        self._mask = torch.cat(padded)
-        self._position_ids = torch.cat([group._position_ids for group in groups])
+        mask = torch.cat(padded)
+        position_ids = torch.cat([group._position_ids for group in groups])
+        self._cache = join([group._cache for group in groups], width - 1)
+        self.lengths, self._input_ids = lengths, input_ids
+        self._mask, self._position_ids = mask, position_ids
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """One thread has the model: requests join and leave the batch between two of its steps.
 
-A request waits in a queue of limited length until one of `max_batch` places is free. Each turn of
+A request waits in a queue of limited length until one of `max_batch` places is free, and the cache
+of all rows, at their full lengths, has room in `cache_bytes` with its own. Each turn of
 the thread drops whose client has left, fills free places, lets the engine draw a token for every
 row, and hands on the text that became final. What concerns one request (a stop string, its end, a
 fault) ends it alone; a fault of the step itself ends those that were in it, and the thread goes on.
@@ -37,10 +38,11 @@ class Scheduler:
         *,
         max_batch: int,
         max_queue: int,
+        cache_bytes: int | None = None,
         report: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         """`report` is told of faults that are not the request's."""
-        self._engine, self._report = engine, report
+        self._engine, self._cache_bytes, self._report = engine, cache_bytes, report
         self.max_batch, self.max_queue = max_batch, max_queue
         self._loop: asyncio.AbstractEventLoop | None = None
         # Guards what follows; waited for by the thread while there is nothing to do.
@@ -163,7 +165,7 @@ class Scheduler:
         """Fill free places with those that wait longest."""
         while len(self._running) < self.max_batch:
             with self._changed:
-                if not self._waiting:
+                if not self._waiting or not self._has_room(self._waiting[0]):
                     return
                 job = self._waiting.popleft()
             if job.left:
@@ -184,6 +186,14 @@ class Scheduler:
                 continue
             job.began_s = time.monotonic()
             self._running[ticket] = job, text
+
+    def _has_room(self, job: Job) -> bool:
+        """Whether the cache may take one more row; one by itself always may."""
+        if self._cache_bytes is None or not self._running or job.left:
+            return True
+        jobs = [job, *(one for one, _ in self._running.values())]
+        longest = max(len(one.ids) + one.max_new_tokens for one in jobs)
+        return (self._engine.cache_bytes(longest, len(jobs)) or 0) <= self._cache_bytes
 
     def _step(self) -> list[tuple[Job, Event]]:
         """Draw a token for every row; what became of each."""

@@ -14,6 +14,7 @@ from qlora_kit.serving.api import Api, Limits
 from qlora_kit.serving.guard import Guard
 from qlora_kit.serving.listen import url_of
 from qlora_kit.serving.models import Model, Models
+from qlora_kit.serving.room import Room
 from qlora_kit.serving.scheduler import Scheduler
 from qlora_kit.serving.server import GRACE_S, run
 
@@ -34,21 +35,26 @@ class Service:
         open_adapter: Callable[[str, str], Model],
         debug: bool = False,
     ) -> None:
-        """`open_adapter` puts the adapter in a directory into the bank, under a name."""
-        self.bank, self._limits, self._say, self._debug = bank, limits, say, debug
+        """`open_adapter` puts the adapter in a directory into the bank, under a name.
+
+        Errors: `ResourceError` where the device has no room for one answer.
+        """
+        self.bank, self._say, self._debug = bank, say, debug
         pad_id = padding_id(base.format.tokenizer)
-        self._engine = Engine(bank.base.model, pad_id=pad_id, bank=bank)
+        engine = Engine(bank.base.model, pad_id=pad_id, bank=bank)
+        self.room = Room.of(engine, bank.base.device, limits, max_batch)
         self.scheduler = Scheduler(
-            self._engine,
+            engine,
             max_batch=max_batch,
             max_queue=max_queue,
+            cache_bytes=self.room.cache,
             report=self._report,
         )
         self.models = Models(base)
         api = Api(
             self.models,
             self.scheduler,
-            limits,
+            self.room.limits,
             add_adapter=open_adapter if key is not None else None,
             remove_adapter=bank.remove,
         )
@@ -62,8 +68,10 @@ class Service:
         grace_s: float = GRACE_S,
     ) -> None:
         """Serve until that is asked for."""
-        cache = self._engine.cache_bytes(self._limits.max_length, self.scheduler.max_batch)
+        cache = self.room.cache
         most = "" if cache is None else f", with a cache of up to {size_text(cache)}"
+        if self.room.note is not None:
+            self._say(f"note: {self.room.note}")
         url = url_of(listener)
         what = f"{', '.join(self.models.names)} at {url}/v1, a page to chat at {url}{most}"
         try:

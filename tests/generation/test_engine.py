@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import randomize_adapter, tiny_model
 from hybrids import HYBRIDS, tiny_hybrid
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from qlora_kit import AdapterBank
@@ -280,6 +281,58 @@ def test_where_memory_ends_for_a_prompt_that_request_ends_alone(model: Any) -> N
         handle.remove()
     assert (bad.end, type(bad.error)) == ("error", torch.OutOfMemoryError)
     assert [(ticket.tokens, ticket.end) for ticket in (first, second)] == [expected] * 2
+
+
+class Full(TorchFunctionMode):
+    """No memory for the third tensor of a cache, (B, heads, T, d), whose rows some function takes.
+
+    `torch.cat` is also what a step makes a cache longer by: only along the rows it is counted.
+    """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self._function, self.count = function, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is not self._function or made.ndim != 4:
+            return made
+        self.count += func is not torch.cat or len(made) > len(args[0][0])
+        if self.count == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return made
+
+
+@pytest.mark.parametrize("kind", ["all tokens", "windows", "falcon_h1"])
+def test_where_memory_ends_for_a_join_those_that_would_join_end(kind: str) -> None:
+    model = model_of(kind)
+    good = [Request([5, 6, 7], 12), Request([8] * 9, 12)]
+    expected = [alone(model, request) for request in good]
+    engine = Engine(model, pad_id=0)
+    tickets = [engine.add(request) for request in good]
+    engine.step()
+    engine.step()
+    bad = [engine.add(Request([5] * 20, 9)) for _ in range(2)]
+    with Full(torch.cat):
+        told = engine.step()
+    assert [one for one in told if one[0] in bad and one[1] is None] == [(one, None) for one in bad]
+    assert {type(one.error) for one in bad} == {torch.OutOfMemoryError}
+    late = engine.add(good[0])
+    while not engine.idle:
+        engine.step()
+    assert [(ticket.tokens, ticket.end) for ticket in (*tickets, late)] == [*expected, expected[0]]
+
+
+def test_where_memory_ends_for_a_row_that_leaves_the_others_go_on(model: Any) -> None:
+    good = [Request([5, 6, 7], 12), Request([8] * 9, 2), Request([9] * 4, 12)]
+    expected = [alone(model, request) for request in good]
+    engine = Engine(model, pad_id=0)
+    tickets = [engine.add(request) for request in good]
+    with Full(torch.Tensor.index_select) as full:
+        while not engine.idle:
+            engine.step()
+    assert full.count > 3
+    assert [(ticket.tokens, ticket.end) for ticket in tickets] == expected
 
 
 def test_any_other_error_drops_all_and_the_engine_goes_on(model: Any) -> None:

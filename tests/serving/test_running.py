@@ -14,7 +14,9 @@ from typing import Any
 import httpx
 from served import KEY, Served, refusal, serving
 
+from qlora_kit.device.found import with_room
 from qlora_kit.serving.listen import listening
+from qlora_kit.serving.room import OF_CACHE
 from qlora_kit.serving.server import SPARE_CONNECTIONS
 
 LONG = {"model": "noise", "prompt": "Hello", "temperature": 0, "max_tokens": 400, "stream": True}
@@ -82,6 +84,28 @@ def streaming_request(server: Served) -> Iterator[httpx.Response]:
     """A stream that has no piece yet, for it waits."""
     with server.client() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
         yield response
+
+
+def test_a_row_waits_until_the_cache_has_room_for_it(
+    server: Served, adapters: dict[str, Path]
+) -> None:
+    """The places are not all: one answer of the length that is left fills the cache."""
+    whole = server.service.room
+    assert whole.cache is not None
+    a_token = whole.cache // (whole.limits.max_length * server.service.scheduler.max_batch)
+    with with_room(int(600 * a_token / OF_CACHE) + 1), serving({"noise": adapters["noise"]}) as one:
+        assert one.service.room.limits.max_length == 600
+        assert one.service.room.cache == 600 * a_token
+        with one.client() as client:
+            body = LONG | {"prompt": [5] * 400, "max_tokens": 201}
+            error = refusal(client.post("/v1/completions", json=body), 400)
+            assert error["code"] == "context_length_exceeded"
+            with streaming(client, max_tokens=100) as lines, streaming_request(one):
+                until(lambda: counts(one) == (1, 1))
+                assert sum(1 for _ in lines) > 3
+                until(lambda: counts(one) == (1, 0))
+        until(lambda: counts(one) == (0, 0))
+    assert sum("note: max_length is 600 and not 1024" in line for line in one.log) == 1
 
 
 def test_connections_beyond_the_most_are_told_so_and_closed(keyed: Served) -> None:

@@ -1,0 +1,56 @@
+"""What a server takes of its device beside the base and the adapters that it began with."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from qlora_kit.device.found import empty_cache, free_bytes
+from qlora_kit.errors import ResourceError
+from qlora_kit.generation.engine import Engine
+from qlora_kit.options.checks import size_text
+from qlora_kit.serving.api import Limits
+
+OF_CACHE = 0.75
+"""The part of what is free that caches may take. A step has the rest for what it computes, for the
+largest layer of the cache twice, which grows by being copied, and for gaps between blocks."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The most bytes that the caches of all rows may take, and the limits that this leaves.
+
+    `cache` is None where the kind of cache is not known, and nothing is limited.
+    """
+
+    cache: int | None
+    limits: Limits
+    note: str | None = None
+    """what is to be said where the limits were lowered"""
+
+    @classmethod
+    def of(cls, engine: Engine, device: torch.device, limits: Limits, max_batch: int) -> Room:
+        """What is free now. Errors: `ResourceError` where no answer has room."""
+        most = engine.cache_bytes(limits.max_length, max_batch)
+        if most is None:
+            return cls(None, limits)
+        empty_cache()
+        room = min(most, int(OF_CACHE * free_bytes(device)))
+        lengths = range(1, limits.max_length + 1)
+        longest = bisect.bisect_right(lengths, room, key=lambda one: engine.cache_bytes(one) or 0)
+        if longest == limits.max_length:
+            return cls(room, limits)
+        needed, there = size_text(engine.cache_bytes(limits.max_length) or 0), size_text(room)
+        if longest < 2:
+            raise ResourceError(
+                f"a cache of {limits.max_length} tokens takes {needed}, and {there} are there",
+                "close other programs, or load the base in 4 bits",
+            )
+        note = (
+            f"max_length is {longest} and not {limits.max_length}, of which the cache would take "
+            f"{needed}: {there} are there"
+        )
+        return cls(room, dataclasses.replace(limits, max_length=longest), note)

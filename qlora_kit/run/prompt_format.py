@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,8 @@ class PromptFormat:
     model: PreTrainedModel
     generation_config: Any
     adapter: SavedAdapter | None = None
+    lender: SavedAdapter | None = None
+    """The adapter whose chat template a base without one writes in, as its run did."""
 
     def prompt_ids(self, prompt: str, in_template: bool = False) -> list[int]:
         """The ids to go on from; `in_template`: the prompt is a user's message."""
@@ -60,7 +62,8 @@ class PromptFormat:
     @cached_property
     def chat(self) -> ChatOptions:
         """How the adapter's run wrote chats: its variables and its day."""
-        return NO_OPTIONS if self.adapter is None else self.adapter.chat()
+        run = self.adapter or self.lender
+        return NO_OPTIONS if run is None else run.chat()
 
     @cached_property
     def ends(self) -> frozenset[int]:
@@ -69,9 +72,14 @@ class PromptFormat:
 
 
 def format_beside(base: PromptFormat, adapter: SavedAdapter) -> PromptFormat:
-    """That of one more adapter on a base; nothing of the base's changes. Errors: those of files."""
+    """That of one more adapter on a base; nothing of the base's changes.
+
+    What a base has borrowed from another adapter is not handed on. Errors: those of files.
+    """
     directory = adapter.files.directory
     tokenizer, settings = copy.copy(base.tokenizer), copy.copy(base.model)
+    if base.lender is not None:
+        tokenizer.chat_template = None
     settings.generation_config = base.generation_config
     take_template(tokenizer, directory)
     take_generation_config(settings, read_generation_config(directory), directory)
@@ -81,8 +89,9 @@ def format_beside(base: PromptFormat, adapter: SavedAdapter) -> PromptFormat:
 def formats_of(base: Base, adapters: Mapping[str, SavedAdapter]) -> dict[str | None, PromptFormat]:
     """The format of each adapter by its name, and under None that of the base alone.
 
-    A base without a chat template writes its prompts as the first adapter does, so that both can
-    be compared. One adapter alone gives the base's tokenizer and model what it brings.
+    A base without a chat template writes its chats in that of the first adapter, so that both can
+    be compared; all else stays its own. One adapter alone gives the base's tokenizer and model
+    what it brings.
     Errors: those of the files.
     """
     model = base.model
@@ -94,6 +103,10 @@ def formats_of(base: Base, adapters: Mapping[str, SavedAdapter]) -> dict[str | N
         (one,) = formats.values()
         base.tokenizer.chat_template = one.tokenizer.chat_template
         model.generation_config = one.generation_config
-    first = next(iter(formats.values()), plain)
-    formats[None] = plain if plain.tokenizer.chat_template else first
+    formats[None] = plain
+    first = next(iter(formats.values()))
+    if first.tokenizer.chat_template and not plain.tokenizer.chat_template:
+        tokenizer = copy.copy(plain.tokenizer)
+        tokenizer.chat_template = first.tokenizer.chat_template
+        formats[None] = replace(plain, tokenizer=tokenizer, lender=first.adapter)
     return formats

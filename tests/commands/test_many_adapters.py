@@ -12,12 +12,19 @@ import pytest
 from safetensors.torch import load_file, save_file
 from trained import save_trained, write_rows
 
+from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
+from qlora_kit.config.generation import AdaptersConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.run import RunConfig
+from qlora_kit.options.parsed import parse_values
 from qlora_kit.options.yaml_file import dump
+from qlora_kit.run.adapted_base import AdaptedBase
+from qlora_kit.run.named_base import Named
+from qlora_kit.run.prompt_format import format_beside
 
 Run = Callable[..., Any]
+GROUPS = (BaseConfig, AdaptersConfig)
 TEMPLATES = {
     "a": "{% for message in messages %}<{{ message['content'] }}>{% endfor %}:",
     "b": "{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
@@ -177,6 +184,29 @@ def test_a_prompt_is_written_for_the_adapter_that_answers_it(
     (own["b"] / "generation_config.json").write_text(json.dumps({"eos_token_id": every}))
     assert run("generate", *together, "--use", "a").out == alone["a"]
     assert run("generate", *together, "--use", "b").out == "\n"
+
+
+def test_an_adapter_that_comes_later_is_written_for_as_one_that_was_there(
+    workshop: Any, adapters: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """The base borrows the first one's template; nothing else, and nothing for those after it."""
+    own = {name: tmp_path / name for name in TEMPLATES}
+    for name, directory in own.items():
+        shutil.copytree(adapters[name], directory)
+    (own["a"] / "chat_template.jinja").write_text(TEMPLATES["a"])
+    (own["a"] / "config.yaml").write_text("literal_control_tokens: true\n")
+    (own["a"] / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8, 9]}))
+    parsed = parse_values({"model": str(workshop.base)}, GROUPS)
+    named = Named.open(parsed, {name: str(directory) for name, directory in own.items()})
+    formats = AdaptedBase.open(named, False).formats
+    later = format_beside(formats[None], named.adapters["b"])
+    base, first, there = formats[None], formats["a"], formats["b"]
+    assert later.tokenizer.chat_template == there.tokenizer.chat_template is None
+    assert later.ends == there.ends == base.ends
+    assert base.tokenizer.chat_template == first.tokenizer.chat_template == TEMPLATES["a"]
+    assert {7, 8, 9} <= first.ends - base.ends
+    text = base.tokenizer.eos_token
+    assert base.prompt_ids(text) == there.prompt_ids(text) != first.prompt_ids(text)
 
 
 def test_several_adapters_are_measured_as_each_alone(

@@ -296,11 +296,11 @@ def test_adapters_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "a=b").mkdir()
     for given, named in (
         (None, {}),
-        ("runs/sql", {"default": "runs/sql"}),
+        ("runs/sql", {"sql": "runs/sql"}),
         (("sql=runs/x", "qa=y=z"), {"sql": "runs/x", "qa": "y=z"}),
         (("runs/sql/", "runs/qa"), {"sql": "runs/sql/", "qa": "runs/qa"}),
         (("a=b", "a=c"), {"a=b": "a=b", "a": "c"}),
-        (("a=b",), {"default": "a=b"}),
+        (("a=b",), {"a=b": "a=b"}),
         (("x=~/y",), {"x": str(Path.home() / "y")}),
         (("a", "runs/llama-1.1b"), {"a": "a", "llama-1.1b": "runs/llama-1.1b"}),
     ):
@@ -309,6 +309,7 @@ def test_adapters_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (("runs/sql", "other/sql"), "adapter other/sql is called sql, as runs/sql is"),
         (("a=x", "a=y"), "adapter a=y is called a, as x is"),
         (("base=x",), "adapter base=x: give it another name"),
+        ("runs/base", "adapter runs/base: give it another name"),
         (("=x",), "adapter =x: give it as NAME=DIR"),
         (("no/where=x",), "adapter no/where=x: give it as NAME=DIR"),
         (("a\nb=x",), "give it as NAME=DIR"),
@@ -325,7 +326,7 @@ def test_adapters_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_of_several_adapters_one_is_named() -> None:
     several, one = AdaptersConfig(adapter=("a=x", "b=y")), AdaptersConfig(adapter="x")
-    assert (several.chosen("b"), several.chosen("base"), one.chosen(None)) == ("b", None, "default")
+    assert (several.chosen("b"), several.chosen("base"), one.chosen(None)) == ("b", None, "x")
     assert AdaptersConfig().chosen(None) is None
     for config, use, words in (
         (several, None, "2 adapters are given, .* give --use with one of a, b, or base"),

@@ -16,8 +16,6 @@ from qlora_kit.options.option import Options, at_home, option
 
 BASE = "base"
 """What the base without an adapter is called where an adapter could be named."""
-ALONE = "default"
-"""What an adapter without a name is called where there is no other, as in PEFT's own files."""
 
 
 def _texts(value: str | tuple[str, ...]) -> str | None:
@@ -101,7 +99,7 @@ class AdaptersConfig(Options):
             shown = excerpt(directory if name is None else f"{name}={directory}")
             # Of `.` and of `runs/x/` the last part is a name too.
             last = os.path.basename(os.path.abspath(directory))
-            called = (ALONE if len(given) == 1 else last) if name is None else name
+            called = last if name is None else name
             if called == BASE:
                 yield f"adapter {shown}: give it another name, for {BASE} is the base alone"
             elif not is_name(called) or "/" in called:

@@ -14,7 +14,6 @@ from typing import Any
 from qlora_kit.base.base_files import BaseFiles, find_base
 from qlora_kit.base.source import TINY, is_known, is_path, local_path
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.generation import ALONE
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.files.atomic import real_path
 from qlora_kit.options.checks import joined
@@ -43,12 +42,12 @@ class Named:
     ) -> Named:
         """Open and check them; `hashed`, for who goes on training the adapter.
 
-        `adapters` are directories by name, or the directory of one.
+        `adapters` are directories by name, or the one that goes by its directory.
         Errors: those of the files; `AdapterError` where adapters do not agree about their base,
         unless `allow_other_base` lets the first one decide.
         """
         if not isinstance(adapters, Mapping):
-            adapters = {} if adapters is None else {ALONE: adapters}
+            adapters = {} if adapters is None else {adapters: adapters}
         saved = {
             name: SavedAdapter.open(directory, hashed=hashed)
             for name, directory in adapters.items()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from qlora_kit.config.data import DataConfig
-from qlora_kit.config.generation import ALONE, AdaptersConfig, EvaluateConfig
+from qlora_kit.config.generation import AdaptersConfig, EvaluateConfig
 from qlora_kit.data.batch import eval_batches, padding_id
 from qlora_kit.data.chat_template import check_chat_options, use_template
 from qlora_kit.data.encode import EncodedRows, encode_rows
@@ -58,7 +57,7 @@ def scores(named: Named, data: DataConfig, rows: Table, source: str) -> list[dic
                 "revision": base.source.revision,
                 "bits": base.quantization.bits,
                 "dtype": base.info.compute_dtype,
-                "adapter": _shown(opened, name),
+                "adapter": None if name is None else redacted(name),
                 "data": redacted(source),
                 "rows": len(mine.rows),
                 "skipped": sum(mine.skipped.values()),
@@ -90,10 +89,3 @@ def _encoded(
             length = data.length_in(opened.base.context)
             encoded[template] = encode_rows(rows, tokenizer, length, rules)
     return encoded
-
-
-def _shown(opened: AdaptedBase, name: str | None) -> str | None:
-    """The name of an adapter; that of its directory where it was given none."""
-    if name == ALONE and name in opened.adapters:
-        return redacted(Path(opened.adapters[name].name).resolve().name)
-    return None if name is None else redacted(name)

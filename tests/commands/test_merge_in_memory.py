@@ -28,7 +28,7 @@ def test_a_merged_adapter_answers_beside_the_base_and_its_distance_is_said(
     found, wanted = ([json.loads(one) for one in out.out.splitlines()] for out in (merged, plain))
     assert found[1] == wanted[1]  # the base
     said = re.search(
-        rf"note: default merged in {bits} bits takes \S+ KiB beside the base; from the adapter "
+        rf"note: adapter merged in {bits} bits takes \S+ KiB beside the base; from the adapter "
         r"unmerged: KL (\S+) nats a token, .* over \d+ tokens\n",
         merged.err,
     )

@@ -33,11 +33,12 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 def adapter_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """What tokens `x` (..., n) are multiplied in with an adapter of a `dtype`.
 
-    Few tokens on a CPU in fp32: a product in 16 bits is a call of 20 us there, whatever its size,
-    and with matrices as small as these it is done in fp32 before that.
+    On a CPU tokens in fp32 stay so: in 16 bits a row would be rounded beside many others, and not
+    alone. Few tokens of 16 bits too are multiplied in fp32 there: a product in 16 bits is a call of
+    20 us, whatever its size, and with matrices as small as these it is done in fp32 before that.
     """
-    few = device_type(x) == "cpu" and x.numel() <= FEW_TOKENS * x.shape[-1]
-    return torch.float32 if few else dtype
+    few = x.dtype is torch.float32 or x.numel() <= FEW_TOKENS * x.shape[-1]
+    return torch.float32 if few and device_type(x) == "cpu" else dtype
 
 
 def weight_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from qlora_kit.device.target import device_type
 from qlora_kit.errors import AdapterError
-from qlora_kit.kernels.matmul import add_bmm, add_matmul, bmm, linear
+from qlora_kit.kernels.matmul import adapter_dtype, add_bmm, add_matmul, bmm, linear
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.switch import Active
@@ -90,9 +90,9 @@ class Stack:
         """A (R, in) and B (R, out) of all adapters."""
         return self.lora_a[:-1], self.lora_b[:-1]
 
-    def of_rows(self, places: Places) -> tuple[Tensor, Tensor]:
-        """A (B, r, in) and B (B, r, out) of each row, in the adapters' dtype."""
-        a, b = (m.index_select(0, places.own).to(self.dtype) for m in (self.lora_a, self.lora_b))
+    def of_rows(self, places: Places, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (B, r, in) and B (B, r, out) of each row, in `dtype`."""
+        a, b = (m.index_select(0, places.own).to(dtype) for m in (self.lora_a, self.lora_b))
         rows = places.foreign.shape[0]
         return a.view(rows, -1, a.shape[1]), b.view(rows, -1, b.shape[1])
 
@@ -145,8 +145,9 @@ class RowsPart(Part):
         most = GATHERED.get(device_type(x), GATHERED["cpu"])
         for stack, places in self.stacks:
             if x.shape[1] * (len(stack.spans) - 1) > most:
-                lora_a, lora_b = stack.of_rows(places)
-                hidden = bmm(x.to(stack.dtype), lora_a.transpose(1, 2))  # (B, T, r)
+                dtype = adapter_dtype(x, stack.dtype)
+                lora_a, lora_b = stack.of_rows(places, dtype)
+                hidden = bmm(x.to(dtype), lora_a.transpose(1, 2))  # (B, T, r)
                 if places.scalings is not None:
                     hidden.mul_(places.scalings)
                 add_bmm(y.view(*x.shape[:2], -1), hidden, lora_b, places.scaling)

@@ -120,6 +120,13 @@ def test_each_adapter_of_a_bank_is_what_it_is_alone_and_the_base_is_the_base(
     assert hashed(base) == before
 
 
+def test_an_fp32_row_is_the_same_alone_and_among_others_with_an_adapter_in_16_bits(bank):
+    ids = token_ids(4, 12)
+    with torch.no_grad(), bank.using("b"):
+        alone, among = (bank.base.model(input_ids=one).logits[0] for one in (ids[:1], ids))
+    assert relative_error(among, alone) < 3e-5  # sums in another order
+
+
 def test_weights_are_held_once_as_they_are_stored(bank, adapters):
     for name in "ab":
         stored = load_file(adapters / name / WEIGHTS)

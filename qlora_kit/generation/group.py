@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,9 @@ from qlora_kit.generation.cache import RowBytes, is_known, join, keep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_IS_PADDED: ContextVar[bool | None] = ContextVar("is_padded", default=None)
+"""Whether the rows that are computed have padding, where that is known."""
 
 
 class Group:
@@ -128,18 +132,27 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+def _fast_all(mask: Tensor) -> Any:
+    """Whether a mask hides nothing: as the step of this thread knows, else as transformers asks."""
+    # torch (2.13) compiles no read of a ContextVar.
+    is_padded = None if torch.compiler.is_compiling() else _IS_PADDED.get()
+    return _ASKED(mask) if is_padded is None else not is_padded
+
+
+# Once and for all threads: each that put it there and back would find another's.
+_ASKED: Any = getattr(masking_utils, "fast_all", None)
+if _ASKED is not None:
+    masking_utils.fast_all = _fast_all
+
+
 @contextlib.contextmanager
 def _known(is_padded: bool) -> Iterator[None]:
     """Inside, transformers does not read a mask to see whether it hides anything (5.23)."""
-    real = getattr(masking_utils, "fast_all", None)
-    if real is None:
-        yield
-        return
-    masking_utils.fast_all = lambda mask: not is_padded
+    before = _IS_PADDED.set(is_padded)
     try:
         yield
     finally:
-        masking_utils.fast_all = real
+        _IS_PADDED.reset(before)
 
 
 def _padded_left(

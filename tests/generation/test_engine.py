@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,45 @@ def test_a_request_that_is_refused_changes_nothing(
     while not engine.idle:
         engine.step()
     assert ticket.tokens == alone(model, good)[0]
+
+
+def test_engines_in_two_threads_leave_other_models_alone(model: Any) -> None:
+    """In the middle of both, and afterwards, another model sees its own padding."""
+    other = tiny_model()
+    other.set_attn_implementation("sdpa")
+    ids, mask = torch.full((2, 8), 5), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+
+    def padded() -> torch.Tensor:
+        with torch.no_grad():
+            return other(input_ids=ids, attention_mask=mask).logits  # type: ignore[no-any-return]
+
+    right, found = padded(), []
+    inside, done = threading.Barrier(3, timeout=60), threading.Barrier(3, timeout=60)
+
+    def stop(*_: Any) -> None:
+        inside.wait()
+        done.wait()
+
+    models = [tiny_model(), tiny_model()]
+    for one in models:
+        one.register_forward_pre_hook(stop)
+    prompts = [[[5, 6]], [[5, 6], [7]]]  # without padding and with it
+    threads = []
+    for one, ids_ in zip(models, prompts, strict=True):
+        engine = Engine(one, pad_id=0)
+        for prompt in ids_:
+            engine.add(Request(prompt, 1))
+        threads.append(threading.Thread(target=engine.step))
+    for thread in threads:
+        thread.start()
+    inside.wait()
+    found.append(padded())
+    done.wait()
+    for thread in threads:
+        thread.join()
+    found.append(padded())
+    assert all(torch.equal(one, right) for one in found)
 
 
 def test_logits_that_are_not_finite_end_their_row_alone() -> None:

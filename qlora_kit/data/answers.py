@@ -27,11 +27,13 @@ def chat_ids(
     tokenizer: PreTrainedTokenizerBase,
     options: ChatOptions = NO_OPTIONS,
     tools: Any = None,
+    limit: int | None = None,
 ) -> list[int]:
     """The ids that training puts before the answer to some messages.
 
     They are those of an answer that is trained on: some tokenizers read the end of a prompt
     differently where something follows, and a token that reaches into the answer belongs to it.
+    Of more ids than `limit` the first ones are given, and perhaps not all.
     Errors: those of the template and the tokenizer, `DataError`.
     """
     tokens = Tokens(tokenizer)
@@ -42,13 +44,15 @@ def chat_ids(
     # Where the template writes the turn otherwise, the prompt alone says what comes before it.
     if whole is not None:
         text, literals = whole.text, whole.literals
-    encoded = chat_tokens(tokens, text, literals)
+    encoded = chat_tokens(tokens, text, literals, limit)
     if encoded is None:
         raise DataError(
             "prompt: a control token that cannot be taken apart", "leave the control token out"
         )
     border = len(header.text)
     ids = [token for token, (_, last) in zip(*encoded, strict=True) if last <= border]
+    if limit is not None and len(ids) > limit:
+        return ids
     return tokens.one_start(ids, [False] * len(ids))[0]
 
 

@@ -157,15 +157,19 @@ def prompt_ids(
     chat: bool = False,
     literal: bool = False,
     options: ChatOptions = NO_OPTIONS,
+    limit: int | None = None,
 ) -> list[int]:
     """The ids that training puts before a completion, or before the answer to a first message.
 
-    `literal` as in `Tokens.read_many`; a chat's message is always literal.
+    `literal` as in `Tokens.read_many`; a chat's message is always literal. Of more ids than
+    `limit` the first ones are given, and perhaps not all.
     """
     if chat:
-        return chat_ids([{"role": "user", "content": prompt}], tokenizer, options)
+        return chat_ids([{"role": "user", "content": prompt}], tokenizer, options, limit=limit)
     tokens = Tokens(tokenizer)
-    (ids,) = tokens.read_many([prompt], literal)
+    ids = tokens.read_long(prompt, literal, limit)
+    if limit is not None and len(ids) > limit:
+        return [*tokens.start, *ids]  # without more than a start, perhaps
     return [*tokens.start, *tokens.without_start(ids)[0]]
 
 

@@ -41,12 +41,17 @@ class PromptFormat:
     lender: SavedAdapter | None = None
     """The adapter whose chat template a base without one writes in, as its run did."""
 
-    def prompt_ids(self, prompt: str, in_template: bool = False) -> list[int]:
-        """The ids to go on from; `in_template`: the prompt is a user's message."""
+    def prompt_ids(
+        self, prompt: str, in_template: bool = False, *, limit: int | None = None
+    ) -> list[int]:
+        """The ids to go on from; `in_template`: the prompt is a user's message.
+
+        Of more than `limit` perhaps not all are given.
+        """
         options = self.chat if in_template else NO_OPTIONS
         # As the run read control tokens in its rows: as characters, or as what they are.
         literal = self.adapter is not None and self.adapter.reads_literally()
-        return prompt_ids(prompt, self.tokenizer, in_template, literal, options)
+        return prompt_ids(prompt, self.tokenizer, in_template, literal, options, limit)
 
     def chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids that come before the answer to some messages.

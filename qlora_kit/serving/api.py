@@ -19,14 +19,17 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from qlora_kit.config.serve import ServeConfig
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, excerpt
 from qlora_kit.generation.sampling import Sampling
 from qlora_kit.serving.answer import Answer
 from qlora_kit.serving.errors import (
     ApiError,
+    closing,
     from_error,
     invalid,
+    left,
     no_adapters,
+    no_model,
     no_path,
     taken,
 )
@@ -67,25 +70,24 @@ class Limits:
             )
         return Limits(options.max_length or context, options.max_new_tokens)
 
-    def of_answer(self, asked: int | None, usual: int | None, prompt: int) -> int:
-        """The most tokens of the answer to a prompt of so many, `usual` where none are asked for.
-
-        Errors: `ApiError`.
-        """
+    def of_answer(self, asked: Asked, prompt: int) -> int:
+        """The most tokens of the answer to a prompt of so many. Errors: `ApiError`."""
+        most, name = asked.most_tokens, asked.most_field
         room = self.max_length - prompt
-        if room < 1 or (asked is not None and asked > room):
-            more = f" and max_tokens {asked}" if asked is not None else ""
+        if room < 1 or (most is not None and most > room):
+            # Of a longer prompt perhaps not all has been read.
+            count = f"{prompt}" if room >= 0 else f"more than {self.max_length}"
+            more = f" and {name} {most}" if most is not None else ""
             raise invalid(
-                f"the prompt has {prompt} tokens{more}, and both together may be {self.max_length}",
-                "messages" if asked is None else "max_tokens",
+                f"the prompt has {count} tokens{more}, and both together may be {self.max_length}",
+                asked.prompt_field if room < 1 else name,
                 "context_length_exceeded",
             )
-        if asked is not None and asked > self.max_new_tokens:
+        if most is not None and most > self.max_new_tokens:
             raise invalid(
-                f"max_tokens is {asked}, and this server writes at most {self.max_new_tokens}",
-                "max_tokens",
+                f"{name} is {most}, and this server writes at most {self.max_new_tokens}", name
             )
-        return min(asked or usual or self.max_new_tokens, self.max_new_tokens, room)
+        return min(most or asked.usual_tokens or self.max_new_tokens, self.max_new_tokens, room)
 
     @property
     def body_bytes(self) -> int:
@@ -104,6 +106,8 @@ class Api:
     models: Models
     scheduler: Scheduler
     limits: Limits
+    vocabulary: int
+    """how many tokens the model has"""
     add_adapter: Callable[[str, str], Model] | None
     remove_adapter: Callable[[str], None]
 
@@ -160,20 +164,56 @@ class Api:
         self, request: Request, asked: Asked, model: Model, prompt: Prompt, *, is_chat: bool
     ) -> Response:
         """The answer to a prompt, which waits from here on for its place. Errors: `ApiError`."""
-        ids, ends = await self.models.read(model, prompt)
-        job = Job(
-            ids=ids,
-            adapter=model.adapter,
-            max_new_tokens=self.limits.of_answer(asked.most_tokens, asked.usual_tokens, len(ids)),
-            eos_ids=ends,
-            sampling=sampling(asked),
-            tokenizer=self.models.for_text,
-            stops=asked.stops,
-        )
-        self.scheduler.submit(job)
+        with self.scheduler.place():
+            ids, ends = await self._read(request, model, prompt)
+            if self.models.get(asked.model) is not model:  # by now another one has the name
+                raise no_model(asked.model, self.models.names)
+            self._check_ids(ids, asked.prompt_field)
+            job = Job(
+                ids=ids,
+                adapter=model.adapter,
+                max_new_tokens=self.limits.of_answer(asked, len(ids)),
+                eos_ids=ends,
+                sampling=sampling(asked),
+                tokenizer=self.models.for_text,
+                stops=asked.stops,
+            )
+            self.scheduler.submit(job)
         answer = Answer(job, model.name, is_chat, asked.with_usage)
         said = request.scope["said"]
         return Reply(answer, self.scheduler, streams=bool(asked.stream), log=said.append)
+
+    async def _read(
+        self, request: Request, model: Model, prompt: Prompt
+    ) -> tuple[list[int], frozenset[int]]:
+        """The tokens of a prompt and the ends of its answer, while the client and the server stay.
+
+        Errors: `ApiError`.
+        """
+        reading = asyncio.ensure_future(self.models.read(model, prompt, self.limits.max_length))
+        leaving = asyncio.ensure_future(_left(request))
+        ending = asyncio.ensure_future(self.scheduler.closes.wait())
+        tasks: tuple[asyncio.Future[Any], ...] = (reading, leaving, ending)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                return reading.result()
+            raise left() if leaving.done() else closing()
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _check_ids(self, ids: list[int], param: str) -> None:
+        """Refuse what is no prompt before anything is sent. Errors: `ApiError`."""
+        if not ids:
+            raise invalid("the prompt has no tokens", param)
+        wrong = next((token for token in (min(ids), max(ids)) if not self._knows(token)), None)
+        if wrong is not None:
+            message = f"the prompt has the token {excerpt(str(wrong))}"
+            raise invalid(f"{message}, but the model has {self.vocabulary} tokens", param)
+
+    def _knows(self, token: int) -> bool:
+        return 0 <= token < self.vocabulary
 
     async def _add(self, request: Request) -> dict[str, Any]:
         if self.add_adapter is None:
@@ -193,6 +233,12 @@ class Api:
         self.models.forget(name)
         self.scheduler.retire(adapter, lambda: self.models.later(self.remove_adapter, adapter))
         return {"id": name, "object": "model", "deleted": True}
+
+
+async def _left(request: Request) -> None:
+    """Wait until the client of a request that was read has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def sampling(asked: Asked) -> Sampling:

@@ -8,12 +8,10 @@ may not share it, and the model's thread has another copy to make text of tokens
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -23,6 +21,7 @@ from qlora_kit.data.chat_template import ChatOptions
 from qlora_kit.errors import ConfigError, InputError, QloraKitError, excerpt
 from qlora_kit.serving.errors import from_error, invalid, no_model, taken
 from qlora_kit.serving.prompts import chat_prompt
+from qlora_kit.serving.worker import Worker
 
 Prompt: TypeAlias = "str | Sequence[dict[str, Any]] | Sequence[int]"
 """A text, the messages of a chat, or tokens; a sequence is not empty."""
@@ -43,8 +42,8 @@ class Format(Protocol):
     def ends(self) -> frozenset[int]:
         """The tokens that end an answer."""
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids to go on from."""
+    def prompt_ids(self, prompt: str, *, limit: int | None = None) -> list[int]:
+        """The ids to go on from; of more than `limit` perhaps not all."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +61,18 @@ class Model:
         """The API's object."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "local"}
 
-    def read(self, prompt: Prompt) -> tuple[list[int], frozenset[int]]:
+    def read(self, prompt: Prompt, limit: int) -> tuple[list[int], frozenset[int]]:
         """The tokens of a prompt, and those that end its answer.
 
-        A prompt is a plain text, the messages of a chat, or tokens.
+        A prompt is a plain text, the messages of a chat, or tokens; of more tokens than `limit`
+        perhaps not all are given.
         Errors: `ApiError`, `QloraKitError`.
         """
         if isinstance(prompt, str):
-            ids = self.format.prompt_ids(prompt)
+            ids = self.format.prompt_ids(prompt, limit=limit)
         elif isinstance(prompt[0], dict):
             messages = cast(Sequence[dict[str, Any]], prompt)
-            ids = chat_prompt(messages, self.format.tokenizer, self.format.chat)
+            ids = chat_prompt(messages, self.format.tokenizer, self.format.chat, limit)
         else:
             ids = list(cast(Sequence[int], prompt))
         # A template is asked for these, too, at the first time.
@@ -85,8 +85,8 @@ class Models:
     def __init__(self, base: Model) -> None:
         self._base, self._models = base, {base.name: base}
         self._changing = threading.Lock()
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="tokens")
-        self._adding = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._reading = Worker("tokens")
+        self._adding = Worker("adapters")
         self.for_text = copy.deepcopy(base.format.tokenizer)
         """the copy of the tokenizer that tokens become text with"""
 
@@ -106,13 +106,15 @@ class Models:
             raise no_model(name, self.names)
         return found
 
-    async def read(self, model: Model, prompt: Prompt) -> tuple[list[int], frozenset[int]]:
-        """`model.read`, in the thread of the tokenizer.
+    async def read(
+        self, model: Model, prompt: Prompt, limit: int
+    ) -> tuple[list[int], frozenset[int]]:
+        """`model.read`, in the thread of the tokenizer; left out where it is cancelled before.
 
         Errors: `ApiError` for what the prompt does wrong.
         """
         try:
-            found = await _in(self._reading, model.read, prompt)
+            found = await self._reading.do(lambda: model.read(prompt, limit))
             return cast(tuple[list[int], frozenset[int]], found)
         except QloraKitError as error:
             answer = from_error(error)
@@ -136,7 +138,7 @@ class Models:
             return model
 
         try:
-            return cast(Model, await _in(self._adding, added))
+            return cast(Model, await self._adding.do(added))
         except (InputError, ConfigError) as error:
             raise invalid(excerpt(str(error), 400), "path") from error
 
@@ -157,13 +159,9 @@ class Models:
 
         The bank changes in one thread at a time: the model's would wait for the files of another.
         """
-        self._adding.submit(remove, adapter)
+        self._adding.submit(lambda: remove(adapter))
 
     def close(self) -> None:
         """Let the threads end."""
-        self._reading.shutdown(wait=False, cancel_futures=True)
-        self._adding.shutdown(wait=False, cancel_futures=True)
-
-
-async def _in(pool: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+        self._reading.close()
+        self._adding.close()

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 
 def chat_prompt(
-    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: ChatOptions
+    messages: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: ChatOptions,
+    limit: int | None = None,
 ) -> list[int]:
-    """The tokens before the answer to some messages.
+    """The tokens before the answer to some messages; of more than `limit` perhaps not all.
 
     Errors: `ApiError` for a tokenizer without a template and for what the template would leave out
     of the messages without a word; `QloraKitError` of the messages and the template.
@@ -32,4 +35,4 @@ def chat_prompt(
         raise invalid(
             f"the model's chat template leaves out {parts}; say it in a user's message", "messages"
         )
-    return chat_ids(turns, tokenizer, options)
+    return chat_ids(turns, tokenizer, options, limit=limit)

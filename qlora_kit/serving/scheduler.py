@@ -20,7 +20,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.request import Request, Ticket
@@ -48,9 +48,12 @@ class Scheduler:
         # Guards what follows; waited for by the thread while there is nothing to do.
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
+        self._places = 0
         self._running: dict[Ticket, tuple[Job, AnswerText]] = {}
         self._retiring: dict[str, Callable[[], None]] = {}
         self._deadline_s: float | None = None
+        self.closes = asyncio.Event()
+        """set, in the loop, when no more jobs are taken"""
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -60,24 +63,40 @@ class Scheduler:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many jobs are in the batch, and how many wait."""
-        return len(self._running), len(self._waiting)
+        """How many jobs are in the batch, and how many wait or have a place to do so."""
+        return len(self._running), len(self._waiting) + self._places
 
     @property
     def is_closing(self) -> bool:
         """Whether no more jobs are taken."""
         return self._deadline_s is not None
 
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Within this a job is made that `submit` may take. Errors: `ApiError` where all is full.
+
+        What is made of a request's text waits already.
+        """
+        with self._changed:
+            if self.is_closing:
+                raise closing()
+            running, waiting = self.counts
+            if running + waiting >= self.max_batch + self.max_queue:
+                raise queue_full(waiting)
+            self._places += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._places -= 1
+
     def submit(self, job: Job) -> None:
-        """Let a job wait for its place. Errors: `ApiError` where it may not."""
+        """Let a job wait, within its `place`. Errors: `ApiError` where it may not."""
         with self._changed:
             if self.is_closing:
                 raise closing()
             if job.adapter in self._retiring:
                 raise no_model(str(job.adapter), [])
-            free = self.max_batch - len(self._running)
-            if len(self._waiting) >= self.max_queue + max(free, 0):
-                raise queue_full(len(self._waiting))
             self._waiting.append(job)
             self._changed.notify()
 
@@ -105,6 +124,7 @@ class Scheduler:
             if self._deadline_s is None:
                 self._deadline_s = time.monotonic() + grace_s
             self._changed.notify()
+        self._in_loop(self.closes.set)
 
     def join(self, timeout_s: float) -> None:
         """Wait until the thread has ended."""
@@ -250,13 +270,17 @@ class Scheduler:
     def _deliver(self, events: Iterable[tuple[Job, Event]]) -> None:
         """Hand events to their jobs, all of a step at once."""
         events = list(events)
-        if not events or self._loop is None:
+        if not events:
             return
 
         def put() -> None:
             for job, event in events:
                 job.events.put_nowait(event)
 
+        self._in_loop(put)
+
+    def _in_loop(self, work: Callable[[], None]) -> None:
         # Where the loop has ended, so has whoever waited.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(put)
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(work)

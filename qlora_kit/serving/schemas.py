@@ -110,6 +110,8 @@ class Asked(_Body):
 
     usual_tokens: ClassVar[int | None] = None
     """the limit of an answer where none is asked for; None: the server's"""
+    prompt_field: ClassVar[str]
+    """the name of the field that has the prompt"""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -121,6 +123,11 @@ class Asked(_Body):
     def most_tokens(self) -> int | None:
         """The limit of the answer that is asked for."""
         return self.max_tokens
+
+    @property
+    def most_field(self) -> str:
+        """The name of the field that says so."""
+        return "max_tokens"
 
     @property
     def with_usage(self) -> bool:
@@ -152,9 +159,15 @@ class ChatRequest(Asked):
     messages: Annotated[Listed[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
+    prompt_field: ClassVar[str] = "messages"
+
     @property
     def most_tokens(self) -> int | None:  # noqa: D102
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def most_field(self) -> str:  # noqa: D102
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 class CompletionRequest(Asked):
@@ -163,6 +176,7 @@ class CompletionRequest(Asked):
     prompt: str | Ids | Annotated[Listed[str | Ids], Field(min_length=1, max_length=1)]
 
     usual_tokens: ClassVar[int | None] = 16
+    prompt_field: ClassVar[str] = "prompt"
 
     @property
     def text_or_ids(self) -> str | list[int]:

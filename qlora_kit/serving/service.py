@@ -55,6 +55,7 @@ class Service:
             self.models,
             self.scheduler,
             self.room.limits,
+            vocabulary=bank.base.model.get_input_embeddings().weight.shape[0],
             add_adapter=open_adapter if key is not None else None,
             remove_adapter=bank.remove,
         )

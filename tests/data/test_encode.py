@@ -707,6 +707,19 @@ def test_gpt2_has_no_bos_and_trains_its_end():
     assert prompt_ids("Hello", tokenizer) == [15496]
 
 
+@pytest.mark.parametrize("in_chat", [False, True])
+def test_a_prompt_beyond_the_limit_is_not_read_to_its_end(in_chat):
+    tokenizer = CHATS["bytes, BOS, plain"] if in_chat else TOKENIZERS["bytes, BOS"]
+    # In a chat each control token is taken apart; a plain text is read piece by piece.
+    prompt = "<|im_end|>" * 500 if in_chat else "he on\n" * (prompt_module.PIECE // 3)
+    whole = prompt_ids(prompt, tokenizer, in_chat)
+    assert prompt_ids(prompt, tokenizer, in_chat, limit=len(whole)) == whole
+    some = prompt_ids(prompt, tokenizer, in_chat, limit=100)
+    assert 100 < len(some) < len(whole) * 3 / 4
+    start = whole.index(some[0])  # perhaps behind what begins a text
+    assert some == whole[start : start + len(some)]
+
+
 @pytest.mark.parametrize("single", ["<s>", []])
 def test_a_tokenizer_whose_template_leaves_the_text_out_is_named(single):
     tokenizer = make_tokenizer()

@@ -43,7 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"max_tokens": True}, "max_tokens", "valid integer"),
     ({"max_tokens": 10**30}, "max_tokens", ""),
     ({"max_tokens": 401}, "max_tokens", "at most 400"),
-    ({"max_completion_tokens": 401}, "max_tokens", "at most 400"),
+    ({"max_tokens": None, "max_completion_tokens": 401}, "max_completion_tokens", "at most 400"),
     ({"temperature": -1}, "temperature", "greater than or equal to 0"),
     ({"temperature": 3}, "temperature", "less than or equal to 2"),
     ({"temperature": 1e-9}, None, "temperature"),
@@ -92,8 +92,10 @@ def test_what_a_body_asks_wrongly_is_named(server: Served) -> None:
             assert (error["param"], error["type"]) == (param, "invalid_request_error"), error
             assert part in error["message"], (change, error)
         for prompt in (["a", "b"], [], [99999999], [-1], {"a": 1}, ["a", 1]):
-            body = PLAIN | {"prompt": prompt}
-            refusal(client.post("/v1/completions", json=body), 400)
+            for stream in (False, True):  # which is not begun, either
+                body = PLAIN | {"prompt": prompt, "stream": stream}
+                refused = refusal(client.post("/v1/completions", json=body), 400)
+                assert (refused["param"] or "").startswith("prompt"), refused
         assert client.post("/v1/chat/completions", json=CHAT | HARMLESS).status_code == 200
     assert is_up(server)
 
@@ -103,7 +105,7 @@ def test_what_does_not_fit_the_context_is_refused_with_its_code(server: Served) 
     with server.client() as client:
         body = PLAIN | {"prompt": [5] * context}
         error = refusal(client.post("/v1/completions", json=body), 400)
-        assert error["code"] == "context_length_exceeded"
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
         body = PLAIN | {"prompt": [5] * (context - 1)}
         assert refusal(client.post("/v1/completions", json=body), 400)["param"] == "max_tokens"
         # What is not asked for gives way.

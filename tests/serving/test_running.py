@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,66 @@ def test_adapters_come_and_go_while_others_are_asked(
         assert client.post("/v1/completions", json=SHORT).status_code == 200
         assert client.delete("/v1/adapters/sql").status_code == 200
         until(lambda: keyed.service.bank.names == ("noise",))
+
+
+@contextmanager
+def reading_nothing(server: Served) -> Iterator[None]:
+    """No prompt is made tokens of until the context is left: a long one is before them."""
+    over = threading.Event()
+    server.service.models._reading.submit(over.wait)
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def test_a_prompt_that_is_not_read_yet_has_a_place_in_the_queue(keyed: Served) -> None:
+    with keyed.client() as client, ThreadPoolExecutor(2) as pool, reading_nothing(keyed):
+        first = [pool.submit(client.post, "/v1/completions", json=SHORT) for _ in range(2)]
+        until(lambda: counts(keyed) == (0, 2))
+        assert refusal(client.post("/v1/completions", json=SHORT), 429)["code"] == "queue_full"
+    assert [one.result().status_code for one in first] == [200, 200]
+    assert counts(keyed) == (0, 0)
+
+
+def test_the_prompt_of_a_client_that_left_is_not_read(keyed: Served) -> None:
+    before = len(keyed.log)
+    with keyed.client() as client, reading_nothing(keyed):
+        with suppress(httpx.ReadTimeout):
+            client.post("/v1/completions", json=SHORT, timeout=0.3)
+        until(lambda: any(" 499 " in line for line in keyed.log[before:]))
+        assert counts(keyed) == (0, 0)
+
+
+def test_an_adapter_that_went_while_a_prompt_was_read_does_not_answer_it(
+    keyed: Served, adapters: dict[str, Path]
+) -> None:
+    """Nor does the next one of its name, which may write prompts otherwise."""
+    with ThreadPoolExecutor(2) as pool, keyed.client() as client:
+        for again in (False, True):
+            add = {"name": "qa", "path": str(adapters["qa"])}
+            assert client.post("/v1/adapters", json=add).status_code == 200
+            with reading_nothing(keyed):
+                body = SHORT | {"model": "qa"}
+                asked = pool.submit(client.post, "/v1/completions", json=body)
+                until(lambda: counts(keyed) == (0, 1))
+                assert client.delete("/v1/adapters/qa").status_code == 200
+                if again:
+                    until(lambda: "qa" not in keyed.service.bank.names)
+                    assert client.post("/v1/adapters", json=add).status_code == 200
+            assert refusal(asked.result(), 404)["code"] == "model_not_found"
+        assert client.delete("/v1/adapters/qa").status_code == 200
+
+
+def test_a_server_ends_while_a_prompt_is_read(adapters: dict[str, Path]) -> None:
+    with ThreadPoolExecutor(1) as pool, ExitStack() as reading:
+        with serving({"noise": adapters["noise"]}, grace_s=0.0) as server:
+            reading.enter_context(reading_nothing(server))
+            asked = pool.submit(server.client().post, "/v1/completions", json=SHORT)
+            until(lambda: counts(server) == (0, 1))
+        assert refusal(asked.result(), 503)["code"] == "shutting_down"
+        reader = next(one for one in threading.enumerate() if one.name == "tokens")
+        assert reader.daemon  # Python waits for all others
 
 
 def refusal_of(client: httpx.Client, add: dict[str, str], status: int) -> dict[str, Any]:

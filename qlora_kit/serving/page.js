@@ -3,7 +3,8 @@
 
 const $ = (id) => document.getElementById(id);
 const FIELDS = ["api_key", "system", "temperature", "max_tokens", "form"];
-const turns = []; // of {prompt, answers: [{model, text}]}
+// Of {prompt, answers: [{model, text, absent}]}; absent: refused, or stopped before a text came.
+const turns = [];
 let running = null; // the AbortController of the answers that are coming
 
 /** A new element with a class and a text. */
@@ -16,8 +17,9 @@ function element(name, className, text = "") {
 
 /** What the API says is wrong. */
 class Refusal extends Error {
-  constructor(message, details = []) {
+  constructor(message, details = [], status = null) {
     super(message);
+    this.status = status;
     this.details = details.filter(Boolean).join(" · ");
   }
 }
@@ -35,9 +37,8 @@ async function call(path, options = {}) {
   }
   if (response.ok) return response;
   const said = (await response.json().catch(() => ({}))).error ?? {};
-  const status = `HTTP ${response.status}`;
-  if (response.status === 401) openSettings($("api_key"));
-  throw new Refusal(said.message ?? "The request failed.", [said.param, said.code, status]);
+  const details = [said.param, said.code, `HTTP ${response.status}`];
+  throw new Refusal(said.message ?? "The request failed.", details, response.status);
 }
 
 /** The objects of a stream of server-sent events, until `[DONE]`. */
@@ -62,7 +63,7 @@ async function* events(response) {
   }
 }
 
-/** Fill the drop-downs with what the server has, keeping what was chosen. */
+/** Fill the drop-downs with what the server has, keeping what was chosen. Returns what is wrong. */
 async function listModels() {
   try {
     const { data } = await (await call("v1/models")).json();
@@ -75,6 +76,7 @@ async function listModels() {
     $("thread").querySelectorAll(":scope > .error").forEach((old) => old.remove());
   } catch (error) {
     if (!$("thread").querySelector(":scope > .error")) $("thread").append(failure(error));
+    return error;
   }
 }
 
@@ -100,7 +102,7 @@ function request(side) {
   const messages = $("system").value ? [{ role: "system", content: $("system").value }] : [];
   for (const before of turns.slice(0, -1)) {
     const answer = before.answers[side] ?? before.answers[0];
-    if (!answer.text) continue; // refused: this side has not seen that turn
+    if (answer.absent) continue; // this side has not seen that turn
     messages.push({ role: "user", content: before.prompt });
     messages.push({ role: "assistant", content: answer.text });
   }
@@ -133,8 +135,10 @@ async function stream(side, place, signal) {
     if (reason === "length") parts.push("cut at the most new tokens");
     note.textContent = parts.join(" · ");
   } catch (error) {
+    answer.absent = !answer.text;
     if (error.name === "AbortError") note.textContent = "stopped";
     else note.before(failure(error));
+    askForKey(error);
   }
   text.classList.remove("coming");
 }
@@ -174,13 +178,14 @@ async function send() {
 }
 
 function setRunning(control) {
+  const isLost = [$("send"), $("stop")].includes(document.activeElement); // for it gets hidden
   running = control;
   $("send").hidden = Boolean(control);
   $("stop").hidden = !control;
   // Readers of the screen hear an answer once it is whole, not word by word.
   $("thread").setAttribute("aria-busy", Boolean(control));
   if (control) $("status").textContent = "The answer is coming.";
-  $("prompt").focus();
+  if (isLost) $("prompt").focus();
 }
 
 function freshChat() {
@@ -190,12 +195,17 @@ function freshChat() {
   $("thread").replaceChildren($("welcome"));
   $("welcome").hidden = false;
   $("status").textContent = "";
+  $("prompt").focus();
   listModels();
 }
 
-function openSettings(field) {
+/** Open the settings where an error says that the key is missing or wrong. */
+function askForKey(error) {
+  if (error?.status !== 401) return;
   if (!$("settings").open) $("settings").showModal();
-  field?.focus();
+  $("key_error").textContent = error.message;
+  $("key_error").hidden = false;
+  $("api_key").focus();
 }
 
 /** The height of the text that is being written. */
@@ -224,8 +234,12 @@ document.addEventListener("keydown", (event) => {
 $("stop").addEventListener("click", () => running?.abort());
 $("fresh").addEventListener("click", freshChat);
 $("both").addEventListener("change", () => { $("against").hidden = !$("both").checked; });
-$("adjust").addEventListener("click", () => openSettings());
-$("settings").addEventListener("close", listModels);
-window.addEventListener("focus", listModels);
+$("adjust").addEventListener("click", () => $("settings").showModal());
+// A dialog that opens itself again cannot be left: what is wrong stands in the thread then.
+$("settings").addEventListener("close", () => {
+  $("key_error").hidden = true;
+  listModels();
+});
+window.addEventListener("focus", () => listModels());
 $("against").hidden = !$("both").checked;
-listModels();
+listModels().then(askForKey);

@@ -88,3 +88,34 @@ def test_the_paths_that_the_script_asks_are_there(server: Served, script: str) -
         assert client.get("/v1/models").status_code == 200
         for path in paths - {"v1/models"}:
             assert client.post(f"/{path}", json={}).status_code == 400
+
+
+def test_fields_that_nobody_filled_are_left_to_the_server(page: Elements) -> None:
+    """A number of the page's own may be more than a server's limit."""
+    (tokens,) = (one for _, one in page.found if one.get("id") == "max_tokens")
+    assert "value" not in tokens
+    assert tokens["placeholder"]
+
+
+def test_settings_do_not_open_again_by_themselves(page: Elements, script: str) -> None:
+    """The key is asked for when the page opens and after a message; why, stands in the dialog."""
+    tags = [tag for tag, _ in page.found]
+    (alert,) = (at for at, (_, one) in enumerate(page.found) if one.get("role") == "alert")
+    assert alert > tags.index("dialog")
+    functions = re.split(r"^(?=/\*\*|(?:async )?function|\$|window|const)", script, flags=re.M)
+    asking = [one for one in functions if "askForKey(" in one or "showModal" in one]
+    assert not [one for one in asking if "async function call(" in one]
+    assert not [one for one in asking if '"close"' in one or '"focus"' in one]
+    (listing,) = (one for one in functions if "async function listModels(" in one)
+    assert listing not in asking
+    assert script.rstrip().endswith("listModels().then(askForKey);")
+
+
+def test_an_answer_that_ended_at_once_is_part_of_the_chat(server: Served, script: str) -> None:
+    """What is left out of the next message is what was refused, not what has no text."""
+    assert "!answer.text) continue" not in script
+    user = {"role": "user", "content": "Hello"}
+    messages = [user, {"role": "assistant", "content": ""}, user]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 1}
+    with server.client() as client:
+        assert client.post("/v1/chat/completions", json=body).status_code == 200

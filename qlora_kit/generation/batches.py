@@ -24,8 +24,11 @@ class Batch:
     tickets: list[Ticket]
     active: Active | None
 
-    def logits(self, adapters: RowAdapters, copies: Copies | None) -> Tensor | Exception:
-        """Those of the next tokens (B, V), or what was raised where memory ended."""
+    def logits(self, adapters: RowAdapters, copies: Copies | None) -> Tensor | Exception | None:
+        """Those of the next tokens (B, V), or what was raised where memory ended.
+
+        None where a part of the prompt is computed, and not all of it.
+        """
         try:
             with adapters.taking(self.active):
                 return self.group.logits(copies)

@@ -7,7 +7,9 @@ for the order of sums in matmuls, which may decide between tokens that are nearl
 greedy answers of `tiny` in bf16, 40 tokens each, 17 were the same alone and together; in fp32 all.
 
 Prompts of one step have at most `most_tokens` together, so that running rows are not held up for
-long; one that is longer by itself is computed whole. The caches of rows are joined and cut along
+long; one that is longer by itself is computed in parts of so many, a part a step. It is computed
+whole where its parts would not be what it is (`Sharing.takes_parts`), or where the kind of cache is
+not known. The caches of rows are joined and cut along
 the batch, padded on the left to that of the longest row; what that takes is `Engine.cache_bytes`,
 and how many requests may run is for the caller to say.
 """
@@ -62,6 +64,8 @@ class Engine:
         self._modules = list(model.modules())
         self._waiting: deque[Ticket] = deque()
         self._again: list[Ticket] = []
+        self._begun: list[Batch] = []
+        """Of a prompt whose first parts are computed: none, or one."""
         self._batches: list[Batch] = []
         self._drawer = Drawer([])
         self._row_bytes: RowBytes | None = None
@@ -73,12 +77,12 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no request waits or runs."""
-        return not (self._waiting or self._again or self._batches)
+        return not (self._waiting or self._begun or self._again or self._batches)
 
     @property
     def num_waiting(self) -> int:
         """Requests whose prompt is not computed yet."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._begun)
 
     @property
     def num_running(self) -> int:
@@ -104,9 +108,10 @@ class Engine:
         self._waiting = deque(one for one in self._waiting if one is not ticket)
         self._again = [one for one in self._again if one is not ticket]
         # Its cache is cut off before the next step, or here, where nobody is left.
-        self._batches = [
-            batch for batch in self._batches if any(one.end is None for one in batch.tickets)
-        ]
+        self._begun, self._batches = (
+            [batch for batch in batches if any(one.end is None for one in batch.tickets)]
+            for batches in (self._begun, self._batches)
+        )
         self._forget()
 
     # Not inference_mode: a cast that a module caches here must serve training later.
@@ -118,7 +123,8 @@ class Engine:
         `Ticket.end`: an error of one request ends that one, and no other. An error of another kind
         is raised, and all requests are dropped.
         """
-        tickets = [*self._waiting, *self._again, *self._running()]
+        begun = [ticket for batch in self._begun for ticket in batch.tickets]
+        tickets = [*self._waiting, *begun, *self._again, *self._running()]
         try:
             self._leave()
             self._batches += self._prompts()
@@ -127,7 +133,7 @@ class Engine:
             for ticket in tickets:
                 ticket.leave("dropped")
             self._waiting.clear()
-            self._again, self._batches = [], []
+            self._again, self._begun, self._batches = [], [], []
             self._forget()
             raise
 
@@ -141,8 +147,10 @@ class Engine:
                     if isinstance(logits, Tensor):
                         parts.append(logits)
                         self._batches.append(one)
-                        continue
-                    told += [(ticket, None) for ticket in one.fail(logits)]
+                    elif logits is None:
+                        self._begun.append(one)
+                    else:
+                        told += [(ticket, None) for ticket in one.fail(logits)]
         if parts:
             logits = torch.cat(parts) if len(parts) > 1 else parts[0]  # (B, V)
             tickets = self._running()
@@ -174,32 +182,40 @@ class Engine:
 
     def _prompts(self) -> list[Batch]:
         """Those whose turn it is, as batches that are to be computed."""
+        begun, self._begun = self._begun, []
         chosen, self._again = self._again, []
         width = count = 0
-        while self._waiting:
+        while self._waiting and not begun:
             width, count = max(width, len(self._waiting[0].request.ids)), count + 1
             if count > 1 and count * width > self._most_tokens:
                 break
             chosen.append(self._waiting.popleft())
-        return self._made(chosen)
+        return begun + self._made(chosen)
 
     def _made(self, chosen: Sequence[Ticket]) -> list[Batch]:
         """Batches of requests that start, or start again, from their first token."""
         texts = {ticket: [*ticket.request.ids, *ticket.tokens] for ticket in chosen}
 
         def key(ticket: Ticket) -> Hashable:
-            if self._alone:
+            if self._alone or self._part_of(texts[ticket]):
                 return id(ticket)
             apart = self._adapters.apart(ticket.active)
             return apart, self._sharing.of_prompts(len(texts[ticket]))
 
         made = []
         for tickets in by(chosen, key):
-            group = Group(self._model, [texts[ticket] for ticket in tickets], self._pad_id)
+            prompts = [texts[ticket] for ticket in tickets]
+            group = Group(self._model, prompts, self._pad_id, self._part_of(prompts[0]))
             made.append(Batch(group, tickets, self._mixed(tickets)))
         return made
 
-    def _computed(self, batch: Batch) -> Iterator[tuple[Batch, Tensor | Exception]]:
+    def _part_of(self, prompt: Sequence[int]) -> int | None:
+        """How many tokens of a prompt are computed at a time; None: all of them."""
+        if len(prompt) <= self._most_tokens or not self._sharing.takes_parts:
+            return None
+        return None if self.cache_bytes(1) is None else int(self._most_tokens)
+
+    def _computed(self, batch: Batch) -> Iterator[tuple[Batch, Tensor | Exception | None]]:
         """A batch with its logits (B, V), or what was raised where memory ended.
 
         Rows of a cache whose kind is not known can not leave a batch, and are computed alone from

@@ -9,6 +9,7 @@ there is padding the host knows from the lengths.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -33,17 +34,27 @@ _IS_PADDED: ContextVar[bool | None] = ContextVar("is_padded", default=None)
 class Group:
     """Rows of a batch that are decoded together, with what the next step takes.
 
-    `lengths` are the tokens of each row, those that the next step takes included.
+    `lengths` are the tokens of each row, those that the next step takes included. The prompt of one
+    row may be computed `most` tokens at a time, each part against the cache of those before it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        most: int | None = None,
     ) -> None:
         self.lengths = [len(prompt) for prompt in prompts]
         self._model = model
         # (B, T) each
-        self._input_ids, self._mask = _padded_left(prompts, pad_id, model.device)
-        self._position_ids = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        input_ids, mask = _padded_left(prompts, pad_id, model.device)
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        most = most or input_ids.shape[1]
+        both = (torch.split(one, most, dim=1) for one in (input_ids, position_ids))
+        self._parts = deque(zip(*both, strict=True))
+        self._input_ids, self._position_ids = self._parts.popleft()
+        self._mask = mask[:, : self._input_ids.shape[1]]
         self._cache: Any = None
 
     @property
@@ -56,9 +67,12 @@ class Group:
         """What the cache of one row takes; asked of a group of one row and one token."""
         return RowBytes.of(self._cache)
 
-    def logits(self, copies: Copies | None = None) -> Tensor:
-        """Those of the next token of each row, (B, V) in fp32; a step reads and makes `copies`."""
-        is_step = self._cache is not None
+    def logits(self, copies: Copies | None = None) -> Tensor | None:
+        """Those of the next token of each row, (B, V) in fp32; a step reads and makes `copies`.
+
+        None after a part of a prompt that is not its last.
+        """
+        is_step = self._cache is not None and self._input_ids.shape[1] == 1
         with (
             decoding() if is_step else contextlib.nullcontext(),
             copying_into(copies if is_step else None),
@@ -73,6 +87,10 @@ class Group:
                 logits_to_keep=self._last(),
             )
         self._cache = output.past_key_values
+        if self._parts:
+            self._input_ids, self._position_ids = self._parts.popleft()
+            self._mask = torch.cat((self._mask, torch.ones_like(self._input_ids)), dim=-1)
+            return None
         return output.logits[:, -1].float()  # type: ignore[no-any-return]  # (B, 1, V) to (B, V)
 
     def _last(self) -> int | Tensor:

@@ -9,6 +9,9 @@
   longest row: rows on one side of that length share a batch, and a row that crosses it is computed
   again from its first token, because its keys were turned by the other set. (Those of the kind
   "dynamic" change beyond the model's context only, where nothing is decoded.)
+
+Of the last two kinds a prompt is computed whole: its parts would be divided into other chunks, or
+turned by the other set of frequencies.
 """
 
 from __future__ import annotations
@@ -49,6 +52,11 @@ class Sharing:
         """The same of rows in a step of one token, each by its tokens with that one."""
         apart = self._carries_state and not self._steps_read_their_row
         return tokens if apart else self._side(tokens)
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether a prompt may be computed in parts, each against the cache of those before it."""
+        return not (self._carries_state or self._limits)
 
     def is_computed_again(self, tokens: int) -> bool:
         """Whether a row that has so many tokens now starts from its first one."""

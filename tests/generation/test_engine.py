@@ -131,6 +131,29 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(kind: str) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", [*CACHES, "lfm2", OWN])
+def test_a_long_prompt_in_parts_gets_what_it_gets_whole(kind: str) -> None:
+    """Where parts would not be what it is, it is computed whole."""
+    model = model_of(kind)
+    requests = [Request([5, 9, 40 + place, 77] * 8, 6) for place in range(3)]
+    expected = [alone(model, request, most_tokens=99) for request in requests]
+    engine = Engine(model, pad_id=0, most_tokens=7)
+    first = engine.add(Request([3, 4], 14))
+    engine.step()
+    tickets = [engine.add(request) for request in requests]
+    engine.step()
+    in_parts = kind not in ("longrope", "lfm2", OWN)
+    assert (len(tickets[0].tokens), engine.num_waiting) == ((0, 3) if in_parts else (1, 2))
+    dropped = engine.add(requests[0])
+    while not engine.idle:
+        engine.step()
+        if in_parts and len(tickets[2].tokens) == 2:
+            assert not dropped.tokens
+            engine.drop(dropped)
+    assert [(ticket.tokens, ticket.end) for ticket in tickets] == expected
+    assert (first.tokens, first.end) == alone(model, first.request)
+
+
 @pytest.mark.parametrize("kind", ["longrope", "windows", "keys shared between layers"])
 def test_cached_steps_equal_the_full_forward(kind: str) -> None:
     """Also where a row grows out of the length that the model was first trained for."""
@@ -408,8 +431,16 @@ def test_prompts_of_a_step_are_bounded_and_running_rows_go_on(model: Any) -> Non
         told.append(len(engine.step()))
     handle.remove()
     prompts = [shape for shape in shapes if shape[1] > 1]
-    assert [tuple(shape) for shape in prompts] == [(2, 3), (1, 20), (2, 11), (1, 60), (1, 2)]
-    assert told == [2, 3, 5, 6, 7, 7, 7, 7]
+    assert [tuple(shape) for shape in prompts] == [
+        (2, 3),
+        (1, 20),
+        (2, 11),
+        (1, 24),
+        (1, 24),
+        (1, 12),
+        (1, 2),
+    ]
+    assert told == [2, 3, 5, 5, 5, 6, 7, 7]
 
 
 def test_a_dropped_row_counts_no_more_and_a_place_is_free_at_once(model: Any) -> None:

@@ -17,6 +17,7 @@ from qlora_kit.run.chat_events import Left, Note
 from qlora_kit.run.conversation import Answering, Conversation, Events, check_system
 from qlora_kit.run.named_base import Named
 
+# A command that takes something names it.
 HELP = {
     "/use NAME": "let an adapter answer from here on",
     "/base": "let the base answer, without an adapter",
@@ -77,7 +78,13 @@ class Lines:
             raise DataError("the message is not UTF-8", "use a terminal or a file in UTF-8")
         if text.startswith("/") and not text.startswith("//"):
             name, _, rest = text[1:].partition(" ")
-            yield from self._command(name)(rest.strip())
+            command = self._command(name)
+            if rest.strip() and f"/{name}" in HELP:
+                raise ConfigError(
+                    f"/{name} takes nothing, and {excerpt(rest.strip())!r} follows it",
+                    "//text is a message that begins with a slash",
+                )
+            yield from command(rest.strip())
         elif text:
             adapter = self.conversation.adapter
             yield from self.conversation.answer(text.removeprefix("/"), [adapter])

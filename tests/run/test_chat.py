@@ -221,6 +221,10 @@ def test_an_answer_ends_at_a_stop_and_says_where_it_is_cut(opened: Lines) -> Non
         ("/usee b", ConfigError, "unknown command /usee, did you mean /use?"),
         ("/xyzzy", ConfigError, "/help lists them, and //text"),
         ("/use c", AdapterError, "no adapter is called 'c'; name one of a, b, base"),
+        *(
+            (f"/{name} all", ConfigError, f"/{name} takes nothing, and 'all' follows it")
+            for name in ("base", "reset", "adapters", "help", "quit")
+        ),
         ("a\udcff", DataError, "not UTF-8"),
     ],
 )

@@ -8,7 +8,7 @@ as it does alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,10 +21,11 @@ from qlora_kit.base.meta_model import take_generation_config
 from qlora_kit.data.answers import chat_ids
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, take_template
 from qlora_kit.data.encode import prompt_ids
+from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.unwritten import unwritten
 from qlora_kit.errors import DataError
 from qlora_kit.generation.decode import end_ids
-from qlora_kit.run.saved_adapter import SavedAdapter
+from qlora_kit.run.saved_adapter import WRITES_CHATS, SavedAdapter
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,23 @@ class PromptFormat:
     @cached_property
     def chat(self) -> ChatOptions:
         """How the adapter's run wrote chats: its variables and its day."""
-        run = self.adapter or self.lender
-        return NO_OPTIONS if run is None else run.chat()
+        return NO_OPTIONS if self._run is None else self._run.chat()
+
+    def rules(self, rules: EncodeRules, given: Collection[str]) -> EncodeRules:
+        """Those of some rows, and how the run wrote its chats where no given option says it.
+
+        It belongs to the run's template: where another one is given, it is left.
+        """
+        run = None if "chat_template" in given else self._run
+        if run is None or (chats := run.chats_alone()) is None:
+            return rules
+        own = WRITES_CHATS.difference(given)
+        return replace(rules, **{name: getattr(chats, name) for name in own})
+
+    @property
+    def _run(self) -> SavedAdapter | None:
+        """The adapter whose run says how chats are written."""
+        return self.adapter or self.lender
 
     @cached_property
     def ends(self) -> frozenset[int]:

@@ -22,7 +22,9 @@ from qlora_kit.options.option import Options, as_flat
 from qlora_kit.options.parsed import make_groups
 from qlora_kit.options.yaml_file import read_config
 
-ABOUT_CHATS = {"chat_date", "chat_template_args", "merge_system", "train_on"}
+WRITES_CHATS = {"chat_date", "chat_template_args", "merge_system"}
+"""The options that decide, beside the template, how a chat is written."""
+ABOUT_CHATS = {*WRITES_CHATS, "train_on"}
 """The options that `chat_options` reads."""
 
 

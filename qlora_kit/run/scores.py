@@ -23,10 +23,11 @@ def scores(named: Named, data: DataConfig, rows: Table, source: str) -> list[dic
     """What `evaluate --json` prints of the rows of `source`, which `data` says how to encode.
 
     It is one report of the base or its single adapter; of several adapters one each, after that of
-    the base. The base is loaded once, and rows are written in the template of whoever answers.
+    the base. The base is loaded once, and rows are written in the template of whoever answers, as
+    the run that made the adapter wrote its chats.
     Errors: those of the base, the adapters and encoding; `NumericError` for a loss that is none.
     """
-    options, rules = named.parsed[EvaluateConfig], EncodeRules.of(data)
+    options = named.parsed[EvaluateConfig]
     opened = AdaptedBase.open(named, named.parsed[AdaptersConfig].allow_other_base)
     base, model = opened.base, opened.base.model
     names: list[str | None] = [None, *opened.adapters]
@@ -37,7 +38,7 @@ def scores(named: Named, data: DataConfig, rows: Table, source: str) -> list[dic
     reports = []
     for name in names:
         tokenizer, ends = opened.formats[name].tokenizer, opened.formats[name].ends
-        mine = encoded[str(tokenizer.chat_template)]
+        rules, mine = encoded[name]
         with opened.bank.using(name):
             batches = eval_batches(mine.rows, options.batch_size, padding_id(tokenizer))
             result = evaluate(model, batches)
@@ -76,16 +77,20 @@ def scores(named: Named, data: DataConfig, rows: Table, source: str) -> list[dic
 
 def _encoded(
     named: Named, data: DataConfig, rows: Table, opened: AdaptedBase, names: list[str | None]
-) -> dict[str, EncodedRows]:
-    """The rows in each chat template that is used, by its text."""
-    rules, encoded = EncodeRules.of(data), dict[str, EncodedRows]()
+) -> dict[str | None, tuple[EncodeRules, EncodedRows]]:
+    """The rows as each adapter and the base read them, and by which rules that is."""
+    found = dict[str | None, tuple[EncodeRules, EncodedRows]]()
+    made = dict[tuple[str, EncodeRules], EncodedRows]()
+    given = named.parsed.given[DataConfig]
     for name in names:
         tokenizer = opened.formats[name].tokenizer
-        if "chat_template" in named.parsed.given[DataConfig] and data.chat_template is not None:
+        rules = opened.formats[name].rules(EncodeRules.of(data), given)
+        if "chat_template" in given and data.chat_template is not None:
             use_template(tokenizer, data.chat_template)
-        template = str(tokenizer.chat_template)
-        if template not in encoded:
-            check_chat_options(tokenizer, rules.chat)
+        key = str(tokenizer.chat_template), rules
+        if key not in made:
+            check_chat_options(tokenizer, EncodeRules.of(data).chat)
             length = data.length_in(opened.base.context)
-            encoded[template] = encode_rows(rows, tokenizer, length, rules)
-    return encoded
+            made[key] = encode_rows(rows, tokenizer, length, rules)
+        found[name] = rules, made[key]
+    return found

@@ -237,6 +237,34 @@ def test_several_adapters_are_measured_as_each_alone(
         assert f"  {name} " in shown
 
 
+def test_chats_are_measured_as_the_run_of_each_adapter_wrote_them(
+    run: Run, workshop: Any, adapters: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """The prompt of an exact match is the one that `generate` answers; a given option decides."""
+    template = (
+        "{% for m in messages %}{{ '<' + (mood | default('calm')) + '>' + m['content'] }}"
+        "{{ '\\n' if m['role'] == 'user' else eos_token }}{% endfor %}"
+    )
+    own = {name: shutil.copytree(adapters[name], tmp_path / name) for name in ("a", "b")}
+    for name, path in own.items():
+        (path / "chat_template.jinja").write_text(template)
+        (path / "config.yaml").write_text(f"chat_template_args: mood={name}\n")
+    said = [{"role": "user", "content": "Once"}, {"role": "assistant", "content": "upon"}]
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text(json.dumps({"messages": said}) + "\n")
+    flags = ("--model", workshop.base, "--data", rows, "--generate", 1, "--max_new_tokens", 3)
+
+    def asked(*more: object) -> list[str]:
+        answer = run("evaluate", "--json", *flags, *flags_of(own, "a", "b"), *more)
+        assert answer.code == 0, answer.err
+        return [one["answers"][0]["prompt"] for one in json.loads(answer.out)]
+
+    # The base writes in the first adapter's template, as generate has it.
+    assert asked() == [f"<{name}>Once\n" for name in "aab"]
+    assert asked("--chat_template_args", "mood=odd") == ["<odd>Once\n"] * 3
+    assert asked("--chat_template", own["a"]) == ["<calm>Once\n"] * 3
+
+
 def test_adapters_of_different_data_need_rows_to_be_measured_on(
     run: Run, workshop: Any, adapters: Mapping[str, Path], tmp_path: Path
 ) -> None:

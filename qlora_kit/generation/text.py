@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 CONTEXT, CUT_EVERY = 4, 16
 """Tokens that are decoded with the new ones at least, and how many come between two cuts."""
+FROM_PROMPT = 64
+"""Tokens of a prompt that are looked at and decoded again at most, whatever it ends in."""
 
 
 class AnswerText:
@@ -38,6 +41,7 @@ class AnswerText:
         stops: Sequence[str] = (),
     ) -> None:
         self._tokenizer, self._until = tokenizer, _Until(stops)
+        after = self._end_of(after)
         whole = len(after)
         while whole and not self._ends_a_text(after[whole - 1]):
             whole -= 1
@@ -80,6 +84,19 @@ class AnswerText:
             self._text = self._given = _decoded(self._tokenizer, self._seen)
         return piece
 
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt that are text, from the beginning of a character on."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        special = {token for token, one in added.items() if one.special}
+        text = (token for token in reversed(prompt) if token not in special)
+        last = [*itertools.islice(text, FROM_PROMPT)][::-1]
+        cut = 0
+        if len(last) == FROM_PROMPT:
+            # With byte fallback the rest of one would spoil the run of bytes that follows it.
+            while cut < len(last) and "<0x80>" <= self._name(last[cut]) <= "<0xBF>":
+                cut += 1
+        return last[cut:]
+
     def _recent(self, ids: Sequence[int]) -> list[int]:
         """The last of some tokens, of which the last ends a text."""
         for start in range(len(ids) - CONTEXT, 0, -1):
@@ -96,7 +113,10 @@ class AnswerText:
         return text[-1:].strip() not in ("", "\ufffd")
 
     def _is_byte(self, token: int) -> bool:
-        return bool(_BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))))
+        return bool(_BYTE_TOKEN.fullmatch(self._name(token)))
+
+    def _name(self, token: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token))
 
 
 class _Until:

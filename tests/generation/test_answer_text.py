@@ -14,7 +14,14 @@ from tokenizer_kinds import byte_level, sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_kit.generation.text import CONTEXT, CUT_EVERY, AnswerText, added_text, stop_at
+from qlora_kit.generation.text import (
+    CONTEXT,
+    CUT_EVERY,
+    FROM_PROMPT,
+    AnswerText,
+    added_text,
+    stop_at,
+)
 
 
 def word_pieces() -> PreTrainedTokenizerFast:
@@ -100,6 +107,32 @@ def test_a_token_of_a_long_text_costs_what_one_of_a_short_text_costs(
     assert len(ids) > 300
     assert max(counts) <= 3 * (CONTEXT + CUT_EVERY)
     assert len(counts) <= 2 * len(ids)
+
+
+@pytest.mark.parametrize("end", ["special", "blanks", "characters of bytes"])
+def test_a_prompt_costs_the_same_whatever_it_ends_in(
+    tokenizer: Any, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing at its end is a place to begin at."""
+    coded = functools.partial(tokenizer.encode, add_special_tokens=False)
+    special = tokenizer.eos_token_id
+    ends = {"special": [special], "blanks": coded(" \n \t"), "characters of bytes": coded("🦊🐴")}
+    prompt = coded("the fox") + ends[end] * 400
+    answer = coded("🐴🦊 jumps, the fox.")
+    expected = list(final_at_each(tokenizer, answer, prompt))
+    counts, real = [], type(tokenizer).decode
+
+    def counted(self: Any, ids: Sequence[int], **options: Any) -> str:
+        counts.append(len(ids))
+        return real(self, ids, **options)
+
+    monkeypatch.setattr(type(tokenizer), "decode", counted)
+    text = AnswerText(tokenizer, after=prompt)
+    assert len(counts) <= 2 * FROM_PROMPT
+    pieces = [text.push(token) for token in answer]
+    assert max(counts) <= FROM_PROMPT + len(answer)
+    assert "".join(pieces) + text.finish() == added_text(tokenizer, answer, prompt)
+    assert pieces == expected
 
 
 @pytest.mark.parametrize("stops", [["fox,"], ["\n", "x,", " th"], ["never"], ["quick fox"]])

@@ -7,11 +7,10 @@ one matmul added to the output. That reads each weight once, as any way must, an
 with the other rows' adapters are few. A long prompt takes the rows' own A and B out of these
 matrices, short ranks filled up with zeros, and multiplies row by row in one batched matmul each.
 
-Matrices are made where a linear is first used. They take the bytes of their adapters once more; on
-a CPU, where they are in fp32, twice those of adapters in 16 bits. Mixes of the same adapters share
-them: a row that leaves, or one more row of an adapter that is there, costs some small tensors of
-places. An adapter that is no longer asked for stays in the matrices while there are no more than
-`KEPT`, so that rows which come and go do not build them anew.
+Matrices are made where a linear is first used, and take the bytes of their adapters once more.
+Mixes of the same adapters share them: a row that leaves, or one more row of an adapter that is
+there, costs some small tensors of places. An adapter that is no longer asked for stays in the
+matrices while there are no more than `KEPT`, so that rows which come and go do not build them anew.
 
 Left out: gradients.
 Compare: Chen et al., Punica (arXiv 2310.18547); Sheng et al., S-LoRA (arXiv 2311.03285), whose
@@ -56,13 +55,11 @@ class Span:
 class Stack:
     """The adapters of one dtype on one linear: A (R + 1, in), B (R + 1, out), R the sum of ranks.
 
-    The last row of each is zero: what ranks that a row does not have are taken from. On a CPU both
-    are in fp32, which few tokens are multiplied in.
+    The last row of each is zero: what ranks that a row does not have are taken from.
     """
 
     lora_a: Tensor
     lora_b: Tensor
-    dtype: torch.dtype
     spans: tuple[Span, ...]
     layout: int
     """The number of `spans`: stacks of one layout have the same places for rows."""
@@ -73,22 +70,16 @@ class Stack:
         downs = [part.weights[0].detach() for _, part in parts]
         ups = [part.weights[1].detach() for _, part in parts]
         ranks, dtype = [down.shape[0] for down in downs], parts[0][1].dtype
-        held = torch.float32 if device_type(downs[0]) == "cpu" else dtype
-        lora_a = downs[0].new_zeros(sum(ranks) + 1, downs[0].shape[1], dtype=held)
-        lora_b = ups[0].new_zeros(sum(ranks) + 1, ups[0].shape[0], dtype=held)
+        lora_a = downs[0].new_zeros(sum(ranks) + 1, downs[0].shape[1], dtype=dtype)
+        lora_b = ups[0].new_zeros(sum(ranks) + 1, ups[0].shape[0], dtype=dtype)
         spans, start = [], 0
         for (number, part), down, up, r in zip(parts, downs, ups, ranks, strict=True):
-            lora_a[start : start + r].copy_(down.to(dtype))
-            lora_b[start : start + r].copy_(up.to(dtype).t())
+            lora_a[start : start + r].copy_(down)
+            lora_b[start : start + r].copy_(up.t())
             spans.append(Span(number, start, r, part.scaling))
             start += r
         layout = layouts.setdefault(tuple(spans), len(layouts))
-        return cls(lora_a, lora_b, dtype, tuple(spans), layout)
-
-    @property
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """A (R, in) and B (R, out) of all adapters."""
-        return self.lora_a[:-1], self.lora_b[:-1]
+        return cls(lora_a, lora_b, tuple(spans), layout)
 
     def of_rows(self, places: Places, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (B, r, in) and B (B, r, out) of each row, in `dtype`."""
@@ -144,17 +135,17 @@ class RowsPart(Part):
         x = self._by_row(tokens)
         most = GATHERED.get(device_type(x), GATHERED["cpu"])
         for stack, places in self.stacks:
+            dtype = adapter_dtype(x, stack.lora_a.dtype)
             if x.shape[1] * (len(stack.spans) - 1) > most:
-                dtype = adapter_dtype(x, stack.dtype)
                 lora_a, lora_b = stack.of_rows(places, dtype)
                 hidden = bmm(x.to(dtype), lora_a.transpose(1, 2))  # (B, T, r)
                 if places.scalings is not None:
                     hidden.mul_(places.scalings)
                 add_bmm(y.view(*x.shape[:2], -1), hidden, lora_b, places.scaling)
                 continue
-            lora_a, lora_b = stack.matrices
+            lora_a, lora_b = (matrix[:-1].to(dtype) for matrix in (stack.lora_a, stack.lora_b))
             # Filled, not multiplied by zero: another adapter's value may be infinite in fp16.
-            hidden = linear(x.to(lora_a.dtype), lora_a).masked_fill_(places.foreign, 0)  # (B, T, R)
+            hidden = linear(x.to(dtype), lora_a).masked_fill_(places.foreign, 0)  # (B, T, R)
             if places.scalings is not None:
                 hidden.mul_(places.scalings)
             flat = hidden.view(-1, hidden.shape[-1])
@@ -271,5 +262,5 @@ class Mixed:
         if not found:
             return None
         (stack, _), *_ = found
-        given = stack.matrices, 1.0, stack.lora_a.dtype
+        given = (stack.lora_a, stack.lora_b), 1.0, stack.lora_a.dtype
         return RowsPart(layer.base_layer, *given, rows=len(self.rows), stacks=tuple(found))

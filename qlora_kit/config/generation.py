@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from qlora_kit.config.limits import MOST_DRAWN, MOST_ROWS, SEEDS
-from qlora_kit.config.lora import ADAPTER_NAMES, OTHER_BASE_HELP, is_name
+from qlora_kit.config.lora import ADAPTER_NAMES, OTHER_BASE_HELP, is_model_name
 from qlora_kit.errors import ConfigError, excerpt
 from qlora_kit.options.checks import a_name, between, one_of
 from qlora_kit.options.option import Options, at_home, option
@@ -102,7 +102,7 @@ class AdaptersConfig(Options):
             called = last if name is None else name
             if called == BASE:
                 yield f"adapter {shown}: give it another name, for {BASE} is the base alone"
-            elif not is_name(called) or "/" in called:
+            elif not is_model_name(called):
                 yield f"adapter {shown}: give it as NAME=DIR, the name {ADAPTER_NAMES}"
             elif called in found:
                 yield f"adapter {shown} is called {called}, as {excerpt(found[called])} is"

@@ -14,7 +14,7 @@ from qlora_kit.options.option import Options, option
 
 NAME_LIMIT = 200
 """Characters of an adapter's name."""
-ADAPTER_NAMES = f"printable, without a slash, of at most {NAME_LIMIT} characters"
+ADAPTER_NAMES = f"printable, no . or .., without a slash, of at most {NAME_LIMIT} characters"
 OTHER_BASE_HELP = "use the adapter on a base with other weights than it was trained on"
 
 
@@ -22,6 +22,11 @@ def is_name(name: object) -> bool:
     """Whether an adapter can be asked for by a name: a text of one line that is not too long."""
     plain = isinstance(name, str) and name.isprintable() and len(name) <= NAME_LIMIT
     return plain and str(name).strip() != ""
+
+
+def is_model_name(name: str) -> bool:
+    """Whether an adapter can be asked for under a name by the API, where it is part of a path."""
+    return is_name(name) and "/" not in name and name not in (".", "..")
 
 
 def is_adapter_name(name: object) -> bool:

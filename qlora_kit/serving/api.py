@@ -245,16 +245,21 @@ def sampling(asked: Asked) -> Sampling:
     """How tokens are drawn: as the API has it where nothing is said. Errors: `ApiError`."""
     chosen: dict[str, Any] = {
         "temperature": 1.0 if asked.temperature is None else asked.temperature,
-        "top_p": asked.top_p,
+        "top_p": asked.top_p or None,
         "top_k": asked.top_k,
         "repetition_penalty": asked.repetition_penalty,
         # Without a seed every answer is another one.
         "seed": secrets.randbits(62) if asked.seed is None else asked.seed % 2**63,
     }
-    try:
-        return Sampling(**{name: value for name, value in chosen.items() if value is not None})
-    except ConfigError as error:
-        raise from_error(error) from error
+    given = {name: value for name, value in chosen.items() if value is not None}
+    for name, value in given.items():
+        try:
+            Sampling(**{name: value})
+        except ConfigError as error:
+            raise invalid(excerpt(error.problem, 400), name) from error
+    if asked.top_p == 0:  # no share at all: the likeliest token is always drawn from
+        given["temperature"] = 0.0
+    return Sampling(**given)
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

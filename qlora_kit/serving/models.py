@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, cast
 
 from qlora_kit.config.generation import BASE
-from qlora_kit.config.lora import ADAPTER_NAMES, is_name
+from qlora_kit.config.lora import ADAPTER_NAMES, is_model_name
 from qlora_kit.data.chat_template import ChatOptions
 from qlora_kit.errors import ConfigError, InputError, QloraKitError, excerpt
 from qlora_kit.serving.errors import from_error, invalid, no_model, taken
@@ -131,7 +131,7 @@ class Models:
         def added() -> Model:
             if name in self._models or name == BASE:
                 raise taken(name, "is the name of a model that is here")
-            if not is_name(name) or "/" in name:
+            if not is_model_name(name):
                 raise invalid(f"the name of an adapter is {ADAPTER_NAMES}", "name")
             model = opened(name, path)
             self.put(model)
@@ -141,6 +141,8 @@ class Models:
             return cast(Model, await self._adding.do(added))
         except (InputError, ConfigError) as error:
             raise invalid(excerpt(str(error), 400), "path") from error
+        except OSError as error:  # a path that the system does not take
+            raise invalid(f"path: {error.strerror or type(error).__name__}", "path") from error
 
     def put(self, model: Model) -> None:
         """Let a model be asked for."""

@@ -95,14 +95,14 @@ Stops: TypeAlias = (
 
 
 class Asked(_Body):
-    """What chats and completions have in common."""
+    """What chats and completions have in common; `Sampling` knows the ranges of its own fields."""
 
     model: Annotated[str, Field(min_length=1, max_length=500)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=10**6)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stop: Stops | None = None
     stream: bool | None = None
@@ -199,6 +199,8 @@ def read(kind: type[Kind], body: bytes) -> Kind:
         made = kind.model_validate_json(body)
     except ValidationError as error:
         raise _as_api(error) from None
+    if isinstance(made, Asked):
+        _check_together(made)
     for name, value in (made.model_extra or {}).items():
         _check_extra(name, value, kind)
     for number, message in enumerate(getattr(made, "messages", ())):
@@ -206,6 +208,14 @@ def read(kind: type[Kind], body: bytes) -> Kind:
             if value not in (None, "", [], {}) and name not in OF_ANSWERS:
                 raise _unknown(f"messages.{number}.{name}", name, Message.model_fields)
     return made
+
+
+def _check_together(asked: Asked) -> None:
+    """Refuse a field that another one makes meaningless. Errors: `ApiError`."""
+    if asked.stream_options is not None and not asked.stream:
+        raise invalid("stream_options goes with stream, which is not asked for", "stream_options")
+    if asked.max_tokens is not None and asked.most_field != "max_tokens":
+        raise invalid(f"max_tokens is given beside {asked.most_field}: send one", "max_tokens")
 
 
 def _check_extra(name: str, value: Any, kind: type[BaseModel]) -> None:

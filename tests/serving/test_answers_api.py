@@ -151,7 +151,7 @@ def test_the_seed_decides_what_is_drawn(server: Served) -> None:
         assert drawn(seed=3) == drawn(seed=3)
         assert len({drawn() for _ in range(3)}) > 1
         likeliest = text_of(ask(client, "qa", "Hello", True), True)
-        assert drawn(top_k=1) == drawn(top_p=1e-6) == likeliest
+        assert drawn(top_k=1) == drawn(top_p=1e-6) == drawn(top_p=0) == likeliest
 
 
 def test_messages_reach_the_template_as_text_alone(server: Served) -> None:

@@ -9,8 +9,9 @@ matrices, short ranks filled up with zeros, and multiplies row by row in one bat
 
 Matrices are made where a linear is first used, and take the bytes of their adapters once more.
 Mixes of the same adapters share them: a row that leaves, or one more row of an adapter that is
-there, costs some small tensors of places. An adapter that is no longer asked for stays in the
-matrices while there are no more than `KEPT`, so that rows which come and go do not build them anew.
+there, costs some small tensors of places. Adapters that are no longer asked for stay in the
+matrices while these have no more than `KEPT`, or than twice those asked for, so that rows which
+come and go do not build them anew.
 
 Left out: gradients.
 Compare: Chen et al., Punica (arXiv 2310.18547); Sheng et al., S-LoRA (arXiv 2311.03285), whose
@@ -224,7 +225,7 @@ class Mixed:
             return None
         stacks = last.stacks if isinstance(last, Mixed) else Stacks(())
         held = {id(one): one for one in stacks.adapters}
-        if not needed.keys() <= held.keys():
+        if not needed.keys() <= held.keys() or len(held) > max(KEPT, 2 * len(needed)):
             kept = [one for key, one in held.items() if key not in needed]
             room = max(0, KEPT - len(needed))
             stacks = Stacks((*kept[max(0, len(kept) - room) :], *needed.values()))

@@ -173,7 +173,11 @@ def test_rows_that_come_and_go_build_nothing_anew():
     assert set(grown.stacks.adapters) == set(adapters[:4])
     again = Mixed.of(adapters[4:11], grown)
     assert len(again.stacks.adapters) == mixed.KEPT
-    assert set(Mixed.of(adapters[:10], again).stacks.adapters) == set(adapters[:10])
+    many = Mixed.of(adapters[:10], again)
+    assert set(many.stacks.adapters) == set(adapters[:10])
+    # What one batch of many needed does not stay for ever.
+    assert Mixed.of([*adapters[:5], None], many).stacks is many.stacks
+    assert len(Mixed.of([adapters[0], None], many).stacks.adapters) == mixed.KEPT
 
 
 def test_a_mix_is_refused_where_a_graph_is_made_or_rows_are_not_to_be_found():

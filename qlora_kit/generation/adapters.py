@@ -13,17 +13,26 @@ from torch import nn
 
 from qlora_kit.errors import ConfigError
 from qlora_kit.lora.bank import AdapterBank
-from qlora_kit.lora.inject import lora_layers, switch_of
+from qlora_kit.lora.inject import lora_layers
 from qlora_kit.lora.merged import Merged
-from qlora_kit.lora.switch import Active, Switch
+from qlora_kit.lora.switch import Active
 
 
 class RowAdapters:
-    """Those of a bank for one model; without a bank, what takes part in the model is left alone."""
+    """Those of a bank for one model; without a bank, what takes part in the model is left alone.
+
+    Errors: `ConfigError` for a bank of another model.
+    """
 
     def __init__(self, model: nn.Module, bank: AdapterBank | None) -> None:
-        self._model, self._bank = model, bank
-        self._switch: Switch | None = None
+        if bank is not None and bank.base.model is not model:
+            raise ConfigError(
+                "the bank of adapters is for another model than the one that decodes",
+                "give the model of the bank's base, or a bank for this model",
+            )
+        self._bank = bank
+        # An adapter of the model's own, which is no part of the bank, is set aside too.
+        self._adapted = bank is not None and bool(lora_layers(model))
 
     def find(self, name: str | None, what: str = "the request") -> Active | None:
         """The adapter of that name, for a request that is called `what`.
@@ -53,15 +62,9 @@ class RowAdapters:
     @contextlib.contextmanager
     def taking(self, active: Active | None) -> Iterator[None]:
         """Inside, that takes part; afterwards what took part before."""
-        if self._bank is None:
+        # The first adapter that comes into a bank makes the reference of the model.
+        if self._bank is None or not (self._adapted or self._bank.names or active):
             yield
             return
-        # The first adapter that comes into a bank makes the reference of the model.
-        if self._switch is None and self._bank.names and lora_layers(self._model):
-            self._switch = switch_of(self._model)
-        switch = self._switch or Switch()
-        before, switch.active = switch.active, active
-        try:
+        with self._bank.step(active):
             yield
-        finally:
-            switch.active = before

@@ -19,20 +19,19 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
-from qlora_kit.config.limits import LARGEST_ALPHA
 from qlora_kit.config.lora import NAME_LIMIT, is_name
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
-from qlora_kit.lora.inject import lora_layer, switch_of
+from qlora_kit.lora.inject import lora_layer, lora_layers, switch_of
 from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.merged import Merged, merge
 from qlora_kit.lora.mixed import Mixed
 from qlora_kit.lora.opening import open_adapter
 from qlora_kit.lora.switch import Active, Switch
+from qlora_kit.lora.weighted_sum import check_weights, weighted_sum
 from qlora_kit.process.pace import Pace
 
 
@@ -67,8 +66,10 @@ class AdapterBank:
         # Replaced as a whole, so that a reader in another thread has the one or the other.
         self._switch: Switch | None = None
         self._changing, self._pace = threading.RLock(), Pace()
-        self._used: Frozen | Merged | None = None
-        """The one that `use` set; in the middle of a step that decodes another may take part."""
+        self._adding, self._switching = threading.Lock(), threading.Lock()
+        self._before: list[Active | None] = []
+        """What `using` and a step put back, the last one first."""
+        self._in_step = False
         self._mixed: Mixed | None = None
         """The last one, whose matrices the next may use again."""
 
@@ -101,8 +102,8 @@ class AdapterBank:
         do not fit; `UnsafeInputError`, `NumericError`. Nothing is changed then, nor where memory
         ends on the way.
         """
-        with self._changing:
-            self._check_new(name)
+        self._check_new(name)
+        with self._adding:
             self._pace.begin()
             if not isinstance(directory, AdapterFiles):
                 directory = read_adapter(directory)
@@ -111,7 +112,9 @@ class AdapterBank:
             opened = open_adapter(self.base.model, directory, info)
             weights = opened.read(self.base.device, rest=self._pace)
             parts = {module: (weights[module], opened.scaling(module)) for module in opened.modules}
-            self._put(name, parts)
+            with self._changing:
+                self._check_new(name)  # another may have come meanwhile
+                self._put(name, parts)
 
     def add_sum(self, name: str, weights: Mapping[str, float]) -> None:
         """Add the weighted sum of adapters of the bank as one more.
@@ -124,30 +127,33 @@ class AdapterBank:
         """
         with self._changing:
             self._check_new(name)
-            _check_weights(weights)
+            check_weights(weights)
             summed = [(self._get(part), float(weight)) for part, weight in weights.items()]
             by_layer: dict[nn.Module, list[tuple[Part, float]]] = {}
             for adapter, weight in summed:
                 for layer, part in adapter.parts.items():
                     if weight:
                         by_layer.setdefault(layer, []).append((part, weight))
-            parts = {layer: _sum(terms) for layer, terms in by_layer.items()}
+            parts = {layer: weighted_sum(terms) for layer, terms in by_layer.items()}
             self._adapters = {**self._adapters, name: Frozen(name, parts)}
 
     def remove(self, name: str) -> None:
         """Take an adapter out; its memory is free when nothing that computes with it is left.
 
-        Errors: `AdapterError` for an unknown name, and for the adapter that `use` made active.
+        Errors: `AdapterError` for an unknown name, and for an adapter that `use` or `using` made
+        active, or that is put back.
         """
         with self._changing:
             self._get(name)
-            if self._used is not None and self._used.name == name:
+            with self._switching:
+                stay = [*self._before, *(() if self._in_step else (self._shared_switch().active,))]
+            if any(isinstance(one, Frozen | Merged) and one.name == name for one in stay):
                 raise AdapterError(
                     f"adapter {name!r} is active", "switch to another one first, or use(None)"
                 )
             self._adapters = {known: one for known, one in self._adapters.items() if known != name}
+            self._merged = {known: one for known, one in self._merged.items() if known != name}
             self._mixed = None  # it may hold the adapter
-            self.unmerge(name)
 
     def merge(self, name: str, bits: int | None = 16) -> Merged:
         """Let an adapter take part as copies of its linears with it in them (`merged.py`).
@@ -162,28 +168,59 @@ class AdapterBank:
         return merged
 
     def unmerge(self, name: str) -> None:
-        """Let an adapter take part beside the base again; its copies, if any, are dropped."""
-        with self._changing:
+        """Let an adapter take part beside the base again; its copies, if any, are dropped.
+
+        Errors: `AdapterError` for an unknown name.
+        """
+        with self._changing, self._switching:
+            adapter, merged = self._get(name), self._merged.get(name)
             self._merged = {known: one for known, one in self._merged.items() if known != name}
+            if merged is not None:
+                self._before = [adapter if one is merged else one for one in self._before]
+                switch = self._shared_switch()
+                if switch.active is merged and not self._in_step:
+                    switch.active = adapter
 
     def use(self, name: str | None) -> None:
         """Let one adapter take part from the next forward on; None is the base alone.
 
+        That is after the step where an engine decodes; `use` and `using` are for its thread.
         Errors: `AdapterError` for an unknown name; nothing is changed then.
         """
-        self._used = None if name is None else self._taking_part(name)
-        self._shared_switch().active = self._used
+        active = None if name is None else self._taking_part(name)
+        with self._switching:
+            if self._in_step:
+                self._before[-1] = active
+            else:
+                self._shared_switch().active = active
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """Let one adapter take part meanwhile, and afterwards what took part before."""
-        switch, used = self._shared_switch(), self._used
-        before = switch.active
-        self.use(name)
+        active, switch = None if name is None else self._taking_part(name), self._shared_switch()
+        with self._switching:
+            self._before.append(switch.active)
+            switch.active = active
         try:
             yield
         finally:
-            switch.active, self._used = before, used
+            with self._switching:
+                switch.active = self._before.pop()
+
+    @contextlib.contextmanager
+    def step(self, active: Active | None) -> Iterator[None]:
+        """Inside, what an engine's step computes with takes part; afterwards what did before."""
+        switch = self._shared_switch()
+        with self._switching:
+            self._before.append(switch.active)
+            switch.active, self._in_step = active, True
+        try:
+            yield
+        finally:
+            with self._switching:
+                before, self._in_step = self._before.pop(), False
+                if switch.active is active:  # else it was switched past the bank
+                    switch.active = before
 
     def rows(self, names: Sequence[str | None]) -> Active | None:
         """What takes part in a batch whose rows have these adapters, None for the base alone.
@@ -207,6 +244,9 @@ class AdapterBank:
         found = Mixed.of(adapters, self._mixed)
         if isinstance(found, Mixed):
             self._mixed = found
+            # Asked afterwards: `remove` in another thread may have been there meanwhile.
+            if any(self._adapters.get(one.name) is not one for one in found.stacks.adapters):
+                self._mixed = None  # it would hold what is removed
         return found
 
     def _taking_part(self, name: str) -> Frozen | Merged:
@@ -234,7 +274,9 @@ class AdapterBank:
 
     def _shared_switch(self) -> Switch:
         """The reference that the adapted linears of the model read; there are none before `add`."""
-        return self._switch or switch_of(self.base.model)
+        if self._switch is None and lora_layers(self.base.model):
+            self._switch = switch_of(self.base.model)
+        return self._switch or Switch()
 
     def _put(self, name: str, weights: Mapping[str, tuple[tuple[Tensor, Tensor], float]]) -> None:
         """Add what was read: nothing here takes memory of a device, or fails."""
@@ -246,37 +288,3 @@ class AdapterBank:
             self._pace()
         self._switch = switch
         self._adapters = {**self._adapters, name: Frozen(name, parts)}
-
-
-def _check_weights(weights: Mapping[str, float]) -> None:
-    wrong = {
-        name: weight
-        for name, weight in weights.items()
-        if isinstance(weight, bool)
-        or not isinstance(weight, (int, float))
-        or not abs(weight) <= LARGEST_ALPHA
-    }
-    if wrong or not any(weights.values()):
-        said = str(wrong or dict(weights))[:100]
-        raise AdapterError(
-            f"the weights of a sum must be numbers, not all 0, got {said}",
-            "give a weight for each adapter, such as {'a': 0.7, 'b': 0.3}",
-        )
-
-
-def _sum(terms: Sequence[tuple[Part, float]]) -> Part:
-    """One part whose update is the weighted sum of those of parts of one linear."""
-    factors = [part.scaling * weight for part, weight in terms]
-    # The largest is left to the matmul, and the others are taken by it: equal ones leave every B as
-    # it is, and no B grows out of the range of its dtype.
-    scaling = max(factors, key=abs)
-    dtype = terms[0][0].dtype
-    for part, _ in terms:
-        dtype = torch.promote_types(dtype, part.dtype)
-    downs = [part.weights[0].to(dtype) for part, _ in terms]
-    ups = [
-        part.weights[1].float().mul(factor / scaling).to(dtype)
-        for (part, _), factor in zip(terms, factors, strict=True)
-    ]
-    weights = torch.cat(downs, dim=0), torch.cat(ups, dim=1)  # (sum of r, in) and (out, sum of r)
-    return Part(terms[0][0].base, weights, scaling, dtype)

@@ -23,7 +23,7 @@ from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.request import Request, Ticket
 from qlora_kit.generation.sampling import Sampling
-from qlora_kit.lora.adapter import save_adapter
+from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.inject import inject_lora
 
 CACHES = {
@@ -206,6 +206,20 @@ def test_rows_of_a_batch_have_their_own_adapters(bases: Path, adapters: Path, bi
     bank.use("b")
     check_each_is_as_alone(*interleaved(Engine(model, pad_id=0, bank=bank), requests), expected)
     assert bank.active == "b"
+
+
+def test_without_an_adapter_the_base_answers_also_where_the_bank_is_empty(
+    bases: Path, adapters: Path
+) -> None:
+    bank = bank_of(bases, adapters)
+    request = Request([5, 6, 7], 12)
+    plain = alone(bank.base.model, request, bank=bank)
+    with pytest.raises(ConfigError, match="for another model"):
+        Engine(tiny_model(), pad_id=0, bank=bank)
+    base = load_base(str(bases / "llama2"), bits=16, dtype="fp32", device="cpu")
+    load_adapter(base, adapters / "a")
+    assert alone(base.model, request) != plain
+    assert alone(base.model, request, bank=AdapterBank(base)) == plain
 
 
 def test_a_request_keeps_the_adapter_that_it_was_taken_with(bases: Path, tmp_path: Path) -> None:

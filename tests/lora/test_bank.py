@@ -25,6 +25,7 @@ from qlora_kit import AdapterBank
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import AdapterError, ModelError, NumericError
+from qlora_kit.lora import bank as bank_module
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.adapter_files import read_adapter
 from qlora_kit.lora.inject import activate, inject_lora, lora_layers, switch_of
@@ -298,21 +299,83 @@ def test_the_active_adapter_stays_and_a_removed_one_leaves_no_tensor(bank, adapt
     with pytest.raises(AdapterError, match=r"adapter 'a' is active; .*use\(None\)"):
         bank.remove("a")
     mix = bank.rows(["a", "b"])
-    with torch.no_grad():
-        lora_layers(bank.base.model)["model.layers.0.self_attn.q_proj"].switch.active = mix
+    with bank.step(mix):
         before = logits(bank.base)
         held = weakref.ref(next(iter(bank.rows(["b"]).parts.values())).weights[0])
         bank.remove("b")
         assert bank.names == ("a",)
         # What is in flight computes with it to its end.
         assert torch.equal(logits(bank.base), before)
-    with pytest.raises(AdapterError, match="'a' is active"):
-        bank.remove("a")  # a step's mix comes and goes; it is there again afterwards
+        with pytest.raises(AdapterError, match="'a' is active"):
+            bank.remove("a")  # a step's mix comes and goes; it is there again afterwards
+    assert bank.active == "a"
     bank.use(None)
     del mix
     assert held() is None
     bank.add("b", adapters / "b")
     bank.use("b")
+
+
+def test_what_is_put_back_stays_and_what_is_switched_in_a_step_holds_after_it(bank):
+    bank.use("a")
+    with bank.using("b"):
+        for name in "ab":
+            with pytest.raises(AdapterError, match=f"'{name}' is active"):
+                bank.remove(name)
+    for inside in (None, "b"):
+        bank.use("a")
+        with bank.step(None if inside is None else bank.rows([inside])):
+            bank.use(None)
+            assert bank.active == inside
+        assert bank.active is None
+    bank.use("a")
+    with bank.step(bank.rows(["b"])):
+        bank.remove("b")
+    activate(bank.base.model, None)
+    bank.remove("a")
+    assert (bank.names, bank.active) == ((), None)
+
+
+def test_rows_of_a_removed_adapter_go_on_and_the_bank_holds_nothing_of_it(bank):
+    rows = [bank.rows([name]) for name in "ab"]
+    held = weakref.ref(next(iter(rows[1].parts.values())).weights[0])
+    bank.remove("b")
+    assert bank.together(rows).name == "by row: a, b"  # as when another of their batch leaves
+    rows.clear()
+    assert held() is None
+
+
+def test_an_adapter_can_be_removed_while_another_is_read(bank, adapters, monkeypatch):
+    """In the middle of reading, and where that takes the name that is read for."""
+    reading, read = threading.Event(), threading.Event()
+    files = read_adapter(adapters / "c")
+    real, failed = bank_module.open_adapter, []
+
+    def slow(*given):
+        reading.set()
+        assert read.wait(60)
+        return real(*given)
+
+    def add():
+        try:
+            bank.add("b2", files)
+        except AdapterError as error:
+            failed.append(str(error))
+
+    monkeypatch.setattr(bank_module, "open_adapter", slow)
+    thread = threading.Thread(target=add)
+    thread.start()
+    assert reading.wait(60)
+    other = threading.Thread(target=lambda: (bank.remove("b"), bank.add_sum("b2", {"a": 1})))
+    other.start()
+    other.join(20)
+    waited = other.is_alive()
+    read.set()
+    for one in (thread, other):
+        one.join()
+    assert not waited
+    assert "has an adapter 'b2' already" in failed[0]
+    assert bank.names == ("a", "b2")
 
 
 def spoil_last(directory):
@@ -469,15 +532,17 @@ def test_adding_and_removing_while_another_thread_decodes(bases, adapters):
     for case in cases:
         switch.active = case
         expected.append(logits(base, 2, 4))
-    failed, done = [], threading.Event()
+    failed, steps, done = [], [], threading.Event()
 
     def decode():
-        number = 0
-        while not done.is_set():
-            number = (number + 1) % 3
-            switch.active = cases[number]
-            if not torch.equal(logits(base, 2, 4), expected[number]):
-                failed.append(number)
+        try:
+            while not done.is_set():
+                steps.append((len(steps) + 1) % 3)
+                switch.active = cases[steps[-1]]
+                if not torch.equal(logits(base, 2, 4), expected[steps[-1]]):
+                    failed.append(steps[-1])
+        except Exception as error:
+            failed.append(error)
 
     before = tree_hash(adapters)
     thread = threading.Thread(target=decode)
@@ -493,5 +558,6 @@ def test_adding_and_removing_while_another_thread_decodes(bases, adapters):
         done.set()
         thread.join()
     assert failed == []
+    assert len(steps) > 3
     assert bank.names == ("a",)
     assert tree_hash(adapters) == before

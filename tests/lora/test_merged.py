@@ -150,7 +150,12 @@ def test_a_bank_uses_a_merged_adapter_by_its_name_until_it_is_unmerged(bases, tm
     with pytest.raises(AdapterError, match="'a' is merged, and shares no batch"):
         bank.rows(["a", None])
     bank.add_sum("weaker", {"a": 0.5})
-    bank.unmerge("a")
+    bank.use("a")
+    with bank.using(None):
+        bank.unmerge("a")
+    assert switch_of(base.model).active is bank.rows(["a"])
+    with pytest.raises(AdapterError, match="no adapter 'nobody'"):
+        bank.unmerge("nobody")
     for name, wanted in ((None, alone), ("a", unmerged)):
         bank.use(name)
         assert torch.equal(logits(base.model), wanted)

@@ -37,6 +37,7 @@ def loaded_service(
     def open_adapter(name: str, directory: str) -> Model:
         adapter = SavedAdapter.open(directory)
         format = format_beside(formats[None], adapter)
+        service.check_room(adapter.files)
         bank.add(name, adapter.files, allow_other_base=allow_other_base)
         return Model(name, name, format)
 

@@ -16,6 +16,7 @@ from qlora_kit.errors import (
     UnsafeInputError,
     excerpt,
 )
+from qlora_kit.options.checks import size_text
 from qlora_kit.process.out_of_memory import is_out_of_memory
 
 INVALID, BUSY, BROKEN = "invalid_request_error", "rate_limit_error", "server_error"
@@ -132,6 +133,17 @@ def no_memory() -> ApiError:
         type=BROKEN,
         code="out_of_memory",
         headers={"retry-after": str(RETRY_S)},
+    )
+
+
+def no_room(needed: int, there: int) -> ApiError:
+    """An adapter that the device has no room for."""
+    return ApiError(
+        503,
+        f"the adapter takes {size_text(needed)}, and {size_text(there)} are left for adapters that "
+        "are added; remove another one",
+        type=BROKEN,
+        code="out_of_memory",
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from qlora_kit.data.batch import padding_id
 from qlora_kit.generation.engine import Engine
+from qlora_kit.lora.adapter_files import AdapterFiles
 from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.options.checks import size_text
 from qlora_kit.serving.api import Api, Limits
@@ -40,6 +41,7 @@ class Service:
         Errors: `ResourceError` where the device has no room for one answer.
         """
         self.bank, self._say, self._debug = bank, say, debug
+        self._began_with = sum(map(bank.nbytes, bank.names))
         pad_id = padding_id(base.format.tokenizer)
         engine = Engine(bank.base.model, pad_id=pad_id, bank=bank)
         self.room = Room.of(engine, bank.base.device, limits, max_batch)
@@ -60,6 +62,12 @@ class Service:
             remove_adapter=bank.remove,
         )
         self.app = Guard(api.app(), key=key, log=say, report=self._report)
+
+    def check_room(self, adapter: AdapterFiles) -> None:
+        """Refuse an adapter that there is no room for, before it is read. Errors: `ApiError`."""
+        sizes = [entry.end - entry.start for entry in adapter.entries.values()]
+        held = sum(map(self.bank.nbytes, self.bank.names)) - self._began_with
+        self.room.check_adapter(sum(sizes), held)
 
     def run(
         self,

@@ -95,7 +95,8 @@ def test_a_row_waits_until_the_cache_has_room_for_it(
     whole = server.service.room
     assert whole.cache is not None
     a_token = whole.cache // (whole.limits.max_length * server.service.scheduler.max_batch)
-    with with_room(int(600 * a_token / OF_CACHE) + 1), serving({"noise": adapters["noise"]}) as one:
+    free, first = int(600 * a_token / OF_CACHE) + 1, {"noise": adapters["noise"]}
+    with with_room(free), serving(first, key=KEY) as one:
         assert one.service.room.limits.max_length == 600
         assert one.service.room.cache == 600 * a_token
         with one.client() as client:
@@ -108,6 +109,27 @@ def test_a_row_waits_until_the_cache_has_room_for_it(
                 until(lambda: counts(one) == (1, 0))
         until(lambda: counts(one) == (0, 0))
     assert sum("note: max_length is 600 and not 1024" in line for line in one.log) == 1
+
+
+def test_adapters_come_while_there_is_room_for_them(adapters: dict[str, Path]) -> None:
+    with with_room(2**22), serving({"noise": adapters["noise"]}, key=KEY) as one:
+        bank, room = one.service.bank, one.service.room.adapters
+
+        def added(name: str, adapter: str = "sql") -> httpx.Response:
+            add = {"name": name, "path": str(adapters[adapter])}
+            return client.post("/v1/adapters", json=add)
+
+        with one.client() as client:
+            refused = refusal(added("large", "noise"), 503)
+            assert refused["code"] == "out_of_memory"
+            assert added("0").status_code == 200
+            most = room // bank.nbytes("0")
+            for number in range(1, most):
+                assert added(str(number)).status_code == 200
+            refusal(added("more"), 503)
+            assert client.delete("/v1/adapters/0").status_code == 200
+            until(lambda: "0" not in bank.names)
+            assert added("more").status_code == 200
 
 
 def test_connections_beyond_the_most_are_told_so_and_closed(keyed: Served) -> None:

@@ -250,6 +250,23 @@ def test_what_the_system_says_is_refused_where_the_template_leaves_it_out(lines:
     assert lines.conversation.system is None
 
 
+def test_nobody_is_compared_whose_template_leaves_out_what_the_system_says(lines: Lines) -> None:
+    talk = lines.conversation
+    talk.turns, talk.system = [Turn("Hello", "Hi")], "Be brief."
+    tokenizer = talk.by.formats[None].tokenizer
+    before = tokenizer.chat_template
+    tokenizer.chat_template = "{% for m in messages if m['role'] != 'system' %}" + (
+        "{{ m['content'] + '\\n' }}{% endfor %}"
+    )
+    try:
+        for line in ("/compare", "/compare And now?", "/base"):
+            with pytest.raises(QloraKitError, match="the chat template leaves out"):
+                list(lines.hear(line))
+    finally:
+        tokenizer.chat_template = before
+    assert (talk.turns, talk.adapter) == ([Turn("Hello", "Hi")], "a")
+
+
 def test_commands_are_listed_completed_and_leave(lines: Lines) -> None:
     assert lines.completions("/u") == ["/use", "/use a", "/use b", "/use base"]
     said = "\n".join(notes(lines.hear("/help")))

@@ -33,6 +33,6 @@ class Speed:
     def __str__(self) -> str:
         rate = self.tokens / max(self.seconds, 1e-9)
         return (
-            f"{self.tokens:,} tokens in {self.seconds:.2f} s: {rate:,.1f} tokens/s, prompts of "
-            f"{self.prompt_tokens:,} tokens included"
+            f"{self.tokens:,} tokens in {self.seconds:.2f} s: {rate:,.1f} new tokens/s, "
+            f"with the time of prompts of {self.prompt_tokens:,} tokens"
         )

@@ -28,7 +28,10 @@ Run = Callable[..., Any]
 
 def is_answered(answer: Any) -> bool:
     """Whether the command ended well, and says how fast it was and nothing else."""
-    speed = r"[\d,]+ tokens in \d+\.\d\d s: [\d,.]+ tokens/s, prompts of [\d,]+ tokens included\n"
+    speed = (
+        r"[\d,]+ tokens in \d+\.\d\d s: [\d,.]+ new tokens/s, with the time of prompts of "
+        r"[\d,]+ tokens\n"
+    )
     return answer.code == 0 and re.fullmatch(speed, answer.err) is not None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.tokens import in_use
@@ -149,38 +149,13 @@ class _Until:
         return rest
 
 
-def stream_text(
-    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int | None], *, after: Sequence[int] = ()
-) -> Iterator[str]:
-    """The text of one row in pieces, each final when it comes: `AnswerText` of a whole answer.
-
-    The pieces together are the decoding of all `ids` (special tokens and None skipped).
-    """
-    text = AnswerText(tokenizer, after=after)
-    for token in ids:
-        if token is not None and (piece := text.push(token)):
-            yield piece
-    if rest := text.finish():
-        yield rest
-
-
 def added_text(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequence[int] = ()
 ) -> str:
-    """What `ids` add to the text of the tokens before them: the pieces of `stream_text` joined."""
+    """What `ids` add to the text of the tokens before them: the pieces of `AnswerText` joined."""
     before, text = _decoded(tokenizer, after), _decoded(tokenizer, [*after, *ids])
     before = before.rstrip("\ufffd")
     return text[len(os.path.commonprefix((before, text))) :]  # noqa: RUF071
-
-
-def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text before the first of `stops`, of which no part is shown either."""
-    text = _Until(stops)
-    for piece in pieces:
-        yield text.push(piece)
-        if text.stopped:
-            return
-    yield text.finish()
 
 
 def stop_at(text: str, stops: Sequence[str]) -> int | None:

@@ -12,7 +12,7 @@ from qlora_kit.generation.prompts import Prompt
 from qlora_kit.generation.request import Request
 from qlora_kit.generation.sampling import Sampling
 from qlora_kit.generation.speed import Speed
-from qlora_kit.generation.text import stream_text, until
+from qlora_kit.generation.text import AnswerText
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.named_base import Named
 
@@ -36,15 +36,14 @@ def answer_pieces(named: Named, prompt: Prompt, speed: Speed) -> Iterator[str]:
         **_drawing(sampling),
     )
     speed.prompt_tokens += len(ids)
-
-    def tokens() -> Iterator[int | None]:
-        for step in speed.timed(steps):
-            speed.tokens += 1
-            yield step[0]
-
-    pieces = stream_text(format.tokenizer, tokens(), after=ids)
-    yield from until(pieces, sampling.stops)
-    yield "\n"
+    text = AnswerText(format.tokenizer, after=ids, stops=sampling.stops)
+    for (token,) in speed.timed(steps):
+        speed.tokens += 1
+        if token is not None:
+            yield text.push(token)
+        if text.stopped:
+            break
+    yield text.finish() + "\n"
 
 
 def answer_rows(named: Named, prompts: Sequence[Prompt], speed: Speed) -> Iterator[dict[str, Any]]:

@@ -6,9 +6,12 @@ import functools
 import random
 import re
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from texts import TEXTS
 from tokenizer_kinds import byte_level, sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -149,3 +152,32 @@ def test_nothing_of_a_stop_is_given_and_what_comes_after_it_is_not(
         assert not (was_stopped and pieces[-1])
     assert text.stopped == (stop_at(whole, stops) is not None)
     assert "".join(pieces) + text.finish() == whole[: stop_at(whole, stops)]
+
+
+PIECES = ["".join(letters) for size in range(1, 5) for letters in product("ab", repeat=size)]
+
+
+@functools.cache
+def of_pieces() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are all pieces of up to four of two letters."""
+    vocabulary = {piece: number for number, piece in enumerate(PIECES)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="a"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8), st.lists(st.text("ab", min_size=1)))
+def test_an_answer_ends_before_the_first_stop_whatever_its_pieces(
+    pieces: list[str], stops: list[str]
+) -> None:
+    whole = "".join(pieces)
+    # Letter by letter: the first place where the text ends with a stop.
+    ends = (whole[:n] for n in range(len(whole) + 1) if whole[:n].endswith(tuple(stops)))
+    first = next(ends, None) if stops else None
+    if first is None:
+        expected = whole
+    else:
+        expected = first[: -max(len(stop) for stop in stops if first.endswith(stop))]
+    text = AnswerText(of_pieces(), stops=stops)
+    given_pieces = [text.push(PIECES.index(piece)) for piece in pieces]
+    assert "".join(given_pieces) + text.finish() == expected

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from chat_tokenizer import sentencepiece_decoder
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +27,7 @@ from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.generation.decode import answers, end_ids, generate_ids
 from qlora_kit.generation.sampling import Sampling
 from qlora_kit.generation.sampling import nucleus as draw_nucleus
-from qlora_kit.generation.text import added_text, stream_text, until
+from qlora_kit.generation.text import AnswerText, added_text
 
 VOCABULARY = 96
 CONTEXT = 48
@@ -288,6 +286,14 @@ def test_logits_that_are_not_finite_are_an_error():
     assert model.training
 
 
+def stream_text(tokenizer, ids, *, after=()):
+    """The pieces of an answer's text, as they come."""
+    text = AnswerText(tokenizer, after=after)
+    pieces = (text.push(token) for token in ids if token is not None)
+    yield from filter(None, pieces)
+    yield from filter(None, [text.finish()])
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_pieces_are_the_text_and_never_half_a_character(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -433,19 +439,6 @@ def test_top_k_draws_from_the_likeliest(model):
     for row in range(3):
         assert set(drawn[:, row].tolist()) == set(best[row].tolist())
     assert rows_of(model, temperature=1.0, top_k=1) == rows_of(model)
-
-
-@given(st.lists(st.text("ab", max_size=4), max_size=8), st.lists(st.text("ab", min_size=1)))
-def test_nothing_of_a_stop_string_is_shown(pieces, stops):
-    whole = "".join(pieces)
-    # Letter by letter: the first place where the text ends with a stop, whatever the pieces.
-    ends = (whole[:n] for n in range(len(whole) + 1) if whole[:n].endswith(tuple(stops)))
-    first = next(ends, None) if stops else None
-    if first is None:
-        expected = whole
-    else:
-        expected = first[: -max(len(stop) for stop in stops if first.endswith(stop))]
-    assert "".join(until(iter(pieces), stops)) == expected
 
 
 def test_a_row_ends_where_its_stop_string_is_and_the_others_go_on(model):

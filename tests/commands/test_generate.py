@@ -138,7 +138,7 @@ def test_what_cannot_be_generated_is_refused(run: Run, workshop: Any, tmp_path: 
         (["--model", workshop.base, "--prompt", "x", "--max_new_tokens", 500], 2, "context of 128"),
         (["--model", tmp_path / "no", "--prompt", "x"], 3, "no: no such directory"),
         (["--adapter", tmp_path / "no", "--prompt", "x"], 3, "no: no such directory"),
-        (["--adapter", workshop.base, "--prompt", "x"], 3, "holds no adapter_config.json"),
+        (["--adapter", f"x={workshop.base}", "--prompt", "x"], 3, "holds no adapter_config.json"),
     ]
     for flags, code, words in cases:
         answer = run("generate", *flags)

@@ -14,6 +14,8 @@ SHARE = 0.15
 """Of the time, for the own thread."""
 LOOK_S = 0.02
 """The shortest rest. The system counts processor time by its clock, of 4 to 10 ms."""
+SETTLE_S = 0.005
+"""Of it, in which torch's own threads, after an operation by several, still wait actively."""
 WORKING = 0.1
 """Of a rest, that others were running for if they work."""
 AGAIN_S = 1.0
@@ -52,6 +54,8 @@ class Pace:
             self._began, self._worked = self._last, 0.0
 
     def _rest(self, seconds: float) -> None:
+        time.sleep(SETTLE_S)
+        seconds -= SETTLE_S
         before, began = time.process_time(), time.perf_counter()
         time.sleep(seconds)
         self._last = self._looked = time.perf_counter()

@@ -9,7 +9,8 @@ decoding: 0.53 bytes a parameter more, for the time of about ten products by the
 It is as exact as the product by a weight that is decoded to bf16 (2.6e-3 of the norm against
 2.3e-3, where fp32 would be 1e-7, and so tokens in fp32 or fp16 never take it). It was 4 to 6 times
 as fast for 1 and 2 rows on one thread, 2 times for 8, and as fast for 64 (768 x 768 to
-2048 x 5632). A row's result does not depend on the rows beside it.
+2048 x 5632). A row's result does not depend on the rows beside it while they are 64 at most: more
+are multiplied by the decoded weight.
 """
 
 from __future__ import annotations

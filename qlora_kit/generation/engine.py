@@ -28,7 +28,7 @@ from qlora_kit.generation.adapters import RowAdapters
 from qlora_kit.generation.batches import Batch, by
 from qlora_kit.generation.cache import RowBytes
 from qlora_kit.generation.group import Group, evaluating
-from qlora_kit.generation.request import Request, Ticket, check_request, check_token
+from qlora_kit.generation.request import Request, Ticket, check_cache, check_request, check_token
 from qlora_kit.generation.sampling import Drawer
 from qlora_kit.generation.sharing import Sharing
 from qlora_kit.lora.bank import AdapterBank
@@ -57,6 +57,7 @@ class Engine:
         bank: AdapterBank | None = None,
         most_tokens: float = MOST_TOKENS,
     ) -> None:
+        check_cache(model)
         check_token(model, pad_id)
         self._model, self._pad_id, self._most_tokens = model, pad_id, most_tokens
         self._adapters = RowAdapters(model, bank)

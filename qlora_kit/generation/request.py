@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,20 @@ class Ticket:
         """End, and let go of the adapter; the first end is the one that stays."""
         if self.end is None:
             self.end, self.error, self.active = end, error, None
+
+
+def check_cache(model: PreTrainedModel) -> None:
+    """Refuse a model that decodes with states of its own. Errors: `ConfigError`."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    # A wrapper hands on whatever it is given.
+    if not any(
+        one.name == "past_key_values" or one.kind is one.VAR_POSITIONAL for one in parameters
+    ):
+        raise ConfigError(
+            f"no text can be generated with {model.config.model_type} models: they take no "
+            "past_key_values, which rows are decoded with here",
+            "generate with transformers; training and export work",
+        )
 
 
 def check_token(model: PreTrainedModel, pad_id: int) -> None:

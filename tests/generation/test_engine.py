@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from any_model import random_model
 from families import randomize_adapter, tiny_model
 from hybrids import HYBRIDS, tiny_hybrid
 from torch.overrides import TorchFunctionMode
@@ -318,6 +319,12 @@ def test_engines_in_two_threads_leave_other_models_alone(model: Any) -> None:
         thread.join()
     found.append(padded())
     assert all(torch.equal(one, right) for one in found)
+
+
+def test_a_model_without_a_cache_of_keys_is_refused_by_name() -> None:
+    """mamba, mamba2, falcon_mamba and xlstm take `cache_params`."""
+    with pytest.raises(ConfigError, match="with mamba models: they take no past_key_values"):
+        Engine(random_model("mamba"), pad_id=0)
 
 
 def test_logits_that_are_not_finite_end_their_row_alone() -> None:

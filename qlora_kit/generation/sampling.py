@@ -13,7 +13,7 @@ Keskar et al., "CTRL" (2019), for the penalty.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -29,14 +29,19 @@ NUMBERS_AT_ONCE = 64
 class Sampling:
     """How tokens are drawn; each as the option of its name. Errors: `ConfigError`."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 42
+    temperature: float = SamplingConfig.temperature
+    top_p: float = SamplingConfig.top_p
+    top_k: int = SamplingConfig.top_k
+    repetition_penalty: float = SamplingConfig.repetition_penalty
+    seed: int = SamplingConfig.seed
 
     def __post_init__(self) -> None:
         SamplingConfig(**vars(self))
+
+    @staticmethod
+    def of(options: SamplingConfig) -> Sampling:
+        """As the options of a command say it."""
+        return Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
 
     def drawer(self, prompts: Sequence[Sequence[int]], steps: int) -> Drawer:
         """What draws up to so many tokens after each of some prompts."""

@@ -16,8 +16,6 @@ from qlora_kit.generation.text import AnswerText
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.named_base import Named
 
-DRAWING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
-
 
 def answer_pieces(named: Named, prompt: Prompt, speed: Speed) -> Iterator[str]:
     """The answer to one prompt, as it comes, and a line end."""
@@ -33,7 +31,7 @@ def answer_pieces(named: Named, prompt: Prompt, speed: Speed) -> Iterator[str]:
         pad_id=padding_id(format.tokenizer),
         bank=opened.bank,
         adapters=[prompt.adapter],
-        **_drawing(sampling),
+        **vars(Sampling.of(sampling)),
     )
     speed.prompt_tokens += len(ids)
     text = AnswerText(format.tokenizer, after=ids, stops=sampling.stops)
@@ -55,7 +53,7 @@ def answer_rows(named: Named, prompts: Sequence[Prompt], speed: Speed) -> Iterat
             format.prompt_ids(prompt.text, options.chat),
             sampling.max_new_tokens,
             format.ends,
-            Sampling(**_drawing(sampling)),
+            Sampling.of(sampling),
             prompt.adapter,
         )
         for prompt in prompts
@@ -79,7 +77,3 @@ def answer_rows(named: Named, prompts: Sequence[Prompt], speed: Speed) -> Iterat
 
 def _open(named: Named) -> AdaptedBase:
     return AdaptedBase.open(named, named.parsed[AdaptersConfig].allow_other_base)
-
-
-def _drawing(sampling: SamplingConfig) -> dict[str, Any]:
-    return {name: getattr(sampling, name) for name in DRAWING}

@@ -28,7 +28,6 @@ HELP = {
     "/help": "these lines",
     "/quit": "leave, as ^D does",
 }
-DRAWN = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
 class Lines:
@@ -190,7 +189,7 @@ def begin(named: Named, adapter: str | None) -> Lines:
     engine = Engine(model, pad_id=padding_id(written.tokenizer), bank=opened.bank)
     answering = Answering(
         *(opened.bank, engine, opened.formats),
-        sampling=Sampling(**{name: getattr(drawn, name) for name in DRAWN}),
+        sampling=Sampling.of(drawn),
         max_new_tokens=drawn.max_new_tokens,
         stops=drawn.stops,
         plain=options.plain,

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from qlora_kit.config.generation import SamplingConfig
 from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.generation.decode import answers, end_ids, generate_ids
 from qlora_kit.generation.sampling import Sampling
@@ -450,3 +451,9 @@ def test_a_row_ends_where_its_stop_string_is_and_the_others_go_on(model):
         stop = whole[row][2:4]
         cut = list(answers(model, tokenizer, PROMPTS, stops=[stop, "never"], **asked))
         assert cut == [text.partition(stop)[0] for text in whole]
+
+
+def test_tokens_are_drawn_as_the_options_say():
+    assert Sampling.of(SamplingConfig()) == Sampling()
+    said = {"temperature": 0.5, "top_p": 0.4, "top_k": 3, "repetition_penalty": 1.5, "seed": 7}
+    assert Sampling.of(SamplingConfig(max_new_tokens=9, **said)) == Sampling(**said)

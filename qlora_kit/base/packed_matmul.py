@@ -5,6 +5,7 @@ bitsandbytes (0.50) has one for tokens in bf16, `gemv_4bit`, that reads another 
 rows the bytes of one column pair lie side by side, and scales are in bf16, a row for each block of
 columns. So such a weight is laid out again when a step first reads it, for the time of the
 decoding: 0.53 bytes a parameter more, for the time of about ten products by the decoded weight.
+Where memory is short it is decoded as before.
 
 It is as exact as the product by a weight that is decoded to bf16 (2.6e-3 of the norm against
 2.3e-3, where fp32 would be 1e-7, and so tokens in fp32 or fp16 never take it). It was 4 to 6 times
@@ -28,11 +29,14 @@ from torch import Tensor, nn
 
 from qlora_kit.base.encode_weight import BLOCKSIZE, encode_blocks
 from qlora_kit.base.quantize import code_tables, cpu_kernel, fused_matmul, is_fused
+from qlora_kit.device.found import free_bytes
 from qlora_kit.device.target import has_values
 
 ROWS = 32
 """Rows whose bytes lie side by side: bitsandbytes' own number."""
 MOST_TOKENS = 64
+TAKEN, SPARE = 3, 2**28
+"""Times its bytes that a weight takes while it is laid out, and bytes that are left to the rest."""
 NEAR = 0.01
 """Of the norm; a wrong order of bytes is about 1 away."""
 
@@ -103,6 +107,8 @@ def packed_matmul(layer: Any, x: Tensor) -> Tensor | None:
     ):
         return None
     if layer not in copies:
+        if free_bytes(x.device) < TAKEN * layer.weight.nbytes + SPARE:
+            return None
         shape = layer.out_features, layer.in_features
         copies[layer] = Copy(layer.weight, layer.scales(), shape, layer.quant_type)
     y = copies[layer].matmul(x)

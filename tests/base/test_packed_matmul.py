@@ -11,8 +11,9 @@ from families import save_checkpoint
 from qlora_kit.base import packed_matmul
 from qlora_kit.base.linear import Linear4bit, base_matmul, quantize_linear
 from qlora_kit.base.load import load_base
-from qlora_kit.base.packed_matmul import MOST_TOKENS, Copies, copying_into
+from qlora_kit.base.packed_matmul import MOST_TOKENS, SPARE, Copies, copying_into
 from qlora_kit.base.quantize import Quantization
+from qlora_kit.device.found import with_room
 from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.request import Request
 
@@ -73,6 +74,18 @@ def test_what_the_kernel_does_not_do_is_decoded(
         with copying_into(copies):
             assert torch.equal(base_matmul(layer, x), expected)
     assert len(copies) == 0
+
+
+@needs_kernel
+def test_where_memory_is_short_no_copy_is_made() -> None:
+    layer, copies = linear((64, 128)), Copies()
+    x = torch.randn(1, 128).bfloat16()
+    with torch.no_grad(), copying_into(copies):
+        with with_room(SPARE):
+            base_matmul(layer, x)
+        assert len(copies) == 0
+        base_matmul(layer, x)
+        assert list(copies) == [layer]
 
 
 @needs_kernel

@@ -37,7 +37,7 @@ from qlora_kit.serving.guard import read_body
 from qlora_kit.serving.job import Job
 from qlora_kit.serving.models import Model, Models, Prompt
 from qlora_kit.serving.reply import Reply
-from qlora_kit.serving.scheduler import Scheduler
+from qlora_kit.serving.scheduler import FAILURES, Scheduler
 from qlora_kit.serving.schemas import AdapterRequest, Asked, ChatRequest, CompletionRequest, read
 
 PAGE = {
@@ -115,7 +115,7 @@ class Api:
         """The application."""
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
         get, post = ["GET", "HEAD"], ["POST"]
-        app.add_api_route("/health", self._health, methods=get)
+        app.add_api_route("/health", self._health, methods=get, response_model=None)
         app.add_api_route("/v1/models", self._models, methods=get)
         app.add_api_route("/v1/models/{name:path}", self._model, methods=get)
         app.add_api_route("/v1/chat/completions", self._chat, methods=post, response_model=None)
@@ -128,10 +128,12 @@ class Api:
             app.add_exception_handler(kind, _error)
         return app
 
-    async def _health(self) -> dict[str, Any]:
+    async def _health(self) -> Response:
         running, waiting = self.scheduler.counts
-        status = "closing" if self.scheduler.is_closing else "ok"
-        return {"status": status, "running": running, "waiting": waiting}
+        is_failing = self.scheduler.failures >= FAILURES or self.scheduler.has_ended
+        status = "closing" if self.scheduler.is_closing else "failing" if is_failing else "ok"
+        content = {"status": status, "running": running, "waiting": waiting}
+        return JSONResponse(content, 503 if is_failing else 200)
 
     async def _models(self) -> dict[str, Any]:
         return {"object": "list", "data": [model.described for model in self.models.all()]}

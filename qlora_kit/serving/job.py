@@ -39,8 +39,6 @@ class Job:
     sampling: Sampling
     tokenizer: PreTrainedTokenizerBase
     stops: tuple[str, ...] = ()
-    streams: bool = False
-    """whether text is wanted as it comes, and not all of it at the end"""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     tokens: int = 0
     """tokens that were drawn"""

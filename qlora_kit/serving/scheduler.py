@@ -28,6 +28,8 @@ from qlora_kit.generation.text import AnswerText
 from qlora_kit.serving.errors import closing, from_error, no_model, queue_full
 from qlora_kit.serving.job import Event, Job
 
+FAILURES = 3  # steps in a row: nothing is expected of the next
+
 
 class Scheduler:
     """The thread, the jobs that wait for it, and those that it has in its batch."""
@@ -48,7 +50,7 @@ class Scheduler:
         # Guards what follows; waited for by the thread while there is nothing to do.
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._places = 0
+        self._places = self.failures = 0  # failed steps in a row
         self._running: dict[Ticket, tuple[Job, AnswerText]] = {}
         self._retiring: dict[str, Callable[[], None]] = {}
         self._deadline_s: float | None = None
@@ -89,6 +91,11 @@ class Scheduler:
         finally:
             with self._changed:
                 self._places -= 1
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread was started and is no more."""
+        return self._thread.ident is not None and not self._thread.is_alive()
 
     def submit(self, job: Job) -> None:
         """Let a job wait, within its `place`. Errors: `ApiError` where it may not."""
@@ -135,8 +142,13 @@ class Scheduler:
         while self._has_work():
             try:
                 self._turn()
+                self.failures = 0
             except Exception as error:
+                self.failures += 1
                 self._fail_all(error)
+            except BaseException as error:
+                self._fail_all(RuntimeError(f"the model's thread ended: {error!r}"))
+                raise
 
     def _has_work(self) -> bool:
         """Wait for something to do; whether there is, or everything is over."""

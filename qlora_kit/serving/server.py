@@ -1,8 +1,8 @@
 """The server: a socket, connections with limits on their number and patience, and its end.
 
 uvicorn speaks HTTP. What it leaves out stands here: a connection that sends no whole header within
-some seconds is closed, so is one beyond the most, and what is no HTTP is told so in the API's
-words. Signals are the command's; the server looks whether it is to end.
+some seconds is closed, and before that where the most are open and another one comes; what is no
+HTTP is told so in the API's words. Signals are the command's: the server asks whether it is to end.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class _Server(uvicorn.Server):
         self._on_start()
 
     async def on_tick(self, counter: int) -> bool:
+        if self._scheduler.has_ended:
+            return True
         return await super().on_tick(counter) or self._is_asked_to_end()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -102,10 +104,23 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > self.most_connections:
+        if len(self.connections) > self.most_connections and not self._close_oldest():
             self._refuse(ApiError(503, "too many connections are open", type=BROKEN))
         else:
             self._wait_for_head()
+
+    def _close_oldest(self) -> bool:
+        """Close the connection that has waited longest for the head of a request, if any has."""
+        idle = {
+            one: one._patience.when()
+            for one in self.connections
+            if isinstance(one, _Connection) and one._patience is not None
+        }
+        if idle:
+            oldest = min(idle, key=lambda one: idle[one])
+            oldest._stop_waiting()
+            oldest.transport.close()
+        return bool(idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from served import KEY, Served, refusal, serving
 
 from qlora_kit.device.found import with_room
 from qlora_kit.serving.listen import listening
 from qlora_kit.serving.room import OF_CACHE
+from qlora_kit.serving.scheduler import FAILURES
 from qlora_kit.serving.server import SPARE_CONNECTIONS
 
 LONG = {"model": "noise", "prompt": "Hello", "temperature": 0, "max_tokens": 400, "stream": True}
@@ -132,15 +134,32 @@ def test_adapters_come_while_there_is_room_for_them(adapters: dict[str, Path]) -
             assert added("more").status_code == 200
 
 
-def test_connections_beyond_the_most_are_told_so_and_closed(keyed: Served) -> None:
+def test_of_connections_beyond_the_most_those_that_ask_nothing_are_closed(keyed: Served) -> None:
     host, port = keyed.url.removeprefix("http://").split(":")
     with ExitStack() as opened:
         for _ in range(1 + 1 + SPARE_CONNECTIONS + 1):
-            one = opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
-        last = one.recv(4096)
-    assert last.startswith(b"HTTP/1.1 503 ")
-    assert b"too many connections" in last
-    until(lambda: keyed.health()["status"] == "ok")
+            opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
+        assert keyed.health()["status"] == "ok"  # they would keep their places for 20 seconds
+
+
+def test_a_server_that_computes_nothing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults of one step and the next are its requests'; many in a row are the server's."""
+    fault: BaseException = RuntimeError("a fault of the device")
+
+    def fails() -> None:
+        raise fault
+
+    body = SHORT | {"model": "tiny"}
+    with serving({}) as server, server.client() as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(server.service.scheduler._engine, "step", fails)
+            for _ in range(FAILURES):
+                assert client.get("/health").status_code == 200
+                refusal(client.post("/v1/completions", json=body), 500)
+            until(lambda: client.get("/health").status_code == 503)
+            assert client.get("/health").json()["status"] == "failing"
+        assert client.post("/v1/completions", json=body).status_code == 200
+        until(lambda: client.get("/health").json()["status"] == "ok")
 
 
 def test_nobody_asks_without_the_key(keyed: Served) -> None:

@@ -195,16 +195,14 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
-def take_generation_config(
-    model: PreTrainedModel, said: Mapping[str, Any] | None, directory: Path
-) -> None:
-    """Give `model` the generation settings that `directory` has. Errors: `ModelError`."""
+def generation_config_of(before: Any, said: Mapping[str, Any] | None, directory: Path) -> Any:
+    """The generation settings that `directory` has, or those before. Errors: `ModelError`."""
     if said is None:
-        return
+        return before
     from transformers import GenerationConfig
 
     try:
-        model.generation_config = GenerationConfig.from_dict(dict(said))
+        return GenerationConfig.from_dict(dict(said))
     except Exception as error:
         path = directory / "generation_config.json"
         raise ModelError(f"{path}: {error}", "correct or remove the file") from error

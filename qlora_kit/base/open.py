@@ -11,7 +11,7 @@ from qlora_kit.base.base_files import BaseFiles, find_base
 from qlora_kit.base.checks import check_layers
 from qlora_kit.base.contents import strays
 from qlora_kit.base.form import form_in_files, stated_form
-from qlora_kit.base.meta_model import build_on_meta, entries_of, take_generation_config, with_rows
+from qlora_kit.base.meta_model import build_on_meta, entries_of, generation_config_of, with_rows
 from qlora_kit.base.quantize import check_library
 from qlora_kit.base.tokenizer import make_tokenizer, needed_rows
 from qlora_kit.base.towers import check_wrapper
@@ -46,7 +46,9 @@ def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
     if needed_rows(tokenizer) > rows:
         resized = needed_rows(tokenizer)
         model = build_on_meta(with_rows(described, resized), dtype, path)
-    take_generation_config(model, files.generation, source.directory)
+    model.generation_config = generation_config_of(
+        model.generation_config, files.generation, source.directory
+    )
     return Base(
         model,
         tokenizer,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from qlora_kit.config.limits import MOST_DRAWN, MOST_ROWS, SEEDS
 from qlora_kit.config.lora import ADAPTER_NAMES, OTHER_BASE_HELP, is_model_name
@@ -63,8 +63,10 @@ class AdaptersConfig(Options):
         shown_default="not merged",
     )
 
-    named: typing.ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """The directory of each adapter by its name, in the order in which they were given."""
+    @functools.cached_property
+    def named(self) -> Mapping[str, str]:
+        """The directory of each adapter by its name, in the order in which they were given."""
+        return dict(_called(*_named(one)) for one in each(self.adapter))
 
     def chosen(self, use: str | None) -> str | None:
         """The adapter that answers where nothing else is said: `use`, or the only one.
@@ -97,9 +99,7 @@ class AdaptersConfig(Options):
             yield f"merge_in_memory merges one adapter, and {len(given) or 'none'} are given"
         for name, directory in given:
             shown = excerpt(directory if name is None else f"{name}={directory}")
-            # Of `.` and of `runs/x/` the last part is a name too.
-            last = os.path.basename(os.path.abspath(directory))
-            called = last if name is None else name
+            called, _ = _called(name, directory)
             if called == BASE:
                 yield f"adapter {shown}: give it another name, for {BASE} is the base alone"
             elif not is_model_name(called):
@@ -107,7 +107,6 @@ class AdaptersConfig(Options):
             elif called in found:
                 yield f"adapter {shown} is called {called}, as {excerpt(found[called])} is"
             found.setdefault(called, directory)
-        object.__setattr__(self, "named", MappingProxyType(found))
 
 
 def _named(given: str) -> tuple[str | None, str]:
@@ -116,6 +115,12 @@ def _named(given: str) -> tuple[str | None, str]:
     if not equals or os.path.isdir(at_home(given)):
         return None, at_home(given)
     return name, at_home(directory)
+
+
+def _called(name: str | None, directory: str) -> tuple[str, str]:
+    """The name that an adapter goes by, and its directory."""
+    # Of `.` and of `runs/x/` the last part is a name too.
+    return os.path.basename(os.path.abspath(directory)) if name is None else name, directory
 
 
 @dataclass(frozen=True)

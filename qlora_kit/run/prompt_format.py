@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.checks import read_generation_config
-from qlora_kit.base.meta_model import take_generation_config
+from qlora_kit.base.meta_model import generation_config_of
 from qlora_kit.data.answers import chat_ids
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, take_template
 from qlora_kit.data.encode import prompt_ids
@@ -98,13 +98,13 @@ def format_beside(base: PromptFormat, adapter: SavedAdapter) -> PromptFormat:
     What a base has borrowed from another adapter is not handed on. Errors: those of files.
     """
     directory = adapter.files.directory
-    tokenizer, settings = copy.copy(base.tokenizer), copy.copy(base.model)
+    tokenizer = copy.copy(base.tokenizer)
     if base.lender is not None:
         tokenizer.chat_template = None
-    settings.generation_config = base.generation_config
     take_template(tokenizer, directory)
-    take_generation_config(settings, read_generation_config(directory), directory)
-    return PromptFormat(tokenizer, base.model, settings.generation_config, adapter)
+    said = read_generation_config(directory)
+    config = generation_config_of(base.generation_config, said, directory)
+    return PromptFormat(tokenizer, base.model, config, adapter)
 
 
 def formats_of(base: Base, adapters: Mapping[str, SavedAdapter]) -> dict[str | None, PromptFormat]:

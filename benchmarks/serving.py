@@ -4,9 +4,9 @@ The real command serves the tiny base in 4 bits with eight adapters of different
 of its own on loopback. What it answers greedily is compared with what `generate` answers with each
 adapter alone, one prompt at a time, in fp32. Parts: `client`, the openai package; `together`,
 sixteen clients that name eight adapters, against one at a time; `leak`, memory and descriptors
-over thousands of requests of every kind; `hostile`, requests that have to be refused, and a server
-that answers as before; `leaving`, clients that hang up at every moment. Less than ten minutes on
-two cores.
+over thousands of requests of every kind; `hostile`, requests that have to be refused, a server that
+answers as before, and how long others wait meanwhile; `leaving`, clients that hang up at every
+moment. Less than ten minutes on two cores.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --part together
@@ -102,6 +102,8 @@ def hostile_ones(setting: Setting, given: argparse.Namespace) -> dict[str, Any]:
         ("keyless", False, hostile.KEYLESS),
     ):
         cases = [case for kind in kinds for case in kind()]
+        if key:
+            cases += hostile.adapter_names(str(setting.adapters["task0"]))
         with Server(setting.folder, setting.adapters, key=key) as server:
             found[name] = judging.judge(
                 server,

@@ -129,6 +129,14 @@ def broken_json() -> Iterator[Case]:
         yield posted("depth", f"{deep} objects in tools", CHAT, body(CHAT, tools=objects))
     many = Raw("{" + ", ".join(f'"x{n}": {n}' for n in range(20_000)) + "}")
     yield posted("size", "an object of 20,000 fields", TEXT, body(TEXT, logit_bias=many))
+    faults = Raw("[" + ", ".join(["{}"] * 250_000) + "]")
+    parts = Raw('[{"role": "user", "content": ' + faults + "}]")
+    yield posted("size", "250,000 wrong parts", CHAT, body(CHAT, messages=parts))
+    yield posted("size", "250,000 wrong messages", CHAT, body(CHAT, messages=faults))
+    halves = Raw("[" + ", ".join(["1.5"] * 200_000) + "]")
+    yield posted("size", "200,000 halves of tokens", TEXT, body(TEXT, prompt=halves))
+    controls = [{"role": "user", "content": "<|end|>" * 100_000}]
+    yield posted("size", "100,000 control tokens", CHAT, body(CHAT, messages=controls))
     large = b" " * LARGE
     yield posted("size", "spaces", CHAT, large)
     yield posted("size", "a long prompt", TEXT, body(TEXT, prompt="a" * LARGE))
@@ -220,7 +228,7 @@ def bad_headers() -> Iterator[Case]:
 
 
 def adapter_paths() -> Iterator[Case]:
-    """Adapters from where there are none, under names that are none, and unknown ones."""
+    """Adapters from where there are none, and unknown ones."""
     paths = ["/nowhere", "../../../etc", "/etc", "/etc/passwd", "/proc/self", "/proc/self/mem"]
     paths += [
         "/dev/zero",
@@ -245,12 +253,17 @@ def adapter_paths() -> Iterator[Case]:
     ]
     for path in paths:
         yield posted("adapter", f"path = {str(path)[:30]!r}", ADAPTERS, body(ADAPTERS, path=path))
-    names = ["", "task0", "tiny", "../x", "a/b", ".", "..", "a\nb", "\0", "x" * 5000, 1, None, []]
-    for name in names:
-        yield posted("adapter", f"name = {str(name)[:30]!r}", ADAPTERS, body(ADAPTERS, name=name))
     yield posted("adapter", "a field more", ADAPTERS, body(ADAPTERS, allow_other_base=1, trust=1))
     for name in ("none", "tiny", "..", "%2e%2e%2ftask0", "%00", "task0/..", ""):
         yield Case("adapter", f"DELETE {name}", request_bytes("DELETE", f"{ADAPTERS}/{name}"))
+
+
+def adapter_names(path: str) -> Iterator[Case]:
+    """The adapter of a directory, under names that are none and names that are taken."""
+    names = ["", "task0", "tiny", "base", "../x", "a/b", ".", "..", "a\nb", "\0", "\u202e"]
+    for name in [*names, " ", "x" * 5000, 1, None, []]:
+        data = body(ADAPTERS, name=name, path=path)
+        yield posted("adapter", f"name = {str(name)[:30]!r}", ADAPTERS, data)
 
 
 def wrong_keys() -> Iterator[Case]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,8 @@ from serving_parts.server import Client, Server, plug
 
 PATIENCE_S = 45
 """Longer than a server waits for a body."""
+PAUSE_S = 0.01
+"""Between two questions of somebody who looks on."""
 EVERY = 20
 """Hostile requests between two good ones."""
 BEFORE_THE_API = ("line", "header", "half", "path", "model", "method")
@@ -25,15 +29,17 @@ TELLTALES = re.compile(rb"Traceback|site-packages|\.py\b|/tmp/|/home/|/root/|Err
 
 
 def judge(server: Server, cases: Sequence[Case], is_well: Callable[[], bool]) -> dict[str, Any]:
-    """Send all; each kind's statuses, and what was not refused as it must be."""
+    """Send all; each kind's statuses and how long others wait, and what was not refused."""
     statuses: dict[str, Counter[str]] = {}
     faults = []
     quick = [case for case in cases if not case.slow]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool, Bystander(server.port) as bystander:
         slow = [(case, pool.submit(send, server.port, case)) for case in cases if case.slow]
         sent: list[tuple[Case, bytes]] = []
         for number, case in enumerate(quick):
+            bystander.beside = case
             sent.append((case, send(server.port, case)))
+            bystander.beside = None
             if number % EVERY == 0 and not (server.is_up and is_well()):
                 faults.append(f"not well after {case.kind}, {case.name}")
         sent += [(case, answer.result()) for case, answer in slow]
@@ -49,8 +55,45 @@ def judge(server: Server, cases: Sequence[Case], is_well: Callable[[], bool]) ->
         "requests": len(cases),
         "refused": refused,
         "statuses": {kind: dict(sorted(counts.items())) for kind, counts in statuses.items()},
+        "slowest_health_s": bystander.slowest,
         "faults": faults,
     }
+
+
+class Bystander:
+    """Somebody who asks for the health of the server while hostile requests are sent."""
+
+    def __init__(self, port: int) -> None:
+        self.beside: Case | None = None
+        """what is being sent; a wait counts for the case that it began beside or ended beside"""
+        self._client = Client(port)
+        self._waits: dict[str, tuple[float, str]] = {}
+        self._thread, self._ended = threading.Thread(target=self._ask), threading.Event()
+
+    @property
+    def slowest(self) -> dict[str, Any]:
+        """Of each kind the longest wait in seconds, and beside which case."""
+        return {
+            kind: {"seconds": round(wait_s, 3), "case": name}
+            for kind, (wait_s, name) in sorted(self._waits.items())
+        }
+
+    def _ask(self) -> None:
+        while not self._ended.wait(PAUSE_S):
+            began, before = time.perf_counter(), self.beside
+            self._client.get("/health")
+            wait_s, case = time.perf_counter() - began, before or self.beside
+            if case and wait_s > self._waits.get(case.kind, (0.0, ""))[0]:
+                self._waits[case.kind] = wait_s, case.name
+
+    def __enter__(self) -> Bystander:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._client.close()
 
 
 def fault(case: Case, answer: bytes, status: str) -> str:

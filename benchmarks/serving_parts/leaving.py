@@ -15,6 +15,7 @@ LONG_TOKENS = 400
 TRIES = 40
 """Answers that are looked through for a long one: an adapter may end any of them."""
 AT_ONCE = 12
+CONTROL, CONTROLS = "<|end|>", 100_000
 LIMIT_S = 20
 STEADY_S = 0.3
 """How long nothing has to run: a request may lie unread in the server's socket."""
@@ -71,6 +72,15 @@ def within_the_body(connection: socket.socket, asked: dict[str, Any]) -> None:
     connection.close()
 
 
+def while_the_prompt_is_read(connection: socket.socket, asked: dict[str, Any]) -> None:
+    """A chat of control tokens, which cost the most to read, and more than the context holds."""
+    messages = [{"role": "user", "content": CONTROL * CONTROLS}]
+    body = json.dumps({"model": asked["model"], "messages": messages}).encode()
+    connection.sendall(request_bytes("POST", "/v1/chat/completions", body))
+    time.sleep(0.1)
+    reset(connection)
+
+
 def before_the_answer(connection: socket.socket, asked: dict[str, Any]) -> None:
     sent(connection, asked, stream=False)
     connection.close()
@@ -109,6 +119,7 @@ MOMENTS: tuple[Left, ...] = (
     before_the_request,
     within_the_headers,
     within_the_body,
+    while_the_prompt_is_read,
     before_the_answer,
     during_the_answer,
     before_the_stream,

@@ -173,7 +173,7 @@ def _without_graph(
         y = base_matmul(part.base, tokens)  # (..., out_features)
         if low_rank is not None:
             low_rank.add_to(y, place)
-        elif part.weights:
+        elif part.has_update:
             part.add_to(y, tokens)
         outputs.append(y)
     return tuple(outputs)

@@ -35,6 +35,11 @@ class Part:
     dropout: KeyedDropout | None = None
     position: tuple[int, int] | None = None
 
+    @property
+    def has_update(self) -> bool:
+        """Whether an adapter takes part beside the base."""
+        return bool(self.weights)
+
     def dropped(self, x: Tensor) -> Tensor:
         """`x` (..., in_features), or its gradient, through the mask of the forward pass."""
         return x if self.dropout is None else self.dropout.at(self.position, x)

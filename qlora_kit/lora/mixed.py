@@ -131,6 +131,11 @@ class RowsPart(Part):
     rows: int = 0
     stacks: tuple[tuple[Stack, Places], ...] = ()
 
+    @property
+    def has_update(self) -> bool:
+        """Whether any row has one; `weights`, those of one adapter, are empty."""
+        return bool(self.stacks)
+
     def add_to(self, y: Tensor, tokens: Tensor) -> None:
         """Add each row's update to the output (..., out_features) of tokens (..., in_features)."""
         x = self._by_row(tokens)
@@ -262,6 +267,4 @@ class Mixed:
                 found.append((stack, places))
         if not found:
             return None
-        (stack, _), *_ = found
-        given = (stack.lora_a, stack.lora_b), 1.0, stack.lora_a.dtype
-        return RowsPart(layer.base_layer, *given, rows=len(self.rows), stacks=tuple(found))
+        return RowsPart(layer.base_layer, rows=len(self.rows), stacks=tuple(found))

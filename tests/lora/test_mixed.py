@@ -149,13 +149,18 @@ def test_what_other_rows_do_does_not_reach_a_row():
     assert not beside[2].isfinite().any()
 
 
+@torch.no_grad()
 def test_one_adapter_for_all_rows_is_no_mix():
     model, _ = adaptable()
     a = drawn(model, "a", r=4)
     assert Mixed.of([a, a]) is a
     assert Mixed.of([None, None]) is None
     assert Mixed.of([]) is None
-    assert Mixed.of([a, None]).name == "by row: a, none"
+    mix = Mixed.of([a, None])
+    assert mix.name == "by row: a, none"
+    part = mix.part(next(iter(a.parts)))
+    assert part.has_update
+    assert part.weights == ()  # A and B of one adapter, and here are several
 
 
 def test_rows_that_come_and_go_build_nothing_anew():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+from qlora_kit.config.serve import is_loopback
 from qlora_kit.errors import ResourceError
 
 BACKLOG = 256
@@ -16,6 +17,11 @@ def listening(host: str, port: int) -> socket.socket:
         (family, *_, address), *_ = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
+        if is_loopback(host) and not is_loopback(str(address[0])):
+            raise ResourceError(
+                f"--host {host} is {address[0]} here, which other machines reach",
+                "give 127.0.0.1, or correct the name in the system's list of hosts",
+            )
         # By its number, for asyncio sends at once on sockets of this protocol alone: others wait
         # 40 ms for what else may come, with every piece of an answer.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

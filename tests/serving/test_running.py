@@ -18,6 +18,7 @@ import pytest
 from served import KEY, Served, refusal, serving
 
 from qlora_kit.device.found import with_room
+from qlora_kit.errors import ResourceError
 from qlora_kit.serving.listen import listening
 from qlora_kit.serving.room import OF_CACHE
 from qlora_kit.serving.scheduler import FAILURES
@@ -55,6 +56,15 @@ def test_pieces_are_sent_at_once() -> None:
         connection, _ = listener.accept()
         with connection:
             assert connection.proto == socket.IPPROTO_TCP
+
+
+def test_localhost_is_trusted_where_it_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening("localhost", 0):
+        pass
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("0.0.0.0", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(ResourceError, match="which other machines reach"):
+        listening("localhost", 0)
 
 
 def test_a_client_that_leaves_frees_its_place(keyed: Served) -> None:

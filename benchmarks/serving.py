@@ -30,7 +30,15 @@ sys.path[:0] = [str(ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from record import make_parser, write_result  # noqa: E402
-from serving_parts import hostile, judging, leak, leaving, real_client, together  # noqa: E402
+from serving_parts import (  # noqa: E402
+    hostile,
+    judging,
+    leak,
+    leaving,
+    real_client,
+    strangers,
+    together,
+)
 from serving_parts.adapters import RANKS, answers_of_generate, make_adapters, prompts  # noqa: E402
 from serving_parts.server import Server  # noqa: E402
 
@@ -98,8 +106,8 @@ def hostile_ones(setting: Setting, given: argparse.Namespace) -> dict[str, Any]:
     some = {name: setting.text(name)[0] for name in (BASE, "task3")}
     found = {}
     for name, key, kinds in (
-        ("with_key", True, hostile.KEYED),
-        ("keyless", False, hostile.KEYLESS),
+        ("with_key", True, (*hostile.KEYED, strangers.wrong_keys)),
+        ("keyless", False, (strangers.of_others,)),
     ):
         cases = [case for kind in kinds for case in kind()]
         if key:

@@ -1,7 +1,6 @@
 """Requests that are wrong, too large, half, or sent by somebody else: what a server refuses.
 
-Each is bytes on a line of its own, with the key unless the key is what is wrong. `KEYLESS` is for a
-server without one, which judges by Host and Origin instead.
+Each is bytes on a line of its own, with the key unless the key is what is wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from serving_parts.server import KEY, request_bytes
+from serving_parts.server import request_bytes
 
 CHAT, TEXT, ADAPTERS = "/v1/chat/completions", "/v1/completions", "/v1/adapters"
 MODEL = "task0"
@@ -266,23 +265,6 @@ def adapter_names(path: str) -> Iterator[Case]:
         yield posted("adapter", f"name = {str(name)[:30]!r}", ADAPTERS, data)
 
 
-def wrong_keys() -> Iterator[Case]:
-    """Requests without the key."""
-    given = ["", "Bearer", "Bearer ", "Bearer x", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", KEY]
-    given += [f"Bearer {KEY.upper()}", f"Basic {KEY}", "Bearer " + "x" * 20_000, f"Bearer {KEY}, x"]
-    given += ["Bearer \xff\xfe", f"Bearer {KEY} {KEY}"]
-    for one in given:
-        header = {"Authorization": one}
-        yield Case("key", one[:30], request_bytes("POST", CHAT, body(CHAT), header))
-    for method, path in (
-        ("GET", "/v1/models"),
-        ("POST", ADAPTERS),
-        ("DELETE", f"{ADAPTERS}/task0"),
-    ):
-        without = {"Authorization": ""}
-        yield Case("key", f"{method} {path}", request_bytes(method, path, b"{}", without))
-
-
 def half_requests() -> Iterator[Case]:
     """Requests that stop: some with the client's end behind them, some that only wait."""
     whole = request_bytes("POST", CHAT, body(CHAT))
@@ -301,41 +283,6 @@ def half_requests() -> Iterator[Case]:
     yield Case("half", "a chunk that never ends", begun, slow=True)
 
 
-def of_others() -> Iterator[Case]:
-    """To a server without a key: pages of somebody else, and names that are not this machine's."""
-    hosts = ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "[::1", "10.0.0.1"]
-    hosts += ["evil.example:8000", "127.0.0.1@evil.example", "0x7f.1.evil"]
-    for host in hosts:
-        for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/")):
-            data = body(CHAT) if method == "POST" else b""
-            headers = {"Host": host, "Authorization": ""}
-            yield Case(
-                "host", f"{method} {path}, {host}", request_bytes(method, path, data, headers)
-            )
-    origins = [
-        "http://evil.example",
-        "null",
-        "http://127.0.0.1.evil.example",
-        "file://",
-        "https://x",
-    ]
-    for origin in origins:
-        for method, path in (
-            ("GET", "/v1/models"),
-            ("POST", CHAT),
-            ("DELETE", f"{ADAPTERS}/task0"),
-        ):
-            data = body(CHAT) if method == "POST" else b""
-            headers = {"Origin": origin, "Authorization": ""}
-            name = f"{method} {path}, {origin}"
-            yield Case("origin", name, request_bytes(method, path, data, headers))
-    other = {"Sec-Fetch-Site": "cross-site", "Authorization": ""}
-    yield Case("origin", "cross-site", request_bytes("POST", CHAT, body(CHAT), other))
-    without = {"Authorization": ""}
-    yield Case("key", "an adapter", request_bytes("POST", ADAPTERS, body(ADAPTERS), without))
-    yield Case("key", "no adapter", request_bytes("DELETE", f"{ADAPTERS}/task0", b"", without))
-
-
 KEYED = (
     wrong_types,
     broken_json,
@@ -343,7 +290,5 @@ KEYED = (
     methods_and_paths,
     bad_headers,
     adapter_paths,
-    wrong_keys,
     half_requests,
 )
-KEYLESS = (of_others,)

@@ -9,6 +9,7 @@ import pty
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,12 @@ def test_on_a_terminal_c_stops_an_answer_and_twice_leaves() -> None:
             seen += os.read(ours, 4096)
         read = seen.index(words, read) + len(words)
 
+    def interrupt_prompt() -> None:
+        """^C at the prompt: Python looks for signals once it waits there, just after showing it."""
+        until(b"base> ")
+        time.sleep(0.5)
+        os.write(ours, b"\x03")
+
     try:
         until(b"base> ")
         os.write(ours, b"Tell me all.\r")
@@ -116,11 +123,9 @@ def test_on_a_terminal_c_stops_an_answer_and_twice_leaves() -> None:
         until(b"base> ")
         os.write(ours, b"/usee\r")
         until(b"did you mean /use?")
-        until(b"base> ")
-        os.write(ours, b"\x03")
+        interrupt_prompt()
         until(b"^C again leaves")
-        until(b"base> ")
-        os.write(ours, b"\x03")
+        interrupt_prompt()
         assert chat.wait(60) == 130
     finally:
         chat.kill()

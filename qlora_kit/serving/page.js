@@ -98,7 +98,11 @@ function request(side) {
   for (const name of ["temperature", "max_tokens"]) {
     if ($(name).value !== "") body[name] = Number($(name).value);
   }
-  if ($("form").value === "text") return ["v1/completions", { ...body, prompt: turn.prompt }];
+  if ($("form").value === "text") {
+    // As in rows of training: the line end comes before the answer.
+    const prompt = turn.prompt.endsWith("\n") ? turn.prompt : `${turn.prompt}\n`;
+    return ["v1/completions", { ...body, prompt }];
+  }
   const messages = $("system").value ? [{ role: "system", content: $("system").value }] : [];
   for (const before of turns.slice(0, -1)) {
     const answer = before.answers[side] ?? before.answers[0];

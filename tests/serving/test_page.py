@@ -90,6 +90,11 @@ def test_the_paths_that_the_script_asks_are_there(server: Served, script: str) -
             assert client.post(f"/{path}", json={}).status_code == 400
 
 
+def test_plain_text_is_sent_with_the_line_end_before_the_answer(script: str) -> None:
+    assert r'turn.prompt.endsWith("\n") ? turn.prompt : `${turn.prompt}\n`' in script
+    assert "prompt: turn.prompt }" not in script
+
+
 def test_fields_that_nobody_filled_are_left_to_the_server(page: Elements) -> None:
     """A number of the page's own may be more than a server's limit."""
     (tokens,) = (one for _, one in page.found if one.get("id") == "max_tokens")

@@ -218,6 +218,11 @@ function grow() {
   $("prompt").style.height = `${$("prompt").scrollHeight + 2}px`;
 }
 
+/** What the server takes where no number is given: of plain text the API's own 16 tokens. */
+function showUsual() {
+  $("max_tokens").placeholder = $("form").value === "text" ? "16" : "the server's";
+}
+
 for (const name of FIELDS) {
   $(name).value = sessionStorage.getItem(name) ?? $(name).value;
   $(name).addEventListener("input", () => sessionStorage.setItem(name, $(name).value));
@@ -245,5 +250,7 @@ $("settings").addEventListener("close", () => {
   listModels();
 });
 window.addEventListener("focus", () => listModels());
+$("form").addEventListener("change", showUsual);
+showUsual();
 $("against").hidden = !$("both").checked;
 listModels().then(askForKey);

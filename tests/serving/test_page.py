@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from served import Served
 
+from qlora_kit.serving.schemas import ChatRequest, CompletionRequest
+
 
 class Elements(HTMLParser):
     """Tags with their attributes, and the text within script and style."""
@@ -100,6 +102,12 @@ def test_fields_that_nobody_filled_are_left_to_the_server(page: Elements) -> Non
     (tokens,) = (one for _, one in page.found if one.get("id") == "max_tokens")
     assert "value" not in tokens
     assert tokens["placeholder"]
+
+
+def test_the_usual_tokens_that_the_page_names_are_those_of_the_form(script: str) -> None:
+    usual = f'"text" ? "{CompletionRequest.usual_tokens}" : "the server\'s"'
+    assert usual in script
+    assert ChatRequest.usual_tokens is None
 
 
 def test_settings_do_not_open_again_by_themselves(page: Elements, script: str) -> None:

@@ -80,7 +80,8 @@ def no_adapters() -> ApiError:
     """A server that anybody on the machine may ask lets nobody name a directory to read."""
     return ApiError(
         403,
-        "adapters are added and removed where the server was started with an API key",
+        "adapters are added and removed where the server was started with an API key: "
+        "QLORA_KIT_API_KEY, or --api_key",
         code="needs_api_key",
     )
 

@@ -249,5 +249,7 @@ def test_no_page_of_another_origin_drives_a_server_without_a_key(server: Served)
 def test_adapters_are_not_changed_without_a_key(server: Served) -> None:
     with server.client() as client:
         body = {"name": "more", "path": "/etc"}
-        assert refusal(client.post("/v1/adapters", json=body), 403)["code"] == "needs_api_key"
+        refused = refusal(client.post("/v1/adapters", json=body), 403)
+        assert refused["code"] == "needs_api_key"
+        assert "QLORA_KIT_API_KEY" in refused["message"]
         assert refusal(client.delete("/v1/adapters/sql"), 403)["code"] == "needs_api_key"

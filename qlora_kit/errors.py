@@ -93,6 +93,8 @@ class NumericError(QloraKitError):
 def error_line(error: QloraKitError | Stopped) -> str:
     """`error: problem; remedy` on one line of at most `ERROR_LINE_LIMIT` characters.
 
+    Of a problem that needs no remedy it is `error: problem`.
+
     Where it is longer, long values lose their middles first, so that the reason behind a path
     stays; then the problem loses its end, and the remedy does last.
     """
@@ -101,7 +103,8 @@ def error_line(error: QloraKitError | Stopped) -> str:
     problem = _shorter(problem, room - len(remedy))
     remedy = _shorter(remedy, room - len(problem))
     problem = _cut(problem, max(40, room - len(remedy)))
-    return f"error: {problem}; {remedy[: room - len(problem)]}"
+    left = remedy[: room - len(problem)]
+    return f"error: {problem}; {left}" if left else f"error: {problem}"
 
 
 def _shorter(text: str, limit: int) -> str:

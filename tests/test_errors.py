@@ -32,6 +32,7 @@ from qlora_kit.errors import (
     from_os_error,
     redacted,
 )
+from qlora_kit.process.signals import Stopped
 
 TOKEN = "hf_" + "AbCdEfGhIj" * 3 + "KLMN"
 
@@ -319,3 +320,9 @@ def test_a_login_that_is_no_file_is_not_waited_for(
     os.mkfifo(tmp_path / "token")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert redacted("as it is") == "as it is"
+
+
+def test_an_end_that_was_asked_for_needs_no_remedy() -> None:
+    ended = Stopped(signal.SIGTERM, "the server has ended", remedy="")
+    assert error_line(ended) == "error: stopped by SIGTERM: the server has ended"
+    assert str(ended) == "stopped by SIGTERM: the server has ended"

@@ -53,7 +53,7 @@ class Stopped(KeyboardInterrupt):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.problem}; {self.remedy}"
+        return f"{self.problem}; {self.remedy}" if self.remedy else self.problem
 
 
 class StopSignals:

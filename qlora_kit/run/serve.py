@@ -34,4 +34,4 @@ def serve(parsed: Parsed, say: Callable[[str], None]) -> None:
             with signals.between_steps("ending: running answers have a few seconds"):
                 service.run(listener, is_asked_to_end=lambda: signals.received is not None)
             if signals.received is not None:
-                raise Stopped(signals.received, "the server has ended")
+                raise Stopped(signals.received, "the server has ended", remedy="")

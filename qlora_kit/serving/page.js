@@ -208,8 +208,18 @@ function askForKey(error) {
   if (error?.status !== 401) return;
   if (!$("settings").open) $("settings").showModal();
   $("key_error").textContent = error.message;
+  $("key_error").className = "error";
   $("key_error").hidden = false;
   $("api_key").focus();
+}
+
+/** Ask for the key where the page opens without one: nothing is wrong yet. */
+function greet(error) {
+  askForKey(error);
+  if (error?.status !== 401 || $("api_key").value) return;
+  $("thread").querySelectorAll(":scope > .error").forEach((old) => old.remove());
+  $("key_error").textContent = "This server asks for a key.";
+  $("key_error").className = "";
 }
 
 /** The height of the text that is being written. */
@@ -253,4 +263,4 @@ window.addEventListener("focus", () => listModels());
 $("form").addEventListener("change", showUsual);
 showUsual();
 $("against").hidden = !$("both").checked;
-listModels().then(askForKey);
+listModels().then(greet);

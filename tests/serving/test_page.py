@@ -121,7 +121,9 @@ def test_settings_do_not_open_again_by_themselves(page: Elements, script: str) -
     assert not [one for one in asking if '"close"' in one or '"focus"' in one]
     (listing,) = (one for one in functions if "async function listModels(" in one)
     assert listing not in asking
-    assert script.rstrip().endswith("listModels().then(askForKey);")
+    assert script.rstrip().endswith("listModels().then(greet);")
+    (greeting,) = (one for one in functions if "function greet(" in one)
+    assert "This server asks for a key." in greeting
 
 
 def test_an_answer_that_ended_at_once_is_part_of_the_chat(server: Served, script: str) -> None:

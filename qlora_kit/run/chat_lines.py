@@ -16,6 +16,7 @@ from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.chat_events import Left, Note
 from qlora_kit.run.conversation import Answering, Conversation, Events, check_system
 from qlora_kit.run.named_base import Named
+from qlora_kit.run.trained_form import plain_note
 
 # A command that takes something names it.
 HELP = {
@@ -33,8 +34,10 @@ HELP = {
 class Lines:
     """What the lines of a chat do to its conversation."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, note: str | None = None) -> None:
         self.conversation = conversation
+        self.note = note
+        """What a user should know before the first line."""
         self._compared = conversation.adapter
         self._commands: dict[str, Callable[[str], Events]] = {
             "use": self._use,
@@ -194,4 +197,5 @@ def begin(named: Named, adapter: str | None) -> Lines:
         stops=drawn.stops,
         plain=options.plain,
     )
-    return Lines(Conversation(answering, adapter, options.system))
+    note = None if options.plain else plain_note(opened.adapters, "--plain answers")
+    return Lines(Conversation(answering, adapter, options.system), note)

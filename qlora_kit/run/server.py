@@ -11,7 +11,7 @@ from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.prompt_format import format_beside
 from qlora_kit.run.saved_adapter import SavedAdapter
-from qlora_kit.run.trained_form import plain_note
+from qlora_kit.run.trained_form import is_plain, plain_note
 from qlora_kit.serving.api import Limits
 from qlora_kit.serving.models import Model
 from qlora_kit.serving.service import Service
@@ -42,7 +42,7 @@ def loaded_service(
         format = format_beside(formats[None], adapter)
         service.check_room(adapter.files)
         bank.add(name, adapter.files, allow_other_base=allow_other_base)
-        return Model(name, name, format)
+        return Model(name, name, format, is_plain(adapter))
 
     service = Service(
         bank,
@@ -55,6 +55,6 @@ def loaded_service(
         open_adapter=open_adapter,
         debug=named.parsed.debug,
     )
-    for name in named.adapters:
-        service.models.put(Model(name, name, formats[name]))
+    for name, adapter in opened.adapters.items():
+        service.models.put(Model(name, name, formats[name], is_plain(adapter)))
     return service

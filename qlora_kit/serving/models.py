@@ -54,12 +54,16 @@ class Model:
     adapter: str | None
     """the bank's name of the adapter; None: the base alone"""
     format: Format
+    is_plain: bool = False
+    """whether it was trained on prompts and completions"""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def described(self) -> dict[str, Any]:
-        """The API's object."""
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "local"}
+        """The API's object; `form` says how an adapter is known to be asked best."""
+        form = {"form": "text"} if self.is_plain else {}
+        about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "local"}
+        return {**about, **form}
 
     def read(self, prompt: Prompt, limit: int) -> tuple[list[int], frozenset[int]]:
         """The tokens of a prompt, and those that end its answer.

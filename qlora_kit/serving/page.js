@@ -73,6 +73,12 @@ async function listModels() {
       list.replaceChildren(...names.map((name) => new Option(name, name)));
       list.value = chosen;
     });
+    const adapters = data.slice(1); // the base is first
+    const areText = adapters.length > 0 && adapters.every((model) => model.form === "text");
+    if (areText && sessionStorage.getItem("form") === null) {
+      $("form").value = "text";
+      showUsual();
+    }
     $("thread").querySelectorAll(":scope > .error").forEach((old) => old.remove());
   } catch (error) {
     if (!$("thread").querySelector(":scope > .error")) $("thread").append(failure(error));

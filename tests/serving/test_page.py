@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from served import Served
 
+from qlora_kit.serving.models import Model
 from qlora_kit.serving.schemas import ChatRequest, CompletionRequest
 
 
@@ -95,6 +96,12 @@ def test_the_paths_that_the_script_asks_are_there(server: Served, script: str) -
 def test_plain_text_is_sent_with_the_line_end_before_the_answer(script: str) -> None:
     assert r'turn.prompt.endsWith("\n") ? turn.prompt : `${turn.prompt}\n`' in script
     assert "prompt: turn.prompt }" not in script
+
+
+def test_the_page_begins_in_plain_text_where_all_adapters_were_trained_in_it(script: str) -> None:
+    described = [Model("sql", "sql", None, is_plain).described for is_plain in (True, False)]
+    assert [one.get("form") for one in described] == ["text", None]
+    assert 'every((model) => model.form === "text")' in script
 
 
 def test_fields_that_nobody_filled_are_left_to_the_server(page: Elements) -> None:

@@ -167,6 +167,23 @@ def test_the_table_of_tasks_is_what_was_measured():
     assert cells.keys() == {"base", *result["trained"]}
 
 
+def test_the_tables_of_switches_and_mixed_batches_are_what_was_measured():
+    result = measured("switching")
+    assert marked_rows("switches") == [
+        [
+            f"{row['linears']}, {row['modules']}",
+            str(row["adapters"]),
+            f"{row['ours_us']['1000']:.2f} us",
+            f"{row['peft_us']['10']:,.0f} us",
+        ]
+        for row in result["switches"]
+    ]
+    assert marked_rows("mixed") == [
+        [name, f"{side['step_ms']:.1f} ms", f"{side['prompt_ms']:,.0f} ms"]
+        for name, side in result["tokens"]["sides"].items()
+    ]
+
+
 def marked_rows(mark, page=PAGE):
     marked = page.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
     return [line.strip("| ").split(" | ") for line in marked.strip().splitlines()[2:]]

@@ -22,8 +22,10 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         ):
             height = row[key][max(row[key])]
             switches.bar(place + shift, height, 0.4, color=colour, label=label if not place else "")
-            switches.text(place + shift, height, f"{height:.2g}", ha="center", va="bottom")
+            shown = f"{height:,.2f}" if height < 10 else f"{height:,.0f}"
+            switches.text(place + shift, height, shown, ha="center", va="bottom", fontsize=9)
     switches.set_yscale("log")
+    switches.set_ylim(top=2e7)  # room for the legend
     switches.set_ylabel("microseconds a switch")
     switches.set_xticks(range(len(rows)), [f"{r['modules']} linears" for r in rows])
     switches.set_title(f"a switch among {result['most_adapters']} adapters", fontsize=11)
@@ -38,7 +40,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         colours = [PEFT if "PEFT" in name else OURS if name == "mixed" else OTHER for name in names]
         axes.barh(range(len(names)), heights, color=colours)
         for place, height in enumerate(heights):
-            axes.text(height, place, f" {height:.3g}", va="center", fontsize=8)
+            axes.text(height, place, f" {height:,.0f}", va="center", fontsize=8)
         labels = [name.replace(": ", ":\n") for name in names] if axes is step else []
         axes.set_yticks(range(len(names)), labels or [""] * len(names), fontsize=8)
         axes.set_xlabel("milliseconds")

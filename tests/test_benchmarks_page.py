@@ -184,6 +184,17 @@ def test_the_tables_of_switches_and_mixed_batches_are_what_was_measured():
     ]
 
 
+def test_the_server_held_what_it_was_tried_for():
+    result = measured("serving")
+    together, hostile = result["together"], result["hostile"]
+    assert result["client"]["failed"] == []
+    assert together["other_than_generate"] == 0
+    assert together["times_as_fast"] >= together["asked_times_as_fast"]
+    assert all(part["faults"] == [] and part["exit_code"] == 143 for part in hostile.values())
+    assert result["leaving"]["not_freed"] == 0
+    assert abs(result["leak"]["resident_grown"]) < 0.02
+
+
 def marked_rows(mark, page=PAGE):
     marked = page.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
     return [line.strip("| ").split(" | ") for line in marked.strip().splitlines()[2:]]

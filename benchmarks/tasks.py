@@ -13,37 +13,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from exact_match import SETTINGS, run
 from record import make_parser, write_result
 
-ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = (
-    "--bits 4 --target_modules all-linear --batch_size 16 --gradient_accumulation_steps 1 "
-    "--learning_rate 5e-3 --warmup_steps 5 --gradient_checkpointing none"
-)
 ASKED = "--batch_size 50 --max_new_tokens 128"
 TASKS = ("extract", "query", "wikisql")
 FIGURES = ("loss", "tokens", "right", "asked", "exact_match")
-
-
-def run(command: str, *arguments: str) -> str:
-    """What a command of the package prints."""
-    done = subprocess.run(
-        [sys.executable, f"scripts/{command}.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return done.stdout
 
 
 def data_of(task: str) -> tuple[str, str]:

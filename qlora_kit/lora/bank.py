@@ -17,7 +17,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -30,22 +29,17 @@ from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.merged import Merged, merge
 from qlora_kit.lora.mixed import Mixed
 from qlora_kit.lora.opening import open_adapter
-from qlora_kit.lora.switch import Active, Switch
+from qlora_kit.lora.switch import Active, Adapted, Switch
 from qlora_kit.lora.weighted_sum import check_weights, weighted_sum
 from qlora_kit.process.pace import Pace
 
 
-@dataclass(frozen=True, eq=False)
-class Frozen:
-    """An adapter that does not train: an `Active` of tensors that nothing writes to."""
+class Frozen(Adapted):
+    """An adapter that does not train: tensors that nothing writes to.
 
-    name: str
-    parts: Mapping[nn.Module, Part]
-    """Of each adapted linear: A (r, in_features), B (out_features, r), the scaling, their dtype."""
-
-    def part(self, layer: nn.Module) -> Part | None:
-        """What an adapted linear computes with; None where the base alone does."""
-        return self.parts.get(layer)
+    `parts` hold of each adapted linear A (r, in_features), B (out_features, r), the scaling and
+    their dtype.
+    """
 
     @property
     def nbytes(self) -> int:

@@ -17,7 +17,6 @@ Left out: several adapters in one copy (a weighted sum is an adapter of its own,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import ConfigError, ResourceError
 from qlora_kit.lora.inject import lora_layers
 from qlora_kit.lora.low_rank import Part, delta_weight
-from qlora_kit.lora.switch import Active
+from qlora_kit.lora.switch import Active, Adapted
 from qlora_kit.options.checks import size_text
 
 TRANSIENT = 12
@@ -40,16 +39,8 @@ TRANSIENT = 12
 the update in fp32, and the rounded sum."""
 
 
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """A merged copy of each adapted linear; what the adapter leaves alone is the base."""
-
-    name: str
-    parts: Mapping[nn.Module, Part]
-
-    def part(self, layer: nn.Module) -> Part | None:
-        """The copy of an adapted linear, with nothing beside it."""
-        return self.parts.get(layer)
+class Merged(Adapted):
+    """A merged copy of each adapted linear, with nothing beside it; the rest is the base."""
 
     @property
     def nbytes(self) -> int:

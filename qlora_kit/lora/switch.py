@@ -7,6 +7,7 @@ have one adapter and some another.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,18 @@ class Active(Protocol):
 
     def part(self, layer: nn.Module) -> Part | None:
         """What an adapted linear computes with; None where the base alone does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """An `Active` that has what each adapted linear computes with at hand."""
+
+    name: str
+    parts: Mapping[nn.Module, Part]
+
+    def part(self, layer: nn.Module) -> Part | None:
+        """What an adapted linear computes with; None where the base alone does."""
+        return self.parts.get(layer)
 
 
 @dataclass

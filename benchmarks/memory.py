@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.config_only import open_shape
-from qlora_kit.base.load import tag_weights
+from qlora_kit.base.tagged import tag_weights
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig

@@ -22,7 +22,7 @@ _HOMES = {
     "AdapterBank": "lora.bank",
     "export_model": "export.export",
     "make_optimizer": "training.optimizer",
-    "plan_memory": "plan.plan",
+    "plan_memory": "plan.plan_memory",
     "train": "training.loop",
 }
 __all__ = list(_HOMES)

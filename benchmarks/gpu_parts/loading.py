@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gpu_parts.setting import Setting
 from gpu_parts.shapes import BIG
+from qlora_kit.base.fill import fill
 from qlora_kit.base.linear import QuantizedLinear, quantize_linear
-from qlora_kit.base.load import fill
 from qlora_kit.base.safetensors_file import TensorEntry
 
 

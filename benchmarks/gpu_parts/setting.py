@@ -16,8 +16,8 @@ from random_checkpoint import Noise
 
 from gpu_parts.shapes import Point, shape_of, short, write_shape
 from qlora_kit.base.config_only import open_shape
+from qlora_kit.base.fill import fill
 from qlora_kit.base.linear import quantize_linear
-from qlora_kit.base.load import fill
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig

@@ -22,6 +22,25 @@ RECOMPUTE_LEVELS = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
+class Placement:
+    """What lies in the host's memory, or is done in pieces, so that the device of a run holds less.
+
+    It changes no number of a run. The embedding on the host has its rows fetched for each batch. Of
+    activations it is the inputs of layers that recompute. A base on the host is streamed, layer by
+    layer. A tiled MLP goes over its tokens piece by piece, forward and backward.
+    """
+
+    embedding_on_host: bool = False
+    activations_on_host: bool = False
+    base_on_host: bool = False
+    mlp_tiled: bool = False
+
+
+ON_DEVICE = Placement()
+"""Everything on the device, and at once."""
+
+
+@dataclass(frozen=True)
 class TrainingConfig(Options):
     """The optimization."""
 
@@ -100,6 +119,11 @@ class TrainingConfig(Options):
     def step_rows(self) -> int:
         """Rows of a step, in however many micro-batches."""
         return self.rows * self.gradient_accumulation_steps
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """What these options let lie on the host or be done in pieces, what costs least first."""
+        return (ON_DEVICE,)
 
     def in_micro_batches_of(self, rows: int) -> TrainingConfig:
         """The same steps, in micro-batches of so many rows, a divisor of `step_rows`."""

@@ -25,7 +25,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.base.form import in_bits
 from qlora_kit.base.linear import QuantizedLinear, dequantize, quantize_linear
-from qlora_kit.base.load import quantized_tensors
+from qlora_kit.base.tagged import quantized_tensors
 from qlora_kit.base.tensors import check_finite
 from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import ConfigError, ResourceError

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.base.load import tag_weights
+from qlora_kit.base.tagged import tag_weights
 from qlora_kit.base.tensors import Tag
 from qlora_kit.memory.counter import Sizes
 from qlora_kit.training.optimizer import tag_states

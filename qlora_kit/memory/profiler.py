@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.base.load import tag_weights
+from qlora_kit.base.tagged import tag_weights
 from qlora_kit.data.batch import Batch
 from qlora_kit.device.found import allocator_peaks, peak_bytes
 from qlora_kit.device.target import has_own_memory, has_values

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.decoder import decoder_layers, layer_kind, only_layers
-from qlora_kit.base.load import fill
+from qlora_kit.base.fill import fill
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.device.target import Capability, has_own_memory, planned_device
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
@@ -53,6 +53,7 @@ class FakeModel:
         training: TrainingConfig,
         device: torch.device,
         capability: Capability | None = None,
+        placement: Placement = ON_DEVICE,
     ) -> None:
         self.device, self.context, self._capability = device, base.context, capability
         self.apart = ("paged", IDLE, HOST) if has_own_memory(device) else ("paged", IDLE)
@@ -64,7 +65,7 @@ class FakeModel:
             self.counter.filling = "loading"
             self._on_fakes(base.model)
             quantize = RepeatedQuantize(self.counter, self.apart)
-            self.model: Any = fill(base, self._read, self.counter.tag, quantize)
+            self.model: Any = fill(base, self._read, self.counter.tag, quantize, placement)
             self.counter.at("inject")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a rank, which the run says itself
@@ -73,7 +74,7 @@ class FakeModel:
             # A run, too, counts no further: its layers are then tried on a few tokens, of which no
             # step has fewer.
             self.loading = self.taken(0)
-            note = prepare_model(self.model, training, "none")
+            note = prepare_model(self.model, training, "none", placement=placement)
         self.fused = training.fused_blocks and note is None
         self.model.train()
         self.layers = list(decoder_layers(self.model))

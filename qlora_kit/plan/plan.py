@@ -1,6 +1,7 @@
 """What a run will take: its own loading and its own step, on fake tensors, before a byte is read.
 
-    plan = plan_memory(BaseConfig("llama-7b"), LoRAConfig(), TrainingConfig(), length=1024)
+    planner = Planner(BaseConfig("llama-7b"), LoRAConfig(), TrainingConfig())
+    plan = planner.plan(BatchShape(rows=1, length=1024, supervised=1024))
 
 There is no formula beside the code that trains: `plan/fake_model.py` loads the model and
 `plan/fake_run.py` steps it, with the run's own code on fake tensors, while a counter adds up what
@@ -10,8 +11,9 @@ levels of recompute from `plan/levels.py`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +21,8 @@ import torch
 from qlora_kit.base.base import Base
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.data import DEFAULT_LENGTH
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.device.found import OVERHEADS, Overhead, find_device
 from qlora_kit.memory.counter import COMPONENTS, Interval, Sizes, most_of_each
 from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
@@ -59,7 +60,7 @@ class MemoryPlan:
     backward does again. A run fits where `margin_bytes` stay free beside its peak. The micro-batch
     that is planned has `tokens` tokens, padding included. `optim` names the optimizer; `why_optim`
     says why that one, where `auto` left more than one to choose from. `time` is estimated for a
-    known card.
+    known card. `placement` is what lies on the host or is done in pieces.
     """
 
     bytes: Sizes
@@ -78,6 +79,7 @@ class MemoryPlan:
     optim: str = ""
     why_optim: str = ""
     time: StepTime | None = None
+    placement: Placement = ON_DEVICE
 
     @property
     def missing_bytes(self) -> int:
@@ -132,33 +134,11 @@ class MemoryPlan:
             "recomputed": self.recomputed,
             "optim": self.optim,
             "why_optim": self.why_optim,
+            "placement": asdict(self.placement),
         }
         if self.time is not None:
             result["time"] = self.time.as_json()
         return result
-
-
-def plan_memory(
-    base: BaseConfig | None = None,
-    lora: LoRAConfig | None = None,
-    training: TrainingConfig | None = None,
-    *,
-    length: int = DEFAULT_LENGTH,
-    packing: bool = False,
-    device: str | None = None,
-    budget_bytes: int | None = None,
-) -> MemoryPlan:
-    """What a run of these options takes, with rows of `length` tokens that are all trained on.
-
-    `base.model` may be a config.json alone; no weight is read. `device` (`cpu` or `cuda`) is that
-    of `base` unless given, and need not be here. Without a budget `auto` keeps everything.
-    Errors: `ConfigError`, `ModelError`, `UnsafeInputError`, `ResourceError`.
-    """
-    lora, training = lora or LoRAConfig(), training or TrainingConfig()
-    planner = Planner(base or BaseConfig(), lora, training, device)
-    shape = BatchShape(training.rows, length, length, packing)
-    budget = training.budget_bytes if budget_bytes is None else budget_bytes
-    return planner.plan(shape, budget_bytes=budget)
 
 
 class Planner:
@@ -167,7 +147,7 @@ class Planner:
     Of a base that a run has `opened` no file is opened again. With a `clock` plans say the time of
     a step, and `auto` goes by it.
 
-    Errors of the constructor are those of `plan_memory`.
+    Errors of the constructor: `ConfigError`, `ModelError`, `UnsafeInputError`, `ResourceError`.
     """
 
     def __init__(
@@ -182,17 +162,25 @@ class Planner:
     ) -> None:
         target = torch.device(device) if device else find_device(base.device)
         self.device, self.clock, self.training = target.type, clock, training
+        self.placements = training.placements
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._made: dict[Any, MemoryPlan] = {}
         self._traced: dict[Any, dict[tuple[str, ...], Chosen]] = {}
-        rows, files = (opened.embedding_rows, opened.files) if opened else (None, None)
-        shape = open_shape(base, target, rows, files)
+        given = (opened.embedding_rows, opened.files) if opened else (None, None)
+        shape = open_shape(base, target, *given)
         self.notes = shape.notes if shape.warning is None else (*shape.notes, shape.warning)
         self.model = shape.model
         self.left, self.in_16_bits = shape.left, shape.in_16_bits
         capability = clock.capability if clock else None
-        self.run = FakeRun(FakeModel(shape, fresh, training, target, capability))
+
+        def run_with(placement: Placement) -> FakeRun:
+            # Each fills a model of its own: where tensors lie is decided when they are loaded.
+            opened = shape if placement == self.placements[0] else open_shape(base, target, *given)
+            return FakeRun(FakeModel(opened, fresh, training, target, capability, placement))
+
+        self._run_with, self._runs = run_with, dict[Placement, FakeRun]()
+        self.run = self._take(self.placements[0])
         self.optims = self.run.optims
 
     def plan(
@@ -202,24 +190,36 @@ class Planner:
         budget_bytes: int | None = None,
         micro_steps: int | None = None,
         optim: str | None = None,
+        placement: Placement | None = None,
     ) -> MemoryPlan:
         """The plan of a shape; `auto` takes the fastest levels that fit into the budget.
 
-        `level` and the `micro_steps` of a step are those of the options unless given; `optim` is
-        the first of `optims` with which the plan fits, or the last of them.
+        `level` and the `micro_steps` of a step are those of the options unless given; `optim` and
+        `placement` are the first of `optims` and `placements` with which the plan fits, or the
+        last of them.
         """
         level = level or self.training.gradient_checkpointing
         micro_steps = micro_steps or self.training.gradient_accumulation_steps
         asked = shape, level, budget_bytes, micro_steps
-        for name in self.optims if optim is None else (optim,):
-            if (name, *asked) not in self._made:
+        optims = self.optims if optim is None else (optim,)
+        placements = self.placements if placement is None else (placement,)
+        for where, name in itertools.product(placements, optims):
+            key = where, name, *asked
+            if key not in self._made:
+                self.run = self._take(where)
                 self.run.take_optimizer(name)
                 plan = self._plan(*asked)
-                plan = replace(plan, optim=name, why_optim=self._why(name, plan))
-                self._made[name, *asked] = plan
-            if self._made[name, *asked].fits:
+                why = self._why(name, plan)
+                self._made[key] = replace(plan, optim=name, why_optim=why, placement=where)
+            if self._made[key].fits:
                 break
-        return self._made[name, *asked]
+        return self._made[key]
+
+    def _take(self, placement: Placement) -> FakeRun:
+        """The fake run whose tensors lie where this says; made when it is first asked for."""
+        if placement not in self._runs:
+            self._runs[placement] = self._run_with(placement)
+        return self._runs[placement]
 
     def _why(self, optim: str, plan: MemoryPlan) -> str:
         """Why `auto` takes this optimizer, where it may take another."""
@@ -235,7 +235,7 @@ class Planner:
         batches = self._batches(shape, micro_steps)
         if level == "auto":
             budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
-            known = self._traced.setdefault((self.run.optim, shape, micro_steps), {})
+            known = self._traced.setdefault((id(self.run), self.run.optim, shape, micro_steps), {})
             chosen = choose_levels(self.run, batches, budget, self.clock, known)
         else:
             levels = (level,) * len(self.run.layers)

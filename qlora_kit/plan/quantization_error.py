@@ -20,9 +20,9 @@ from torch import Tensor
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.fp8_checkpoint import read_numbers
 from qlora_kit.base.linear import quantize_linear
-from qlora_kit.base.load import quantized_tensors
 from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.base.quantize import Quantization
+from qlora_kit.base.tagged import quantized_tensors
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device.found import compute_dtype, find_device, has_card
 from qlora_kit.device.target import dtype_name

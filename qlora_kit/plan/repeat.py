@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.linear import QuantizedLinear, quantize_linear
-from qlora_kit.base.load import shared_tables
 from qlora_kit.base.quantize import Quantization
+from qlora_kit.base.tagged import shared_tables
 from qlora_kit.memory.counter import Interval, StorageCounter
 from qlora_kit.plan.extrapolate import moved
 

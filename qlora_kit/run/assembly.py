@@ -29,7 +29,8 @@ class Assembled:
         profiler = MemoryProfiler(plan.base.device)
         self.model = _with_adapters(plan, profiler)
         levels, packing = plan.memory.levels, plan.config.data.packing
-        if left_alone := prepare_model(self.model, training, levels, packing):
+        placement = plan.memory.placement
+        if left_alone := prepare_model(self.model, training, levels, packing, placement):
             reporter.note(left_alone)
         self.optimizer = make_optimizer(
             training.optim, self.model.parameters(), training.learning_rate, training.weight_decay
@@ -60,7 +61,8 @@ def _with_adapters(plan: PreparedRun, profiler: MemoryProfiler) -> Any:
     """The base's model with new adapters, or with the one that the run goes on from."""
     with profiler.loading() as counter:
         counter.at("load")
-        model, seed = read_weights(plan.base, counter.tag), plan.config.training.seed
+        model = read_weights(plan.base, counter.tag, plan.memory.placement)
+        seed = plan.config.training.seed
         counter.at("inject")
         if plan.start.files is None:
             return inject_lora(model, plan.config.lora, seed=seed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from qlora_kit.base.probe import check_packs
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.device.found import prefer_flash
 from qlora_kit.kernels.triton_ops import allow_triton
 from qlora_kit.training.attention import set_packed_attention
@@ -19,6 +19,7 @@ def prepare_model(
     config: TrainingConfig,
     recompute: str | Sequence[str],
     packing: bool = False,
+    placement: Placement = ON_DEVICE,
 ) -> str | None:
     """Choose attention, code and recompute of the layers; None, or why no blocks are fused.
 

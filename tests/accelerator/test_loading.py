@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base import tensors
-from qlora_kit.base.load import fill
+from qlora_kit.base.fill import fill
 from qlora_kit.base.safetensors_file import TensorEntry, read_entries
 from qlora_kit.lora.bank import AdapterBank
 

@@ -21,7 +21,7 @@ from accelerator import (
 )
 from torch import Tensor
 
-from qlora_kit.base.load import fill
+from qlora_kit.base.fill import fill
 from qlora_kit.export.tensors import export_tensors
 from qlora_kit.lora.adapter import adapter_tensors
 from qlora_kit.lora.inject import inject_lora

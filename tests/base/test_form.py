@@ -36,7 +36,7 @@ from qlora_kit.lora.inject import lora_layers
 from qlora_kit.lora.layer import Masters
 from qlora_kit.lora.low_rank import delta_weight
 from qlora_kit.memory.counter import StorageCounter
-from qlora_kit.plan.plan import plan_memory
+from qlora_kit.plan.plan_memory import plan_memory
 
 DOWN = "model.layers.1.mlp.down_proj"
 SKIP = ["lm_head", "model.layers.1.mlp", "o_proj"]

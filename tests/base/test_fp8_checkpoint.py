@@ -20,7 +20,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ModelError, NumericError, error_line
-from qlora_kit.plan.plan import plan_memory
+from qlora_kit.plan.plan_memory import plan_memory
 
 UP = "model.layers.0.mlp.up_proj"
 

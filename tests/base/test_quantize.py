@@ -41,8 +41,8 @@ from qlora_kit.base.linear import (
     dequantize,
     quantize_linear,
 )
-from qlora_kit.base.load import quantized_tensors
 from qlora_kit.base.quantize import Quantization, check_library, decoding, fused_matmul
+from qlora_kit.base.tagged import quantized_tensors
 from qlora_kit.device.target import planned_device
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.kernels.workspace import own_workspace

@@ -39,7 +39,7 @@ def test_an_example_is_accepted_and_names_its_card(path):
 @pytest.mark.skipif(DATA is None, reason="QLORA_KIT_DATA is not set")
 def test_the_example_for_the_smallest_card_fits_it():
     (path,) = (path for path in EXAMPLES if path.stem.startswith("8gb"))
-    from qlora_kit.plan.plan import plan_memory
+    from qlora_kit.plan.plan_memory import plan_memory
 
     parsed = parse("qlora-kit finetune", "", RUN_GROUPS, ["--config", str(path)])
     shape = Path(DATA) / "configs" / f"{SHAPES[parsed[BaseConfig].model]}.json"

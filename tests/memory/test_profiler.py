@@ -7,13 +7,14 @@ import torch
 from families import save_checkpoint
 from micro_batches import micro_batches, trained
 
-from qlora_kit.base.load import load_base, tag_weights
+from qlora_kit.base.load import load_base
+from qlora_kit.base.tagged import tag_weights
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.memory.profiler import MemoryProfiler
-from qlora_kit.plan.plan import plan_memory
+from qlora_kit.plan.plan_memory import plan_memory
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer

@@ -11,8 +11,9 @@ from families import QUANTIZED, refused, save_checkpoint, save_quantized
 from fp8_files import save_fp8
 
 from qlora_kit.base.linear import dequantize
-from qlora_kit.base.load import load_base, quantized_tensors
+from qlora_kit.base.load import load_base
 from qlora_kit.base.meta_model import decoder_linears
+from qlora_kit.base.tagged import quantized_tensors
 from qlora_kit.commands.main import main
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.errors import ConfigError

@@ -48,7 +48,7 @@ from torch.utils.backend_registration import (
 from transformers.utils import import_utils
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.load import fill
+from qlora_kit.base.fill import fill
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig

@@ -42,7 +42,7 @@ from qlora_kit.device.found import free_bytes, with_room
 from qlora_kit.export.export import export_model
 from qlora_kit.export.readers import verify_export
 from qlora_kit.generation.decode import generate_ids
-from qlora_kit.plan.plan import plan_memory
+from qlora_kit.plan.plan_memory import plan_memory
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loss import supervised_loss, to_device
 from qlora_kit.training.prepare import prepare_model

@@ -39,7 +39,7 @@ from qlora_kit.memory.counter import COMPONENTS, most_of_each
 from qlora_kit.plan.extrapolate import cut, layers_of
 from qlora_kit.plan.fake_model import FakeModel
 from qlora_kit.plan.fake_run import FakeRun
-from qlora_kit.plan.plan import plan_memory
+from qlora_kit.plan.plan_memory import plan_memory
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train
 from qlora_kit.training.loss import supervised_loss

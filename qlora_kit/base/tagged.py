@@ -1,0 +1,40 @@
+"""Which tensors of a loaded base are its quantized linears, and which the rest."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import Tensor, nn
+
+from qlora_kit.base.linear import QuantizedLinear
+from qlora_kit.base.tensors import Tag
+
+
+def quantized_tensors(layer: nn.Module) -> list[Tensor]:
+    """A quantized layer's weight and scales; none for any other module."""
+    if not isinstance(layer, QuantizedLinear):
+        return []
+    return [layer.weight, *(b for n, b in layer.named_buffers() if n != "nested_map")]
+
+
+def shared_tables(layer: nn.Module) -> list[Tensor]:
+    """The table of double quant, which layers may share."""
+    table = getattr(layer, "nested_map", None)
+    return [] if table is None else [table]
+
+
+def tag_linear(layer: nn.Module, tag: Tag) -> None:
+    """Hand over the tensors of a quantized linear, its bias left out."""
+    tag("weights_quantized", quantized_tensors(layer))
+    tag("weights_other", shared_tables(layer))
+
+
+def tag_weights(model: nn.Module, tag: Tag) -> None:
+    """Hand over the tensors of a loaded base as `read_weights` does; adapters are left out."""
+    quantized = set()
+    for module in model.modules():
+        tag_linear(module, tag)
+        quantized |= {id(tensor) for tensor in quantized_tensors(module)}
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    others = [one for name, one in named if ".lora_" not in name and id(one) not in quantized]
+    tag("weights_other", others)

@@ -43,7 +43,7 @@ from qlora_kit.base.linear import (
 )
 from qlora_kit.base.quantize import Quantization, check_library, decoding, fused_matmul
 from qlora_kit.base.tagged import quantized_tensors
-from qlora_kit.device.target import planned_device
+from qlora_kit.device.target import planned_device, processor_with
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.kernels.workspace import own_workspace
 
@@ -178,8 +178,10 @@ def test_what_counts_is_the_numbers_that_were_quantized_not_their_dtype(form):
             assert torch.equal(base_grad_input(layer, grad), base_grad_input(first, grad))
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_matmuls_share_one_workspace_that_grows_once(dtype):
+def test_matmuls_share_one_workspace_that_grows_once(dtype, native):
+    """One of the dtype; where the processor has no instructions for it, one more that is fp32."""
     # From the smallest to the largest; each is larger than all that comes out of a matmul.
     layers = [
         quantize_linear(random_weight(shape), None, form)
@@ -199,17 +201,18 @@ def test_matmuls_share_one_workspace_that_grows_once(dtype):
         x, grad = inputs[index]
         return base_matmul(layers[index], x), base_grad_input(layers[index], grad)
 
-    with own_workspace(held):
+    with own_workspace(held), processor_with(*[dtype] * native):
         expected = [multiply(index) for index in range(3)]
-        space = held[dtype]
-        assert held.keys() == {dtype}
-        assert space.numel() == 96 * 130
+        spaces = dict(held)
+        assert held.keys() == ({dtype} if native else {dtype, torch.float32})
+        assert {space.numel() for space in spaces.values()} == {96 * 130}
         with Made() as made:
             again = [multiply(index) for index in (0, 2, 1, 0)]
-        assert held[dtype] is space
+        assert all(held[kind] is space for kind, space in spaces.items())
     dense = made.of_size(layers[0].weight.numel())
     assert dense
-    assert {one.untyped_storage().data_ptr() for one in dense} == {space.data_ptr()}
+    places = {space.data_ptr() for space in spaces.values()}
+    assert {one.untyped_storage().data_ptr() for one in dense} == places
     for index, found in zip((0, 2, 1, 0), again, strict=True):
         assert all(
             torch.equal(one, other) for one, other in zip(found, expected[index], strict=True)
@@ -394,8 +397,11 @@ def test_8bit_scales_fold_out_of_both_matmuls(dtype):
         assert (one.double() - exact).norm() <= PRODUCT_TOLERANCE[dtype] * exact.norm()
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 1), (torch.float16, 128)])
-def test_8bit_matmuls_make_no_weight_but_the_whole_numbers(dtype, unit):
+def test_8bit_matmuls_make_no_weight_but_the_whole_numbers(dtype, unit, native):
+    """In the dtype, in its unit; in fp32, where no sum ends its range, as they are."""
+    made_in, unit = (dtype, unit) if native else (torch.float32, 1)
     layer = quantize_linear(random_weight((96, 80)), random_weight((96,), dtype), Quantization(8))
     inputs = (
         (base_matmul, random_weight((5, 80), dtype)),
@@ -403,12 +409,12 @@ def test_8bit_matmuls_make_no_weight_but_the_whole_numbers(dtype, unit):
     )
     for multiply, rows in inputs:
         held = {}
-        with own_workspace(held), Made() as made:
+        with own_workspace(held), processor_with(*[dtype] * native), Made() as made:
             multiply(layer, rows)
-        assert held.keys() == {dtype}
-        assert torch.equal(held[dtype].view(96, 80) * unit, layer.weight.to(dtype))
+        assert held.keys() == {made_in}
+        assert torch.equal(held[made_in].view(96, 80) * unit, layer.weight.to(made_in))
         places = {one.untyped_storage().data_ptr() for one in made.of_size(layer.weight.numel())}
-        assert places == {held[dtype].data_ptr()}
+        assert places == {held[made_in].data_ptr()}
 
 
 def test_8bit_matmuls_need_no_fp32_memory_of_the_size_of_the_weight():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from qlora_kit.config.generation import (
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.config.run import RunConfig
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import ON_DEVICE, PLACED, Placement, TrainingConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.option import Options, as_flat, flag_of
 from qlora_kit.options.yaml_file import dump
@@ -60,6 +61,7 @@ CHECKS: list[tuple[type[Options], str, list[Any], list[Any]]] = [
     (TrainingConfig, "num_train_epochs", [0.5, 3], [-1, "nan", "inf"]),
     (TrainingConfig, "max_steps", [1, -1], [-2, 1.5, 0, 10**10]),
     (TrainingConfig, "gradient_checkpointing", ["auto", "none", "selective", "full"], ["some"]),
+    *((TrainingConfig, name, ["auto", True, "off", None], ["some", 2, 0.5]) for name in PLACED),
     (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63, "x"]),
     (OutputConfig, "output_dir", ["out"], [""]),
     (OutputConfig, "logging_steps", [1], [0]),
@@ -158,6 +160,30 @@ def test_an_option_is_frozen_and_has_a_help(group: type[Options]) -> None:
             setattr(made, field.name, None)
 
 
+def test_placements_are_a_chain_of_what_is_left_to_auto() -> None:
+    chain = TrainingConfig().placements_on(True)
+    assert chain[0] == ON_DEVICE
+    assert [one.flags.count("--") for one in chain] == [0, 1, 2, 3, 4]
+    for less, more in itertools.pairwise(chain):
+        assert more.flags.startswith(less.flags)
+    # The host's memory is the device's own on a CPU, where what is asked for is still done.
+    assert TrainingConfig().placements_on(False) == (ON_DEVICE, Placement(mlp_tiled=True))
+    asked = TrainingConfig(offload_base=True, offload_embedding=False, tiled_mlp=False)
+    for own_memory in (False, True):
+        placements = asked.placements_on(own_memory)
+        assert placements[0] == Placement(base_on_host=True)
+        assert len(placements) == 1 + own_memory
+        assert not any(one.embedding_on_host or one.mlp_tiled for one in placements)
+    assert chain[-1].words == ("embedding, inputs of layers and base in host memory, MLPs in tiles")
+
+
+def test_a_placement_without_effect_is_refused() -> None:
+    with pytest.raises(ConfigError, match="offload_activations true with gradient_checkpointing"):
+        TrainingConfig(offload_activations=True, gradient_checkpointing="none")
+    with pytest.raises(ConfigError, match="tiled_mlp true with fused_blocks false"):
+        TrainingConfig(tiled_mlp=True, fused_blocks=False)
+
+
 def test_scaling() -> None:
     assert LoRAConfig(r=16, alpha=32).scaling == 2
     assert LoRAConfig(r=16, alpha=32, use_rslora=True).scaling == 8
@@ -194,7 +220,10 @@ OTHER: dict[str, Any] = {
     "gradient_accumulation_steps": 5,
     "num_train_epochs": 1.5,
     "max_steps": 9,
-    "gradient_checkpointing": "none",
+    "gradient_checkpointing": "full",
+    **dict.fromkeys(PLACED, True),
+    "offload_base": False,
+    "fused_blocks": True,
     "seed": 2**63 - 1,
     "output_dir": "out: put #1",
     "overwrite": True,

@@ -19,6 +19,7 @@ OPTIMIZERS = (
 )
 SCHEDULES = ("cosine", "linear", "constant")
 RECOMPUTE_LEVELS = ("none", "selective", "full")
+AUTO = {"auto": None}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,35 @@ class Placement:
     base_on_host: bool = False
     mlp_tiled: bool = False
 
+    @property
+    def words(self) -> str:
+        """What is where, as a sentence has it: `embedding in host memory, MLPs in tiles`."""
+        parts = (
+            (self.embedding_on_host, "embedding"),
+            (self.activations_on_host, "inputs of layers"),
+            (self.base_on_host, "base"),
+        )
+        there = [part for is_there, part in parts if is_there]
+        first = ", ".join(there[:-1])
+        said = [f"{first}{' and ' if first else ''}{there[-1]} in host memory"] if there else []
+        return ", ".join([*said, *(["MLPs in tiles"] if self.mlp_tiled else [])])
+
+    @property
+    def flags(self) -> str:
+        """The options that ask for it."""
+        asked = (name for name, field in PLACED.items() if getattr(self, field))
+        return " ".join(f"--{name}" for name in asked)
+
 
 ON_DEVICE = Placement()
 """Everything on the device, and at once."""
+PLACED = {
+    "tiled_mlp": "mlp_tiled",
+    "offload_embedding": "embedding_on_host",
+    "offload_activations": "activations_on_host",
+    "offload_base": "base_on_host",
+}
+"""The options of a placement and its fields, what costs least first; the first offloads nothing."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +99,7 @@ class TrainingConfig(Options):
         flag="per_device_train_batch_size",
         aliases=("batch_size",),
         check=between(1, MOST_ROWS),
-        reads=also({"auto": None}),
+        reads=also(AUTO),
         shown_default="auto",
     )
     gradient_accumulation_steps: int = option(
@@ -108,6 +135,33 @@ class TrainingConfig(Options):
     triton_kernels: bool = option(
         True, "on CUDA norms, rotary embeddings, MLPs and 4-bit weights by Triton, same numbers"
     )
+    tiled_mlp: bool | None = option(
+        None,
+        "MLPs go over their tokens in tiles, same numbers; auto: where the run does not fit else",
+        reads=also(AUTO),
+        shown_default="auto",
+    )
+    offload_embedding: bool | None = option(
+        None,
+        "the embedding stays in the host's memory, and rows are fetched for each batch, same "
+        "numbers; auto: on a card where the run does not fit else",
+        reads=also(AUTO),
+        shown_default="auto",
+    )
+    offload_activations: bool | None = option(
+        None,
+        "inputs of layers that recompute wait in the host's memory, same numbers; auto: on a card "
+        "where the run does not fit else, or recomputes less with it",
+        reads=also(AUTO),
+        shown_default="auto",
+    )
+    offload_base: bool | None = option(
+        None,
+        "the base stays in the host's memory, and a layer is on the card while it runs, same "
+        "numbers; auto: on a card where nothing else fits",
+        reads=also(AUTO),
+        shown_default="auto",
+    )
     seed: int = option(42, "of adapters, data order, dropout and sampling", check=SEEDS)
 
     @property
@@ -120,10 +174,28 @@ class TrainingConfig(Options):
         """Rows of a step, in however many micro-batches."""
         return self.rows * self.gradient_accumulation_steps
 
-    @property
-    def placements(self) -> tuple[Placement, ...]:
-        """What these options let lie on the host or be done in pieces, what costs least first."""
-        return (ON_DEVICE,)
+    def placements_on(self, own_memory: bool) -> tuple[Placement, ...]:
+        """What these options allow on a device, what costs least first, each with all before it.
+
+        What is asked for is in all of them. What is left to auto is off in the first; the host's
+        memory is no other one where the device has no `own_memory`.
+        """
+        left = [
+            name
+            for name in PLACED
+            if getattr(self, name) is None and self._may_place(name, own_memory)
+        ]
+        asked = {field: getattr(self, name) is True for name, field in PLACED.items()}
+        taken = (left[:count] for count in range(len(left) + 1))
+        return tuple(Placement(**asked | {PLACED[name]: True for name in some}) for some in taken)
+
+    def _may_place(self, name: str, own_memory: bool) -> bool:
+        """Whether auto may take it: tiles are those of our blocks."""
+        if name == "tiled_mlp":
+            return self.fused_blocks
+        if name == "offload_activations" and self.gradient_checkpointing == "none":
+            return False
+        return own_memory
 
     def in_micro_batches_of(self, rows: int) -> TrainingConfig:
         """The same steps, in micro-batches of so many rows, a divisor of `step_rows`."""
@@ -142,3 +214,10 @@ class TrainingConfig(Options):
             )
         elif self.max_steps == 0:
             yield "max_steps 0 leaves no step to train: leave it out, or give at least 1"
+        if self.offload_activations and self.gradient_checkpointing == "none":
+            yield (
+                "offload_activations true with gradient_checkpointing none moves nothing: what it "
+                "moves are inputs of layers that recompute"
+            )
+        if self.tiled_mlp and not self.fused_blocks:
+            yield "tiled_mlp true with fused_blocks false has no MLP of ours to go over in tiles"

@@ -73,6 +73,12 @@ FOREIGN = {
     "gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing "
     "checkpoint_activations recompute gradient_checkpointing_kwargs",
     "memory_budget": "max_memory max_memory_mb gpu_memory gpu_memory_utilization",
+    "tiled_mlp": "use_tiled_mlp tile_mlp tiled_mlp_num_shards",
+    "offload_embedding": "offload_embeddings offload_input_embeddings embed_offload",
+    "offload_activations": "activation_offloading enable_activation_offloading "
+    "activations_offloading offload_gradient_checkpointing",
+    "offload_base": "offload_param offload_params param_offload cpu_offload layer_offloading "
+    "offload_model cpu_offload_params",
     "device_memory": "gpu_memory vram max_memory",
     "seed": "random_state random_seed data_seed",
     "output_dir": "output out out_dir save_dir output_path save_path output_directory o "

@@ -24,6 +24,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.device.found import OVERHEADS, Overhead, find_device
+from qlora_kit.device.target import has_own_memory
 from qlora_kit.memory.counter import COMPONENTS, Interval, Sizes, most_of_each
 from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
 from qlora_kit.plan.fake_run import FakeRun
@@ -162,7 +163,7 @@ class Planner:
     ) -> None:
         target = torch.device(device) if device else find_device(base.device)
         self.device, self.clock, self.training = target.type, clock, training
-        self.placements = training.placements
+        self.placements = training.placements_on(has_own_memory(target))
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         fresh = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._made: dict[Any, MemoryPlan] = {}

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 FREE_ON_RESUME = {
     # The base and the data are compared by what they hold, the rest changes no number of a run.
     *("model", "revision", "data", "eval_data", "allow_longer_context", "gradient_checkpointing"),
-    "memory_budget",
+    *("memory_budget", "tiled_mlp"),
+    *("offload_embedding", "offload_activations", "offload_base"),
     *("output_dir", "overwrite", "logging_steps", "report_to", "sample_prompts", "compare_bits"),
     *("save_steps", "save_minutes", "save_total_limit", "eval_steps", "early_stopping"),
     *("token_cache", "adapter", "allow_other_base"),

@@ -175,7 +175,7 @@ def defined(name: str) -> frozenset[str]:
 
 
 LONGEST_MODULE, LONGEST_FUNCTION, MOST_IMPORTED = 300, 60, 12
-LATE = 19
+LATE = 20
 
 
 def functions(name: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -300,12 +300,12 @@ def test_help_needs_no_torch_and_under_a_second(
 def test_a_bad_flag_needs_no_torch_and_under_a_second(
     answer: Callable[..., Answer], command: str
 ) -> None:
-    found = answer(command, "--modle", "x")
+    found = answer(command, "--confgi", "x")
     assert found.code == 2
     assert found.out == ""
     *usage, line = found.err.splitlines()
     assert usage[0].startswith(f"usage: qlora-kit {command.replace('_', '-')} ")
-    assert line.startswith("error: unknown flag --modle, did you mean --model?; ")
+    assert line.startswith("error: unknown flag --confgi, did you mean --config?; ")
     assert found.seconds < 1
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "answer requests of the OpenAI API with a base and its adapters",
     "show_data": "show, in colour, which tokens are trained on",
     "chat": "talk to a base and its adapters in the terminal",
+    "runs": "list the runs of a directory, or compare two",
     "evaluate": "loss, perplexity and exact match of a base, its adapters or an export",
 }
 USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...] | --version"

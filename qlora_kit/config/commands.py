@@ -1,4 +1,4 @@
-"""The options that only one of the other commands has: show-data, plan."""
+"""The options that only one of the other commands has: show-data, plan, runs."""
 
 from __future__ import annotations
 
@@ -84,3 +84,32 @@ class PlanConfig(Options):
     def _conflicts(self) -> typing.Iterator[str]:
         if self.rows is not None and self.tokens is not None:
             yield f"rows {self.rows} is given beside tokens {self.tokens}: name one of them"
+
+
+def _two_runs(value: str | tuple[str, ...]) -> str | None:
+    two = isinstance(value, tuple) and len(value) == 2 and all(value)
+    return None if two else "two runs: --compare A --compare B"
+
+
+@dataclass(frozen=True)
+class RunsConfig(Options):
+    """Which runs are listed."""
+
+    title: typing.ClassVar[str] = "runs"
+
+    runs_dir: str = option(
+        "runs",
+        "the directory that holds the runs, or one run",
+        check=a_name(),
+        path=True,
+        metavar="DIR",
+    )
+    compare: tuple[str, ...] | None = option(
+        None,
+        "two runs, each by its name in --runs_dir or by its path (give it twice): the options that "
+        "differ, and what each gave",
+        check=_two_runs,
+        repeated=True,
+        metavar="RUN",
+    )
+    json: bool = option(False, "print JSON and nothing else")

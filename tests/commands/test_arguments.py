@@ -383,12 +383,13 @@ def test_a_path_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 def test_debug_prints_a_traceback_before_the_line(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for argv, traced in ((["--bits", "3"], False), (["--bits", "3", "--debug"], True)):
+    missing = ["--config", "missing.yaml"]
+    for argv, traced in ((missing, False), ([*missing, "--debug"], True)):
         assert main([command, *argv]) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
         assert ("Traceback" in printed.err) is traced
-        assert printed.err.splitlines()[-1].startswith("error: bits must be 4, 8 or 16, got 3; ")
+        assert printed.err.splitlines()[-1].startswith("error: --config missing.yaml: ")
 
 
 def test_help_lists_every_command_and_every_choice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,8 +198,11 @@ GOOD = {
     "show_data": "--data rows.jsonl --token_cache none",
     # An address for documentation (RFC 5737), which no machine has: it ends where it would listen.
     "serve": "--adapter adapter --host 192.0.2.1",
+    "runs": "--runs_dir .",
 }
 """Of each command what makes it short."""
+WITHOUT_BASE = frozenset({"runs"})
+"""Commands that take no base."""
 EDGES = r"(?:at least|above) (\S+) and (?:at most|below) (\S+)"
 
 
@@ -240,8 +243,9 @@ class Options:
         """As the protocol says."""
         command = draw.choice(sorted(COMMANDS.keys() & GOOD.keys()))
         flag = draw.choice(flags_of(command))
-        good = ["--model", "./base" if draw.random() < self.whole else "./door"]
-        good += GOOD[command].split()
+        good = GOOD[command].split()
+        if command not in WITHOUT_BASE:
+            good = ["--model", "./base" if draw.random() < self.whole else "./door", *good]
         if edges_of(flag) and draw.random() < 0.15:
             edge = draw.choice(edges_of(flag))
             good[1] = "./base"

@@ -1,0 +1,3 @@
+from qlora_kit.commands.runs import main
+
+raise SystemExit(main())

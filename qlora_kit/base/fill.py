@@ -9,7 +9,7 @@ dtype, never widened to fp32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from qlora_kit.base.bnb_checkpoint import stored_layer
 from qlora_kit.base.fp8_checkpoint import read_numbers
 from qlora_kit.base.linear import Quantize, QuantizedLinear, frozen_linear, quantize_linear
 from qlora_kit.base.meta_model import decoder_linears
+from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.probe import check_forward
 from qlora_kit.base.recurrence import recurrent_parameters
 from qlora_kit.base.tagged import tag_linear
@@ -41,14 +42,31 @@ def fill(
     `quantize` of its own; it tries the model too, which without values refuses what cannot run.
     """
     model = base.model
+    for name, buffer in list(model.named_buffers()):
+        place(model, name, moved := buffer.to(base.device))
+        tag("weights_other", (moved,))
+    checks = checks_later(torch.empty(0, dtype=base.dtype, device=base.device))
+    for name, made in tensors_of(base, read, quantize, checks):
+        put(model, name, made, tag)
+    return finished(model, checks)
+
+
+def tensors_of(
+    base: Base,
+    read: Read,
+    quantize: Quantize = quantize_linear,
+    checks: NumberChecks | None = None,
+) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
+    """What fills a base, as it is read: tensors, and quantized linears, by their names.
+
+    What is not finite is refused, at once or where `checks` are read. Nothing is kept here.
+    """
+    model = base.model
     linears = decoder_linears(model)
     by_token = {model.get_input_embeddings(), model.get_output_embeddings()}
     by_token.add(getattr(model.base_model, "embed_tokens_per_layer", None))
     form, dense = base.form, base.form.stored or base.quantization.bits == 16
     to_quantize = frozenset() if dense else linears.keys() - form.skipped
-    for name, buffer in list(model.named_buffers()):
-        place(model, name, moved := buffer.to(base.device))
-        tag("weights_other", (moved,))
     recurrent = recurrent_parameters(model)
     kept = {
         name: held_in(base, name, entry.torch_dtype, recurrent)
@@ -56,7 +74,6 @@ def fill(
         if name.removesuffix(".weight") not in to_quantize and name not in form.scaled
     }
     scratch = _Scratch(base.dtype, base.device)
-    checks = checks_later(scratch.held)
     numbers = read_numbers(base.plain, form.scaled, base.dtype, base.device, read, kept, checks)
     for name, tensor in numbers:
         owner = name.removesuffix(".weight")
@@ -67,15 +84,29 @@ def fill(
         elif (moved := scratch.cast(tensor)) is not tensor:
             check_finite(moved, f"{name} in {dtype_name(base.dtype)}", checks=checks)
         if owner in to_quantize:
-            layer = quantize(moved, None, base.quantization, name=name, checks=checks)
-            _replace(model, owner, layer)
-            tag_linear(layer, tag)
+            yield owner, quantize(moved, None, base.quantization, name=name, checks=checks)
         else:
             if base.embedding_rows and model.get_submodule(name.rpartition(".")[0]) in by_token:
                 moved = _with_rows(moved, base.embedding_rows)
-            place(model, name, moved)
-            tag("weights_other", (moved,))
-    _fill_stored(base, linears, read, tag)
+            yield name, moved
+    yield from _stored_linears(base, linears, read)
+
+
+def put(model: nn.Module, name: str, made: Tensor | QuantizedLinear, tag: Tag) -> None:
+    """Put a tensor, or a quantized linear, where the architecture has it."""
+    if isinstance(made, QuantizedLinear):
+        _replace(model, name, made)
+        tag_linear(made, tag)
+    else:
+        place(model, name, made)
+        tag("weights_other", (made,))
+
+
+def finished(model: Any, checks: NumberChecks | None = None) -> Any:
+    """A model whose tensors are all in their places: tied, frozen and in evaluation mode.
+
+    Errors: those of `checks`; `ModelError` of what cannot run.
+    """
     model.tie_weights()
     model.requires_grad_(False)
     multiply_in_fp32(model)
@@ -86,16 +117,16 @@ def fill(
     return model
 
 
-def _fill_stored(base: Base, linears: Mapping[str, nn.Linear], read: Read, tag: Tag) -> None:
+def _stored_linears(
+    base: Base, linears: Mapping[str, nn.Linear], read: Read
+) -> Iterator[tuple[str, QuantizedLinear]]:
     """The linears that the files hold quantized already, with their bytes as they are."""
     for name, stored in base.form.stored.items():
         by_name = {entry.name: suffix for suffix, entry in stored.entries.items()}
         own = {entry.name: entry for entry in stored.entries.values()}
         # The reader reuses one buffer, so what is kept is copied out of it.
         parts = {by_name[key]: tensor.clone() for key, tensor in read_tensors(own, read)}
-        layer = stored_layer(linears[name], stored, base.quantization, parts, base.device)
-        _replace(base.model, name, layer)
-        tag_linear(layer, tag)
+        yield name, stored_layer(linears[name], stored, base.quantization, parts, base.device)
 
 
 def held_in(base: Base, name: str, stored: torch.dtype, recurrent: frozenset[str]) -> torch.dtype:

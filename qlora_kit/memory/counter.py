@@ -15,12 +15,15 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_kit.device.transfer import tagged_host
 
 Sizes = dict[str, int]
 """Bytes by component."""
@@ -36,6 +39,8 @@ COMPONENTS = (
     "workspace",
 )
 """Of a step, in the order in which they are shown."""
+HOST = "host"
+"""Memory of the host that tensors of the device are sent to: on CUDA it lies apart."""
 
 ASKS_DEVICE = torch.ops.prim.device.default
 """Every look at the device of a fake tensor, more often than all else; nothing is made."""
@@ -82,6 +87,7 @@ class StorageCounter(TorchDispatchMode):
         self._apart = frozenset(apart)
         self._live: dict[int, tuple[int, str]] = {}
         self._model = model
+        self._told: list[AbstractContextManager[None]] = []
         self.filling = filling
         self.observer: Observer | None = None
         self.sizes: Sizes = dict.fromkeys(COMPONENTS, 0)
@@ -97,12 +103,15 @@ class StorageCounter(TorchDispatchMode):
         if self._model is not None:
             self.tag("model", (*self._model.parameters(), *self._model.buffers()))
         self.before = self.current
+        self._told.append(tagged_host(lambda pieces: self.tag(HOST, pieces)))
+        self._told[-1].__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.intervals[-1].end = dict(self.sizes)
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._told.pop().__exit__(None, None, None)
 
     def at(self, phase: str, module: str = "") -> None:
         """A new interval begins."""

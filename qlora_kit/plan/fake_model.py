@@ -25,13 +25,13 @@ from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.device.target import Capability, has_own_memory, planned_device
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
-from qlora_kit.memory.counter import Interval, StorageCounter
+from qlora_kit.memory.counter import HOST, Interval, StorageCounter
 from qlora_kit.plan.repeat import RepeatedQuantize
 from qlora_kit.training.optimizer import make_optimizer, make_states, optimizer_names, tag_states
 from qlora_kit.training.prepare import prepare_model
 
-HOST, IDLE = "host", "idle"
-"""What lies in the host's memory where the device has its own; what is kept for another trace."""
+IDLE = "idle"
+"""What is kept for another trace."""
 
 
 class FakeModel:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from qlora_kit.data.batch import Batch, padded
 from qlora_kit.errors import ConfigError
-from qlora_kit.memory.counter import Interval, Sizes
+from qlora_kit.memory.counter import HOST, Interval, Sizes
 from qlora_kit.memory.phases import follow
 from qlora_kit.memory.profiler import batch_tensors
 from qlora_kit.plan.extrapolate import cut, extend, layers_of, moved
-from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
+from qlora_kit.plan.fake_model import IDLE, FakeModel
 from qlora_kit.plan.work import noted_work
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import Backward, train_step

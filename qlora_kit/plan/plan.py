@@ -25,8 +25,8 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.device.found import OVERHEADS, Overhead, find_device
 from qlora_kit.device.target import has_own_memory
-from qlora_kit.memory.counter import COMPONENTS, Interval, Sizes, most_of_each
-from qlora_kit.plan.fake_model import HOST, IDLE, FakeModel
+from qlora_kit.memory.counter import COMPONENTS, HOST, Interval, Sizes, most_of_each
+from qlora_kit.plan.fake_model import IDLE, FakeModel
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.levels import Chosen, choose_levels, recomputed_share
 from qlora_kit.plan.step_time import Clock, StepTime

@@ -27,7 +27,7 @@ from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
 from qlora_kit.lora.inject import lora_layer, lora_layers, switch_of
 from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.merged import Merged, merge
-from qlora_kit.lora.mixed import Mixed
+from qlora_kit.lora.mixed import Mixed, Stacks
 from qlora_kit.lora.opening import open_adapter
 from qlora_kit.lora.switch import Active, Adapted, Switch
 from qlora_kit.lora.weighted_sum import check_weights, weighted_sum
@@ -64,8 +64,8 @@ class AdapterBank:
         self._before: list[Active | None] = []
         """What `using` and a step put back, the last one first."""
         self._in_step = False
-        self._mixed: Mixed | None = None
-        """The last one, whose matrices the next may use again."""
+        self._stacks = Stacks(())
+        """Those of the last mix, which the next may use again."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,7 +147,7 @@ class AdapterBank:
                 )
             self._adapters = {known: one for known, one in self._adapters.items() if known != name}
             self._merged = {known: one for known, one in self._merged.items() if known != name}
-            self._mixed = None  # it may hold the adapter
+            self._stacks = Stacks((), self._stacks.room)  # the last may hold the adapter
 
     def merge(self, name: str, bits: int | None = 16) -> Merged:
         """Let an adapter take part as copies of its linears with it in them (`merged.py`).
@@ -235,12 +235,12 @@ class AdapterBank:
                 f"adapter {merged.name!r} is merged, and shares no batch with other rows",
                 "give it a batch of its own, or unmerge it",
             )
-        found = Mixed.of(adapters, self._mixed)
+        found = Mixed.of(adapters, self._stacks)
         if isinstance(found, Mixed):
-            self._mixed = found
+            self._stacks = found.stacks
             # Asked afterwards: `remove` in another thread may have been there meanwhile.
             if any(self._adapters.get(one.name) is not one for one in found.stacks.adapters):
-                self._mixed = None  # it would hold what is removed
+                self._stacks = Stacks((), found.stacks.room)  # these hold what is removed
         return found
 
     def _taking_part(self, name: str) -> Frozen | Merged:

@@ -15,7 +15,8 @@ from qlora_kit.lora import layer as layers_module
 from qlora_kit.lora import mixed
 from qlora_kit.lora.inject import lora_layer, lora_layers, switch_of
 from qlora_kit.lora.low_rank import Part
-from qlora_kit.lora.mixed import Mixed
+from qlora_kit.lora.mixed import Mixed, Stacks
+from qlora_kit.lora.stack import FROM_STEP, RowsRoom
 from qlora_kit.lora.switch import Switch
 from qlora_kit.lora.targets import all_linear
 
@@ -66,7 +67,7 @@ def of_all_kinds(model):
 
 
 @torch.no_grad()
-def answers(model, switch, active, ids, steps=3):
+def answers(model, switch, active, ids, steps=FROM_STEP):
     """Logits of a prompt and of some tokens after it, which the cache is read for."""
     switch.active = active
     mask = torch.ones_like(ids)
@@ -173,16 +174,41 @@ def test_rows_that_come_and_go_build_nothing_anew():
         4 * (3 * 4 + 1) * (layer.in_features + layer.out_features) for layer in first.stacks.made
     )
     for rows in ([adapters[2], None], [adapters[1], adapters[0], adapters[1], None]):
-        assert Mixed.of(rows, first).stacks is first.stacks
-    grown = Mixed.of([adapters[3], adapters[0]], first)
+        assert Mixed.of(rows, first.stacks).stacks is first.stacks
+    grown = Mixed.of([adapters[3], adapters[0]], first.stacks)
     assert set(grown.stacks.adapters) == set(adapters[:4])
-    again = Mixed.of(adapters[4:11], grown)
+    again = Mixed.of(adapters[4:11], grown.stacks)
     assert len(again.stacks.adapters) == mixed.KEPT
-    many = Mixed.of(adapters[:10], again)
+    many = Mixed.of(adapters[:10], again.stacks)
     assert set(many.stacks.adapters) == set(adapters[:10])
     # What one batch of many needed does not stay for ever.
-    assert Mixed.of([*adapters[:5], None], many).stacks is many.stacks
-    assert len(Mixed.of([adapters[0], None], many).stacks.adapters) == mixed.KEPT
+    assert Mixed.of([*adapters[:5], None], many.stacks).stacks is many.stacks
+    assert len(Mixed.of([adapters[0], None], many.stacks).stacks.adapters) == mixed.KEPT
+
+
+def test_rows_that_stay_together_have_copies_within_a_limit_while_their_mix_lives():
+    model, switch = adaptable()
+    adapters = [drawn(model, "a", r=4), drawn(model, "b", r=3), None]
+    ids, most = token_ids(3, 16), 2**16
+    held = {}
+    for room in (RowsRoom(), RowsRoom(most), RowsRoom(0)):
+        mix = Mixed.of(adapters, Stacks((), room))
+        held[room.most] = answers(model, switch, mix, ids, steps=FROM_STEP - 1)
+        assert room.nbytes == 0
+        again = answers(model, switch, mix, ids, steps=1)
+        widths = sum(one.in_features + one.out_features for one in mix.stacks.made)
+        copied = 4 * 3 * 4 * widths  # fp32, rows, the largest rank
+        assert room.nbytes == copied if room.most > most else 0 <= room.nbytes <= room.most
+        assert bool(room.nbytes) == bool(room.most)
+        # The same rows by another way of computing.
+        assert relative_error(again, held[room.most][:, : again.shape[1]]) < EXACT
+        switch.active = mix = None
+        assert room.nbytes == 0
+    # Rows that would repeat one adapter too often multiply by the stack.
+    room = RowsRoom()
+    mix = Mixed.of([adapters[0]] * 7 + [adapters[2]], Stacks((), room))
+    answers(model, switch, mix, token_ids(8, 16), steps=FROM_STEP)
+    assert room.nbytes == 0
 
 
 def test_a_mix_is_refused_where_a_graph_is_made_or_rows_are_not_to_be_found():

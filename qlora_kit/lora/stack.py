@@ -1,0 +1,163 @@
+"""The adapters of a mix on one linear in one matrix, and what each row takes of it.
+
+All A lie one below another (sum of r, in_features), and so do all B (sum of r, out_features),
+whatever the ranks. Rows that go on together for several steps on a CPU get copies of their own A
+and B in fp32 besides (`OwnRows`): a step then casts nothing and multiplies by no other row's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from qlora_kit.device.found import free_bytes
+from qlora_kit.device.target import device_type
+from qlora_kit.lora.low_rank import Part
+
+FROM_STEP = 3
+"""The step of the same rows in which their copies are made: that takes as long as three more."""
+REPEATED = 2
+"""Times the stack's numbers that rows may take as their own: rows with one adapter repeat it."""
+SPARE = 2**28
+"""Bytes that copies leave free."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where an adapter lies among the ranks of a stack: `start` to `start + r`."""
+
+    adapter: int
+    start: int
+    r: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The adapters of one dtype on one linear: A (R + 1, in), B (R + 1, out), R the sum of ranks.
+
+    The last row of each is zero: what ranks that a row does not have are taken from.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    spans: tuple[Span, ...]
+    layout: int
+    """The number of `spans`: stacks of one layout have the same places for rows."""
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, Part]], layouts: dict[tuple[Span, ...], int]) -> Stack:
+        """From the parts of adapters, by their numbers in the mix."""
+        downs = [part.weights[0].detach() for _, part in parts]
+        ups = [part.weights[1].detach() for _, part in parts]
+        ranks, dtype = [down.shape[0] for down in downs], parts[0][1].dtype
+        lora_a = downs[0].new_zeros(sum(ranks) + 1, downs[0].shape[1], dtype=dtype)
+        lora_b = ups[0].new_zeros(sum(ranks) + 1, ups[0].shape[0], dtype=dtype)
+        spans, start = [], 0
+        for (number, part), down, up, r in zip(parts, downs, ups, ranks, strict=True):
+            lora_a[start : start + r].copy_(down)
+            lora_b[start : start + r].copy_(up.t())
+            spans.append(Span(number, start, r, part.scaling))
+            start += r
+        layout = layouts.setdefault(tuple(spans), len(layouts))
+        return cls(lora_a, lora_b, tuple(spans), layout)
+
+    def of_rows(self, places: Places, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (B, r, in) and B (B, r, out) of each row, in `dtype`."""
+        a, b = (m.index_select(0, places.own).to(dtype) for m in (self.lora_a, self.lora_b))
+        rows = places.foreign.shape[0]
+        return a.view(rows, -1, a.shape[1]), b.view(rows, -1, b.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Of both matrices."""
+        return self.lora_a.nbytes + self.lora_b.nbytes
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the rows (B,) take of a stack whose ranks are R, of r at most.
+
+    `foreign` (B, 1, R) is true where a rank is not the row's; `own` (B * r,) are the places of its
+    ranks, or of the zero. `scaling` is the one of all, or `scalings` (B, 1, 1) are by row.
+    """
+
+    foreign: Tensor
+    own: Tensor
+    scaling: float
+    scalings: Tensor | None
+
+    @classmethod
+    def of(cls, stack: Stack, rows: Sequence[int]) -> Places | None:
+        """For the number of each row's adapter, -1 for none; None where no row has any of these."""
+        by_adapter = {span.adapter: span for span in stack.spans}
+        found = [by_adapter.get(row) for row in rows]
+        if not any(found):
+            return None
+        device, total = stack.lora_a.device, sum(span.r for span in stack.spans)
+        widest = max(span.r for span in found if span is not None)
+        foreign = torch.ones(len(rows), 1, total, dtype=torch.bool)
+        own = torch.full((len(rows), widest), total)
+        scalings = torch.ones(len(rows), 1, 1)
+        for row, span in enumerate(found):
+            if span is not None:
+                foreign[row, 0, span.start : span.start + span.r] = False
+                own[row, : span.r] = torch.arange(span.start, span.start + span.r)
+                scalings[row] = span.scaling
+        alike = {span.scaling for span in found if span is not None}
+        one, several = (alike.pop(), None) if len(alike) == 1 else (1.0, scalings.to(device))
+        return cls(foreign.to(device), own.view(-1).to(device), one, several)
+
+
+@dataclass(eq=False)
+class RowsRoom:
+    """How many bytes rows may take as their own, in all mixes of a bank together."""
+
+    most: int = 2**30
+    taken: WeakSet[OwnRows] = field(default_factory=WeakSet)
+
+    @property
+    def nbytes(self) -> int:
+        """What they take now."""
+        return sum(one.nbytes for one in self.taken)
+
+    def has(self, needed: int, device: torch.device) -> bool:
+        """Whether so many more may be taken."""
+        return self.nbytes + needed <= self.most and needed + SPARE <= free_bytes(device)
+
+
+class OwnRows:
+    """A (B, r, in) and B (B, r, out) of each row, kept for the steps of rows that stay the same.
+
+    They go with the mix, which is of just these rows. Where there is no room for them, where rows
+    with one adapter would repeat it too often, and on CUDA, the stack is multiplied by.
+    """
+
+    def __init__(self, stack: Stack, places: Places, room: RowsRoom) -> None:
+        self._stack, self._places, self._room = stack, places, room
+        self._steps = 0
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(one.nbytes for one in self._made or ())
+
+    def matrices(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Those in `dtype` for tokens `x`; None where the stack is to be multiplied by."""
+        if self._made is None:
+            self._steps += 1
+            if self._steps == FROM_STEP and device_type(x) == "cpu" and self._have_room(x, dtype):
+                self._made = self._stack.of_rows(self._places, dtype)
+                self._room.taken.add(self)
+        return self._made if self._made is not None and self._made[0].dtype is dtype else None
+
+    def _have_room(self, x: Tensor, dtype: torch.dtype) -> bool:
+        ranks, own = self._stack.lora_a.shape[0] - 1, self._places.own.numel()
+        width = self._stack.lora_a.shape[1] + self._stack.lora_b.shape[1]
+        needed = own * width * dtype.itemsize
+        return own <= REPEATED * ranks and self._room.has(needed, x.device)

@@ -189,7 +189,7 @@ def test_rows_that_come_and_go_build_nothing_anew():
 def test_rows_that_stay_together_have_copies_within_a_limit_while_their_mix_lives():
     model, switch = adaptable()
     adapters = [drawn(model, "a", r=4), drawn(model, "b", r=3), None]
-    ids, most = token_ids(3, 16), 2**16
+    ids, most = token_ids(3, 20), 2**16
     held = {}
     for room in (RowsRoom(), RowsRoom(most), RowsRoom(0)):
         mix = Mixed.of(adapters, Stacks((), room))
@@ -207,7 +207,7 @@ def test_rows_that_stay_together_have_copies_within_a_limit_while_their_mix_live
     # Rows that would repeat one adapter too often multiply by the stack.
     room = RowsRoom()
     mix = Mixed.of([adapters[0]] * 7 + [adapters[2]], Stacks((), room))
-    answers(model, switch, mix, token_ids(8, 16), steps=FROM_STEP)
+    answers(model, switch, mix, token_ids(8, 16))
     assert room.nbytes == 0
 
 

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.base.architecture import architecture_of
+from qlora_kit.device.target import representative
 from qlora_kit.kernels.rmsnorm import FrozenNorm, add_and_normalize, normalize
 from qlora_kit.kernels.rotary import rotate, rotate_both
 from qlora_kit.kernels.swiglu import Gate
+from qlora_kit.kernels.token_tiles import tiles
 from qlora_kit.lora.block_parts import (
     activation,
     eager_attention,
@@ -46,6 +48,7 @@ from qlora_kit.lora.block_parts import (
 )
 from qlora_kit.lora.layer import linears
 from qlora_kit.lora.shared_keys import OPTION, SharedKeys
+from qlora_kit.lora.tiles import TiledMlp, mlp_in_tiles
 
 SCALAR = "layer_scalar"
 """What some families multiply a layer's output by, (1,)."""
@@ -57,7 +60,8 @@ class Block:
 
     `head_norms` are of queries, keys and values. `rotation` is what `rotation_of` says,
     `query_scale` the factor of queries by their positions, `shares` what the layer does with keys
-    and values of others, `per_layer` the norm of the layer's own embedding.
+    and values of others, `per_layer` the norm of the layer's own embedding. `tiled` says that the
+    MLP goes over tiles of tokens, and that nothing wider than its input is kept of it (`tiles.py`).
     """
 
     layer: Any
@@ -71,6 +75,7 @@ class Block:
     query_scale: Callable[[Tensor], Tensor] | None
     shares: SharedKeys
     per_layer: FrozenNorm | None
+    tiled: bool = False
 
     @classmethod
     def of(cls, layer: Any) -> Block | None:
@@ -147,7 +152,7 @@ class Block:
 
         `ready` is taken by the linears that read it.
         """
-        x = self._added(*self._mlp(x, ready))
+        x = self._mlp_in_tiles(x) if self.tiled else self._added(*self._mlp(x, ready))
         if self.per_layer is not None:
             assert per_layer_input is not None
             gate = linears((x,), [self.layer.per_layer_input_gate])[0]  # (B, T, e)
@@ -159,9 +164,29 @@ class Block:
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
         return x + self._scaled(y)
 
+    def _mlp_in_tiles(self, x: Tensor) -> Tensor:
+        """The middle residual (B, T, h) and what the MLP adds to it, tile by tile."""
+        if not torch.is_grad_enabled():
+            result = torch.empty_like(x)
+            tokens, into = x.reshape(-1, x.shape[-1]), result.view(-1, x.shape[-1])
+            for rows in representative(tiles(tokens.shape[0]), x):
+                into[rows].copy_(self._added(*self._mlp(tokens[rows], None)))
+            return result
+        gate_up, down = self._mlp_linears
+        norms = self.before[1], self.after[1]
+        mlp = TiledMlp.of(norms, gate_up, self.gate, down, self.residual_scale)
+        return mlp_in_tiles(mlp, x)
+
+    @property
+    def _mlp_linears(self) -> tuple[list[nn.Module], nn.Module]:
+        """Gate and up, or one linear of both, and the MLP's last one."""
+        family = architecture_of(self.attention.config.model_type)
+        mlp = getattr(self.layer, family.mlp)
+        return [getattr(mlp, name) for name in family.gate_up], getattr(mlp, family.down)
+
     def _added_and_ready(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The middle residual, and what its norm gives, by one kernel where there is one."""
-        norm = self.before[1]
+        norm = None if self.tiled else self.before[1]
         return (self._added(x, y),) if norm is None else add_and_normalize(norm, x, self._scaled(y))
 
     def _scaled(self, y: Tensor) -> Tensor:
@@ -246,11 +271,9 @@ class Block:
 
     def _mlp(self, x: Tensor, ready: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """The middle residual (B, T, h) for the sum, and what the MLP adds to it."""
-        family = architecture_of(self.attention.config.model_type)
-        mlp = getattr(self.layer, family.mlp)
-        layers = [getattr(mlp, name) for name in family.gate_up]
-        x, gate_up = _read(x, layers, self.before[1], ready)
-        (y,) = linears(gate_up, [getattr(mlp, family.down)], self.gate)
+        first, down = self._mlp_linears
+        x, gate_up = _read(x, first, self.before[1], ready)
+        (y,) = linears(gate_up, [down], self.gate)
         return x, _normalized(self.after[1], y)
 
 

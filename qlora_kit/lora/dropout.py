@@ -7,9 +7,15 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.device.target import representative
+from qlora_kit.kernels.token_tiles import tiles
+
+Position = tuple[int, int, int]
+"""Step and micro-step of a run, and the number of the first of a batch's tiles of tokens."""
+
 
 class KeyedDropout(nn.Module):
-    """Dropout whose mask follows from seed, layer, step and micro-step alone.
+    """Dropout whose mask follows from seed, layer, step, micro-step and tile of tokens alone.
 
     Recomputing a layer, or a step that is tried again, draws the same mask without any saved
     random state. The training loop calls `seek` on whatever has it.
@@ -30,19 +36,26 @@ class KeyedDropout(nn.Module):
         return self.at(self.position, x)
 
     @property
-    def position(self) -> tuple[int, int] | None:
-        """Where masks are drawn for now; None where nothing is dropped."""
-        return self._position if self.training and self.p else None
+    def position(self) -> Position | None:
+        """Where masks are drawn for now, for all tokens; None where nothing is dropped."""
+        return (*self._position, 0) if self.training and self.p else None
 
-    def at(self, position: tuple[int, int] | None, x: Tensor) -> Tensor:
-        """Drop out `x`, or its gradient of the same shape, with the mask of a `position`."""
+    def at(self, position: Position | None, x: Tensor) -> Tensor:
+        """Drop out `x` (..., n), or its gradient of the same shape, with the mask of a `position`.
+
+        A tile that is given alone, with its number, gets its part of the mask of all tokens.
+        """
         if position is None:
             return x
-        step, micro_step = position
-        digest = hashlib.sha256(f"{self._key} {step} {micro_step}".encode()).digest()
-        generator = torch.Generator(device=x.device)
-        generator.manual_seed(int.from_bytes(digest[:7], "little"))
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self.p, generator=generator)
+        step, micro_step, first = position
+        keep = torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+        rows = keep.view(-1, x.shape[-1])  # (..., n) to (N, n)
+        for number, tile in representative(list(enumerate(tiles(rows.shape[0]), first)), x):
+            place = f"{step} {micro_step} {number}" if number else f"{step} {micro_step}"
+            digest = hashlib.sha256(f"{self._key} {place}".encode()).digest()
+            generator = torch.Generator(device=x.device)
+            generator.manual_seed(int.from_bytes(digest[:7], "little"))
+            rows[tile].bernoulli_(1 - self.p, generator=generator)
         return x * keep * (1 / (1 - self.p))
 
     def extra_repr(self) -> str:

@@ -25,16 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.base.linear import base_grad_input, base_matmul
+from qlora_kit.base.linear import base_matmul
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.kernels.rmsnorm import FrozenNorm
-from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.lora.dropout import KeyedDropout
-from qlora_kit.lora.low_rank import LowRank, LowRankBackward, Part, together
+from qlora_kit.lora.low_rank import LowRank, Part, together
+from qlora_kit.lora.passes import Before, backward_through, outputs_of
 from qlora_kit.lora.switch import Switch
-
-Before = FrozenNorm | Gate
-"""What comes before linears, and is recomputed in backward."""
 
 
 class LoRALinear(nn.Module):
@@ -134,7 +130,7 @@ def linears(
     and keeps it; `_Linears` runs the base matmuls and keeps nothing. A replay that ends with these
     linears stops between the two.
     """
-    parts = tuple(_part_of(layer) for layer in layers)
+    parts = tuple(part_of(layer) for layer in layers)
     if not torch.is_grad_enabled():
         outputs = _without_graph(inputs, parts, before, ready)
         return (*outputs, inputs[0]) if residual else outputs
@@ -146,7 +142,7 @@ def linears(
     return _Linears.apply(group, tie, *inputs, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _part_of(layer: nn.Module) -> Part:
+def part_of(layer: nn.Module) -> Part:
     """A linear's base, and what takes part beside it."""
     if not isinstance(layer, LoRALinear):
         return Part(layer)  # type: ignore[arg-type]
@@ -240,12 +236,7 @@ class _Linears(torch.autograd.Function):
         if tokens is None:
             assert group.before is not None
             tokens, _ = group.before.apply(*tensors[: group.num_inputs])
-        outputs = []
-        for place, part in enumerate(group.parts):
-            y = base_matmul(part.base, tokens)  # (..., out_features)
-            if low_rank is not None:
-                low_rank.add_to(y, place)
-            outputs.append(y)
+        outputs = outputs_of(group.parts, tokens, low_rank)
         group.tokens = group.low_rank = None
         ctx.group = group
         ctx.set_materialize_grads(False)
@@ -255,27 +246,11 @@ class _Linears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         group: _Group = ctx.group
-        parts, before, num_inputs = group.parts, group.before, group.num_inputs
         kept, *saved = group.node.saved_tensors
-        inputs, saved = saved[:num_inputs], saved[num_inputs:]
-        adapted = sum(bool(part.weights) for part in parts)
-        tokens = inputs[0]
-        if before is not None and adapted:
-            tokens = before.recompute(*inputs, kept=kept)
-        update = LowRankBackward(parts, tokens, saved[:adapted], saved[adapted:])
-        grad_tokens: Tensor | None = None  # (..., in_features), the sum over the parts
-        for place, (part, grad) in enumerate(zip(parts, grads, strict=False)):
-            if grad is None:
-                continue
-            if any(ctx.needs_input_grad[2 : 2 + num_inputs]):
-                grad_tokens = base_grad_input(part.base, grad, grad_tokens)
-            update.take(place, grad, grad_tokens)
-        grad_weights = update.gradients(grad_tokens)
-        residual = {"residual": grads[-1]} if group.residual and grads[-1] is not None else {}
-        grad_inputs: Sequence[Tensor | None] = (grad_tokens,)
-        if before is not None:
-            del tokens, update  # before the gradients by the inputs come
-            grad_inputs = [*residual.values()] or [None] * num_inputs
-            if grad_tokens is not None:
-                grad_inputs = before.backward(grad_tokens, *inputs, kept=kept, **residual)
+        inputs, saved = saved[: group.num_inputs], saved[group.num_inputs :]
+        needed = any(ctx.needs_input_grad[2 : 2 + group.num_inputs])
+        outputs = grads[:-1] if group.residual else grads
+        residual = grads[-1] if group.residual else None
+        given = group.parts, group.before, inputs, kept, saved
+        grad_inputs, grad_weights = backward_through(*given, outputs, needed, residual)
         return None, None, *grad_inputs, *grad_weights

@@ -10,14 +10,15 @@ The gradients are then summed in fp32 and not rounded to 16 bits on the way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.device.target import device_type
-from qlora_kit.kernels.matmul import adapter_dtype, add_matmul, linear, matmul, matmul_fp32
-from qlora_kit.lora.dropout import KeyedDropout
+from qlora_kit.kernels.matmul import adapter_dtype, add_matmul, linear, matmul
+from qlora_kit.kernels.token_tiles import matmul_over_tokens
+from qlora_kit.lora.dropout import KeyedDropout, Position
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,18 @@ class Part:
     scaling: float = 1.0
     dtype: torch.dtype = torch.float32
     dropout: KeyedDropout | None = None
-    position: tuple[int, int] | None = None
+    position: Position | None = None
 
     @property
     def has_update(self) -> bool:
         """Whether an adapter takes part beside the base."""
         return bool(self.weights)
+
+    def of_tile(self, number: int) -> Part:
+        """The same for the tile of that number alone, where it drops out any of its tokens."""
+        if self.position is None:
+            return self
+        return replace(self, position=(*self.position[:2], number))
 
     def dropped(self, x: Tensor) -> Tensor:
         """`x` (..., in_features), or its gradient, through the mask of the forward pass."""
@@ -180,7 +187,7 @@ class LowRankBackward:
         flat = grad.reshape(-1, grad.shape[-1]).to(up.dtype)  # (..., out) to (N, out)
         self._piece(number).addmm_(flat, up, beta=0, alpha=part.scaling)
         # That by A comes at the end.
-        self._by_b[number] = matmul_fp32(flat.t(), hidden.reshape(-1, hidden.shape[-1]))
+        self._by_b[number] = matmul_over_tokens(flat, hidden.reshape(-1, hidden.shape[-1]))
 
     def gradients(self, grad_tokens: Tensor | None) -> list[Tensor | None]:
         """Those by A (r, in_features) and B (out_features, r) of each; None where none came."""
@@ -190,7 +197,7 @@ class LowRankBackward:
                 if number not in self._by_b:
                     self._piece(number).zero_()
             ranks = [up.shape[1] for up in self._ups]
-            by_a = torch.split(matmul_fp32(self._grad_hidden.t(), self._flat), ranks)
+            by_a = torch.split(matmul_over_tokens(self._grad_hidden, self._flat), ranks)
             if grad_tokens is not None:
                 _add_matmul(grad_tokens, self._grad_hidden, self._stacked, 1.0)
             self._by_a = {number: by_a[number] for number in self._by_b}
@@ -224,15 +231,16 @@ def _gradients(
     flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
     grad_hidden = matmul(flat, lora_b.to(part.dtype)).mul_(part.scaling)  # (N, r)
     dropped = part.dropped(tokens).reshape(-1, tokens.shape[-1]).to(part.dtype)  # (N, in)
-    grad_a = matmul_fp32(grad_hidden.t(), dropped).to(lora_a.dtype)
-    grad_b = matmul_fp32(flat.t(), hidden.reshape(-1, hidden.shape[-1])).to(lora_b.dtype)
+    grad_a = matmul_over_tokens(grad_hidden, dropped).to(lora_a.dtype)
+    read = hidden.reshape(-1, hidden.shape[-1])
+    grad_b = matmul_over_tokens(flat, read, part.scaling).to(lora_b.dtype)
     if grad_tokens is not None and part.position is None:
         _add_matmul(grad_tokens, grad_hidden, lora_a.to(part.dtype), 1.0)
     elif grad_tokens is not None:
         # The gradient goes through the mask too: it cannot be added by the matmul itself.
         grad_dropped = matmul(grad_hidden, lora_a.to(part.dtype)).view(grad_tokens.shape)
         grad_tokens.add_(part.dropped(grad_dropped))
-    return grad_a, grad_b.mul_(part.scaling)
+    return grad_a, grad_b
 
 
 def _add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

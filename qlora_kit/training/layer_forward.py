@@ -74,13 +74,16 @@ class LayerForward:
         return SharedKeys.of(self.layer)
 
 
-def use_fused_blocks(model: PreTrainedModel) -> str | None:
-    """Let the decoder layers of `model` run through `Block`; None, or why they stay as they are."""
+def use_fused_blocks(model: PreTrainedModel, tiled: bool = False) -> str | None:
+    """Let the decoder layers of `model` run through `Block`; None, or why they stay as they are.
+
+    `tiled` lets their MLPs go over tiles of tokens.
+    """
     blocks = fused_blocks(model)
     if isinstance(blocks, str):
         return blocks
     for layer, block in zip(decoder_layers(model), blocks, strict=True):
-        layer.forward = replace(_forward_of(layer), block=block)
+        layer.forward = replace(_forward_of(layer), block=replace(block, tiled=tiled))
     return None
 
 

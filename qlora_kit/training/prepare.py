@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.probe import check_packs
 from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.device.found import prefer_flash
+from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.triton_ops import allow_triton
 from qlora_kit.training.attention import set_packed_attention
 from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
@@ -23,13 +24,18 @@ def prepare_model(
 ) -> str | None:
     """Choose attention, code and recompute of the layers; None, or why no blocks are fused.
 
-    Errors: `ConfigError` where `packing` is asked of a model that does not keep rows apart.
+    Errors: `ConfigError` where `packing` is asked of a model that does not keep rows apart, or
+    tiles of MLPs that are no block's.
     """
     allow_triton(config.triton_kernels)
     prefer_flash(model.device)
     set_packed_attention(model)
     if packing:
         check_packs(model)
-    note = use_fused_blocks(model) if config.fused_blocks else None
+    note = use_fused_blocks(model, placement.mlp_tiled) if config.fused_blocks else None
+    if note is not None and placement.mlp_tiled:
+        if config.tiled_mlp:
+            raise ConfigError(f"tiled_mlp true: {note}", "leave --tiled_mlp out")
+        note = f"{note}; its MLPs do not go over tiles"
     set_recompute(model, recompute)
     return note

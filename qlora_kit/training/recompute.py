@@ -13,6 +13,11 @@ MLP's before its last one, where no norm reads what these give. Our own forward 
 (`kernels/attention.py`) has no statistics. The library's under a soft cap is not one kernel: it has
 nothing to keep and is recomputed; so is that of a base with dropout of its own.
 
+With a tiled MLP (`lora/tiles.py`) every level recomputes the MLP in backward, tile by tile, and
+keeps its input alone: at `none` gate and up are not kept, and a replay at `full` or `selective`
+ends before the tiles, so that nothing is computed a third time. Where a layer has an embedding of
+its own behind the MLP (Gemma 4), a replay goes through the tiles.
+
 A layer that runs through the model's own code keeps 2Th at `full`, and its input with attention's
 output and statistics, 2Th + 2Ta + 4Tn, at `selective`.
 

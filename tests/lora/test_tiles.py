@@ -1,0 +1,87 @@
+"""Laws of tiled MLPs: the bits of all tokens at once, and memory for a tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapted import adapted_model
+from families import FAMILIES, tiny_model, token_ids
+
+from qlora_kit.config.training import Placement, TrainingConfig
+from qlora_kit.data.batch import collate, collate_packs
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.errors import ConfigError
+from qlora_kit.kernels.token_tiles import TILE_TOKENS, tiles
+from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
+from qlora_kit.training.loss import supervised_loss
+from qlora_kit.training.prepare import prepare_model
+
+TILED = Placement(mlp_tiled=True)
+LEVELS = ("none", "selective", "full")
+LENGTH = 530  # 4 rows of it are two tiles of unequal size and more
+
+
+def batch_of(packed=False, length=LENGTH):
+    rows = [token_ids(1, length, seed=number)[0].tolist() for number in range(4)]
+    encoded = [Encoded(row, [-100, *row[1:]]) for row in rows]
+    return collate_packs([encoded[:2], encoded[2:]], 0) if packed else collate(encoded, 0)
+
+
+def results_of(model, batches, step=1):
+    """The losses of some micro-batches and their summed gradients."""
+    model.zero_grad(set_to_none=True)
+    losses = {}
+    for number, batch in enumerate(batches):
+        for module in model.modules():
+            if hasattr(module, "seek"):
+                module.seek(step, number)
+        loss = supervised_loss(model, batch)
+        loss.backward()
+        losses[f"loss {number}"] = loss.detach()
+    return losses | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check_tiles(model, batches, levels=LEVELS):
+    expected = results_of(model, batches)
+    assert len(expected) > 5
+    assert all(one.isfinite().all() and one.any() for one in expected.values())
+    assert use_fused_blocks(model, tiled=True) is None
+    for level in levels:
+        set_recompute(model, level)
+        found = results_of(model, batches)
+        assert found.keys() == expected.keys()
+        for name, one in expected.items():
+            assert torch.equal(found[name], one), (level, name, (found[name] - one).abs().max())
+
+
+EVERY_PAIR = [(4, False, 0.1, "all-linear"), (16, True, 0.0, "auto"), (8, True, 0.1, "all-linear")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiles_give_the_bits_of_all_tokens_at_once(family):
+    bits, packed, dropout, targets = EVERY_PAIR[FAMILIES.index(family) % 3]
+    model = adapted_model(
+        family, bits=bits, dropout=dropout, packed=True, targets=targets, num_hidden_layers=2
+    )
+    check_tiles(model, [batch_of(packed), batch_of(packed, 40)])
+
+
+def test_a_layer_of_no_block_is_refused_tiles_or_said_to_have_none():
+    model = tiny_model("phi3", resid_pdrop=0.1)
+    with pytest.raises(ConfigError, match="tiled_mlp true: Phi3DecoderLayer stays as it is"):
+        prepare_model(model, TrainingConfig(tiled_mlp=True), "none", placement=TILED)
+    note = prepare_model(model, TrainingConfig(), "none", placement=TILED)
+    assert note is not None
+    assert note.endswith("its MLPs do not go over tiles")
+
+
+def test_tiles_are_even():
+    for count in (0, 1, 2, TILE_TOKENS, TILE_TOKENS + 1, 3 * TILE_TOKENS - 5, 10**6 + 7):
+        found = tiles(count)
+        assert [i for one in found for i in (one.start, one.stop)][1:-1] == [
+            i for one in found[1:] for i in (one.start, one.start)
+        ]
+        assert (found[0].start, found[-1].stop) == (0, count)
+        sizes = [one.stop - one.start for one in found]
+        assert max(sizes) <= TILE_TOKENS
+        assert len(sizes) == 1 or min(sizes) >= TILE_TOKENS // 2 - len(sizes)

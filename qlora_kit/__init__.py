@@ -21,6 +21,8 @@ _HOMES = {
     "save_adapter": "lora.adapter",
     "AdapterBank": "lora.bank",
     "export_model": "export.export",
+    "from_peft": "export.peft_model",
+    "to_peft": "export.peft_model",
     "make_optimizer": "training.optimizer",
     "plan_memory": "plan.plan_memory",
     "train": "training.loop",

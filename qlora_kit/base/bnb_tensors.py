@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from qlora_kit.base.bnb_checkpoint import expected_4bit, expected_8bit
+from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
-from qlora_kit.base.quantize import Quantization, state_tensors
+from qlora_kit.base.quantize import Quantization, library_linear, state_tensors
+from qlora_kit.device.target import device_type
+from qlora_kit.errors import ResourceError
 
 SIZES = {"U8": 1, "I8": 1, "F32": 4}
 STATE_BYTES = 512
@@ -52,6 +55,31 @@ def checkpoint_tensors(layer: QuantizedLinear, dtype: torch.dtype) -> dict[str, 
     return {name: tensor.to("cpu") for name, tensor in made.items()}
 
 
+def hold_as_theirs(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' own layers in place of ours, on the same tensors; they compute in `dtype`.
+
+    No weight is copied. Errors: `ResourceError` for a shape that bitsandbytes would get wrong.
+    """
+    ours = {name: one for name, one in model.named_modules() if isinstance(one, QuantizedLinear)}
+    for name, layer in ours.items():
+        rows = isinstance(layer, Linear4bit) and layer.in_features % BLOCKSIZE
+        if rows and device_type(layer.weight) == "cpu":
+            raise ResourceError(
+                f"{name} has {layer.in_features} inputs, no multiple of {BLOCKSIZE}: on CPUs with "
+                "AVX512 bitsandbytes (0.50) computes such layers wrong without a word",
+                "use --bits 8 or 16, or a GPU",
+            )
+    for name, layer in ours.items():
+        said = checkpoint_tensors(layer, dtype)
+        shape = (layer.out_features, layer.in_features)
+        said = {key.removeprefix("weight."): one for key, one in said.items() if key != "weight"}
+        theirs = library_linear(shape, layer.weight.data, dtype, said)
+        theirs.bias = layer.bias
+        theirs.train(layer.training)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, theirs)
+
+
 def hold_as_ours(model: nn.Module) -> None:
     """Put our layers in place of bitsandbytes' own that transformers made, on the same tensors."""
     for name, module in list(model.named_modules()):
@@ -73,8 +101,12 @@ def _ours(module: nn.Linear) -> QuantizedLinear | None:
             nested["nested_offset"] = state.offset
         form = {"quant_type": state.quant_type, "absmax": state.absmax, **nested}
         return Linear4bit(in_features, out_features, weight.data, None, **form)
-    if getattr(weight, "SCB", None) is not None:
-        return Linear8bit(in_features, out_features, weight.data, None, row_absmax=weight.SCB)
+    # Its first forward moves the scales from the weight to a state of the layer.
+    held = getattr(module, "state", None)
+    scales = getattr(weight, "SCB", None)
+    scales = getattr(held, "SCB", None) if scales is None else scales
+    if scales is not None:
+        return Linear8bit(in_features, out_features, weight.data, None, row_absmax=scales)
     return None
 
 

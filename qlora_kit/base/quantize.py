@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,6 +167,34 @@ def state_tensors(
     whole = torch.Size(shape)
     state = bnb.QuantState(absmax, whole, code, BLOCKSIZE, quant_type, dtype, offset, inner)
     return state.as_dict(packed=True)  # type: ignore[no-any-return]
+
+
+def library_linear(
+    shape: tuple[int, int], weight: Tensor, dtype: torch.dtype, said: dict[str, Tensor]
+) -> Any:
+    """bitsandbytes' own layer (out, in) on our tensors, without a bias.
+
+    `said` is what its checkpoints hold beside `weight`: of `state_tensors` in 4 bits, `SCB` in 8.
+    """
+    out_features, in_features = shape
+    with torch.device("meta"):  # it makes a dense weight first
+        if "SCB" in said:
+            layer = bitsandbytes.nn.Linear8bitLt(
+                in_features, out_features, bias=False, has_fp16_weights=False, threshold=6.0
+            )
+        else:
+            layer = bitsandbytes.nn.Linear4bit(in_features, out_features, False, dtype)
+    if "SCB" in said:
+        rows = {"CB": weight, "SCB": said["SCB"], "has_fp16_weights": False}
+        layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, **rows)
+        return layer
+    layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(
+        weight, dict(said), device=weight.device, module=layer
+    )
+    # In evaluation it would pack the weight anew in place, and gradients be wrong from then on
+    # (0.50).
+    layer.support_avx512bf16_for_cpu = False
+    return layer
 
 
 def decode_blocks(packed: Tensor, scales: Tensor, quant_type: str, out: Tensor) -> None:

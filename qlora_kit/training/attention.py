@@ -45,6 +45,8 @@ from qlora_kit.kernels.matmul import matmul_dtype
 
 NAMES = {"sdpa": "sdpa_rows", "eager": "eager_rows"}
 """What a model's attention is called that attends by rows, by the library's that it stands for."""
+LIBRARY = {ours: name for name, ours in NAMES.items()} | {f"{name}_fp32": name for name in NAMES}
+"""The library's attention that each of ours stands for."""
 ROWS = "attention_rows"
 """The option of a forward pass that tells attention the `Rows` of a batch."""
 _BATCH: ContextVar[Batch | None] = ContextVar("batch", default=None)

@@ -11,7 +11,7 @@ from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.device.found import prefer_flash
 from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.triton_ops import allow_triton
-from qlora_kit.training.attention import set_packed_attention
+from qlora_kit.training.attention import LIBRARY, set_packed_attention
 from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
 
 
@@ -39,3 +39,15 @@ def prepare_model(
         note = f"{note}; its MLPs do not go over tiles"
     set_recompute(model, recompute)
     return note
+
+
+def restore_model(model: PreTrainedModel) -> None:
+    """Give a model its own code and transformers' attention again, as other programs expect them.
+
+    What `prepare_model` chose is gone, and so are matmuls in fp32 for a processor that has none of
+    the model's dtype.
+    """
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # ours lie in front of those of the class
+    name = model.config._attn_implementation
+    model.config._attn_implementation = LIBRARY.get(name, name)

@@ -1,0 +1,124 @@
+"""A loaded base with its adapters as PEFT's model on bitsandbytes' layers, in memory, and back.
+
+    model = to_peft(base)             # trainers of transformers and TRL take it
+    from_peft(model, base)            # and our commands' functions take the base again
+
+The packed bytes are the same tensors: bitsandbytes' layers are made around them one by one, so that
+no weight is there twice and nothing is loaded again. transformers' flags say that the model is
+quantized, without which its trainers refuse it or save what no program reads.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.bnb_tensors import hold_as_ours, hold_as_theirs, quantization_config
+from qlora_kit.base.fill import multiply_in_fp32
+from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.export.bnb_linears import BnbLinears
+from qlora_kit.lora.adapter import adapter_config, load_adapter
+from qlora_kit.lora.inject import ADAPTER, activate, adapter_names, lora_layers, switch_of
+from qlora_kit.lora.layer import Masters
+from qlora_kit.lora.names import prefix_to_save
+from qlora_kit.training.prepare import restore_model
+
+FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
+
+
+def to_peft(base: Base) -> Any:
+    """`base.model`, in place, as a `peft.PeftModel` with its adapters, the active one trainable.
+
+    The adapters' weights are the fp32 masters. While it is PEFT's, nothing of this package takes
+    the base; `from_peft` gives it back. Errors: `ConfigError` where PEFT is not installed,
+    `AdapterError` for a base without an adapter, `ResourceError` for a shape that bitsandbytes
+    would get wrong; the base is then as it was.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("to_peft: peft is not installed", "pip install peft") from error
+    model: Any = base.model
+    names, active = adapter_names(model), switch_of(model).active
+    if not names:
+        raise AdapterError("to_peft: the model has no adapter", "inject or load one first")
+    configs, masters, linears = {}, {}, None
+    for name in names:
+        layers = {at: one for at, one in lora_layers(model).items() if name in one.lora_A}
+        keys = next(iter(layers.values())).configs[name].adapter_keys
+        said = adapter_config(base, name, prefix_to_save(base, keys))
+        # Every linear by its whole name: PEFT adapts those, and no tower's.
+        said |= {"inference_mode": False, "target_modules": sorted(layers)}
+        configs[name] = peft.LoraConfig(**said)
+        masters[name] = {at: one.weights(name) for at, one in layers.items()}
+    if base.quantization.bits < 16:
+        linears = BnbLinears.of(base, base.quantization.bits)
+        hold_as_theirs(model, base.dtype)
+    restore_model(model)
+    for at, layer in lora_layers(model).items():
+        owner, _, leaf = at.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, layer.base_layer)
+    if linears is not None:
+        _say_quantized(base, linears)
+    chosen = active.name if isinstance(active, Masters) else names[0]
+    made: Any = peft.PeftModel(model, configs[names[0]], names[0])
+    for name in names[1:]:
+        made.add_adapter(name, configs[name])
+    with torch.no_grad():
+        for name, weights in masters.items():
+            for at, (down, up) in weights.items():
+                layer = model.get_submodule(at)
+                layer.lora_A[name].weight.data = down.data
+                layer.lora_B[name].weight.data = up.data
+    made.set_adapter(chosen)
+    return made
+
+
+def from_peft(model: Any, base: Base) -> Base:
+    """The base of `to_peft` with PEFT's adapters, trained or added since, in place of its own.
+
+    The active adapter takes part; nothing is trainable, which `train_loaded` changes. Errors:
+    `AdapterError` for a model that was not made of this base, or an adapter that is not LoRA's.
+    """
+    inner: Any = base.model
+    made_of = getattr(model, "get_base_model", None)
+    if made_of is None or made_of() is not inner:
+        raise AdapterError(
+            "from_peft: the model was not made of this base", "give the base of to_peft"
+        )
+    active = model.active_adapter
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model.unload()
+        hold_as_ours(inner)
+        for flag in (*FLAGS, f"is_loaded_in_{base.quantization.bits}bit"):
+            inner.__dict__.pop(flag, None)
+        if hasattr(inner.config, "quantization_config"):
+            del inner.config.quantization_config
+        inner.requires_grad_(False)
+        multiply_in_fp32(inner)
+        for name in list(model.peft_config):
+            # PEFT writes the adapter that is called `default` into the folder itself.
+            path = Path(folder) if name == ADAPTER else Path(folder, name)
+            load_adapter(base, path, name, allow_other_base=True)
+    inner._hf_peft_config_loaded = False
+    activate(inner, active)
+    return base
+
+
+def _say_quantized(base: Base, linears: BnbLinears) -> None:
+    """transformers' own marks of a quantized model: its config, its quantizer, its flags."""
+    model: Any = base.model
+    said = quantization_config(base.quantization, base.dtype, linears.skipped)
+    said.pop("quant_method", None)
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig.from_dict(said))
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    quantizer.postprocess_model(model)

@@ -1,0 +1,222 @@
+"""A base with adapters becomes PEFT's model on bitsandbytes' layers and comes back, in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from families import save_checkpoint
+from torch import Tensor
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.linear import QuantizedLinear
+from qlora_kit.base.load import load_base
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import TrainingConfig
+from qlora_kit.errors import AdapterError, ResourceError
+from qlora_kit.export.peft_model import from_peft, to_peft
+from qlora_kit.lora.adapter import load_adapter, save_adapter
+from qlora_kit.lora.inject import activate, inject_lora, lora_layers, train_only
+from qlora_kit.training.prepare import prepare_model
+
+Passed = tuple[Tensor, dict[str, Tensor]]
+PAIRS = [
+    {"prompt": f"w{n % 9} w{n + 1}", "chosen": " w3 w4 w5", "rejected": f" w{n % 7} w8"}
+    for n in range(24)
+]
+
+
+def adapted(name: str, bits: int, **options: Any) -> Base:
+    """A base in fp32 with an adapter that does something."""
+    base = load_base(name, bits=bits, dtype="fp32", device="cpu")
+    inject_lora(base.model, LoRAConfig(r=4, **options))
+    fill(base, "default", 0)
+    return base
+
+
+def tiny() -> Base:
+    return load_base("tiny", bits=4, dtype="fp32", device="cpu")
+
+
+def fill(base: Base, adapter: str, seed: int) -> None:
+    for place, layer in enumerate(lora_layers(base.model).values()):
+        draw = torch.Generator().manual_seed(1000 * seed + place)
+        weight = layer.weights(adapter)[1]
+        weight.data.copy_(torch.randn(weight.shape, generator=draw) * 0.05)
+
+
+def passed(model: Any) -> Passed:
+    """Logits and adapter gradients on random tokens, by PEFT's names of the parameters."""
+    model.train()
+    model.zero_grad()
+    draw = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 20, (2, 32), generator=draw)
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    named = ((n.removeprefix("base_model.model."), p) for n, p in model.named_parameters())
+    return out.logits.detach().clone(), {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_peft_computes_what_we_do_and_gives_the_same_base_back(bits: int, targets: str) -> None:
+    base = adapted("tiny", bits, target_modules=targets)
+    linears = [m for m in base.model.modules() if isinstance(m, QuantizedLinear)]
+    ours = passed(base.model)
+    before = {n: p.data_ptr() for n, p in base.model.named_parameters()}
+    model = to_peft(base)
+    assert isinstance(model, peft.PeftModel)
+    after = {n.removeprefix("base_model.model."): p for n, p in model.named_parameters()}
+    # Nothing is there twice: every parameter lies where it lay.
+    assert {n: p.data_ptr() for n, p in after.items()} == before
+    assert bool(linears) == (bits < 16)
+    assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+    theirs = passed(model)
+    # Twice what was measured: bitsandbytes scales rows of 8 bits in another order.
+    assert distance(theirs[0], ours[0]) <= 1e-5
+    assert theirs[1].keys() == ours[1].keys()
+    assert max(distance(theirs[1][name], grad) for name, grad in ours[1].items()) <= 1e-5
+    assert from_peft(model, base) is base
+    train_only(base.model, "default")
+    again = passed(base.model)
+    assert torch.equal(again[0], ours[0])
+    assert all(torch.equal(again[1][name], grad) for name, grad in ours[1].items())
+
+
+def test_a_prepared_model_leaves_with_its_own_code(tmp_path: Path) -> None:
+    """Fused blocks, recompute and attention by rows are ours; other programs bring their own."""
+    base = adapted("tiny", 4)
+    plain = passed(base.model)
+    prepare_model(base.model, TrainingConfig(), "full")
+    theirs = passed(to_peft(base))
+    assert distance(theirs[0], plain[0]) <= 1e-5
+
+
+def test_several_adapters_go_and_come_with_their_ranks_and_the_active_one() -> None:
+    base = adapted("tiny", 4)
+    inject_lora(base.model, LoRAConfig(r=3, alpha=5, target_modules="all-linear"), adapter="other")
+    fill(base, "other", 1)
+    outputs = {}
+    for name in ("default", "other"):
+        activate(base.model, name)
+        outputs[name] = logits(base.model)
+    model = to_peft(base)
+    assert model.active_adapter == "other"
+    for name, expected in outputs.items():
+        model.set_adapter(name)
+        assert distance(logits(model), expected) <= 1e-5
+    from_peft(model, base)
+    for name, expected in outputs.items():
+        activate(base.model, name)
+        assert torch.equal(logits(base.model), expected)
+
+
+def logits(model: Any) -> Tensor:
+    """On the tokens of `passed`, in training mode, in which bitsandbytes rounds no activations."""
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        found: Tensor = model.train()(torch.randint(3, 20, (2, 32), generator=draw)).logits
+    return found
+
+
+def sft(model: Any, base: Base, folder: Path) -> Any:
+    rows = [{"prompt": one["prompt"], "completion": one["chosen"]} for one in PAIRS]
+    options = trl.SFTConfig(max_length=64, **settings(folder))
+    return trl.SFTTrainer(
+        model=model,
+        args=options,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=base.tokenizer,
+    )
+
+
+def dpo(model: Any, base: Base, folder: Path) -> Any:
+    return trl.DPOTrainer(
+        model=model,
+        args=trl.DPOConfig(max_length=64, **settings(folder)),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=base.tokenizer,
+    )
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "trainer"),
+        "max_steps": 20,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_trainers_of_trl_train_it_and_save_what_everyone_reads(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = adapted("tiny", 4)
+    model = to_peft(base)
+    trainer = make(model, base, tmp_path)
+    start = passed(model)[0]
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert distance(passed(model)[0], start) > 1e-3
+    # Nothing but an adapter was saved; TRL holds those of quantized models in bf16.
+    assert not list((tmp_path / "adapter").glob("model*"))
+    theirs = logits(loaded_by_peft(base, tmp_path / "adapter"))
+    fresh = load_adapter(tiny(), tmp_path / "adapter")
+    assert distance(logits(fresh.model), theirs) <= 1e-5
+    # And what ours saves of it is the same adapter.
+    from_peft(model, base)
+    save_adapter(base, tmp_path / "ours")
+    assert distance(logits(loaded_by_peft(base, tmp_path / "ours")), theirs) <= 1e-6
+
+
+def loaded_by_peft(base: Base, adapter: Path) -> Any:
+    """An adapter as PEFT loads it, on the same files as transformers quantizes them."""
+    form = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base.source.directory, quantization_config=form, dtype=torch.float32, device_map="cpu"
+    )
+    return peft.PeftModel.from_pretrained(model, adapter)
+
+
+def test_a_base_without_adapter_and_a_shape_that_would_be_wrong_are_refused(
+    tmp_path: Path,
+) -> None:
+    base = tiny()
+    with pytest.raises(AdapterError, match="to_peft: the model has no adapter"):
+        to_peft(base)
+    save_checkpoint(tmp_path / "base", "llama_bias", torch.float32)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert config["intermediate_size"] % 64
+    odd = adapted(str(tmp_path / "base"), 4)
+    ours = passed(odd.model)
+    with pytest.raises(ResourceError, match="no multiple of 64"):
+        to_peft(odd)
+    assert torch.equal(passed(odd.model)[0], ours[0])
+    with pytest.raises(AdapterError, match="not made of this base"):
+        from_peft(odd.model, base)
+    model = to_peft(adapted(str(tmp_path / "base"), 8))
+    assert distance(passed(model)[0], passed(adapted(str(tmp_path / "base"), 8).model)[0]) <= 1e-5

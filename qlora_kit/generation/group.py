@@ -23,6 +23,7 @@ from qlora_kit.base.packed_matmul import Copies, copying_into
 from qlora_kit.base.quantize import decoding
 from qlora_kit.device.target import sent
 from qlora_kit.generation.cache import RowBytes, is_known, join, keep
+from qlora_kit.generation.step_attention import attending_in_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +76,7 @@ class Group:
         is_step = self._cache is not None and self._input_ids.shape[1] == 1
         with (
             decoding() if is_step else contextlib.nullcontext(),
+            attending_in_step() if is_step else contextlib.nullcontext(),
             copying_into(copies if is_step else None),
             _known(is_padded=min(self.lengths) != max(self.lengths)),
         ):

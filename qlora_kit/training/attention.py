@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.data.batch import Batch
@@ -200,7 +200,7 @@ def _widened(
 ) -> tuple[Tensor, None]:
     """The library's attention of `name`, on fp32 copies where the processor wants them."""
     dtype = matmul_dtype(query)
-    attend = sdpa_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if name == "eager":
         attend = sys.modules[type(module).__module__].eager_attention_forward
     mask = attention_mask

@@ -72,7 +72,8 @@ class Base:
     all of its rows. `tokenizer` is None in a plan of a bare config.json. `notes` are what a user
     should know of the files and the device, a sentence each. `wrapper` is what is around the text
     decoder of a multimodal checkpoint, None for a text model. `chats` are the data options of the
-    run that trained the adapter which is exported, None where no run of ours did.
+    run that trained the adapter which is exported, None where no run of ours did. `base_cache` says
+    whether its quantized weights may come from the cache, and be kept there.
     """
 
     model: PreTrainedModel
@@ -88,6 +89,7 @@ class Base:
     notes: tuple[str, ...] = ()
     wrapper: Wrapper | None = None
     chats: DataConfig | None = None
+    base_cache: bool = False
     parameters: int = field(init=False)
     share: Share | None = field(init=False)
     """What stays in 16 bits beside quantized linears; None where nothing is quantized."""

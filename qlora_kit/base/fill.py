@@ -42,13 +42,18 @@ def fill(
     `quantize` of its own; it tries the model too, which without values refuses what cannot run.
     """
     model = base.model
-    for name, buffer in list(model.named_buffers()):
-        place(model, name, moved := buffer.to(base.device))
-        tag("weights_other", (moved,))
+    move_buffers(base, tag)
     checks = checks_later(torch.empty(0, dtype=base.dtype, device=base.device))
     for name, made in tensors_of(base, read, quantize, checks):
         put(model, name, made, tag)
     return finished(model, checks)
+
+
+def move_buffers(base: Base, tag: Tag) -> None:
+    """What the architecture has computed when it was built comes to the device."""
+    for name, buffer in list(base.model.named_buffers()):
+        place(base.model, name, moved := buffer.to(base.device))
+        tag("weights_other", (moved,))
 
 
 def tensors_of(

@@ -6,8 +6,11 @@ what is described here.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qlora_kit.base.base import Base
 from qlora_kit.base.base_files import BaseFiles, find_base
+from qlora_kit.base.cache import kept_note
 from qlora_kit.base.checks import check_layers
 from qlora_kit.base.contents import strays
 from qlora_kit.base.form import form_in_files, stated_form
@@ -49,7 +52,7 @@ def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
     model.generation_config = generation_config_of(
         model.generation_config, files.generation, source.directory
     )
-    return Base(
+    base = Base(
         model,
         tokenizer,
         source,
@@ -62,4 +65,7 @@ def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
         resized,
         (*decoder.notes, *form.notes, *strays(source.directory), *device_notes(device)),
         decoder.wrapper,
+        base_cache=config.base_cache,
     )
+    kept = kept_note(base)
+    return base if kept is None else replace(base, notes=(*base.notes, kept))

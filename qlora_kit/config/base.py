@@ -85,6 +85,11 @@ class BaseConfig(Options):
         metavar="NAMES",
         shown_default="none",
     )
+    base_cache: bool = option(
+        True,
+        "keep the quantized base on disk ($QLORA_KIT_CACHE, else ~/.cache/qlora_kit/bases) and "
+        "start from it the next time; `qlora-kit cache` lists and clears",
+    )
 
     chosen: typing.ClassVar[frozenset[str]] = frozenset()
     """Of `bits`, `quant_type` and `double_quant` those that were given and not left alone."""

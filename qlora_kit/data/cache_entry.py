@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from qlora_kit.data.token_rows import CHUNK, COLUMNS
+from qlora_kit.files.own import is_own, open_own
 
 FACTS, FACTS_LIMIT = "facts.json", 16 * 1024**2
 
@@ -72,8 +73,8 @@ def verified(entry: Path, wanted: Entry) -> dict[str, Any] | None:
 def _facts(entry: Path, wanted: Entry) -> dict[str, Any]:
     """Errors: `OSError` and `ValueError` for whatever is not as it should be."""
     status = os.lstat(entry)
-    _expect(stat.S_ISDIR(status.st_mode) and _is_own(status))
-    with _own(entry / FACTS) as file:
+    _expect(stat.S_ISDIR(status.st_mode) and is_own(status))
+    with open_own(entry / FACTS) as file:
         facts = json.loads(file.read(FACTS_LIMIT))
     _expect(isinstance(facts, dict))
     said = facts.pop("sum", None)
@@ -95,7 +96,7 @@ def _facts(entry: Path, wanted: Entry) -> dict[str, Any]:
         sums["tokens"] += int(found.sum(dtype=np.int64))
 
     for name, look in (("lengths", lengths), ("tokens", tokens), ("digests", len)):
-        file = _own(entry / name)
+        file = open_own(entry / name)
         size = os.fstat(file.fileno()).st_size
         _expect(checksum(file, look) == facts["checksums"][name])
         width = {"lengths": 4 * facts["rows"], "tokens": 4 * facts["tokens"]}
@@ -123,18 +124,3 @@ def _fits(value: Any, shape: Any) -> bool:
             isinstance(value, list) and len(value) == len(shape) and all(map(_fits, value, shape))
         )
     return type(value) is type(shape) and (shape == "" or value >= 0)
-
-
-def _is_own(status: os.stat_result) -> bool:
-    """Whether nobody else could have written a file or a directory."""
-    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
-def _own(path: Path) -> Any:
-    """A file of ours, open. Errors: `OSError`; `ValueError` for another's, a link or a pipe."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode) or not _is_own(status):
-        os.close(handle)
-        raise ValueError
-    return open(handle, "rb")

@@ -31,6 +31,7 @@ from qlora_kit.data.outcome import EncodeRules, Outcome, Tally
 from qlora_kit.data.rows import Row, Table
 from qlora_kit.data.token_rows import CHUNK, COLUMNS, TokenRows, duplicates, writer
 from qlora_kit.files.aside import new_directory
+from qlora_kit.files.own import kept_in
 from qlora_kit.files.publish import mend
 
 if TYPE_CHECKING:
@@ -116,15 +117,8 @@ def _note(text: str) -> None:
 def cache_directory(named: str | None) -> Path | None:
     """The directory that `--token_cache` means; `none` means none."""
     if named is None:
-        return default_cache()
+        return kept_in("tokens")
     return None if named == "none" else Path(os.path.expanduser(named))
-
-
-def default_cache() -> Path | None:
-    """Where tokens are kept unless another place is named; None for a user without a home."""
-    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    # The standard of XDG has a relative one ignored; `~` stays where nobody's home is known.
-    return Path(home) / "qlora_kit" / "tokens" if os.path.isabs(home) else None
 
 
 def id_limit(tokenizer: Any) -> int:

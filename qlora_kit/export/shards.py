@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE
+from qlora_kit.base.tensor_file import write_tensors
 from qlora_kit.base.tensors import check_finite
-from qlora_kit.export.tensor_file import write_tensors
 from qlora_kit.export.tensors import ExportTensor
 from qlora_kit.files.atomic import replace_file, write_file
 

@@ -21,11 +21,14 @@ from qlora_kit.files.atomic import sync
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
+def new_directory(
+    path: Path, check: Callable[[Path], None] | None = None, mode: int | None = None
+) -> Iterator[Path]:
     """A directory beside `path` to fill; it takes the place of `path` when the block ends well.
 
     What was at `path` stays until then, and stays for good when the block raises. `check` is called
-    with where that lies, out of everybody's way, and may raise to keep it.
+    with where that lies, out of everybody's way, and may raise to keep it. Its `mode` is that of
+    what was there, or what the umask says, unless it is given.
     """
     path = path.resolve()
     missing = [parent for parent in path.parents if not parent.exists()]
@@ -34,10 +37,12 @@ def new_directory(path: Path, check: Callable[[Path], None] | None = None) -> It
     aside, handle = folder_beside(path)
     old = aside.with_suffix(".old")
     try:
+        if mode is not None:
+            os.chmod(aside, mode)
         yield aside
         sync_all(aside)
         if os.path.lexists(path):
-            if path.is_dir():
+            if path.is_dir() and mode is None:
                 shutil.copymode(path, aside)
             os.rename(path, old)
             if check is not None:
@@ -59,14 +64,22 @@ def new_directory(path: Path, check: Callable[[Path], None] | None = None) -> It
             discard(old)
 
 
+def is_being_made(path: Path) -> bool:
+    """Whether a living process fills a directory beside `path`."""
+    for number in _numbers(path):
+        aside = path.with_name(f".{path.name}.{number}.tmp")
+        try:
+            os.close(_hold(aside, number))
+        except BlockingIOError:
+            return True
+        except OSError:  # it is gone, or none
+            continue
+    return False
+
+
 def mend_beside(path: Path) -> None:
     """Undo or complete what killed processes left of new directories beside `path`."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(?:tmp|old)")
-    try:
-        names = os.listdir(path.parent)
-    except OSError:  # not there, or not ours to look into: then we made nothing in it
-        return
-    for number in {int(found[1]) for name in names if (found := pattern.fullmatch(name))}:
+    for number in _numbers(path):
         aside, old = (path.with_name(f".{path.name}.{number}.{kind}") for kind in ("tmp", "old"))
         if not all(_is_own(folder) for folder in (aside, old) if os.path.lexists(folder)):
             continue
@@ -89,6 +102,16 @@ def mend_beside(path: Path) -> None:
         finally:
             if handle is not None:
                 os.close(handle)
+
+
+def _numbers(path: Path) -> set[int]:
+    """The numbers of what is beside `path`."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(?:tmp|old)")
+    try:
+        names = os.listdir(path.parent)
+    except OSError:  # not there, or not ours to look into: then we made nothing in it
+        return set()
+    return {int(found[1]) for name in names if (found := pattern.fullmatch(name))}
 
 
 def folder_beside(path: Path) -> tuple[Path, int]:

@@ -27,7 +27,7 @@ class Assembled:
         training = plan.config.training
         reporter.loading(plan.base)
         profiler = MemoryProfiler(plan.base.device)
-        self.model = _with_adapters(plan, profiler)
+        self.model = _with_adapters(plan, profiler, reporter)
         levels, packing = plan.memory.levels, plan.config.data.packing
         placement = plan.memory.placement
         if left_alone := prepare_model(self.model, training, levels, packing, placement):
@@ -57,11 +57,11 @@ class Assembled:
         }
 
 
-def _with_adapters(plan: PreparedRun, profiler: MemoryProfiler) -> Any:
+def _with_adapters(plan: PreparedRun, profiler: MemoryProfiler, reporter: Reporter) -> Any:
     """The base's model with new adapters, or with the one that the run goes on from."""
     with profiler.loading() as counter:
         counter.at("load")
-        model = read_weights(plan.base, counter.tag, plan.memory.placement)
+        model = read_weights(plan.base, counter.tag, plan.memory.placement, reporter.note)
         seed = plan.config.training.seed
         counter.at("inject")
         if plan.start.files is None:

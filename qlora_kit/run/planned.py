@@ -131,5 +131,6 @@ def measured_bits(config: RunConfig) -> dict[int, dict[str, int]]:
     for bits in (16, 8, 4):
         skip = None if bits == 16 else base.skip_modules
         other = replace(base, bits=bits, quant_type=None, double_quant=None, skip_modules=skip)
-        measured[bits] = weight_bytes(read_weights(open_base(other)))
+        kept = replace(other, base_cache=base.base_cache and bits == base.bits)
+        measured[bits] = weight_bytes(read_weights(open_base(kept)))
     return measured

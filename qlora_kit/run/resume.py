@@ -29,7 +29,7 @@ FREE_ON_RESUME = {
     *("offload_embedding", "offload_activations", "offload_base"),
     *("output_dir", "overwrite", "logging_steps", "report_to", "sample_prompts", "compare_bits"),
     *("save_steps", "save_minutes", "save_total_limit", "eval_steps", "early_stopping"),
-    *("token_cache", "adapter", "allow_other_base"),
+    *("token_cache", "base_cache", "adapter", "allow_other_base"),
 }
 FIXED_ON_RESUME = (
     *("lora_r", "target_modules", "optim", "eval_data", "load_best"),

@@ -23,7 +23,7 @@ from qlora_kit.data.chat_template import use_template
 from qlora_kit.data.encode import encode, encode_rows
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import load_rows
-from qlora_kit.data.token_cache import default_cache
+from qlora_kit.data.token_cache import cache_directory
 from qlora_kit.data.tokens import Skipped
 from qlora_kit.errors import DataError
 
@@ -348,18 +348,18 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path, monkeypatch, encodin
 
 def test_the_default_cache_is_where_caches_are(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert str(default_cache()) == "/somewhere/qlora_kit/tokens"
+    assert str(cache_directory(None)) == "/somewhere/qlora_kit/tokens"
     monkeypatch.setenv("HOME", "/home/of/mine")
     for home in ("", "~/.cache"):
         monkeypatch.setenv("XDG_CACHE_HOME", home)
-        assert str(default_cache()) == "/home/of/mine/.cache/qlora_kit/tokens"
+        assert str(cache_directory(None)) == "/home/of/mine/.cache/qlora_kit/tokens"
     # A relative one is to be ignored, says the standard; and some users have no home.
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
-    assert default_cache() is None
+    assert cache_directory(None) is None
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
-    assert default_cache() is None
+    assert cache_directory(None) is None
 
 
 MEASURE = """

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_kit.base.safetensors_file import read_entries
-from qlora_kit.export.tensor_file import write_tensors
+from qlora_kit.base.tensor_file import write_tensors
 
 MADE = {
     "bytes": torch.arange(7, dtype=torch.uint8),

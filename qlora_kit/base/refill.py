@@ -1,0 +1,70 @@
+"""A built model filled with what was kept of it: tensors are read into the memory they stay in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.cache_entry import DamagedError, EntryReader
+from qlora_kit.base.fill import finished, move_buffers, put
+from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
+from qlora_kit.base.meta_model import tied_names
+from qlora_kit.base.quantize import dynamic_map
+from qlora_kit.base.tensors import Tag
+from qlora_kit.config.training import ON_DEVICE, Placement
+
+INT8 = "int8"
+
+
+def refill(base: Base, kept: EntryReader, tag: Tag, placement: Placement = ON_DEVICE) -> Any:
+    """`base.model` as `fill` makes it, of the tensors of an entry, all checked before one is used.
+
+    Errors: `DamagedError` and `OSError`: then the model is as it was, and may be filled.
+    """
+    model, linears = base.model, kept.kept.linears
+    _check_names(model, kept)
+    found = {name: kept.empty(name, base.device) for name in kept.kept.tensors}
+    kept.read_all(found)
+    move_buffers(base, tag)
+    for name, quant_type in linears.items():
+        own = {n: t for n, t in found.items() if n.rpartition(".")[0] == name}
+        parts = {n.rpartition(".")[2]: found.pop(n) for n in own if not n.endswith(".bias")}
+        put(model, name, linear_of(model.get_submodule(name), quant_type, parts), tag)
+    for name, tensor in found.items():
+        put(model, name, tensor, tag)
+    return finished(model)
+
+
+def linear_of(linear: nn.Module, quant_type: str, parts: Mapping[str, Tensor]) -> QuantizedLinear:
+    """A quantized linear of its tensors by name; `linear` has its shape, and maybe no memory."""
+    assert isinstance(linear, nn.Linear)
+    shape = linear.in_features, linear.out_features
+    if quant_type == INT8:
+        return Linear8bit(*shape, parts["weight"], None, row_absmax=parts["row_absmax"])
+    nested: dict[str, Any] = {}
+    if "nested_absmax" in parts:
+        nested = {name: parts[name] for name in ("nested_absmax", "nested_offset")}
+        nested["nested_map"] = dynamic_map(parts["weight"].device)
+    form = {"quant_type": quant_type, "absmax": parts["absmax"], **nested}
+    return Linear4bit(*shape, parts["weight"], None, **form)
+
+
+def _check_names(model: Any, kept: EntryReader) -> None:
+    """Refuse an entry of other tensors than those of a model. Errors: `DamagedError`."""
+    linears, tied = kept.kept.linears, tied_names(model)
+    expected = {
+        name: tensor.shape
+        for name, tensor in model.state_dict().items()
+        if name not in tied and name.removesuffix(".weight") not in linears
+    }
+    given = {
+        name: torch.Size(one.shape)
+        for name, one in kept.kept.tensors.items()
+        if name.rpartition(".")[0] not in linears or name.endswith(".bias")
+    }
+    if expected != given or not linears.keys() <= dict(model.named_modules()).keys():
+        raise DamagedError(f"{kept.path}: has other tensors than the model")

@@ -1,0 +1,48 @@
+"""Files that nobody else could have written, and where what may be made again is kept."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+KIT = "qlora_kit"
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether nobody else could have written a file or a directory."""
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def open_own(path: str | Path, folder: int | None = None) -> BinaryIO:
+    """A file of ours, open for reading; its path may begin at an open `folder`.
+
+    Errors: `OSError`; `ValueError` for another's, for a link or a pipe.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or not is_own(status):
+        os.close(handle)
+        raise ValueError(f"{path}: is not a file of this user alone")
+    return open(handle, "rb")
+
+
+def open_own_folder(path: str | Path, folder: int | None = None, *, link: bool = False) -> int:
+    """A directory of ours, open, to open files in; a `link` that leads to one will do where given.
+
+    Errors: `OSError`; `ValueError` for one that others may write to.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | (0 if link else os.O_NOFOLLOW)
+    handle = os.open(path, flags, dir_fd=folder)
+    if not is_own(os.fstat(handle)):
+        os.close(handle)
+        raise ValueError(f"{path}: is not a directory of this user alone")
+    return handle
+
+
+def kept_in(name: str) -> Path | None:
+    """The user's directory for what is kept under a name; None for a user without a home."""
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    # The standard of XDG has a relative one ignored; `~` stays where nobody's home is known.
+    return Path(home) / KIT / name if os.path.isabs(home) else None

@@ -1,11 +1,10 @@
 """Frozen linear layers in 4 and 8 bits, with our own matmuls on bitsandbytes' formats.
 
 A quantized layer is an `nn.Linear` by class whose `weight` holds the packed bytes and whose scales
-are buffers. Everything is read from these plain tensors, never from a `quant_state` or from the
-class of `weight`, which neither fake tensors nor sharded modules keep. Three functions are all
-that the rest of the package knows of it: `base_matmul` (y from x), `base_grad_input` (dx from dy)
-and `dequantize`; each takes an ordinary `nn.Linear` as well. The autograd function keeps nothing
-for backward: the weights do not train, so dx needs dy and the packed bytes only.
+are buffers; nothing is read from a `quant_state` or the class of `weight`, which neither fake
+tensors nor sharded modules keep. Three functions are all that the rest of the package knows of it:
+`base_matmul` (y from x), `base_grad_input` (dx from dy) and `dequantize`; each takes an ordinary
+`nn.Linear` as well, and one that is streamed. The autograd function keeps nothing for backward.
 
 - 4 bits: both matmuls dequantize the weight to the dtype of their input first, on CUDA in one
   Triton kernel that decodes nested scales as well.
@@ -33,6 +32,7 @@ from qlora_kit.base.quantize import (
     quantize_8bit,
     quantize_scales,
 )
+from qlora_kit.base.resident import make_resident
 from qlora_kit.device.target import has_values, without_values
 from qlora_kit.kernels.matmul import grad_input, linear, matmul_dtype, scale_columns
 from qlora_kit.kernels.triton_ops import uses_triton
@@ -255,6 +255,7 @@ def base_matmul(layer: nn.Linear, x: Tensor) -> Tensor:
 
     `x` (..., in_features) gives (..., out_features).
     """
+    make_resident(layer)
     if isinstance(layer, QuantizedLinear):
         return layer.matmul(x)
     return linear(x, layer.weight, layer.bias)
@@ -262,6 +263,7 @@ def base_matmul(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def base_grad_input(layer: nn.Linear, grad: Tensor, total: Tensor | None = None) -> Tensor:
     """The gradient of `base_matmul` by `x`, for `grad` (..., out); in `total`, added, if given."""
+    make_resident(layer)
     if isinstance(layer, QuantizedLinear):
         return layer.grad_input(grad, total)
     return grad_input(grad, layer.weight, total)
@@ -292,6 +294,7 @@ class _FrozenMatmul(torch.autograd.Function):
 
 def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The dense weight (out_features, in_features) in `dtype`, a new tensor."""
+    make_resident(layer)
     if isinstance(layer, QuantizedLinear):
         return layer.dequantize(dtype)
     return layer.weight.detach().to(dtype, copy=True)

@@ -7,6 +7,7 @@ import itertools
 from torch import Tensor, nn
 
 from qlora_kit.base.linear import QuantizedLinear
+from qlora_kit.base.resident import streamed_of
 from qlora_kit.base.tensors import Tag
 
 
@@ -29,12 +30,36 @@ def tag_linear(layer: nn.Module, tag: Tag) -> None:
     tag("weights_other", shared_tables(layer))
 
 
+def component_of(model: nn.Module) -> str:
+    """What the memory counts as that decoder layers are streamed through."""
+    quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    return "weights_quantized" if quantized else "weights_other"
+
+
 def tag_weights(model: nn.Module, tag: Tag) -> None:
-    """Hand over the tensors of a loaded base as `read_weights` does; adapters are left out."""
+    """Hand over the tensors of a loaded base as `read_weights` does; adapters are left out.
+
+    Of layers that are streamed it is the memory that they lie in: on a device the slots.
+    """
+    blocks: dict[int, Tensor] = {}
+    for module in model.modules():
+        if (streamed := streamed_of(module)) is not None:
+            blocks |= {one.untyped_storage()._cdata: one for one in streamed.blocks}
+    tag(component_of(model), blocks.values())
     quantized = set()
     for module in model.modules():
-        tag_linear(module, tag)
-        quantized |= {id(tensor) for tensor in quantized_tensors(module)}
+        if streamed_of(module) is None:
+            tag_linear(module, tag)
+            quantized |= {id(tensor) for tensor in quantized_tensors(module)}
+        else:
+            tag("weights_other", shared_tables(module))
     named = itertools.chain(model.named_parameters(), model.named_buffers())
-    others = [one for name, one in named if ".lora_" not in name and id(one) not in quantized]
+    others = [
+        one
+        for name, one in named
+        if ".lora_" not in name
+        and id(one) not in quantized
+        and not one.is_meta
+        and one.untyped_storage()._cdata not in blocks
+    ]
     tag("weights_other", others)

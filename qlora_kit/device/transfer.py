@@ -31,6 +31,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -72,6 +73,9 @@ class Copies(Protocol):
 
     def ended(self) -> Wait:
         """What waits for the copies so far."""
+
+    def inside(self) -> AbstractContextManager[object]:
+        """Inside, what the calling thread copies by itself is one of them."""
 
 
 class Held:
@@ -120,7 +124,7 @@ class Transfers:
 
     def __init__(self, device: torch.device, copies: Copies | None = None) -> None:
         self._device, self._locked = device, has_own_memory(device)
-        self._copies = copies or (_Stream(device) if self._locked else _Plain())
+        self._copies = copies or copies_on(device)
         self._free: list[Tensor] = []
         self._last: weakref.ref[Held] | None = None
 
@@ -224,6 +228,11 @@ def host_memory(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
+def copies_on(device: torch.device) -> Copies:
+    """Copies by a stream of the device's, or plain ones where it has none."""
+    return _Stream(device) if has_own_memory(device) else _Plain()
+
+
 def _is_planned(tensor: Tensor) -> bool:
     """Whether it stands for a tensor of a device in a plan, where all are on the CPU."""
     return not has_values(tensor) and tensor.device.type == "cpu"
@@ -251,6 +260,9 @@ class _Stream:
         event = self._stream.record_event()
         return lambda: torch.cuda.current_stream(self._device).wait_event(event)
 
+    def inside(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
+
 
 class _Plain:
     """Copies that are made when they are asked for."""
@@ -263,6 +275,9 @@ class _Plain:
 
     def ended(self) -> Wait:
         return _arrived
+
+    def inside(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
 
 def _arrived() -> None:

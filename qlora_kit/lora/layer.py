@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.linear import base_matmul
+from qlora_kit.base.resident import device_of
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.dropout import KeyedDropout
 from qlora_kit.lora.low_rank import LowRank, Part, together
@@ -58,7 +59,7 @@ class LoRALinear(nn.Module):
         base without weights are on the CPU. A is drawn from the global generator as PEFT draws it
         (Kaiming uniform, a = sqrt(5)).
         """
-        device = self.base_layer.weight.device
+        device = device_of(self.base_layer)
         device = torch.device("cpu") if device.type == "meta" else device
         down = nn.Linear(self.in_features, r, bias=False, device="cpu", dtype=torch.float32)
         up = nn.Linear(r, self.out_features, bias=False, device="cpu", dtype=torch.float32)

@@ -57,8 +57,9 @@ def follow(model: PreTrainedModel, counter: StorageCounter) -> Iterator[None]:
     handles = [
         model.base_model.register_forward_pre_hook(before_model),
         model.base_model.register_forward_hook(after_model),
-        *(layer.register_forward_pre_hook(before_layer) for layer in layers),
-        *(layer.register_forward_hook(after_layer) for layer in layers),
+        # First: what other hooks do belongs to the layer that they are on.
+        *(layer.register_forward_pre_hook(before_layer, prepend=True) for layer in layers),
+        *(layer.register_forward_hook(after_layer, prepend=True) for layer in layers),
         *(
             one.register_post_accumulate_grad_hook(
                 lambda p: counter.tag("gradients", (p.grad,)) if p.grad is not None else None

@@ -1,0 +1,259 @@
+"""Where the frozen tensors of decoder layers lie, for layers that are on a device only at times.
+
+The tensors of a layer lie behind each other in one block of bytes, so that a layer comes to the
+device in one copy. In `HostStore` the block is host memory, page-locked on CUDA. In `FileStore` it
+is read from the files that hold the tensors as the device wants them, for machines whose memory is
+smaller than the model.
+
+Which tensors: weight and scales of quantized linears, and every frozen tensor of two or more
+dimensions. Norms, biases and tables are small and stay on the device, and so does what several
+layers share.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.base.linear import QuantizedLinear
+from qlora_kit.base.safetensors_file import TensorEntry
+from qlora_kit.device.host_buffers import HostBuffers
+from qlora_kit.device.target import has_own_memory
+from qlora_kit.errors import ModelError, ResourceError
+
+ALIGNMENT = 256
+"""Bytes at whose multiples a tensor begins: the widest loads of kernels, any dtype."""
+PIECE = 2**25
+"""Bytes of a file that go to a device at once: 32 MiB."""
+UNIT = 2**20
+"""Bytes of which a block of page-locked memory has a whole number: 1 MiB."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a layer belongs, and where it lies in the layer's block, from `offset`."""
+
+    module: nn.Module
+    name: str
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, block: Tensor) -> Tensor:
+        """The tensor in a block of bytes, flat uint8, as the module holds it."""
+        part = block[self.offset : self.offset + self.nbytes]
+        return self.held(part.view(self.dtype).view(self.shape))
+
+    def empty(self) -> Tensor:
+        """The tensor without memory: whoever reads it gets an error, and no wrong numbers."""
+        return self.held(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """The tensor as the module holds it: a frozen parameter, or a buffer."""
+        if self.name in self.module._buffers:
+            return tensor
+        return nn.Parameter(tensor, requires_grad=False)
+
+    @property
+    def tensor(self) -> Tensor:
+        """What the module has now."""
+        held = self.module._buffers if self.name in self.module._buffers else None
+        found = self.module._parameters[self.name] if held is None else held[self.name]
+        assert found is not None
+        return found
+
+    def put(self, tensor: Tensor) -> None:
+        """Let the module have a tensor that `held` or `of` gave."""
+        # Not setattr, which looks at every kind of attribute first: this is done in every pass.
+        if self.name in self.module._buffers:
+            self.module._buffers[self.name] = tensor
+        else:
+            self.module._parameters[self.name] = tensor  # type: ignore[assignment]
+
+
+Places = tuple[Place, ...]
+"""Of one layer, in the order of its block."""
+
+
+def places_of(layers: Sequence[nn.Module]) -> list[Places]:
+    """For each layer the tensors that need not stay on the device. Shared ones are left out."""
+    every = [list(_movable(layer)) for layer in layers]
+    owners = Counter(id(module._parameters.get(n)) for one in every for module, n, _ in one)
+    found = []
+    for tensors in every:
+        places, offset = list[Place](), 0
+        for module, name, tensor in tensors:
+            parameter = module._parameters.get(name)
+            if parameter is not None and owners[id(parameter)] > 1:
+                continue
+            places.append(Place(module, name, offset, tensor.shape, tensor.dtype))
+            offset += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
+        found.append(tuple(places))
+    return found
+
+
+def block_bytes(places: Places) -> int:
+    """The bytes of a layer's block."""
+    return sum(-(-place.nbytes // ALIGNMENT) * ALIGNMENT for place in places)
+
+
+def _movable(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.requires_grad and parameter.dim() > 1:
+                yield module, name, parameter
+        if isinstance(module, QuantizedLinear):
+            for name, buffer in module._buffers.items():
+                # The table of double quant is one for all layers; an offset is a number.
+                if buffer is not None and name != "nested_map" and buffer.dim():
+                    yield module, name, buffer
+
+
+class Store(Protocol):
+    """The blocks of all layers. `waits` says that `load` takes the time of the thread it is in."""
+
+    waits: bool
+
+    def load(self, number: int, block: Tensor) -> None:
+        """Fill a block, flat uint8, with the bytes of layer `number`, by the current stream.
+
+        Errors: `ModelError`, `ResourceError`.
+        """
+
+
+class HostStore:
+    """Blocks in the host's memory, each in one piece or more, one behind the other."""
+
+    def __init__(self, blocks: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+        self.waits, self._blocks = not has_own_memory(device), blocks
+
+    def load(self, number: int, block: Tensor) -> None:
+        """Copy a block; from page-locked memory to a device nobody waits for it."""
+        for here, there in along(self._blocks[number], block):
+            there.copy_(here, non_blocking=True)
+
+
+def along(
+    pieces: Sequence[Tensor], part: Tensor, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of pieces that hold a block together those behind `start`, each with its part of `part`."""
+    done = 0
+    for piece in pieces:
+        here = piece[max(0, start + done) :][: part.numel() - done]
+        yield here, part[done : done + here.numel()]
+        done, start = done + here.numel(), start - piece.numel()
+
+
+def piece_sizes(nbytes: int, locked: bool) -> list[int]:
+    """Sizes of pieces of host memory for so many bytes.
+
+    torch rounds page-locked memory up to a power of two: so it is asked for powers of two.
+    """
+    if not locked:
+        return [nbytes]
+    units = -(-nbytes // UNIT)
+    return [UNIT << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1]
+
+
+class FileStore:
+    """Blocks that are read from files each time; `entries` says where each tensor lies.
+
+    The files are opened once and stay open, so that one that is replaced meanwhile does no harm.
+    """
+
+    waits = True
+
+    def __init__(
+        self,
+        layers: Sequence[Places],
+        entries: Mapping[tuple[nn.Module, str], TensorEntry],
+        device: torch.device,
+    ) -> None:
+        """`entries` has one for each place, by its module and name. Errors: `ResourceError`."""
+        self._layers, self._entries = layers, entries
+        self._lock, self._files = threading.Lock(), dict[str, io.FileIO]()
+        for path in sorted({str(entry.path) for entry in entries.values()}):
+            try:
+                self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115
+            except OSError as error:
+                raise _unreadable(path, error) from error
+        self._buffers: HostBuffers | None = None
+        if has_own_memory(device):
+            size = max(map(block_bytes, layers), default=0)
+            self._buffers = HostBuffers(max(1, min(PIECE, size)), device)
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def load(self, number: int, block: Tensor) -> None:
+        """Read a layer's tensors. Errors: `ModelError` for a file that ends early."""
+        with self._lock:  # two threads would move each other's place in the file
+            for place in self._layers[number]:
+                entry = self._entries[place.module, place.name]
+                self._read(entry, block[place.offset : place.offset + place.nbytes])
+
+    def _read(self, entry: TensorEntry, into: Tensor) -> None:
+        if self._buffers is None:
+            self._fill(entry, 0, into)
+            return
+        for start in range(0, into.numel(), PIECE):
+            part = into[start : start + PIECE]
+            piece = self._buffers.take()[: part.numel()]
+            self._fill(entry, start, piece)
+            part.copy_(piece, non_blocking=True)
+            self._buffers.sent()
+
+    def _fill(self, entry: TensorEntry, start: int, into: Tensor) -> None:
+        view, done, path = memoryview(into.numpy().data), 0, str(entry.path)
+        file = self._files[path]
+        try:
+            file.seek(entry.start + start)
+            while done < len(view) and (count := file.readinto(view[done:])):
+                done += count
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if done != len(view):
+            raise ModelError(
+                f"{path}: ended early at {entry.name} while the base was streamed from it",
+                "go on with --resume; what is missing is made anew",
+            )
+
+
+def _unreadable(path: str, error: OSError) -> ResourceError:
+    said = error.strerror or str(error)
+    return ResourceError(
+        f"{path}: {said} while the base was streamed from it",
+        "check the disk, then go on with --resume",
+    )
+
+
+def check_entries(
+    layers: Sequence[Places], entries: Mapping[tuple[nn.Module, str], TensorEntry]
+) -> None:
+    """Refuse files that do not hold each tensor as its module has it. Errors: `ModelError`."""
+    for place in itertools.chain.from_iterable(layers):
+        entry = entries.get((place.module, place.name))
+        if entry is None or (entry.end - entry.start, entry.torch_dtype) != (
+            place.nbytes,
+            place.dtype,
+        ):
+            raise ModelError(
+                f"{'a file' if entry is None else entry.path}: {place.name} of a layer is not held "
+                "there as the device wants it",
+                "leave --offload_base out, or quantize the base anew",
+            )

@@ -2,8 +2,8 @@
 
     python benchmarks/random_checkpoint.py CONFIG.json DIRECTORY [--shards 3]
 
-One tile of noise is drawn and repeated, and one shard is in memory at a time: so an 8 B model takes
-as long as its bytes take to be written.
+One tile of noise is drawn and repeated, and one tensor is in memory at a time: so an 8 B model
+takes as long as its bytes take to be written.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_kit.base.checks import read_config
 from qlora_kit.base.meta_model import build_on_meta, expected_shapes
-from qlora_kit.base.safetensors_file import TensorEntry
+from qlora_kit.base.safetensors_file import INDEX_FILE, SINGLE_FILE, TensorEntry
+from qlora_kit.base.tensor_file import write_tensors
 
 STD = 0.02
 TILE = 1_048_583
@@ -77,18 +77,16 @@ def make_checkpoint(config: Path, directory: Path, shards: int = 1, seed: int = 
         shapes.pop("lm_head.weight", None)
     names, where, noise = list(shapes), {}, Noise(seed)
     for number in range(shards):
-        file = "model.safetensors"
-        if shards > 1:
-            file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        file = SINGLE_FILE if shards == 1 else f"model-{number + 1:05}-of-{shards:05}.safetensors"
         part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
-        tensors = {
-            name: noise.fill(torch.empty(shapes[name], dtype=torch.bfloat16)) for name in part
-        }
+        tensors = (
+            (name, noise.fill(torch.empty(shapes[name], dtype=torch.bfloat16))) for name in part
+        )
         where |= dict.fromkeys(part, file)
-        save_file(tensors, directory / file, {"format": "pt"})
+        write_tensors(directory / file, tensors, part)
     if shards > 1:
         index = {"metadata": {}, "weight_map": where}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        (directory / INDEX_FILE).write_text(json.dumps(index))
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import bitsandbytes  # noqa: F401  (its operations)
 import pytest
 import torch
 from safetensors.torch import save_file

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
@@ -20,14 +19,13 @@ from qlora_kit.base.cache import (
 )
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
 from qlora_kit.base.fill import fill
-from qlora_kit.base.fp8_checkpoint import read_numbers
-from qlora_kit.base.meta_model import tied_names
 from qlora_kit.base.open import open_base
 from qlora_kit.base.refill import refill
-from qlora_kit.base.tensors import Read, Reader, Tag, untagged
+from qlora_kit.base.tensors import Reader, Tag, untagged
+from qlora_kit.base.tied import check_tied
+from qlora_kit.base.unsaved import refuse_saving
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.training import ON_DEVICE, Placement
-from qlora_kit.errors import ModelError
 
 
 def load_base(
@@ -70,10 +68,13 @@ def read_weights(
     if model is None:
         with Reader() as read:
             model = fill(base, read, tag, placement=placement)
-            _check_tied(base, tied_names(model), read)
+            check_tied(base, read)
         if place is not None:
             keep(base, place, model, note)
     model.name_or_path = base.source.reference
+    if base.quantization.bits < 16:
+        model.is_quantized = True  # so that transformers' Trainer refuses it before it trains
+        refuse_saving(model)
     return model
 
 
@@ -91,20 +92,3 @@ def _from_the_cache(base: Base, place: Wanted, tag: Tag, placement: Placement) -
         return None
     used(place)
     return model
-
-
-def _check_tied(base: Base, tied: Mapping[str, str], read: Read) -> None:
-    """A checkpoint may hold a tied tensor a second time, if it is the same."""
-    entries, scaled = base.entries, base.form.scaled
-    for name, shared in tied.items():
-        if name not in entries:
-            continue
-        own = {name: entries[name]}
-        for _, tensor in read_numbers(own, scaled, base.dtype, base.device, read):
-            kept = base.model.get_parameter(shared)[: len(tensor)]
-            if not torch.equal(tensor.to(kept.device, base.dtype), kept):
-                raise ModelError(
-                    f"{entries[name].path}: {name} differs from {shared}, to which config.json "
-                    "ties it",
-                    "set tie_word_embeddings to false in config.json, or fetch the model again",
-                )

@@ -21,6 +21,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import hold_as_ours, hold_as_theirs, quantization_config
 from qlora_kit.base.fill import multiply_in_fp32
+from qlora_kit.base.unsaved import allow_saving
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.export.bnb_linears import BnbLinears
 from qlora_kit.lora.adapter import adapter_config, load_adapter
@@ -61,6 +62,7 @@ def to_peft(base: Base) -> Any:
         linears = BnbLinears.of(base, base.quantization.bits)
         hold_as_theirs(model, base.dtype)
     restore_model(model)
+    allow_saving(model)
     for at, layer in lora_layers(model).items():
         owner, _, leaf = at.rpartition(".")
         setattr(model.get_submodule(owner), leaf, layer.base_layer)
@@ -101,6 +103,7 @@ def from_peft(model: Any, base: Base) -> Base:
             inner.__dict__.pop(flag, None)
         if hasattr(inner.config, "quantization_config"):
             del inner.config.quantization_config
+        inner.is_quantized = base.quantization.bits < 16
         inner.requires_grad_(False)
         multiply_in_fp32(inner)
         for name in list(model.peft_config):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_kit.base.unsaved import refuse_saving
 from qlora_kit.config.lora import LoRAConfig, is_adapter_name
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError, ConfigError
@@ -90,6 +91,7 @@ def lora_layer(model: nn.Module, name: str, switch: Switch) -> LoRALinear:
     layer = getattr(parent, leaf)
     if not isinstance(layer, LoRALinear):
         layer = LoRALinear(layer, switch)
+        refuse_saving(model)
         layer.train(parent.training)
         setattr(parent, leaf, layer)
     return layer

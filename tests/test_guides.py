@@ -1,0 +1,50 @@
+"""The guides in docs/ are true: their examples run, and the options that they name are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from option_groups import OPTION_GROUPS
+
+from qlora_kit.commands.main import COMMANDS
+from qlora_kit.options.option import flag_of
+
+ROOT = Path(__file__).resolve().parent.parent
+COMING = (ROOT / "docs" / "coming-from.md").read_text()
+
+
+def test_each_option_of_the_table_is_an_option_here() -> None:
+    known = {
+        name
+        for group in OPTION_GROUPS
+        for field in dataclasses.fields(cast(Any, group))
+        for name in (flag_of(field), *field.metadata["option"]["aliases"])
+    }
+    table = [line for line in COMING.splitlines() if line.startswith("| ")]
+    assert len(table) > 20
+    ours = [line.strip("|").split("|")[-1] for line in table[1:]]
+    named = [name for cell in ours for name in re.findall(r"--(\w[\w-]*)", cell)]
+    assert len(named) > 20
+    assert [name for name in named if name.replace("-", "_") not in known] == []
+    commands = re.findall(r"qlora-kit ([\w-]+)", COMING)
+    assert {name.replace("-", "_") for name in commands} <= COMMANDS.keys()
+
+
+def test_the_example_hands_a_base_to_trl_and_takes_it_back(tmp_path: Path) -> None:
+    example = re.search(r"```python\n(.*?)```", COMING, re.S)
+    assert example
+    done = subprocess.run(
+        [sys.executable, "-c", example[1]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -10,7 +10,6 @@ The base is a random Llama of 160 M, its tokenizer that of QLORA_KIT_DATA.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from plan_grid import SHAPE
-from random_checkpoint import copy_tokenizer, make_checkpoint
+from random_checkpoint import make_base_files
 from record import make_parser, write_result
 
 from qlora_kit.base.base import Base
@@ -53,12 +52,8 @@ def main() -> None:
     asked = parser.parse_args()
     table = []
     with tempfile.TemporaryDirectory() as temporary:
-        shape = asked.config or Path(temporary) / "shape.json"
-        if asked.config is None:
-            shape.write_text(json.dumps(SHAPE))
-        model = Path(temporary) / "base"
-        make_checkpoint(shape, model)
-        copy_tokenizer(Path(os.environ["QLORA_KIT_DATA"]) / "models/stories260K", model)
+        tokenizer = Path(os.environ["QLORA_KIT_DATA"]) / "models/stories260K"
+        model = make_base_files(asked.config or SHAPE, Path(temporary) / "base", tokenizer)
         for bits in asked.bits:
             base = load_base(str(model), bits=bits, dtype=asked.dtype, device=asked.device)
             adapter = Path(temporary) / f"adapter-{bits}"

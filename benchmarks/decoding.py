@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 from plan_grid import SHAPE
-from random_checkpoint import copy_tokenizer, make_checkpoint
+from random_checkpoint import make_base_files
 from record import make_parser, write_result
 
 from qlora_kit.base.linear import base_matmul, quantize_linear
@@ -57,12 +56,8 @@ def main() -> None:
     with torch.no_grad():
         found["linears"] = [linear(shape, asked.rounds) for shape in LINEARS]
     with tempfile.TemporaryDirectory() as temporary:
-        shape = asked.config or Path(temporary) / "shape.json"
-        if asked.config is None:
-            shape.write_text(json.dumps(SHAPE))
-        directory = Path(temporary) / "base"
-        make_checkpoint(shape, directory)
-        copy_tokenizer(Path(os.environ["QLORA_KIT_DATA"]) / "models/stories260K", directory)
+        tokenizer = Path(os.environ["QLORA_KIT_DATA"]) / "models/stories260K"
+        directory = make_base_files(asked.config or SHAPE, Path(temporary) / "base", tokenizer)
         base = load_base(str(directory), bits=4, dtype="bf16", device="cpu")
     found["steps"] = [steps(base.model, rows, asked.rounds) for rows in ROWS]
     found["requests"] = requests(base, asked)

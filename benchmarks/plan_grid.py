@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -90,11 +89,7 @@ def _model(shape: str, asked: argparse.Namespace, scratch: Path) -> str:
         return "tiny"
     if shape == "stories":
         return str(asked.data / "models" / "stories260K")
-    config = scratch / "config.json"
-    config.write_text(json.dumps(SHAPE))
-    random_checkpoint.make_checkpoint(config, scratch / "shape")
-    random_checkpoint.copy_tokenizer(asked.tokenizer, scratch / "shape")
-    return str(scratch / "shape")
+    return str(random_checkpoint.make_base_files(SHAPE, scratch / "shape", asked.tokenizer))
 
 
 def _points(

@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,18 @@ def make_checkpoint(config: Path, directory: Path, shards: int = 1, seed: int = 
     if shards > 1:
         index = {"metadata": {}, "weight_map": where}
         (directory / INDEX_FILE).write_text(json.dumps(index))
+
+
+def make_base_files(shape: dict[str, Any] | Path, directory: Path, tokenizer: Path) -> Path:
+    """A checkpoint of a config, given or in a file, beside it the tokenizer of another base."""
+    config = directory.with_suffix(".json")
+    if isinstance(shape, Path):
+        config = shape
+    else:
+        config.write_text(json.dumps(shape))
+    make_checkpoint(config, directory)
+    copy_tokenizer(tokenizer, directory)
+    return directory
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:

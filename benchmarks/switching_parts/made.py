@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear4bit
-from random_checkpoint import copy_tokenizer, make_checkpoint
+from random_checkpoint import make_base_files
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.base.base import Base
@@ -26,10 +25,7 @@ RANK = 16
 
 def make_base(shape: dict[str, Any], directory: Path, bits: int) -> Base:
     """A base of that config with random weights, in files and loaded in bf16."""
-    config = directory.with_suffix(".json")
-    config.write_text(json.dumps(shape))
-    make_checkpoint(config, directory)
-    copy_tokenizer(TINY, directory)
+    make_base_files(shape, directory, TINY)
     base = load_base(str(directory), bits=bits, dtype="bf16", device="cpu")
     base.model.eval()
     return base

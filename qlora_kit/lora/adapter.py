@@ -43,12 +43,14 @@ def save_adapter(
     directory: str | os.PathLike[str],
     adapter: str = ADAPTER,
     other: tuple[str, BaseInfo] | None = None,
+    row_format: str | None = None,
 ) -> None:
     """Write an adapter of `base.model` into `directory`, which is made where it does not exist.
 
     Weights are in the adapter dtype. `other`: a text model of the same weights to load it on, its
-    name and what is said of it. Errors: `NumericError` for an adapter with a value that is not
-    finite (nothing is written), `AdapterError` where the model has no such adapter.
+    name and what is said of it. `row_format` is the shape of the rows that it was trained on.
+    Errors: `NumericError` for an adapter with a value that is not finite (nothing is written),
+    `AdapterError` where the model has no such adapter.
     """
     prefix = OWN if other else _prefix(base, adapter)
     tensors = adapter_tensors(base.model, adapter, prefix)
@@ -60,6 +62,8 @@ def save_adapter(
     if other:
         described |= {"base_model_name_or_path": other[0], "revision": other[1].revision}
     info = (other[1] if other else base.info).as_dict()
+    if row_format is not None:
+        info["row_format"] = row_format
     info["lora"] = {option: described[option] for option in SCALE_OPTIONS}
     if base.wrapper is not None and not other:
         info["wrapper"] = base.wrapper.model_type

@@ -39,6 +39,7 @@ TRAINED_ON: dict[str, type | tuple[type, ...]] = {
     "lora": dict,
     "wrapper": str,
     "adapter_keys": str,
+    "row_format": str,
 }
 
 

@@ -103,7 +103,9 @@ class RunState:
                 step,
                 tensors,
                 state,
-                lambda directory: save_adapter(self._plan.base, directory),
+                lambda directory: save_adapter(
+                    self._plan.base, directory, row_format=self._plan.rows.format
+                ),
             )
 
         try:

@@ -11,12 +11,15 @@ from qlora_kit.run.saved_adapter import SavedAdapter
 
 
 def is_plain(adapter: SavedAdapter) -> bool:
-    """Whether its run says so: by the shape that it was told, or by the package's sample it read.
+    """Whether its run says so: in the header of its weights, the shape of the rows that it read.
 
-    Rows of other data may be gone, and are not looked at.
+    Older runs say the shape that they were told, or the package's sample: rows of other data may
+    be gone, and are not looked at.
     Errors: `AdapterError` for what no run writes.
     """
-    own = adapter.options(DataConfig)
+    own, found = adapter.options(DataConfig), adapter.files.trained_on.get("row_format")
+    if found is not None:
+        return bool(found == "prompt")
     data = str(own.get("data", ""))
     if own.get("format", "auto") != "auto":
         return bool(own["format"] == "prompt")

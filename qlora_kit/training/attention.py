@@ -50,6 +50,7 @@ LIBRARY = {ours: name for name, ours in NAMES.items()} | {f"{name}_fp32": name f
 ROWS = "attention_rows"
 """The option of a forward pass that tells attention the `Rows` of a batch."""
 _BATCH: ContextVar[Batch | None] = ContextVar("batch", default=None)
+_UNREAD: ContextVar[bool] = ContextVar("unread", default=False)
 
 
 def set_packed_attention(model: PreTrainedModel) -> bool:
@@ -106,12 +107,23 @@ def within_rows(model: PreTrainedModel, batch: Batch) -> Iterator[dict[str, Any]
 @contextlib.contextmanager
 def positions_unread() -> Iterator[None]:
     """Inside, transformers takes all positions for those of rows that begin at 0."""
-    real = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    before = _UNREAD.set(True)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = real
+        _UNREAD.reset(before)
+
+
+def _packed_indices(position_ids: Tensor) -> Any:
+    """Which packed sequence each position is of, as transformers asks; None inside of the above."""
+    # torch (2.13) compiles no read of a ContextVar.
+    unread = not torch.compiler.is_compiling() and _UNREAD.get()
+    return None if unread else _ASKED(position_ids)
+
+
+# Once and for all threads: each that put it there and back would find another's.
+_ASKED: Any = masking_utils.find_packed_sequence_indices
+masking_utils.find_packed_sequence_indices = _packed_indices
 
 
 def attend(

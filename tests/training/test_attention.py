@@ -1,6 +1,7 @@
 """Packed rows give what each gives alone, on every attention path and recompute level."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -9,11 +10,11 @@ from adapted import adapted_model
 from families import FAMILIES, VOCABULARY, relative_error, tiny_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
+from transformers import AttentionInterface, masking_utils
 
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.training.attention import NAMES, attend, set_packed_attention
+from qlora_kit.training.attention import NAMES, attend, positions_unread, set_packed_attention
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loss import supervised_loss
 
@@ -240,3 +241,12 @@ def test_left_right_and_no_padding_are_one(model_of, family, own):
         assert (logits - alone).abs().max() <= TOLERANCE * alone.abs().max()
         for ours, reference in zip(found, gradients, strict=True):
             assert relative_error(ours, reference) <= TOLERANCE
+
+
+def test_only_the_thread_that_knows_its_rows_leaves_positions_unread():
+    positions = torch.tensor([[0, 1, 0, 1, 2]])
+    with positions_unread(), ThreadPoolExecutor(1) as pool:
+        assert masking_utils.find_packed_sequence_indices(positions) is None
+        other = pool.submit(masking_utils.find_packed_sequence_indices, positions).result()
+    assert other.tolist() == [[0, 0, 1, 1, 1]]
+    assert torch.equal(masking_utils.find_packed_sequence_indices(positions), other)

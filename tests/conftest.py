@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # when torch is imported, which no test module has done yet.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+# A place that tests may fill and clear: the user's own is not theirs. Tiny bases are not kept.
+os.environ["QLORA_KIT_CACHE"] = os.path.join(tempfile.gettempdir(), f"qlora-kit-{os.getpid()}")
 
 ON_CARD = os.environ.get("QLORA_KIT_TEST_CUDA") == "1"
 """Whether this session runs what a card alone can show, `tests/cuda`, and nothing else."""

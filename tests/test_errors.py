@@ -227,7 +227,7 @@ def test_memory_is_a_resource_and_the_remedy_has_flags_of_the_command(
             with contextlib.suppress(SystemExit):
                 entry([command, "--help"])
             assert flags <= set(re.findall(r"--\w+", capsys.readouterr().out))
-        assert bool(flags) == (command not in ("plan", "show_data", "another"))
+        assert bool(flags) == (command not in ("plan", "show_data", "cache", "another"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -195,6 +195,13 @@ def mend_cache(cache: Path) -> None:
         mend_beside(cache / name)
 
 
+def remove_left(cache: Path) -> None:
+    """Remove what killed processes left in a cache. Errors: `OSError`, `ValueError`."""
+    if cache.is_dir():
+        with held(cache):
+            mend_cache(cache)
+
+
 def remove_entry(path: Path) -> None:
     """Delete an entry at once: no reader finds half of it.
 

@@ -44,7 +44,7 @@ MEMORY_REMEDIES = {
     "show_data": "show shorter rows",
 }
 """What takes less memory, in flags that the command has."""
-WITHOUT_OUTPUT_DIR = ("generate", "chat", "evaluate", "show_data", "plan", "serve")
+WITHOUT_OUTPUT_DIR = ("generate", "chat", "evaluate", "show_data", "plan", "serve", "cache")
 """Commands that have no such flag."""
 
 

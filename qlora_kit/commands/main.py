@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "talk to a base and its adapters in the terminal",
     "runs": "list the runs of a directory, or compare two",
     "evaluate": "loss, perplexity and exact match of a base, its adapters or an export",
+    "cache": "list or delete the quantized bases that are kept on disk",
 }
 USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...] | --version"
 

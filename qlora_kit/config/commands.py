@@ -113,3 +113,18 @@ class RunsConfig(Options):
         metavar="RUN",
     )
     json: bool = option(False, "print JSON and nothing else")
+
+
+@dataclass(frozen=True)
+class CacheConfig(Options):
+    """What is done with the cache of quantized bases."""
+
+    title: typing.ClassVar[str] = "the cache"
+
+    clear: str | None = option(
+        None,
+        "delete what is kept: all, the entry of that name, or every entry of a model",
+        check=a_name(),
+        metavar="NAME|all",
+    )
+    json: bool = option(False, "print one JSON object and nothing else")

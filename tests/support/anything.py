@@ -199,9 +199,10 @@ GOOD = {
     # An address for documentation (RFC 5737), which no machine has: it ends where it would listen.
     "serve": "--adapter adapter --host 192.0.2.1",
     "runs": "--runs_dir .",
+    "cache": "--json",
 }
 """Of each command what makes it short."""
-WITHOUT_BASE = frozenset({"runs"})
+WITHOUT_BASE = frozenset({"runs", "cache"})
 """Commands that take no base."""
 EDGES = r"(?:at least|above) (\S+) and (?:at most|below) (\S+)"
 
@@ -344,6 +345,7 @@ class Judge:
         try:
             os.chdir(self.work)
             os.environ["HOME"] = str(self.work)
+            os.environ["QLORA_KIT_CACHE"] = str(self.work / "kept")  # which a case may clear
             null, log = (
                 os.open(os.devnull, os.O_RDWR),
                 os.open(said, os.O_WRONLY | os.O_CREAT, 0o666),

@@ -1,0 +1,3 @@
+from qlora_kit.commands.cache import main
+
+raise SystemExit(main())

@@ -49,13 +49,14 @@ class BaseInfo:
     """What the embedding was resized to; None where it is as in the files."""
     skip_modules: str | list[str] | None = None
     """Which linears are not quantized, as the option has it; None where all are."""
+    head_bits: int = 16
+    """Those of the output head."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; of `skip_modules` nothing where nothing is skipped."""
+        """For JSON; of `skip_modules` and `head_bits` nothing where they are left alone."""
+        usual = {"skip_modules": None, "head_bits": 16}
         said = asdict(self)
-        if said["skip_modules"] is None:
-            del said["skip_modules"]
-        return said
+        return {name: value for name, value in said.items() if usual.get(name, ...) != value}
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Base:
             compute_dtype=dtype_name(self.dtype),
             embedding_rows=self.embedding_rows,
             skip_modules=list(skip) if isinstance(skip, tuple) else skip,
+            head_bits=self.quantization.head_bits,
         )
 
     def options(self, asked: BaseConfig) -> BaseConfig:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,9 @@ def agree(config: BaseConfig, stored: Quantization | None, path: Path) -> Quanti
 
     Errors: `ConfigError` where an option that was given contradicts the checkpoint.
     """
+    bits, head_bits = config.bits or DEFAULT_BITS, config.head_bits
     asked = Quantization(
-        config.bits or DEFAULT_BITS, config.quant_type, config.double_quant, config.skip_modules
+        bits, config.quant_type, config.double_quant, config.skip_modules, head_bits
     )
     for option in sorted(config.chosen) if stored is not None else ():
         mine, theirs = getattr(asked, option), getattr(stored, option)
@@ -103,7 +104,7 @@ def agree(config: BaseConfig, stored: Quantization | None, path: Path) -> Quanti
                 f"{option} {theirs}",
                 f"leave --{option} out, or give the original 16-bit model",
             )
-    return stored or asked
+    return asked if stored is None else replace(stored, head_bits=head_bits)
 
 
 def split_stored(

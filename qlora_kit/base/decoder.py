@@ -56,7 +56,7 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **more: A
     taken = {name: value for name, value in options.items() if takes(body, name)}
     hidden: Tensor = body(input_ids=input_ids, **taken, **more).last_hidden_state
     # Mamba's residual is in fp32, and its class casts before the head.
-    return hidden.to(model.get_output_embeddings().weight.dtype)
+    return hidden.to(model.get_input_embeddings().weight.dtype)
 
 
 def takes(module: nn.Module, name: str) -> bool:

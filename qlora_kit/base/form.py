@@ -65,7 +65,7 @@ def in_bits(held: Quantization, bits: int) -> Quantization:
     if held.bits == bits:
         return held
     quant_type, double_quant = (QUANT_TYPES[0], True) if bits == 4 else (None, None)
-    return Quantization(bits, quant_type, double_quant, held.skip_modules)
+    return Quantization(bits, quant_type, double_quant, held.skip_modules, held.head_bits)
 
 
 def stated_form(config: BaseConfig, described: Mapping[str, Any], path: Path) -> StatedForm:

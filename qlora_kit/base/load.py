@@ -40,6 +40,7 @@ def load_base(
     resize_embeddings: bool = False,
     skip_modules: str | Sequence[str] | None = None,
     base_cache: bool = True,
+    head_bits: int = 16,
 ) -> Base:
     """A frozen base with its model and tokenizer; the options are those of `BaseConfig`.
 
@@ -49,8 +50,8 @@ def load_base(
     `ResourceError`.
     """
     names = skip_modules if isinstance(skip_modules, str | None) else tuple(skip_modules)
-    options = (model, revision, bits, quant_type, double_quant, dtype, device, resize_embeddings)
-    base = open_base(BaseConfig(*options, skip_modules=names, base_cache=base_cache))
+    options = (model, revision, bits, quant_type, double_quant, head_bits, dtype, device)
+    base = open_base(BaseConfig(*options, resize_embeddings, names, base_cache=base_cache))
     read_weights(base)
     return base
 

@@ -53,6 +53,8 @@ class Quantization:
     double_quant: bool | None = None
     skip_modules: str | tuple[str, ...] | None = None
     """Linears that stay as they are, by names or a regex."""
+    head_bits: int = 16
+    """Those of the output head."""
 
     @property
     def blocksize(self) -> int | None:

@@ -65,6 +65,12 @@ class BaseConfig(Options):
     double_quant: bool | None = option(
         None, "quantize the 4-bit scales as well", shown_default="on"
     )
+    head_bits: int = option(
+        16,
+        "bits of the output head; 8 or 4: quantized too, decoded part by part, other numbers than "
+        "in 16",
+        check=one_of(4, 8, 16),
+    )
     dtype: str = option(
         "auto",
         "compute dtype; auto: bf16 where the device has it, else fp16 (GPU) or fp32",
@@ -105,6 +111,10 @@ class BaseConfig(Options):
             return
         if self.bits == 16 and self.skip_modules is not None:
             yield "skip_modules goes with bits 4 or 8: in 16 bits nothing is quantized"
+        if self.bits == 16 != self.head_bits:
+            yield (
+                f"head_bits {self.head_bits} goes with bits 4 or 8: in 16 bits nothing is quantized"
+            )
         for name in ("quant_type", "double_quant"):
             if getattr(self, name) is not None:
                 yield (

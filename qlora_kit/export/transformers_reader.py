@@ -99,7 +99,7 @@ def read_tokenizer(directory: Path, *, file: str | None = None) -> Any:
 def model_pieces(model: Any, rows: Sequence[Sequence[int]]) -> Iterator[Piece]:
     """The model's logits for each row of token ids, for all positions but the last."""
     device = model.get_input_embeddings().weight.device
-    step = max(1, AT_ONCE // model.get_output_embeddings().weight.shape[0])
+    step = max(1, AT_ONCE // model.get_output_embeddings().out_features)
     for number, row in enumerate(rows):
         ids = torch.tensor([row[:-1]], device=device)
         if ids.shape[1] <= step:

@@ -74,7 +74,7 @@ class Decoded:
                 ids, counts = batch["input_ids"], batch["lengths"]
                 self.rows += [row[:count].tolist() for row, count in zip(ids, counts, strict=True)]
                 self._hidden += _hidden(model, batch)
-        self.step = max(1, AT_ONCE // model.get_output_embeddings().weight.shape[0])
+        self.step = max(1, AT_ONCE // model.get_output_embeddings().out_features)
         """Positions whose logits are there at once."""
 
     def logits(self, row: int, start: int, stop: int) -> Tensor:

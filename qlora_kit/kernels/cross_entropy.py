@@ -3,11 +3,20 @@
 The logits of all tokens are never held: a few hundred tokens at a time reach the head, and each
 chunk's gradient by the hidden states is made while its logits are there. What is kept for backward
 has the size of the hidden states. Without a gradient, as in evaluation, nothing is kept.
+
+A chunk's logits lie in the dtype that they are multiplied in, and are at most `CHUNK_BYTES`
+whatever the vocabulary; softmax and gradient are computed in fp32, some tokens of the chunk at a
+time, and written over them. A quantized head comes in tiles of its rows, which are decoded twice a
+chunk, for the logits and for the gradient. So there a chunk is larger: of 128 Ki tokens and 4,096
+features decoding is a pass over 2.6 bytes an entry, as long on a card as the logits of some 200
+tokens. (To compute the logits a second time and decode the head twice a step takes as long as
+decoding twice every 256 tokens, on an RTX 4090, and longer on smaller cards and on the CPU.)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +25,26 @@ from torch.autograd.function import once_differentiable
 from qlora_kit.device.target import representative
 from qlora_kit.kernels.matmul import grad_input, matmul_dtype, weight_parts
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS, CHUNK_BYTES = 256, 2**26
+TILED_TOKENS, TILED_BYTES = 1024, 2**27
+"""The most tokens of a chunk, and bytes of its logits; the same of a head in tiles."""
+WIDE_BYTES = 2**25
+"""Of logits of a chunk that are in fp32 at once, where they are multiplied in 16 bits."""
+MULTIPLE = 16
+"""Matrix units like such numbers of tokens."""
+
+
+class Tile(Protocol):
+    """Some rows of a head, decoded when it is multiplied by them."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """`x` (n, h) to the logits (n, rows)."""
+
+    def grad_input(self, grad: Tensor, total: Tensor | None = None) -> Tensor:
+        """`grad` (n, rows) to (n, h); added to `total` if given."""
+
+
+Tiles = Sequence[tuple[slice, Tile]]
 
 
 def cross_entropy_sum(
@@ -28,10 +56,19 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Sum of -log softmax(scale * head(tokens))[targets], a scalar in fp32.
 
-    `tokens` (N, h), the weight of `head` (V, h), `targets` (N,). The head is frozen: backward
-    reaches `tokens` only. With `softcap` c the scaled logits are c * tanh(logits / c).
+    `tokens` (N, h), `targets` (N,). The weight of `head` is (V, h), or it has `tiles` of its rows
+    with the slices of V that they are. The head is frozen: backward reaches `tokens` only. With
+    `softcap` c the scaled logits are c * tanh(logits / c).
     """
-    return _CrossEntropySum.apply(tokens, head.weight, head.bias, targets, softcap, scale)  # type: ignore[no-any-return, no-untyped-call]
+    tiles: Tiles | None = getattr(head, "tiles", None)
+    given = head.weight, head.bias, tiles, head.out_features
+    return _CrossEntropySum.apply(tokens, targets, softcap, scale, *given)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def chunk_tokens(vocabulary: int, itemsize: int, tiled: bool) -> int:
+    """Tokens whose logits are there at once: a fixed number, fewer of a large vocabulary."""
+    most, nbytes = (TILED_TOKENS, TILED_BYTES) if tiled else (CHUNK_TOKENS, CHUNK_BYTES)
+    return min(most, max(1, nbytes // (vocabulary * itemsize) // MULTIPLE) * MULTIPLE)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -41,54 +78,41 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(
         ctx: Any,
         tokens: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
         targets: Tensor,
         softcap: float | None,
         scale: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        tiles: Tiles | None,
+        vocabulary: int,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=tokens.device)
         grad_tokens = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
-        # One buffer (chunk, V) for all chunks: on the CPU fresh memory of this size costs a
-        # chunk's time.
-        chunk = min(CHUNK_TOKENS, tokens.shape[0])
-        space = tokens.new_empty(chunk, weight.shape[0], dtype=torch.float32)
         dtype = matmul_dtype(tokens)
-        multiplied = space if dtype is torch.float32 else torch.empty_like(space, dtype=dtype)
-        for start in representative(range(0, tokens.shape[0], CHUNK_TOKENS), tokens):
-            part = tokens[start : start + CHUNK_TOKENS]
+        at_once = chunk_tokens(vocabulary, dtype.itemsize, tiles is not None)
+        # Buffers for all chunks: on the CPU fresh memory of this size costs a chunk's time.
+        chunk = min(at_once, tokens.shape[0])
+        space = tokens.new_empty(chunk, vocabulary, dtype=dtype)
+        few = max(1, min(chunk, WIDE_BYTES // (4 * vocabulary)))
+        wide = None
+        if dtype is not torch.float32:
+            wide = space.new_empty(few, vocabulary, dtype=torch.float32)
+        log_p = tokens.new_empty(chunk, 1, dtype=torch.float32)
+        for start in representative(range(0, tokens.shape[0], at_once), tokens):
+            part = tokens[start : start + at_once].to(dtype)
             count = part.shape[0]  # the last chunk is short
-            raw, logits = multiplied[:count], space[:count]
-            values = part.to(dtype)
-            for columns, some in weight_parts(weight, dtype):
-                if bias is None:
-                    torch.mm(values, some.t(), out=raw[:, columns])
-                else:
-                    torch.addmm(bias[columns].to(dtype), values, some.t(), out=raw[:, columns])
-            logits.copy_(raw)
-            if scale != 1.0:
-                logits.mul_(scale)
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            index = targets[start : start + count].unsqueeze(1)  # (count, 1)
-            # d/dlogits of the sum is softmax - one_hot, through the soft cap where there is one.
-            slope = None
-            if softcap is not None and grad_tokens is not None:
-                slope = (logits / softcap).square_().neg_().add_(1)
-            torch.log_softmax(logits, 1, out=logits)
-            total -= logits.gather(1, index).sum()
-            if grad_tokens is None:
-                continue
-            logits.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=logits.dtype))
-            if slope is not None:
-                logits.mul_(slope)
-            if scale != 1.0:
-                logits.mul_(scale)
-            into = grad_tokens[start : start + count]
-            if dtype is tokens.dtype:
-                torch.mm(raw.copy_(logits), weight, out=into)
-            else:
-                into.copy_(grad_input(logits, weight))
+            logits, index = space[:count], targets[start : start + count].unsqueeze(1)
+            _logits_into(logits, part, weight, bias, tiles)
+            for first in representative(range(0, count, few), tokens):
+                rows = slice(first, min(first + few, count))
+                some = logits[rows]
+                found = some if wide is None else wide[: some.shape[0]].copy_(some)
+                _softmax(found, index[rows], softcap, scale, log_p[rows], grad_tokens is not None)
+                if wide is not None and grad_tokens is not None:
+                    some.copy_(found)
+            total -= log_p[:count].sum()
+            if grad_tokens is not None:
+                _grad_into(grad_tokens[start : start + count], logits, weight, tiles)
         ctx.save_for_backward(grad_tokens)
         return total
 
@@ -96,4 +120,70 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_tokens,) = ctx.saved_tensors
-        return grad_tokens * grads[0].to(grad_tokens.dtype), None, None, None, None, None
+        return grad_tokens * grads[0].to(grad_tokens.dtype), *(None,) * 7
+
+
+def _logits_into(
+    logits: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles | None
+) -> None:
+    """`tokens` (n, h) through the head, into `logits` (n, V) of the same dtype."""
+    dtype = logits.dtype
+    if tiles is not None:
+        for columns, tile in representative(tiles, tokens):
+            logits[:, columns] = tile.matmul(tokens)
+        if bias is not None:
+            logits.add_(bias)
+        return
+    for columns, some in weight_parts(weight, dtype):
+        if bias is None:
+            torch.mm(tokens, some.t(), out=logits[:, columns])
+        else:
+            torch.addmm(bias[columns].to(dtype), tokens, some.t(), out=logits[:, columns])
+
+
+def _softmax(
+    logits: Tensor,
+    index: Tensor,
+    softcap: float | None,
+    scale: float,
+    log_p: Tensor,
+    with_grad: bool,
+) -> None:
+    """Logits (n, V) of the head to log-probabilities of `index` (n, 1), into `log_p` (n, 1).
+
+    With `with_grad` the logits become the gradient of minus their sum by what the head gives.
+    """
+    if scale != 1.0:
+        logits.mul_(scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    # d/dlogits of the sum is softmax - one_hot, through the soft cap where there is one.
+    slope = None
+    if softcap is not None and with_grad:
+        slope = (logits / softcap).square_().neg_().add_(1)
+    torch.log_softmax(logits, 1, out=logits)
+    torch.gather(logits, 1, index, out=log_p)
+    if not with_grad:
+        return
+    logits.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=logits.dtype))
+    if slope is not None:
+        logits.mul_(slope)
+    if scale != 1.0:
+        logits.mul_(scale)
+
+
+def _grad_into(into: Tensor, grad: Tensor, weight: Tensor, tiles: Tiles | None) -> None:
+    """The gradient (n, h) by the tokens from that by the logits, `grad` (n, V)."""
+    if tiles is not None:
+        # Tiles are summed in fp32, and rounded once.
+        found = torch.zeros_like(into, dtype=torch.float32)
+        for columns, tile in representative(tiles, into):
+            if grad.dtype is found.dtype:
+                tile.grad_input(grad[:, columns], found)
+            else:
+                found += tile.grad_input(grad[:, columns])
+        into.copy_(found)
+    elif grad.dtype is into.dtype:
+        torch.mm(grad, weight, out=into)
+    else:
+        into.copy_(grad_input(grad, weight))

@@ -36,6 +36,7 @@ TRAINED_ON: dict[str, type | tuple[type, ...]] = {
     "compute_dtype": str,
     "embedding_rows": int,
     "skip_modules": (str, list),
+    "head_bits": int,
     "lora": dict,
     "wrapper": str,
     "adapter_keys": str,

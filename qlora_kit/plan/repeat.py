@@ -34,7 +34,8 @@ class RepeatedQuantize:
         self, weight: Tensor, bias: Tensor | None, quantization: Quantization, **names: Any
     ) -> QuantizedLinear:
         """A layer as `quantize_linear` gives it, with fake tensors of its own."""
-        phase, key = self._counter.intervals[-1].phase, (weight.shape, weight.dtype)
+        phase = self._counter.intervals[-1].phase
+        key = weight.shape, weight.dtype, quantization
         if key not in self._known:
             self._counter.at(phase)
             layer = quantize_linear(weight, bias, quantization, **names)

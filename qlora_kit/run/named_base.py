@@ -88,9 +88,10 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
         "dtype": said.get("compute_dtype"),
         "resize_embeddings": True if said.get("embedding_rows") else None,
         "skip_modules": skip,
+        "head_bits": said.get("head_bits", 16) if said else None,
     }
     if as_trained and said:
-        for name in ("bits", "quant_type", "double_quant", "skip_modules"):
+        for name in ("bits", "quant_type", "double_quant", "skip_modules", "head_bits"):
             if name in given and given[name] != trained[name]:
                 raise ConfigError(
                     f"--{name} {joined(given[name])} is given, and {adapter.name} was trained with "
@@ -109,6 +110,7 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
         known.pop("double_quant", None)
     if given.get("bits") == 16:
         known.pop("skip_modules", None)
+        known.pop("head_bits", None)
     if "model" in given or is_path(known.get("model", "tiny")):
         # The revision belongs to the base that the adapter names, where that is on the hub.
         known.pop("revision", None)
@@ -123,11 +125,12 @@ AGREED = {
     "quant_type": "quant_type",
     "double_quant": "double_quant",
     "skip_modules": "skip_modules",
+    "head_bits": "head_bits",
     "compute_dtype": "dtype",
     "embedding_rows": "resize_embeddings",
 }
 """What an adapter's header says of its base, and the flag that decides it for all."""
-UNSAID = ("skip_modules", "embedding_rows")
+UNSAID = ("skip_modules", "head_bits", "embedding_rows")
 """Of these the ones that mean something where they are absent."""
 
 

@@ -129,8 +129,10 @@ def measured_bits(config: RunConfig) -> dict[int, dict[str, int]]:
     """Load the base in 16, 8 and 4 bits one after another; bytes by component of each."""
     measured, base = {}, config.base
     for bits in (16, 8, 4):
-        skip = None if bits == 16 else base.skip_modules
-        other = replace(base, bits=bits, quant_type=None, double_quant=None, skip_modules=skip)
+        skip, head = (None, 16) if bits == 16 else (base.skip_modules, base.head_bits)
+        other = replace(
+            base, bits=bits, quant_type=None, double_quant=None, skip_modules=skip, head_bits=head
+        )
         kept = replace(other, base_cache=base.base_cache and bits == base.bits)
         measured[bits] = weight_bytes(read_weights(open_base(kept)))
     return measured

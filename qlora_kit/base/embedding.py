@@ -1,0 +1,138 @@
+"""Embeddings whose weight stays in the host's memory: the rows of a batch are fetched for it.
+
+The host gathers the rows of a batch's ids and sends them, (B, T, h): the device never has the
+weight. Of Llama 3's 128,256 tokens by 4,096 that is 1.05 GB, of the embeddings that Gemma 3n and 4
+have for each layer several. What the family's class does to the rows, such as a factor, is done to
+them on the device as before, so no number changes.
+
+The host has the ids before the device does: a batch keeps them (`ids_on_host`), and nobody waits.
+Elsewhere, as in generation, they are copied back, which waits for the device once a forward.
+
+An embedding that a head in 16 bits shares stays on the device, for the head needs its weight there.
+So does one of a class whose forward is no embedding's with something done to its rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.base.head import name_of_head
+from qlora_kit.base.meta_model import tied_names
+from qlora_kit.config.training import Placement
+from qlora_kit.device.target import device_type, has_values, without_values
+
+_IDS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("ids", default=None)
+
+
+class HostEmbedding(nn.Embedding):
+    """An embedding whose `weight` (V, h) is on the host and no parameter; it gives (..., h).
+
+    `place` is an empty parameter on the device, for whoever asks a model's first one for its device
+    and its dtype.
+    """
+
+    place: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows of ids (...) as a tensor (..., h) on the device."""
+        if not has_values(self.weight) and device_type(self.weight) != "cpu" == input.device.type:
+            rows = self.weight.new_empty(*input.shape, self.embedding_dim)
+            without_values("to_device", (rows,), ())
+            return rows
+        device, ids = self.place.device, _on_host(input).reshape(-1)
+        rows = self.weight.new_empty(
+            ids.numel(), self.embedding_dim, pin_memory=device.type == "cuda"
+        )
+        torch.index_select(self.weight, 0, ids, out=rows)
+        # Page-locked memory of torch's own is not used again before the copy has ended.
+        return rows.view(*input.shape, self.embedding_dim).to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def ids_on_host(ids: Tensor, on_host: Tensor | None) -> Iterator[None]:
+    """Inside, the host has the token ids that a device has as `ids`: nobody reads them from it."""
+    before = _IDS.set(None if on_host is None else (ids, on_host))
+    try:
+        yield
+    finally:
+        _IDS.reset(before)
+
+
+def _on_host(ids: Tensor) -> Tensor:
+    known = _IDS.get()
+    return known[1] if known is not None and known[0] is ids else ids.cpu()
+
+
+def embeddings(model: Any) -> dict[str, nn.Module]:
+    """What a model looks its token ids up in, by name: one embedding, or one for all layers too."""
+    found = (
+        model.get_input_embeddings(),
+        getattr(model.base_model, "embed_tokens_per_layer", None),
+    )
+    return {name: one for name, one in model.named_modules() if any(one is other for other in found)}
+
+
+def movable_embeddings(model: Any, head_bits: int) -> dict[str, nn.Embedding]:
+    """Those of its embeddings whose weight may stay on the host, by name."""
+    own = f"{name_of_head(model)}.weight" if head_bits < 16 else None
+    tied = {name: source for name, source in tied_names(model).items() if name != own}
+    shared = tied.keys() | set(tied.values())
+    return {
+        name: one
+        for name, one in embeddings(model).items()
+        if isinstance(one, nn.Embedding) and _looks_up(type(one)) and one.max_norm is None
+        if f"{name}.weight" not in shared
+    }
+
+
+def move_to_host(embedding: nn.Embedding, weight: Tensor, device: torch.device) -> None:
+    """Let an embedding fetch its rows from `weight` (V, h) of the host for `device`, in place."""
+    embedding.__class__ = _host_class(type(embedding))
+    del embedding._parameters["weight"]
+    vars(embedding)["weight"] = weight
+    empty = torch.empty(0, dtype=weight.dtype, device=device)
+    embedding.register_parameter("place", nn.Parameter(empty, requires_grad=False))
+
+
+def host_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module by itself that stay on the host, by their names in it."""
+    return {"weight": module.weight} if isinstance(module, HostEmbedding) else {}
+
+
+def kept_on_device(model: Any, head_bits: int, placement: Placement) -> str | None:
+    """Why `placement` does not move the embedding of a model; None where it does, or is not to."""
+    movable = movable_embeddings(model, head_bits)
+    if not placement.embedding_on_host:
+        return None
+    (first, *_) = embeddings(model)
+    if first in movable or isinstance(model.get_input_embeddings(), HostEmbedding):
+        return None
+    if f"{first}.weight" in {*tied_names(model), *tied_names(model).values()}:
+        why = "the head shares it, and needs it there; with --head_bits 8 or 4 it has one of its own"
+    else:
+        why = f"{type(model.get_input_embeddings()).__name__} looks up in a way of its own"
+    rest = "; that of the layers is in host memory" if movable else ""
+    return f"the embedding stays on the device: {why}{rest}"
+
+
+@functools.cache
+def _host_class(kind: type[nn.Embedding]) -> type[nn.Embedding]:
+    """`kind` with its rows from the host: its forward does to them what it did before."""
+    if kind is nn.Embedding:
+        return HostEmbedding
+    return type(f"Host{kind.__name__}", (kind, HostEmbedding), {})
+
+
+def _looks_up(kind: type[nn.Embedding]) -> bool:
+    """Whether a class is an embedding, or one whose forward takes that of the class above it."""
+    if kind is nn.Embedding:
+        return True
+    code = getattr(kind.forward, "__code__", None)
+    return kind.__bases__ == (nn.Embedding,) and code is not None and "__class__" in code.co_freevars

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.base_files import BaseFiles
 from qlora_kit.base.checks import is_computed
 from qlora_kit.base.form import Form
-from qlora_kit.base.meta_model import decoder_linears, tied_names
+from qlora_kit.base.meta_model import decoder_linears, name_of_head, tied_names
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.share import Share, share_of
@@ -102,7 +102,10 @@ class Base:
         named = self.model.named_parameters()
         count = sum(parameter.numel() for name, parameter in named if name not in shared)
         object.__setattr__(self, "parameters", count)
-        quantized = decoder_linears(self.model).keys() - self.form.skipped
+        quantized = set(decoder_linears(self.model)) - self.form.skipped
+        head = name_of_head(self.model)
+        if self.quantization.head_bits < 16 and f"{head}.weight" not in shared:
+            quantized.add(head)
         share = share_of(self.model, quantized, shared) if self.quantization.bits < 16 else None
         object.__setattr__(self, "share", share)
 

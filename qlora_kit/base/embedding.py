@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.base.head import name_of_head
-from qlora_kit.base.meta_model import tied_names
+from qlora_kit.base.meta_model import name_of_head, tied_names
 from qlora_kit.config.training import Placement
-from qlora_kit.device.target import device_type, has_values, without_values
+from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
+from qlora_kit.device.transfer import TO_DEVICE
 
 _IDS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("ids", default=None)
 
@@ -44,7 +44,7 @@ class HostEmbedding(nn.Embedding):
         """The rows of ids (...) as a tensor (..., h) on the device."""
         if not has_values(self.weight) and device_type(self.weight) != "cpu" == input.device.type:
             rows = self.weight.new_empty(*input.shape, self.embedding_dim)
-            without_values("to_device", (rows,), ())
+            without_values(TO_DEVICE, (rows,), ())
             return rows
         device, ids = self.place.device, _on_host(input).reshape(-1)
         rows = self.weight.new_empty(
@@ -70,13 +70,22 @@ def _on_host(ids: Tensor) -> Tensor:
     return known[1] if known is not None and known[0] is ids else ids.cpu()
 
 
+def weight_on_device(model: Any) -> Tensor:
+    """A tensor of a model in its dtype, on its device wherever its embedding lies."""
+    embedding = model.get_input_embeddings()
+    found: Tensor = embedding.place if isinstance(embedding, HostEmbedding) else embedding.weight
+    return found
+
+
 def embeddings(model: Any) -> dict[str, nn.Module]:
     """What a model looks its token ids up in, by name: one embedding, or one for all layers too."""
     found = (
         model.get_input_embeddings(),
         getattr(model.base_model, "embed_tokens_per_layer", None),
     )
-    return {name: one for name, one in model.named_modules() if any(one is other for other in found)}
+    return {
+        name: one for name, one in model.named_modules() if any(one is other for other in found)
+    }
 
 
 def movable_embeddings(model: Any, head_bits: int) -> dict[str, nn.Embedding]:
@@ -94,11 +103,17 @@ def movable_embeddings(model: Any, head_bits: int) -> dict[str, nn.Embedding]:
 
 def move_to_host(embedding: nn.Embedding, weight: Tensor, device: torch.device) -> None:
     """Let an embedding fetch its rows from `weight` (V, h) of the host for `device`, in place."""
-    embedding.__class__ = _host_class(type(embedding))
+    embedding.__class__ = _host_class(type(embedding))  # type: ignore[arg-type]
     del embedding._parameters["weight"]
     vars(embedding)["weight"] = weight
     empty = torch.empty(0, dtype=weight.dtype, device=device)
     embedding.register_parameter("place", nn.Parameter(empty, requires_grad=False))
+
+
+def host_component(weight: Tensor, device: torch.device) -> str:
+    """What a weight on the host counts as in a run on `device`, or planned for another one."""
+    apart = has_own_memory(device) or device_type(weight) != "cpu"
+    return "host" if apart else "weights_other"
 
 
 def host_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -115,7 +130,9 @@ def kept_on_device(model: Any, head_bits: int, placement: Placement) -> str | No
     if first in movable or isinstance(model.get_input_embeddings(), HostEmbedding):
         return None
     if f"{first}.weight" in {*tied_names(model), *tied_names(model).values()}:
-        why = "the head shares it, and needs it there; with --head_bits 8 or 4 it has one of its own"
+        why = (
+            "the head shares it, and needs it there; with --head_bits 8 or 4 it has one of its own"
+        )
     else:
         why = f"{type(model.get_input_embeddings()).__name__} looks up in a way of its own"
     rest = "; that of the layers is in host memory" if movable else ""
@@ -135,4 +152,6 @@ def _looks_up(kind: type[nn.Embedding]) -> bool:
     if kind is nn.Embedding:
         return True
     code = getattr(kind.forward, "__code__", None)
-    return kind.__bases__ == (nn.Embedding,) and code is not None and "__class__" in code.co_freevars
+    return (
+        kind.__bases__ == (nn.Embedding,) and code is not None and "__class__" in code.co_freevars
+    )

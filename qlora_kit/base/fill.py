@@ -1,32 +1,29 @@
-"""A built model filled with its weights: each tensor is read, checked, quantized and put in place.
+"""A built model filled with its weights: what `made.py` makes of its files, put in place.
 
-Each tensor is read into one reused buffer on the device, checked for non-finite values, cast to the
-compute dtype, quantized where it belongs to a decoder layer's linear, and freed. Memory stays at
-the result, one tensor and its buffer. Embeddings, norms and the output head are held in the compute
-dtype, never widened to fp32.
+Embeddings, norms and the output head are held in the compute dtype, never widened to fp32. A head
+that is quantized is multiplied tile by tile (`head.py`), and shares no weight.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.bnb_checkpoint import stored_layer
-from qlora_kit.base.fp8_checkpoint import read_numbers
+from qlora_kit.base.embedding import host_component, move_to_host
+from qlora_kit.base.head import QuantizedHead, own_head
 from qlora_kit.base.linear import Quantize, QuantizedLinear, frozen_linear, quantize_linear
-from qlora_kit.base.meta_model import decoder_linears
+from qlora_kit.base.made import names_on_host, tensors_of
+from qlora_kit.base.meta_model import name_of_head
 from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.probe import check_forward
-from qlora_kit.base.recurrence import recurrent_parameters
 from qlora_kit.base.tagged import tag_linear
-from qlora_kit.base.tensors import Read, Tag, check_finite, checks_later, read_tensors, untagged
+from qlora_kit.base.tensors import Read, Tag, checks_later, untagged
 from qlora_kit.config.training import ON_DEVICE, Placement
-from qlora_kit.device.target import device_type, dtype_name, is_native
+from qlora_kit.device.target import device_type, is_native
 
 
 def fill(
@@ -44,8 +41,9 @@ def fill(
     model = base.model
     move_buffers(base, tag)
     checks = checks_later(torch.empty(0, dtype=base.dtype, device=base.device))
-    for name, made in tensors_of(base, read, quantize, checks):
-        put(model, name, made, tag)
+    hosted = names_on_host(base, placement)
+    for name, made in tensors_of(base, read, quantize, checks, hosted):
+        put(model, name, made, tag, base.device if name in hosted else None)
     return finished(model, checks)
 
 
@@ -56,52 +54,24 @@ def move_buffers(base: Base, tag: Tag) -> None:
         tag("weights_other", (moved,))
 
 
-def tensors_of(
-    base: Base,
-    read: Read,
-    quantize: Quantize = quantize_linear,
-    checks: NumberChecks | None = None,
-) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
-    """What fills a base, as it is read: tensors, and quantized linears, by their names.
+def put(
+    model: Any,
+    name: str,
+    made: Tensor | QuantizedLinear,
+    tag: Tag,
+    device: torch.device | None = None,
+) -> None:
+    """Put a tensor, or a quantized linear, where the architecture has it.
 
-    What is not finite is refused, at once or where `checks` are read. Nothing is kept here.
+    With a `device` it is an embedding that stays on the host, and sends its rows there.
     """
-    model = base.model
-    linears = decoder_linears(model)
-    by_token = {model.get_input_embeddings(), model.get_output_embeddings()}
-    by_token.add(getattr(model.base_model, "embed_tokens_per_layer", None))
-    form, dense = base.form, base.form.stored or base.quantization.bits == 16
-    to_quantize = frozenset() if dense else linears.keys() - form.skipped
-    recurrent = recurrent_parameters(model)
-    kept = {
-        name: held_in(base, name, entry.torch_dtype, recurrent)
-        for name, entry in base.plain.items()
-        if name.removesuffix(".weight") not in to_quantize and name not in form.scaled
-    }
-    scratch = _Scratch(base.dtype, base.device)
-    numbers = read_numbers(base.plain, form.scaled, base.dtype, base.device, read, kept, checks)
-    for name, tensor in numbers:
-        owner = name.removesuffix(".weight")
-        if name in kept:
-            moved = tensor
-        elif owner not in to_quantize:
-            moved = tensor.clone()
-        elif (moved := scratch.cast(tensor)) is not tensor:
-            check_finite(moved, f"{name} in {dtype_name(base.dtype)}", checks=checks)
-        if owner in to_quantize:
-            yield owner, quantize(moved, None, base.quantization, name=name, checks=checks)
-        else:
-            if base.embedding_rows and model.get_submodule(name.rpartition(".")[0]) in by_token:
-                moved = _with_rows(moved, base.embedding_rows)
-            yield name, moved
-    yield from _stored_linears(base, linears, read)
-
-
-def put(model: nn.Module, name: str, made: Tensor | QuantizedLinear, tag: Tag) -> None:
-    """Put a tensor, or a quantized linear, where the architecture has it."""
     if isinstance(made, QuantizedLinear):
-        _replace(model, name, made)
+        is_head = model.get_submodule(name) is model.get_output_embeddings()
+        _replace(model, name, QuantizedHead(made) if is_head else made)
         tag_linear(made, tag)
+    elif device is not None:
+        move_to_host(model.get_submodule(name.removesuffix(".weight")), made.cpu(), device)
+        tag(host_component(made, device), (made,))
     else:
         place(model, name, made)
         tag("weights_other", (made,))
@@ -112,7 +82,10 @@ def finished(model: Any, checks: NumberChecks | None = None) -> Any:
 
     Errors: those of `checks`; `ModelError` of what cannot run.
     """
-    model.tie_weights()
+    if own_head(model):
+        # What shared a weight with the head has it alone.
+        model.all_tied_weights_keys.pop(f"{name_of_head(model)}.weight", None)
+    model.tie_weights(recompute_mapping=False)
     model.requires_grad_(False)
     multiply_in_fp32(model)
     if checks is not None:
@@ -120,23 +93,6 @@ def finished(model: Any, checks: NumberChecks | None = None) -> Any:
     model.eval()
     check_forward(model)
     return model
-
-
-def _stored_linears(
-    base: Base, linears: Mapping[str, nn.Linear], read: Read
-) -> Iterator[tuple[str, QuantizedLinear]]:
-    """The linears that the files hold quantized already, with their bytes as they are."""
-    for name, stored in base.form.stored.items():
-        by_name = {entry.name: suffix for suffix, entry in stored.entries.items()}
-        own = {entry.name: entry for entry in stored.entries.values()}
-        # The reader reuses one buffer, so what is kept is copied out of it.
-        parts = {by_name[key]: tensor.clone() for key, tensor in read_tensors(own, read)}
-        yield name, stored_layer(linears[name], stored, base.quantization, parts, base.device)
-
-
-def held_in(base: Base, name: str, stored: torch.dtype, recurrent: frozenset[str]) -> torch.dtype:
-    """The dtype that a tensor of the files is held in: the run's, or its own fp32."""
-    return stored if stored is torch.float32 and name in recurrent else base.dtype
 
 
 def multiply_in_fp32(model: nn.Module) -> None:
@@ -149,37 +105,6 @@ def multiply_in_fp32(model: nn.Module) -> None:
             continue
         if device_type(layer.weight) == "cpu" and not is_native(layer.weight.dtype):
             layer.forward = functools.partial(frozen_linear, layer)  # type: ignore[method-assign]
-
-
-class _Scratch:
-    """Casts tensors that are not kept, in one piece of memory that grows to the largest of them.
-
-    Freed copies of many sizes between small quantized results would leave holes in the heap: the
-    process of a 1.1 B model took 1.3 GiB more than the model.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.held = torch.empty(0, dtype=dtype, device=device)
-
-    def cast(self, tensor: Tensor) -> Tensor:
-        """The tensor in the dtype; itself where it is that already."""
-        if tensor.dtype == self.held.dtype:
-            return tensor
-        if self.held.numel() < tensor.numel():
-            self.held = self.held.new_empty(tensor.numel())
-        return self.held[: tensor.numel()].view(tensor.shape).copy_(tensor)
-
-
-def _with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """A tensor of one row a token with so many rows, the new ones the mean of those it has."""
-    # Piece by piece, for an embedding in float64 is four times itself; in float64, so that the
-    # order of the additions does not show in the result.
-    pieces = torch.split(tensor, 4096)
-    total = torch.stack([piece.sum(0, dtype=torch.float64) for piece in pieces]).sum(0)
-    grown = tensor.new_empty((rows, *tensor.shape[1:]))
-    grown[: len(tensor)] = tensor
-    grown[len(tensor) :] = (total / len(tensor)).to(tensor.dtype)
-    return grown
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ A head that shares its weight with the embedding becomes a quantized copy: the e
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.base.form import in_bits
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
+from qlora_kit.base.meta_model import name_of_head, tied_names
 from qlora_kit.base.quantize import NESTED_BLOCKSIZE, Quantization
 
 TILE = 2**24
@@ -67,15 +69,30 @@ class QuantizedHead(QuantizedLinear):
         return f"{self.layer.extra_repr()}, {len(self.tiles)} tiles"
 
 
-def head_quantization(held: Quantization) -> Quantization:
-    """How the head is held beside linears `held` so: in the same format where bits are the same."""
-    return in_bits(held, held.head_bits)
+@dataclass(frozen=True)
+class HeadSource:
+    """What the head of a base is quantized from: the tensor `made_of`, its own `weight` or shared.
 
+    It is in the same format as the linears where its bits are theirs.
+    """
 
-def name_of_head(model: Any) -> str:
-    """The name of the output head of a model."""
-    head = model.get_output_embeddings()
-    return next(name for name, module in model.named_modules() if module is head)
+    name: str
+    weight: str
+    made_of: str
+    quantization: Quantization
+
+    @staticmethod
+    def of(model: Any, held: Quantization) -> HeadSource | None:
+        """That of a `model` that is not filled yet, whose linears are `held` so.
+
+        None where the head stays in 16 bits.
+        """
+        if held.head_bits == 16:
+            return None
+        name = name_of_head(model)
+        weight = f"{name}.weight"
+        made_of = tied_names(model).get(weight, weight)
+        return HeadSource(name, weight, made_of, in_bits(held, held.head_bits))
 
 
 def own_head(model: Any) -> bool:

@@ -190,6 +190,13 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def name_of_head(model: Any) -> str:
+    """The name of the output head of a model."""
+    head = model.get_output_embeddings()
+    found: str = next(name for name, module in model.named_modules() if module is head)
+    return found
+
+
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Names of tensors that share another one's storage, to that other name."""
     return dict(model.all_tied_weights_keys)

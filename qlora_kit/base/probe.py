@@ -143,7 +143,7 @@ def _problem(model: Any) -> str | None:
 def _ids(model: Any, count: int) -> Tensor:
     weight = model.get_input_embeddings().weight
     drawn = torch.randint(weight.shape[0], (1, count), generator=torch.Generator().manual_seed(0))
-    return drawn.to(weight.device)
+    return drawn.to(model.device)
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:

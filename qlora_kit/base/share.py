@@ -77,9 +77,11 @@ def share_of(model: Any, quantized: Collection[str], shared: Collection[str]) ->
             if f"{name}.{leaf}" in shared:  # on the meta device it is there twice
                 continue
             total += parameter.numel()
+            if name in quantized and leaf == "weight":
+                continue
             if id(module) in inner:
                 ends += parameter.numel()
-            elif not (name in quantized and leaf == "weight"):
+            else:
                 others[_part(name, leaf)] += parameter.numel()
     return Share(total, ends, others)
 

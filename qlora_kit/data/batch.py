@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class Batch(TypedDict):
     """of the rows of each sequence, T in all; a pack's padding is a row of its own"""
     row_starts: Tensor
     """(R + 1,) int32: where each of the R rows begins in the batch, and B * T (`cu_seqlens`)"""
+    host_ids: NotRequired[Tensor]
+    """`input_ids` as the host has them, of a batch that is on a device"""
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:

@@ -33,12 +33,31 @@ PLAINEST: Capability = (7, 5)
 KernelListener = Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
 
 _PLANNED: ContextVar[tuple[str, Capability] | None] = ContextVar("planned_device", default=None)
+_ON_HOST: ContextVar[bool] = ContextVar("on_host", default=False)
 _TURNS: ContextVar[int] = ContextVar("turns", default=1)
 _KERNELS: ContextVar[KernelListener | None] = ContextVar("kernels", default=None)
 
 
 REPRESENTATIVES = 3
 Place = TypeVar("Place")
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Inside, what is made lies in the host's memory, in a plan for another device as well."""
+    planned = _PLANNED.get()
+    before = _ON_HOST.set(planned is not None and planned[0] != "cpu")
+    outside = _PLANNED.set(None if planned is None else ("cpu", planned[1]))
+    try:
+        yield
+    finally:
+        _PLANNED.reset(outside)
+        _ON_HOST.reset(before)
+
+
+def is_on_host() -> bool:
+    """Whether what is made now lies in the host's memory, apart from that of a planned device."""
+    return _ON_HOST.get()
 
 
 def has_own_memory(device: torch.device) -> bool:

@@ -162,7 +162,7 @@ def _enough(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
     """(n, h) for each row of a batch: at the positions whose next token is one of the row's own."""
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     moved = to_device(batch, device)
     with within_rows(model, moved) as rows:
         hidden = hidden_states(model, moved["input_ids"], moved["position_ids"], **rows)

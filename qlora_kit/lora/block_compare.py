@@ -50,7 +50,7 @@ def _difference(model: PreTrainedModel, layer: Any, block: Block) -> float:
     embeddings = model.get_input_embeddings().weight
     if not has_values(embeddings):
         return 0.0  # a plan has no numbers to compare; the run does it
-    device, dtype = embeddings.device, embeddings.dtype
+    device, dtype = model.device, embeddings.dtype
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(1, COMPARED_TOKENS, embeddings.shape[1], generator=drawn).to(device, dtype)
     positions = torch.arange(COMPARED_TOKENS, device=device).unsqueeze(0)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_kit.device.target import is_on_host
 from qlora_kit.device.transfer import tagged_host
 
 Sizes = dict[str, int]
@@ -155,7 +156,7 @@ class StorageCounter(TorchDispatchMode):
         """Count the tensors among the arguments or results of an operation."""
         for value in values:
             if isinstance(value, Tensor):
-                self._add(value, self.filling)
+                self._add(value, HOST if is_on_host() else self.filling)
             elif isinstance(value, (list, tuple)):
                 self._add_all(value)
 

@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.base.architecture import architecture_of
+from qlora_kit.base.embedding import weight_on_device
 from qlora_kit.data.batch import Batch
 from qlora_kit.device.target import (
     Capability,
@@ -59,7 +60,7 @@ def set_packed_attention(model: PreTrainedModel) -> bool:
     The results are those of the library's attention up to rounding, with a cache or a mask too.
     """
     config = model.config
-    weight = model.get_input_embeddings().weight
+    weight = weight_on_device(model)
     name = config._attn_implementation
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     windowed = getattr(config, "sliding_window", None) is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.decoder import hidden_states
+from qlora_kit.base.embedding import ids_on_host
 from qlora_kit.base.recurrence import check_packing
 from qlora_kit.kernels.cross_entropy import cross_entropy_sum
 from qlora_kit.training.attention import within_rows
@@ -39,8 +40,9 @@ def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     if batch["packed"]:
         check_packing(model)
-    with within_rows(model, batch) as rows:
-        hidden = hidden_states(model, batch["input_ids"], batch["position_ids"], **rows)
+    ids, known = batch["input_ids"], batch.get("host_ids")
+    with ids_on_host(ids, known), within_rows(model, batch) as rows:
+        hidden = hidden_states(model, ids, batch["position_ids"], **rows)
     # (B, T, h) to (B * T, h), and of these the N supervised ones: (N, h).
     tokens = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["supervised"])
     # `supervised` points at the positions that predict; their targets are the next tokens, (N,).
@@ -72,9 +74,11 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
+    """The batch with its tensors on `device`; its token ids are on the host as well."""
     moved = {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for key, value in batch.items()
+        if key != "host_ids"
     }
+    moved["host_ids"] = batch.get("host_ids", batch["input_ids"])
     return moved  # type: ignore[return-value]

@@ -130,9 +130,7 @@ def kept_on_device(model: Any, head_bits: int, placement: Placement) -> str | No
     if first in movable or isinstance(model.get_input_embeddings(), HostEmbedding):
         return None
     if f"{first}.weight" in {*tied_names(model), *tied_names(model).values()}:
-        why = (
-            "the head shares it, and needs it there; with --head_bits 8 or 4 it has one of its own"
-        )
+        why = "the head shares it; with --head_bits 8 or 4 it has a weight of its own"
     else:
         why = f"{type(model.get_input_embeddings()).__name__} looks up in a way of its own"
     rest = "; that of the layers is in host memory" if movable else ""

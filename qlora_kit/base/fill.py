@@ -70,8 +70,9 @@ def put(
         _replace(model, name, QuantizedHead(made) if is_head else made)
         tag_linear(made, tag)
     elif device is not None:
-        move_to_host(model.get_submodule(name.removesuffix(".weight")), made.cpu(), device)
-        tag(host_component(made, device), (made,))
+        weight = made.cpu()
+        move_to_host(model.get_submodule(name.removesuffix(".weight")), weight, device)
+        tag(host_component(weight, device), (weight,))
     else:
         place(model, name, made)
         tag("weights_other", (made,))

@@ -54,6 +54,10 @@ class HostEmbedding(nn.Embedding):
         # Page-locked memory of torch's own is not used again before the copy has ended.
         return rows.view(*input.shape, self.embedding_dim).to(device, non_blocking=True)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The weight by its name, as of any embedding; not the empty parameter."""
+        destination[f"{prefix}weight"] = self.weight.detach()
+
 
 @contextlib.contextmanager
 def ids_on_host(ids: Tensor, on_host: Tensor | None) -> Iterator[None]:

@@ -19,6 +19,7 @@ from qlora_kit.base.cache import (
 )
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
 from qlora_kit.base.fill import fill
+from qlora_kit.base.meta_model import tied_names
 from qlora_kit.base.open import open_base
 from qlora_kit.base.refill import refill
 from qlora_kit.base.tensors import Reader, Tag, untagged
@@ -64,12 +65,12 @@ def read_weights(
     It comes from the base cache where it is in there (`cache.py`), and else is kept there; `note`
     is told. `tag` is called with every tensor that stays: `weights_quantized` or `weights_other`.
     """
-    place = wanted(base)
+    place, tied = wanted(base), tied_names(base.model)
     model = None if place is None else _from_the_cache(base, place, tag, placement)
     if model is None:
         with Reader() as read:
             model = fill(base, read, tag, placement=placement)
-            check_tied(base, read)
+            check_tied(base, tied, read)
         if place is not None:
             keep(base, place, model, note)
     model.name_or_path = base.source.reference

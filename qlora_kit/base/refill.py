@@ -12,9 +12,10 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
 from qlora_kit.base.fill import finished, move_buffers, put
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
+from qlora_kit.base.made import names_on_host
 from qlora_kit.base.meta_model import tied_names
 from qlora_kit.base.quantize import dynamic_map
-from qlora_kit.base.tensors import Tag
+from qlora_kit.base.tensors import CPU, Tag
 from qlora_kit.config.training import ON_DEVICE, Placement
 
 INT8 = "int8"
@@ -27,7 +28,10 @@ def refill(base: Base, kept: EntryReader, tag: Tag, placement: Placement = ON_DE
     """
     model, linears = base.model, kept.kept.linears
     _check_names(model, kept)
-    found = {name: kept.empty(name, base.device) for name in kept.kept.tensors}
+    hosted = names_on_host(base, placement)
+    found = {
+        name: kept.empty(name, CPU if name in hosted else base.device) for name in kept.kept.tensors
+    }
     kept.read_all(found)
     move_buffers(base, tag)
     for name, quant_type in linears.items():
@@ -35,7 +39,7 @@ def refill(base: Base, kept: EntryReader, tag: Tag, placement: Placement = ON_DE
         parts = {n.rpartition(".")[2]: found.pop(n) for n in own if not n.endswith(".bias")}
         put(model, name, linear_of(model.get_submodule(name), quant_type, parts), tag)
     for name, tensor in found.items():
-        put(model, name, tensor, tag)
+        put(model, name, tensor, tag, base.device if name in hosted else None)
     return finished(model)
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import attrgetter
+
 import torch
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.fp8_checkpoint import read_numbers
-from qlora_kit.base.meta_model import tied_names
 from qlora_kit.base.tensors import Read
 from qlora_kit.errors import ModelError
 
 
-def check_tied(base: Base, read: Read) -> None:
-    """Refuse a second copy that is another tensor. Errors: `ModelError`."""
+def check_tied(base: Base, tied: Mapping[str, str], read: Read) -> None:
+    """Refuse a second copy that is another tensor.
+
+    `tied` are the names of a base before it was filled: a quantized head shares nothing any more.
+    Errors: `ModelError`.
+    """
     entries, scaled = base.entries, base.form.scaled
-    for name, shared in tied_names(base.model).items():
+    for name, shared in tied.items():
         if name not in entries:
             continue
         own = {name: entries[name]}
         for _, tensor in read_numbers(own, scaled, base.dtype, base.device, read):
-            kept = base.model.get_parameter(shared)[: len(tensor)]
+            kept = attrgetter(shared)(base.model)[: len(tensor)]
             if not torch.equal(tensor.to(kept.device, base.dtype), kept):
                 raise ModelError(
                     f"{entries[name].path}: {name} differs from {shared}, to which config.json "

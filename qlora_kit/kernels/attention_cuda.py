@@ -9,7 +9,10 @@
     blocks       what neither does: soft caps, bf16 before 8.0 (`attention.py`)
 
 Kept for backward are queries, keys, values, the output (B, T, H, d), and the logarithms of the
-softmax's sums in fp32.
+softmax's sums in fp32. Backward of long rows takes some key heads after others, each with the query
+heads that share it: inside, the kernels hold gradients by queries in fp32, and the flash kernel
+those by keys and values of every query head, which of all heads together are as large as half of
+what else is there.
 """
 
 from __future__ import annotations
@@ -22,8 +25,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.device.target import Capability
+from qlora_kit.device.target import Capability, has_values, representative
+from qlora_kit.kernels.attention_blocks import like_heads
 from qlora_kit.kernels.attention_ops import attend_by_kernel, attend_by_kernel_backward
+from qlora_kit.kernels.attention_rows import sums_of_heads
+
+HEADS_AND_TOKENS = 2**17
+"""Query heads times tokens that one call of a kernel's backward takes, about: with heads of 128, 0.13
+GB inside it. That is 1,024 blocks of the flash kernel, more than a card has room for at once."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +79,20 @@ def attend_packed(
     kernel: str,
     rows: Rows | None = None,
     window: int | None = None,
+    spends_grad: bool = False,
 ) -> Tensor:
     """Queries (B, H, T, d), keys and values (B, H / n, T, d) to (B, H, T, d), row by row.
 
     `kernel` is `flash` or `efficient`. Without `rows` each sequence is one. A query sees `window`
-    keys at most, its own included.
+    keys at most, its own included. `spends_grad` says that nobody else has the gradient by the
+    output, so that the one by the queries may take its place.
     """
     batch, _, length, _ = query.shape
     lengths = [length] * batch if rows is None else [n for one in rows.lengths for n in one]
     window = None if window is None or window >= max(lengths) else window
     starts = query.new_empty(0, dtype=torch.int32) if rows is None else rows.starts
-    return _Attend.apply(query, key, value, starts, lengths, scale, kernel, window)  # type: ignore[no-any-return, no-untyped-call]
+    options = lengths, scale, kernel, window
+    return _Attend.apply(query, key, value, spends_grad, starts, *options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Attend(torch.autograd.Function):
@@ -88,9 +100,15 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *options: Any
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spends_grad: bool,
+        starts: Tensor,
+        *options: Any,
     ) -> Tensor:
-        ctx.options = starts, *options
+        ctx.spends_grad, ctx.options = spends_grad, (starts, *options)
         *_, ctx.kernel, _ = options
         repeated = _repeated(query, key, value, ctx.kernel)
         output: Tensor
@@ -102,16 +120,65 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, sums = ctx.saved_tensors
-        repeated = _repeated(query, key, value, ctx.kernel)
-        by_query, *by_others = attend_by_kernel_backward(
-            grads[0], query, *repeated, output, sums, *ctx.options
-        )
-        # (B, H, T, d) to (B, H / n, n, T, d), and the sum over the heads that share a key.
-        by_key, by_value = (
-            x if x.shape == key.shape else x.unflatten(1, (key.shape[1], -1)).sum(2)
-            for x in by_others
-        )
-        return by_query, by_key, by_value, *(None,) * len(ctx.options)
+        (grad,), others = grads, (None,) * (1 + len(ctx.options))
+        pieces = _pieces(query, key)
+        if len(pieces) == 1 and not ctx.spends_grad:
+            return *_gradients(grad, query, key, value, output, sums, *ctx.options), *others
+        lengths = ctx.options[1]
+        by_query = grad if ctx.spends_grad else like_heads(query)
+        by_key, by_value = like_heads(key), like_heads(value)
+        for queries, keys in representative(pieces, query):
+            parts = (grad[:, queries], query[:, queries], key[:, keys], value[:, keys])
+            of_heads = sums_of_heads(sums, query, lengths, ctx.kernel, queries)
+            found = _gradients(*parts, output[:, queries], of_heads, *ctx.options)
+            for into, heads in ((by_query, queries), (by_key, keys), (by_value, keys)):
+                into[:, heads].copy_(found.pop(0))  # gone before the next one is copied
+        return by_query, by_key, by_value, *others
+
+
+def _pieces(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
+    """The query heads and the key heads that backward takes at once, which share no others."""
+    batch, heads, length, _ = query.shape
+    groups = key.shape[1]
+    shared = heads // groups
+    step = max(1, HEADS_AND_TOKENS // (shared * batch * length))
+    ends = ((first, min(first + step, groups)) for first in range(0, groups, step))
+    return [(slice(first * shared, end * shared), slice(first, end)) for first, end in ends]
+
+
+def _gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    *options: Any,
+) -> list[Tensor]:
+    """Those by query, key and value, by one call of a kernel; `options` begin with the rows."""
+    *_, kernel, _ = options
+    repeated = _repeated(query, key, value, kernel)
+    inside = [] if has_values(query) else _inside(query, key, kernel)
+    found = attend_by_kernel_backward(grad, query, *repeated, output, sums, *options)
+    del inside, repeated
+    by_query, *by_others = found
+    # (B, H, T, d) to (B, H / n, n, T, d), and the sum over the heads that share a key.
+    summed = (
+        x if x.shape == key.shape else x.unflatten(1, (key.shape[1], -1)).sum(2) for x in by_others
+    )
+    return [by_query, *summed]
+
+
+def _inside(query: Tensor, key: Tensor, kernel: str) -> list[Tensor]:
+    """What a kernel takes inside, as a plan sees it: in a run nobody but the allocator does.
+
+    Source: torch's flash_api.cpp (`dq_accum`, `dk_expanded`) and attention_backward.cu (the
+    workspace of gradients by queries).
+    """
+    by_query = [query.new_empty(query.shape, dtype=torch.float32)]
+    if kernel != "flash" or key.shape == query.shape:
+        return by_query
+    return [*by_query, torch.empty_like(query), torch.empty_like(query)]
 
 
 def _repeated(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> tuple[Tensor, Tensor]:

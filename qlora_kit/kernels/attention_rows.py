@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kit.device.target import has_values
+
 ALIGNMENT = 32
 """The memory-efficient kernel has statistics of a multiple of so many queries."""
 
@@ -71,6 +73,24 @@ def empty_sums(query: Tensor, lengths: list[int], kernel: str) -> Tensor:
     count = heads * sum(each) * (batch * length // sum(lengths))
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(count, dtype=dtype)
+
+
+def sums_of_heads(
+    sums: Tensor, query: Tensor, lengths: list[int], kernel: str, heads: slice
+) -> Tensor:
+    """The statistics of some query heads alone, as a kernel takes them where it has no others."""
+    count = query.shape[1]
+    if len(range(*heads.indices(count))) == count:
+        return sums
+    if kernel == "efficient":
+        if not has_values(sums):
+            return sums[: sums.numel() // count * len(range(*heads.indices(count)))].clone()
+        parts = (run.sums(sums, lengths, count, kernel)[:, heads] for run in runs(lengths))
+        return torch.cat([part.reshape(-1) for part in parts])
+    if min(lengths) < max(lengths) and sums.numel() == query.shape[:3].numel():
+        return sums.view(count, -1)[heads].reshape(-1)
+    # (rows, heads, longest); older torch has them so for rows of any lengths.
+    return sums.view(-1, count, max(lengths))[:, heads].reshape(-1)
 
 
 def flat_positions(x: Tensor) -> Tensor:

@@ -27,11 +27,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.device.target import representative
 from qlora_kit.kernels.rmsnorm import FrozenNorm, add_and_normalize, normalize
 from qlora_kit.kernels.rotary import rotate, rotate_both
 from qlora_kit.kernels.swiglu import Gate
-from qlora_kit.kernels.token_tiles import tiles
 from qlora_kit.lora.block_parts import (
     activation,
     eager_attention,
@@ -48,7 +46,7 @@ from qlora_kit.lora.block_parts import (
 )
 from qlora_kit.lora.layer import linears
 from qlora_kit.lora.shared_keys import OPTION, SharedKeys
-from qlora_kit.lora.tiles import TiledMlp, mlp_in_tiles
+from qlora_kit.lora.tiles import TiledMlp, added_in_place, mlp_in_tiles, over_tiles
 
 SCALAR = "layer_scalar"
 """What some families multiply a layer's output by, (1,)."""
@@ -162,16 +160,12 @@ class Block:
         return x if scalar is None else x.mul_(scalar)
 
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + self._scaled(y)
+        return added_in_place(x, self._scaled(y)) if self.tiled else x + self._scaled(y)
 
     def _mlp_in_tiles(self, x: Tensor) -> Tensor:
         """The middle residual (B, T, h) and what the MLP adds to it, tile by tile."""
         if not torch.is_grad_enabled():
-            result = torch.empty_like(x)
-            tokens, into = x.reshape(-1, x.shape[-1]), result.view(-1, x.shape[-1])
-            for rows in representative(tiles(tokens.shape[0]), x):
-                into[rows].copy_(self._added(*self._mlp(tokens[rows], None)))
-            return result
+            return over_tiles(lambda tile: self._added(*self._mlp(tile, None)), x)
         gate_up, down = self._mlp_linears
         norms = self.before[1], self.after[1]
         mlp = TiledMlp.of(norms, gate_up, self.gate, down, self.residual_scale)
@@ -211,6 +205,9 @@ class Block:
             options = {**options, "softcap": attention.attn_logit_softcapping}
         if (width := window(attention)) is not None:
             options = {**options, "sliding_window": width}
+        if self.tiled:
+            # It comes from the output projection and is read by attention alone.
+            options = {**options, "spends_grad": True}
         with around:
             attended, _ = attend(
                 attention,
@@ -220,6 +217,7 @@ class Block:
                 scaling=attention.scaling,
                 **options,
             )
+        del q, k, v
         # (B, T, heads, d) to (B, T, heads * d), and through the output projection to (B, T, h).
         y: Tensor = attention.o_proj(attended.reshape(*x.shape[:-1], -1))
         return x, _normalized(self.after[0], y)

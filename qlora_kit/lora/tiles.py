@@ -14,7 +14,7 @@ are summed tile by tile in either case, and so are the masks of dropout drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,33 @@ def mlp_in_tiles(mlp: TiledMlp, x: Tensor) -> Tensor:
     shared = _Shared(mlp)
     tie = _KeepInput.apply(shared, x, *mlp.weights)  # type: ignore[no-untyped-call]
     return _Tiles.apply(shared, tie, x, *mlp.weights)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def over_tiles(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`run` of each tile (N, h) of `x` (B, T, h), (B, T, h) as well; without a graph."""
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tokens, into = x.reshape(-1, x.shape[-1]), result.view(-1, x.shape[-1])
+    for rows in representative(tiles(tokens.shape[0]), x):
+        into[rows].copy_(run(tokens[rows]))
+    return result
+
+
+def added_in_place(x: Tensor, y: Tensor) -> Tensor:
+    """`x + y`, a node of the graph, in the memory of `y`, which nobody else reads."""
+    return _Added.apply(x, y) if x.dtype is y.dtype else x + y  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Added(torch.autograd.Function):
+    """Not `y.add_(x)`: the results of some matmuls are views, in which autograd does not write."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.detach().add_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0]
 
 
 @dataclass

@@ -141,11 +141,13 @@ def attend(
     softcap: float | None = None,
     library: str = "sdpa",
     card: Capability | None = None,
+    spends_grad: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(B, H, T, d) queries, keys and values of fewer heads to (B, T, H, d).
 
     `card` is the capability of the card whose kernels attend; without it that of the tensors' own.
+    `spends_grad` says that backward may write over the gradient by the output.
     """
     card, batch = card or capability(query), _BATCH.get()
     if batch is not None and attention_rows is None:
@@ -162,7 +164,8 @@ def attend(
         else:
             kernel = attention_kernel(card, query.dtype, query.shape[-1], softcap)
             if kernel != "blocks":
-                output = attend_packed(*parts, scale, kernel, attention_rows, sliding_window)
+                rows = attention_rows
+                output = attend_packed(*parts, scale, kernel, rows, sliding_window, spends_grad)
             else:
                 segments = _segments(query, attention_rows.lengths if attention_rows else None)
                 output = causal_attention(*parts, scale, segments, sliding_window, softcap)

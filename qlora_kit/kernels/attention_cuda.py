@@ -31,8 +31,8 @@ from qlora_kit.kernels.attention_ops import attend_by_kernel, attend_by_kernel_b
 from qlora_kit.kernels.attention_rows import sums_of_heads
 
 HEADS_AND_TOKENS = 2**17
-"""Query heads times tokens that one call of a kernel's backward takes, about: with heads of 128, 0.13
-GB inside it. That is 1,024 blocks of the flash kernel, more than a card has room for at once."""
+"""Query heads times tokens that one call of a kernel's backward takes, about: with heads of 128 it
+takes 0.13 GB inside. That is 1,024 blocks of the flash kernel, more than a card runs at once."""
 
 
 @dataclass(frozen=True)

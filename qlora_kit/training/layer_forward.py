@@ -16,13 +16,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.decoder import decoder_layers
+from qlora_kit.base.decoder import decoder_layers, layers_path
 from qlora_kit.base.recurrence import state_carriers
+from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.block_compare import fused_blocks
+from qlora_kit.lora.block_parts import norm_of
 from qlora_kit.lora.shared_keys import SharedKeys
 from qlora_kit.training.recompute import recompute, recompute_halves
 
@@ -84,7 +86,32 @@ def use_fused_blocks(model: PreTrainedModel, tiled: bool = False) -> str | None:
         return blocks
     for layer, block in zip(decoder_layers(model), blocks, strict=True):
         layer.forward = replace(_forward_of(layer), block=replace(block, tiled=tiled))
+    _fuse_last_norm(model)
     return None
+
+
+@dataclass(frozen=True)
+class NormForward:
+    """What the norm before the head is called as: it keeps its input, and no copies in fp32."""
+
+    norm: FrozenNorm
+    original: Callable[..., Any]
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, h) to (B, T, h)."""
+        if _OWN_CODE.get():
+            return self.original(hidden_states)  # type: ignore[no-any-return]
+        return normalize(self.norm, hidden_states)
+
+
+def _fuse_last_norm(model: PreTrainedModel) -> None:
+    """Let the norm behind the decoder layers keep the least, where it is one of ours."""
+    owner = model.get_submodule(layers_path(model).rpartition(".")[0])
+    last: Any = getattr(owner, "norm", None)
+    if last is None or isinstance(last.forward, NormForward):
+        return
+    if (norm := norm_of(last)) is not None:
+        last.forward = NormForward(norm, last.forward)
 
 
 def set_recompute(model: PreTrainedModel, levels: str | Sequence[str]) -> None:

@@ -45,6 +45,7 @@ def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
         hidden = hidden_states(model, ids, batch["position_ids"], **rows)
     # (B, T, h) to (B * T, h), and of these the N supervised ones: (N, h).
     tokens = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["supervised"])
+    del hidden  # it is as large as these where every token is trained on
     # `supervised` points at the positions that predict; their targets are the next tokens, (N,).
     targets = batch["labels"].reshape(-1).index_select(0, batch["supervised"] + 1)
     config = model.config

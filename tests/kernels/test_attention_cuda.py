@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_laws import PACKS, WHOLE, check, drawn, results, rows_of
 
+from qlora_kit.kernels import attention_cuda
 from qlora_kit.kernels.attention_cuda import attend_packed, attention_kernel
 from qlora_kit.kernels.attention_ops import ATTEND_BY_KERNEL
 from qlora_kit.kernels.attention_rows import padded
@@ -73,6 +74,26 @@ def test_rows_of_a_pack_are_what_each_is_alone(window, kernel):
             for ours, reference in zip(alone, together, strict=True):
                 # fp32, sums of at most 22 terms in another order.
                 torch.testing.assert_close(ours, reference[place], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+@pytest.mark.parametrize("lengths", [PACKS, WHOLE, [[20, 10]]], ids=["packs", "rows", "pack"])
+@pytest.mark.parametrize("spends", [False, True])
+def test_backward_takes_heads_in_pieces(kernel, lengths, spends, monkeypatch):
+    *inputs, grad = drawn(lengths, 12, 3, 16, torch.float64)
+    rows = rows_of(lengths)
+
+    def attended(spends):
+        given = grad.clone()  # which may be written over
+        return results(
+            inputs, given, lambda *parts: attend_packed(*parts, 0.3, kernel, rows, None, spends)
+        )
+
+    expected = attended(False)
+    # Two key heads of three at once, with four query heads each.
+    monkeypatch.setattr(attention_cuda, "HEADS_AND_TOKENS", 8 * grad.shape[0] * grad.shape[2])
+    for ours, reference in zip(attended(spends), expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=LIMIT)
 
 
 @pytest.mark.parametrize("kernel", ["flash", "efficient"])

@@ -6,6 +6,7 @@ import attention_laws as laws
 import pytest
 import torch
 
+from qlora_kit.kernels import attention_cuda
 from qlora_kit.kernels.attention_cuda import attend_packed, attention_kernel
 
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -24,6 +25,18 @@ def test_the_cards_kernels_are_plain_attention(
     if best == "blocks" or (kernel == "flash" and best != "flash"):
         pytest.skip(f"this card has no {kernel} attention of {dtype} and width {width}")
     laws.check(lengths, kernel, window, dtype, "cuda", LIMITS[dtype], width)
+
+
+@pytest.mark.parametrize("lengths", [laws.PACKS, laws.WHOLE, laws.LONG])
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_backward_in_pieces_of_heads_is_plain_attention(
+    lengths: list[list[int]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = attention_kernel(torch.cuda.get_device_capability(), dtype, 64)
+    if kernel == "blocks":
+        pytest.skip(f"this card has no fused attention of {dtype}")
+    monkeypatch.setattr(attention_cuda, "HEADS_AND_TOKENS", 1)
+    laws.check(lengths, kernel, None, dtype, "cuda", LIMITS[dtype], 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -8,7 +8,7 @@ from qlora_kit.base.load import read_weights
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.data.batch import Batch
 from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora
@@ -26,6 +26,7 @@ def counted_step(
     levels: str | Sequence[str],
     micro_batches: Sequence[Batch],
     first: Batch,
+    placement: Placement = ON_DEVICE,
 ) -> list[Interval]:
     """The intervals of a second step; that on `first` makes the optimizer's states.
 
@@ -33,7 +34,7 @@ def counted_step(
     """
     with own_workspace({}):
         model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
-        prepare_model(model, training, levels)
+        prepare_model(model, training, levels, placement=placement)
         optimizer = make_optimizer(training.optim, model.parameters(), 1e-3)
         model.train()
 

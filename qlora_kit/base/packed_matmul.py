@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -65,6 +65,11 @@ class Copy:
         assert kernel is not None
         self._kernel = kernel
 
+    @property
+    def nbytes(self) -> int:
+        """Of both tensors."""
+        return self._packed.nbytes + self._scales.nbytes
+
     def matmul(self, x: Tensor) -> Tensor:
         """`x` (..., in) in bf16 times the weight, (..., out)."""
         (rows, columns), x = self.shape, x.contiguous()
@@ -88,6 +93,24 @@ def copying_into(copies: Copies | None) -> Iterator[None]:
         _COPIES.reset(before)
 
 
+def copied_bytes(modules: Iterable[nn.Module], dtype: torch.dtype) -> int:
+    """What copies of all 4-bit linears among `modules` take, where steps in `dtype` make them."""
+    linears: list[Any] = [
+        one for one in modules if getattr(one, "quant_type", None) and _has_order(one)
+    ]
+    if dtype is not torch.bfloat16 or not linears or linears[0].weight.device.type != "cpu":
+        return 0
+    if not has_values(linears[0].weight) or not _is_right():
+        return 0
+    # Two bytes a scale: of a block each.
+    return sum(one.weight.nbytes + 4 * one.weight.nbytes // BLOCKSIZE for one in linears)
+
+
+def _has_order(layer: Any) -> bool:
+    """Whether the kernel's order is for weights of this shape."""
+    return bool(layer.in_features % BLOCKSIZE == 0 and layer.out_features % ROWS == 0)
+
+
 def packed_matmul(layer: Any, x: Tensor) -> Tensor | None:
     """`x W^T + bias` of a `Linear4bit`; None where its weight is to be decoded first."""
     if is_fused(x, layer.in_features):
@@ -100,8 +123,7 @@ def packed_matmul(layer: Any, x: Tensor) -> Tensor | None:
         or x.dtype is not torch.bfloat16
         or x.device.type != "cpu"
         or x.numel() > MOST_TOKENS * layer.in_features
-        or layer.in_features % BLOCKSIZE
-        or layer.out_features % ROWS
+        or not _has_order(layer)
         or not has_values(x)
         or not _is_right()
     ):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlora_kit.base.packed_matmul import Copies
+from qlora_kit.base.packed_matmul import Copies, copied_bytes
 from qlora_kit.generation.adapters import RowAdapters
 from qlora_kit.generation.batches import Batch, by
 from qlora_kit.generation.cache import RowBytes
@@ -165,6 +165,16 @@ class Engine:
                 batch.group.feed(tokens)
         self._leave()
         return told + self._join()
+
+    def copied_bytes(self) -> int:
+        """Bytes of the weights that steps lay out again and keep, 0 where they do not."""
+        if self._copies is None:
+            return 0
+        return copied_bytes(self._modules, self._model.dtype)
+
+    def copy_nothing(self) -> None:
+        """Let steps keep no weights laid out again: there is no room for them."""
+        self._copies = None
 
     def cache_bytes(self, tokens: int, rows: int = 1) -> int | None:
         """Bytes of the cache of so many rows, of which the longest has so many tokens.

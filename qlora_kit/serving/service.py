@@ -45,6 +45,7 @@ class Service:
         pad_id = padding_id(base.format.tokenizer)
         engine = Engine(bank.base.model, pad_id=pad_id, bank=bank)
         self.room = Room.of(engine, bank.base.device, limits, max_batch)
+        bank.rows_room.most = min(bank.rows_room.most, self.room.rows)
         self.scheduler = Scheduler(
             engine,
             max_batch=max_batch,
@@ -79,6 +80,8 @@ class Service:
         """Serve until that is asked for."""
         cache = self.room.cache
         most = "" if cache is None else f", with a cache of up to {size_text(cache)}"
+        if self.room.copies:
+            most += f", and {size_text(self.room.copies)} of weights laid out for decoding"
         if self.room.note is not None:
             self._say(f"note: {self.room.note}")
         url = url_of(listener)

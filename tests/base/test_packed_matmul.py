@@ -101,6 +101,9 @@ def test_an_engine_makes_copies_for_its_steps_and_not_of_a_model_in_training(tmp
     while not engine.idle:
         engine.step()
     assert set(engine._copies) == linears
+    assert engine.copied_bytes() == sum(one.nbytes for one in engine._copies.values()) > 0
+    engine.copy_nothing()
+    assert engine.copied_bytes() == 0
     assert len(ticket.tokens) == 3
     model.get_input_embeddings().weight.requires_grad_(True)
     assert Engine(model, pad_id=0)._copies is None

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from served import KEY, Served, refusal, serving
 
+from qlora_kit.base import packed_matmul
 from qlora_kit.device.found import with_room
 from qlora_kit.errors import ResourceError
 from qlora_kit.serving.listen import listening
@@ -362,3 +363,18 @@ def test_a_server_that_ends_tells_those_that_wait(adapters: dict[str, Path]) -> 
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down"
         assert done == "data: [DONE]"
     assert server.service.scheduler.counts == (0, 0)
+
+
+@pytest.mark.skipif(not packed_matmul._is_right(), reason="no kernel for packed weights")
+def test_what_steps_keep_is_counted_before_caches_and_left_where_it_does_not_fit() -> None:
+    rooms, said = [], "of weights laid out for decoding"
+    for free in (2**30, 2**20):
+        with with_room(free), serving({}, bits=4, dtype="bf16") as one:
+            until(lambda: any("serving tiny" in line for line in one.log))
+            rooms.append(one.service.room)
+            assert one.service.bank.rows_room.most == rooms[-1].rows
+            assert any(said in line for line in one.log) == (free == 2**30)
+    large, small = rooms
+    assert large.copies > 0 == small.copies
+    assert large.cache is not None
+    assert large.copies + large.cache + large.adapters + large.rows <= 2**30

@@ -29,7 +29,6 @@ from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.merged import Merged, merge
 from qlora_kit.lora.mixed import Mixed, Stacks
 from qlora_kit.lora.opening import open_adapter
-from qlora_kit.lora.stack import RowsRoom
 from qlora_kit.lora.switch import Active, Adapted, Switch
 from qlora_kit.lora.weighted_sum import check_weights, weighted_sum
 from qlora_kit.process.pace import Pace
@@ -69,9 +68,13 @@ class AdapterBank:
         """Those of the last mix, which the next may use again."""
 
     @property
-    def rows_room(self) -> RowsRoom:
-        """What rows with different adapters may take as copies of their own."""
-        return self._stacks.room
+    def most_of_rows(self) -> int:
+        """Bytes that rows with different adapters may take as copies of their own."""
+        return self._stacks.room.most
+
+    @most_of_rows.setter
+    def most_of_rows(self, most: int) -> None:
+        self._stacks.room.most = most
 
     @property
     def names(self) -> tuple[str, ...]:

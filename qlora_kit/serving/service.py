@@ -45,7 +45,7 @@ class Service:
         pad_id = padding_id(base.format.tokenizer)
         engine = Engine(bank.base.model, pad_id=pad_id, bank=bank)
         self.room = Room.of(engine, bank.base.device, limits, max_batch)
-        bank.rows_room.most = min(bank.rows_room.most, self.room.rows)
+        bank.most_of_rows = min(bank.most_of_rows, self.room.rows)
         self.scheduler = Scheduler(
             engine,
             max_batch=max_batch,

@@ -372,7 +372,7 @@ def test_what_steps_keep_is_counted_before_caches_and_left_where_it_does_not_fit
         with with_room(free), serving({}, bits=4, dtype="bf16") as one:
             until(lambda: any("serving tiny" in line for line in one.log))
             rooms.append(one.service.room)
-            assert one.service.bank.rows_room.most == rooms[-1].rows
+            assert one.service.bank.most_of_rows == rooms[-1].rows
             assert any(said in line for line in one.log) == (free == 2**30)
     large, small = rooms
     assert large.copies > 0 == small.copies

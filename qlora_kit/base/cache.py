@@ -42,6 +42,7 @@ from qlora_kit.base.kept_base import (
 )
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.meta_model import tied_names
+from qlora_kit.base.resident import make_resident
 from qlora_kit.device.target import dtype_name, has_own_memory
 from qlora_kit.files.aside import is_being_made, new_directory
 from qlora_kit.options.checks import size_text
@@ -139,15 +140,14 @@ def keep(base: Base, before: Wanted, model: PreTrainedModel, note: Note) -> None
 
     `note` is told that, or what prevents it.
     """
-    made = list(parts_of_model(model))
-    size = sum(nbytes(one) for _, one in made)
+    size = sum(nbytes(one) for _, one in parts_of_model(model))
     if size < SMALLEST:
         return
     try:
         with contextlib.ExitStack() as done:
             aside = _place(before, size, done)
             with EntryWriter(aside) as writer:
-                for name, one in made:
+                for name, one in parts_of_model(model):
                     writer.put(name, one)
                 if wanted(base) != before or before.is_fresh:
                     raise NotKeptError("its files were written meanwhile")
@@ -180,14 +180,21 @@ def used(before: Wanted) -> None:
 
 
 def parts_of_model(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
-    """The tensors of a filled base as `tensors_of` gives them, those that are shared once."""
+    """The tensors of a filled base as `tensors_of` gives them, those that are shared once.
+
+    What is streamed is there until the next one is asked for.
+    """
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     taken = {f"{name}.{leaf}" for name, layer in linears.items() for leaf in parts_of(layer)}
-    yield from linears.items()
+    for name, layer in linears.items():
+        make_resident(layer)
+        yield name, layer
     tied = tied_names(model)
-    for name, tensor in model.state_dict().items():
+    for name in model.state_dict():
         if name not in taken and name not in tied:
-            yield name, tensor
+            owner, _, leaf = name.rpartition(".")
+            make_resident(module := model.get_submodule(owner))
+            yield name, getattr(module, leaf).detach()
 
 
 def nbytes(made: Tensor | QuantizedLinear) -> int:

@@ -7,6 +7,7 @@ that is quantized is multiplied tile by tile (`head.py`), and shares no weight.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from qlora_kit.base.made import names_on_host, tensors_of
 from qlora_kit.base.meta_model import name_of_head
 from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.probe import check_forward
-from qlora_kit.base.tagged import tag_linear
+from qlora_kit.base.streamed_base import came, leaving, stream_layers
 from qlora_kit.base.tensors import Read, Tag, checks_later, untagged
 from qlora_kit.config.training import ON_DEVICE, Placement
 from qlora_kit.device.target import device_type, is_native
@@ -41,10 +42,11 @@ def fill(
     model = base.model
     move_buffers(base, tag)
     checks = checks_later(torch.empty(0, dtype=base.dtype, device=base.device))
-    hosted = names_on_host(base, placement)
+    hosted, away = names_on_host(base, placement), leaving(model, placement)
     for name, made in tensors_of(base, read, quantize, checks, hosted):
-        put(model, name, made, tag, base.device if name in hosted else None)
-    return finished(model, checks)
+        put(model, name, made, tag, base.device if name in hosted else None, away)
+    stream = functools.partial(stream_layers, device=base.device, tag=tag)
+    return finished(model, checks, stream if placement.base_on_host else None)
 
 
 def move_buffers(base: Base, tag: Tag) -> None:
@@ -60,28 +62,35 @@ def put(
     made: Tensor | QuantizedLinear,
     tag: Tag,
     device: torch.device | None = None,
+    away: str | None = None,
 ) -> None:
     """Put a tensor, or a quantized linear, where the architecture has it.
 
-    With a `device` it is an embedding that stays on the host, and sends its rows there.
+    With a `device` it is an embedding that stays on the host, and sends its rows there. What has a
+    name that begins with `away` goes to the host, to be streamed from there.
     """
     if isinstance(made, QuantizedLinear):
         is_head = model.get_submodule(name) is model.get_output_embeddings()
         _replace(model, name, QuantizedHead(made) if is_head else made)
-        tag_linear(made, tag)
     elif device is not None:
         weight = made.cpu()
         move_to_host(model.get_submodule(name.removesuffix(".weight")), weight, device)
         tag(host_component(weight, device), (weight,))
+        return
     else:
         place(model, name, made)
-        tag("weights_other", (made,))
+    came(model, name, made, tag, away)
 
 
-def finished(model: Any, checks: NumberChecks | None = None) -> Any:
+def finished(
+    model: Any,
+    checks: NumberChecks | None = None,
+    stream: Callable[[Any], None] | None = None,
+) -> Any:
     """A model whose tensors are all in their places: tied, frozen and in evaluation mode.
 
-    Errors: those of `checks`; `ModelError` of what cannot run.
+    `stream` has its layers streamed. Errors: those of `checks` and of `stream`; `ModelError` of
+    what cannot run.
     """
     if own_head(model):
         # What shared a weight with the head has it alone.
@@ -91,6 +100,8 @@ def finished(model: Any, checks: NumberChecks | None = None) -> Any:
     multiply_in_fp32(model)
     if checks is not None:
         checks.read()
+    if stream is not None:
+        stream(model)
     model.eval()
     check_forward(model)
     return model

@@ -92,13 +92,12 @@ Places = tuple[Place, ...]
 def places_of(layers: Sequence[nn.Module]) -> list[Places]:
     """For each layer the tensors that need not stay on the device. Shared ones are left out."""
     every = [list(_movable(layer)) for layer in layers]
-    owners = Counter(id(module._parameters.get(n)) for one in every for module, n, _ in one)
+    owners = Counter(id(tensor) for one in every for _, _, tensor in one)
     found = []
     for tensors in every:
         places, offset = list[Place](), 0
         for module, name, tensor in tensors:
-            parameter = module._parameters.get(name)
-            if parameter is not None and owners[id(parameter)] > 1:
+            if owners[id(tensor)] > 1:
                 continue
             places.append(Place(module, name, offset, tensor.shape, tensor.dtype))
             offset += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT

@@ -1,20 +1,22 @@
 """A loaded base whose decoder layers are moved into a store, and streamed from there.
 
-`leave_device` is called with each quantized linear as it arrives, so that a device never holds the
-whole base; `stream_layers` then makes the blocks, and hooks the stream into the layers.
+`came` is called with each quantized linear as it arrives, so that a device never holds the whole
+base; `stream_layers` then makes the blocks, and hooks the stream into the layers.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlora_kit.base.decoder import decoder_layers
+from qlora_kit.base.decoder import decoder_layers, layers_path
 from qlora_kit.base.layer_store import (
     HostStore,
+    Place,
     Places,
     Store,
     along,
@@ -24,8 +26,9 @@ from qlora_kit.base.layer_store import (
 )
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.stream import SLOTS, LayerStream
-from qlora_kit.base.tagged import component_of, quantized_tensors
+from qlora_kit.base.tagged import component_of, tag_linear
 from qlora_kit.base.tensors import Tag, untagged
+from qlora_kit.config.training import Placement
 from qlora_kit.device.target import device_type, has_values, without_values
 from qlora_kit.device.transfer import TO_HOST, host_memory
 
@@ -33,16 +36,29 @@ HOST = "host"
 """The component of memory that is no device's (`memory/counter.py`)."""
 
 
-def leave_device(layer: nn.Module | Tensor, tag: Tag = untagged) -> None:
-    """Move the tensors of a quantized linear to the host, where the device is another memory."""
-    if not isinstance(layer, QuantizedLinear) or device_type(layer.weight) == "cpu":
+def came(
+    model: Any, name: str, made: Tensor | QuantizedLinear, tag: Tag, leaving: str | None = None
+) -> None:
+    """Tag what has been put into a model; what has a name that begins with `leaving` goes away.
+
+    It goes to the host; what is small of it stays, and so does all where there is no other memory.
+    """
+    if isinstance(made, QuantizedLinear):
+        tag_linear(made, tag)
+    else:
+        tag("weights_other", (made,))
+    packed = made.weight if isinstance(made, QuantizedLinear) else made
+    if leaving is None or device_type(packed) == "cpu" or not name.startswith(leaving):
         return
-    moved = {id(one): _on_host(one, tag) for one in quantized_tensors(layer)}
-    layer.weight = nn.Parameter(moved[id(layer.weight)], requires_grad=False)
-    for name, buffer in layer._buffers.items():
-        # A number that stays is no part of a block, and read where the layer is.
-        if id(buffer) in moved and buffer is not None and buffer.dim():
-            layer._buffers[name] = moved[id(buffer)]
+    owner, _, leaf = (name, "", "") if made is not packed else name.rpartition(".")
+    for place in places_of([model.get_submodule(owner)])[0]:
+        if not leaf or (place.name, place.module) == (leaf, model.get_submodule(owner)):
+            place.put(place.held(_on_host(place.tensor, tag)))
+
+
+def leaving(model: Any, placement: Placement) -> str | None:
+    """What names of tensors begin with that go to the host as they come; None where none do."""
+    return f"{layers_path(model)}." if placement.base_on_host else None
 
 
 def stream_layers(
@@ -59,13 +75,13 @@ def stream_layers(
     component = component_of(model)
     tag(component, slots)
     on_host = HOST if device_type(slots[0]) != "cpu" else component
-    by_layer = []
+    by_layer, fakes = [], _Fakes()
     for one in places:
         if store is None:
             by_layer.append(_block_of(one, slots[0]))
             tag(on_host, by_layer[-1])
         for place in one:
-            place.put(place.empty() if has_values(slots[0]) else place.of(slots[0]))
+            place.put(place.empty() if has_values(slots[0]) else fakes.like(place, slots[0]))
     LayerStream(
         model,
         places,
@@ -73,6 +89,17 @@ def stream_layers(
         slots,
         [*slots, *itertools.chain(*by_layer)],
     )
+
+
+class _Fakes(dict[Any, Tensor]):
+    """In a plan what modules hold whose layer is in no slot: nothing has numbers, or new memory."""
+
+    def like(self, place: Place, slot: Tensor) -> Tensor:
+        """A tensor of the shape of a place, for all of that shape."""
+        key = place.shape, place.dtype, place.name
+        if key not in self:
+            self[key] = replace(place, offset=0).of(slot)
+        return self[key]
 
 
 def _block_of(places: Places, slot: Tensor) -> list[Tensor]:

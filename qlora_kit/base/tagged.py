@@ -45,21 +45,17 @@ def tag_weights(model: nn.Module, tag: Tag) -> None:
     for module in model.modules():
         if (streamed := streamed_of(module)) is not None:
             blocks |= {one.untyped_storage()._cdata: one for one in streamed.blocks}
+
+    def stays(tensor: Tensor) -> bool:
+        return not tensor.is_meta and tensor.untyped_storage()._cdata not in blocks
+
     tag(component_of(model), blocks.values())
     quantized = set()
     for module in model.modules():
-        if streamed_of(module) is None:
-            tag_linear(module, tag)
-            quantized |= {id(tensor) for tensor in quantized_tensors(module)}
-        else:
-            tag("weights_other", shared_tables(module))
+        own = quantized_tensors(module)
+        tag("weights_quantized", filter(stays, own))
+        tag("weights_other", shared_tables(module))
+        quantized |= {id(tensor) for tensor in own}
     named = itertools.chain(model.named_parameters(), model.named_buffers())
-    others = [
-        one
-        for name, one in named
-        if ".lora_" not in name
-        and id(one) not in quantized
-        and not one.is_meta
-        and one.untyped_storage()._cdata not in blocks
-    ]
-    tag("weights_other", others)
+    others = [one for name, one in named if ".lora_" not in name and id(one) not in quantized]
+    tag("weights_other", filter(stays, others))

@@ -33,7 +33,8 @@ def counted_step(
     Its workspace is one of its own: what other models left is not counted.
     """
     with own_workspace({}):
-        model = inject_lora(read_weights(open_base(base)), lora, seed=training.seed)
+        model = read_weights(open_base(base), placement=placement)
+        inject_lora(model, lora, seed=training.seed)
         prepare_model(model, training, levels, placement=placement)
         optimizer = make_optimizer(training.optim, model.parameters(), 1e-3)
         model.train()

@@ -1,0 +1,99 @@
+"""Laws of the plan of a streamed base: what is counted, byte for byte; a card has two layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from counted_steps import counted_step
+from families import save_checkpoint, token_ids
+
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import Placement, TrainingConfig
+from qlora_kit.data.batch import collate
+from qlora_kit.data.tokens import Encoded
+from qlora_kit.memory.counter import COMPONENTS, most_of_each
+from qlora_kit.plan.extrapolate import cut, layers_of
+from qlora_kit.plan.plan import BatchShape, Planner
+
+STREAMED = Placement(base_on_host=True)
+LORA = LoRAConfig(r=8, target_modules="all-linear")
+
+
+def save(directory, family, layers=6):
+    save_checkpoint(
+        directory, family, torch.bfloat16, num_hidden_layers=layers, intermediate_size=192
+    )
+    return str(directory)
+
+
+def batch_of(rows, length):
+    ids = [token_ids(1, length, seed=number)[0].tolist() for number in range(rows)]
+    return collate([Encoded(row, row) for row in ids], 0)
+
+
+def training_of(level, **changes):
+    settings = {"optim": "adamw", "gradient_checkpointing": level, "batch_size": 2, **changes}
+    return TrainingConfig(gradient_accumulation_steps=2, offload_base=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "bits", "level"),
+    [("llama3", 4, "full"), ("gemma2", 8, "selective"), ("qwen3", 16, "none")],
+)
+def test_planned_equals_counted(tmp_path, family, bits, level):
+    """On the CPU, where slots and the host's blocks are of one memory."""
+    base = BaseConfig(save(tmp_path, family), bits=bits, dtype="bf16", device="cpu")
+    training = training_of(level)
+    batches = [batch_of(2, 64) for _ in range(2)]
+    counted = counted_step(base, LORA, training, level, batches, batch_of(1, 16), STREAMED)
+    plan = Planner(base, LORA, training).plan(BatchShape(2, 64, 64))
+    assert plan.placement == STREAMED
+    for phase in ("forward", "backward", "step"):
+        peak = max(one.peak for one in counted if one.phase == phase)
+        assert plan.phases[phase] == peak, phase
+    passes = [one for one in counted if one.phase != "step"]
+    found = most_of_each(passes) | {"optimizer": passes[0].start["optimizer"]}
+    assert {name: plan.bytes[name] for name in COMPONENTS} == {n: found[n] for n in COMPONENTS}
+
+
+def plan_of(base, placement, device="cuda"):
+    planner = Planner(base, LORA, training_of("full"), device)
+    return planner, planner.plan(BatchShape(2, 64, 64), placement=placement)
+
+
+def test_a_card_holds_two_layers_of_any_number(tmp_path):
+    """The rest of the base is the host's; what else the card holds is what it held."""
+    planned = []
+    for layers in (4, 8):
+        base = BaseConfig(save(tmp_path / str(layers), "llama3", layers), dtype="bf16")
+        _, plan = plan_of(base, STREAMED)
+        _, resident = plan_of(base, Placement())
+        planned.append(plan)
+        quantized = resident.bytes["weights_quantized"]
+        # A block has tensors at multiples of 256 bytes, and in these models they are small.
+        assert plan.bytes["weights_quantized"] < 1.2 * 2 * quantized / layers
+        assert plan.host_peak_bytes > quantized
+        for name in COMPONENTS[1:]:
+            assert plan.bytes[name] == resident.bytes[name], name
+    # An offset of each linear stays: 4 bytes.
+    few, many = (one.bytes["weights_quantized"] for one in planned)
+    assert many - few == 4 * 7 * 4
+
+
+def test_bytes_moved_are_told_and_extend_to_all_layers(tmp_path):
+    """A pass of n layers loads n - 2 forward and n - 2 backward; a few of them are traced."""
+    base = BaseConfig(save(tmp_path, "llama3", 12), dtype="bf16")
+    planner, plan = plan_of(base, STREAMED)
+    run = planner.run
+    layers = len(run.layers)
+    assert len(layers_of(cut(["full"] * layers))) == 3
+    batches = run.micro_batches(2, 64, 64, 1)
+    intervals = run.passes(batches, ["full"] * layers)
+    moved = dict.fromkeys(("forward", "backward"), 0)
+    for one in intervals:
+        for work, times in one.work.items():
+            if work.kind in ("to_device", "transfer"):
+                moved[one.phase] += times * work.bytes
+    block = (plan.bytes["weights_quantized"] - 4 * 7 * layers) // 2
+    assert moved == {"forward": (layers - 2) * block, "backward": (layers - 2) * block}

@@ -166,13 +166,13 @@ class Block:
         """The middle residual (B, T, h) and what the MLP adds to it, tile by tile."""
         if not torch.is_grad_enabled():
             return over_tiles(lambda tile: self._added(*self._mlp(tile, None)), x)
-        gate_up, down = self._mlp_linears
+        gate_up, down = self.mlp_linears
         norms = self.before[1], self.after[1]
         mlp = TiledMlp.of(norms, gate_up, self.gate, down, self.residual_scale)
         return mlp_in_tiles(mlp, x)
 
     @property
-    def _mlp_linears(self) -> tuple[list[nn.Module], nn.Module]:
+    def mlp_linears(self) -> tuple[list[nn.Module], nn.Module]:
         """Gate and up, or one linear of both, and the MLP's last one."""
         family = architecture_of(self.attention.config.model_type)
         mlp = getattr(self.layer, family.mlp)
@@ -269,7 +269,7 @@ class Block:
 
     def _mlp(self, x: Tensor, ready: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """The middle residual (B, T, h) for the sum, and what the MLP adds to it."""
-        first, down = self._mlp_linears
+        first, down = self.mlp_linears
         x, gate_up = _read(x, first, self.before[1], ready)
         (y,) = linears(gate_up, [down], self.gate)
         return x, _normalized(self.after[1], y)

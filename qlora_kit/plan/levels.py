@@ -116,12 +116,23 @@ def layer_work(layer: nn.Module, level: str, length: int, fused: bool) -> int:
     `training/recompute.py`.
     """
     if level == "none":
-        return 0
+        return _tiled_work(layer)
     left_out = _left_out(layer, "down_proj")
     if level == "selective" and fused:
         left_out += _left_out(layer, "o_proj")
     attention = 0 if level == "selective" else _attention_work(layer, length)
     return _linear_work(layer) - left_out + attention
+
+
+def _tiled_work(layer: nn.Module) -> int:
+    """What an MLP that goes over tiles computes again at any level; see `lora/tiles.py`."""
+    block = getattr(layer.forward, "block", None)
+    if block is None or not block.tiled:
+        return 0
+    again, last = block.mlp_linears
+    if block.after[1] is not None:
+        again = [*again, last]
+    return sum(_size(getattr(linear, "base_layer", linear)) for linear in again)
 
 
 def recomputed_share(run: FakeRun, levels: Sequence[str], length: int) -> float:

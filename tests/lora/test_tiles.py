@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from adapted import adapted_model
 from families import FAMILIES, tiny_model, token_ids
 
+from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.config.training import Placement, TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.token_tiles import TILE_TOKENS, tiles
+from qlora_kit.plan.levels import layer_work
 from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.prepare import prepare_model
@@ -64,6 +68,46 @@ def test_tiles_give_the_bits_of_all_tokens_at_once(family):
         family, bits=bits, dropout=dropout, packed=True, targets=targets, num_hidden_layers=2
     )
     check_tiles(model, [batch_of(packed), batch_of(packed, 40)])
+
+
+@pytest.mark.parametrize("family", ["olmo2", "glm4", "gemma4", "ministral3"])
+def test_so_they_do_in_newer_families(family):
+    """Norms in other places, norms behind, embeddings of the layer's own, queries scaled."""
+    model = adapted_model(family, bits=4, dropout=0.1, packed=True, targets="all-linear")
+    check_tiles(model, [batch_of(packed=True)], ("full",))
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "phi3"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_is_computed_a_third_time(family, level):
+    """The work beside forward's is what plans weigh a level by, and no more than at `full`."""
+    model = adapted_model(family, bits=4, packed=True, targets="all-linear")
+    assert use_fused_blocks(model, tiled=True) is None
+    set_recompute(model, level)
+    layer, counts = model.base_model.layers[1], Counter()
+    found = {n: m for n, m in layer.named_modules() if isinstance(m, QuantizedLinear)}
+    for name, module in found.items():
+
+        def counted(x, name=name, module=module):
+            counts[name] += x.numel() // x.shape[-1]
+            return type(module).matmul(module, x)
+
+        module.matmul = counted
+    batch = batch_of()
+    results_of(model, [batch])
+    size = {name: module.in_features * module.out_features for name, module in found.items()}
+    work = sum(size[name] * counts[name] for name in found) / batch["input_ids"].numel()
+    assert work - sum(size.values()) == layer_work(layer, level, 0, True)
+    assert layer_work(layer, level, 0, True) <= layer_work(layer, "full", 0, True)
+
+
+def test_evaluation_goes_over_tiles_too():
+    model, batch = adapted_model("gemma2", bits=4, packed=True), batch_of(packed=True)
+    model.eval()
+    with torch.no_grad():
+        expected = supervised_loss(model, batch)
+        assert use_fused_blocks(model, tiled=True) is None
+        assert torch.equal(supervised_loss(model, batch), expected)
 
 
 def test_a_layer_of_no_block_is_refused_tiles_or_said_to_have_none():

@@ -8,9 +8,9 @@ On CUDA copies have a stream of their own and nobody's host waits for them. What
 
   - A copy waits for what was computed before it was asked for: that made its tensor, or may still
     read the memory that it fills. What is computed waits for a copy where it needs its end.
-  - A device tensor that is copied out is held until something computed later waits for that copy:
-    the next `out` does, so no more than one is on its way. One that is fetched and never asked for
-    is given up in the same way. The allocator's own way, `Tensor.record_stream`, would keep such
+  - A device tensor that is copied out is held until what is computed waits for that copy, which
+    `settle` has it do: before the next ones are sent. One that is fetched and never asked for is
+    given up in the same way. The allocator's own way, `Tensor.record_stream`, would keep such
     memory for as long as the host runs ahead of the device.
   - Host memory is page-locked, or a copy would make its caller wait. It comes in pieces of one
     size, a power of two, to which torch rounds it up in any case, and a piece is used again for
@@ -30,7 +30,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Protocol
@@ -47,19 +47,19 @@ PIECE = 2**22
 
 Wait = Callable[[], None]
 """Makes what is computed from here on wait for a copy."""
-Tag = Callable[[Iterable[Tensor]], None]
+Context = Callable[[], contextlib.AbstractContextManager[None]]
 
-_TAG: ContextVar[Tag | None] = ContextVar("host_tag", default=None)
+_AROUND: ContextVar[Context] = ContextVar("around_host", default=contextlib.nullcontext)
 
 
 @contextlib.contextmanager
-def tagged_host(tag: Tag) -> Iterator[None]:
-    """Inside, `tag` is called with the host memory that tensors of a device are sent to."""
-    before = _TAG.set(tag)
+def around_host(context: Context) -> Iterator[None]:
+    """Inside, `context` is entered where host memory is made that tensors are sent to."""
+    before = _AROUND.set(context)
     try:
         yield
     finally:
-        _TAG.reset(before)
+        _AROUND.reset(before)
 
 
 class Copies(Protocol):
@@ -91,11 +91,13 @@ class Held:
         pieces: Sequence[Tensor],
         free: list[Tensor] | None = None,
     ) -> None:
-        self.shape, self.dtype, self.device = like.shape, like.dtype, device
+        self.shape, self.stride, self.dtype = like.shape, like.stride(), like.dtype
+        self.device = device
         self.pieces, self._free = pieces, free
         self._wait: Wait | None = None
         self.on_device: Tensor | None = None
         """What is copied from or to, until something waits for that."""
+        self.is_coming = False
 
     def moving(self, tensor: Tensor, wait: Wait) -> None:
         """`tensor` of the device is copied, which `wait` waits for."""
@@ -104,7 +106,7 @@ class Held:
     def settle(self) -> Tensor | None:
         """Wait for a copy on its way; what it copied from or to, which is held no longer."""
         wait, self._wait = self._wait, None
-        tensor, self.on_device = self.on_device, None
+        tensor, self.on_device, self.is_coming = self.on_device, None, False
         if wait is not None:
             wait()
         return tensor
@@ -126,48 +128,49 @@ class Transfers:
         self._device, self._locked = device, has_own_memory(device)
         self._copies = copies or copies_on(device)
         self._free: list[Tensor] = []
-        self._last: weakref.ref[Held] | None = None
+        self._leaving: list[weakref.ref[Held]] = []
 
     def out(self, tensor: Tensor) -> Held:
         """`tensor` on its way to the host; it may be dropped and may not be written to."""
-        self.settle()
         tensor = tensor.detach()
+        if not _is_dense(tensor):
+            tensor = tensor.contiguous()
         host = self._pieces(tensor)
         held = Held(tensor, tensor.device, host, self._free if self._locked else None)
         if _is_planned(tensor):
             without_values(TO_HOST, (tensor,), ())
             held.moving(tensor, _arrived)
         else:
-            source = tensor.reshape(-1)  # the tensor itself, unless it has gaps
-            self._move(host, _bytes_of(source), to_device=False)
-            held.moving(source, self._copies.ended())
-        self._last = weakref.ref(held)
+            self._move(host, _bytes_of(tensor), to_device=False)
+            held.moving(tensor, self._copies.ended())
+        self._leaving.append(weakref.ref(held))
         return held
 
     def holding(self, host: Tensor) -> Held:
-        """A contiguous tensor that the host has and keeps, to be fetched as often as it is read."""
+        """A tensor without gaps that the host has and keeps, to be fetched again and again."""
         device = host.device if _is_planned(host) else self._device
-        return Held(host, device, [_bytes_of(host.detach().view(-1))])
+        return Held(host, device, [_bytes_of(host.detach())])
 
     def settle(self) -> None:
-        """Let the device go of the tensor that was sent out last, once it is there."""
-        held = None if self._last is None else self._last()
-        self._last = None
-        if held is not None:
-            held.settle()
+        """Let the device go of the tensors that were sent out, once they are there."""
+        leaving, self._leaving = self._leaving, []
+        for one in leaving:
+            if (held := one()) is not None and not held.is_coming:
+                held.settle()
 
     def prefetch(self, held: Held) -> None:
         """Begin the copy to the device, unless one is on its way; `back` is to follow."""
-        if held is (None if self._last is None else self._last()):
-            self.settle()
-        if held.on_device is not None:
+        if held.is_coming:
             return
-        tensor = torch.empty(held.shape, dtype=held.dtype, device=held.device)
+        held.settle()  # it may not even have left
+        held.is_coming = True
+        shape, stride = held.shape, held.stride
+        tensor = torch.empty_strided(shape, stride, dtype=held.dtype, device=held.device)
         if _is_planned(tensor):
             without_values(TO_DEVICE, (tensor,), ())
             held.moving(tensor, _arrived)
             return
-        self._move(held.pieces, _bytes_of(tensor.view(-1)), to_device=True)
+        self._move(held.pieces, _bytes_of(tensor), to_device=True)
         held.moving(tensor, self._copies.ended())
 
     def back(self, held: Held) -> Tensor:
@@ -189,16 +192,13 @@ class Transfers:
 
     def _pieces(self, tensor: Tensor) -> list[Tensor]:
         """Memory of the host for the bytes of a tensor."""
-        if not self._locked:
-            # As large as the pieces where there would be some.
-            whole = device_type(tensor) == "cuda" and _is_planned(tensor)
-            count = -(-tensor.nbytes // PIECE) * PIECE if whole else tensor.nbytes
-            pieces = [torch.empty(count, dtype=torch.uint8)]
-        else:
-            pieces = [self._piece() for _ in range(-(-tensor.nbytes // PIECE))]
-        if (tag := _TAG.get()) is not None:
-            tag(pieces)
-        return pieces
+        nbytes, count = tensor.nbytes, -(-tensor.nbytes // PIECE)
+        with _AROUND.get()():
+            if self._locked:
+                return [self._piece() for _ in range(count)]
+            if _is_planned(tensor) and device_type(tensor) == "cuda":
+                nbytes = count * PIECE
+            return [torch.empty(nbytes, dtype=torch.uint8)]
 
     def _piece(self) -> Tensor:
         with contextlib.suppress(IndexError):
@@ -238,8 +238,20 @@ def _is_planned(tensor: Tensor) -> bool:
     return not has_values(tensor) and tensor.device.type == "cpu"
 
 
-def _bytes_of(flat: Tensor) -> Tensor:
-    return flat.view(torch.uint8)
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor lies without gaps, its dimensions in some order."""
+    return _in_order(tensor).is_contiguous()
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """The tensor with its dimensions as they lie in memory."""
+    places = range(tensor.dim())
+    return tensor.permute(sorted(places, key=lambda place: tensor.stride(place), reverse=True))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes (n,) of a dense tensor, as they lie."""
+    return _in_order(tensor).view(-1).view(torch.uint8)
 
 
 class _Stream:

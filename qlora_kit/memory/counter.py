@@ -12,10 +12,10 @@ is slower.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kit.device.target import is_on_host
-from qlora_kit.device.transfer import tagged_host
+from qlora_kit.device.transfer import around_host
 
 Sizes = dict[str, int]
 """Bytes by component."""
@@ -88,7 +88,7 @@ class StorageCounter(TorchDispatchMode):
         self._apart = frozenset(apart)
         self._live: dict[int, tuple[int, str]] = {}
         self._model = model
-        self._told: list[AbstractContextManager[None]] = []
+        self._told: list[contextlib.AbstractContextManager[None]] = []
         self.filling = filling
         self.observer: Observer | None = None
         self.sizes: Sizes = dict.fromkeys(COMPONENTS, 0)
@@ -104,7 +104,7 @@ class StorageCounter(TorchDispatchMode):
         if self._model is not None:
             self.tag("model", (*self._model.parameters(), *self._model.buffers()))
         self.before = self.current
-        self._told.append(tagged_host(lambda pieces: self.tag(HOST, pieces)))
+        self._told.append(around_host(lambda: self._filled_with(HOST)))
         self._told[-1].__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -119,6 +119,15 @@ class StorageCounter(TorchDispatchMode):
         now = dict(self.sizes)
         self.intervals[-1].end = now
         self.intervals.append(Interval(phase, module, now, now, now, dict(now), peak=self.current))
+
+    @contextlib.contextmanager
+    def _filled_with(self, component: str) -> Iterator[None]:
+        """Inside, what is made belongs to a component."""
+        before, self.filling = self.filling, component
+        try:
+            yield
+        finally:
+            self.filling = before
 
     def tag(self, component: str, tensors: Iterable[Tensor]) -> None:
         """Count some tensors as `component` from here on."""

@@ -26,6 +26,7 @@ from qlora_kit.lora.block import Block
 from qlora_kit.lora.block_compare import fused_blocks
 from qlora_kit.lora.block_parts import norm_of
 from qlora_kit.lora.shared_keys import SharedKeys
+from qlora_kit.training.offload import LayerOffload, Offload
 from qlora_kit.training.recompute import recompute, recompute_halves
 
 _OWN_CODE = contextvars.ContextVar("models_own_code", default=False)
@@ -35,7 +36,9 @@ _OWN_CODE = contextvars.ContextVar("models_own_code", default=False)
 class LayerForward:
     """What a decoder layer is called as; `original` is the forward that it came with.
 
-    `random` says that the layer draws from torch's own generator (a base with dropout in it).
+    `random` says that the layer draws from torch's own generator (a base with dropout in it). With
+    an `offload` what it is recomputed from is on the host meanwhile; `ends` say whether it is the
+    first or the last of those that recompute.
     """
 
     layer: nn.Module
@@ -43,6 +46,8 @@ class LayerForward:
     block: Block | None = None
     level: str = "none"
     random: bool = False
+    offload: Offload | None = None
+    ends: tuple[bool, bool] = (False, False)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """As the layer's own forward, `hidden_states` (B, T, h) to the next layer's.
@@ -61,9 +66,10 @@ class LayerForward:
                 options.pop(unused, None)
         if self.level == "none" or not (self.layer.training and torch.is_grad_enabled()):
             return run(*args, **options)
+        offload = None if self.offload is None else LayerOffload(self.offload, *self.ends)
         if self.level == "selective" and block is not None:
-            return recompute_halves(block, self.random, self.shares, *args, **options)
-        return recompute(run, self.level, self.random, self.shares, *args, **options)
+            return recompute_halves(block, self.random, self.shares, offload, *args, **options)
+        return recompute(run, self.level, self.random, self.shares, offload, *args, **options)
 
     def _named(self, args: Sequence[Any]) -> dict[str, Any]:
         """What a layer is called with by position, the hidden states left out, by name."""
@@ -123,12 +129,20 @@ def set_recompute(model: PreTrainedModel, levels: str | Sequence[str]) -> None:
     """
     layers, hybrid = list(decoder_layers(model)), bool(state_carriers(model))
     chosen = [levels] * len(layers) if isinstance(levels, str) else list(levels)
-    for layer, level in zip(layers, chosen, strict=True):
+    again = [place for place, level in enumerate(chosen) if level != "none"] or [0]
+    for place, (layer, level) in enumerate(zip(layers, chosen, strict=True)):
         attends = not hybrid or any(hasattr(one, "is_causal") for one in layer.modules())
         level = "full" if level == "selective" and not attends else level
         dropouts = (one.p for one in layer.modules() if isinstance(one, nn.Dropout))
         random = any((getattr(model.config, "attention_dropout", 0), *dropouts))
-        layer.forward = replace(_forward_of(layer), level=level, random=random)
+        ends = place == again[0], place == again[-1]
+        layer.forward = replace(_forward_of(layer), level=level, random=random, ends=ends)
+
+
+def set_offload(model: PreTrainedModel, offload: Offload | None) -> None:
+    """Let what layers of `model` are recomputed from lie on the host meanwhile, or (None) not."""
+    for layer in decoder_layers(model):
+        layer.forward = replace(_forward_of(layer), offload=offload)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from qlora_kit.device.found import prefer_flash
 from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.triton_ops import allow_triton
 from qlora_kit.training.attention import LIBRARY, set_packed_attention
-from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
+from qlora_kit.training.layer_forward import set_offload, set_recompute, use_fused_blocks
+from qlora_kit.training.offload import Offload
 
 
 def prepare_model(
@@ -38,6 +39,7 @@ def prepare_model(
             raise ConfigError(f"tiled_mlp true: {note}", "leave --tiled_mlp out")
         note = f"{note}; its MLPs do not go over tiles"
     set_recompute(model, recompute)
+    set_offload(model, Offload() if placement.activations_on_host else None)
     return note
 
 

@@ -30,6 +30,7 @@ Dropout of adapters is keyed, so nothing random has to be saved for the second r
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -37,16 +38,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, ATTEND_ROWS
 from qlora_kit.kernels.attention_ops import ATTEND_BY_KERNEL
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.shared_keys import OPTION, SharedKeys
+from qlora_kit.training.offload import Kept, LayerOffload, Replay, replay_of
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -65,24 +64,28 @@ def recompute(
     level: str,
     random: bool,
     shares: SharedKeys,
+    offload: LayerOffload | None,
     *args: Any,
     **options: Any,
 ) -> Any:
     """`run(*args, **options)` of a layer, recomputed in backward: `full`, or but for attention.
 
-    `random` says that it draws from torch's own generator.
+    `random` says that it draws from torch's own generator. Where `offload` is given, the first of
+    `args` and what attention gave are on the host meanwhile.
     """
     # Attention that is not run again does not draw either, and what follows it would draw others.
     keeps_attention = level == "selective" and not random
-    context = {"context_fn": _kept_attention} if keeps_attention else {}
-    again, shared = partial(_replayed(random), **context), options.pop(OPTION, None)
-    return shares.through(again, run, shared, *args, **options)
+    replay = replay_of(offload)
+    context = {"context_fn": partial(_kept_attention, replay)} if keeps_attention else {}
+    again = replay.through(partial(_replayed(random), **context), *args[:1])
+    return shares.through(again, run, options.pop(OPTION, None), *args, **options)
 
 
 def recompute_halves(
     block: Block,
     random: bool,
     shares: SharedKeys,
+    offload: LayerOffload | None,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
@@ -91,16 +94,19 @@ def recompute_halves(
 ) -> Tensor:
     """`Block.forward` at `selective`, (B, T, h) to (B, T, h): each half recomputed by itself."""
     again = _replayed(random)
+    replay = replay_of(offload, begins=False)
     # Around attention alone: such a context looks at every operation inside, in Python.
-    keeping, kept = (nullcontext(), nullcontext()) if random else _kept_attention()
+    keeping, kept = (nullcontext(), nullcontext()) if random else _kept_attention(replay)
     contexts, shared = [keeping], options.pop(OPTION, None)
 
     def attention_half(x: Tensor, **inside: Any) -> Tensor:
         around, given = (contexts.pop() if contexts else kept), {**options, **inside}
         return block.attention_half(x, position_embeddings, attention_mask, given, around)
 
-    middle: Tensor = shares.through(again, attention_half, shared, hidden_states)
-    result: Tensor = again(block.mlp_half, middle, per_layer_input)
+    moved = replay.through(again, hidden_states)
+    middle: Tensor = shares.through(moved, attention_half, shared, hidden_states)
+    moved = replay_of(offload, ends=False).through(again, middle)
+    result: Tensor = moved(block.mlp_half, middle, per_layer_input)
     return result
 
 
@@ -109,13 +115,60 @@ def _replayed(random: bool) -> Callable[..., Any]:
     return partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
 
 
-def _kept_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _kept_attention(
+    replay: Replay,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """A context that keeps what attention's kernels give, and one that gives it back, in order."""
-    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
-    contexts = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-    return contexts
+    kept: deque[Any] = deque()
+    return _Keep(replay, kept), _Give(replay, kept)
 
 
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keeps = operation in ATTENTION
-    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+class _Attention(TorchDispatchMode):
+    """Looks at the calls of attention's kernels; `kept` has what each of them gave."""
+
+    def __init__(self, replay: Replay, kept: deque[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._replay, self._kept = replay, kept
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in ATTENTION:
+            return self.attend(lambda: func(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def attend(self, kernel: Callable[[], Any]) -> Any:
+        """What such a kernel gives."""
+        raise NotImplementedError
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch's compiler is not asked to leave every operation alone, which takes its time.
+        return False
+
+
+class _Keep(_Attention):  # type: ignore[no-untyped-call]
+    """Keeps what the kernels give."""
+
+    def attend(self, kernel: Callable[[], Any]) -> Any:
+        given = kernel()
+        kept = (self._kept_of(one) for one in (given if type(given) is tuple else (given,)))
+        self._kept.append(tuple(kept) if type(given) is tuple else next(kept))
+        return given
+
+    def _kept_of(self, one: Any) -> Any:
+        """Outputs and statistics; other results are counts and states of generators."""
+        if not isinstance(one, Tensor):
+            return one
+        return self._replay.keep(one) if one.is_floating_point() and one.numel() else one.detach()
+
+
+class _Give(_Attention):  # type: ignore[no-untyped-call]
+    """Gives it back in place of their calls."""
+
+    def attend(self, kernel: Callable[[], Any]) -> Any:
+        kept = self._kept.popleft()
+        return tuple(map(self._given, kept)) if type(kept) is tuple else self._given(kept)
+
+    def _given(self, kept: Any) -> Any:
+        return self._replay.back(kept) if isinstance(kept, Kept) else kept

@@ -1,49 +1,26 @@
 """Tensors to the host and back: nothing is read before it is there, or written over before it left.
 
-`Late` makes every copy as late as it may: when something waits for it. So a wait that is missing
-shows in the values, and memory that is given up too early in what the copy finds there.
+With copies that are made as late as they may (`tests/support/late_copies.py`) as with plain ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections import Counter, deque
 
 import pytest
 import torch
+from late_copies import Late
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kit.device import transfer
 from qlora_kit.device.target import heard_kernels, planned_device
-from qlora_kit.device.transfer import PIECE, Transfers, host_memory, tagged_host
+from qlora_kit.device.transfer import PIECE, Transfers, around_host, host_memory
 
 CPU = torch.device("cpu")
-
-
-class Late:
-    """Copies of a device that begins none before it is waited for; in their order, as a stream."""
-
-    def __init__(self):
-        self.waiting, self.made = deque(), 0
-        self.follows = 0
-
-    def follow(self):
-        self.follows += 1
-
-    def copy(self, into, source):
-        self.waiting.append((into, source))
-
-    def ended(self):
-        until = self.made + len(self.waiting)
-
-        def wait():
-            while self.made < until:
-                into, source = self.waiting.popleft()
-                into.copy_(source)
-                self.made += 1
-
-        return wait
 
 
 @pytest.fixture(params=["plain", "late"])
@@ -67,7 +44,17 @@ def test_what_comes_back_is_what_went_out(shape, dtype, transfers):
 
 def test_gaps_are_no_part_of_it(transfers):
     tensor = numbers(6, 8).t()[::2]
-    assert torch.equal(transfers.back(transfers.out(tensor)), tensor)
+    back = transfers.back(transfers.out(tensor))
+    assert torch.equal(back, tensor)
+    assert back.is_contiguous()
+
+
+def test_dimensions_lie_as_they_lay(transfers):
+    """Attention gives heads before tokens, in memory the other way round."""
+    tensor = numbers(2, 5, 3, 4).transpose(1, 2)
+    back = transfers.back(transfers.out(tensor))
+    assert torch.equal(back, tensor)
+    assert back.stride() == tensor.stride()
 
 
 def test_many_go_and_come_back_in_the_opposite_order(transfers):
@@ -80,19 +67,29 @@ def test_many_go_and_come_back_in_the_opposite_order(transfers):
         assert torch.equal(back, tensor)
 
 
-def test_what_leaves_is_held_until_the_next_leaves():
+def test_what_leaves_is_held_until_it_is_there():
     copies = Late()
     transfers = Transfers(CPU, copies)
     tensors = [numbers(4, seed=seed) for seed in range(3)]
     memory = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
     held = []
     for place in range(3):
+        transfers.settle()
         held.append(transfers.out(tensors[place]))
         tensors[place] = None
         assert [one() is not None for one in memory[: place + 1]] == [False] * place + [True]
         assert copies.made == place  # the one before this is there, this one is on its way
     transfers.settle()
     assert (memory[2](), copies.made) == (None, 3)
+
+
+def test_what_comes_already_does_not_end_with_what_leaves():
+    transfers = Transfers(CPU, Late())
+    held = transfers.out(numbers(4))
+    transfers.prefetch(held)
+    transfers.settle()
+    assert held.is_coming
+    assert torch.equal(transfers.back(held), numbers(4))
 
 
 @pytest.mark.parametrize("fetched", [False, True])
@@ -164,6 +161,19 @@ def test_without_page_locked_memory_it_is_ordinary_memory_and_that_is_said(monke
     assert host_memory(64).shape == (64,)  # once is enough
 
 
+class Made(TorchDispatchMode):
+    """The bytes of what operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.sizes.append(result.nbytes)
+        return result
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_plan_counts_the_hosts_memory_and_hears_of_the_bytes(device):
     heard, taken = Counter(), []
@@ -171,10 +181,13 @@ def test_a_plan_counts_the_hosts_memory_and_hears_of_the_bytes(device):
     def listener(kernel, reads, writes):
         heard[kernel] += sum(one.nbytes for one in (*reads, *writes))
 
-    def tag(tensors):
-        taken.extend(one.nbytes for one in tensors)
+    @contextlib.contextmanager
+    def around():
+        with Made() as made:
+            yield
+        taken.extend(made.sizes)
 
-    with FakeTensorMode(), planned_device(device), heard_kernels(listener), tagged_host(tag):
+    with FakeTensorMode(), planned_device(device), heard_kernels(listener), around_host(around):
         transfers = Transfers(CPU)
         held = transfers.out(torch.empty(3, 1000, dtype=torch.bfloat16))
         transfers.prefetch(held)

@@ -220,7 +220,9 @@ class Seen(TorchDispatchMode):
             self.places.append(f"{what} goes up {place()}")
         else:
             self.copied_out.append(what)
-            self.read(source, str(func))
+            # Nobody waits for a copy that is asked not to be waited for.
+            if not (into_place and len(args) > 2 and args[2]):
+                self.read(source, str(func))
 
 
 class Accelerator:

@@ -78,20 +78,22 @@ class Replay:
 
     def through(self, checkpoint: Callable[..., Any], hidden: Tensor | None) -> Callable[..., Any]:
         """`checkpoint`, torch's, with the input `hidden` (B, T, h) sent to the host."""
-        if self._offload is None or hidden is None:
+        if (offload := self._offload) is None or hidden is None:
             return checkpoint
         # The graph keeps the hooks: they must not hold the tensor.
         chosen = weakref.ref(hidden)
 
         def pack(tensor: Tensor) -> Kept:
-            if tensor is not chosen():
-                return tensor  # keys and values of another layer, which it holds itself
-            self._begin()
-            return self.keep(tensor)
+            # Others are keys and values of another layer, which it holds itself.
+            return self.keep(tensor) if tensor is chosen() else tensor
 
         def moved(*args: Any, **options: Any) -> Any:
             with torch.autograd.graph.saved_tensors_hooks(pack, self.back):
-                return checkpoint(*args, **options)
+                results = checkpoint(*args, **options)
+            # All has left the device before the next layer begins, which had a layer's time.
+            for device in {held.device for held in self._held}:
+                offload.transfers(device).settle()
+            return results
 
         return moved
 
@@ -114,12 +116,6 @@ class Replay:
             before._prefetch()
         assert isinstance(tensor, Tensor)
         return tensor
-
-    def _begin(self) -> None:
-        """What the replay before this one keeps has left the device."""
-        assert self._offload is not None
-        for transfers in self._offload._transfers.values():
-            transfers.settle()
 
     def _prefetch(self) -> None:
         for held in self._held:

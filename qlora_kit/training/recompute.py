@@ -77,7 +77,7 @@ def recompute(
     keeps_attention = level == "selective" and not random
     replay = replay_of(offload)
     context = {"context_fn": partial(_kept_attention, replay)} if keeps_attention else {}
-    again = replay.through(partial(_replayed(random), **context), *args[:1])
+    again = replay.through(partial(_replayed(random), **context), args[0] if args else None)
     return shares.through(again, run, options.pop(OPTION, None), *args, **options)
 
 

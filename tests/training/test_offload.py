@@ -109,9 +109,8 @@ def test_the_models_own_code_is_recomputed_from_there_too():
         check(prepared(), batch_of(), copies=Late())
 
 
-def kept(level, layers, offload, **changes):
+def kept(model, level, offload):
     """Bytes that forward leaves, on the device and on the host."""
-    model = prepared(dtype=torch.bfloat16, num_hidden_layers=layers, **changes)
     set_recompute(model, level)
     set_offload(model, offload)
     ids = token_ids(2, 32)
@@ -129,19 +128,20 @@ def kept(level, layers, offload, **changes):
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("level", ["full", "selective"])
-@pytest.mark.parametrize("late", [True, False])
-def test_a_layer_more_takes_nothing_of_the_device(level, own, late):
+def test_a_layer_more_takes_nothing_of_the_device(own):
     """2h bytes a token at `full`, and what `selective` keeps, are on the host instead."""
-    row, copies = 2 * 2 * 32 * HIDDEN, Late() if late else None
-    (without, _), (longer, _) = [kept(level, layers, None, own=own) for layers in (2, 3)]
-    a_layer = longer - without
-    assert a_layer >= {"full": 1, "selective": 3 if own else 2}[level] * row
-    found = [kept(level, layers, Offload(copies), own=own) for layers in (2, 3)]
-    # Of all layers but the last, of which the device keeps what backward begins with.
-    stays = row if own else a_layer
-    assert [host for _, host in found] == [layers * a_layer - stays for layers in (2, 3)]
-    assert [device for device, _ in found] == [without - 2 * a_layer + stays] * 2
+    row, changes = 2 * 2 * 32 * HIDDEN, {"dtype": torch.bfloat16, "own": own, "bits": 16}
+    models = [prepared(num_hidden_layers=layers, **changes) for layers in (2, 3)]
+    for level, rows in (("full", 1), ("selective", 3 if own else 2)):
+        (without, _), (longer, _) = [kept(model, level, None) for model in models]
+        a_layer = longer - without
+        assert a_layer >= rows * row
+        # Of all layers but the last, of which the device keeps what backward begins with.
+        stays = row if own else a_layer
+        for copies in (None, Late()):
+            found = [kept(model, level, Offload(copies)) for model in models]
+            assert [host for _, host in found] == [layers * a_layer - stays for layers in (2, 3)]
+            assert [device for device, _ in found] == [without - 2 * a_layer + stays] * 2
 
 
 def test_backward_finds_two_at_once():
@@ -149,7 +149,7 @@ def test_backward_finds_two_at_once():
     peaks = {}
     for offload in (True, False):
         for layers in (4, 6):
-            model = prepared(dtype=torch.bfloat16, num_hidden_layers=layers)
+            model = prepared(dtype=torch.bfloat16, num_hidden_layers=layers, bits=16)
             set_recompute(model, "full")
             set_offload(model, Offload(Late()) if offload else None)
             batch = batch_of(length=128)

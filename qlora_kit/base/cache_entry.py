@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +37,7 @@ PIECE = 2**20
 ON_THE_WAY = 2**25
 """Bytes that go to a device at once."""
 MOST_THREADS = 8
+CPU = torch.device("cpu")
 PRIVATE = 0o600
 
 
@@ -121,6 +122,10 @@ def parts_of(layer: QuantizedLinear) -> dict[str, Tensor]:
     return found | {n: b for n, b in layer._buffers.items() if n in own and b is not None}
 
 
+def _unheard(part: memoryview) -> None:
+    """Of bytes that were hashed before."""
+
+
 def _sha256(held: memoryview) -> str:
     return hashlib.sha256(held).hexdigest()
 
@@ -158,9 +163,10 @@ class EntryReader:
         dtype: torch.dtype = getattr(torch, DTYPES[one.dtype][0])
         return torch.empty(one.shape, dtype=dtype, device=device)
 
-    def read(self, name: str, into: Tensor) -> None:
+    def read(self, name: str, into: Tensor, *, again: bool = False) -> None:
         """Fill a tensor of the same bytes with one of the entry, and check it.
 
+        One that is read `again` was checked before, from the same open file.
         Errors: `DamagedError`, and then its numbers are not to be used; `OSError`.
         """
         one = self.kept.tensors[name]
@@ -168,12 +174,21 @@ class EntryReader:
         if flat.numel() != one.end - one.start:
             raise DamagedError(f"{self.path / one.file}: {name} has another size")
         digest = hashlib.sha256()
+        hashed: Callable[[memoryview], None] = _unheard if again else digest.update
         if has_own_memory(flat.device):
-            self._through_the_host(one, flat, digest.update)
+            self._through_the_host(one, flat, hashed)
         else:
-            self._hashed(one.file, one.start, flat.numpy().data, digest.update)
-        if digest.hexdigest() != one.sha256:
+            self._hashed(one.file, one.start, flat.numpy().data, hashed)
+        if not again and digest.hexdigest() != one.sha256:
             raise DamagedError(f"{self.path / one.file}: {name} is not as it was written")
+
+    def check(self, names: Collection[str]) -> None:
+        """Read tensors that are not kept, as many at once as there are threads, and check them.
+
+        Errors: `DamagedError`, `OSError`.
+        """
+        with self._together() as pool:
+            list(pool.map(lambda name: self.read(name, self.empty(name, CPU)), names))
 
     def read_all(self, into: Mapping[str, Tensor]) -> None:
         """The same of many tensors, several at once, and of the bytes before them.
@@ -182,8 +197,7 @@ class EntryReader:
         """
         where = {name: self.kept.tensors[name] for name in into}
         order = sorted(into, key=lambda name: (where[name].file, where[name].start))
-        threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(threads) as pool:
+        with self._together() as pool:
             jobs = [pool.submit(self._check_header, name) for name in self._files]
             jobs += [pool.submit(self.read, name, into[name]) for name in order]
             try:
@@ -192,6 +206,9 @@ class EntryReader:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+    def _together(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0))))
 
     def _check_header(self, name: str) -> None:
         """Check the bytes before the tensors of a file, and that nothing is behind them."""

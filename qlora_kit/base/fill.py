@@ -115,7 +115,8 @@ def multiply_in_fp32(model: nn.Module) -> None:
     for layer in model.modules():
         if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
             continue
-        if device_type(layer.weight) == "cpu" and not is_native(layer.weight.dtype):
+        # One that is streamed has no weight yet, and on any device its numbers are the same ones.
+        if device_type(layer.weight) != "cuda" and not is_native(layer.weight.dtype):
             layer.forward = functools.partial(frozen_linear, layer)  # type: ignore[method-assign]
 
 

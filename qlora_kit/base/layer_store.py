@@ -1,23 +1,18 @@
 """Where the frozen tensors of decoder layers lie, for layers that are on a device only at times.
 
 The tensors of a layer lie behind each other in one block of bytes, so that a layer comes to the
-device in one copy. In `HostStore` the block is host memory, page-locked on CUDA. In `FileStore` it
-is read from the files that hold the tensors as the device wants them, for machines whose memory is
-smaller than the model.
+device in one copy. In `HostStore` the block is host memory, page-locked on CUDA. Where that is
+smaller than the model, `entry_store.py` reads it from the base cache.
 
 Which tensors: weight and scales of quantized linears, and every frozen tensor of two or more
-dimensions. Norms, biases and tables are small and stay on the device, and so does what several
-layers share.
+dimensions. Norms, biases and tables are small and stay on the device.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
 import math
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,15 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.linear import QuantizedLinear
-from qlora_kit.base.safetensors_file import TensorEntry
-from qlora_kit.device.host_buffers import HostBuffers
 from qlora_kit.device.target import has_own_memory
-from qlora_kit.errors import ModelError, ResourceError
+from qlora_kit.errors import ConfigError
 
 ALIGNMENT = 256
 """Bytes at whose multiples a tensor begins: the widest loads of kernels, any dtype."""
-PIECE = 2**25
-"""Bytes of a file that go to a device at once: 32 MiB."""
 UNIT = 2**20
 """Bytes of which a block of page-locked memory has a whole number: 1 MiB."""
 
@@ -90,7 +81,10 @@ Places = tuple[Place, ...]
 
 
 def places_of(layers: Sequence[nn.Module]) -> list[Places]:
-    """For each layer the tensors that need not stay on the device. Shared ones are left out."""
+    """For each layer the tensors that need not stay on the device.
+
+    Errors: `ConfigError` where layers share one, which then has no place of its own.
+    """
     every = [list(_movable(layer)) for layer in layers]
     owners = Counter(id(tensor) for one in every for _, _, tensor in one)
     found = []
@@ -98,7 +92,11 @@ def places_of(layers: Sequence[nn.Module]) -> list[Places]:
         places, offset = list[Place](), 0
         for module, name, tensor in tensors:
             if owners[id(tensor)] > 1:
-                continue
+                raise ConfigError(
+                    f"layers of this model share weights ({name} of a {type(module).__name__}): "
+                    "they cannot be streamed one by one",
+                    "leave --offload_base out, or give it as false",
+                )
             places.append(Place(module, name, offset, tensor.shape, tensor.dtype))
             offset += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
         found.append(tuple(places))
@@ -166,93 +164,3 @@ def piece_sizes(nbytes: int, locked: bool) -> list[int]:
         return [nbytes]
     units = -(-nbytes // UNIT)
     return [UNIT << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1]
-
-
-class FileStore:
-    """Blocks that are read from files each time; `entries` says where each tensor lies.
-
-    The files are opened once and stay open, so that one that is replaced meanwhile does no harm.
-    """
-
-    waits = True
-
-    def __init__(
-        self,
-        layers: Sequence[Places],
-        entries: Mapping[tuple[nn.Module, str], TensorEntry],
-        device: torch.device,
-    ) -> None:
-        """`entries` has one for each place, by its module and name. Errors: `ResourceError`."""
-        self._layers, self._entries = layers, entries
-        self._lock, self._files = threading.Lock(), dict[str, io.FileIO]()
-        for path in sorted({str(entry.path) for entry in entries.values()}):
-            try:
-                self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115
-            except OSError as error:
-                raise _unreadable(path, error) from error
-        self._buffers: HostBuffers | None = None
-        if has_own_memory(device):
-            size = max(map(block_bytes, layers), default=0)
-            self._buffers = HostBuffers(max(1, min(PIECE, size)), device)
-
-    def __del__(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def load(self, number: int, block: Tensor) -> None:
-        """Read a layer's tensors. Errors: `ModelError` for a file that ends early."""
-        with self._lock:  # two threads would move each other's place in the file
-            for place in self._layers[number]:
-                entry = self._entries[place.module, place.name]
-                self._read(entry, block[place.offset : place.offset + place.nbytes])
-
-    def _read(self, entry: TensorEntry, into: Tensor) -> None:
-        if self._buffers is None:
-            self._fill(entry, 0, into)
-            return
-        for start in range(0, into.numel(), PIECE):
-            part = into[start : start + PIECE]
-            piece = self._buffers.take()[: part.numel()]
-            self._fill(entry, start, piece)
-            part.copy_(piece, non_blocking=True)
-            self._buffers.sent()
-
-    def _fill(self, entry: TensorEntry, start: int, into: Tensor) -> None:
-        view, done, path = memoryview(into.numpy().data), 0, str(entry.path)
-        file = self._files[path]
-        try:
-            file.seek(entry.start + start)
-            while done < len(view) and (count := file.readinto(view[done:])):
-                done += count
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        if done != len(view):
-            raise ModelError(
-                f"{path}: ended early at {entry.name} while the base was streamed from it",
-                "go on with --resume; what is missing is made anew",
-            )
-
-
-def _unreadable(path: str, error: OSError) -> ResourceError:
-    said = error.strerror or str(error)
-    return ResourceError(
-        f"{path}: {said} while the base was streamed from it",
-        "check the disk, then go on with --resume",
-    )
-
-
-def check_entries(
-    layers: Sequence[Places], entries: Mapping[tuple[nn.Module, str], TensorEntry]
-) -> None:
-    """Refuse files that do not hold each tensor as its module has it. Errors: `ModelError`."""
-    for place in itertools.chain.from_iterable(layers):
-        entry = entries.get((place.module, place.name))
-        if entry is None or (entry.end - entry.start, entry.torch_dtype) != (
-            place.nbytes,
-            place.dtype,
-        ):
-            raise ModelError(
-                f"{'a file' if entry is None else entry.path}: {place.name} of a layer is not held "
-                "there as the device wants it",
-                "leave --offload_base out, or quantize the base anew",
-            )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +12,17 @@ from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
+from qlora_kit.base.entry_store import EntryStore, is_short_of, streamed_names
 from qlora_kit.base.fill import finished, move_buffers, put
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlora_kit.base.made import names_on_host
 from qlora_kit.base.meta_model import tied_names
 from qlora_kit.base.quantize import dynamic_map
+from qlora_kit.base.streamed_base import leaving, stream_layers
 from qlora_kit.base.tensors import CPU, Tag
 from qlora_kit.config.training import ON_DEVICE, Placement
 
-INT8 = "int8"
+INT8, META = "int8", torch.device("meta")
 
 
 def refill(base: Base, kept: EntryReader, tag: Tag, placement: Placement = ON_DEVICE) -> Any:
@@ -28,23 +32,39 @@ def refill(base: Base, kept: EntryReader, tag: Tag, placement: Placement = ON_DE
     """
     model, linears = base.model, kept.kept.linears
     _check_names(model, kept)
-    hosted = names_on_host(base, placement)
-    found = {
-        name: kept.empty(name, CPU if name in hosted else base.device) for name in kept.kept.tensors
-    }
-    kept.read_all(found)
+    hosted, prefix = names_on_host(base, placement), leaving(model, placement)
+    away = streamed_names(kept.kept, prefix)
+    with ExitStack() as opened:
+        lent = None
+        if is_short_of(kept.kept, away):
+            # These files stay open, and what is streamed is checked where it is read from.
+            lent = opened.enter_context(EntryReader(kept.path, kept.kept))
+            lent.check(away)
+        at_rest = CPU if lent is None else META
+        places = {name: at_rest if name in away else base.device for name in kept.kept.tensors}
+        found = {n: kept.empty(n, CPU if n in hosted else at) for n, at in places.items()}
+        kept.read_all({name: one for name, one in found.items() if not one.is_meta})
+        opened.pop_all()
     move_buffers(base, tag)
     for name, quant_type in linears.items():
         own = {n: t for n, t in found.items() if n.rpartition(".")[0] == name}
         parts = {n.rpartition(".")[2]: found.pop(n) for n in own if not n.endswith(".bias")}
-        put(model, name, linear_of(model.get_submodule(name), quant_type, parts), tag)
+        made = linear_of(model.get_submodule(name), quant_type, parts, base.device)
+        put(model, name, made, tag)
     for name, tensor in found.items():
         put(model, name, tensor, tag, base.device if name in hosted else None)
-    return finished(model)
+    store = None if lent is None else partial(EntryStore, model, lent)
+    stream = partial(stream_layers, device=base.device, tag=tag, store_of=store)
+    return finished(model, stream=None if prefix is None else stream)
 
 
-def linear_of(linear: nn.Module, quant_type: str, parts: Mapping[str, Tensor]) -> QuantizedLinear:
-    """A quantized linear of its tensors by name; `linear` has its shape, and maybe no memory."""
+def linear_of(
+    linear: nn.Module, quant_type: str, parts: Mapping[str, Tensor], device: torch.device
+) -> QuantizedLinear:
+    """A quantized linear of its tensors by name, that computes on `device`.
+
+    `linear` has its shape, and maybe no memory.
+    """
     assert isinstance(linear, nn.Linear)
     shape = linear.in_features, linear.out_features
     if quant_type == INT8:
@@ -52,7 +72,7 @@ def linear_of(linear: nn.Module, quant_type: str, parts: Mapping[str, Tensor]) -
     nested: dict[str, Any] = {}
     if "nested_absmax" in parts:
         nested = {name: parts[name] for name in ("nested_absmax", "nested_offset")}
-        nested["nested_map"] = dynamic_map(parts["weight"].device)
+        nested["nested_map"] = dynamic_map(device)
     form = {"quant_type": quant_type, "absmax": parts["absmax"], **nested}
     return Linear4bit(*shape, parts["weight"], None, **form)
 

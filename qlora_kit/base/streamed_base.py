@@ -7,6 +7,7 @@ base; `stream_layers` then makes the blocks, and hooks the stream into the layer
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,12 +63,15 @@ def leaving(model: Any, placement: Placement) -> str | None:
 
 
 def stream_layers(
-    model: Any, device: torch.device, tag: Tag = untagged, store: Store | None = None
+    model: Any,
+    device: torch.device,
+    tag: Tag = untagged,
+    store_of: Callable[[Sequence[Places]], Store] | None = None,
 ) -> None:
     """Stream the decoder layers of a loaded, frozen `model` to `device`, two at a time.
 
-    Without a `store` they are moved to the host's memory, layer by layer. `tag` is called with the
-    slots, and with the host's memory. Errors: those of the store.
+    Without a store, which `store_of` makes for the places of their tensors, they are moved to the
+    host's memory, layer by layer. `tag` is called with the slots, and with the host's memory.
     """
     places = places_of(list(decoder_layers(model)))
     size = max(map(block_bytes, places), default=0)
@@ -77,7 +81,7 @@ def stream_layers(
     on_host = HOST if device_type(slots[0]) != "cpu" else component
     by_layer, fakes = [], _Fakes()
     for one in places:
-        if store is None:
+        if store_of is None:
             by_layer.append(_block_of(one, slots[0]))
             tag(on_host, by_layer[-1])
         for place in one:
@@ -85,7 +89,7 @@ def stream_layers(
     LayerStream(
         model,
         places,
-        HostStore(by_layer, device) if store is None else store,
+        HostStore(by_layer, device) if store_of is None else store_of(places),
         slots,
         [*slots, *itertools.chain(*by_layer)],
     )

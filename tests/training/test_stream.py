@@ -11,22 +11,14 @@ import pytest
 import torch
 from adapted import adapted_model
 from families import token_ids
-from safetensors.torch import save_file
 
 from qlora_kit.base.decoder import decoder_layers
-from qlora_kit.base.layer_store import (
-    FileStore,
-    HostStore,
-    block_bytes,
-    check_entries,
-    places_of,
-)
+from qlora_kit.base.layer_store import HostStore, block_bytes, places_of
 from qlora_kit.base.linear import QuantizedLinear, base_matmul, dequantize
-from qlora_kit.base.safetensors_file import read_header
 from qlora_kit.base.streamed_base import stream_layers
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.errors import ModelError
+from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.lora.inject import activate
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loss import supervised_loss
@@ -95,8 +87,9 @@ class Noted:
 
     waits = True
 
-    def __init__(self, places, blocks, seconds=0.0):
-        self.store, self.seconds, self.asked, self.bad = HostStore(blocks, CPU), seconds, [], None
+    def __init__(self, blocks):
+        self.store, self.blocks = HostStore(blocks, CPU), blocks
+        self.seconds, self.asked, self.bad = 0.0, [], None
 
     def load(self, number, block):
         self.asked.append(number)
@@ -105,13 +98,16 @@ class Noted:
         time.sleep(self.seconds)
         self.store.load(number, block)
 
+    def hashes(self):
+        """Of what it holds."""
+        return [hashlib.sha256(block.numpy()).digest() for (block,) in self.blocks]
 
-def streamed(model, **options):
-    """The model, streamed from a `Noted` store."""
+
+def streamed(model):
+    """The `Noted` store that a model is streamed from now."""
     places = places_of(list(decoder_layers(model)))
-    blocks = [block_of(one) for one in places]
-    store = Noted(places, blocks, **options)
-    stream_layers(model, CPU, store=store)
+    store = Noted([block_of(one) for one in places])
+    stream_layers(model, CPU, store_of=lambda found: store)
     return store
 
 
@@ -120,19 +116,6 @@ def block_of(places):
     for place in places:
         place.of(block).data.copy_(place.tensor)
     return [block]
-
-
-def in_files(model, directory):
-    """A `FileStore` of two files that hold a model's tensors as they are."""
-    places, entries = places_of(list(decoder_layers(model))), {}
-    for number, part in enumerate((places[::2], places[1::2])):
-        path = directory / f"{number}.safetensors"
-        named = {str(n): one for n, one in enumerate(itertools.chain.from_iterable(part))}
-        save_file({n: one.tensor.detach().clone() for n, one in named.items()}, path)
-        header = read_header(path)
-        entries |= {(one.module, one.name): header[n] for n, one in named.items()}
-    check_entries(places, entries)
-    return FileStore(places, entries, CPU)
 
 
 def test_a_layer_is_loaded_once_forward_and_once_backward():
@@ -151,8 +134,8 @@ def test_a_layer_is_loaded_once_forward_and_once_backward():
     assert store.asked == [2, 3, 4, 0, 1, 2, 3, 4, 0]
 
 
-def test_the_bytes_of_files_are_the_base(tmp_path):
-    """From files as from memory, between steps and evaluations; the files stay as they are."""
+def test_steps_and_evaluations_take_turns_and_the_bytes_stay():
+    """In any order; what leaves the model as numbers is asked for, and is what it was."""
     model = prepared(dropout=0.1)
     batches = batch_of(False), batch_of(True)
     expected = results_of(model, *batches)
@@ -160,17 +143,23 @@ def test_the_bytes_of_files_are_the_base(tmp_path):
         evaluated = supervised_loss(model.eval(), batches[0])
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     dense = [dequantize(layer, torch.float32) for layer in layers]
-    stream_layers(model, CPU, store=in_files(model, tmp_path))
-    before = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(tmp_path.iterdir())]
+    store = streamed(model)
+    before = store.hashes()
     for _ in range(2):
         assert_same(results_of(model.train(), *batches), expected)
         with torch.no_grad():
             assert torch.equal(supervised_loss(model.eval(), batches[0]), evaluated)
-    # What leaves the model as numbers is asked for, in any order.
     for layer, weight in reversed(list(zip(layers, dense, strict=True))):
         assert torch.equal(dequantize(layer, torch.float32), weight)
-    after = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(tmp_path.iterdir())]
-    assert after == before
+    assert store.hashes() == before
+
+
+def test_layers_that_share_a_weight_are_refused():
+    model = prepared()
+    layers = decoder_layers(model)
+    layers[2].mlp.up_proj = layers[1].mlp.up_proj
+    with pytest.raises(ConfigError, match="share weights"):
+        stream_layers(model, CPU)
 
 
 def test_without_its_adapters_a_model_is_its_base():
@@ -212,25 +201,6 @@ def test_a_store_that_fails_is_the_error_and_may_be_mended():
         good, store.bad = store.bad, None
         assert_same(results_of(model, batch), expected)
         store.bad = good
-
-
-def test_a_file_that_ends_early_is_named(tmp_path):
-    model, batch = prepared(), batch_of(False)
-    stream_layers(model, CPU, store=in_files(model, tmp_path))
-    results_of(model, batch)
-    path = tmp_path / "0.safetensors"
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size // 2)
-    with pytest.raises(ModelError, match=r"0\.safetensors: ended early"):
-        results_of(model, batch)
-
-
-def test_files_of_another_form_are_refused(tmp_path):
-    model = prepared()
-    in_files(model, tmp_path)
-    places = places_of(list(decoder_layers(model)))
-    with pytest.raises(ModelError, match="is not held"):
-        check_entries(places, {})
 
 
 def test_out_of_its_turn_a_layer_is_loaded_and_no_other_one_read():

@@ -94,6 +94,10 @@ class Base:
     parameters: int = field(init=False)
     share: Share | None = field(init=False)
     """What stays in 16 bits beside quantized linears; None where nothing is quantized."""
+    tied: Mapping[str, str] = field(init=False)
+    """Names of tensors that share another one's storage in the files' model, to that other name."""
+    is_tied: bool = field(init=False)
+    """Whether the files have one tensor for the embedding and the head."""
 
     def __post_init__(self) -> None:
         # Now, for a quantized layer has fewer elements than the weight that it packs. On the meta
@@ -103,8 +107,10 @@ class Base:
         count = sum(parameter.numel() for name, parameter in named if name not in shared)
         object.__setattr__(self, "parameters", count)
         quantized = set(decoder_linears(self.model)) - self.form.skipped
+        object.__setattr__(self, "tied", shared)
         head = name_of_head(self.model)
-        if self.quantization.head_bits < 16 and f"{head}.weight" not in shared:
+        object.__setattr__(self, "is_tied", f"{head}.weight" in shared)
+        if self.quantization.head_bits < 16 and not self.is_tied:
             quantized.add(head)
         share = share_of(self.model, quantized, shared) if self.quantization.bits < 16 else None
         object.__setattr__(self, "share", share)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.meta_model import name_of_head, tied_names
-from qlora_kit.config.training import Placement
+from qlora_kit.base.tensors import Tag
 from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
 from qlora_kit.device.transfer import TO_DEVICE
 
@@ -120,25 +120,25 @@ def host_component(weight: Tensor, device: torch.device) -> str:
     return "host" if apart else "weights_other"
 
 
-def host_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a module by itself that stay on the host, by their names in it."""
-    return {"weight": module.weight} if isinstance(module, HostEmbedding) else {}
+def tag_host(module: nn.Module, tag: Tag) -> None:
+    """Hand over the weight of an embedding on the host; nothing of any other module."""
+    if isinstance(module, HostEmbedding):
+        tag(host_component(module.weight, module.place.device), (module.weight,))
 
 
-def kept_on_device(model: Any, head_bits: int, placement: Placement) -> str | None:
-    """Why `placement` does not move the embedding of a model; None where it does, or is not to."""
+def kept_on_device(model: Any, head_bits: int) -> str | None:
+    """Why the embedding of a model cannot stay on the host, in a sentence; None where it can."""
     movable = movable_embeddings(model, head_bits)
-    if not placement.embedding_on_host:
-        return None
-    (first, *_) = embeddings(model)
+    first = next(iter(embeddings(model)))
     if first in movable or isinstance(model.get_input_embeddings(), HostEmbedding):
         return None
     if f"{first}.weight" in {*tied_names(model), *tied_names(model).values()}:
         why = "the head shares it; with --head_bits 8 or 4 it has a weight of its own"
     else:
         why = f"{type(model.get_input_embeddings()).__name__} looks up in a way of its own"
-    rest = "; that of the layers is in host memory" if movable else ""
-    return f"the embedding stays on the device: {why}{rest}"
+    others = movable or any(isinstance(one, HostEmbedding) for one in embeddings(model).values())
+    rest = "; that of the layers is in host memory" if others else ""
+    return f"offload_embedding: the embedding stays on the device, for {why}{rest}"
 
 
 @functools.cache

@@ -18,8 +18,8 @@ from qlora_kit.base.cache import (
     wanted,
 )
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
+from qlora_kit.base.embedding import kept_on_device
 from qlora_kit.base.fill import fill
-from qlora_kit.base.meta_model import tied_names
 from qlora_kit.base.open import open_base
 from qlora_kit.base.refill import refill
 from qlora_kit.base.tensors import Reader, Tag, untagged
@@ -65,14 +65,17 @@ def read_weights(
     It comes from the base cache where it is in there (`cache.py`), and else is kept there; `note`
     is told. `tag` is called with every tensor that stays: `weights_quantized` or `weights_other`.
     """
-    place, tied = wanted(base), tied_names(base.model)
+    place = wanted(base)
     model = None if place is None else _from_the_cache(base, place, tag, placement)
     if model is None:
         with Reader() as read:
             model = fill(base, read, tag, placement=placement)
-            check_tied(base, tied, read)
+            check_tied(base, read)
         if place is not None:
             keep(base, place, model, note)
+    head_bits = base.quantization.head_bits
+    if placement.embedding_on_host and (kept := kept_on_device(model, head_bits)):
+        note(kept)
     model.name_or_path = base.source.reference
     if base.quantization.bits < 16:
         model.is_quantized = True  # so that transformers' Trainer refuses it before it trains

@@ -59,7 +59,7 @@ def tensors_of(
             yield owner, quantize(tensor, None, base.quantization, name=name, checks=checks)
             return
         with on_host() if name in hosted else contextlib.nullcontext():
-            tensor = _grown(base, name, tensor)
+            tensor = grown(base, name, tensor)
         if head is not None and name == head.made_of:
             there = _sent(tensor, scratch.held) if name in hosted else tensor
             yield head.name, quantize(there, None, head.quantization, name=name, checks=checks)
@@ -138,7 +138,7 @@ def _sent(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(tensor, device=like.device).copy_(tensor)
 
 
-def _grown(base: Base, name: str, tensor: Tensor) -> Tensor:
+def grown(base: Base, name: str, tensor: Tensor) -> Tensor:
     """A tensor with the rows that a base was resized to, where it has one for each token."""
     model, owner = base.model, name.rpartition(".")[0]
     by_token = (*embeddings(model).values(), model.get_output_embeddings())

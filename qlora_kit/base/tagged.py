@@ -6,6 +6,7 @@ import itertools
 
 from torch import Tensor, nn
 
+from qlora_kit.base.embedding import tag_host
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.resident import streamed_of
 from qlora_kit.base.tensors import Tag
@@ -56,6 +57,7 @@ def tag_weights(model: nn.Module, tag: Tag) -> None:
         tag("weights_quantized", filter(stays, own))
         tag("weights_other", shared_tables(module))
         quantized |= {id(tensor) for tensor in own}
+        tag_host(module, tag)
     named = itertools.chain(model.named_parameters(), model.named_buffers())
     others = [one for name, one in named if ".lora_" not in name and id(one) not in quantized]
     tag("weights_other", filter(stays, others))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from operator import attrgetter
 
 import torch
@@ -13,14 +12,10 @@ from qlora_kit.base.tensors import Read
 from qlora_kit.errors import ModelError
 
 
-def check_tied(base: Base, tied: Mapping[str, str], read: Read) -> None:
-    """Refuse a second copy that is another tensor.
-
-    `tied` are the names of a base before it was filled: a quantized head shares nothing any more.
-    Errors: `ModelError`.
-    """
+def check_tied(base: Base, read: Read) -> None:
+    """Refuse a second copy that is another tensor. Errors: `ModelError`."""
     entries, scaled = base.entries, base.form.scaled
-    for name, shared in tied.items():
+    for name, shared in base.tied.items():
         if name not in entries:
             continue
         own = {name: entries[name]}

@@ -23,6 +23,7 @@ from qlora_kit.config.export import QUANTIZED, ExportConfig
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.bnb_linears import BnbLinears
+from qlora_kit.export.head import head_notes, head_size, is_untied
 from qlora_kit.export.hf import write_config
 from qlora_kit.export.shards import Piece, numbers, write_shards
 from qlora_kit.export.tensors import (
@@ -49,14 +50,14 @@ def bnb_size(base: Base, options: ExportConfig) -> int:
     shapes = [_shape(base, name) for name in linears.named]
     sizes = [checkpoint_bytes(shape, linears.quantization) for shape in shapes]
     size = sum(sum(one.values()) for one in sizes)
-    others = base.parameters - sum(shape.numel() for shape in shapes)
+    others = base.parameters - sum(shape.numel() for shape in shapes) + head_size(base, options)
     return size + others * DTYPES[dtype_of(base, options)].itemsize
 
 
 def bnb_notes(base: Base, options: ExportConfig) -> list[str]:
     """What users of the export should know."""
     linears, held = BnbLinears.of(base, QUANTIZED[options.format]), base.quantization.bits
-    bits, notes = linears.quantization.bits, []
+    bits, notes = linears.quantization.bits, head_notes(base, options)
     if options.merged_into != "none":
         notes.append(
             "the merged weights are quantized again, which moves them by more than rounding does; "
@@ -97,14 +98,15 @@ def write_bnb(base: Base, adapter: str | None, options: ExportConfig, directory:
         names = [tensor.name.removesuffix("weight") + suffix for suffix in sizes]
         return Piece(names, sum(sizes.values()), make)
 
-    tensors = export_tensors(base, adapter, merged_into)
+    untied = is_untied(base, options)
+    tensors = export_tensors(base, adapter, merged_into, untied=untied)
     write_shards([piece(one) for one in tensors], directory, options.shard_size)
     files = base.files
     assert files is not None  # its weights were read
     same = base.form.stored and linears.quantization == base.quantization
     stored = files.decoder.config["quantization_config"] if same else None
     said = quantization_config(linears.quantization, dtype, linears.skipped, stored)
-    write_config(base, directory, dtype, quantization=said)
+    write_config(base, directory, dtype, quantization=said, untied=untied)
 
 
 def _shape(base: Base, name: str) -> torch.Size:

@@ -17,7 +17,7 @@ from qlora_kit.export.gguf_check import unread_gguf, verify_gguf
 from qlora_kit.export.gguf_lora import lora_notes, lora_size, write_lora
 from qlora_kit.export.gguf_lora_check import needs_base, unread_lora, verify_lora
 from qlora_kit.export.gguf_quantize import any_gguf_size, write_any_gguf
-from qlora_kit.export.hf import hf_size, write_hf
+from qlora_kit.export.hf import hf_notes, hf_size, write_hf
 from qlora_kit.export.readers import verify_hf
 
 
@@ -50,7 +50,7 @@ def _inside(base: Base, directory: Path, own_templates: bool) -> None:
 
 _bnb = Format(bnb_size, write_bnb, verify_hf, notes=bnb_notes)
 FORMATS = {
-    "hf": Format(hf_size, write_hf, verify_hf),
+    "hf": Format(hf_size, write_hf, verify_hf, notes=hf_notes),
     "hf-4bit": _bnb,
     "hf-8bit": _bnb,
     "gguf": Format(

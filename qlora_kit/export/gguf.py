@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
+from qlora_kit.export.head import head_notes
 from qlora_kit.export.tensors import ExportTensor, dtype_of, model_tensors, name_of
 from qlora_kit.generation.decode import end_ids
 from qlora_kit.gguf.file import FileTensor, Value, head_bytes, write_gguf_file
@@ -90,7 +91,7 @@ def gguf_size(base: Base, options: ExportConfig) -> int:
 
 def gguf_notes(base: Base, options: ExportConfig) -> Sequence[str]:
     """What a user of the file should know. Errors: as `gguf_file`."""
-    return gguf_file(base, None, options).notes
+    return (*gguf_file(base, None, options).notes, *head_notes(base, options))
 
 
 def write_gguf(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.device.target import DTYPES, dtype_name
+from qlora_kit.export.head import head_notes, head_size, is_untied
 from qlora_kit.export.shards import numbers, write_shards
 from qlora_kit.export.tensors import check_merge_base, dtype_of, export_tensors
 from qlora_kit.export.towers import (
@@ -29,11 +30,17 @@ def hf_size(base: Base, options: ExportConfig) -> int:
     Errors: `ConfigError`.
     """
     check_merge_base(base, options.merged_into)
-    size = base.parameters * DTYPES[dtype_of(base, options)].itemsize
+    count = base.parameters + head_size(base, options)
+    size = count * DTYPES[dtype_of(base, options)].itemsize
     if options.with_towers:
         check_towers_stay(base)
         size += 0 if base.wrapper is None else base.wrapper.left_bytes
     return size
+
+
+def hf_notes(base: Base, options: ExportConfig) -> list[str]:
+    """What users of the export should know."""
+    return head_notes(base, options)
 
 
 def write_hf(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:
@@ -44,11 +51,12 @@ def write_hf(base: Base, adapter: str | None, options: ExportConfig, directory: 
     Errors: `ConfigError`, `NumericError`, `ExportError`, `ResourceError`.
     """
     dtype = DTYPES[dtype_of(base, options)]
-    tensors = export_tensors(base, adapter, options.merged_into)
+    untied = is_untied(base, options)
+    tensors = export_tensors(base, adapter, options.merged_into, untied=untied)
     if options.with_towers:
         tensors = whole_tensors(base, tensors)
     write_shards([numbers(one, dtype) for one in tensors], directory, options.shard_size)
-    write_config(base, directory, dtype, with_towers=options.with_towers)
+    write_config(base, directory, dtype, with_towers=options.with_towers, untied=untied)
     if options.with_towers:
         copy_processors(base.source.directory, directory)
 
@@ -60,12 +68,16 @@ def write_config(
     *,
     with_towers: bool = False,
     quantization: Mapping[str, Any] | None = None,
+    untied: bool = False,
 ) -> None:
     """Write config.json of an export of `base` in `dtype`.
 
-    `quantization` is the `quantization_config` of an export that has one.
+    `quantization` is the `quantization_config` of an export that has one. With `untied` the head
+    shares nothing with the embedding, whatever the base's own says.
     """
     config = model_config(base, with_towers)
+    if untied:
+        config["tie_word_embeddings"] = False
     long_name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype_name(dtype)]
     for part in (config, config.get("text_config", {})):
         for key in ("torch_dtype", "dtype"):

@@ -49,6 +49,12 @@ def to_peft(base: Base) -> Any:
     names, active = adapter_names(model), switch_of(model).active
     if not names:
         raise AdapterError("to_peft: the model has no adapter", "inject or load one first")
+    if base.quantization.head_bits < 16:
+        raise ConfigError(
+            f"to_peft: the head is in {base.quantization.head_bits} bits, which PEFT has no layer "
+            "for",
+            "load the base with head_bits=16",
+        )
     configs, masters, linears = {}, {}, None
     for name in names:
         layers = {at: one for at, one in lora_layers(model).items() if name in one.lora_A}

@@ -17,18 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.fp8_checkpoint import read_numbers
-from qlora_kit.base.linear import dequantize
+from qlora_kit.base.linear import QuantizedLinear, dequantize
 from qlora_kit.base.meta_model import tied_names
 from qlora_kit.base.recurrence import recurrent_parameters
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
+from qlora_kit.export.head import head_weight, original_weight
 from qlora_kit.lora.inject import ADAPTER, lora_layers
 from qlora_kit.lora.layer import LoRALinear, Masters
 from qlora_kit.lora.merged import merged_weight, multiplied_dtype
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -81,21 +79,30 @@ def check_merge_base(base: Base, merge_base: str) -> None:
 
 
 def export_tensors(
-    base: Base, adapter: str | None = ADAPTER, merge_base: str = "dequantized"
+    base: Base,
+    adapter: str | None = ADAPTER,
+    merge_base: str = "dequantized",
+    *,
+    untied: bool = False,
 ) -> list[ExportTensor]:
     """`model_tensors` by the names that a checkpoint of the model has."""
-    tensors = model_tensors(base, adapter, merge_base)
+    tensors = model_tensors(base, adapter, merge_base, untied=untied)
     return tensors if base.wrapper is not None else named_as_in_files(tensors, base)
 
 
 def model_tensors(
-    base: Base, adapter: str | None = ADAPTER, merge_base: str = "dequantized"
+    base: Base,
+    adapter: str | None = ADAPTER,
+    merge_base: str = "dequantized",
+    *,
+    untied: bool = False,
 ) -> list[ExportTensor]:
     """Every tensor of the plain model in its order; each is made when it is asked for.
 
     `merge_base`: `dequantized` adds to the weights that training multiplied by, `original` to the
     checkpoint's own, 8-bit floats as the numbers that they mean. With `none` they are those that
-    training multiplied by, and the adapter is left out.
+    training multiplied by, and the adapter is left out. A head that shares the embedding's weight
+    in the files is written where it is `untied`.
     Errors: `ConfigError` for the original weights of a checkpoint that holds quantized ones only.
     """
     check_merge_base(base, merge_base)
@@ -105,7 +112,7 @@ def model_tensors(
     def frozen(name: str, linear: nn.Linear) -> Tensor:
         if merge_base != "original":
             return dequantize(linear, multiplied)
-        return _original(base, f"{name}.weight")
+        return original_weight(base, f"{name}.weight")
 
     def merged(name: str, layer: LoRALinear) -> Tensor:
         weight = frozen(name, layer.base_layer)
@@ -123,13 +130,16 @@ def model_tensors(
         made = _written(linear)
         if isinstance(linear, nn.Linear) and module is not model.get_output_embeddings():
             shape = torch.Size((linear.out_features, linear.in_features))
-            make = (
-                partial(merged, name, adapted[name])
-                if name in adapted
-                else partial(frozen, name, linear)
-            )
+            layer = adapted.get(name)
+            make = partial(frozen, name, linear) if layer is None else partial(merged, name, layer)
             tensors.append(ExportTensor(f"{name}.weight", shape, make, linear=name))
             made.pop("weight")
+        if module is model.get_output_embeddings() and isinstance(module, QuantizedLinear):
+            made.pop("weight")
+            if untied or not base.is_tied:
+                shape = torch.Size((module.out_features, module.in_features))
+                make = partial(head_weight, base, name, merge_base)
+                tensors.append(ExportTensor(f"{name}.weight", shape, make))
         for leaf, parameter in made.items():
             full = f"{name}.{leaf}"
             if full in tied:
@@ -147,17 +157,10 @@ def named_as_in_files(tensors: Sequence[ExportTensor], base: Base) -> list[Expor
     return [replace(one, name=names.get(one.name, one.name)) for one in tensors]
 
 
-def _original(base: Base, key: str) -> Tensor:
-    """A weight of the files as numbers in fp32."""
-    numbers = read_numbers({key: base.entries[key]}, base.form.scaled, torch.float32, CPU)
-    # The buffer that the reader lends is used again, so the tensor is copied out of it.
-    return next(tensor.clone() for _, tensor in numbers)
-
-
 def _written(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module by itself that a checkpoint has: parameters, and lasting buffers."""
-    made: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
-    if not isinstance(module, nn.Linear):
-        lasting = module._buffers.keys() - module._non_persistent_buffers_set
-        made |= {n: b for n, b in module._buffers.items() if n in lasting and b is not None}
+    if isinstance(module, nn.Linear):
+        return dict(module.named_parameters(recurse=False))
+    made: dict[str, Tensor] = {}
+    module._save_to_state_dict(made, "", keep_vars=True)  # type: ignore[no-untyped-call]
     return made

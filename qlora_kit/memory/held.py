@@ -19,7 +19,8 @@ from qlora_kit.training.optimizer import tag_states
 def weight_bytes(model: nn.Module) -> Sizes:
     """Bytes of the frozen base: `weights_quantized`, `weights_other` and `weights`, their sum."""
     sizes = {"weights_quantized": 0, "weights_other": 0}
-    sizes |= held_bytes(lambda tag: tag_weights(model, tag))
+    held = held_bytes(lambda tag: tag_weights(model, tag))
+    sizes = {name: held.get(name, 0) for name in sizes}  # and nothing of what is on the host
     return {**sizes, "weights": sum(sizes.values())}
 
 

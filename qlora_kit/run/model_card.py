@@ -88,6 +88,8 @@ def _form(config: Mapping[str, Any]) -> str:
         form += ", double quantization"
     if skip := config.get("skip_modules"):
         form += f", but for {_code(skip if isinstance(skip, str) else ', '.join(skip))}"
+    if (head := config.get("head_bits", 16)) < 16:
+        form += f"; the head in {head} bits"
     return form
 
 

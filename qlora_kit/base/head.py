@@ -25,6 +25,8 @@ from qlora_kit.base.quantize import NESTED_BLOCKSIZE, Quantization
 
 TILE = 2**24
 """Entries of a tile, at most: 32 MiB in 16 bits, less than the largest linear of a 7 B model."""
+ROWS = 2**13
+"""Rows of a tile, at most, for who holds the logits of some tokens and a tile's beside them."""
 
 
 class QuantizedHead(QuantizedLinear):
@@ -107,7 +109,7 @@ def _tiles(layer: QuantizedLinear) -> list[tuple[slice, QuantizedLinear]]:
     if isinstance(layer, Linear4bit):
         block = BLOCKSIZE * (1 if layer.nested_absmax is None else NESTED_BLOCKSIZE)
         unit = block // math.gcd(block, width)
-    step = max(1, TILE // width // unit) * unit
+    step = max(1, min(ROWS, TILE // width) // unit) * unit
     parts = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
     return [(part, _tile(layer, part)) for part in parts]
 

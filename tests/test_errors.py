@@ -218,7 +218,7 @@ def test_memory_is_a_resource_and_the_remedy_has_flags_of_the_command(
         assert reports_errors(main)([]) == 4
         line = capsys.readouterr().err
         if error is disk:
-            told = command in ("finetune", "export", "another")
+            told = command in ("finetune", "export", "quantize", "another")
             assert ("--output_dir" in line, "free some space" in line) == (told, True)
             continue
         assert "or raise the limit on memory (ulimit -v)" in line
@@ -227,7 +227,7 @@ def test_memory_is_a_resource_and_the_remedy_has_flags_of_the_command(
             with contextlib.suppress(SystemExit):
                 entry([command, "--help"])
             assert flags <= set(re.findall(r"--\w+", capsys.readouterr().out))
-        assert bool(flags) == (command not in ("plan", "show_data", "cache", "another"))
+        assert bool(flags) == (command not in ("plan", "show_data", "cache", "runs", "another"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

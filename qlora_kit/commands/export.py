@@ -14,7 +14,7 @@ from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.hub import HubConfig
-from qlora_kit.options.parsed import refuse_tokens
+from qlora_kit.options.parsed import Parsed, refuse_tokens
 
 if TYPE_CHECKING:
     from qlora_kit.run.export import Exported
@@ -35,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The export's own --dtype comes first: it is the dtype of what is written.
     parsed = parse("qlora-kit export", SUMMARY, (ExportConfig, BaseConfig, HubConfig), given)
     refuse_tokens(parsed)
+    return run_export(parsed)
+
+
+def run_export(parsed: Parsed) -> int:
+    """Write what the options say, and show it; returns the exit code. Errors: as `export`."""
     from qlora_kit.run.export import export
 
     terminal = Terminal()

@@ -40,11 +40,12 @@ MEMORY_REMEDIES = {
     "generate": "lower --batch_size, --max_new_tokens or --bits",
     "chat": "send /reset, lower --max_new_tokens or --bits",
     "export": "give --verify FILE with a few short rows",
+    "quantize": "give --verify FILE with a few short rows",
     "serve": "lower --max_batch, --max_length or --bits",
     "show_data": "show shorter rows",
 }
 """What takes less memory, in flags that the command has."""
-WITHOUT_OUTPUT_DIR = ("generate", "chat", "evaluate", "show_data", "plan", "serve", "cache")
+WITHOUT_OUTPUT_DIR = ("generate", "chat", "evaluate", "show_data", "plan", "serve", "cache", "runs")
 """Commands that have no such flag."""
 
 

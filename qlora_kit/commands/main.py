@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "talk to a base and its adapters in the terminal",
     "runs": "list the runs of a directory, or compare two",
     "evaluate": "loss, perplexity and exact match of a base, its adapters or an export",
+    "quantize": "write a base as a checkpoint that transformers loads in 4 or 8 bits",
     "cache": "list or delete the quantized bases that are kept on disk",
 }
 USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...] | --version"

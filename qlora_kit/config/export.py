@@ -39,6 +39,36 @@ COMPARING = ("adapter", "allow_other_base", "verify", "compare")
 """The options that say something of a comparison alone."""
 
 
+def _place() -> typing.Any:
+    return option(
+        None, "new or empty directory for the result", check=a_name(), path=True, metavar="DIR"
+    )
+
+
+def _overwrite() -> typing.Any:
+    return option(False, "replace what is in --output_dir")
+
+
+def _shard_size() -> typing.Any:
+    return option(
+        4 * 1024**3,
+        "largest size of one file in bytes",
+        check=between(4096, 1024**5),
+        metavar="BYTES",
+    )
+
+
+def _verify(shown: str) -> typing.Any:
+    return option(
+        None,
+        "file to verify on",
+        shown_default=shown,
+        check=a_name(),
+        path=True,
+        metavar="FILE",
+    )
+
+
 @dataclass(frozen=True)
 class ExportConfig(Options):
     """What to export, in which form, and how it is verified."""
@@ -49,10 +79,8 @@ class ExportConfig(Options):
         None, "directory of the adapter", check=a_name(), path=True, metavar="DIR"
     )
     allow_other_base: bool = option(False, OTHER_BASE_HELP)
-    output_dir: str | None = option(
-        None, "new or empty directory for the result", check=a_name(), path=True, metavar="DIR"
-    )
-    overwrite: bool = option(False, "replace what is in --output_dir")
+    output_dir: str | None = _place()
+    overwrite: bool = _overwrite()
     format: str = option(
         "hf",
         "what to write: hf, a plain model; hf-4bit and hf-8bit, one that bitsandbytes has "
@@ -96,20 +124,8 @@ class ExportConfig(Options):
         False,
         "write the whole multimodal checkpoint, its towers byte for byte, not the text model alone",
     )
-    shard_size: int = option(
-        4 * 1024**3,
-        "largest size of one file in bytes",
-        check=between(4096, 1024**5),
-        metavar="BYTES",
-    )
-    verify: str | None = option(
-        None,
-        "file to verify on",
-        shown_default="the run's own held-out rows, else the sample",
-        check=a_name(),
-        path=True,
-        metavar="FILE",
-    )
+    shard_size: int = _shard_size()
+    verify: str | None = _verify("the run's own held-out rows, else the sample")
     max_kl: float | None = option(
         None, "a larger divergence from the model as trained is an error", check=between(0, 1e6)
     )
@@ -168,3 +184,21 @@ class ExportConfig(Options):
             yield f"quantize {self.quantize} goes with a dtype of 16 or 32 bits"
         if self.with_towers and self.merged_into == "none":
             yield "with_towers goes with a merge, not with merge_base none"
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(Options):
+    """Where a base goes that is quantized without any adapter."""
+
+    title: typing.ClassVar[str] = "the checkpoint"
+
+    output_dir: str | None = _place()
+    overwrite: bool = _overwrite()
+    shard_size: int = _shard_size()
+    verify: str | None = _verify("the sample")
+
+    def as_export(self, bits: int) -> ExportConfig:
+        """The export that it is, of a base alone."""
+        (format,) = (name for name, held in QUANTIZED.items() if held == bits)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ExportConfig(format=format, **given)

@@ -51,13 +51,16 @@ def write_card(report: Mapping[str, Any], directory: Path, base_name: str | None
     )
     name = base_name or base["name"]
     title = "LoRA adapter for" if form == "gguf-lora" else "Fine-tuned"
+    said = "A LoRA adapter trained on a quantized base, exported by qlora-kit."
+    if "adapter" not in report:
+        title, said = "Quantized", "A base quantized by qlora-kit, as it trains adapters on it."
     made = "\n".join(f"- {line}" for line in _made_of(report, name, beside))
     text = f"""---
 {front.to_yaml()}
 ---
 # {title} {_code(name)}
 
-A LoRA adapter trained on a quantized base, exported by qlora-kit. `export.json` holds every number.
+{said} `export.json` holds every number.
 
 ## What it is
 {made}
@@ -78,7 +81,8 @@ def _made_of(report: Mapping[str, Any], name: str, beside: str | None) -> Iterat
         "dequantized": ", the update added to the weights as training multiplied by them",
         "original": f", the update added to the original weights, not to those in {held}",
     }
-    yield f"trained with the base in {held}{merged.get(str(report.get('merge_base')), '')}"
+    verb = "trained with the base" if "adapter" in report else "the base"
+    yield f"{verb} in {held}{merged.get(str(report.get('merge_base')), '')}"
     if beside:
         yield f"not merged: the base lies here, and the adapter in `{beside}`"
     where = own_values(base["bits"]) if report["format"] == "gguf-lora" else ""

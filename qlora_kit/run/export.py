@@ -1,4 +1,4 @@
-"""What `export` writes: a merged model, or an adapter alone for others.
+"""What `export` writes: a merged model, or an adapter alone; and `quantize`, a base alone.
 
 Places, the adapter's files, headers and the first rows are refused before torch is imported.
 """
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config.export import ExportConfig
+from qlora_kit.config.export import ExportConfig, QuantizeConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.publish import mend
@@ -63,8 +63,8 @@ def export(
     """
     parsed = named_as_repository(parsed)
     options = parsed[ExportConfig]
-    _check_given(options, parsed)
-    assert options.adapter is not None
+    alone = QuantizeConfig in parsed.groups  # a base, and no adapter
+    _check_given(options, parsed, () if alone else ("adapter",))
     target = None if options.output_dir is None else Path(options.output_dir)
     paths = (options.adapter, options.verify, parsed.config_file)
     read = [Path(path) for path in paths if path is not None]
@@ -91,10 +91,16 @@ def export(
     from qlora_kit.run.merge import merge
 
     def rows_for(base: Base) -> tuple[Any, str]:
+        if alone and base.form.stored:
+            raise ConfigError(
+                f"{base.source.name} is quantized in its files already, in "
+                f"{base.quantization.bits} bits",
+                "give the original 16-bit model, or use it as it is",
+            )
         for said in base.notes:
             note(said)
         rows = verification_rows(named.adapter, asked, base, note)
-        if path := _path_of_base(options, base):
+        if not alone and (path := _path_of_base(options, base)):
             note(not_portable(path))
         return rows
 
@@ -105,15 +111,16 @@ def export(
     return Exported(str(target), send, said, serve, report, options.closer)
 
 
-def _check_given(options: ExportConfig, parsed: Parsed) -> None:
+def _check_given(options: ExportConfig, parsed: Parsed, always: tuple[str, ...]) -> None:
     """Refuse an export of nothing, or to nowhere. Errors: `ConfigError`."""
     needs_place = not options.compare or is_sent(parsed)
-    needed = ("adapter", "output_dir") if needs_place else ("adapter",)
+    needed = (*always, "output_dir") if needs_place else always
     missing = [f"--{name}" for name in needed if not getattr(options, name)]
     if missing:
         remedy = (
             "give both" if "--adapter" in missing else "give one, or --compare, which needs none"
         )
+        remedy = remedy if always else "give a new or empty directory"
         raise ConfigError(f"{' and '.join(missing)} not given", remedy)
 
 

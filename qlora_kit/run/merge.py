@@ -17,6 +17,7 @@ from qlora_kit.export.export import check_export, write_export
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.tensors import dtype_of, name_of
 from qlora_kit.files.atomic import EXPORT_REPORT, check_output
+from qlora_kit.lora.inject import ADAPTER
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.compare import compare
 from qlora_kit.run.metrics import versions, write_json
@@ -32,7 +33,9 @@ def merge(
     rows_for: RowsFor,
     on_compared: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
-    """Write the merged model; returns its report. `read` are the places that are read.
+    """Write the merged model, or a base without an adapter; returns its report.
+
+    `read` are the places that are read.
 
     It is compared with the model as trained, on the rows that `rows_for` gives for the base with
     their source. A difference above `--max_kl` is a `NumericError`, and nothing is written.
@@ -41,7 +44,6 @@ def merge(
     Errors: as `export_model`.
     """
     options, adapter = named.parsed[ExportConfig], named.adapter
-    assert adapter is not None
     target = None if options.output_dir is None else Path(options.output_dir)
     opened = _open(named, options)
     base = opened.base
@@ -60,11 +62,12 @@ def merge(
         "format": options.format,
         "verified_on": where,
         "merge_base": options.merged_into,
-        "adapter": adapter.files.directory.resolve().name,
         "dtype": dtype_of(base, options),
         "base": base.info.as_dict() | {"name": name},
         "versions": versions(),
     }
+    if adapter is not None:
+        report["adapter"] = adapter.files.directory.resolve().name
     if options.with_towers:
         report["with_towers"] = True
     if options.quantize is not None:
@@ -80,13 +83,15 @@ def merge(
         write_card(report, directory, name if is_hub_id else None)
 
     # The adapter's templates, which the base need not have.
-    own = bool(read_templates(adapter.files.directory))
-    write_export(base, options, inspect, own_templates=own)
+    own = adapter is not None and bool(read_templates(adapter.files.directory))
+    merged = None if adapter is None else ADAPTER
+    write_export(base, options, inspect, adapter=merged, own_templates=own)
     return report
 
 
 def _open(named: Named, options: ExportConfig) -> AdaptedBase:
     """The base as it was trained on, and how the run wrote its chats. Errors: as `merge`."""
     opened = AdaptedBase.open(named, options.allow_other_base, as_trained=True)
-    assert named.adapter is not None
+    if named.adapter is None:
+        return opened
     return replace(opened, base=replace(opened.base, chats=named.adapter.chats_alone()))

@@ -19,7 +19,7 @@ from qlora_kit.errors import ConfigError
 
 
 def test_any_value_of_any_option_is_taken_or_refused(tmp_path: Path) -> None:
-    options = ["--target", "options", "--count", "124", "--seed", "6"]
+    options = ["--target", "options", "--count", "150", "--seed", "12"]
     result = run_benchmark("properties", tmp_path, *options)
     assert result["findings"] == []
     codes = result["exit_codes"]["options"]
@@ -28,7 +28,7 @@ def test_any_value_of_any_option_is_taken_or_refused(tmp_path: Path) -> None:
         assert "2" in found, f"no value was refused: {codes}"
         # The base is refused where a value was not, but where it is the good one.
         assert {"0", "3"} & found.keys(), f"no value was taken: {codes}"
-    assert sum(sum(found.values()) for found in codes.values()) == 124
+    assert sum(sum(found.values()) for found in codes.values()) == 150
     assert result["places"]["options"] > 70
 
 

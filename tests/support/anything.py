@@ -200,6 +200,7 @@ GOOD = {
     "serve": "--adapter adapter --host 192.0.2.1",
     "runs": "--runs_dir .",
     "cache": "--json",
+    "quantize": "--output_dir quantized --verify rows.jsonl",
 }
 """Of each command what makes it short."""
 WITHOUT_BASE = frozenset({"runs", "cache"})

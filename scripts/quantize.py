@@ -1,0 +1,3 @@
+from qlora_kit.commands.quantize import main
+
+raise SystemExit(main())

@@ -10,6 +10,7 @@ from pathlib import Path
 import device_laws as laws
 import pytest
 import torch
+from late_copies import Late
 
 
 @pytest.mark.parametrize(("family", "bits"), [("llama_bias", 4), ("mistral", 8), ("gemma2", 16)])
@@ -20,6 +21,11 @@ def test_a_step_is_that_of_the_cpu(family: str, bits: int) -> None:
 @pytest.mark.parametrize(("family", "bits"), [("qwen3", 4), ("phi3", 8)])
 def test_a_step_in_16_bits_is_as_far_from_fp32(family: str, bits: int) -> None:
     laws.check_step_in_16_bits(family, bits, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("copies", [lambda: None, Late])
+def test_a_step_replayed_from_the_host_is_that_of_the_cpu(copies) -> None:
+    laws.check_replays_from_host("llama3", 4, "cpu", copies)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

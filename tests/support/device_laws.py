@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import Batch, collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import free_bytes, with_room
+from qlora_kit.device.transfer import Copies
 from qlora_kit.export.export import export_model
 from qlora_kit.export.readers import verify_export
 from qlora_kit.generation.decode import generate_ids
 from qlora_kit.plan.plan_memory import plan_memory
-from qlora_kit.training.layer_forward import set_recompute
+from qlora_kit.training.layer_forward import set_offload, set_recompute
 from qlora_kit.training.loss import supervised_loss, to_device
+from qlora_kit.training.offload import Offload
 from qlora_kit.training.prepare import prepare_model
 
 NF4 = [
@@ -264,6 +266,20 @@ def check_step_in_16_bits(
         for name, batches in ways_of(model).items():
             error, tensor = worst(results_of(model, batches), exact)
             assert error <= 3 * rounding, (level, name, tensor)
+
+
+def check_replays_from_host(
+    family: str, bits: int, device: str, copies: Callable[[], Copies | None] = lambda: None
+) -> None:
+    """Steps whose layers are replayed from the host are those of the CPU, one after another."""
+    expected = results_of(trains(family, bits, torch.float32, "cpu"), alone())
+    model, tolerance = trains(family, bits, torch.float32, device), STEP_TOLERANCE[device]
+    set_offload(model, Offload(copies()))
+    for level in LEVELS[1:]:
+        set_recompute(model, level)
+        for name, batches in (ways_of(model) | {"alone": alone()}).items():
+            error, tensor = worst(results_of(model, batches), expected)
+            assert error <= tolerance, (level, name, tensor)
 
 
 def check_answers(directory: Path, bits: int, device: str) -> None:

@@ -8,6 +8,7 @@ filled has not been; and memory that was given up or written to too early shows 
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -38,3 +39,6 @@ class Late:
                 self.made += 1
 
         return wait
+
+    def inside(self) -> AbstractContextManager[object]:
+        raise NotImplementedError  # what a thread copies by itself is not seen here

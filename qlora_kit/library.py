@@ -19,17 +19,24 @@ ROWS = ("data", "dataset", "eval_data")
 """The options whose value may also be rows: `dataset` is `data`."""
 
 
-def finetune(*, progress: bool = False, **options: Any) -> RunResult:
+def finetune(*, progress: bool | Reporter = False, **options: Any) -> RunResult:
     """Train LoRA adapters on a base, as `qlora-kit finetune` does; `options` are its options.
 
     Their names, checks and defaults are those of a config file. `data` and `eval_data` may also be
     a list of dicts or a `datasets.Dataset`, whose rows are checked like those of a file; a run on
     such rows is resumed with the same rows. Nothing is printed, unless `progress` shows what the
-    command shows. ^C and the signals that stop the command save where the run stands and raise
-    `KeyboardInterrupt`; handlers are as they were when this returns.
+    command shows; or it is a reporter, which is told of the run as it goes, such as
+    `live.chart.TrainingChart` for a notebook. ^C and the signals that stop the command save where
+    the run stands and raise `KeyboardInterrupt`; handlers are as they were when this returns.
 
     Errors: `QloraKitError`, of the kinds that give the command its exit codes.
     """
+
+    def reporter() -> Reporter:
+        if isinstance(progress, Reporter):
+            return progress
+        return Display() if progress else Reporter()
+
     with StopSignals() as signals, ready_for_torch():
         try:
             given: dict[str, GivenRows] = {}
@@ -38,7 +45,7 @@ def finetune(*, progress: bool = False, **options: Any) -> RunResult:
                 if rows is not None:
                     given[rows.name], options[name] = rows, rows.name
             parsed = parse_values(options, FINETUNE_GROUPS)
-            with opened_run(parsed, Display if progress else Reporter, signals, given) as run:
+            with opened_run(parsed, reporter, signals, given) as run:
                 if not run.is_finished:
                     run.train(**run.training())
                     run.finish()

@@ -41,6 +41,7 @@ FLOORS = {
     "export": 9,
     "run": 10,
     "commands": 11,
+    "live": 11,
     "library": 12,
     "": 12,
     "__main__": 13,

@@ -32,7 +32,8 @@ from qlora_kit.config.lora import LoRAConfig  # noqa: E402
 from qlora_kit.config.training import TrainingConfig  # noqa: E402
 from qlora_kit.device.found import OVERHEADS  # noqa: E402
 from qlora_kit.options.checks import size_bytes  # noqa: E402
-from qlora_kit.plan.plan import BatchShape, Planner  # noqa: E402
+from qlora_kit.plan.memory_plan import BatchShape  # noqa: E402
+from qlora_kit.plan.plan import Planner  # noqa: E402
 
 SETTINGS: tuple[tuple[str, str, int, tuple[tuple[str, int, int], ...]], ...] = (
     (

@@ -32,7 +32,8 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.found import OVERHEADS
 from qlora_kit.memory.profiler import count_step
-from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
+from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
+from qlora_kit.plan.plan import Planner
 from qlora_kit.training.layer_forward import set_recompute
 
 BELOW, ABOVE = 0.97, 1.01

@@ -34,7 +34,8 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.found import OVERHEADS
 from qlora_kit.options.checks import size_bytes
-from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.plan.memory_plan import BatchShape
+from qlora_kit.plan.plan import Planner
 
 MODELS = {
     "llama3.2-1b": "llama3_2_1b",

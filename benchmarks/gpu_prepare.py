@@ -35,7 +35,8 @@ from gpu_parts.shapes import PLANNED, SHAPES, Point, shape_of, write_shape  # no
 from qlora_kit.config.base import BaseConfig  # noqa: E402
 from qlora_kit.device.cards import CARDS, Card, find_card  # noqa: E402
 from qlora_kit.memory.counter import Interval  # noqa: E402
-from qlora_kit.plan.plan import BatchShape, Planner  # noqa: E402
+from qlora_kit.plan.memory_plan import BatchShape  # noqa: E402
+from qlora_kit.plan.plan import Planner  # noqa: E402
 from qlora_kit.plan.step_time import Clock, StepTime  # noqa: E402
 
 MOST_BYTES = 60_000_000

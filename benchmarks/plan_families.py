@@ -43,7 +43,8 @@ from qlora_kit.kernels.workspace import own_workspace  # noqa: E402
 from qlora_kit.lora.inject import inject_lora  # noqa: E402
 from qlora_kit.memory.counter import COMPONENTS  # noqa: E402
 from qlora_kit.memory.profiler import MemoryProfiler  # noqa: E402
-from qlora_kit.plan.plan import BatchShape, Planner  # noqa: E402
+from qlora_kit.plan.memory_plan import BatchShape  # noqa: E402
+from qlora_kit.plan.plan import Planner  # noqa: E402
 from qlora_kit.training.layer_forward import set_recompute  # noqa: E402
 from qlora_kit.training.optimizer import make_optimizer  # noqa: E402
 from qlora_kit.training.prepare import prepare_model  # noqa: E402

@@ -30,7 +30,8 @@ from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS, StorageCounter
 from qlora_kit.memory.profiler import count_step
-from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.plan.memory_plan import BatchShape
+from qlora_kit.plan.plan import Planner
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer

@@ -28,7 +28,8 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.cards import CARDS, Card
 from qlora_kit.memory.counter import Interval
-from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.plan.memory_plan import BatchShape
+from qlora_kit.plan.plan import Planner
 from qlora_kit.plan.step_time import Clock, StepTime
 
 PAGE = Path(__file__).resolve().parent / "README.md"

@@ -21,7 +21,8 @@ from gpu_parts.setting import Setting, lora_options, training_options
 from gpu_parts.shapes import BIG, LITTLE, Point, write_shape
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.errors import QloraKitError
-from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.plan.memory_plan import BatchShape
+from qlora_kit.plan.plan import Planner
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import train_step

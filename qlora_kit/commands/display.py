@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qlora_kit.data.encode import EncodedRows
     from qlora_kit.data.order import Packs
     from qlora_kit.data.rows import Row, Rows
-    from qlora_kit.plan.plan import MemoryPlan
+    from qlora_kit.plan.memory_plan import MemoryPlan
     from qlora_kit.training.loss import Evaluation
 
 SHOWN_PROMPT = 400
@@ -129,10 +129,15 @@ class Display(Reporter):
         budget = "" if plan.budget_bytes is None else f", {size(plan.budget_bytes)} available"
         self._line("recompute", f"{plan.recompute}: {again}{budget}")
         self._line("optimizer", plan.optimizer)
+        if placed := plan.placed(size):
+            self._line("placement", placed)
+        if plan.host_note is not None:
+            self.note(plan.host_note)
         if not plan.fits:
             self.note(
                 f"the plan is {size(plan.missing_bytes)} above what is "
-                "available; `qlora-kit plan` with the same options names what would fit"
+                f"available: lower {plan.lower_length}, or see what `qlora-kit plan` with the same "
+                "options names"
             )
 
     def loading(self, base: Base) -> None:

@@ -10,7 +10,9 @@ from qlora_kit.commands.terminal import Terminal, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qlora_kit.plan.answer import Answer, Cell
+    from qlora_kit.plan.answer import Answer
+    from qlora_kit.plan.grid import Cell
+    from qlora_kit.plan.longest import Longest
     from qlora_kit.plan.quantization_error import QuantizationErrors
 
 SHOWN = {
@@ -25,7 +27,7 @@ SHOWN = {
     "workspace": "workspace",
     "overhead": "outside tensors",
 }
-OVER = "!"
+OVER, LIMIT = "!", "*"
 WORST_SHOWN = 20
 """Linears in the table of errors; `--json` has all."""
 LEAST_SHOWN = 0.005
@@ -63,7 +65,10 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
     terminal.print(f"gradient checkpointing: {plan.recompute}; {again}")
     terminal.print(f"optimizer: {plan.optimizer}")
     _print_time(answer, terminal)
-    terminal.print(f"host memory of loading: {size(plan.host_peak_bytes)}")
+    if placed := plan.placed(size):
+        terminal.print(f"placement: {placed}")
+    load, step = (size(plan.host[name]) for name in ("load", "step"))
+    terminal.print(f"host memory: {load} in loading, {step} in a step")
     terminal.print(f"outside tensors: {answer.overhead}")
     if plan.device == "cpu" and options.base.device == "auto":
         terminal.print(
@@ -88,6 +93,10 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
             budget = grid[0].plan.budget_bytes
             assert budget is not None
             terminal.print(f"{OVER} does not fit {size(budget)}")
+    if answer.longest is not None:
+        terminal.show(_longest_table(answer.longest))
+        if any(one.is_most for one in answer.longest):
+            terminal.print(f"{LIMIT} all of the model's context")
     if answer.errors is not None:
         _print_errors(answer.errors, terminal)
 
@@ -162,6 +171,25 @@ def _grid_table(grid: Sequence[Cell]) -> Table:
             for plan in cells
         )
         table.add_row(str(length), *shown)
+    return table
+
+
+def _longest_table(found: Sequence[Longest]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="longest rows that fit", title_justify="left", show_edge=False)
+    levels = list(dict.fromkeys(one.level for one in found))
+    for title in ("placement", *levels):
+        table.add_column(title, justify="left" if title == "placement" else "right")
+    for placement in dict.fromkeys(one.plan.placement for one in found):
+        tokens = {one.level: one for one in found if one.plan.placement == placement}
+        shown = (
+            f"{tokens[level].tokens:,}{f' {LIMIT}' if tokens[level].is_most else ''}"
+            if level in tokens
+            else "-"
+            for level in levels
+        )
+        table.add_row(placement.words or "all on the device", *shown)
     return table
 
 

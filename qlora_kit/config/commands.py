@@ -74,6 +74,11 @@ class PlanConfig(Options):
     grid: bool = option(
         False, "also the peak, and the tokens/s of a known card, over batch sizes and lengths"
     )
+    longest: bool = option(
+        False,
+        "also the longest rows that fit, at each level of recompute: with these options, and with "
+        "all that is left to auto to hold less on the device",
+    )
     quantization_error: bool = option(
         False,
         "also read the weights, which have to be here, and say how far each linear is from itself "

@@ -31,6 +31,6 @@ def plan_for(parsed: Parsed) -> Answer:
                 f"--card {card.name} is planned beside --device cpu", "leave one of them out"
             )
     read_config_file(find_config(base.model, base.revision)[1])
-    from qlora_kit.plan.answer import answer
+    from qlora_kit.plan.asked_plan import answer
 
     return answer(parsed)

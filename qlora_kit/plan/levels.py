@@ -8,7 +8,8 @@ so that a plan never rests on the ledger alone.
 
 Time is that of the card, where it is known: each layer's forward and backward at each level, read
 off the three traces (`step_time.py`). Elsewhere it is the multiply-adds that backward recomputes:
-the matmuls of a layer's frozen linears and of attention, all of it that matters.
+the matmuls of a layer's frozen linears and of attention, all of it that matters; and bytes that go
+between host and device, at `WORK_OF_A_BYTE`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ from qlora_kit.data.batch import Batch
 from qlora_kit.memory.counter import Interval
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.step_time import Clock
+from qlora_kit.plan.work import moved_bytes
+
+WORK_OF_A_BYTE = 2000
+"""Multiply-adds that are done while a byte goes to or from the host, where no card is known: the
+median of `device/cards.py`, from 500 (RTX 3060) to 7,800 (H100). Copies hide behind work, so that
+this is rather too much."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +108,35 @@ def _costs(
         return {
             level: clock.layers(chosen.intervals, run.names) for level, chosen in traces.items()
         }
-    length = int(micro_batches[-1]["input_ids"].shape[1])
-    return {
-        level: [layer_work(layer, level, length, run.fused) for layer in run.layers]
-        for level in RECOMPUTE_LEVELS
-    }
+    batch = micro_batches[-1]["input_ids"]
+    length, a_byte = int(batch.shape[1]), WORK_OF_A_BYTE / batch.numel()
+    costs: dict[str, Sequence[float]] = {}
+    for level in RECOMPUTE_LEVELS:
+        moved = _moved(traces[level].intervals, run.names)
+        costs[level] = [
+            layer_work(layer, level, length, run.fused) + a_byte * moved[name]
+            for layer, name in zip(run.layers, run.names, strict=True)
+        ]
+    return costs
+
+
+def work_added(run: FakeRun, chosen: Chosen, tokens: int, length: int) -> float:
+    """What a micro-batch costs beside a forward and a backward pass, in multiply-adds."""
+    redone = sum(
+        layer_work(layer, level, length, run.fused)
+        for layer, level in zip(run.layers, chosen.levels, strict=True)
+    )
+    moved = sum(moved_bytes(interval.work) for interval in chosen.intervals)
+    return redone * tokens + moved * WORK_OF_A_BYTE
+
+
+def _moved(intervals: Sequence[Interval], names: Sequence[str]) -> dict[str, int]:
+    """Bytes that go between host and device in the passes of each layer, by its name."""
+    found = dict.fromkeys(names, 0)
+    for interval in intervals:
+        if interval.module in found:
+            found[interval.module] += moved_bytes(interval.work)
+    return found
 
 
 def layer_work(layer: nn.Module, level: str, length: int, fused: bool) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qlora_kit.plan.plan import MemoryPlan
+from qlora_kit.plan.memory_plan import MemoryPlan
 
 LEAST_GAIN = 0.02
 """Of a step's time, for which more rows at a time are taken."""

@@ -6,7 +6,8 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DEFAULT_LENGTH
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
+from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
+from qlora_kit.plan.plan import Planner
 
 
 def plan_memory(

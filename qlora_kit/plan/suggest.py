@@ -15,7 +15,8 @@ from qlora_kit.config.base import DEFAULT_BITS, BaseConfig
 from qlora_kit.config.limits import MOST_ROWS
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
+from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
+from qlora_kit.plan.plan import Planner
 
 SHORTEST = 128
 """Tokens; shorter rows than that are not suggested."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +22,11 @@ from torch import Tensor
 from qlora_kit.device.target import heard_kernels, turns
 from qlora_kit.memory.counter import StorageCounter
 
-KINDS = ("matmul", "dequantize", "attention", "elementwise", "loss", "optimizer")
+TRANSFER = "transfer"
+KINDS = ("matmul", "dequantize", "attention", "elementwise", "loss", "optimizer", TRANSFER)
 """Of work, in the order in which they are shown; `elementwise` has norms and casts in it."""
+COPIES = {"to_host", "to_device"}
+"""What copies between the host's memory and the device's are called (`device/transfer.py`)."""
 NOTHING = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"),
     *("_unsafe_view", "lift_fresh", "device", "is_same_size", "_local_scalar_dense"),
@@ -96,7 +99,12 @@ def work_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any)
 
 
 def work_without_values(kernel: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Work:
-    """The work of a kernel that is not called, for its tensors have no values."""
+    """The work of a kernel that is not called, for its tensors have no values.
+
+    A copy between host and device has the bytes that it moves.
+    """
+    if kernel in COPIES:
+        return _times(Work(TRANSFER, 0, sum(map(_size, reads)), 1), turns())
     size = sum(map(_size, reads)) + sum(map(_size, writes))
     return _times(Work(kernel, 0, size, 1), turns())
 
@@ -108,6 +116,11 @@ def _times(work: Work, count: int) -> Work:
     return work._replace(
         flops=work.flops * count, bytes=work.bytes * count, kernels=work.kernels * count
     )
+
+
+def moved_bytes(work: Mapping[Work, int]) -> int:
+    """The bytes that go between host and device in an interval's work."""
+    return sum(times * one.bytes for one, times in work.items() if one.kind == TRANSFER)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from qlora_kit.data.encode import EncodedRows
 from qlora_kit.data.rows import Rows
 from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.errors import ConfigError
-from qlora_kit.plan.plan import MemoryPlan
+from qlora_kit.plan.memory_plan import MemoryPlan
 from qlora_kit.run.encoding import chats_text, encode_run
 from qlora_kit.run.planned import measured_bits, planned_run
 from qlora_kit.run.reporter import Reporter

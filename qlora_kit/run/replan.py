@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_kit.plan.plan import MemoryPlan
+from qlora_kit.plan.memory_plan import MemoryPlan
 from qlora_kit.process.out_of_memory import is_out_of_memory
-from qlora_kit.run.planned import RunPlans
+from qlora_kit.run.plans import RunPlans
 from qlora_kit.training.layer_forward import set_recompute
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qlora_kit.data.encode import EncodedRows
     from qlora_kit.data.order import Packs
     from qlora_kit.data.rows import Row, Rows
-    from qlora_kit.plan.plan import MemoryPlan
+    from qlora_kit.plan.memory_plan import MemoryPlan
     from qlora_kit.training.loop import StepReport
     from qlora_kit.training.loss import Evaluation
 

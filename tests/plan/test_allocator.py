@@ -21,7 +21,8 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.found import OVERHEADS
-from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.plan.memory_plan import BatchShape
+from qlora_kit.plan.plan import Planner
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],

@@ -17,7 +17,8 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import Batch
 from qlora_kit.device.target import planned_device
-from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.plan.memory_plan import BatchShape
+from qlora_kit.plan.plan import Planner
 from qlora_kit.training.attention import attend, set_packed_attention
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loss import supervised_loss

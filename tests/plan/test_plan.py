@@ -34,7 +34,8 @@ from qlora_kit.plan.extrapolate import cut, layers_of
 from qlora_kit.plan.fake_model import FakeModel
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.levels import choose_levels, layer_work
-from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.plan.memory_plan import BatchShape
+from qlora_kit.plan.plan import Planner
 from qlora_kit.plan.plan_memory import plan_memory
 from qlora_kit.plan.suggest import Options, suggest
 from qlora_kit.training.loop import train_step

@@ -18,7 +18,8 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.cross_entropy import CHUNK_TOKENS
 from qlora_kit.kernels.triton_ops import allow_triton
 from qlora_kit.memory.counter import StorageCounter
-from qlora_kit.plan.plan import BatchShape, Planner
+from qlora_kit.plan.memory_plan import BatchShape
+from qlora_kit.plan.plan import Planner
 from qlora_kit.plan.step_time import GAPS, Clock, interval_seconds
 from qlora_kit.plan.work import KINDS, noted_work
 

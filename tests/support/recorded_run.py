@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.plan import fake_model
-from qlora_kit.plan.plan import BatchShape, MemoryPlan, Planner
+from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
+from qlora_kit.plan.plan import Planner
 from qlora_kit.plan.repeat import RepeatedQuantize
 
 Event = tuple[int, int]

@@ -1,0 +1,58 @@
+"""Fake runs of the same options, one for each placement of their tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from qlora_kit.base.base import Base
+from qlora_kit.base.config_only import open_shape
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.lora import LoRAConfig
+from qlora_kit.config.training import Placement, TrainingConfig
+from qlora_kit.device.found import find_device
+from qlora_kit.device.target import Capability, has_own_memory
+from qlora_kit.plan.fake_model import FakeModel
+from qlora_kit.plan.fake_run import FakeRun
+
+
+class FakeRuns:
+    """Made when they are asked for; `placements` are those that the options allow on `device`.
+
+    `base` is what the first of them is filled from. Of a base that a run has `opened` no file is
+    opened again. Errors: `ConfigError`, `ModelError`, `UnsafeInputError`, `ResourceError`.
+    """
+
+    def __init__(
+        self,
+        base: BaseConfig,
+        lora: LoRAConfig,
+        training: TrainingConfig,
+        device: str | None,
+        opened: Base | None,
+        capability: Capability | None,
+    ) -> None:
+        self.device = torch.device(device) if device else find_device(base.device)
+        self.placements = training.placements_on(has_own_memory(self.device))
+        # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
+        self._lora = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
+        self._config, self._training, self._capability = base, training, capability
+        self._given = (opened.embedding_rows, opened.files) if opened else (None, None)
+        self._made: dict[Placement, FakeRun] = {}
+        self.base = self._open()
+
+    def of(self, placement: Placement) -> FakeRun:
+        """The run whose tensors lie where this says."""
+        if placement not in self._made:
+            # Each fills a model of its own: where tensors lie is decided when they are loaded.
+            base = self._open() if self._made else self.base
+            self._made[placement] = FakeRun(
+                FakeModel(
+                    base, self._lora, self._training, self.device, self._capability, placement
+                )
+            )
+        return self._made[placement]
+
+    def _open(self) -> Base:
+        return open_shape(self._config, self.device, *self._given)

@@ -151,7 +151,7 @@ class TrainingConfig(Options):
     offload_activations: bool | None = option(
         None,
         "inputs of layers that recompute wait in the host's memory, same numbers; auto: on a card "
-        "where the run does not fit else, or recomputes less with it",
+        "where the run does not fit else",
         reads=also(AUTO),
         shown_default="auto",
     )
@@ -188,6 +188,24 @@ class TrainingConfig(Options):
         asked = {field: getattr(self, name) is True for name, field in PLACED.items()}
         taken = (left[:count] for count in range(len(left) + 1))
         return tuple(Placement(**asked | {PLACED[name]: True for name in some}) for some in taken)
+
+    def placements_from(self, placement: Placement, own_memory: bool) -> tuple[Placement, ...]:
+        """Those that a loaded model can go on with: this one, then what else auto may take."""
+        found = [placement]
+        for name in ("tiled_mlp", "offload_activations"):
+            if getattr(self, name) is None and self._may_place(name, own_memory):
+                found.append(replace(found[-1], **{PLACED[name]: True}))
+        return tuple(dict.fromkeys(found))
+
+    def flags_from(self, placement: Placement, own_memory: bool) -> str:
+        """The options left to auto that would hold less on the device from the start."""
+        return " ".join(
+            f"--{name}"
+            for name, field in PLACED.items()
+            if getattr(self, name) is None
+            and self._may_place(name, own_memory)
+            and not getattr(placement, field)
+        )
 
     def _may_place(self, name: str, own_memory: bool) -> bool:
         """Whether auto may take it: tiles are those of our blocks."""

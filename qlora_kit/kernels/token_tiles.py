@@ -7,6 +7,9 @@ whether the rest goes over tiles or not: so both ways give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from qlora_kit.device.target import representative
@@ -17,7 +20,26 @@ TILE_TOKENS = 2048
 its 4-bit weight for it, and of an MLP of 8 billion parameters a tile takes 0.25 GB."""
 
 
-def tiles(count: int) -> list[slice]:
+class Tiles(Sequence[slice]):
+    """Parts of `count` tokens, `size` of them each, made when they are asked for.
+
+    A plan asks for a few of very many.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self._count, self._starts = count, range(0, max(1, count), size)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        start = self._starts[place]
+        return slice(start, min(start + self._starts.step, self._count))
+
+
+def tiles(count: int) -> Tiles:
     """The fewest tiles of `count` tokens, as large as each other where the number allows it.
 
     None has less than half of `TILE_TOKENS` unless it is the only one: a matmul of very few rows
@@ -25,7 +47,7 @@ def tiles(count: int) -> list[slice]:
     """
     number = max(1, -(-count // TILE_TOKENS))
     size = max(1, -(-count // number))
-    return [slice(start, min(start + size, count)) for start in range(0, max(1, count), size)]
+    return Tiles(count, size)
 
 
 def matmul_over_tokens(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:

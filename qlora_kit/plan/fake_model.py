@@ -74,13 +74,12 @@ class FakeModel:
             # A run, too, counts no further: its layers are then tried on a few tokens, of which no
             # step has fewer.
             self.loading = self.taken(0)
-            note = prepare_model(self.model, training, "none", placement=placement)
-        self.fused = training.fused_blocks and note is None
+        self._training = training
         self.model.train()
         self.layers = list(decoder_layers(self.model))
         found = {id(module): name for name, module in self.model.named_modules()}
         self.names = [found[id(layer)] for layer in self.layers]
-        self.kinds = [_kind_of(layer) for layer in self.layers]
+        self.place(placement)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         with self.counted():
             self.gradients = [torch.empty_like(parameter) for parameter in self.trained]
@@ -88,6 +87,14 @@ class FakeModel:
         self.optimizer: torch.optim.Optimizer | None = None
         self.optims = optimizer_names(training.optim, device)
         self.take_optimizer(self.optims[0])
+
+    def place(self, placement: Placement) -> None:
+        """Have this placement, whose weights lie where those of the one before do."""
+        self.placement = placement
+        with self.counted():
+            note = prepare_model(self.model, self._training, "none", placement=placement)
+        self.fused = self._training.fused_blocks and note is None
+        self.kinds = [_kind_of(layer) for layer in self.layers]
 
     def take_optimizer(self, name: str) -> None:
         """Have the optimizer of that name, with the states that its first step leaves."""

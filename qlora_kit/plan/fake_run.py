@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kit.config.training import Placement
 from qlora_kit.data.batch import Batch, padded
 from qlora_kit.errors import ConfigError
 from qlora_kit.memory.counter import HOST, Interval, Sizes
@@ -54,9 +55,19 @@ class FakeRun:
             supervised_loss(fake.model, batch)
 
     @property
+    def placement(self) -> Placement:
+        """Where its tensors lie."""
+        return self._fake.placement
+
+    @property
     def optim(self) -> str:
         """The name of the optimizer that its steps have."""
         return self._fake.optim
+
+    def place(self, placement: Placement) -> None:
+        """Step with this placement from now on; weights stay where they are."""
+        if placement != self._fake.placement:
+            self._fake.place(placement)
 
     def take_optimizer(self, name: str) -> None:
         """Step with the optimizer of that name from now on."""

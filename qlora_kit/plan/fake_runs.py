@@ -39,20 +39,19 @@ class FakeRuns:
         self._lora = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._config, self._training, self._capability = base, training, capability
         self._given = (opened.embedding_rows, opened.files) if opened else (None, None)
-        self._made: dict[Placement, FakeRun] = {}
+        self._made: dict[tuple[bool, bool], FakeRun] = {}
         self.base = self._open()
 
     def of(self, placement: Placement) -> FakeRun:
-        """The run whose tensors lie where this says."""
-        if placement not in self._made:
-            # Each fills a model of its own: where tensors lie is decided when they are loaded.
+        """The run whose tensors lie where this says, until another one is asked for."""
+        # Where weights lie is decided when they are loaded: each such place has a model.
+        where = placement.embedding_on_host, placement.base_on_host
+        if where not in self._made:
             base = self._open() if self._made else self.base
-            self._made[placement] = FakeRun(
-                FakeModel(
-                    base, self._lora, self._training, self.device, self._capability, placement
-                )
-            )
-        return self._made[placement]
+            options = self._lora, self._training, self.device, self._capability
+            self._made[where] = FakeRun(FakeModel(base, *options, placement))
+        self._made[where].place(placement)
+        return self._made[where]
 
     def _open(self) -> Base:
         return open_shape(self._config, self.device, *self._given)

@@ -139,7 +139,8 @@ class Planner:
         batches = self._batches(shape, micro_steps)
         if level == "auto":
             budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
-            known = self._traced.setdefault((id(self.run), self.run.optim, shape, micro_steps), {})
+            key = self.run.placement, self.run.optim, shape, micro_steps
+            known = self._traced.setdefault(key, {})
             chosen = choose_levels(self.run, batches, budget, self.clock, known)
         else:
             levels = (level,) * len(self.run.layers)

@@ -1,8 +1,9 @@
 """Changes of a run that does not fit, each with the plan of the run so changed; the best first.
 
-What costs least comes first: time (recompute, smaller micro-batches), then length, then the
-optimizer's states on the host, then bits, then the adapters' size. Of each kind the mildest change
-that fits is named; where none fits alone, they are put together.
+What costs least comes first: time (recompute, what lies on the host or is done in tiles, smaller
+micro-batches), then length, then the optimizer's states on the host, then bits, then the adapters'
+size, then the bits of the head. Of each kind the mildest change that fits is named, of lengths the
+longest one (`longest.py`); where none fits alone, they are put together.
 """
 
 from __future__ import annotations
@@ -57,8 +58,14 @@ class Options:
             ),
             ("optim", self.training.optim, other.training.optim),
             ("max_length", self.length, other.length),
+            ("head_bits", self.base.head_bits, other.base.head_bits),
         ]
-        return " ".join(f"--{name} {new}" for name, new, old in flags if new != old)
+        changed = [f"--{name} {new}" for name, new, old in flags if new != old]
+        for name in PLACED:
+            new = getattr(self.training, name)
+            if new != getattr(other.training, name):
+                changed.append(f"--{name}" if new else f"--no_{name}")
+        return " ".join(changed)
 
 
 @dataclass(frozen=True)
@@ -117,17 +124,38 @@ def _kinds(options: Options, device: str) -> tuple[Iterator[Options], ...]:
     """The kinds of change, the best first, each from its mildest on; always as many."""
     return (
         _recompute(options),
+        _placements(options, device),
         _batch(options),
         _length(options),
         _optimizer(options, device),
         _bits(options),
         _adapters(options),
+        _head(options),
     )
 
 
 def _recompute(options: Options) -> Iterator[Options]:
     if options.training.gradient_checkpointing in ("none", "selective"):
         yield _training(options, gradient_checkpointing="auto")
+
+
+def _placements(options: Options, device: str) -> Iterator[Options]:
+    """What was asked to stay, in tiles or on the host after all; all that is left to auto is."""
+    on_device = device == "cpu"
+    kept = [name for name in PLACED if getattr(options.training, name) is False]
+    changes: dict[str, bool | None] = {}
+    for name in kept:
+        if name != "tiled_mlp" and on_device:
+            continue
+        changes[name] = None
+        with contextlib.suppress(ConfigError):
+            yield _training(options, **changes)
+
+
+def _head(options: Options) -> Iterator[Options]:
+    for bits in (8, 4):
+        if options.base.head_bits > bits:
+            yield replace(options, base=replace(options.base, head_bits=bits))
 
 
 def _batch(options: Options) -> Iterator[Options]:

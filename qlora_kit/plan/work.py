@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from qlora_kit.device.target import heard_kernels, turns
+from qlora_kit.device.transfer import TO_DEVICE, TO_HOST
 from qlora_kit.memory.counter import StorageCounter
 
 TRANSFER = "transfer"
 KINDS = ("matmul", "dequantize", "attention", "elementwise", "loss", "optimizer", TRANSFER)
 """Of work, in the order in which they are shown; `elementwise` has norms and casts in it."""
-COPIES = {"to_host", "to_device"}
-"""What copies between the host's memory and the device's are called (`device/transfer.py`)."""
 NOTHING = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"),
     *("_unsafe_view", "lift_fresh", "device", "is_same_size", "_local_scalar_dense"),
@@ -103,7 +102,7 @@ def work_without_values(kernel: str, reads: Sequence[Tensor], writes: Sequence[T
 
     A copy between host and device has the bytes that it moves.
     """
-    if kernel in COPIES:
+    if kernel in (TO_HOST, TO_DEVICE):
         return _times(Work(TRANSFER, 0, sum(map(_size, reads)), 1), turns())
     size = sum(map(_size, reads)) + sum(map(_size, writes))
     return _times(Work(kernel, 0, size, 1), turns())

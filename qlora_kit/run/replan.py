@@ -1,10 +1,11 @@
-"""More recomputation for a run whose device is found to hold less than was planned.
+"""Less on the device for a run whose device is found to hold less than was planned.
 
 A plan counts tensors. What a card holds besides is known to some share only, and another process
 may take of it at any time. Where a step goes out of memory, the run is planned again within less
 than the plan in force, and its layers are set to what that plan chose: the next mix of levels, down
-to `full` in all of them. Levels change no number of a run. So it goes on as one that was given
-them, and rows are only halved, or the run refused, when there is nothing left to recompute.
+to `full` in all of them, or tiles of MLPs and inputs of layers on the host, which a loaded model
+can go on with. None of it changes a number of the run. So it goes on as one that was given that,
+and rows are only halved, or the run refused, when nothing is left to recompute or to move.
 
 Less is what the allocator says was missing, at least a share of the plan that doubles each time:
 it names one allocation and does not know the later ones, and each time costs a plan and a step.
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_kit.device.target import has_own_memory
 from qlora_kit.plan.memory_plan import MemoryPlan
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.run.plans import RunPlans
 from qlora_kit.training.layer_forward import set_recompute
+from qlora_kit.training.prepare import prepare_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 STEP = 0.02
 """The least that a plan is lowered by at first, as a share of it."""
+RELOADING = {"--offload_embedding", "--offload_base"}
+"""What decides where weights are loaded to."""
 
 
 class Replan:
@@ -41,12 +46,12 @@ class Replan:
         self.memory: MemoryPlan = plan.memory
         self._plan, self._model, self._note = plan, model, note
         self._plans: RunPlans | None = None
-        self._share = STEP
+        self._share, self._said = STEP, False
 
     def __call__(self, missing_bytes: int | None) -> int | None:
-        """Recompute more, for an allocation that fell short by so many bytes.
+        """Recompute or move more, for an allocation that fell short by so many bytes.
 
-        The planned bytes with it; None where the level was given or nothing is left to recompute.
+        The planned bytes with it; None where the level was given or nothing is left to change.
         """
         before, training = self.memory, self._plan.config.training
         if training.gradient_checkpointing != "auto":
@@ -54,17 +59,33 @@ class Replan:
         takes = before.peak_bytes + before.margin_bytes
         found = self._within(takes - max(missing_bytes or 0, int(self._share * takes)))
         self._share *= 2
-        if found is None or found.levels == before.levels:
+        if found is None or (found.levels, found.placement) == (before.levels, before.placement):
+            self._say_what_reloads()
             return None
         self.memory = replace(found, budget_bytes=before.budget_bytes)
+        changes = [f"gradient checkpointing {found.recompute} instead of {before.recompute}"]
+        if found.placement != before.placement:
+            prepare_model(self._model, training, found.levels, placement=found.placement)
+            changes.append(found.placement.words)
         set_recompute(self._model, found.levels)
         short = "" if missing_bytes is None else f" ({missing_bytes} bytes were missing)"
         self._note(
             f"out of memory with {before.peak_bytes} bytes planned{short}: going on with "
-            f"{found.peak_bytes}, gradient checkpointing {found.recompute} instead of "
-            f"{before.recompute}, which is the same step"
+            f"{found.peak_bytes}, {', '.join(changes)}, which is the same step"
         )
         return found.peak_bytes
+
+    def _say_what_reloads(self) -> None:
+        """Name the options that would hold less, but decide where weights are loaded to."""
+        training, where = self._plan.config.training, self.memory.placement
+        flags = training.flags_from(where, has_own_memory(self._plan.base.device))
+        loading = [flag for flag in flags.split() if flag in RELOADING]
+        if loading and not self._said:
+            self._said = True
+            self._note(
+                f"started again with {' '.join(loading)}, and --resume_from_checkpoint auto where "
+                "there is a checkpoint, the run would hold less on its device"
+            )
 
     def _within(self, budget_bytes: int) -> MemoryPlan | None:
         """The plan within a budget; None where not even for planning there is memory."""
@@ -75,7 +96,9 @@ class Replan:
                 if self._plans is None:
                     rank = max(plan.ranks.values())
                     self._plans = RunPlans(plan.config, plan.base, plan.schedule, rank)
-                return self._plans.within(budget_bytes, self.memory.optim)
+                own_memory = has_own_memory(plan.base.device)
+                places = plan.config.training.placements_from(self.memory.placement, own_memory)
+                return self._plans.within(budget_bytes, self.memory.optim, places)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

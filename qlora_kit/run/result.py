@@ -17,6 +17,7 @@ from qlora_kit.run.metrics import versions
 from qlora_kit.training.loss import Evaluation
 
 if TYPE_CHECKING:
+    from qlora_kit.plan.memory_plan import MemoryPlan
     from transformers import PreTrainedModel
 
     from qlora_kit.run.prepare import PreparedRun
@@ -95,6 +96,7 @@ class MemoryRecord(TypedDict):
 
     device: str
     planned: NotRequired[Mapping[str, int]]
+    placement: NotRequired[str]
     measured: Mapping[str, int]
     phases: NotRequired[Mapping[str, Mapping[str, Any]]]
     peak_at: NotRequired[str]
@@ -187,7 +189,7 @@ class Memory:
         """The peak so far in bytes."""
         return max(peak_bytes(self._device), self._profiler.highest)
 
-    def record(self, planned: Mapping[str, int]) -> MemoryRecord:
+    def record(self, plan: MemoryPlan) -> MemoryRecord:
         """The `memory` part of run.json."""
         counted, phase, module = self._profiler.peak
         on_gpu = has_own_memory(self._device)
@@ -196,7 +198,8 @@ class Memory:
         measured["peak"] = self.peak() if on_gpu else counted
         return {
             "device": describe_device(self._device),
-            "planned": planned,
+            "planned": plan.planned,
+            "placement": plan.placed() or "all on the device",
             "measured": measured,
             "phases": self._profiler.record(),
             "peak_at": " ".join(part for part in (phase, module) if part),
@@ -242,7 +245,7 @@ def result_record(
         },
         "train": _train_record(progress, max_rows, took_best),
         "eval": _eval_record(progress, after),
-        "memory": memory.record(plan.memory.planned),
+        "memory": memory.record(plan.memory),
     }
 
 

@@ -20,7 +20,7 @@ from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.limits import MOST_ROWS
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import PLACED, TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import OVERHEADS
@@ -293,6 +293,7 @@ def test_no_plan_fills_a_card_to_its_brim(base_dir):
     """A margin is part of what fits, and of what auto chooses its levels for."""
     base = BaseConfig(base_dir, bits=4, dtype="bf16")
     training = TrainingConfig(batch_size=8, optim="adamw")
+    training = replace(training, **dict.fromkeys(PLACED, False))
     planner, overhead = Planner(base, LoRAConfig(), training, "cuda"), OVERHEADS["cuda"]
     shape = BatchShape(8, 512, 512)
     least, most = (planner.plan(shape, level) for level in ("full", "none"))

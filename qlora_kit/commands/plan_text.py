@@ -75,16 +75,7 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
             "planned for the CPU, for no GPU is here: --device cuda or --device_memory SIZE plans "
             "for a card"
         )
-    if plan.budget_bytes is not None:
-        word = ("fits", "green") if plan.fits else ("does not fit", "red")
-        margin = "tensors are counted, so nothing is kept free"
-        if plan.margin_bytes:
-            margin = f"of which {size(plan.margin_bytes)} are kept free"
-        terminal.print(word, f": {size(plan.peak_bytes)} of {size(plan.budget_bytes)}, {margin}")
-    for one in answer.suggestions:
-        terminal.print(f"  {one.change}: {size(one.plan.peak_bytes)}")
-    if not plan.fits and not answer.suggestions:
-        terminal.print("  no change of these options makes it fit: take a smaller base")
+    _print_fit(answer, terminal)
     if grid is not None:
         terminal.show(_grid_table(grid))
         if plan.time is not None:
@@ -99,6 +90,21 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
             terminal.print(f"{LIMIT} all of the model's context")
     if answer.errors is not None:
         _print_errors(answer.errors, terminal)
+
+
+def _print_fit(answer: Answer, terminal: Terminal) -> None:
+    """Whether the run fits, and what would make it fit."""
+    plan = answer.plan
+    if plan.budget_bytes is not None:
+        word = ("fits", "green") if plan.fits else ("does not fit", "red")
+        margin = "tensors are counted, so nothing is kept free"
+        if plan.margin_bytes:
+            margin = f"of which {size(plan.margin_bytes)} are kept free"
+        terminal.print(word, f": {size(plan.peak_bytes)} of {size(plan.budget_bytes)}, {margin}")
+    for one in answer.suggestions:
+        terminal.print(f"  {one.change}: {size(one.plan.peak_bytes)}")
+    if not plan.fits and not answer.suggestions:
+        terminal.print("  no change of these options makes it fit: take a smaller base")
 
 
 def _print_time(answer: Answer, terminal: Terminal) -> None:

@@ -9,13 +9,16 @@ longest one (`longest.py`); where none fits alone, they are put together.
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qlora_kit.config.base import DEFAULT_BITS, BaseConfig
 from qlora_kit.config.limits import MOST_ROWS
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import PLACED, TrainingConfig
+from qlora_kit.errors import ConfigError
+from qlora_kit.plan.longest import longest_rows
 from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
 from qlora_kit.plan.plan import Planner
 
@@ -62,9 +65,8 @@ class Options:
         ]
         changed = [f"--{name} {new}" for name, new, old in flags if new != old]
         for name in PLACED:
-            new = getattr(self.training, name)
-            if new != getattr(other.training, name):
-                changed.append(f"--{name}" if new else f"--no_{name}")
+            if getattr(self.training, name) and not getattr(other.training, name):
+                changed.append(f"--{name}")
         return " ".join(changed)
 
 
@@ -95,13 +97,22 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
             training.gradient_accumulation_steps,
         )
 
+    def as_long_as_fits(changed: Options) -> Options:
+        if changed.length == options.length:
+            return changed
+        room, most, training = budget_bytes, options.length, changed.training
+        level, steps = training.gradient_checkpointing, training.gradient_accumulation_steps
+        where = planner.placements[-1]
+        longest = longest_rows(planner, changed.largest, level, room, where, steps, most)
+        return replace(changed, length=max(longest.tokens, changed.length))
+
     for kind in _kinds(options, device):
         # Each takes less than the one before, so half of those that are left are planned no more.
         changes = list(kind)
         first = bisect.bisect_left(changes, True, key=lambda changed: plan_of(changed).fits)
         if first < len(changes):
-            plan = plan_of(changes[first])
-            found.append(Suggestion(changes[first].differences(options), plan))
+            changed = as_long_as_fits(changes[first])
+            found.append(Suggestion(changed.differences(options), plan_of(changed)))
     if found:
         return found
     together = options
@@ -115,9 +126,11 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
     return []
 
 
-def _made(options: Options) -> tuple[BaseConfig, LoRAConfig, str]:
+def _made(options: Options) -> tuple[object, ...]:
     """What a planner is made for."""
-    return options.base, options.lora, options.training.optim
+    training = options.training
+    placed = (getattr(training, name) for name in PLACED)
+    return options.base, options.lora, training.optim, training.placements_on(True), *placed
 
 
 def _kinds(options: Options, device: str) -> tuple[Iterator[Options], ...]:
@@ -140,21 +153,19 @@ def _recompute(options: Options) -> Iterator[Options]:
 
 
 def _placements(options: Options, device: str) -> Iterator[Options]:
-    """What was asked to stay, in tiles or on the host after all; all that is left to auto is."""
-    on_device = device == "cpu"
-    kept = [name for name in PLACED if getattr(options.training, name) is False]
-    changes: dict[str, bool | None] = {}
-    for name in kept:
-        if name != "tiled_mlp" and on_device:
-            continue
-        changes[name] = None
-        with contextlib.suppress(ConfigError):
-            yield _training(options, **changes)
+    """What was asked to stay, on the host after all or in tiles; what is left to auto is tried."""
+    changed = options
+    for name in PLACED:
+        has_effect = name == "tiled_mlp" or device != "cpu"
+        if getattr(options.training, name) is False and has_effect:
+            with contextlib.suppress(ConfigError):  # where nothing recomputes, nothing is moved
+                changed = _training(changed, **{name: True})
+                yield changed
 
 
 def _head(options: Options) -> Iterator[Options]:
     for bits in (8, 4):
-        if options.base.head_bits > bits:
+        if options.base.bits != 16 and options.base.head_bits > bits:
             yield replace(options, base=replace(options.base, head_bits=bits))
 
 

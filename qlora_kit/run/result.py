@@ -17,9 +17,9 @@ from qlora_kit.run.metrics import versions
 from qlora_kit.training.loss import Evaluation
 
 if TYPE_CHECKING:
-    from qlora_kit.plan.memory_plan import MemoryPlan
     from transformers import PreTrainedModel
 
+    from qlora_kit.plan.memory_plan import MemoryPlan
     from qlora_kit.run.prepare import PreparedRun
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
 import torch
-from accelerator import accelerator, in_order, of_batch, saved, small_batch
+from accelerator import Copied, accelerator, in_order, of_batch, saved, small_batch
 
+from qlora_kit.base.embedding import HostEmbedding
+from qlora_kit.config.training import Placement
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.training.loop import train, train_step
 from qlora_kit.training.loss import evaluate
@@ -27,6 +30,29 @@ def test_micro_batches_go_up_one_by_one_and_nothing_is_read() -> None:
             step(model, optimizer, *given)
             step(model, optimizer, *given)
     assert in_order(seen.copied_in) == of_batch(first, second, first, second)
+    assert seen.copied_out == []
+
+
+@pytest.mark.parametrize(("family", "head_bits"), [("gemma3", 4), ("gemma4", 16)])
+def test_of_an_embedding_on_the_host_the_rows_of_a_batch_go_up(family: str, head_bits: int) -> None:
+    """Looked up by the ids that the host has anyway: nothing comes down for it, or is waited for.
+
+    Tied to a head in 4 bits, with a factor on the device; the embeddings of all layers at once.
+    """
+    batch = small_batch()
+    with accelerator() as card:
+        placement = Placement(embedding_on_host=True)
+        how: dict[str, Any] = {"bits": 4, "head_bits": head_bits, "placement": placement}
+        model = card.adapted(saved(family), recompute="full", **how)
+        (moved,) = (one for one in model.modules() if isinstance(one, HostEmbedding))
+        assert moved.weight.device.type == "cpu"
+        assert {one.device for one in model.parameters()} == {model.device} == {card.device}
+        assert model.dtype is torch.bfloat16
+        optimizer, given = card.optimizer(model), card.on_host(batch)
+        with card.watch() as seen:
+            step(model, optimizer, given)
+        rows = Copied((*batch["input_ids"].shape, moved.embedding_dim), torch.bfloat16)
+    assert in_order(seen.copied_in) == in_order([*of_batch(batch), rows])
     assert seen.copied_out == []
 
 

@@ -118,7 +118,15 @@ def test_an_embedding_on_the_host_changes_nothing_of_a_run(
     """With a kill in the middle: a run goes on from its checkpoint, the embedding elsewhere."""
     monkeypatch.chdir(tmp_path)
     # Rates that do not depend on the number of steps, so that a run can end early and go on.
-    dropout = "--lora_dropout 0.1 --packing --lr_scheduler_type constant --warmup_steps 0".split()
+    dropout = [
+        "--lora_dropout",
+        "0.1",
+        "--packing",
+        "--lr_scheduler_type",
+        "constant",
+        "--warmup_steps",
+        "0",
+    ]
     assert finetune(run, files, "untied", "here", *dropout).code == 0
     on_host = (*dropout, "--offload_embedding")
     half = finetune(run, files, "untied", "there", *on_host, "--max_steps", "2")

@@ -52,7 +52,7 @@ from qlora_kit.base.fill import fill
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.data.batch import Batch, collate, collate_packs
 from qlora_kit.device import target
 from qlora_kit.device.target import Capability, planned_device
@@ -251,12 +251,12 @@ class Accelerator:
             config = BaseConfig(str(directory), bits=bits, dtype=dtype, device="cpu", **how)
             return replace(open_base(config), device=self.device)
 
-    def load(self, directory: Path | str, **how: Any) -> Any:
+    def load(self, directory: Path | str, placement: Placement = ON_DEVICE, **how: Any) -> Any:
         """The frozen model of the base in a directory, as loading leaves it on the device."""
         base = self.open(directory, **how)
         # A model of a family without a record is tried on some tokens then, and may be waited for.
         with self.watch(may_read=True) if self.watching is None else contextlib.nullcontext():
-            return fill(base, lambda entry, into: None)
+            return fill(base, lambda entry, into: None, placement=placement)
 
     def adapted(
         self,
@@ -267,12 +267,13 @@ class Accelerator:
         dropout: float = 0.0,
         targets: str = "all-linear",
         fused: bool = True,
+        placement: Placement = ON_DEVICE,
         **how: Any,
     ) -> Any:
         """The same with adapters, made ready as a run does before its first step."""
-        model = self.load(directory, **how)
+        model = self.load(directory, placement, **how)
         inject_lora(model, LoRAConfig(r=4, target_modules=targets, dropout=dropout), seed=0)
-        prepare_model(model, TrainingConfig(fused_blocks=fused), recompute, packed)
+        prepare_model(model, TrainingConfig(fused_blocks=fused), recompute, packed, placement)
         return model.train()
 
     def optimizer(self, model: Any, name: str = "adamw") -> torch.optim.Optimizer:

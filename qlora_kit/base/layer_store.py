@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.linear import QuantizedLinear
-from qlora_kit.device.target import has_own_memory
 from qlora_kit.errors import ConfigError
 
 ALIGNMENT = 256
@@ -135,8 +134,8 @@ class Store(Protocol):
 class HostStore:
     """Blocks in the host's memory, each in one piece or more, one behind the other."""
 
-    def __init__(self, blocks: Sequence[Sequence[Tensor]], device: torch.device) -> None:
-        self.waits, self._blocks = not has_own_memory(device), blocks
+    def __init__(self, blocks: Sequence[Sequence[Tensor]], *, waits: bool) -> None:
+        self.waits, self._blocks = waits, blocks
 
     def load(self, number: int, block: Tensor) -> None:
         """Copy a block; from page-locked memory to a device nobody waits for it."""

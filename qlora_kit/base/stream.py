@@ -35,8 +35,8 @@ from qlora_kit.base.decoder import layers_path
 from qlora_kit.base.layer_store import Places, Store, block_bytes
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.resident import Streamed
-from qlora_kit.device.target import has_values, without_values
-from qlora_kit.device.transfer import TO_DEVICE, Wait, copies_on
+from qlora_kit.device.target import without_values
+from qlora_kit.device.transfer import TO_DEVICE, Wait, copies_on, is_planned
 
 SLOTS = 2
 
@@ -110,12 +110,12 @@ class LayerStream:
             self._put(slot.number, self._rest[slot.number])
         slot.number = slot.load = None
         block = slot.block[: self._bytes[number]]
-        if has_values(block):
+        if is_planned(block):
+            without_values(TO_DEVICE, (block,), ())
+        else:
             self._copies.follow()
             slot.load = _Load(partial(self._loaded, number, block))
             slot.load.begin(in_thread=self._store.waits)
-        else:
-            without_values(TO_DEVICE, (block,), ())
         slot.number = number
 
     def _loaded(self, number: int, block: Tensor) -> Wait:

@@ -30,8 +30,8 @@ from qlora_kit.base.stream import SLOTS, LayerStream
 from qlora_kit.base.tagged import component_of, tag_linear
 from qlora_kit.base.tensors import Tag, untagged
 from qlora_kit.config.training import Placement
-from qlora_kit.device.target import device_type, has_values, without_values
-from qlora_kit.device.transfer import TO_HOST, host_memory
+from qlora_kit.device.target import device_type, has_own_memory, without_values
+from qlora_kit.device.transfer import TO_HOST, host_memory, is_planned
 
 HOST = "host"
 """The component of memory that is no device's (`memory/counter.py`)."""
@@ -85,11 +85,11 @@ def stream_layers(
             by_layer.append(_block_of(one, slots[0]))
             tag(on_host, by_layer[-1])
         for place in one:
-            place.put(place.empty() if has_values(slots[0]) else fakes.like(place, slots[0]))
+            place.put(fakes.like(place, slots[0]) if is_planned(slots[0]) else place.empty())
     LayerStream(
         model,
         places,
-        HostStore(by_layer, device) if store_of is None else store_of(places),
+        HostStore(by_layer, waits=on_host != HOST) if store_of is None else store_of(places),
         slots,
         [*slots, *itertools.chain(*by_layer)],
     )
@@ -108,13 +108,12 @@ class _Fakes(dict[Any, Tensor]):
 
 def _block_of(places: Places, slot: Tensor) -> list[Tensor]:
     """A layer's block in the host's memory, with the bytes that its modules have now."""
-    locked = device_type(slot) != "cpu"
-    sizes = piece_sizes(block_bytes(places), locked)
-    if locked and has_values(slot):
+    sizes = piece_sizes(block_bytes(places), device_type(slot) != "cpu")
+    if has_own_memory(slot.device):
         pieces = [host_memory(size) for size in sizes]
     else:
         pieces = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-    for place in places if has_values(slot) else ():
+    for place in () if is_planned(slot) else places:
         flat = place.tensor.detach().contiguous().view(-1).view(torch.uint8)
         for there, part in along(pieces, flat, place.offset):
             there.copy_(part)
@@ -122,7 +121,7 @@ def _block_of(places: Places, slot: Tensor) -> list[Tensor]:
 
 
 def _on_host(tensor: Tensor, tag: Tag) -> Tensor:
-    if has_values(tensor):
+    if not is_planned(tensor):
         return tensor.detach().to("cpu")
     without_values(TO_HOST, (tensor,), ())
     moved = torch.empty_like(tensor.detach())

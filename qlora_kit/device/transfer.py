@@ -137,7 +137,7 @@ class Transfers:
             tensor = tensor.contiguous()
         host = self._pieces(tensor)
         held = Held(tensor, tensor.device, host, self._free if self._locked else None)
-        if _is_planned(tensor):
+        if is_planned(tensor):
             without_values(TO_HOST, (tensor,), ())
             held.moving(tensor, _arrived)
         else:
@@ -148,7 +148,7 @@ class Transfers:
 
     def holding(self, host: Tensor) -> Held:
         """A tensor without gaps that the host has and keeps, to be fetched again and again."""
-        device = host.device if _is_planned(host) else self._device
+        device = host.device if is_planned(host) else self._device
         return Held(host, device, [_bytes_of(host.detach())])
 
     def settle(self) -> None:
@@ -166,7 +166,7 @@ class Transfers:
         held.is_coming = True
         shape, stride = held.shape, held.stride
         tensor = torch.empty_strided(shape, stride, dtype=held.dtype, device=held.device)
-        if _is_planned(tensor):
+        if is_planned(tensor):
             without_values(TO_DEVICE, (tensor,), ())
             held.moving(tensor, _arrived)
             return
@@ -196,7 +196,7 @@ class Transfers:
         with _AROUND.get()():
             if self._locked:
                 return [self._piece() for _ in range(count)]
-            if _is_planned(tensor) and device_type(tensor) == "cuda":
+            if is_planned(tensor) and device_type(tensor) == "cuda":
                 nbytes = count * PIECE
             return [torch.empty(nbytes, dtype=torch.uint8)]
 
@@ -233,7 +233,7 @@ def copies_on(device: torch.device) -> Copies:
     return _Stream(device) if has_own_memory(device) else _Plain()
 
 
-def _is_planned(tensor: Tensor) -> bool:
+def is_planned(tensor: Tensor) -> bool:
     """Whether it stands for a tensor of a device in a plan, where all are on the CPU."""
     return not has_values(tensor) and tensor.device.type == "cpu"
 

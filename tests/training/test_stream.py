@@ -88,7 +88,7 @@ class Noted:
     waits = True
 
     def __init__(self, blocks):
-        self.store, self.blocks = HostStore(blocks, CPU), blocks
+        self.store, self.blocks = HostStore(blocks, waits=True), blocks
         self.seconds, self.asked, self.bad = 0.0, [], None
 
     def load(self, number, block):

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.device.target import device_type
-from qlora_kit.kernels.matmul import adapter_dtype, add_matmul, linear, matmul
-from qlora_kit.kernels.token_tiles import matmul_over_tokens
+from qlora_kit.device.target import device_type, representative
+from qlora_kit.kernels.matmul import adapter_dtype, add_matmul, linear, matmul, matmul_fp32
+from qlora_kit.kernels.token_tiles import matmul_over_tokens, tiles
 from qlora_kit.lora.dropout import KeyedDropout, Position
 
 
@@ -230,17 +230,38 @@ def _gradients(
     # (..., out) to (N, out): the matmuls below sum over all N tokens.
     flat = grad.reshape(-1, grad.shape[-1]).to(part.dtype)
     grad_hidden = matmul(flat, lora_b.to(part.dtype)).mul_(part.scaling)  # (N, r)
-    dropped = part.dropped(tokens).reshape(-1, tokens.shape[-1]).to(part.dtype)  # (N, in)
-    grad_a = matmul_over_tokens(grad_hidden, dropped).to(lora_a.dtype)
     read = hidden.reshape(-1, hidden.shape[-1])
     grad_b = matmul_over_tokens(flat, read, part.scaling).to(lora_b.dtype)
-    if grad_tokens is not None and part.position is None:
-        _add_matmul(grad_tokens, grad_hidden, lora_a.to(part.dtype), 1.0)
-    elif grad_tokens is not None:
-        # The gradient goes through the mask too: it cannot be added by the matmul itself.
-        grad_dropped = matmul(grad_hidden, lora_a.to(part.dtype)).view(grad_tokens.shape)
-        grad_tokens.add_(part.dropped(grad_dropped))
+    tokens, down = tokens.reshape(-1, tokens.shape[-1]), lora_a.to(part.dtype)
+    if part.position is not None:
+        into = None if grad_tokens is None else grad_tokens.view(tokens.shape)
+        grad_a = _through_dropout(part, grad_hidden, tokens, down, into)
+        return grad_a.to(lora_a.dtype), grad_b
+    grad_a = matmul_over_tokens(grad_hidden, tokens.to(part.dtype)).to(lora_a.dtype)
+    if grad_tokens is not None:
+        _add_matmul(grad_tokens, grad_hidden, down, 1.0)
     return grad_a, grad_b
+
+
+def _through_dropout(
+    part: Part, grad_hidden: Tensor, tokens: Tensor, down: Tensor, grad_tokens: Tensor | None
+) -> Tensor:
+    """The gradient by A (r, in) in fp32, tile by tile: masks and what they leave are never whole.
+
+    What A (r, in) sends back goes through the mask too: no matmul can add it to `grad_tokens`.
+    """
+    assert part.position is not None
+    total: Tensor | None = None
+    numbered = list(enumerate(tiles(tokens.shape[0]), part.position[2]))
+    for number, rows in representative(numbered, tokens):
+        tile = part.of_tile(number)
+        dropped = tile.dropped(tokens[rows]).to(part.dtype)
+        by_tile = matmul_fp32(grad_hidden[rows].t(), dropped)
+        total = by_tile if total is None else total.add_(by_tile)
+        if grad_tokens is not None:
+            grad_tokens[rows].add_(tile.dropped(matmul(grad_hidden[rows], down)))
+    assert total is not None
+    return total
 
 
 def _add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

@@ -7,8 +7,7 @@ whether the rest goes over tiles or not: so both ways give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -20,40 +19,22 @@ TILE_TOKENS = 2048
 its 4-bit weight for it, and of an MLP of 8 billion parameters a tile takes 0.25 GB."""
 
 
-class Tiles(Sequence[slice]):
-    """Parts of `count` tokens, `size` of them each, made when they are asked for.
+def each_tile(tokens: Tensor) -> Iterator[tuple[int, slice]]:
+    """The fewest tiles of tokens (N, ...), numbered, as large as each other where N allows it.
 
-    A plan asks for a few of very many.
+    None has much less than half of `TILE_TOKENS` unless it is the only one: a matmul of very few
+    rows may add up in another order than one of many.
     """
-
-    def __init__(self, count: int, size: int) -> None:
-        self._count, self._starts = count, range(0, max(1, count), size)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
-        start = self._starts[place]
-        return slice(start, min(start + self._starts.step, self._count))
-
-
-def tiles(count: int) -> Tiles:
-    """The fewest tiles of `count` tokens, as large as each other where the number allows it.
-
-    None has less than half of `TILE_TOKENS` unless it is the only one: a matmul of very few rows
-    may add up in another order than one of many.
-    """
-    number = max(1, -(-count // TILE_TOKENS))
-    size = max(1, -(-count // number))
-    return Tiles(count, size)
+    count = tokens.shape[0]
+    size = max(1, -(-count // max(1, -(-count // TILE_TOKENS))))
+    for number in representative(range(max(1, -(-count // size))), tokens):
+        yield number, slice(number * size, min((number + 1) * size, count))
 
 
 def matmul_over_tokens(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """`scale * left^T right` in fp32: the sum over tokens, (N, m) and (N, k) to (m, k)."""
     total: Tensor | None = None
-    for rows in representative(tiles(left.shape[0]), left):
+    for _, rows in each_tile(left):
         part = matmul_fp32(left[rows].t(), right[rows])
         if scale != 1.0:
             part.mul_(scale)

@@ -7,8 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.device.target import representative
-from qlora_kit.kernels.token_tiles import tiles
+from qlora_kit.kernels.token_tiles import each_tile
 
 Position = tuple[int, int, int]
 """Step and micro-step of a run, and the number of the first of a batch's tiles of tokens."""
@@ -50,8 +49,10 @@ class KeyedDropout(nn.Module):
         step, micro_step, first = position
         keep = torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
         rows = keep.view(-1, x.shape[-1])  # (..., n) to (N, n)
-        for number, tile in representative(list(enumerate(tiles(rows.shape[0]), first)), x):
-            place = f"{step} {micro_step} {number}" if number else f"{step} {micro_step}"
+        for number, tile in each_tile(rows):
+            place = f"{step} {micro_step}"
+            if first + number:
+                place = f"{place} {first + number}"
             digest = hashlib.sha256(f"{self._key} {place}".encode()).digest()
             generator = torch.Generator(device=x.device)
             generator.manual_seed(int.from_bytes(digest[:7], "little"))

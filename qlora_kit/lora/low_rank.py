@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.device.target import device_type, representative
+from qlora_kit.device.target import device_type
 from qlora_kit.kernels.matmul import adapter_dtype, add_matmul, linear, matmul, matmul_fp32
-from qlora_kit.kernels.token_tiles import matmul_over_tokens, tiles
+from qlora_kit.kernels.token_tiles import each_tile, matmul_over_tokens
 from qlora_kit.lora.dropout import KeyedDropout, Position
 
 
@@ -252,9 +252,8 @@ def _through_dropout(
     """
     assert part.position is not None
     total: Tensor | None = None
-    numbered = list(enumerate(tiles(tokens.shape[0]), part.position[2]))
-    for number, rows in representative(numbered, tokens):
-        tile = part.of_tile(number)
+    for number, rows in each_tile(tokens):
+        tile = part.of_tile(part.position[2] + number)
         dropped = tile.dropped(tokens[rows]).to(part.dtype)
         by_tile = matmul_fp32(grad_hidden[rows].t(), dropped)
         total = by_tile if total is None else total.add_(by_tile)

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.device.target import representative
 from qlora_kit.kernels.rmsnorm import FrozenNorm
 from qlora_kit.kernels.swiglu import Gate
-from qlora_kit.kernels.token_tiles import tiles
+from qlora_kit.kernels.token_tiles import each_tile
 from qlora_kit.lora.layer import part_of
 from qlora_kit.lora.low_rank import LowRank, Part
 from qlora_kit.lora.passes import backward_through, outputs_of
@@ -141,7 +140,7 @@ def over_tiles(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`run` of each tile (N, h) of `x` (B, T, h), (B, T, h) as well; without a graph."""
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     tokens, into = x.reshape(-1, x.shape[-1]), result.view(-1, x.shape[-1])
-    for rows in representative(tiles(tokens.shape[0]), x):
+    for _, rows in each_tile(tokens):
         into[rows].copy_(run(tokens[rows]))
     return result
 
@@ -196,7 +195,7 @@ class _Tiles(torch.autograd.Function):
         ctx.shared = shared
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         tokens, into = x.reshape(-1, x.shape[-1]), result.view(-1, x.shape[-1])
-        for number, rows in representative(list(enumerate(tiles(tokens.shape[0]))), x):
+        for number, rows in each_tile(tokens):
             shared.mlp.of_tile(number).added(tokens[rows], into[rows])
         return result
 
@@ -210,7 +209,7 @@ class _Tiles(torch.autograd.Function):
         grad_x = x if x.is_contiguous() and grads[0].dtype is x.dtype else torch.empty_like(x)
         tokens, into, grad = (one.reshape(-1, x.shape[-1]) for one in (x, grad_x, grads[0]))
         totals: list[Tensor | None] = [None] * len(weights)
-        for number, rows in representative(list(enumerate(tiles(tokens.shape[0]))), x):
+        for number, rows in each_tile(tokens):
             mlp = shared.mlp.of_tile(number)
             by_x, found = mlp.gradients(tokens[rows], grad[rows], needed)
             if by_x is not None:

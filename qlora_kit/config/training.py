@@ -92,6 +92,11 @@ class TrainingConfig(Options):
         "auto: adamw (torch's fused); on CUDA paged_adamw_8bit where its states do not fit",
         check=one_of("auto", *OPTIMIZERS),
     )
+    gradient_dtype: str = option(
+        "fp32",
+        "of adapters' gradients between micro-batches; bf16: half the bytes, sums of fewer bits",
+        check=one_of("fp32", "bf16"),
+    )
     batch_size: int | None = option(
         None,
         "rows of a micro-batch; auto: on a card whose speed is known as many as are planned to be "

@@ -27,7 +27,13 @@ from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
 from qlora_kit.memory.counter import HOST, Interval, StorageCounter
 from qlora_kit.plan.repeat import RepeatedQuantize
-from qlora_kit.training.optimizer import make_optimizer, make_states, optimizer_names, tag_states
+from qlora_kit.training.optimizer import (
+    gradient_like,
+    make_optimizer,
+    make_states,
+    optimizer_names,
+    tag_states,
+)
 from qlora_kit.training.prepare import prepare_model
 
 IDLE = "idle"
@@ -82,7 +88,7 @@ class FakeModel:
         self.place(placement)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         with self.counted():
-            self.gradients = [torch.empty_like(parameter) for parameter in self.trained]
+            self.gradients = [gradient_like(parameter) for parameter in self.trained]
             self.counter.tag(IDLE, self.gradients)
         self.optimizer: torch.optim.Optimizer | None = None
         self.optims = optimizer_names(training.optim, device)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from qlora_kit.training.gradients import clip_and_step, total_norm
 from qlora_kit.training.loss import supervised_loss, to_device
 from qlora_kit.training.loss_scale import LossScale
 
@@ -168,10 +169,9 @@ def train_step(
         torch._foreach_mul_(grads, 1 / scale)
     # Not clip_grad_norm_: a norm that is not finite would spread over gradients that are. Of no
     # gradients torch's is on the host.
-    grad_norm = nn.utils.get_total_norm(grads).to(loss.device)
+    grad_norm = total_norm(grads).to(loss.device)
     if before_step is None or before_step(step, loss, grad_norm):
-        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
-        optimizer.step()
+        clip_and_step(optimizer, trained, max_grad_norm, grad_norm)
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
 

@@ -194,6 +194,11 @@ def _is_paged(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool
     return getattr(optimizer, "is_paged", False) and parameter.numel() >= PAGED_FROM_ELEMENTS
 
 
+def gradient_like(parameter: Tensor) -> Tensor:
+    """Memory for the gradient that backward leaves of a parameter, not filled."""
+    return torch.empty_like(parameter, dtype=getattr(parameter, "grad_dtype", parameter.dtype))
+
+
 def make_states(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter the state that its first step would begin with."""
     optimizer.state.update(dict(_new_states(optimizer)))

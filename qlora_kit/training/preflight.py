@@ -23,7 +23,7 @@ from torch import Tensor
 from qlora_kit.device.target import has_own_memory
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.loop import Backward, train_step
-from qlora_kit.training.optimizer import missing_states
+from qlora_kit.training.optimizer import gradient_like, missing_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def preflight(
         held.extend(missing_states(optimizer))
         if accumulates:
             for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = gradient_like(parameter).zero_()
         return backward(micro_batches)
 
     def run_backward(backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:

@@ -12,6 +12,7 @@ from qlora_kit.device.found import prefer_flash
 from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.triton_ops import allow_triton
 from qlora_kit.training.attention import LIBRARY, set_packed_attention
+from qlora_kit.training.gradients import keep_gradients_in
 from qlora_kit.training.layer_forward import set_offload, set_recompute, use_fused_blocks
 from qlora_kit.training.offload import Offload
 
@@ -29,6 +30,7 @@ def prepare_model(
     tiles of MLPs that are no block's.
     """
     allow_triton(config.triton_kernels)
+    keep_gradients_in(config.gradient_dtype, model.parameters())
     prefer_flash(model.device)
     set_packed_attention(model)
     if packing:
@@ -51,5 +53,6 @@ def restore_model(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         module.__dict__.pop("forward", None)  # ours lie in front of those of the class
+    keep_gradients_in("fp32", model.parameters())
     name = model.config._attn_implementation
     model.config._attn_implementation = LIBRARY.get(name, name)

@@ -9,6 +9,8 @@ from qlora_kit.commands.failure import stands_for
 from qlora_kit.commands.finetune import opened_run
 from qlora_kit.config.run import FINETUNE_GROUPS
 from qlora_kit.data.given_rows import GivenRows, given_rows
+from qlora_kit.live.chart import TrainingChart
+from qlora_kit.live.output import in_notebook
 from qlora_kit.options.parsed import parse_values
 from qlora_kit.process.signals import StopSignals
 from qlora_kit.process.start import ready_for_torch
@@ -25,8 +27,8 @@ def finetune(*, progress: bool | Reporter = False, **options: Any) -> RunResult:
     Their names, checks and defaults are those of a config file. `data` and `eval_data` may also be
     a list of dicts or a `datasets.Dataset`, whose rows are checked like those of a file; a run on
     such rows is resumed with the same rows. Nothing is printed, unless `progress` shows what the
-    command shows; or it is a reporter, which is told of the run as it goes, such as
-    `live.chart.TrainingChart` for a notebook. ^C and the signals that stop the command save where
+    command shows, in a notebook as one chart that moves; or it is a reporter of your own, which is
+    told of the run as it goes. ^C and the signals that stop the command save where
     the run stands and raise `KeyboardInterrupt`; handlers are as they were when this returns.
 
     Errors: `QloraKitError`, of the kinds that give the command its exit codes.
@@ -35,6 +37,8 @@ def finetune(*, progress: bool | Reporter = False, **options: Any) -> RunResult:
     def reporter() -> Reporter:
         if isinstance(progress, Reporter):
             return progress
+        if progress and in_notebook():
+            return TrainingChart()
         return Display() if progress else Reporter()
 
     with StopSignals() as signals, ready_for_torch():

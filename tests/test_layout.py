@@ -27,6 +27,7 @@ FLOORS = {
     "options": 2,
     "files": 2,
     "config": 3,
+    "pictures": 3,
     "device": 3,
     "kernels": 4,
     "base": 5,

@@ -81,6 +81,13 @@ class OutputConfig(Options):
         reads=joined,
         metavar="NAMES",
     )
+    plot: str | None = option(
+        None,
+        "draw loss, learning rate, tokens/s and memory of the finished run into this .png or .html",
+        check=a_name("the name of a file"),
+        path=True,
+        metavar="FILE",
+    )
     sample_prompts: int = option(
         0, "answer this many held-out prompts before and after training", check=between(0, 100)
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.live.output import Output
-from qlora_kit.live.pictures import training_figure
+from qlora_kit.pictures import training_figure
 from qlora_kit.run.reporter import Reporter, StepReporter
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class _Steps(StepReporter):
             {
                 "step": report.step,
                 "loss": report.loss,
+                "learning_rate": report.learning_rate,
                 "tokens_per_s": report.tokens / max(report.seconds, 1e-9),
                 "peak_bytes": peak,
             }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.live.pictures import png
+from qlora_kit.pictures import png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,9 @@ class Output:
 
 
 def in_notebook() -> bool:
-    """Whether a kernel runs this, whose front end shows pictures."""
+    """Whether a kernel runs this, whose front end shows pictures, and they can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
     try:
         from IPython import get_ipython
     except ImportError:

@@ -22,8 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from qlora_kit.config.output import OutputConfig
 from qlora_kit.errors import ConfigError, redacted
 from qlora_kit.files.atomic import write_file
+from qlora_kit.run.plot import check_plot
 
 METRICS_FILE = "metrics.jsonl"
 PACKAGES = ("qlora_kit", "torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
@@ -114,6 +116,12 @@ class MetricsLog:
                 self._trackers.remove(tracker)
                 name = getattr(tracker, "name", type(tracker).__name__)
                 self._note(f"{name} is told no more: {type(error).__name__}: {error}")
+
+
+def check_reports(output: OutputConfig) -> None:
+    """Refuse a tracker or a picture that cannot be here. Errors: `ConfigError`."""
+    check_trackers(output.report_to)
+    check_plot(output.plot, output.overwrite)
 
 
 def check_trackers(report_to: str) -> list[str]:

@@ -9,6 +9,7 @@ from qlora_kit.options.yaml_file import dump
 from qlora_kit.run.directory import RESULT, RunDirectory
 from qlora_kit.run.metrics import METRICS_FILE, write_json, write_text
 from qlora_kit.run.model_card import model_card
+from qlora_kit.run.plot import write_plot
 from qlora_kit.run.prepare import PreparedRun
 from qlora_kit.run.result import RunRecord
 
@@ -26,3 +27,5 @@ def write_result(plan: PreparedRun, place: RunDirectory, record: RunRecord) -> N
         write_text(directory / "README.md", model_card(record))
         write_json(directory / RESULT, record)
         sync(place.path / METRICS_FILE)
+    if config.output.plot is not None:
+        write_plot(config.output.plot, place.path / METRICS_FILE, record)

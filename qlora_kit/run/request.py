@@ -16,7 +16,7 @@ from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.rows import Rows, load_rows
 from qlora_kit.data.source import lasting
 from qlora_kit.options.parsed import Parsed, refuse_tokens
-from qlora_kit.run.metrics import check_trackers
+from qlora_kit.run.metrics import check_reports
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.place import check_place
 from qlora_kit.run.saved_adapter import SavedAdapter
@@ -57,7 +57,7 @@ def read_request(parsed: Parsed, given: Mapping[str, GivenRows] | None = None) -
     """
     refuse_tokens(parsed)
     config = RunConfig.of(parsed)
-    check_trackers(config.output.report_to)
+    check_reports(config.output)
     data = config.data
     rows = load_rows(data, config.training.seed, given)
     held_out = None if data.eval_data is None else lasting(data.eval_data)

@@ -1,7 +1,7 @@
-"""Pictures for a notebook, drawn from numbers alone and readable on a light and on a dark page.
+"""Pictures drawn from numbers alone, readable on a light and on a dark page.
 
 The page shows through, and what is written and drawn is told apart without red and green (Okabe
-and Ito, 2008). matplotlib (the extra `notebook`) is imported where something is drawn.
+and Ito, 2008). matplotlib (the extras `plots` and `notebook`) is imported where something is drawn.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.memory.counter import Sizes
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Sizes = Mapping[str, int]
+"""Bytes by component."""
 MIB = 1024**2
 INK = "#808080"
 """Of texts and lines: as far from white as from black."""
@@ -106,18 +106,20 @@ def training_figure(
     total: int,
     memory_is: str,
 ) -> Figure:
-    """Loss of each step and of held-out rows, tokens a second and memory, up to step `total`.
+    """Loss and rate of each step, tokens a second and memory, up to step `total`.
 
     `memory_is` says what the bytes are those of.
     """
-    figure, (loss, speed, memory) = _figure(3, width=11)
+    figure, (loss, rate, speed, memory) = _figure(4, width=14)
     numbers = [one["step"] for one in steps]
+    rate.plot(numbers, [one["learning_rate"] for one in steps], color=ORANGE)
     loss.plot(numbers, [one["loss"] for one in steps], color=BLUE, label="trained on")
     if held_out:
-        loss.plot(*zip(*held_out, strict=True), "o", color=ORANGE, label="held out")
+        loss.plot(*zip(*held_out, strict=True), "o", color=ORANGE, label="held out", clip_on=False)
     speed.plot(numbers, [one["tokens_per_s"] for one in steps], color=GREEN)
     memory.plot(numbers, [one["peak_bytes"] / MIB for one in steps], color=PINK)
-    for axes, title in ((loss, "loss"), (speed, "tokens/s"), (memory, f"memory: {memory_is}, MiB")):
+    titles = ("loss", "learning rate", "tokens/s", f"memory: {memory_is}, MiB")
+    for axes, title in zip((loss, rate, speed, memory), titles, strict=True):
         axes.set_xlim(0, total)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step", color=INK)

@@ -102,7 +102,8 @@ def read_manifest(path: Path) -> KeptBase:
     folder = open_entry(path)
     try:
         with open_own(MANIFEST, folder) as file:
-            said = json.loads(file.read(MANIFEST_LIMIT))
+            raw = file.read(MANIFEST_LIMIT)
+        said = json.loads(raw)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     finally:
@@ -115,9 +116,12 @@ def read_manifest(path: Path) -> KeptBase:
             for name, one in said["tensors"].items()
         }
         said["headers"] = {name: (size, sha) for name, (size, sha) in said["headers"].items()}
-        return KeptBase(**said)
+        kept = KeptBase(**said)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / MANIFEST}: is not of this form") from error
+    if kept.as_json() != raw:
+        raise ValueError(f"{path / MANIFEST}: is not as it was written")
+    return kept
 
 
 def _sum(said: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import pytest
 from benchmark import BENCHMARKS, run_benchmark
 
 SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
+TINY = BENCHMARKS.parent / "qlora_kit/assets/tiny"
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -140,3 +141,17 @@ def test_memory_plans_what_it_measures(tmp_path):
     full = settings["full fine-tuning, full"]["planned"]["bytes"]
     assert full["gradients"] == pytest.approx(full["weights_other"], rel=1e-3)
     assert full["optimizer"] == pytest.approx(2 * full["weights_other"], rel=1e-2)
+
+
+def test_a_base_is_made_and_loaded_as_seven_billion_measures_it(tmp_path):
+    """The steps that train and export are the commands themselves, which other tests run."""
+    (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
+    (tmp_path / "work").mkdir()
+    options = ["--config", tmp_path / "shape.json", "--tokenizer", TINY, "--bits", "8"]
+    options += ["--work", tmp_path / "work", "--only", "load, shards", "--shards", "2"]
+    result = run_benchmark("seven_billion", tmp_path, *options)
+    row = result["rows"]["8"]["load, shards"]
+    assert len(list((tmp_path / "work/base-2").glob("*.safetensors"))) == 2
+    assert row["peak_rss"] > row["imports"] > row["weights"] > 0
+    assert row["wall_s"] > row["load_s"] > 0
+    assert row["beside_weights"] == row["peak_rss"] - row["weights"]

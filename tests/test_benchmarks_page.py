@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 
 from benchmark import BENCHMARKS
 
@@ -182,6 +183,22 @@ def test_the_tables_of_switches_and_mixed_batches_are_what_was_measured():
         [name, f"{side['step_ms']:.1f} ms", f"{side['prompt_ms']:,.0f} ms"]
         for name, side in result["tokens"]["sides"].items()
     ]
+
+
+def test_the_table_of_seven_billion_is_what_was_measured_and_within_its_limits():
+    try:
+        result = measured("seven_billion")
+    except FileNotFoundError:
+        result = {}  # not measured yet: no row says otherwise
+    page = runpy.run_path(str(BENCHMARKS / "seven_parts/page.py"))
+    assert marked_rows("seven_billion") == [
+        line.strip("| ").split(" | ") for line in page["lines"](result)
+    ]
+    for steps in result.get("rows", {}).values():
+        for row in steps.values():
+            if "beside_weights" in row:
+                assert row["beside_weights"] <= row["allowed"]
+        assert steps["kill and resume"]["equal_adapters"]
 
 
 def test_the_server_held_what_it_was_tried_for():

@@ -13,6 +13,7 @@ Imports the standard library only, so that `--help` and a misspelt flag answer a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -208,9 +209,10 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def types_of(group: type) -> dict[str, Any]:
-    """The resolved annotation of every field."""
-    return typing.get_type_hints(group)
+@functools.cache
+def types_of(group: type) -> Mapping[str, Any]:
+    """The resolved annotation of every field, resolved once: that compiles each of them."""
+    return types.MappingProxyType(typing.get_type_hints(group))
 
 
 def _allows_none(annotation: Any) -> bool:

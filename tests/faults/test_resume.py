@@ -21,7 +21,9 @@ def losses(output):
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_resuming_is_exact_for_every_optimizer(job, output, optim):
-    """From every step, of which three are inside the first epoch (of 4 steps); with dropout.
+    """From inside of the first epoch (of 4 steps), and from its end; with dropout.
+
+    From every step for one of them: what is drawn by then is the same for all.
 
     At rank 64 a matrix has 4,096 elements, from which on states are in 8 bits. `auto` goes on with
     the optimizer of the checkpoint.
@@ -31,7 +33,7 @@ def test_resuming_is_exact_for_every_optimizer(job, output, optim):
     whole = load_checkpoint(output / f"checkpoint-{STEPS}")
     kept = {str(tensor.dtype) for tensor in whole.tensors.values()}
     assert ("torch.uint8" in kept) == ("8bit" in optim)
-    for step in range(1, STEPS):
+    for step in range(1, STEPS) if optim == "adamw_8bit" else (1, STEPS - 1):
         again = output.with_name(f"from-{step}")
         path = str(output / f"checkpoint-{step}")
         asked = ("--optim", "auto") if step == 1 else ()

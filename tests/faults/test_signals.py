@@ -40,6 +40,8 @@ def test_a_signal_ends_the_step_saves_and_leaves(job, reference, output, number)
     assert found.step >= 2
     assert notes == []
     assert leftovers(output) == []
+    if number not in CODES:
+        return  # what is saved is the same
     resumed = job.having("--save_steps", "0").run(output, "--resume_from_checkpoint", "auto")
     assert resumed.code == 0, resumed.output
     assert result_of(output) == reference

@@ -209,9 +209,13 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-@functools.cache
 def types_of(group: type) -> Mapping[str, Any]:
     """The resolved annotation of every field, resolved once: that compiles each of them."""
+    return _resolved(typing.cast("Any", group))
+
+
+@functools.cache
+def _resolved(group: Any) -> Mapping[str, Any]:
     return types.MappingProxyType(typing.get_type_hints(group))
 
 

@@ -39,6 +39,7 @@ from qlora_kit.base.kept_base import (
     mend_cache,
     read_manifest,
     remove_entry,
+    remove_left,
 )
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.meta_model import tied_names
@@ -174,9 +175,10 @@ def discard(before: Wanted, why: object) -> None:
 
 
 def used(before: Wanted) -> None:
-    """Note that an entry was used now."""
-    with contextlib.suppress(OSError):
+    """Note that an entry was used now; what a killed process left beside it goes."""
+    with contextlib.suppress(OSError, ValueError):
         os.utime(before.path)
+        remove_left(before.path.parent)
 
 
 def parts_of_model(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:

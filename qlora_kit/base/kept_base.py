@@ -201,7 +201,7 @@ def mend_cache(cache: Path) -> None:
 
 def remove_left(cache: Path) -> None:
     """Remove what killed processes left in a cache. Errors: `OSError`, `ValueError`."""
-    if cache.is_dir():
+    if cache.is_dir() and any(map(LEFT.fullmatch, os.listdir(cache))):
         with held(cache):
             mend_cache(cache)
 

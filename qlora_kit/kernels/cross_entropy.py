@@ -7,10 +7,10 @@ has the size of the hidden states. Without a gradient, as in evaluation, nothing
 A chunk's logits lie in the dtype that they are multiplied in, and are at most `CHUNK_BYTES`
 whatever the vocabulary; softmax and gradient are computed in fp32, some tokens of the chunk at a
 time, and written over them. A quantized head comes in tiles of its rows, which are decoded twice a
-chunk, for the logits and for the gradient. So there a chunk is larger: of 128 Ki tokens and 4,096
-features decoding is a pass over 2.6 bytes an entry, as long on a card as the logits of some 200
-tokens. (To compute the logits a second time and decode the head twice a step takes as long as
-decoding twice every 256 tokens, on an RTX 4090, and longer on smaller cards and on the CPU.)
+chunk, for the logits and for the gradient, and so there a chunk is larger. Of 128 Ki tokens by
+4,096 features a chunk has 512 tokens. Decoding twice for them takes less than the other way, one
+softmax over all tiles in a running maximum, which decodes twice a step and computes the logits
+twice: by the peaks of data sheets 2.7 against 3.3 ms on an RTX 4090, 7.6 against 21 on an RTX 3060.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ Kept without recompute, for T tokens, hidden h, kv = kv heads x head size, ffn f
     a factor (T) of queries where they have one; with an embedding of the layer's own also the
     residual before it (T, h), its gate (T, e) and what its norm reads (T, h).
 
+With a tiled MLP gate and up and what its norm behind reads are not kept either (`tiles.py`).
+
 Normalized tokens, the gated activation and all dequantized weights are recomputed in backward. A
 block is found by the structure of a model's layer, after one comparison of its output with ours on
 random input; a layer whose output differs keeps its own code (`training/layer_forward.py`).

@@ -85,9 +85,8 @@ class TiledMlp:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """From `grad` (N, h) by the sum of a tile those by `x` (N, h), if `needed`, and weights."""
         tokens, scales = (x, None) if self.before is None else self.before.apply(x)
-        of_first = LowRank.of(self.first, tokens).hidden
-        low_rank = LowRank(self.first, of_first)
-        gate_up = outputs_of(self.first, tokens, low_rank)
+        low_rank = LowRank.of(self.first, tokens)
+        gate_up, of_first = outputs_of(self.first, tokens, low_rank), low_rank.hidden
         del tokens, low_rank
         adapted = any(part.weights for part in self.first)
         grads, of_last = self._through_last(gate_up, grad, needed or adapted)

@@ -15,6 +15,8 @@ from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.token_tiles import TILE_TOKENS, each_tile
+from qlora_kit.lora import low_rank
+from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.plan.levels import layer_work
 from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
 from qlora_kit.training.loss import supervised_loss
@@ -77,6 +79,15 @@ def test_so_they_do_in_newer_families(family):
     check_tiles(model, [batch_of(packed=True)], ("full",))
 
 
+@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+def test_so_they_do_where_adapters_are_computed_together(family, monkeypatch):
+    """As on CUDA, where what is kept of A x is scaled; in bf16, whose sums a tile rounds alike."""
+    monkeypatch.setattr(low_rank, "device_type", lambda x: "cuda")
+    model = adapted_model(family, torch.bfloat16, packed=True, targets="all-linear")
+    assert {one.scaling["default"] for one in adapted_linears(model)}.isdisjoint({1.0})
+    check_tiles(model, [batch_of()], ("full",))
+
+
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "phi3"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_nothing_is_computed_a_third_time(family, level):
@@ -117,6 +128,10 @@ def test_a_layer_of_no_block_is_refused_tiles_or_said_to_have_none():
     note = prepare_model(model, TrainingConfig(), "none", placement=TILED)
     assert note is not None
     assert note.endswith("its MLPs do not go over tiles")
+
+
+def adapted_linears(model):
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
 def test_tiles_are_even():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 from option_groups import OPTION_GROUPS
 
-from qlora_kit.commands.main import COMMANDS
+from qlora_kit.commands.main import COMMANDS, main
 from qlora_kit.options.option import flag_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,21 @@ def test_each_option_of_the_table_is_an_option_here() -> None:
     assert [name for name in named if name.replace("-", "_") not in known] == []
     commands = re.findall(r"qlora-kit ([\w-]+)", COMING)
     assert {name.replace("-", "_") for name in commands} <= COMMANDS.keys()
+
+
+def test_the_commands_of_the_first_hour_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "first-hour.md").read_text()
+    rows = re.search(r"```jsonl\n(.*?)```", page, re.S)
+    assert rows
+    (tmp_path / "rows.jsonl").write_text(rows[1])
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^ {4}qlora-kit (.*)$", page, re.MULTILINE)
+    assert len(commands) == 8
+    for command in commands:
+        assert main(shlex.split(command)) == 0, (command, capsys.readouterr().err)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
 def test_the_example_hands_a_base_to_trl_and_takes_it_back(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def _products_ms(base: Base, copies: Copies) -> dict[str, float]:
 
 
 def _bytes(one: Active, mixed: Mixed, files: Path, model: Any) -> dict[str, int]:
-    """Of an adapter: in its file, in the bank, in PEFT's model; and what a mix of 8 holds."""
+    """Of an adapter: in its file, in the bank, in PEFT's model; a mix of 8 and its rows."""
     theirs = [p for name, p in model.named_parameters() if ".task0." in name]
     return {
         "file": (files / "adapter_model.safetensors").stat().st_size,
@@ -199,4 +199,5 @@ def _bytes(one: Active, mixed: Mixed, files: Path, model: Any) -> dict[str, int]
         "peft_bf16": sum(p.numel() * p.element_size() for p in theirs),
         "peft_as_users_have_it": sum(p.numel() * 4 for p in theirs),
         "mix_of_8": mixed.stacks.held_bytes,
+        "rows_of_8": mixed.stacks.room.nbytes,
     }

@@ -65,9 +65,10 @@ class RowsPart(Part):
             if x.shape[1] * (len(stack.spans) - 1) > most:
                 by_row: tuple[Tensor, Tensor] | None = stack.of_rows(places, dtype)
             else:
-                by_row = own.matrices(x, dtype)
+                by_row = own.matrices(x)
             if by_row is not None:
                 lora_a, lora_b = by_row
+                dtype = lora_a.dtype
                 # (B, r, T), which for one token is read faster, to (B, T, r)
                 hidden = bmm(lora_a, x.to(dtype).transpose(1, 2)).transpose(1, 2)
                 if places.scalings is not None:

@@ -7,9 +7,9 @@ and B in fp32 besides (`OwnRows`): a step then casts nothing and multiplies by n
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from weakref import WeakSet
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -113,28 +113,36 @@ class Places:
         return cls(foreign.to(device), own.view(-1).to(device), one, several)
 
 
-@dataclass(eq=False)
+@dataclass
 class RowsRoom:
-    """How many bytes rows may take as their own, in all mixes of a bank together."""
+    """How many bytes rows may take as their own, in all mixes of a bank together: `most`.
+
+    `nbytes` is what they take now.
+    """
 
     most: int = 2**30
-    taken: WeakSet[OwnRows] = field(default_factory=WeakSet)
-
-    @property
-    def nbytes(self) -> int:
-        """What they take now."""
-        return sum(one.nbytes for one in self.taken)
+    nbytes: int = 0
 
     def has(self, needed: int, device: torch.device) -> bool:
         """Whether so many more may be taken."""
         return self.nbytes + needed <= self.most and needed + SPARE <= free_bytes(device)
+
+    def take(self, owner: object, nbytes: int) -> None:
+        """Count so many bytes for as long as `owner` lives."""
+        self.nbytes += nbytes
+        weakref.finalize(owner, self._give_back, nbytes).atexit = False
+
+    def _give_back(self, nbytes: int) -> None:
+        self.nbytes -= nbytes
 
 
 class OwnRows:
     """A (B, r, in) and B (B, r, out) of each row, kept for the steps of rows that stay the same.
 
     They go with the mix, which is of just these rows. Where there is no room for them, where rows
-    with one adapter would repeat it too often, and on CUDA, the stack is multiplied by.
+    with one adapter would repeat it too often, and on CUDA, the stack is multiplied by. They are in
+    fp32 whatever the adapters are in: of 32 rows with 32 adapters, too, a product of each row by
+    its own takes 7 ms then, in bf16 9, and one by the stack in bf16 13 (28 linears of 160 M).
     """
 
     def __init__(self, stack: Stack, places: Places, room: RowsRoom) -> None:
@@ -142,22 +150,17 @@ class OwnRows:
         self._steps = 0
         self._made: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """What they take."""
-        return sum(one.nbytes for one in self._made or ())
-
-    def matrices(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Those in `dtype` for tokens `x`; None where the stack is to be multiplied by."""
-        if self._made is None:
+    def matrices(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Those for tokens `x` of a step; None where the stack is to be multiplied by."""
+        if self._made is None and device_type(x) == "cpu":
             self._steps += 1
-            if self._steps == FROM_STEP and device_type(x) == "cpu" and self._have_room(x, dtype):
-                self._made = self._stack.of_rows(self._places, dtype)
-                self._room.taken.add(self)
-        return self._made if self._made is not None and self._made[0].dtype is dtype else None
+            if self._steps == FROM_STEP and self._have_room(x.device):
+                self._made = self._stack.of_rows(self._places, torch.float32)
+                self._room.take(self, sum(one.nbytes for one in self._made))
+        return self._made
 
-    def _have_room(self, x: Tensor, dtype: torch.dtype) -> bool:
+    def _have_room(self, device: torch.device) -> bool:
         ranks, own = self._stack.lora_a.shape[0] - 1, self._places.own.numel()
         width = self._stack.lora_a.shape[1] + self._stack.lora_b.shape[1]
-        needed = own * width * dtype.itemsize
-        return own <= REPEATED * ranks and self._room.has(needed, x.device)
+        needed = own * width * torch.float32.itemsize
+        return own <= REPEATED * ranks and self._room.has(needed, device)

@@ -21,7 +21,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,13 +142,23 @@ def keep(base: Base, before: Wanted, model: PreTrainedModel, note: Note) -> None
     `note` is told that, or what prevents it.
     """
     size = sum(nbytes(one) for _, one in parts_of_model(model))
-    if size < SMALLEST:
-        return
+    if size >= SMALLEST:
+        write(base, before, parts_of_model(model), size, note)
+
+
+def write(
+    base: Base,
+    before: Wanted,
+    parts: Iterable[tuple[str, Tensor | QuantizedLinear]],
+    size: int,
+    note: Note,
+) -> None:
+    """Write an entry of parts as they come, of which memory holds one; `size` is their bytes."""
     try:
         with contextlib.ExitStack() as done:
             aside = _place(before, size, done)
             with EntryWriter(aside) as writer:
-                for name, one in parts_of_model(model):
+                for name, one in parts:
                     writer.put(name, one)
                 if wanted(base) != before or before.is_fresh:
                     raise NotKeptError("its files were written meanwhile")

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from qlora_kit.base.head import QuantizedHead
 from qlora_kit.base.kept_base import FILE, MANIFEST, KeptBase, KeptTensor, open_entry
 from qlora_kit.base.linear import Linear4bit, QuantizedLinear
 from qlora_kit.base.safetensors_file import DTYPES, read_header
@@ -72,7 +73,8 @@ class EntryWriter:
         if not isinstance(made, QuantizedLinear):
             self._add(name, made)
             return
-        self._linears[name] = made.quant_type if isinstance(made, Linear4bit) else "int8"
+        packed = made.layer if isinstance(made, QuantizedHead) else made
+        self._linears[name] = packed.quant_type if isinstance(packed, Linear4bit) else "int8"
         for leaf, tensor in parts_of(made).items():
             self._add(f"{name}.{leaf}", tensor)
 

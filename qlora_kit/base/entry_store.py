@@ -69,4 +69,9 @@ def streamed_names(kept: KeptBase, prefix: str | None) -> frozenset[str]:
 def is_short_of(kept: KeptBase, names: Collection[str]) -> bool:
     """Whether the host's memory is too small for these tensors of an entry beside all else."""
     size = sum(kept.tensors[name].end - kept.tensors[name].start for name in names)
-    return bool(names) and size + SPARE > free_bytes(CPU)
+    return bool(names) and is_too_much(size)
+
+
+def is_too_much(size: int) -> bool:
+    """Whether the host's memory is too small for so many bytes beside all else."""
+    return size + SPARE > free_bytes(CPU)

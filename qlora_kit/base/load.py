@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.cache import (
     Note,
-    Wanted,
-    discard,
     keep,
     silent,
-    used,
     wanted,
 )
-from qlora_kit.base.cache_entry import DamagedError, EntryReader
 from qlora_kit.base.embedding import kept_on_device
 from qlora_kit.base.fill import fill
 from qlora_kit.base.open import open_base
-from qlora_kit.base.refill import refill
+from qlora_kit.base.refill import from_the_cache
 from qlora_kit.base.tensors import Reader, Tag, untagged
 from qlora_kit.base.tied import check_tied
+from qlora_kit.base.unheld import read_unheld
 from qlora_kit.base.unsaved import refuse_saving
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.training import ON_DEVICE, Placement
@@ -66,7 +62,9 @@ def read_weights(
     is told. `tag` is called with every tensor that stays: `weights_quantized` or `weights_other`.
     """
     place = wanted(base)
-    model = None if place is None else _from_the_cache(base, place, tag, placement)
+    model = None if place is None else from_the_cache(base, place, tag, placement)
+    if model is None and place is not None:
+        model = read_unheld(base, place, tag, placement, note)
     if model is None:
         with Reader() as read:
             model = fill(base, read, tag, placement=placement)
@@ -80,20 +78,4 @@ def read_weights(
     if base.quantization.bits < 16:
         model.is_quantized = True  # so that transformers' Trainer refuses it before it trains
         refuse_saving(model)
-    return model
-
-
-def _from_the_cache(base: Base, place: Wanted, tag: Tag, placement: Placement) -> Any:
-    """The model as it was kept; None where it was not, or was damaged."""
-    try:
-        if (kept := place.found()) is None:
-            return None
-        with EntryReader(place.path, kept) as reader:
-            model = refill(base, reader, tag, placement)
-    except FileNotFoundError:  # it was cleared meanwhile
-        return None
-    except (DamagedError, OSError, ValueError) as why:
-        discard(place, why)
-        return None
-    used(place)
     return model

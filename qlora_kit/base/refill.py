@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
+from qlora_kit.base.cache import Wanted, discard, used
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
 from qlora_kit.base.entry_store import EntryStore, is_short_of, streamed_names
 from qlora_kit.base.fill import finished, move_buffers, put
@@ -23,6 +24,22 @@ from qlora_kit.base.tensors import CPU, Tag
 from qlora_kit.config.training import ON_DEVICE, Placement
 
 INT8, META = "int8", torch.device("meta")
+
+
+def from_the_cache(base: Base, place: Wanted, tag: Tag, placement: Placement = ON_DEVICE) -> Any:
+    """The model of a base as it was kept; None where it was not, or was damaged."""
+    try:
+        if (kept := place.found()) is None:
+            return None
+        with EntryReader(place.path, kept) as reader:
+            model = refill(base, reader, tag, placement)
+    except FileNotFoundError:  # it was cleared meanwhile
+        return None
+    except (DamagedError, OSError, ValueError) as why:
+        discard(place, why)
+        return None
+    used(place)
+    return model
 
 
 def refill(base: Base, kept: EntryReader, tag: Tag, placement: Placement = ON_DEVICE) -> Any:

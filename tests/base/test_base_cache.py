@@ -15,10 +15,12 @@ from families import save_checkpoint, token_ids
 from qlora_kit.base import cache as base_cache
 from qlora_kit.base.cache import wanted
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
+from qlora_kit.base.embedding import HostEmbedding
 from qlora_kit.base.kept_base import MANIFEST, listed
 from qlora_kit.base.load import load_base, read_weights
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.training import Placement
 from qlora_kit.files.own import is_own
 
 FORMS = {
@@ -29,6 +31,9 @@ FORMS = {
     "int8": {"bits": 8},
     "skipped": {"skip_modules": "o_proj,layers.1.mlp"},
     "bf16": {"dtype": "bf16"},
+    "head4": {"head_bits": 4},
+    "head8_of_4": {"head_bits": 8, "double_quant": False},
+    "head4_of_8": {"bits": 8, "head_bits": 4},
 }
 
 
@@ -105,9 +110,30 @@ def test_what_was_kept_is_what_was_made(plain, cache, form):
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in entry.iterdir())
 
 
+@pytest.mark.parametrize("head_bits", [16, 8])
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "phi3", "qwen3"])
-def test_families_come_back(bases, family):
-    twice(bases / family)
+def test_families_come_back(bases, family, head_bits):
+    twice(bases / family, head_bits=head_bits)
+
+
+@pytest.mark.parametrize("head_bits", [16, 4])
+def test_an_embedding_comes_back_to_the_host(plain, head_bits):
+    base, place = twice(plain, head_bits=head_bits)[0], Placement(embedding_on_host=True)
+    hosted = [open_base(BaseConfig(str(plain), dtype="fp32", device="cpu", head_bits=head_bits))]
+    read_weights(hosted[0], placement=place)
+    assert is_from_cache(hosted[0])
+    assert isinstance(hosted[0].model.get_input_embeddings(), HostEmbedding)
+    with torch.no_grad():
+        logits = [one.model(input_ids=token_ids()).logits for one in (base, *hosted)]
+    assert torch.equal(*logits)
+
+
+def test_an_embedding_of_the_host_is_kept(plain, cache):
+    base = open_base(BaseConfig(str(plain), dtype="fp32", device="cpu"))
+    read_weights(base, placement=Placement(embedding_on_host=True))
+    again = load(plain)
+    assert is_from_cache(again)
+    same(load(plain, base_cache=False), again)
 
 
 def test_new_rows_of_the_embedding_come_back(tmp_path):

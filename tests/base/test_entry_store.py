@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import pytest
 import torch
 from families import save_checkpoint
 
 from qlora_kit.base import cache as base_cache
-from qlora_kit.base import entry_store
+from qlora_kit.base import entry_store, unheld
 from qlora_kit.base.decoder import decoder_layers
 from qlora_kit.base.entry_store import EntryStore
+from qlora_kit.base.kept_base import listed, read_manifest
 from qlora_kit.base.linear import QuantizedLinear, dequantize
 from qlora_kit.base.load import read_weights
 from qlora_kit.base.open import open_base
@@ -104,6 +106,25 @@ def test_from_files_and_from_memory_it_is_the_base(plain, cache, monkeypatch, fo
     others = [m for m in found[1].modules() if isinstance(m, QuantizedLinear)]
     for ours, theirs in zip(linears, others, strict=True):
         assert torch.equal(dequantize(ours, torch.float32), dequantize(theirs, torch.float32))
+
+
+@pytest.mark.parametrize("form", [*FORMS, {"head_bits": 4}])
+def test_what_the_host_cannot_hold_is_made_into_the_files(plain, cache, short, form):
+    """Tensor by tensor, to the bytes of an entry that was made of a whole model."""
+    expected = results_of(load(plain, base_cache=False, **form)[0])
+    load(plain, **form)
+    (whole,) = (read_manifest(one.path) for one in listed(cache))
+    shutil.rmtree(cache)
+    model, notes = load(plain, STREAMED, **form)
+    assert any("kept in the cache" in one for one in notes)
+    (parts,) = (read_manifest(one.path) for one in listed(cache))
+    assert parts.linears == whole.linears
+    hashes = [{n: (t.shape, t.sha256) for n, t in one.tensors.items()} for one in (parts, whole)]
+    assert hashes[0] == hashes[1]
+    assert parts.nbytes <= unheld.most_bytes(
+        open_base(BaseConfig(str(plain), dtype="fp32", **form))
+    )
+    assert all(map(torch.equal, results_of(model), expected))
 
 
 def test_an_entry_that_is_cleared_meanwhile_is_still_read(plain, cache, short):

@@ -13,8 +13,7 @@ from qlora_kit.training.offload import Offload
 LAYERS = 3
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("level", ["full", "selective"])
+@pytest.mark.parametrize(("level", "packed"), [("full", True), ("selective", False)])
 def test_what_layers_are_replayed_from_goes_out_and_comes_back(level: str, packed: bool) -> None:
     """A row of each layer but the last; of `selective` also the middle, and what attention gave."""
     batch = small_batch(packed)

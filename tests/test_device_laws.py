@@ -12,6 +12,8 @@ import pytest
 import torch
 from late_copies import Late
 
+from qlora_kit.kernels import token_tiles
+
 
 @pytest.mark.parametrize(("family", "bits"), [("llama_bias", 4), ("mistral", 8), ("gemma2", 16)])
 def test_a_step_is_that_of_the_cpu(family: str, bits: int) -> None:
@@ -26,6 +28,12 @@ def test_a_step_in_16_bits_is_as_far_from_fp32(family: str, bits: int) -> None:
 @pytest.mark.parametrize("copies", [lambda: None, Late])
 def test_a_step_replayed_from_the_host_is_that_of_the_cpu(copies) -> None:
     laws.check_replays_from_host("llama3", 4, "cpu", copies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_tiles_is_one_without(dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(token_tiles, "TILE_TOKENS", 16)
+    laws.check_tiles("llama3", dtype, "cpu")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

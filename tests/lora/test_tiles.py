@@ -8,6 +8,7 @@ import pytest
 import torch
 from adapted import adapted_model
 from families import FAMILIES, tiny_model, token_ids
+from late_copies import Late
 
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.config.training import Placement, TrainingConfig
@@ -18,8 +19,9 @@ from qlora_kit.kernels.token_tiles import TILE_TOKENS, each_tile
 from qlora_kit.lora import low_rank
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.plan.levels import layer_work
-from qlora_kit.training.layer_forward import set_recompute, use_fused_blocks
+from qlora_kit.training.layer_forward import set_offload, set_recompute, use_fused_blocks
 from qlora_kit.training.loss import supervised_loss
+from qlora_kit.training.offload import Offload
 from qlora_kit.training.prepare import prepare_model
 
 TILED = Placement(mlp_tiled=True)
@@ -77,6 +79,13 @@ def test_so_they_do_in_newer_families(family):
     """Norms in other places, norms behind, embeddings of the layer's own, queries scaled."""
     model = adapted_model(family, bits=4, dropout=0.1, packed=True, targets="all-linear")
     check_tiles(model, [batch_of(packed=True)], ("full",))
+
+
+def test_so_they_do_where_replays_begin_on_the_host():
+    """With copies that arrive as late as they may: tiles write over what has come back alone."""
+    model = adapted_model("qwen3", bits=4, packed=True, targets="all-linear", num_hidden_layers=3)
+    set_offload(model, Offload(Late()))
+    check_tiles(model, [batch_of(), batch_of(packed=True)])
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])

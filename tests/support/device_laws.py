@@ -44,7 +44,7 @@ from qlora_kit.export.export import export_model
 from qlora_kit.export.readers import verify_export
 from qlora_kit.generation.decode import generate_ids
 from qlora_kit.plan.plan_memory import plan_memory
-from qlora_kit.training.layer_forward import set_offload, set_recompute
+from qlora_kit.training.layer_forward import set_offload, set_recompute, use_fused_blocks
 from qlora_kit.training.loss import supervised_loss, to_device
 from qlora_kit.training.offload import Offload
 from qlora_kit.training.prepare import prepare_model
@@ -280,6 +280,23 @@ def check_replays_from_host(
         for name, batches in (ways_of(model) | {"alone": alone()}).items():
             error, tensor = worst(results_of(model, batches), expected)
             assert error <= tolerance, (level, name, tensor)
+
+
+def check_tiles(family: str, dtype: torch.dtype, device: str) -> None:
+    """A step whose MLPs go over tiles, of 16 tokens if `TILE_TOKENS` says so, is one without.
+
+    In fp32 and in 16 bits, where adapters of a group are computed together on CUDA.
+    """
+    model, limit = trains(family, 4, dtype, device), 4 * STEP_TOLERANCE[device]
+    limit = limit if dtype is torch.float32 else 3e-2
+    for level in LEVELS:
+        set_recompute(model, level)
+        for name, batches in ways_of(model).items():
+            assert use_fused_blocks(model) is None
+            expected = results_of(model, batches)
+            assert use_fused_blocks(model, tiled=True) is None
+            error, tensor = worst(results_of(model, batches), expected)
+            assert error <= limit, (level, name, tensor)
 
 
 def check_answers(directory: Path, bits: int, device: str) -> None:

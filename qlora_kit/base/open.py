@@ -19,7 +19,7 @@ from qlora_kit.base.quantize import check_library
 from qlora_kit.base.tokenizer import make_tokenizer, needed_rows
 from qlora_kit.base.towers import check_wrapper
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.device.found import compute_dtype, device_notes, find_device
+from qlora_kit.device.found import compute_dtype, device_notes, dtype_notes, find_device
 
 
 def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
@@ -63,7 +63,10 @@ def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
         device,
         dtype,
         resized,
-        (*decoder.notes, *form.notes, *strays(source.directory), *device_notes(device)),
+        (
+            *(*decoder.notes, *form.notes, *strays(source.directory)),
+            *(*device_notes(device), *dtype_notes(dtype, device)),
+        ),
         decoder.wrapper,
         base_cache=config.base_cache,
     )

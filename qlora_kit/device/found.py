@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from qlora_kit.device.cards import Card, card_named
-from qlora_kit.device.target import DTYPES, has_own_memory, is_native, is_rocm
+from qlora_kit.device.target import DTYPES, dtype_name, has_own_memory, is_native, is_rocm
 from qlora_kit.errors import ResourceError
 
 _ROOM: ContextVar[int | None] = ContextVar("room", default=None)
@@ -53,6 +53,17 @@ def find_device(name: str) -> torch.device:
 def has_card() -> bool:
     """Whether torch sees a card."""
     return torch.cuda.is_available()
+
+
+def dtype_notes(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """What a user should know of computing in `dtype` on a device, a sentence each."""
+    if has_own_memory(device) or is_native(dtype):
+        return ()
+    short = dtype_name(dtype)
+    return (
+        f"this processor has no instructions for {short}: weights and activations are {short}, and "
+        "matmuls are made in fp32, part by part; --dtype fp32 rounds less, and takes more memory",
+    )
 
 
 def device_notes(device: torch.device) -> tuple[str, ...]:

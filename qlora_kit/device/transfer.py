@@ -163,9 +163,9 @@ class Transfers:
         if held.is_coming:
             return
         held.settle()  # it may not even have left
-        held.is_coming = True
         shape, stride = held.shape, held.stride
         tensor = torch.empty_strided(shape, stride, dtype=held.dtype, device=held.device)
+        held.is_coming = True
         if is_planned(tensor):
             without_values(TO_DEVICE, (tensor,), ())
             held.moving(tensor, _arrived)

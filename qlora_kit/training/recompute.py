@@ -21,6 +21,8 @@ its own behind the MLP (Gemma 4), a replay goes through the tiles.
 A layer that runs through the model's own code keeps 2Th at `full`, and its input with attention's
 output and statistics, 2Th + 2Ta + 4Tn, at `selective`.
 
+What is kept may lie on the host until it is needed (`offload.py`).
+
 Replays are torch's checkpoint, non-reentrant, stopped as soon as the last needed tensor is there.
 On the CPU every level gives the same bits. On CUDA that can hold of outputs alone: the backward of
 fused attention adds up in no fixed order (torch documents it as nondeterministic), so gradients may

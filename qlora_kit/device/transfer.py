@@ -62,6 +62,11 @@ def around_host(context: Context) -> Iterator[None]:
         _AROUND.reset(before)
 
 
+def as_host_memory() -> AbstractContextManager[object]:
+    """Inside, what is made is memory of the host that tensors are sent to."""
+    return _AROUND.get()()
+
+
 class Copies(Protocol):
     """Where copies are made, one after another."""
 
@@ -211,10 +216,7 @@ _UNLOCKED: list[str] = []
 
 
 def host_memory(nbytes: int) -> Tensor:
-    """Page-locked bytes (nbytes,) of the host, or ordinary ones where it has none left.
-
-    torch takes the next power of two.
-    """
+    """Page-locked bytes (nbytes,), or ordinary ones where there are none left; a power of two."""
     if not _UNLOCKED:
         try:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)

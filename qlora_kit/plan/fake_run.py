@@ -76,7 +76,9 @@ class FakeRun:
             self.updates = self._update()
 
     def updates_after(self, passed: Sizes) -> list[Interval]:
-        """`updates` where the passes leave the sizes `passed`."""
+        """`updates` where the passes leave the sizes `passed`, and all gradients are there."""
+        if self._wait_for(False):
+            passed = {**passed, "gradients": self.updates[0].start.get("gradients", 0)}
         return [moved(one, "", passed, self.apart) for one in self.updates]
 
     def micro_batches(
@@ -147,13 +149,14 @@ class FakeRun:
 
         def passes(backward: Backward, last: Sequence[Batch]) -> Tensor:
             if len(micro_batches) > 1:
-                self._take_gradients()
+                self._find_gradients()
             loss = backward(last)
             self._counter.at("")
             # The norm of all gradients is no part of the passes (see `_update`); that of one has to
             # be, for what scales fp16 gradients takes no empty list.
             for parameter in self._fake.trained[1:]:
                 parameter.grad = None
+            self._wait_for(False)
             return loss
 
         with self._fake.only(chosen), self._fake.counted(), noted_work(self._counter):
@@ -184,6 +187,18 @@ class FakeRun:
             first = len(self._counter.intervals)
             self._step([], passed, update=True)
             return self._fake.taken(first)
+
+    def _find_gradients(self) -> None:
+        """As `_take_gradients`, unless they wait on the host."""
+        if not self._wait_for(True):
+            self._take_gradients()
+
+    def _wait_for(self, is_there: bool) -> bool:
+        """Say of the gradients that wait on the host whether they are there; False if none do."""
+        every = [getattr(one, "waiting", None) for one in self._fake.model.parameters()]
+        for one in filter(None, every):
+            one.is_there = is_there
+        return any(every)
 
     def _take_gradients(self) -> None:
         """All gradients are there, as the micro-batches before have left them.

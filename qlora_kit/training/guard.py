@@ -25,6 +25,7 @@ from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.process.out_of_memory import is_out_of_memory, missing_bytes
 from qlora_kit.process.signals import StopSignals
+from qlora_kit.training.host_gradients import drop_gradient
 from qlora_kit.training.layer_forward import models_own_code
 from qlora_kit.training.loss import supervised_loss, to_device
 from qlora_kit.training.loss_scale import LossScale
@@ -98,7 +99,7 @@ class Guard:
     def drop_gradients(self) -> None:
         """Forget what a part of a step has accumulated."""
         for parameter in self._model.parameters():
-            parameter.grad = None
+            drop_gradient(parameter)
 
     def before_step(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the optimizer may take this step.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.training.gradients import clip_and_step, total_norm
+from qlora_kit.training.host_gradients import come_back
 from qlora_kit.training.loss import supervised_loss, to_device
 from qlora_kit.training.loss_scale import LossScale
 
@@ -164,6 +165,7 @@ def train_step(
     else:
         loss = run_backward(backward, micro_batches)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    come_back(trained)
     grads = [p.grad for p in trained if p.grad is not None]
     if grads and scale != 1.0:
         torch._foreach_mul_(grads, 1 / scale)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qlora_kit.device.target import has_own_memory
 from qlora_kit.training.guard import Guard
+from qlora_kit.training.host_gradients import waiting_of
 from qlora_kit.training.loop import Backward, train_step
 from qlora_kit.training.optimizer import gradient_like, missing_states
 
@@ -62,7 +63,8 @@ def preflight(
         held.extend(missing_states(optimizer))
         if accumulates:
             for parameter in trained:
-                parameter.grad = gradient_like(parameter).zero_()
+                if waiting_of(parameter) is None:
+                    parameter.grad = gradient_like(parameter).zero_()
         return backward(micro_batches)
 
     def run_backward(backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:

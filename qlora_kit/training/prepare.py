@@ -13,6 +13,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.kernels.triton_ops import allow_triton
 from qlora_kit.training.attention import LIBRARY, set_packed_attention
 from qlora_kit.training.gradients import keep_gradients_in
+from qlora_kit.training.host_gradients import stop_waiting, wait_on_host
 from qlora_kit.training.layer_forward import set_offload, set_recompute, use_fused_blocks
 from qlora_kit.training.offload import Offload
 
@@ -41,6 +42,8 @@ def prepare_model(
             raise ConfigError(f"tiled_mlp true: {note}", "leave --tiled_mlp out")
         note = f"{note}; its MLPs do not go over tiles"
     set_recompute(model, recompute)
+    if placement.base_on_host:
+        wait_on_host(model.parameters())
     set_offload(model, Offload() if placement.activations_on_host else None)
     return note
 
@@ -53,6 +56,7 @@ def restore_model(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         module.__dict__.pop("forward", None)  # ours lie in front of those of the class
+    stop_waiting(model.parameters())
     keep_gradients_in("fp32", model.parameters())
     name = model.config._attn_implementation
     model.config._attn_implementation = LIBRARY.get(name, name)

@@ -44,4 +44,7 @@ def test_layers_go_up_as_they_are_read_and_nothing_waits(family, held, trained, 
     streamed = (streamed_of(module) for module in decoder_layers(model)[1].modules())
     slot = next(one for one in streamed if one is not None).blocks[0]
     assert slot.device == card.device
-    assert up == (2 * LAYERS - 4) * slot.nbytes
+    gradients = [p.nbytes for p in model.parameters() if p.requires_grad]
+    assert up == (2 * LAYERS - 4) * slot.nbytes + sum(gradients)
+    # They wait on the host until all are there.
+    assert sorted(one.nbytes for one in seen.copied_out) == sorted(gradients)

@@ -74,8 +74,13 @@ def test_a_card_holds_two_layers_of_any_number(tmp_path):
         # A block has tensors at multiples of 256 bytes, and in these models they are small.
         assert plan.bytes["weights_quantized"] < 1.2 * 2 * quantized / layers
         assert plan.host_peak_bytes > quantized
-        for name in COMPONENTS[1:]:
+        # Gradients wait on the host while the passes last.
+        assert plan.bytes["gradients"] == 0 < resident.bytes["gradients"]
+        for name in ("weights_other", "adapters", "optimizer", "loss", "workspace"):
             assert plan.bytes[name] == resident.bytes[name], name
+        assert plan.phases["step"] - plan.bytes["weights"] == (
+            resident.phases["step"] - resident.bytes["weights"]
+        )
     # An offset of each linear stays: 4 bytes.
     few, many = (one.bytes["weights_quantized"] for one in planned)
     assert many - few == 4 * 7 * 4
@@ -96,4 +101,6 @@ def test_bytes_moved_are_told_and_extend_to_all_layers(tmp_path):
             if work.kind in ("to_device", "transfer"):
                 moved[one.phase] += times * work.bytes
     block = (plan.bytes["weights_quantized"] - 4 * 7 * layers) // 2
-    assert moved == {"forward": (layers - 2) * block, "backward": (layers - 2) * block}
+    # Each gradient goes to the host as it comes; with one micro-batch none is fetched before.
+    loaded, gradients = (layers - 2) * block, plan.bytes["adapters"]
+    assert moved == {"forward": loaded, "backward": loaded + gradients}

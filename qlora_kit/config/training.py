@@ -163,7 +163,7 @@ class TrainingConfig(Options):
     offload_base: bool | None = option(
         None,
         "the base stays in the host's memory, and a layer is on the card while it runs, same "
-        "numbers; auto: on a card where nothing else fits",
+        "numbers; auto: on a card where nothing else fits, or less has to be recomputed with it",
         reads=also(AUTO),
         shown_default="auto",
     )

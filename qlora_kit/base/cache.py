@@ -110,7 +110,11 @@ def wanted(base: Base) -> Wanted | None:
         for path in sorted({entry.path for entry in base.entries.values()}):
             status = os.stat(path)
             times = status.st_mtime_ns, status.st_ctime_ns
-            listed[path.name] = [status.st_size, *times, status.st_ino]
+            listed[os.path.relpath(path, base.source.directory)] = [
+                status.st_size,
+                *times,
+                status.st_ino,
+            ]
             newest = max(newest, max(times) / 1e9)
     except OSError:  # which reading will tell
         return None

@@ -35,6 +35,11 @@ def _as_export(parsed: Parsed) -> Parsed:
     assert bits is not None  # a config says what None stands for
     if bits == 16:
         raise ConfigError("bits 16 quantizes nothing", "give --bits 4 or 8")
+    if base.head_bits != 16:
+        raise ConfigError(
+            f"head_bits {base.head_bits}: a checkpoint has its head in 16 bits",
+            "leave --head_bits out; whoever loads it for training may give it",
+        )
     if "base_cache" not in parsed.given[BaseConfig]:
         # What is made here is what would be kept, a second time.
         base = replace(base, base_cache=False)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from any_model import save_random
 from families import save_checkpoint, token_ids
+from wrappers import save_wrapped
 
 from qlora_kit.base import cache as base_cache
 from qlora_kit.base.cache import wanted
@@ -114,6 +116,16 @@ def test_what_was_kept_is_what_was_made(plain, cache, form):
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "phi3", "qwen3"])
 def test_families_come_back(bases, family, head_bits):
     twice(bases / family, head_bits=head_bits)
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom", "mamba", "gemma3"])
+def test_other_kinds_come_back(tmp_path, kind):
+    """Learned positions, ALiBi, recurrences in fp32, the decoder of a multimodal model."""
+    if kind == "gemma3":
+        save_wrapped(tmp_path / kind, kind)
+    else:
+        save_random(tmp_path / kind, kind)
+    twice(tmp_path / kind, dtype="bf16")
 
 
 @pytest.mark.parametrize("head_bits", [16, 4])

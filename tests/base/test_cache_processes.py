@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -129,3 +130,19 @@ def test_a_kill_at_any_call_leaves_nothing_that_is_used_and_torn(model, cache, r
         assert not entry.startswith(".")
         number += 4 if replaces else 1  # where one is replaced every fourth call, for time
     assert number > 10
+
+
+def test_a_disk_that_ends_in_the_middle_keeps_nothing(model, cache):
+    """A limit on the size of files stands for it: the system refuses a write that was begun."""
+    truth, _ = load(model, base_cache=False)
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20 + 60_000, 2**20 + 60_000))
+        notes: list[str] = []
+        base = open_base(BaseConfig(str(model), dtype="fp32", device="cpu"))
+        found = read_weights(base, note=notes.append).state_dict()
+        return "is not kept in" in notes[0] and equal(found, truth) and not os.listdir(cache)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1]) == 0
+    assert not load(model)[1]
+    assert load(model)[1]

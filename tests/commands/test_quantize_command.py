@@ -62,6 +62,8 @@ def test_what_quantizes_nothing_is_refused_early(run, workshop):
         2,
         "error: bits 16 quantizes nothing; give --bits 4 or 8",
     )
+    head = run("quantize", *model, "--head_bits", 4, "--output_dir", "out")
+    assert (head.code, "head_bits 4: a checkpoint has" in head.line) == (2, True)
     assert "--output_dir not given" in run("quantize", *model).line
     assert run("quantize", *model, "--output_dir", "one", "--verify", workshop.rows).code == 0
     again = run("quantize", "--model", "./one", "--output_dir", "two")

@@ -2,7 +2,8 @@
 
 A card that has room for a model in 4 bits need not have room for a second one in 16. So the export
 is read whole beside it, by transformers, where both fit, else layer by layer by our own reader
-(`base/layer_by_layer.py`), on the device, or on the host where not even that fits. One that is
+(`base/layer_by_layer.py`), on the device, or on the host where not even that fits. The host's
+memory is others' too: there no large model is read whole, however much is free. One that is
 quantized, or has its adapter beside it, is always read whole.
 """
 
@@ -27,6 +28,10 @@ from qlora_kit.lora.adapter import load_adapter
 BESIDE = 1.1
 """What a model takes while it runs, in weights of its own: activations of a batch beside them. An
 allowance: where it is too small the next way is tried."""
+
+ON_HOST = 2**30
+"""What an export may take of the host beside what is loaded, but for its largest tensor: a 7 B in
+16 bits would take 13.5 GB, layer by layer it takes one layer, embedding and head."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def ways(directory: Path, device: torch.device, free: int) -> Iterator[Way]:
     around, largest = layer_bytes(opened)
     whole = sum(entry.end - entry.start for entry in opened.plain.values())
     whole += 0 if opened.wrapper is None else opened.wrapper.left_bytes
-    if free >= BESIDE * whole:
+    if free >= BESIDE * whole and (device != cpu or BESIDE * whole <= ON_HOST):
         yield Way(device, True)
     if device != cpu and free >= BESIDE * (around + largest):
         yield Way(device, False)

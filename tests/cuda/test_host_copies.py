@@ -11,10 +11,12 @@ import torch
 from adapted import adapted_model
 from families import FAMILIES, token_ids
 
+from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.transfer import PIECE, Copies, Transfers, Wait, copies_on
-from qlora_kit.training.layer_forward import set_offload, set_recompute
+from qlora_kit.training.layer_forward import set_offload
 from qlora_kit.training.loss import supervised_loss, to_device
 from qlora_kit.training.offload import Offload
+from qlora_kit.training.prepare import prepare_model
 
 DEVICE = torch.device("cuda")
 LONG = 20_000_000
@@ -79,9 +81,9 @@ def test_rows_of_layers_leave_the_card_and_no_step_waits_for_that() -> None:
     """After forward the card has one row more than the model, and a step is asked for at once."""
     layers, rows, length = 8, 4, 2048
     settings = {"num_hidden_layers": layers, "max_position_embeddings": length}
-    model = adapted_model("llama3", torch.bfloat16, targets="all-linear", packed=True, **settings)
+    model = adapted_model("llama3", torch.bfloat16, own=False, targets="all-linear", **settings)
     model = model.to(DEVICE)
-    set_recompute(model, "full")
+    prepare_model(model, TrainingConfig(), "full")
     ids = token_ids(rows, length).tolist()
     batch = laws.collate([laws.Encoded(row, row) for row in ids], 0)
     given, row = to_device(batch, DEVICE), 2 * rows * length * model.config.hidden_size

@@ -8,6 +8,7 @@ import torch
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.config_only import open_shape
+from qlora_kit.base.embedding import kept_on_device, movable_embeddings
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import Placement, TrainingConfig
@@ -20,8 +21,9 @@ from qlora_kit.plan.fake_run import FakeRun
 class FakeRuns:
     """Made when they are asked for; `placements` are those that the options allow on `device`.
 
-    `base` is what the first of them is filled from. Of a base that a run has `opened` no file is
-    opened again. Errors: `ConfigError`, `ModelError`, `UnsafeInputError`, `ResourceError`.
+    `base` is what the first of them is filled from, `notes` say what an option does not do. Of a
+    base that a run has `opened` no file is opened again. Errors: `ConfigError`, `ModelError`,
+    `UnsafeInputError`, `ResourceError`.
     """
 
     def __init__(
@@ -41,6 +43,12 @@ class FakeRuns:
         self._given = (opened.embedding_rows, opened.files) if opened else (None, None)
         self._made: dict[tuple[bool, bool], FakeRun] = {}
         self.base = self._open()
+        model, head_bits = self.base.model, self.base.quantization.head_bits
+        kept = kept_on_device(model, head_bits) if training.offload_embedding else None
+        self.notes = () if kept is None else (kept,)
+        if training.offload_embedding is None and not movable_embeddings(model, head_bits):
+            there = (replace(one, embedding_on_host=False) for one in self.placements)
+            self.placements = tuple(dict.fromkeys(there))
 
     def of(self, placement: Placement) -> FakeRun:
         """The run whose tensors lie where this says, until another one is asked for."""

@@ -55,7 +55,8 @@ class Planner:
         self._made: dict[Any, MemoryPlan] = {}
         self._traced: dict[Any, dict[tuple[str, ...], Chosen]] = {}
         shape = self._runs.base
-        self.notes = shape.notes if shape.warning is None else (*shape.notes, shape.warning)
+        warnings = () if shape.warning is None else (shape.warning,)
+        self.notes = (*shape.notes, *warnings, *self._runs.notes)
         self.model = shape.model
         self.left, self.in_16_bits = shape.left, shape.in_16_bits
         self.run = self._runs.of(self.placements[0])

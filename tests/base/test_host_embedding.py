@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,3 +169,17 @@ def test_a_plan_for_cuda_has_the_weight_on_the_host(base_of, case):
     # While it is loaded it never was on the device.
     assert there.phases["load"] <= here.phases["load"]
     assert there.host_peak_bytes >= nbytes
+
+
+def test_auto_moves_no_embedding_that_stays_and_a_plan_says_it(base_of):
+    """Of a head in 16 bits that shares it; what was asked for is noted."""
+    tied = replace(base_of("tied"), head_bits=16)
+    auto, asked = (
+        Planner(tied, LORA, TrainingConfig(offload_embedding=one), "cuda") for one in (None, True)
+    )
+    assert not any(one.embedding_on_host for one in auto.placements)
+    assert len(auto.placements) == len(set(auto.placements)) > 1
+    assert not any("offload_embedding" in note for note in auto.notes)
+    assert any("offload_embedding: the embedding stays" in note for note in asked.notes)
+    own = Planner(base_of("tied"), LORA, TrainingConfig(), "cuda")
+    assert any(one.embedding_on_host for one in own.placements)

@@ -1,10 +1,12 @@
 """Which model fits which card, planned as `qlora-kit plan` plans.
 
-For each model the longest rows that fit with everything recomputed, one row at a time: the step on
-fake tensors for CUDA, with the overhead that the plan counts and the margin that it leaves. For
-each of the published shapes (`shapes/`) one row of 2,048 tokens, adapters on all linears, and what
-of its weights stays in 16 bits. Writes results/cards.json and results/cards_shapes.json, and the
-tables between the marks in README.md.
+For each model the longest rows that fit, up to its context, one row at a time, r 32 on all linears,
+everything recomputed, as `qlora-kit plan --longest` finds them: the step on fake tensors for CUDA,
+with the overhead that the plan counts and the margin that it leaves. Three ways: everything on the
+device; the low-memory options that keep the base there, with a head in 4 bits; the base streamed
+too. For each of the published shapes (`shapes/`) one row of 2,048 tokens, adapters on all linears,
+and what of its weights stays in 16 bits. Writes results/cards.json and results/cards_shapes.json,
+and the tables between the marks in README.md.
 
     python benchmarks/cards.py
     python benchmarks/cards.py --only shapes
@@ -31,9 +33,10 @@ from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.meta_model import decoder_linears
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import PLACED, TrainingConfig
 from qlora_kit.device.found import OVERHEADS
 from qlora_kit.options.checks import size_bytes
+from qlora_kit.plan.longest import longest_rows
 from qlora_kit.plan.memory_plan import BatchShape
 from qlora_kit.plan.plan import Planner
 
@@ -50,8 +53,13 @@ MODELS = {
 }
 """Short names, and the config.json files of the test material that have their shapes."""
 CARDS = ("8GB", "12GB", "16GB", "24GB")
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-TARGETS = {"auto": "query and value", "all-linear": "all linears"}
+RANK = 32
+WAYS = {
+    "device": "on the device",
+    "low_memory": "embedding and layers' inputs on the host, tiles, head in 4 bits",
+    "streamed": "the base on the host too",
+}
+HOSTED = ("tiled_mlp", "offload_embedding", "offload_activations")
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
 SHAPES = HERE / "shapes"
@@ -62,20 +70,28 @@ NAMED = 0.01
 """Tensors of less than this share of a model's weights are not named, but counted."""
 
 
-def peaks_of(config: Path, targets: str) -> dict[int, int]:
-    """The planned peak of one row of each length, as far as the model's context goes."""
-    training = TrainingConfig(optim="paged_adamw_8bit", gradient_checkpointing="full")
-    lora = LoRAConfig(target_modules=targets)
-    planner = Planner(BaseConfig(str(config), bits=4), lora, training, "cuda")
-    lengths = (length for length in LENGTHS if length <= planner.run.context)
-    return {
-        length: planner.plan(BatchShape(1, length, length), "full").peak_bytes for length in lengths
-    }
-
-
-def longest(peaks: dict[int, int], card: str) -> int | None:
-    """The longest rows that fit on a card."""
-    return max((length for length, peak in peaks.items() if fits(peak, card)), default=None)
+def longest_of(config: Path) -> dict[str, Any]:
+    """Tokens of the longest rows by way and card (0 where none fit), and the model's context."""
+    kept = dict.fromkeys(PLACED, False)
+    placed = kept | dict.fromkeys(HOSTED, True)
+    asked = {"device": (16, kept), "low_memory": (4, placed)}
+    asked["streamed"] = 4, placed | {"offload_base": True}
+    found: dict[str, Any] = {}
+    for way, (head_bits, options) in asked.items():
+        training = TrainingConfig(
+            optim="paged_adamw_8bit", gradient_checkpointing="full", **options
+        )
+        base = BaseConfig(str(config), bits=4, head_bits=head_bits)
+        lora = LoRAConfig(r=RANK, target_modules="all-linear")
+        planner = Planner(base, lora, training, "cuda")
+        row, most, (where,) = BatchShape(1, 2, 2), planner.run.context, planner.placements
+        steps = training.gradient_accumulation_steps
+        found["context"] = most
+        found[way] = {
+            card: longest_rows(planner, row, "full", size_bytes(card), where, steps, most).tokens
+            for card in CARDS
+        }
+    return found
 
 
 def fits(peak: int, card: str) -> bool:
@@ -85,13 +101,13 @@ def fits(peak: int, card: str) -> bool:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Tokens of the longest row that fits, by model, targets and card."""
-    lines = [f"| model | adapters on | {' | '.join(CARDS)} |", "|---|---|" + "---:|" * len(CARDS)]
-    for model, by_targets in found.items():
-        for targets, peaks in by_targets.items():
-            cells = (longest(peaks, card) for card in CARDS)
-            shown = (f"{cell:,}" if cell else "-" for cell in cells)
-            lines.append(f"| {model} | {TARGETS[targets]} | {' | '.join(shown)} |")
+    """Tokens of the longest row that fits, by model, way and card."""
+    lines = [f"| model | what is where | {' | '.join(CARDS)} |", "|---|---|" + "---:|" * len(CARDS)]
+    for model, one in found.items():
+        for way, words in WAYS.items():
+            cells = ((tokens, tokens == one["context"]) for tokens in one[way].values())
+            shown = (f"{n:,}{' *' if is_all else ''}" if n else "-" for n, is_all in cells)
+            lines.append(f"| {model} | {words} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -161,6 +177,7 @@ def write_table(mark: str, lines: str) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__, "cards")
+    parser.add_argument("--model", choices=MODELS, help="print one model's longest rows")
     parser.add_argument("--only", choices=("cards", "shapes"), help="one of the two tables")
     parser.add_argument("--workers", type=int, default=1, help="shapes planned at the same time")
     parser.add_argument("--shape", type=Path, help="plan one config.json and print what it takes")
@@ -168,14 +185,17 @@ def main() -> None:
     if given.shape:
         print(json.dumps(shape_of(given.shape)))
         return
+    configs = Path(os.environ.get("QLORA_KIT_DATA", "")) / "configs"
+    if given.model:
+        print(json.dumps(longest_of(configs / f"{MODELS[given.model]}.json")))
+        return
     found: dict[str, Any] = {}
     if given.only != "shapes":
-        configs = Path(os.environ["QLORA_KIT_DATA"]) / "configs"
         for model, name in MODELS.items():
             path = configs / f"{name}.json"
-            found[model] = {targets: peaks_of(path, targets) for targets in TARGETS}
+            found[model] = longest_of(path)
             print(model, found[model], flush=True)
-        print(write_result(given, {"lengths": LENGTHS, "cards": CARDS, "peak_bytes": found}))
+        print(write_result(given, {"r": RANK, "cards": CARDS, "tokens": found}))
         write_table("cards", table(found))
     if given.only != "cards":
         paths = sorted(SHAPES.glob("*.json"))

@@ -71,7 +71,16 @@ def ids_on_host(ids: Tensor, on_host: Tensor | None) -> Iterator[None]:
 
 def _on_host(ids: Tensor) -> Tensor:
     known = _IDS.get()
-    return known[1] if known is not None and known[0] is ids else ids.cpu()
+    return known[1] if known is not None and _same(known[0], ids) else ids.cpu()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same memory, as where a model takes a view of its ids."""
+    return (
+        one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        and (one.shape, one.stride()) == (other.shape, other.stride())
+        and one.storage_offset() == other.storage_offset()
+    )
 
 
 def weight_on_device(model: Any) -> Tensor:

@@ -127,6 +127,8 @@ def test_rows_are_those_of_the_ids_that_the_host_knows(base_of):
     embedding, ids, others = model.get_input_embeddings(), token_ids(), token_ids(seed=9)
     with ids_on_host(ids, others):
         assert torch.equal(embedding(ids), embedding.weight[others])
+        assert torch.equal(embedding(ids.view(-1, ids.shape[1])), embedding.weight[others])
+        assert torch.equal(embedding(ids[:1]), embedding.weight[ids[:1]])
         assert torch.equal(embedding(others), embedding.weight[others])
     assert torch.equal(embedding(ids), embedding.weight[ids])
     with pytest.raises(IndexError):

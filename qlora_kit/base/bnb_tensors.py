@@ -17,6 +17,7 @@ from qlora_kit.base.bnb_checkpoint import expected_4bit, expected_8bit
 from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlora_kit.base.quantize import Quantization, library_linear, state_tensors
+from qlora_kit.base.resident import make_resident
 from qlora_kit.device.target import device_type
 from qlora_kit.errors import ResourceError
 
@@ -41,6 +42,7 @@ def checkpoint_tensors(layer: QuantizedLinear, dtype: torch.dtype) -> dict[str, 
 
     `dtype` is what bitsandbytes' own forward dequantizes 4 bits to.
     """
+    make_resident(layer)
     weight = layer.weight.detach()
     if isinstance(layer, Linear8bit):
         # 0: rows in their own order, the only layout that bitsandbytes (0.50) reads.

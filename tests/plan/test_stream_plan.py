@@ -65,10 +65,10 @@ def plan_of(base, placement, device="cuda"):
 def test_a_card_holds_two_layers_of_any_number(tmp_path):
     """The rest of the base is the host's; what else the card holds is what it held."""
     planned = []
-    for layers in (4, 8):
+    for layers in (4, 6):
         base = BaseConfig(save(tmp_path / str(layers), "llama3", layers), dtype="bf16")
-        _, plan = plan_of(base, STREAMED)
-        _, resident = plan_of(base, Placement())
+        planner, plan = plan_of(base, STREAMED)
+        resident = planner.plan(BatchShape(2, 64, 64), placement=Placement())
         planned.append(plan)
         quantized = resident.bytes["weights_quantized"]
         # A block has tensors at multiples of 256 bytes, and in these models they are small.
@@ -83,7 +83,7 @@ def test_a_card_holds_two_layers_of_any_number(tmp_path):
         )
     # An offset of each linear stays: 4 bytes.
     few, many = (one.bytes["weights_quantized"] for one in planned)
-    assert many - few == 4 * 7 * 4
+    assert many - few == 4 * 7 * 2
 
 
 def test_bytes_moved_are_told_and_extend_to_all_layers(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from qlora_kit.commands.plan import main
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
+from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.names import fields_of
@@ -23,7 +24,7 @@ LINES = re.findall(r"^    (qlora-kit plan .*)$", PAGE, re.M)
 
 
 def test_its_options_exist():
-    known = fields_of((BaseConfig, LoRAConfig, TrainingConfig, PlanConfig))
+    known = fields_of((BaseConfig, LoRAConfig, TrainingConfig, PlanConfig, ExportConfig))
     named = set(re.findall(r"--(\w+)", PAGE)) - {"no_", "data", "output_dir"}
     assert {name.removeprefix("no_") for name in named} <= known.keys()
 

@@ -19,12 +19,14 @@ from torch import Tensor
 from qlora_kit.base.base import Base
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.load import load_base
+from qlora_kit.base.tagged import tag_weights
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import AdapterError, ResourceError
 from qlora_kit.export.peft_model import from_peft, to_peft
 from qlora_kit.lora.adapter import load_adapter, save_adapter
-from qlora_kit.lora.inject import activate, inject_lora, lora_layers, train_only
+from qlora_kit.lora.inject import activate, inject_lora, lora_layers, tag_adapters, train_only
+from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.training.prepare import prepare_model
 
 Passed = tuple[Tensor, dict[str, Tensor]]
@@ -93,6 +95,26 @@ def test_peft_computes_what_we_do_and_gives_the_same_base_back(bits: int, target
     again = passed(base.model)
     assert torch.equal(again[0], ours[0])
     assert all(torch.equal(again[1][name], grad) for name, grad in ours[1].items())
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_the_way_over_takes_no_more_than_the_adapter_once_more(bits: int) -> None:
+    """PEFT makes its own matrices before ours take their place; no weight is copied for it."""
+    base, counter = adapted("tiny", bits, target_modules="all-linear"), StorageCounter()
+    tag_weights(base.model, counter.tag)
+    tag_adapters(base.model, counter.tag)
+    adapter = sum(p.nbytes for p in base.model.parameters() if p.requires_grad)
+    with counter:
+        counter.at("over")
+        to_peft(base)
+    (over,) = [one for one in counter.intervals if one.phase]
+    # The tables of 4-bit values and of scales, which bitsandbytes has a copy of for each linear.
+    tables = 2048 * len(lora_layers_of(base)) if bits == 4 else 0
+    assert over.peak - sum(over.start.values()) <= 1.5 * adapter + tables
+
+
+def lora_layers_of(base: Base) -> list[Any]:
+    return [m for m in base.model.modules() if hasattr(m, "lora_A")]
 
 
 def test_a_prepared_model_leaves_with_its_own_code(tmp_path: Path) -> None:

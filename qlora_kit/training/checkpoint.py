@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import read_header
+from qlora_kit.base.tensor_file import write_tensors
 from qlora_kit.base.tensors import check_finite, read_tensors
 from qlora_kit.errors import CheckpointError, UnsafeInputError
 from qlora_kit.files.aside import new_directory
@@ -80,7 +80,7 @@ def save_checkpoint(
     path = run / f"{PREFIX}{step}"
     with new_directory(path) as directory:
         beside(directory)
-        write_plain(directory / TENSORS, save(dict(tensors)))
+        write_tensors(directory / TENSORS, tensors.items(), list(tensors))
         content = {"format": FORMAT, "step": step, **state}
         write_plain(directory / STATE, json.dumps(content, indent=1).encode())
         files = {

@@ -17,7 +17,7 @@ from qlora_kit.base.bnb_checkpoint import expected_4bit, expected_8bit
 from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlora_kit.base.quantize import Quantization, library_linear, state_tensors
-from qlora_kit.base.resident import make_resident
+from qlora_kit.base.resident import make_resident, streamed_of
 from qlora_kit.device.target import device_type
 from qlora_kit.errors import ResourceError
 
@@ -60,10 +60,16 @@ def checkpoint_tensors(layer: QuantizedLinear, dtype: torch.dtype) -> dict[str, 
 def hold_as_theirs(model: nn.Module, dtype: torch.dtype) -> None:
     """Put bitsandbytes' own layers in place of ours, on the same tensors; they compute in `dtype`.
 
-    No weight is copied. Errors: `ResourceError` for a shape that bitsandbytes would get wrong.
+    No weight is copied. Errors: `ResourceError` for a shape that bitsandbytes would get wrong, and
+    for what is streamed; nothing is changed then.
     """
     ours = {name: one for name, one in model.named_modules() if isinstance(one, QuantizedLinear)}
     for name, layer in ours.items():
+        if streamed_of(layer) is not None:
+            raise ResourceError(
+                f"{name} is streamed, and what bitsandbytes' layers hold has to stay in its place",
+                "load the base without --offload_base",
+            )
         rows = isinstance(layer, Linear4bit) and layer.in_features % BLOCKSIZE
         if rows and device_type(layer.weight) == "cpu":
             raise ResourceError(

@@ -25,8 +25,15 @@ from qlora_kit.base.unsaved import allow_saving
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.export.bnb_linears import BnbLinears
 from qlora_kit.lora.adapter import adapter_config, load_adapter
-from qlora_kit.lora.inject import ADAPTER, activate, adapter_names, lora_layers, switch_of
-from qlora_kit.lora.layer import Masters
+from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
+from qlora_kit.lora.inject import (
+    ADAPTER,
+    activate,
+    active_adapter,
+    adapter_names,
+    check_name,
+    lora_layers,
+)
 from qlora_kit.lora.names import prefix_to_save
 from qlora_kit.training.prepare import restore_model
 
@@ -37,16 +44,17 @@ def to_peft(base: Base) -> Any:
     """`base.model`, in place, as a `peft.PeftModel` with its adapters, the active one trainable.
 
     The adapters' weights are the fp32 masters. While it is PEFT's, nothing of this package takes
-    the base; `from_peft` gives it back. Errors: `ConfigError` where PEFT is not installed,
-    `AdapterError` for a base without an adapter, `ResourceError` for a shape that bitsandbytes
-    would get wrong; the base is then as it was.
+    the base; `from_peft` gives it back. An `AdapterBank` is of the layers that PEFT's replace: make
+    a new one then. Errors: `ConfigError` where PEFT is not installed or the head is in 8 or 4 bits,
+    `AdapterError` for a base without an adapter or with a bank's that takes part, `ResourceError`
+    for a streamed base or a shape that bitsandbytes would get wrong; the base is then as it was.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("to_peft: peft is not installed", "pip install peft") from error
     model: Any = base.model
-    names, active = adapter_names(model), switch_of(model).active
+    names, active = adapter_names(model), active_adapter(model)
     if not names:
         raise AdapterError("to_peft: the model has no adapter", "inject or load one first")
     if base.quantization.head_bits < 16:
@@ -74,7 +82,6 @@ def to_peft(base: Base) -> Any:
         setattr(model.get_submodule(owner), leaf, layer.base_layer)
     if linears is not None:
         _say_quantized(base, linears)
-    chosen = active.name if isinstance(active, Masters) else names[0]
     made: Any = peft.PeftModel(model, configs[names[0]], names[0])
     for name in names[1:]:
         made.add_adapter(name, configs[name])
@@ -84,7 +91,7 @@ def to_peft(base: Base) -> Any:
                 layer = model.get_submodule(at)
                 layer.lora_A[name].weight.data = down.data
                 layer.lora_B[name].weight.data = up.data
-    made.set_adapter(chosen)
+    made.set_adapter(active or names[0])
     return made
 
 
@@ -92,7 +99,9 @@ def from_peft(model: Any, base: Base) -> Base:
     """The base of `to_peft` with PEFT's adapters, trained or added since, in place of its own.
 
     The active adapter takes part; nothing is trainable, which `train_loaded` changes. Errors:
-    `AdapterError` for a model that was not made of this base, or an adapter that is not LoRA's.
+    `AdapterError` for a model that was not made of this base, one with adapters merged into it, or
+    an adapter that is not plain LoRA; the model is then as it was. `NumericError` for one that is
+    not finite, which leaves the base without those behind it.
     """
     inner: Any = base.model
     made_of = getattr(model, "get_base_model", None)
@@ -100,9 +109,16 @@ def from_peft(model: Any, base: Base) -> Base:
         raise AdapterError(
             "from_peft: the model was not made of this base", "give the base of to_peft"
         )
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+        # PEFT leaves them in the weights, and they would count twice.
+        raise AdapterError(
+            "from_peft: adapters are merged into the weights",
+            "model.unmerge_adapter() first; 4 or 8 bits are then not those that were loaded",
+        )
     active = model.active_adapter
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        files = {name: _saved(folder, name) for name in model.peft_config}
         model.unload()
         hold_as_ours(inner)
         for flag in (*FLAGS, f"is_loaded_in_{base.quantization.bits}bit"):
@@ -112,13 +128,24 @@ def from_peft(model: Any, base: Base) -> Base:
         inner.is_quantized = base.quantization.bits < 16
         inner.requires_grad_(False)
         multiply_in_fp32(inner)
-        for name in list(model.peft_config):
-            # PEFT writes the adapter that is called `default` into the folder itself.
-            path = Path(folder) if name == ADAPTER else Path(folder, name)
-            load_adapter(base, path, name, allow_other_base=True)
+        for name, saved in files.items():
+            load_adapter(base, saved, name, allow_other_base=True)
     inner._hf_peft_config_loaded = False
     activate(inner, active)
     return base
+
+
+def _saved(folder: str, name: str) -> AdapterFiles:
+    """An adapter that PEFT has saved. Errors: `AdapterError` for one that is not plain LoRA."""
+    check_name(name)
+    try:
+        # PEFT writes the adapter that is called `default` into the folder itself.
+        return read_adapter(Path(folder) if name == ADAPTER else Path(folder, name))
+    except AdapterError as error:
+        raise AdapterError(
+            f"from_peft: adapter {name!r}: {error.problem}",
+            "delete_adapter it of the model, or train plain LoRA",
+        ) from error
 
 
 def _say_quantized(base: Base, linears: BnbLinears) -> None:

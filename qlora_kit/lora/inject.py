@@ -116,6 +116,20 @@ def adapter_names(model: nn.Module) -> list[str]:
     return _names(lora_layers(model).values())
 
 
+def active_adapter(model: nn.Module) -> str | None:
+    """Which of its own adapters takes part in a model; None is the base alone.
+
+    Errors: `AdapterError` for one that is a bank's.
+    """
+    active = switch_of(model).active
+    if not isinstance(active, Masters | None):
+        raise AdapterError(
+            f"{active.name!r}, which takes part, is a bank's and not one of the model's own",
+            "let the bank use none, or load_adapter it",
+        )
+    return None if active is None else active.name
+
+
 def activate(model: nn.Module, adapter: str | None) -> None:
     """Let one adapter take part in every layer that has it; None is the base alone.
 

@@ -18,13 +18,16 @@ from torch import Tensor
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.linear import QuantizedLinear
-from qlora_kit.base.load import load_base
+from qlora_kit.base.load import load_base, read_weights
+from qlora_kit.base.open import open_base
 from qlora_kit.base.tagged import tag_weights
+from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.training import TrainingConfig
+from qlora_kit.config.training import Placement, TrainingConfig
 from qlora_kit.errors import AdapterError, ResourceError
 from qlora_kit.export.peft_model import from_peft, to_peft
 from qlora_kit.lora.adapter import load_adapter, save_adapter
+from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.lora.inject import activate, inject_lora, lora_layers, tag_adapters, train_only
 from qlora_kit.memory.counter import StorageCounter
 from qlora_kit.training.prepare import prepare_model
@@ -143,6 +146,43 @@ def test_several_adapters_go_and_come_with_their_ranks_and_the_active_one() -> N
     for name, expected in outputs.items():
         activate(base.model, name)
         assert torch.equal(logits(base.model), expected)
+
+
+def test_what_peft_would_compute_on_other_numbers_is_refused(tmp_path: Path) -> None:
+    """A streamed base, whose weights come and go, and an adapter that is a bank's."""
+    streamed = open_base(BaseConfig("tiny", bits=4, dtype="fp32", device="cpu"))
+    read_weights(streamed, placement=Placement(base_on_host=True))
+    inject_lora(streamed.model, LoRAConfig(r=4))
+    with pytest.raises(ResourceError, match="is streamed"):
+        to_peft(streamed)
+    base = adapted("tiny", 4)
+    save_adapter(base, tmp_path)
+    bank = AdapterBank(base)
+    bank.add("one", tmp_path)
+    bank.use("one")
+    with pytest.raises(AdapterError, match="'one', which takes part, is a bank's"):
+        to_peft(base)
+    assert bank.active == "one"
+
+
+@pytest.mark.parametrize("change", ["merged", "dora", "name"])
+def test_what_cannot_come_back_leaves_the_model_as_it_was(change: str) -> None:
+    base = adapted("tiny", 4)
+    model = to_peft(base)
+    if change == "merged":
+        model.merge_adapter()
+    else:
+        name, options = ("a\nb", {}) if change == "name" else ("other", {"use_dora": True})
+        model.add_adapter(name, peft.LoraConfig(r=4, target_modules=["q_proj"], **options))
+    before = logits(model)
+    with pytest.raises(
+        AdapterError, match=r"merged into|'other': .* use_dora|b' cannot be the name"
+    ):
+        from_peft(model, base)
+    assert torch.equal(logits(model), before)
+    if change == "dora":
+        model.delete_adapter("other")
+        assert from_peft(model, base) is base
 
 
 def logits(model: Any) -> Tensor:

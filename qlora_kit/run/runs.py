@@ -27,6 +27,9 @@ LAST_BYTES = 64 * 1024
 PLACES = frozenset({"output_dir", "overwrite", "resume_from_checkpoint", "override"})
 """Options that say where a run writes, and not what it is."""
 
+TEXTS = frozenset({"name", "state", "options", "problem"})
+"""What is no figure of a run."""
+
 
 @dataclass(frozen=True)
 class FoundRun:
@@ -127,13 +130,23 @@ def read_run(path: Path) -> FoundRun:
     name = path.resolve().name
     try:
         if (path / RESULT).exists():
-            return _finished(name, read_json(path / RESULT, CheckpointError))
-        return _unfinished(name, path)
+            return _checked(_finished(name, read_json(path / RESULT, CheckpointError)))
+        return _checked(_unfinished(name, path))
     except (QloraKitError, OSError) as error:
         said = error.problem if isinstance(error, QloraKitError) else str(error)
         return FoundRun(name, BROKEN, {}, problem=said)
     except (KeyError, TypeError, AttributeError, ValueError):
         return FoundRun(name, BROKEN, {}, problem=f"{path}: its files are not those of a run")
+
+
+def _checked(run: FoundRun) -> FoundRun:
+    """A run whose files say what can be shown. Errors: `TypeError`."""
+    figures = {name: one for name, one in vars(run).items() if name not in TEXTS}
+    if not isinstance(run.options, Mapping):
+        raise TypeError("options are an object")
+    if not all(one is None or type(one) in (int, float) for one in figures.values()):
+        raise TypeError("figures are numbers")
+    return run
 
 
 def _is_run(path: Path) -> bool:

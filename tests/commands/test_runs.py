@@ -81,6 +81,28 @@ def test_a_broken_result_is_listed_as_broken(runs: Path, tmp_path: Path, text: s
     assert found["bad"].problem
 
 
+@pytest.mark.parametrize(
+    ("part", "option", "value"),
+    [(None, "config", None), ("train", "seconds", "9"), ("train", "steps", []), ("eval", None, 3)],
+)
+def test_a_result_of_other_kinds_ends_no_listing(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    part: Any,
+    option: Any,
+    value: Any,
+) -> None:
+    record = json.loads((runs / "done" / "run.json").read_text())
+    (record if part is None or option is None else record[part])[option or part] = value
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.json").write_text(json.dumps(record))
+    shutil.copytree(runs / "done", tmp_path / "done")
+    for json_too in ([], ["--json"]):
+        assert main(["--runs_dir", str(tmp_path), *json_too]) == 0
+        assert "broken" in capsys.readouterr().out
+
+
 def test_two_runs_are_compared_by_what_differs(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -46,6 +47,7 @@ from qlora_kit.base.meta_model import tied_names
 from qlora_kit.base.resident import make_resident
 from qlora_kit.device.target import dtype_name, has_own_memory
 from qlora_kit.files.aside import is_being_made, new_directory
+from qlora_kit.kernels.encode_cpu import BlockCodes
 from qlora_kit.options.checks import size_text
 
 FORMAT = 1
@@ -256,10 +258,15 @@ def _hash(text: str) -> str:
 
 @functools.cache
 def _made_by() -> dict[str, Any]:
-    """The versions of all that decides about the bytes of an entry, this folder's code among it."""
+    """The versions of all that decides about the bytes of an entry, our code among it."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in code_files():
         code.update(path.read_bytes())
     names = ("bitsandbytes", "torch", "transformers")
     versions = {name: importlib.metadata.version(name) for name in names}
     return {"format": FORMAT, "code": code.hexdigest(), **versions}
+
+
+def code_files() -> list[Path]:
+    """The code that decides about the bytes: this folder's, and what makes codes of numbers."""
+    return [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(BlockCodes))]

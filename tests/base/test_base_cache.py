@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from families import save_checkpoint, token_ids
 from wrappers import save_wrapped
 
 from qlora_kit.base import cache as base_cache
-from qlora_kit.base.cache import wanted
+from qlora_kit.base.cache import code_files, wanted
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
 from qlora_kit.base.embedding import HostEmbedding
 from qlora_kit.base.kept_base import MANIFEST, listed
+from qlora_kit.base.linear import quantize_linear
 from qlora_kit.base.load import load_base, read_weights
 from qlora_kit.base.open import open_base
+from qlora_kit.base.quantize import Quantization
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.training import Placement
 from qlora_kit.files.own import is_own
@@ -227,6 +230,21 @@ def test_a_source_written_just_now_is_not_kept(plain, tmp_path, cache, monkeypat
     load(shutil.copytree(plain, tmp_path / "model"), notes)
     assert "written meanwhile" in notes[0]
     assert not listed(cache)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_all_code_that_quantizes_is_part_of_what_an_entry_is_made_by(bits):
+    """Of the package's kernels; what they are given and where it is put is in `base`."""
+    ran: set[str] = set()
+    form = Quantization(bits, "nf4", True) if bits == 4 else Quantization(bits)
+    sys.setprofile(lambda frame, event, arg: ran.add(frame.f_code.co_filename))
+    try:
+        quantize_linear(torch.randn(8, 128), None, form)
+    finally:
+        sys.setprofile(None)
+    kernels = {Path(name) for name in ran if Path(name).parent.name == "kernels"}
+    assert bool(kernels) == (bits == 4)
+    assert kernels <= set(code_files())
 
 
 def test_damage_anywhere_is_never_used(plain, tmp_path, cache):

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 EVERY_S = 0.5
 """Seconds between two drawings, of which each takes a tenth."""
-
-
 CELL = "<td style='text-align: left'>"
 
 
@@ -76,12 +74,7 @@ class TrainingChart(Reporter):
             (row.content["prompt"], before, after, row.content["completion"])
             for row, before, after in zip(questions, *answers, strict=True)
         ]
-        cells = (
-            "".join(
-                f"<td style='text-align: left'>{html.escape(cell.strip())}</td>" for cell in row
-            )
-            for row in rows
-        )
+        cells = ("".join(f"{CELL}{html.escape(cell.strip())}</td>" for cell in row) for row in rows)
         lines = "".join(f"<tr>{row}</tr>" for row in cells)
         self._table.html(f"<table>{lines}</table>" if questions else "")
 

@@ -54,11 +54,14 @@ def print_report(report: Report, terminal: Terminal) -> None:
         _print_part(terminal, report.held_out)
         if report.shared:
             terminal.note(f"{report.shared} held-out rows are also trained on", NOTE)
+    packed = ""
+    if "packed" in report.padding:
+        share = report.padding["packed"]
+        packed = f", {share:.1%} with --packing ({report.packs:,} packs)"
     terminal.line(
         "padding",
         f"batches of {report.batch_size}: {report.padding['random']:.1%} in random order, "
-        f"{report.padding['by length']:.1%} with --group_by_length, "
-        f"{report.padding['packed']:.1%} with --packing ({report.packs:,} packs)",
+        f"{report.padding['by length']:.1%} with --group_by_length{packed}",
     )
     if report.padding_note:
         terminal.note(report.padding_note, NOTE)
@@ -69,13 +72,15 @@ def _print_row(terminal: Terminal, row: ShownRow, coloured: bool) -> None:
     from rich.text import Text
 
     title = row.where
-    if row.parts > 1:
+    if row.side:
+        title += f" ({row.side})"
+    elif row.parts > 1:
         title += f" (part {row.part} of {row.parts})"
     terminal.print((f"── {title} ──", "bold"))
     if row.skipped is not None:
         terminal.print((f"skipped: {row.skipped}", "red"))
     else:
-        cut = ", truncated" if row.truncated and row.parts == 1 else ""
+        cut = ", truncated" if row.truncated and (row.parts == 1 or row.side) else ""
         control = f", {row.control_tokens} control tokens" if row.control_tokens else ""
         counts = f"{row.tokens} tokens, {row.trained_tokens} trained on{cut}{control}"
         terminal.print((counts, "dim"))
@@ -93,9 +98,10 @@ def _print_row(terminal: Terminal, row: ShownRow, coloured: bool) -> None:
 
 
 def _print_part(terminal: Terminal, part: Part) -> None:
+    count = f"{part.pairs:,} pairs" if part.pairs else f"{part.rows:,} rows"
     terminal.line(
         "",
-        f"{part.rows:,} rows, {part.tokens:,} tokens, {part.supervised_tokens:,} trained on "
+        f"{count}, {part.tokens:,} tokens, {part.supervised_tokens:,} trained on "
         f"({part.supervised_share:.1%})",
     )
     for note in part.notes:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.commands.progress import TrainingProgress
+from qlora_kit.commands.progress import MEASURES, TrainingProgress, loss_text
 from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.data.notes import notes_of
 from qlora_kit.run.reporter import Reporter
@@ -146,7 +146,7 @@ class Display(Reporter):
 
     def evaluation(self, step: int, found: Evaluation) -> None:
         """The held-out loss in the middle of a run."""
-        self._terminal.print(f"held-out loss after step {step}: {found.loss:.3f}")
+        self._terminal.print(f"held-out loss after step {step}: {loss_text(found)}")
 
     @contextlib.contextmanager
     def progress(self, total_steps: int, memory: str) -> Iterator[TrainingProgress]:
@@ -196,9 +196,15 @@ class Display(Reporter):
         )
         if evaluation:
             before, after = evaluation["loss_before"], evaluation["loss_after"]
+            pairs = "".join(
+                f"{name} {evaluation[f'{name}_before']:{form}} -> "
+                f"{evaluation[f'{name}_after']:{form}}, "
+                for name, form in MEASURES.items()
+                if f"{name}_before" in evaluation
+            )
             self._line(
                 "held out",
-                f"loss {before:.3f} -> {after:.3f} ({(after - before) / before:+.0%}), "
+                f"loss {before:.3f} -> {after:.3f} ({(after - before) / before:+.0%}), {pairs}"
                 f"{evaluation['tokens']:,} tokens",
             )
         parts = ("weights", "adapters", "gradients", "optimizer", "activations", "loss", "peak")
@@ -233,10 +239,7 @@ def shell_word(text: str) -> str:
 
 
 def _counts(encoded: EncodedRows) -> str:
-    return (
-        f"{len(encoded.rows):,} rows, {encoded.tokens:,} tokens, "
-        f"{encoded.supervised_tokens:,} trained on"
-    )
+    return f"{encoded.count}, {encoded.tokens:,} tokens, {encoded.supervised_tokens:,} trained on"
 
 
 def _one_line(text: str, limit: int = 160) -> str:

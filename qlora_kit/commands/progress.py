@@ -22,6 +22,8 @@ LINE_S, LONGEST_S, LINES = 2.0, 60.0, 100
 """Seconds between two lines where nothing can be drawn over: more in a long run, up to a minute."""
 SPEED_STEPS = 50
 """Steps whose time says how long the others will take."""
+MEASURES = {"margin": ".3f", "accuracy": ".0%"}
+"""How what is measured of pairs is shown."""
 BAR, BAR_WIDTH = 24, 110
 """Characters of the bar, and of a terminal that has room for one."""
 
@@ -62,7 +64,7 @@ class TrainingProgress(StepReporter):
     def start(self, before: Evaluation | None) -> None:
         """Say the loss before the first step."""
         if before is not None:
-            self._terminal.print(f"held-out loss before training: {before.loss:.3f}")
+            self._terminal.print(f"held-out loss before training: {loss_text(before)}")
 
     def step(self, report: StepReport, peak: int) -> None:
         """One step is done."""
@@ -72,7 +74,7 @@ class TrainingProgress(StepReporter):
         parts = [
             f"step {report.step}/{self._total}",
             f"{clock(left_s)} left",
-            f"loss {report.loss:.3f}",
+            f"loss {loss_text(report)}",
             f"{report.tokens / max(report.seconds, 1e-9):,.0f} tokens/s",
             f"{self._memory} {size(peak)}",
             f"lr {report.learning_rate:.1e}",
@@ -90,6 +92,12 @@ class TrainingProgress(StepReporter):
         if now - self._shown_s >= due_s or report.step == self._total:
             self._shown_s = now
             self._terminal.print("  ".join(parts))
+
+
+def loss_text(found: Evaluation | StepReport) -> str:
+    """A loss, and what was measured beside it."""
+    measured = (f"{name} {value:{MEASURES[name]}}" for name, value in found.measures.items())
+    return "  ".join([f"{found.loss:.3f}", *measured])
 
 
 def clock(seconds: float) -> str:

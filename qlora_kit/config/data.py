@@ -14,7 +14,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.options.checks import a_name, a_size, between, joined, one_of
 from qlora_kit.options.option import Options, option
 
-DATA_FORMATS = ("auto", "text", "prompt", "instruction", "messages")
+DATA_FORMATS = ("auto", "text", "prompt", "instruction", "messages", "preference")
 LONG_ROWS = ("truncate", "drop", "error")
 DEFAULT_EVAL_FRACTION = 0.05
 DEFAULT_LENGTH = 1024

@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass, replace
 
 from qlora_kit.config.limits import MOST_ROWS, MOST_STEPS, SEEDS
+from qlora_kit.errors import ConfigError
 from qlora_kit.options.checks import FALSE, a_size, also, between, one_of, size_bytes
 from qlora_kit.options.option import Options, option
 
@@ -20,6 +21,8 @@ OPTIMIZERS = (
 SCHEDULES = ("cosine", "linear", "constant")
 RECOMPUTE_LEVELS = ("none", "selective", "full")
 AUTO = {"auto": None}
+PREFERENCE = {"beta": 0.1, "label_smoothing": 0.0, "dpo_loss": "sigmoid"}
+"""The options that go with `--method dpo`, and what they are where they are left alone."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,30 @@ class TrainingConfig(Options):
 
     title: typing.ClassVar[str] = "training"
 
+    method: str = option(
+        "sft",
+        "sft: learn to write rows; dpo: which of two answers is preferred, from pairs of them",
+        check=one_of("sft", "dpo"),
+    )
+    beta: float | None = option(
+        None,
+        "of dpo: how much a model stays with what it was before; larger: closer",
+        check=between(0, 1e3, open_low=True, tiny=1e-9),
+        shown_default=str(PREFERENCE["beta"]),
+    )
+    label_smoothing: float | None = option(
+        None,
+        "of dpo: share of pairs that are taken to be the wrong way round",
+        check=between(0, 0.5, open_high=True),
+        shown_default=str(PREFERENCE["label_smoothing"]),
+    )
+    dpo_loss: str | None = option(
+        None,
+        "of dpo: sigmoid, or ipo, whose margins end at 1 / (2 beta) a token",
+        aliases=("loss_type",),
+        check=one_of("sigmoid", "ipo"),
+        shown_default=str(PREFERENCE["dpo_loss"]),
+    )
     learning_rate: float = option(
         2e-4, "peak learning rate", check=between(0, 1e3, open_low=True, tiny=1e-12)
     )
@@ -171,8 +198,20 @@ class TrainingConfig(Options):
 
     @property
     def rows(self) -> int:
-        """Rows of a micro-batch: 1 until `auto` has chosen."""
+        """Rows of a micro-batch, or its pairs: 1 until `auto` has chosen."""
         return 1 if self.batch_size is None else self.batch_size
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are pairs of answers, each of two rows of a batch."""
+        return self.method == "dpo"
+
+    def settled(self) -> TrainingConfig:
+        """The same with the values of options that go with its method and were left alone."""
+        if not self.pairs:
+            return self
+        left = {name: to for name, to in PREFERENCE.items() if getattr(self, name) is None}
+        return replace(self, **typing.cast(typing.Any, left))
 
     @property
     def step_rows(self) -> int:
@@ -220,6 +259,14 @@ class TrainingConfig(Options):
             return False
         return own_memory
 
+    def check_packing(self, packing: bool) -> None:
+        """Refuse packs of pairs. Errors: `ConfigError`."""
+        if self.pairs and packing:
+            raise ConfigError(
+                "packing true with method dpo, whose pairs are rows of one batch",
+                "leave --packing out; --group_by_length pads less, too",
+            )
+
     def in_micro_batches_of(self, rows: int) -> TrainingConfig:
         """The same steps, in micro-batches of so many rows, a divisor of `step_rows`."""
         count = self.step_rows // rows
@@ -231,6 +278,13 @@ class TrainingConfig(Options):
         return None if self.memory_budget is None else size_bytes(self.memory_budget)
 
     def _conflicts(self) -> typing.Iterator[str]:
+        if self.method == "sft":
+            given = [name for name in PREFERENCE if getattr(self, name) is not None]
+            if given:
+                values = ", ".join(f"{name} {getattr(self, name)}" for name in given)
+                yield f"{values} without --method dpo, whose options they are"
+        elif self.dpo_loss == "ipo" and self.label_smoothing:
+            yield f"label_smoothing {self.label_smoothing:g} with dpo_loss ipo, which has none"
         if self.num_train_epochs == 0 and not self.max_steps:
             yield (
                 f"num_train_epochs 0 with max_steps {self.max_steps or 0} leaves no step to train"

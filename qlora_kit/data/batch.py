@@ -53,6 +53,14 @@ class Batch(TypedDict):
     """(R + 1,) int32: where each of the R rows begins in the batch, and B * T (`cu_seqlens`)"""
     host_ids: NotRequired[Tensor]
     """`input_ids` as the host has them, of a batch that is on a device"""
+    reference: NotRequired[Tensor]
+    """of pairs of rows, the log-probability that the reference gives each row: (B,) fp32"""
+    answered: NotRequired[list[int]]
+    """of pairs of rows, the supervised tokens of each row, N in all"""
+
+
+PAIR = 2
+"""Rows of a pair, one beside the other in a batch."""
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
@@ -93,6 +101,22 @@ def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
     )
 
 
+def collate_pairs(rows: Sequence[Encoded], reference: Tensor, pad_id: int) -> Batch:
+    """One batch of pairs, chosen, rejected, chosen ...; `reference` has a number for each row."""
+    return _with_pairs(collate(rows, pad_id), reference)
+
+
+def _with_pairs(batch: Batch, reference: Tensor) -> Batch:
+    batch["reference"] = reference
+    batch["answered"] = (batch["labels"] != IGNORE).sum(1).tolist()
+    return batch
+
+
+def rows_together(batch: Batch) -> int:
+    """Rows of a batch that cannot be in different ones."""
+    return PAIR if "reference" in batch else 1
+
+
 def padded(length: int) -> int:
     """The width of a batch whose longest sequence has `length` tokens."""
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
@@ -117,7 +141,12 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def split(batch: Batch, max_rows: int) -> Iterator[Batch]:
-    """The same sequences in batches of at most `max_rows`, each as wide as it has to be."""
+    """The same sequences in batches of at most `max_rows`, each as wide as it has to be.
+
+    Pairs stay together, where `max_rows` are fewer too.
+    """
+    together = rows_together(batch)
+    max_rows = max(together, max_rows // together * together)
     for first in range(0, len(batch["lengths"]), max_rows):
         lengths = batch["lengths"][first : first + max_rows]
         rows, width = slice(first, first + max_rows), padded(max(lengths))
@@ -125,7 +154,7 @@ def split(batch: Batch, max_rows: int) -> Iterator[Batch]:
         positions = batch["position_ids"][rows, :width].contiguous()
         supervised = _predicting(labels)
         row_lengths = [_cut(one, width) for one in batch["row_lengths"][rows]]
-        yield Batch(
+        part = Batch(
             input_ids=batch["input_ids"][rows, :width].contiguous(),
             labels=labels.contiguous(),
             position_ids=positions,
@@ -136,6 +165,9 @@ def split(batch: Batch, max_rows: int) -> Iterator[Batch]:
             row_lengths=row_lengths,
             row_starts=_starts(row_lengths),
         )
+        if "reference" in batch:
+            part = _with_pairs(part, batch["reference"][rows].contiguous())
+        yield part
 
 
 def _lengths_within(width: int, pack: Sequence[Encoded]) -> list[int]:
@@ -183,15 +215,37 @@ def eval_batches(
 
     Batches of several rows have at most `most_tokens` tokens, padding included.
     """
-    lengths = lengths_of(rows)
+    for chosen in batches_by_length(lengths_of(rows), batch_size, most_tokens):
+        yield collate([rows[i] for i in chosen], pad_id)
+
+
+def eval_pairs(
+    rows: Sequence[Encoded],
+    reference: Tensor,
+    batch_size: int,
+    pad_id: int,
+    most_tokens: int | None = None,
+) -> Iterator[tuple[list[int], Batch]]:
+    """As `eval_batches`, of pairs: `batch_size` of them; each batch with the rows that it has."""
+    lengths = lengths_of(rows).reshape(-1, PAIR).max(1)
+    most = None if most_tokens is None else most_tokens // PAIR
+    for pairs in batches_by_length(lengths, batch_size, most):
+        chosen = [PAIR * pair + side for pair in pairs for side in range(PAIR)]
+        yield chosen, collate_pairs([rows[i] for i in chosen], reference[chosen], pad_id)
+
+
+def batches_by_length(
+    lengths: np.ndarray, batch_size: int, most_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """The places of `lengths`, shortest first, in batches; several have `most_tokens` at most."""
     order = np.argsort(lengths, kind="stable").tolist()
     chosen: list[int] = []
     for row in order:
         size = (len(chosen) + 1) * padded(int(lengths[row]))
         full = len(chosen) == batch_size or (most_tokens is not None and size > most_tokens)
         if chosen and full:
-            yield collate([rows[i] for i in chosen], pad_id)
+            yield chosen
             chosen = []
         chosen.append(row)
     if chosen:
-        yield collate([rows[i] for i in chosen], pad_id)
+        yield chosen

@@ -25,6 +25,7 @@ FACTS, FACTS_LIMIT = "facts.json", 16 * 1024**2
 
 SHAPES: dict[str, Any] = {
     **dict.fromkeys(("source_rows", "rows", "tokens", "supervised_tokens", "unknown_tokens"), 0),
+    "pairs": 0,
     **dict.fromkeys(("controls", "doubled", "truncated", "cut_tokens", "duplicates"), 0),
     "skipped": {"": 0},
     "unused": {"": 0},
@@ -102,6 +103,7 @@ def _facts(entry: Path, wanted: Entry) -> dict[str, Any]:
         width = {"lengths": 4 * facts["rows"], "tokens": 4 * facts["tokens"]}
         _expect(size == width.get(name, 8 * facts["rows"]))
     _expect(sums["rows"] == facts["rows"] and sums["tokens"] == facts["tokens"])
+    _expect(facts["pairs"] in (0, facts["rows"] / 2))
     _expect(facts["rows"] <= sums["supervised"] == facts["supervised_tokens"])
     return dict(facts)
 

@@ -18,19 +18,21 @@ import numpy as np
 from qlora_kit.data.answers import chat_ids
 from qlora_kit.data.cache_entry import Entry
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, date_of
+from qlora_kit.data.encoded_pairs import PAIR_REMEDIES, paired, parts_of_row
 from qlora_kit.data.labels import (
     DROPPED,
     REMEDIES,
     TOO_LONG,
     TOO_LONG_ANSWER,
     encode_chat,
-    encode_pair,
+    encode_completion,
     encode_text,
 )
 from qlora_kit.data.outcome import DEFAULT_RULES, EncodeRules, Outcome
+from qlora_kit.data.pairs import is_pair
 from qlora_kit.data.rows import Row
 from qlora_kit.data.token_cache import cached, encoding_key, id_limit
-from qlora_kit.data.token_rows import TokenRows
+from qlora_kit.data.token_rows import TokenRows, pair_digests
 from qlora_kit.data.tokens import PIECE, Encoded, Ids, Skipped, Tokens
 from qlora_kit.errors import DataError
 
@@ -50,6 +52,8 @@ class EncodedRows:
     truncated: int
     tokens: int
     supervised_tokens: int
+    pairs: int = 0
+    """of them, where the rows are pairs' rows, one beside the other"""
     cut_tokens: int = 0
     """tokens that truncation took away"""
     cut: tuple[tuple[str, int, int], ...] = ()
@@ -72,10 +76,19 @@ class EncodedRows:
     """why these rows cannot be trained on, where they were encoded to be shown only"""
 
     def shared_with(self, other: EncodedRows) -> int:
-        """How many of these rows are also in `other`."""
+        """How many of these rows, or pairs, are also in `other`."""
+        return int(np.isin(self._digests, other._digests).sum())
+
+    @property
+    def _digests(self) -> np.ndarray:
+        """A hash of each row, or pair."""
         assert isinstance(self.rows, TokenRows)
-        assert isinstance(other.rows, TokenRows)
-        return int(np.isin(self.rows.digests, other.rows.digests).sum())
+        return pair_digests(self.rows.digests) if self.pairs else self.rows.digests
+
+    @property
+    def count(self) -> str:
+        """How many rows there are, or pairs, in words."""
+        return f"{self.pairs:,} pairs" if self.pairs else f"{len(self.rows):,} rows"
 
 
 def encode_rows(
@@ -100,7 +113,15 @@ def encode_rows(
     facts = kept.facts
     if not facts["source_rows"]:
         raise DataError("there are no rows to encode", "give at least one row")
-    names = ("skipped", "truncated", "tokens", "supervised_tokens", "cut_tokens", "duplicates")
+    names = (
+        "skipped",
+        "truncated",
+        "tokens",
+        "supervised_tokens",
+        "cut_tokens",
+        "duplicates",
+        "pairs",
+    )
     encoded = EncodedRows(
         rows=kept.rows,
         **{name: facts[name] for name in (*names, "controls", "doubled", "unknown_tokens")},
@@ -125,7 +146,7 @@ def _refusal(facts: dict[str, Any], max_length: int) -> DataError | None:
         return None
     ((reason, _),) = skipped.most_common(1)
     counts = ", ".join(f"{why}: {count}" for why, count in skipped.most_common())
-    remedy = REMEDIES[reason.partition(": ")[0]]
+    remedy = {**REMEDIES, **PAIR_REMEDIES}[reason.partition(": ")[0]]
     whole = source_rows - num_lost - facts["truncated"]
     if reason in (TOO_LONG, TOO_LONG_ANSWER) and whole:
         remedy = f"{remedy}, or train on the others with --long_rows drop"
@@ -178,17 +199,28 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     """What becomes of each row, in order."""
     for batch in _batches(rows):
-        ids = _texts(batch, tokens, max_length)
+        ids = _texts([part for row in batch for part in parts_of_row(row)], tokens, max_length)
         for row in batch:
-            if "messages" in row.content:
-                yield encode_chat(row, tokens, max_length, rules)
-            elif "text" in row.content:
-                ids_of = ids[row.content["text"], row.literal, False]
-                yield encode_text(row, ids_of, tokens, max_length, rules)
-            else:
-                prompt = ids[row.content["prompt"], row.literal, False]
-                answer = ids[row.content["completion"], row.literal, bool(row.content["prompt"])]
-                yield encode_pair(row, prompt, answer, tokens, max_length, rules)
+            found = [_outcome(part, ids, tokens, max_length, rules) for part in parts_of_row(row)]
+            yield paired(row, len(tokens.start), *found) if is_pair(row.content) else found[0]
+
+
+def _outcome(
+    row: Row,
+    ids: dict[tuple[str, bool, bool], Ids],
+    tokens: Tokens,
+    max_length: int,
+    rules: EncodeRules,
+) -> Outcome:
+    """What becomes of one row; `ids` are those of its texts."""
+    if "messages" in row.content:
+        return encode_chat(row, tokens, max_length, rules)
+    if "text" in row.content:
+        ids_of = ids[row.content["text"], row.literal, False]
+        return encode_text(row, ids_of, tokens, max_length, rules)
+    prompt = ids[row.content["prompt"], row.literal, False]
+    answer = ids[row.content["completion"], row.literal, bool(row.content["prompt"])]
+    return encode_completion(row, prompt, answer, tokens, max_length, rules)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -197,7 +229,12 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     size = 0
     for row in rows:
         batch.append(row)
-        size += sum(len(text) for text in row.content.values() if isinstance(text, str))
+        size += sum(
+            len(text)
+            for part in parts_of_row(row)
+            for text in part.content.values()
+            if isinstance(text, str)
+        )
         if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -10,7 +10,10 @@ from typing import Any
 from qlora_kit.data.json_text import loads, present
 from qlora_kit.errors import DataError
 
-SHAPE_FIELDS = ("messages", "prompt", "completion", "instruction", "output", "text")
+SHAPE_FIELDS = (
+    *("messages", "prompt", "completion", "instruction", "output", "text"),
+    *("chosen", "rejected"),
+)
 """What a row of some shape must have: none of them is a misspelling of another field."""
 
 

@@ -100,7 +100,7 @@ def _parts(ids: Ids, start: list[int], max_length: int) -> Iterator[Encoded]:
         yield Encoded([*context, *part], [IGNORE] * len(context) + part, cut)
 
 
-def encode_pair(
+def encode_completion(
     row: Row,
     prompt: Ids,
     answer: Ids,

@@ -103,6 +103,7 @@ class Tally:
             counts[1] += outcome.cut_tokens
             if len(self._shortened) < LISTED:
                 self._shortened.append((where, outcome.cut_tokens))
+        sums["pairs"] += "chosen" in outcome.row.content
         for encoded in outcome.encodings:
             sums["rows"] += 1
             sums["tokens"] += len(encoded.input_ids)
@@ -116,7 +117,7 @@ class Tally:
 
     def facts(self) -> dict[str, Any]:
         """The counts, as JSON holds them."""
-        names = ("source_rows", "rows", "tokens", "supervised_tokens", "unknown_tokens")
+        names = ("source_rows", "rows", "pairs", "tokens", "supervised_tokens", "unknown_tokens")
         return {
             **{name: self._sums[name] for name in (*names, "controls", "doubled")},
             "skipped": dict(self._skipped),

@@ -34,6 +34,8 @@ class Part:
 
     source: str
     rows: int
+    pairs: int
+    """of rows, two each; 0 where rows are none"""
     tokens: int
     supervised_tokens: int
     truncated: int
@@ -123,13 +125,14 @@ def report_of(
     if rows.evaluation:
         held_out = encode_rows(rows.evaluation, tokenizer, max_length, rules, cache, refuse=False)
     lengths = lengths_of(encoded.rows)
-    padding, packs = padding_shares(encoded.rows, batch_size, max_length, seed)
+    padding, packs = padding_shares(encoded.rows, batch_size, max_length, seed, bool(encoded.pairs))
     shown = [
         one
         for row in itertools.islice(rows.train, count)
         for one in shown_row(row, encode(row, tokenizer, max_length, rules), tokenizer)
     ]
-    is_chat = "messages" in next(iter(rows.train)).content
+    first = next(iter(rows.train)).content
+    is_chat = "messages" in first.get("chosen", first)
     return Report(
         model=model,
         format=rows.format,
@@ -160,6 +163,7 @@ def _part(encoded: EncodedRows, source: str, notes: Sequence[str]) -> Part:
     return Part(
         source=source,
         rows=len(encoded.rows),
+        pairs=encoded.pairs,
         tokens=encoded.tokens,
         supervised_tokens=encoded.supervised_tokens,
         truncated=encoded.truncated,

@@ -32,10 +32,13 @@ from qlora_kit.data.source import HELD_OUT, HubSplit, Source, files, find, parts
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.options.checks import size_bytes
 
+PREFERENCE = "preference"
+"""The shape of pairs of answers."""
+
 
 @dataclass(frozen=True)
 class Row:
-    """One row of one of the three normal shapes, and where it was read."""
+    """One row of one of the four normal shapes, and where it was read."""
 
     content: dict[str, Any]
     source: str
@@ -106,6 +109,20 @@ class Rows:
     format: str
     train_source: str
     eval_source: str
+
+    @functools.cached_property
+    def is_chat(self) -> bool:
+        """Whether rows are chats, or pairs of them."""
+        if self.format != PREFERENCE:
+            return self.format == "messages"
+        return "messages" in next(iter(self.train)).content["chosen"]
+
+    @property
+    def form(self) -> str:
+        """The shape of what is trained on; of pairs that of an answer behind its prompt."""
+        if self.format != PREFERENCE:
+            return self.format
+        return "messages" if self.is_chat else "prompt"
 
 
 def load_rows(config: DataConfig, seed: int, given: Mapping[str, GivenRows] | None = None) -> Rows:

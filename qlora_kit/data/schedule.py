@@ -1,9 +1,9 @@
 """The steps of a run: which rows each has, in which micro-batches, and which one is the largest.
 
-A step takes up to `accumulation` micro-batches of `batch_size` sequences; a sequence is a row or a
-pack of rows. Steps do not cross the end of an epoch, so that each epoch sees every row once; the
-last step of an epoch has what is left. The n-th step is a function of n, so that a checkpoint keeps
-the number of steps done and nothing else.
+A step takes up to `accumulation` micro-batches of `batch_size` sequences; a sequence is a row, a
+pack of rows, or a pair of them: two rows of the batch. Steps do not cross the end of an epoch, so
+that each epoch sees every row once; the last step of an epoch has what is left. The n-th step is a
+function of n, so that a checkpoint keeps the number of steps done and nothing else.
 
 A micro-batch is as large as its padded tokens: sequences x width. The largest is found with numpy
 from lengths and order, epoch by epoch, before a batch is made, and no further than the first epoch
@@ -21,10 +21,18 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from qlora_kit.config.data import DEFAULT_LENGTH, DataConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.data.batch import LENGTH_MULTIPLE, Batch, collate_packs, lengths_of
+from qlora_kit.data.batch import (
+    LENGTH_MULTIPLE,
+    PAIR,
+    Batch,
+    collate_packs,
+    collate_pairs,
+    lengths_of,
+)
 from qlora_kit.data.order import Packs, epoch_order, grouped_order, make_packs
 from qlora_kit.data.tokens import IGNORE, Encoded
 
@@ -46,8 +54,10 @@ class Largest(NamedTuple):
 class StepSchedule:
     """The micro-batches of steps `start_step` + 1 .. `num_steps`, epoch after epoch.
 
-    With `packs` a batch has `batch_size` packs. Iterating gives the micro-batches of each step;
-    what `start_step` skips is neither collated nor looked at.
+    With `packs` a batch has `batch_size` packs, with `pairs` as many pairs of neighbours. The
+    reference gives rows of pairs the log-probabilities `reference`, zeros until they are known.
+    Iterating gives the micro-batches of each step; what `start_step` skips is neither collated nor
+    looked at.
     """
 
     rows: Sequence[Encoded]
@@ -57,6 +67,8 @@ class StepSchedule:
     accumulation: int = 1
     pad_id: int = 0
     packs: Packs | None = None
+    pairs: bool = False
+    reference: torch.Tensor | None = None
     group_by_length: bool = False
     start_step: int = 0
 
@@ -77,6 +89,7 @@ class StepSchedule:
             accumulation=training.gradient_accumulation_steps,
             pad_id=pad_id,
             packs=packs,
+            pairs=training.pairs,
             group_by_length=data.group_by_length,
         )
         if training.max_steps is not None:
@@ -87,8 +100,13 @@ class StepSchedule:
 
     @property
     def num_sequences(self) -> int:
-        """The rows of an epoch, or its packs."""
-        return len(self.rows if self.packs is None else self.packs)
+        """The rows of an epoch, or its packs or pairs."""
+        return len(self.rows if self.packs is None else self.packs) // self.rows_each
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of a batch that a sequence is."""
+        return PAIR if self.pairs else 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,11 +131,18 @@ class StepSchedule:
 
     def collate(self, sequences: Sequence[Sequence[int]]) -> Batch:
         """The micro-batch of some sequences, each a list of rows."""
+        if self.pairs:
+            rows = [row for pair in sequences for row in pair]
+            zeros = torch.zeros(len(rows))
+            reference = zeros if self.reference is None else self.reference[rows]
+            return collate_pairs([self.rows[row] for row in rows], reference, self.pad_id)
         return collate_packs([[self.rows[i] for i in one] for one in sequences], self.pad_id)
 
     def rows_of(self, step: int) -> list[int]:
-        """The rows of one step, counted from 1, in their order."""
+        """The rows of one step, counted from 1, in their order; of pairs their places."""
         ((_, sequences),) = replace(self, start_step=step - 1, num_steps=step)._epochs()
+        if self.pairs:
+            return [int(pair) for pair in sequences]
         return [row for rows in self._rows_of(sequences) for row in rows]
 
     def in_batches_of(self, rows: int) -> StepSchedule:
@@ -125,12 +150,12 @@ class StepSchedule:
         return replace(self, batch_size=rows, accumulation=self._per_step // rows)
 
     def mean_width(self) -> int:
-        """The tokens of a sequence in the batches of the first epoch, padding included."""
+        """The tokens of a row in the batches of the first epoch, padding included."""
         return -(-int(self._sizes(self._order(0)).sum()) // self.num_sequences)
 
     def padding_share(self) -> float:
         """The share of padding in the batches of the first epoch."""
-        total = int(self._sizes(self._order(0)).sum())
+        total = self.rows_each * int(self._sizes(self._order(0)).sum())
         return 1 - int(lengths_of(self.rows).sum(dtype=np.int64)) / total if total else 0.0
 
     def largest(self) -> Largest | None:
@@ -188,9 +213,15 @@ class StepSchedule:
         return self.batch_size * self.accumulation
 
     @cached_property
+    def _lengths(self) -> np.ndarray:
+        """The tokens of each row, or of the longer one of each pair."""
+        lengths = lengths_of(self.rows)
+        return lengths.reshape(-1, PAIR).max(1) if self.pairs else lengths
+
+    @cached_property
     def _widths(self) -> np.ndarray:
-        """The tokens of each sequence, padded as if it were a batch of its own."""
-        lengths = lengths_of(self.rows).astype(np.int64)
+        """The tokens of a row of each sequence, padded as if it were a batch of its own."""
+        lengths = self._lengths.astype(np.int64)
         if self.packs is not None:
             packed = np.cumsum(lengths[self.packs.rows])
             lengths = np.diff(packed[self.packs.ends - 1], prepend=0)
@@ -200,9 +231,7 @@ class StepSchedule:
         """Every sequence of an epoch, in its order."""
         if not self.group_by_length:
             return epoch_order(self.num_sequences, self.seed, epoch)
-        return grouped_order(
-            lengths_of(self.rows), self.batch_size, self._per_step, self.seed, epoch
-        )
+        return grouped_order(self._lengths, self.batch_size, self._per_step, self.seed, epoch)
 
     def _epochs(self) -> Iterator[tuple[int, np.ndarray]]:
         """What each epoch has of these steps: the number of steps before it, and its sequences."""
@@ -216,10 +245,12 @@ class StepSchedule:
     def _rows_of(self, sequences: np.ndarray) -> list[list[int]]:
         """The rows of each of some sequences."""
         chosen: list[int] = sequences.tolist()
+        if self.pairs:
+            return [[PAIR * pair, PAIR * pair + 1] for pair in chosen]
         return [[i] for i in chosen] if self.packs is None else [self.packs[i] for i in chosen]
 
     def _sizes(self, sequences: np.ndarray) -> np.ndarray:
-        """The padded tokens of each micro-batch of some sequences."""
+        """The padded tokens of each micro-batch of some sequences, of pairs those of a side."""
         first = np.arange(0, len(sequences), self.batch_size)
         counts: np.ndarray = np.minimum(self.batch_size, len(sequences) - first)
         return counts * np.maximum.reduceat(self._widths[sequences], first)
@@ -243,14 +274,16 @@ def _supervised(row: Encoded) -> int:
 
 
 def padding_shares(
-    rows: Sequence[Encoded], batch_size: int, capacity: int, seed: int
+    rows: Sequence[Encoded], batch_size: int, capacity: int, seed: int, pairs: bool = False
 ) -> tuple[dict[str, float], int]:
-    """The share of padding in batches of rows in each order, and the number of packs."""
-    packs = make_packs(lengths_of(rows), capacity, seed)
-    schedule = StepSchedule(rows=rows, batch_size=batch_size, num_steps=1, seed=seed)
-    orders = {
-        "random": schedule,
-        "by length": replace(schedule, group_by_length=True),
-        "packed": replace(schedule, packs=packs),
-    }
-    return {name: order.padding_share() for name, order in orders.items()}, len(packs)
+    """The share of padding in batches of rows in each order, and the number of packs.
+
+    Pairs are not packed.
+    """
+    schedule = StepSchedule(rows=rows, batch_size=batch_size, num_steps=1, seed=seed, pairs=pairs)
+    orders = {"random": schedule, "by length": replace(schedule, group_by_length=True)}
+    num_packs = 0
+    if not pairs:
+        packs = make_packs(lengths_of(rows), capacity, seed)
+        num_packs, orders["packed"] = len(packs), replace(schedule, packs=packs)
+    return {name: order.padding_share() for name, order in orders.items()}, num_packs

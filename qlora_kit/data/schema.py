@@ -1,10 +1,11 @@
-"""A record to rows in one of three normal shapes, checked field by field.
+"""A record to rows in one of four normal shapes, checked field by field.
 
 Recognised are `text`, `prompt` (`prompt`, `completion`, each text or a list of messages),
-`instruction` (Alpaca, with `system` and `history`; nested `instances` give one row each) and
-`messages` (also ShareGPT's `conversations`). What leaves here is one of
-`{"text"} | {"prompt", "completion"} | {"messages": [{"role", "content", ...}], "tools"}`, whether
-control tokens in it are text, and the names of fields that nothing reads.
+`instruction` (Alpaca, with `system` and `history`; nested `instances` give one row each),
+`messages` (also ShareGPT's `conversations`) and `preference` (`pairs.py`). What leaves here is one
+of `{"text"} | {"prompt", "completion"} | {"messages": [{"role", "content", ...}], "tools"}`, or
+`{"chosen", "rejected"}` with two of these; whether control tokens in it are text; and the names of
+fields that nothing reads.
 
 Left out: the turns of a chat (`turns.py`).
 """
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.data.fields import SHAPE_FIELDS, Fields, closest, kind, listed, text
-from qlora_kit.data.tool_calls import TOOLS, tools_of
-from qlora_kit.data.turns import check_order, messages_of
+from qlora_kit.data.pairs import pair_of
+from qlora_kit.data.tool_calls import TOOLS
+from qlora_kit.data.turns import SYSTEM, messages_of, system_of, with_system_and_tools
 from qlora_kit.errors import ConfigError, DataError
 
 SHAPES = {
@@ -27,10 +29,10 @@ SHAPES = {
     "prompt": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
 }
 """The fields that a row of each shape must have; the first shape that fits is taken."""
 
-SYSTEM = ("system", "system_prompt")
 OTHER_FIELDS = ("conversations", "instances", "input", "history", *SYSTEM, *TOOLS)
 
 
@@ -126,6 +128,8 @@ def normalise(
         return list(_instructions(row, as_chat))
     if format == "messages":
         made = _chat(row)
+    elif format == "preference":
+        made = pair_of(row)
     elif format == "text":
         made = {"text": row.text("text")}
         if document and row.get("goes_on") is True:
@@ -140,7 +144,7 @@ def normalise(
 def _instructions(row: Fields, as_chat: bool) -> Iterator[Normal]:
     """Alpaca's prompt and answer, or the same as a chat; nested instances share the instruction."""
     instruction = row.text("instruction")
-    system = _system(row) or ""
+    system = system_of(row) or ""
     history = list(_history(row))
     if "instances" not in row:
         cases = [row]
@@ -213,7 +217,7 @@ def _chat(row: Fields) -> dict[str, Any]:
     if field not in row:
         raise row.missing("messages")
     messages = messages_of(row, field)
-    return _with_system_and_tools(row, messages, field)
+    return with_system_and_tools(row, messages, field)
 
 
 def _chat_of_two(row: Fields) -> dict[str, Any]:
@@ -233,35 +237,7 @@ def _chat_of_two(row: Fields) -> dict[str, Any]:
     for message in prompt:
         if message["role"] == "assistant":
             message["weight"] = 0
-    return _with_system_and_tools(row, [*prompt, *completion], "messages")
-
-
-def _with_system_and_tools(
-    row: Fields, messages: list[dict[str, Any]], field: str
-) -> dict[str, Any]:
-    tools, own = tools_of(row), messages[0].pop("tools", [])
-    if tools and own and tools != own:
-        raise DataError(
-            f"{row.where}: the row's tools and those of its first message differ",
-            "keep one of the two",
-        )
-    system = _system(row)
-    if system is not None:
-        if messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "system", "content": system}, *messages]
-        elif messages[0].get("content") != system:
-            raise DataError(
-                f"{row.where}: a system text stands beside another {messages[0]['role']} message",
-                "keep one of the two",
-            )
-    check_order(messages, f"{row.where}: {field}")
-    return {"messages": messages, **({"tools": tools or own} if tools or own else {})}
-
-
-def _system(row: Fields) -> str | None:
-    """A row's own system text."""
-    field = row.first(SYSTEM)
-    return None if field is None else row.text(field)
+    return with_system_and_tools(row, [*prompt, *completion], "messages")
 
 
 def _unmapped(field: str, content: Mapping[str, Any], where: str) -> DataError:

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_kit.data.pairs import SIDES, is_pair
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import IGNORE, Encoded, Skipped, decoded
 
@@ -22,7 +23,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One row, or why it is skipped; `part` counts the rows that a long text became."""
+    """One row, or why it is skipped; `part` counts the rows that a long text became.
+
+    Of a pair there are two, and `side` says which.
+    """
 
     where: str
     part: int
@@ -33,6 +37,7 @@ class ShownRow:
     trained_tokens: int
     control_tokens: int
     pieces: tuple[Piece, ...]
+    side: str = ""
 
 
 def shown_row(row: Row, outcome: list[Encoded] | Skipped, tokenizer: Any) -> list[ShownRow]:
@@ -50,6 +55,7 @@ def shown_row(row: Row, outcome: list[Encoded] | Skipped, tokenizer: Any) -> lis
             trained_tokens=len(one.labels) - one.labels.count(IGNORE),
             control_tokens=sum(piece.tokens for piece in pieces if piece.special),
             pieces=pieces,
+            side=SIDES[number - 1] if is_pair(row.content) else "",
         )
         for number, one in enumerate(outcome, 1)
         for pieces in [tuple(_pieces(one, tokenizer))]
@@ -58,13 +64,18 @@ def shown_row(row: Row, outcome: list[Encoded] | Skipped, tokenizer: Any) -> lis
 
 def _text_of(row: Row) -> Piece:
     """A skipped row's text as it was read."""
-    content = row.content
+    if is_pair(row.content):
+        return Piece(
+            "\n".join(f"{side}: {_written(row.content[side])}" for side in SIDES), False, False, 0
+        )
+    return Piece(_written(row.content), trained=False, special=False, tokens=0)
+
+
+def _written(content: dict[str, Any]) -> str:
     turns = content.get("messages")
     if turns is None:
-        text = content.get("text") or content["prompt"] + content["completion"]
-    else:
-        text = "\n".join(f"{turn['role']}: {turn.get('content', '')}" for turn in turns)
-    return Piece(text, trained=False, special=False, tokens=0)
+        return str(content.get("text") or content["prompt"] + content["completion"])
+    return "\n".join(f"{turn['role']}: {turn.get('content', '')}" for turn in turns)
 
 
 def _pieces(row: Encoded, tokenizer: Any) -> list[Piece]:

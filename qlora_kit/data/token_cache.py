@@ -29,7 +29,7 @@ import numpy as np
 from qlora_kit.data.cache_entry import FACTS, Entry, checksum, facts_sum, verified
 from qlora_kit.data.outcome import EncodeRules, Outcome, Tally
 from qlora_kit.data.rows import Row, Table
-from qlora_kit.data.token_rows import CHUNK, COLUMNS, TokenRows, duplicates, writer
+from qlora_kit.data.token_rows import CHUNK, COLUMNS, TokenRows, duplicates, pair_digests, writer
 from qlora_kit.files.aside import new_directory
 from qlora_kit.files.own import kept_in
 from qlora_kit.files.publish import mend
@@ -86,7 +86,8 @@ def cached(
             for stored in tally.stored(outcome):
                 add(stored)
         rows = TokenRows.in_memory(columns)
-        return Stored(rows, {**tally.facts(), "duplicates": duplicates(rows.digests)})
+        facts = tally.facts()
+        return Stored(rows, {**facts, "duplicates": _duplicates(rows.digests, facts)})
     except _RowsError as failed:
         raise failed.error from None
 
@@ -184,15 +185,20 @@ def _write(
         for outcome in _rows(outcomes):
             for stored in tally.stored(outcome):
                 add(stored)
-    facts = {
-        **tally.facts(),
-        "duplicates": duplicates(np.fromfile(directory / "digests", np.uint64)),
+    facts = tally.facts()
+    facts |= {
+        "duplicates": _duplicates(np.fromfile(directory / "digests", np.uint64), facts),
         "checksums": {name: checksum((directory / name).open("rb")) for name in COLUMNS},
         "key": key,
     }
     with _private(directory / FACTS) as file:
         file.write(json.dumps({**facts, "sum": facts_sum(facts)}).encode())
     return facts
+
+
+def _duplicates(digests: np.ndarray, facts: dict[str, Any]) -> int:
+    """Rows that are equal to an earlier one, or pairs."""
+    return duplicates(pair_digests(digests) if facts["pairs"] else digests)
 
 
 def _private(path: Path, buffering: int = -1) -> Any:

@@ -110,6 +110,13 @@ def writer(columns: Mapping[str, Callable[[bytes], object]]) -> Callable[[list[i
     return add
 
 
+def pair_digests(digests: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each two neighbours of `digests`."""
+    chosen, rejected = digests.reshape(-1, 2).T
+    joined: np.ndarray = chosen * np.uint64(0x9E3779B97F4A7C15) + rejected  # order matters
+    return joined
+
+
 def duplicates(digests: np.ndarray) -> int:
     """How many rows are equal to an earlier one."""
     ordered = np.sort(digests)

@@ -19,6 +19,8 @@ from qlora_kit.data.fields import Fields, kind, text
 from qlora_kit.data.tool_calls import calls_in_text, calls_of, tools_of
 from qlora_kit.errors import DataError
 
+SYSTEM = ("system", "system_prompt")
+"""Fields of a row that have its system text."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {
     "human": "user",
@@ -83,6 +85,35 @@ def check_order(messages: list[dict[str, Any]], where: str) -> None:
                 f"{here}: a tool's answer before any assistant turn", "start with the user's turn"
             )
         before.add(role)
+
+
+def with_system_and_tools(
+    row: Fields, messages: list[dict[str, Any]], field: str
+) -> dict[str, Any]:
+    """A chat with the system text and the tools of its row. Errors: `DataError`."""
+    tools, own = tools_of(row), messages[0].pop("tools", [])
+    if tools and own and tools != own:
+        raise DataError(
+            f"{row.where}: the row's tools and those of its first message differ",
+            "keep one of the two",
+        )
+    system = system_of(row)
+    if system is not None:
+        if messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": system}, *messages]
+        elif messages[0].get("content") != system:
+            raise DataError(
+                f"{row.where}: a system text stands beside another {messages[0]['role']} message",
+                "keep one of the two",
+            )
+    check_order(messages, f"{row.where}: {field}")
+    return {"messages": messages, **({"tools": tools or own} if tools or own else {})}
+
+
+def system_of(row: Fields) -> str | None:
+    """A row's own system text."""
+    field = row.first(SYSTEM)
+    return None if field is None else row.text(field)
 
 
 def for_template(message: Mapping[str, Any], template: str) -> dict[str, Any]:

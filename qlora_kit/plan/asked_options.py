@@ -39,6 +39,7 @@ def asked_options(parsed: Parsed) -> Asked:
     """What the options ask for. Errors: `ConfigError`, and those of a `config.json`."""
     asked, base, lora = parsed[PlanConfig], parsed[BaseConfig], parsed[LoRAConfig]
     training, device = parsed[TrainingConfig], asked_device(base, asked)
+    training.check_packing(asked.packing)
     clock = asked_clock(device, asked)
     if clock is not None and not clock.card.has_bf16 and base.dtype == "auto":
         base = replace(base, dtype="fp16")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.config.training import Placement
-from qlora_kit.data.batch import Batch, padded
+from qlora_kit.data.batch import PAIR, Batch, padded
 from qlora_kit.errors import ConfigError
 from qlora_kit.memory.counter import HOST, Interval, Sizes
 from qlora_kit.memory.phases import follow
@@ -26,7 +26,7 @@ from qlora_kit.plan.fake_model import IDLE, FakeModel
 from qlora_kit.plan.work import noted_work
 from qlora_kit.training.layer_forward import set_recompute
 from qlora_kit.training.loop import Backward, train_step
-from qlora_kit.training.loss import supervised_loss
+from qlora_kit.training.loss import SUPERVISED_TOKENS, Objective
 
 MOST_TOKENS = 2**52
 """Of a step; beyond some number of them sizes overflow 64 bits."""
@@ -39,8 +39,8 @@ class FakeRun:
     of a pack is.
     """
 
-    def __init__(self, fake: FakeModel) -> None:
-        self._fake, self._counter = fake, fake.counter
+    def __init__(self, fake: FakeModel, objective: Objective = SUPERVISED_TOKENS) -> None:
+        self._fake, self._counter, self._objective = fake, fake.counter, objective
         self.packed = False
         self.longest_row: int | None = None
         self.context, self.loading, self.fused = fake.context, fake.loading, fake.fused
@@ -52,7 +52,7 @@ class FakeRun:
         # takes all of it.
         (batch,) = self.micro_batches(1, 2, 1, 1)
         with fake.only(layers_of(cut(fake.kinds))), fake.counted(), torch.no_grad():
-            supervised_loss(fake.model, batch)
+            objective.sums(fake.model, batch)
 
     @property
     def placement(self) -> Placement:
@@ -86,6 +86,7 @@ class FakeRun:
     ) -> list[Batch]:
         """Micro-batches of `rows` rows of `length` tokens, the last `supervised` trained on.
 
+        Or of as many pairs, where that is what a step learns from.
         The last one is what a step gets; those before it, where there are any, lie in one. So it
         takes as long for many as for few. Errors: `ConfigError` for more than any machine holds.
         """
@@ -95,6 +96,7 @@ class FakeRun:
                 f"{MOST_TOKENS} tokens a step",
                 "lower --batch_size, --gradient_accumulation_steps or --max_length",
             )
+        rows *= PAIR if self._objective.pairs else 1
         # What a row begins with is predicted by nothing.
         shape, count = (rows, padded(length)), rows * min(supervised, length - 1)
         row_lengths = self._row_lengths(padded(length))
@@ -103,7 +105,7 @@ class FakeRun:
             def ids(*shape: int) -> Tensor:
                 return torch.empty(*times, *shape, dtype=torch.int64)
 
-            return Batch(
+            batch = Batch(
                 input_ids=ids(*shape),
                 labels=ids(*shape),
                 position_ids=ids(*shape),
@@ -114,6 +116,10 @@ class FakeRun:
                 row_lengths=[row_lengths],
                 row_starts=torch.empty(*times, rows * len(row_lengths) + 1, dtype=torch.int32),
             )
+            if self._objective.pairs:
+                batch["reference"] = torch.empty(*times, rows)
+                batch["answered"] = [count // rows] * rows
+            return batch
 
         with self._fake.mode:
             waiting = [made((micro_steps - 1,))] if micro_steps > 1 else []
@@ -221,5 +227,6 @@ class FakeRun:
             max_grad_norm=1.0,
             run_backward=run_backward,
             before_step=lambda step, loss, norm: update,
+            objective=self._objective,
         )
         self._counter.tag(IDLE, self._fake.gradients)

@@ -16,6 +16,7 @@ from qlora_kit.device.found import find_device
 from qlora_kit.device.target import Capability, has_own_memory
 from qlora_kit.plan.fake_model import FakeModel
 from qlora_kit.plan.fake_run import FakeRun
+from qlora_kit.training.preference import objective_of
 
 
 class FakeRuns:
@@ -41,6 +42,7 @@ class FakeRuns:
         self._lora = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._config, self._training, self._capability = base, training, capability
         self._given = (opened.embedding_rows, opened.files) if opened else (None, None)
+        self._objective = objective_of(training)
         self._made: dict[tuple[bool, bool], FakeRun] = {}
         self.base = self._open()
         model, head_bits = self.base.model, self.base.quantization.head_bits
@@ -57,7 +59,7 @@ class FakeRuns:
         if where not in self._made:
             base = self._open() if self._made else self.base
             options = self._lora, self._training, self.device, self._capability
-            self._made[where] = FakeRun(FakeModel(base, *options, placement))
+            self._made[where] = FakeRun(FakeModel(base, *options, placement), self._objective)
         self._made[where].place(placement)
         return self._made[where]
 

@@ -19,6 +19,7 @@ from qlora_kit.plan.step_time import StepTime
 class BatchShape:
     """The largest micro-batch of a run: `rows` of `length` tokens, `supervised` of each trained on.
 
+    Where a run learns from pairs of rows, so many pairs.
     `packed` rows hold several shorter ones, isolated from each other, the longest of which has
     `longest_row` tokens; as many as a pack where that is not known.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.generation import AdaptersConfig, EvaluateConfig
-from qlora_kit.data.rows import load_rows
+from qlora_kit.data.rows import PREFERENCE, load_rows
 from qlora_kit.data.source import is_one_table
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed
@@ -31,6 +31,12 @@ def evaluate_model(parsed: Parsed) -> list[dict[str, Any]]:
     named = Named.open(parsed, adapters.named, allow_other_base=adapters.allow_other_base)
     data, seed = _data(parsed, list(named.adapters.values()))
     found = load_rows(data, seed)
+    if found.format == PREFERENCE:
+        raise ConfigError(
+            f"{found.train_source} has rows of chosen and rejected: how much better one of them is "
+            "is measured by the run that learns from them (run.json)",
+            "give --data with rows of prompt and completion, or of messages",
+        )
     rows, source = found.train, found.train_source
     if found.evaluation:
         rows, source = found.evaluation, found.eval_source

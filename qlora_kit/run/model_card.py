@@ -18,7 +18,7 @@ from qlora_kit.base.source import is_path
 from qlora_kit.config.base import DEFAULT_BITS
 from qlora_kit.errors import redacted
 from qlora_kit.export.adapter_files import STAYS_BEHIND
-from qlora_kit.run.result import RunRecord
+from qlora_kit.run.result import EvalRecord, RunRecord
 
 
 def model_card(run: RunRecord) -> str:
@@ -36,12 +36,7 @@ def model_card(run: RunRecord) -> str:
         f"{_gib(memory.get('planned', {}))} planned",
     ]
     if evaluation := run["eval"]:
-        result.insert(
-            0,
-            f"held-out loss: {_number(evaluation['loss_before'])} before, "
-            f"{_number(evaluation['loss_after'])} after, in nats a token over "
-            f"{evaluation['tokens']:,} supervised tokens",
-        )
+        result.insert(0, _held_out(evaluation))
     return f"""---
 {front.to_yaml()}
 ---
@@ -76,6 +71,19 @@ qlora-kit generate --adapter ADAPTER --prompt TEXT
 {_peft_example(config, model.get("adapter_keys"), model.get("source_dtype", ""))}
 ```
 """
+
+
+def _held_out(evaluation: EvalRecord) -> str:
+    """The held-out loss in words."""
+    over = f"in nats a token over {evaluation['tokens']:,} supervised tokens"
+    if "margin_before" in evaluation:
+        over = (
+            f"of pairs, whose margin was {_number(evaluation['margin_before'])} and is "
+            f"{_number(evaluation['margin_after'])}: above zero in "
+            f"{_number(evaluation['accuracy_after'], '.1%')} of them"
+        )
+    before, after = _number(evaluation["loss_before"]), _number(evaluation["loss_after"])
+    return f"held-out loss: {before} before, {after} after, {over}"
 
 
 def _form(config: Mapping[str, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from qlora_kit.base.base import Base
 from qlora_kit.config.run import RunConfig
 from qlora_kit.config.training import Placement
@@ -99,7 +101,9 @@ def _largest_shapes(schedule: StepSchedule) -> Iterator[tuple[BatchShape, int]]:
     steps = min(schedule.accumulation, -(-schedule.num_sequences // schedule.batch_size))
     largest = schedule.largest()
     assert largest is not None  # a run has steps
-    length = max(int(lengths[rows].sum()) for rows in largest.sequences)
+    # Of a pair the longer row, beside which the other one is padded.
+    of_sequence = np.max if schedule.pairs else np.sum
+    length = max(int(of_sequence(lengths[rows])) for rows in largest.sequences)
     longest, trained = int(lengths.max()), schedule.most_supervised(length)
     yield BatchShape(len(largest.sequences), length, trained, packed, longest), steps
     if alone := schedule.most_single_rows():

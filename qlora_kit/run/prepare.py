@@ -52,7 +52,7 @@ def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | Finish
         encoded.rows, config.data, config.training, padding_id(base.tokenizer)
     )
     reporter.data(rows, encoded, held_out, schedule.packs)
-    if rows.format == "messages":
+    if rows.is_chat:
         reporter.chats(chats_text(config.data, base))
     if note := padding_note(base.tokenizer):
         reporter.note(note)

@@ -21,7 +21,7 @@ def write_result(plan: PreparedRun, place: RunDirectory, record: RunRecord) -> N
     """
     base, config = plan.base, plan.config
     with place.result() as directory:
-        save_adapter(base, directory, row_format=plan.rows.format)
+        save_adapter(base, directory, row_format=plan.rows.form)
         write_companions(base, directory, own_templates=config.data.chat_template is not None)
         write_text(directory / "config.yaml", dump(config.as_flat()))
         write_text(directory / "README.md", model_card(record))

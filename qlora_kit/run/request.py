@@ -6,16 +6,16 @@ Nothing here needs torch, whose import takes longer than all of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.base.base_files import BaseFiles
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.given_rows import GivenRows
-from qlora_kit.data.rows import Rows, load_rows
-from qlora_kit.data.source import lasting
+from qlora_kit.data.rows import Rows
 from qlora_kit.options.parsed import Parsed, refuse_tokens
+from qlora_kit.run.method import rows_of_run
 from qlora_kit.run.metrics import check_reports
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.place import check_place
@@ -58,10 +58,7 @@ def read_request(parsed: Parsed, given: Mapping[str, GivenRows] | None = None) -
     refuse_tokens(parsed)
     config = RunConfig.of(parsed)
     check_reports(config.output)
-    data = config.data
-    rows = load_rows(data, config.training.seed, given)
-    held_out = None if data.eval_data is None else lasting(data.eval_data)
-    config = replace(config, data=replace(data, data=lasting(data.data), eval_data=held_out))
+    config, rows = rows_of_run(config, given)
     name = config.lora.adapter
     if name is not None and config.output.resume_from_checkpoint is not None:
         name = name if Path(name).exists() else None

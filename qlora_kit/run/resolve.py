@@ -90,13 +90,13 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
     lora, base_options = start.lora, base.options(start.base)
     if lora.adapter_dtype == "auto":
         lora = replace(lora, adapter_dtype=base_options.dtype)
-    training = asked.training
+    training = asked.training.settled()
     if training.optim == "auto" and resume is not None and resume.options.get("optim"):
         # What the memory of that day decided; its states are in the checkpoint.
         training = replace(training, optim=resume.options["optim"])
     training = resumed_rows(training, resume)
     ranks = check_targets(lora, base, directory, training.optim, start, reporter)
-    is_chat = request.rows.format == "messages"
+    is_chat = request.rows.is_chat
     data = settle_data(asked.data, lora.adapter, base, resume, is_chat=is_chat)
     # How this process began is no part of what the run is.
     output = replace(

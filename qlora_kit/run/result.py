@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
@@ -77,12 +77,17 @@ class TrainRecord(TypedDict):
 class EvalRecord(TypedDict):
     """Nats a supervised token of the held-out rows, the same rows each time.
 
+    Of pairs it is the mean loss of one, and `margin` and `accuracy` are theirs.
     `history` has `step` and `loss` of each evaluation in between.
     """
 
     loss_before: float
     loss_after: float
     tokens: int
+    margin_before: NotRequired[float]
+    margin_after: NotRequired[float]
+    accuracy_before: NotRequired[float]
+    accuracy_after: NotRequired[float]
     history: NotRequired[list[dict[str, float]]]
 
 
@@ -127,6 +132,7 @@ class Progress:
     first_loss: float | None = None
     last_loss: float | None = None
     loss_before: float | None = None
+    measured_before: dict[str, float] = field(default_factory=dict)
     history: tuple[tuple[int, float], ...] = ()
     answers_before: tuple[str, ...] = ()
 
@@ -149,6 +155,7 @@ class Progress:
             if type(value) not in (int, float) and (value is not None or name == "seconds"):
                 raise ValueError(f"{name} {value!r}")
         found.history = tuple((int(at), float(loss)) for at, loss in found.history)
+        found.measured_before = {str(k): float(v) for k, v in found.measured_before.items()}
         found.answers_before = tuple(map(str, found.answers_before))
         return found
 
@@ -237,7 +244,7 @@ def result_record(
         "versions": versions(),
         "model": described,
         "data": {
-            "rows": len(plan.encoded.rows),
+            "rows": plan.encoded.pairs or len(plan.encoded.rows),
             "skipped": sum(plan.encoded.skipped.values()),
             "tokens": plan.encoded.tokens,
             "supervised_tokens": plan.encoded.supervised_tokens,
@@ -275,6 +282,9 @@ def _eval_record(progress: Progress, after: Evaluation | None) -> EvalRecord | N
         "loss_after": after.loss,
         "tokens": after.tokens,
     }
+    measured = (("before", progress.measured_before), ("after", after.measures))
+    for when, values in measured:
+        record.update({f"{name}_{when}": value for name, value in values.items()})  # type: ignore[typeddict-item]
     if progress.history:
         record["history"] = [{"step": step, "loss": loss} for step, loss in progress.history]
     return record

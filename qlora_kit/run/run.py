@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from qlora_kit.data.batch import Batch
 from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.run.assembly import Assembled
 from qlora_kit.run.directory import RunDirectory
@@ -27,7 +26,8 @@ from qlora_kit.run.reporter import Reporter, StepReporter
 from qlora_kit.run.result import result_record
 from qlora_kit.run.saving import RunState
 from qlora_kit.run.trial import try_largest
-from qlora_kit.training.loop import Backward, StepReport, train
+from qlora_kit.training.loop import Backward, MicroBatches, StepReport, train
+from qlora_kit.training.preference import objective_of
 
 
 class Run:
@@ -44,7 +44,9 @@ class Run:
     ) -> None:
         self._plan, self._place, self._reporter, self._signals = plan, place, reporter, signals
         self._parts = Assembled(plan, reporter, signals)
-        self._held_out = HeldOut(plan, self._parts.model, reporter, signals)
+        self._objective = objective_of(plan.config.training)
+        model = self._parts.model
+        self._held_out = HeldOut(plan, model, self._objective, reporter, signals)
         self.state = RunState(plan, place, self._parts, reporter)
 
     def begin(self, log: Callable[[Mapping[str, Any]], None], bar: StepReporter) -> None:
@@ -52,19 +54,23 @@ class Run:
         self._log, self._bar = log, bar
         self.state.begin()
         progress, parts = self.state.progress, self._parts
+        if self._plan.config.training.pairs:
+            self._find_references()
         largest = try_largest(self._plan, parts.model, parts.optimizer, parts.guard, progress.step)
         parts.memory.choose(progress.step, largest)
         if self._plan.resume is None:
             began = time.monotonic()
             before = self._held_out.loss(progress.step)
-            progress.loss_before = None if before is None else before.loss
+            if before is not None:
+                progress.loss_before = before.loss
+                progress.measured_before = dict(before.measures)
             progress.answers_before = tuple(self._held_out.answers())
             self.state.evaluation_s = time.monotonic() - began
             bar.start(before)
         else:
             self._evaluate_if_due()
 
-    def steps(self) -> Iterator[Sequence[Batch]]:
+    def steps(self) -> Iterator[MicroBatches]:
         """The micro-batches of each step that is left; ends early when nothing gets better."""
         for micro_batches in self._plan.schedule.after(self.state.progress.step):
             if self._stops_early():
@@ -92,10 +98,11 @@ class Run:
             "before_step": self.before_step,
             "on_step": self.on_step,
             "loss_scale": self._parts.guard.loss_scale,
+            "objective": self._objective,
             "start_step": self.state.progress.step,
         }
 
-    def run_backward(self, backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
+    def run_backward(self, backward: Backward, micro_batches: MicroBatches) -> Tensor:
         """The passes of the next step. Errors: as the guard's."""
         self._parts.memory.before_step(self.state.progress.step + 1)
         return self._parts.guard.run_backward(backward, micro_batches)
@@ -122,7 +129,8 @@ class Run:
         self._bar.step(report, peak)
         if report.step % output.logging_steps == 0 or report.step == self._plan.schedule.num_steps:
             said = {name: value for name, value in asdict(report).items() if value is not None}
-            self._log({**said, "peak_bytes": peak})
+            measures = said.pop("measures")
+            self._log({**said, **measures, "peak_bytes": peak})
         self._signals.raise_if_received()
         self._evaluate_if_due()
         self.state.save_if_due()
@@ -169,8 +177,14 @@ class Run:
         self._reporter.answers(questions, answers)
         prompts = [row.content["prompt"] for row in questions]
         as_chat = config.data.instruction_as_chat and plan.rows.format == "instruction"
-        is_chat = as_chat or plan.rows.format == "messages"
+        is_chat = as_chat or plan.rows.is_chat
         self._reporter.result(record, plan.directory, config, prompts, is_chat)
+
+    def _find_references(self) -> None:
+        """Have what pairs are measured against, before the first step of this process."""
+        found, plan = self.state.find_references(self._held_out), self._plan
+        self._held_out.reference = found.get("eval")
+        self._plan = replace(plan, schedule=replace(plan.schedule, reference=found["train"]))
 
     @contextlib.contextmanager
     def _best_adapter(self) -> Iterator[None]:

@@ -18,7 +18,9 @@ from qlora_kit.errors import CheckpointError, ResourceError
 from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.run.assembly import Assembled
 from qlora_kit.run.directory import RunDirectory
+from qlora_kit.run.evaluation import HeldOut
 from qlora_kit.run.prepare import PreparedRun
+from qlora_kit.run.reference import References, find_references
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.result import Progress
 from qlora_kit.training.checkpoint import Checkpoint, save_checkpoint, saved_bytes, take
@@ -34,6 +36,8 @@ class RunState:
     ) -> None:
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
+        self.references: References = {}
+        """Of pairs the log-probabilities that the reference gives their rows."""
         self.finished = False
         self.evaluation_s = 0.0
         """What an evaluation takes, as far as one was timed."""
@@ -42,6 +46,11 @@ class RunState:
         self._saved_s = self._asked_s = time.monotonic()
         if plan.resume is not None:
             self._restore(plan.resume)
+
+    def find_references(self, held_out: HeldOut) -> References:
+        """What pairs are measured against, from the checkpoint or computed. Errors as there."""
+        self.references = find_references(self._plan, self._parts.model, held_out, self.references)
+        return self.references
 
     def begin(self) -> None:
         """The clock by which checkpoints are written begins."""
@@ -104,7 +113,7 @@ class RunState:
                 tensors,
                 state,
                 lambda directory: save_adapter(
-                    self._plan.base, directory, row_format=self._plan.rows.format
+                    self._plan.base, directory, row_format=self._plan.rows.form
                 ),
             )
 
@@ -132,6 +141,7 @@ class RunState:
         tensors = {f"master.{name}": p.detach().cpu() for p, name in self._parts.names.items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in states.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"reference.{name}": tensor for name, tensor in self.references.items()}
         state = {
             "config": self._plan.config.as_flat(),
             "identity": dict(self._plan.identity),
@@ -161,6 +171,7 @@ class RunState:
         restore_optimizer(self._parts.optimizer, self._parts.names, saved["optimizer"], numbers)
         if saved["best"]:
             self.best = take(saved["best"], masters, checkpoint.path)
+        self.references = saved["reference"]
         self.progress = progress
         if checkpoint.path.parent.resolve() == self._place.path.resolve():
             self._saved_step = checkpoint.step
@@ -168,7 +179,8 @@ class RunState:
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Tensors of a checkpoint by the first part of their names, without it."""
-    parts: dict[str, dict[str, Tensor]] = {"master": {}, "optimizer": {}, "best": {}}
+    names = ("master", "optimizer", "best", "reference")
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         if part not in parts:

@@ -12,6 +12,7 @@ import torch
 
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.optimizer import make_paged_states
+from qlora_kit.training.preference import objective_of
 from qlora_kit.training.preflight import is_due, preflight
 
 if TYPE_CHECKING:
@@ -40,5 +41,12 @@ def try_largest(
     make_paged_states(optimizer)
     if is_due(plan.base.device, memory.peak_bytes, memory.budget_bytes):
         batch, accumulates = schedule.collate(found.sequences), schedule.accumulation > 1
-        preflight(model, optimizer, batch, guard, accumulates=accumulates)
+        preflight(
+            model,
+            optimizer,
+            batch,
+            guard,
+            accumulates=accumulates,
+            objective=objective_of(plan.config.training),
+        )
     return found.step

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.data.batch import Batch, split
+from qlora_kit.data.batch import Batch, rows_together, split
 from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.process.out_of_memory import is_out_of_memory, missing_bytes
@@ -145,18 +145,20 @@ class Guard:
     def _halve(self, missing: int | None) -> None:
         largest = max(batch["input_ids"].shape[0] for batch in self._micro_batches)
         length = max(batch["input_ids"].shape[1] for batch in self._micro_batches)
-        if largest == 1:
+        least = max(map(rows_together, self._micro_batches))
+        if largest <= least:
             needed = "an unknown size" if missing is None else f"{missing} bytes"
             free, planned = free_bytes(self._device), ""
             if self.planned_bytes is not None:
                 planned = f"{self.planned_bytes} bytes planned, "
+            one = "row" if least == 1 else "pair of rows"
             raise ResourceError(
-                f"out of memory with one row of {length} tokens: {planned}{needed} more needed, "
-                f"{free} bytes free",
+                f"out of memory with one {one} of {length} tokens: {planned}"
+                f"{needed} more needed, {free} bytes free",
                 f"lower --max_length below {length}, use --gradient_checkpointing full, "
                 "or --bits 4",
             )
-        self.max_rows = -(-largest // 2)
+        self.max_rows = -(-largest // least // 2) * least
         self._note(
             f"out of memory with {largest} rows at a time: going on with {self.max_rows} and twice "
             "the accumulation, which is the same step"

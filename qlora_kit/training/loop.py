@@ -2,15 +2,16 @@
 
 It gets a model, the micro-batches of each step, an optimizer, and callables that are called around
 a step. It knows neither adapters nor quantization nor memory. The gradient of a step is that of the
-mean loss over all supervised tokens of its micro-batches, however they are spread over them.
+mean of an objective over all that its micro-batches have: their supervised tokens, or their pairs
+of rows, however they are spread over them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from qlora_kit.training.gradients import clip_and_step, total_norm
 from qlora_kit.training.host_gradients import come_back
-from qlora_kit.training.loss import supervised_loss, to_device
+from qlora_kit.training.loss import SUPERVISED_TOKENS, Objective, to_device
 from qlora_kit.training.loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     from qlora_kit.data.batch import Batch
 
-Backward = Callable[[Sequence["Batch"]], Tensor]
-"""Runs forward and backward of micro-batches; returns their mean loss, a scalar in fp32."""
+MicroBatches = Sequence["Batch"]
+Backward = Callable[[MicroBatches], Tensor]
+"""Runs forward and backward of micro-batches; returns the means of their objective in fp32."""
 RunBackward = Callable[[Backward, Sequence["Batch"]], Tensor]
 """Calls a `Backward` with micro-batches of the same rows, again where that can help, or raises."""
 BeforeStep = Callable[[int, float, float], bool]
@@ -36,7 +38,7 @@ BeforeStep = Callable[[int, float, float], bool]
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step was: a mean loss over `supervised_tokens`, in nats.
+    """What one optimizer step was: the mean of its objective, and of what that `measures`.
 
     `loss_scale` is the factor that it was taken with in fp16.
     """
@@ -49,6 +51,7 @@ class StepReport:
     supervised_tokens: int
     seconds: float
     loss_scale: float | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -63,6 +66,7 @@ def train(
     on_step: Callable[[StepReport], None] | None = None,
     loss_scale: LossScale | None = None,
     start_step: int = 0,
+    objective: Objective = SUPERVISED_TOKENS,
 ) -> list[StepReport]:
     """Train `model`, one optimizer step for the micro-batches of each of `steps`; their reports.
 
@@ -91,6 +95,7 @@ def train(
                     loss_scale=scale.value,
                     run_backward=run_backward,
                     before_step=read,
+                    objective=objective,
                 )
             report = StepReport(
                 step=step,
@@ -101,6 +106,7 @@ def train(
                 supervised_tokens=sum(batch["num_supervised"] for batch in micro_batches),
                 seconds=time.perf_counter() - began,
                 loss_scale=read.loss_scale,
+                measures=dict(zip(objective.measures, read.measured, strict=True)),
             )
             history.append(report)
             if on_step is not None:
@@ -111,7 +117,7 @@ def train(
 
 
 class _Read:
-    """Reads the loss and the gradient norm of a step, and hands them to a `BeforeStep`.
+    """Reads means and the gradient norm of a step; a `BeforeStep` gets loss and norm.
 
     In one transfer, before the optimizer is given its work: the only place of a step that waits for
     the device. What the optimizer does then overlaps with the beginning of the next step. `again`
@@ -121,12 +127,14 @@ class _Read:
     def __init__(self, before_step: BeforeStep | None, scale: LossScale) -> None:
         self._before_step, self._scale = before_step, scale
         self.loss = self.grad_norm = float("nan")
+        self.measured: list[float] = []
         self.loss_scale: float | None = None
         self.again = True
 
-    def __call__(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+    def __call__(self, step: int, means: Tensor, grad_norm: Tensor) -> bool:
         self.loss_scale = self._scale.value if self._scale.is_dynamic else None
-        self.loss, self.grad_norm = torch.stack((loss, grad_norm)).tolist()
+        read = torch.cat((means.reshape(-1), grad_norm.reshape(1))).tolist()
+        self.loss, *self.measured, self.grad_norm = read
         is_good = math.isfinite(self.grad_norm)
         self.again = (
             not is_good and math.isfinite(self.loss) and self._scale.overflowed(step, self.loss)
@@ -148,8 +156,9 @@ def train_step(
     loss_scale: float | None = None,
     run_backward: RunBackward | None = None,
     before_step: Callable[[int, Tensor, Tensor], bool] | None = None,
+    objective: Objective = SUPERVISED_TOKENS,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step; returns its mean loss and its gradient norm, scalars on the device.
+    """One optimizer step; returns the means of its objective and its gradient norm, on the device.
 
     The loss is multiplied by `loss_scale` (without one by what a run of the model's dtype begins
     with), and the gradients divided by it. Reads nothing back to Python, so that it also runs on
@@ -158,12 +167,12 @@ def train_step(
     scale = LossScale(model.dtype).value if loss_scale is None else loss_scale
 
     def backward(micro_batches: Sequence[Batch]) -> Tensor:
-        return _accumulate(model, micro_batches, step, scale)
+        return _accumulate(model, micro_batches, step, scale, objective)
 
     if run_backward is None:
-        loss = backward(micro_batches)
+        means = backward(micro_batches)
     else:
-        loss = run_backward(backward, micro_batches)
+        means = run_backward(backward, micro_batches)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     come_back(trained)
     grads = [p.grad for p in trained if p.grad is not None]
@@ -171,30 +180,37 @@ def train_step(
         torch._foreach_mul_(grads, 1 / scale)
     # Not clip_grad_norm_: a norm that is not finite would spread over gradients that are. Of no
     # gradients torch's is on the host.
-    grad_norm = total_norm(grads).to(loss.device)
-    if before_step is None or before_step(step, loss, grad_norm):
+    grad_norm = total_norm(grads).to(means.device)
+    if before_step is None or before_step(step, means, grad_norm):
         clip_and_step(optimizer, trained, max_grad_norm, grad_norm)
     optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm
+    return means, grad_norm
 
 
 def _accumulate(
-    model: PreTrainedModel, micro_batches: Sequence[Batch], step: int, scale: float
+    model: PreTrainedModel,
+    micro_batches: Sequence[Batch],
+    step: int,
+    scale: float,
+    objective: Objective,
 ) -> Tensor:
-    """Add the gradient of the micro-batches' mean loss to the parameters; returns that loss.
+    """Add the gradient of the micro-batches' mean loss to the parameters; returns the means.
 
-    The gradients come out `scale` times too large.
+    They are the loss, a scalar, or with what the objective measures (1 + M,). The gradients come
+    out `scale` times too large.
     """
     # Divide by the step's supervised tokens, not by its micro-batches: they differ in length, and
     # the mean of means is not the mean.
-    tokens = sum(batch["num_supervised"] for batch in micro_batches)
+    count = sum(objective.count(batch) for batch in micro_batches)
     placed = [module for module in model.modules() if hasattr(module, "seek")]
-    total = torch.zeros((), dtype=torch.float32, device=model.device)
+    shape = (1 + len(objective.measures),) if objective.measures else ()
+    total = torch.zeros(shape, dtype=torch.float32, device=model.device)
     for micro_step, batch in enumerate(micro_batches):
         for module in placed:
             module.seek(step, micro_step)
-        loss = supervised_loss(model, to_device(batch, model.device)) / tokens
+        sums = objective.sums(model, to_device(batch, model.device)) / count
+        loss = sums[0] if objective.measures else sums
         (loss * scale).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-        del loss  # nothing of a micro-batch is there when the next one begins
+        total += sums.detach()
+        del loss, sums  # nothing of a micro-batch is there when the next one begins
     return total

@@ -5,18 +5,18 @@ Only supervised positions reach the output head, in chunks (`kernels/cross_entro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.decoder import hidden_states
 from qlora_kit.base.embedding import ids_on_host
 from qlora_kit.base.recurrence import check_packing
-from qlora_kit.kernels.cross_entropy import cross_entropy_sum
+from qlora_kit.kernels.cross_entropy import cross_entropy_sum, cross_entropy_tokens
 from qlora_kit.training.attention import within_rows
 
 if TYPE_CHECKING:
@@ -27,10 +27,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss in nats over `tokens` supervised tokens."""
+    """Mean loss in nats, over `tokens` supervised tokens or pairs of rows that have so many.
+
+    `measures` are means of what an objective measures beside its loss, by name.
+    """
 
     loss: float
     tokens: int
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What a step makes smaller: the mean over all its micro-batches of a loss."""
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what is measured beside the loss."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it is one of batches of pairs."""
+
+    def count(self, batch: Batch) -> int:
+        """Of how many things `sums` has the sum."""
+
+    def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """The sum of the loss, a scalar in fp32; with `measures` (1 + M,), the loss first."""
+
+
+class SupervisedTokens:
+    """The objective of fine-tuning: the mean of -log p over supervised tokens."""
+
+    measures: tuple[str, ...] = ()
+    pairs = False
+
+    def count(self, batch: Batch) -> int:
+        """The supervised tokens of a batch."""
+        return batch["num_supervised"]
+
+    def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """As `supervised_loss`."""
+        return supervised_loss(model, batch)
+
+
+SUPERVISED_TOKENS = SupervisedTokens()
 
 
 def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -38,6 +78,18 @@ def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     Errors: `ConfigError` for packs that the model's layers would not keep apart.
     """
+    return cross_entropy_sum(*_predicting(model, batch))
+
+
+def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What `supervised_loss` is the sum of: -log p of each supervised token, (N,) in fp32."""
+    return cross_entropy_tokens(*_predicting(model, batch))
+
+
+def _predicting(
+    model: PreTrainedModel, batch: Batch
+) -> tuple[Tensor, nn.Linear, Tensor, float | None, float]:
+    """The hidden states (N, h) that predict, the head, their targets (N,), soft cap and scale."""
     if batch["packed"]:
         check_packing(model)
     ids, known = batch["input_ids"], batch.get("host_ids")
@@ -50,28 +102,32 @@ def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     targets = batch["labels"].reshape(-1).index_select(0, batch["supervised"] + 1)
     config = model.config
     scale, softcap = architecture_of(config.model_type).logit_scale_and_softcap(config)
-    return cross_entropy_sum(tokens, model.get_output_embeddings(), targets, softcap, scale)
+    return tokens, model.get_output_embeddings(), targets, softcap, scale
 
 
-def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
-    """Minus the log-probability of all supervised tokens divided by their number.
+def evaluate(
+    model: PreTrainedModel, batches: Iterable[Batch], objective: Objective = SUPERVISED_TOKENS
+) -> Evaluation:
+    """The mean loss over all batches, and what the objective measures beside it.
 
     Runs in evaluation mode and restores the mode that was set; draws no random number. The sum is
     read once, at the end.
     """
     training = model.training
     model.eval()
-    device, tokens = model.device, 0
+    device, tokens, count = model.device, 0, 0
     # Sums of many batches in double: a mean of batch means would weigh them wrong.
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros(1 + len(objective.measures), dtype=torch.float64, device=device)
     try:
         with torch.no_grad():
             for batch in batches:
-                total += supervised_loss(model, to_device(batch, device))
+                total += objective.sums(model, to_device(batch, device))
                 tokens += batch["num_supervised"]
+                count += objective.count(batch)
     finally:
         model.train(training)
-    return Evaluation(float(total) / tokens if tokens else float("nan"), tokens)
+    loss, *measured = (one / count if count else float("nan") for one in total.tolist())
+    return Evaluation(loss, tokens, dict(zip(objective.measures, measured, strict=True)))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -24,6 +24,7 @@ from qlora_kit.device.target import has_own_memory
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.host_gradients import waiting_of
 from qlora_kit.training.loop import Backward, train_step
+from qlora_kit.training.loss import SUPERVISED_TOKENS, Objective
 from qlora_kit.training.optimizer import gradient_like, missing_states
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def preflight(
     guard: Guard,
     *,
     accumulates: bool,
+    objective: Objective = SUPERVISED_TOKENS,
 ) -> None:
     """Run the passes of `batch` before the first step of this process; nothing else changes.
 
@@ -84,6 +86,7 @@ def preflight(
                 max_grad_norm=1.0,
                 run_backward=run_backward,
                 before_step=lambda step, loss, norm: False,
+                objective=objective,
             )
     finally:
         guard.drop_gradients()

@@ -160,7 +160,11 @@ class EntryReader:
         self._stack.close()
 
     def empty(self, name: str, device: torch.device) -> Tensor:
-        """A tensor for `read` to fill."""
+        """A tensor for `read` to fill.
+
+        Its pages come one by one, which is most of what reading takes beside hashing. Huge ones
+        (`MADV_HUGEPAGE`) were twice as slow on a virtual machine that gives free memory back.
+        """
         one = self.kept.tensors[name]
         dtype: torch.dtype = getattr(torch, DTYPES[one.dtype][0])
         return torch.empty(one.shape, dtype=dtype, device=device)

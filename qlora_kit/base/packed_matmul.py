@@ -35,8 +35,9 @@ from qlora_kit.device.target import has_values
 ROWS = 32
 """Rows whose bytes lie side by side: bitsandbytes' own number."""
 MOST_TOKENS = 64
-TAKEN, SPARE = 3, 2**28
-"""Times its bytes that a weight takes while it is laid out, and bytes that are left to the rest."""
+TAKEN, SPARE = 3, 2**30
+"""Times its bytes that a weight takes while it is laid out, and bytes that are left to the rest:
+to caches that grow, and to other programs."""
 NEAR = 0.01
 """Of the norm; a wrong order of bytes is about 1 away."""
 

@@ -146,13 +146,12 @@ def listed(cache: Path) -> list[Listed]:
     """The entries of a cache, those used last first. Errors: `OSError`."""
     found = []
     for name in sorted(os.listdir(cache) if os.path.lexists(cache) else ()):
-        path = cache / name
-        if not NAMED.fullmatch(name) or not is_entry(path):
-            continue
-        said = None
-        with contextlib.suppress(OSError, ValueError):
-            said = read_manifest(path)
-        with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+        path, said = cache / name, None
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # gone meanwhile, or closed
+            if not NAMED.fullmatch(name) or not is_entry(path):
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                said = read_manifest(path)
             size = sum(os.lstat(path / one).st_size for one in os.listdir(path))
             found.append(Listed(path, size, os.lstat(path).st_mtime, said))
     return sorted(found, key=lambda one: -one.last_used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -78,7 +79,8 @@ def _remove(cache: Path, chosen: Sequence[Listed]) -> None:
     """Delete entries, and what killed processes left. Errors: `ResourceError`."""
     try:
         for one in chosen:
-            remove_entry(one.path)
+            with contextlib.suppress(FileNotFoundError):  # another process has deleted it
+                remove_entry(one.path)
         remove_left(cache)
     except OSError as error:
         raise ResourceError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from qlora_kit.base import cache as base_cache
+from qlora_kit.base.kept_base import listed
 from qlora_kit.base.load import load_base
 
 
@@ -91,6 +94,28 @@ def test_nothing_else_is_deleted(run, workshop, cache):
     assert run("cache", "--clear", "all").code == 0
     left = {"mine", strange.name, "link-0123456789abcdef", ".mine.1.tmp"}
     assert set(os.listdir(cache)) == left
+
+
+COME_AND_GO = """
+import os, sys
+while True:
+    os.mkdir(sys.argv[1])
+    os.rmdir(sys.argv[1])
+"""
+
+
+def test_entries_that_come_and_go_meanwhile_end_no_listing(run, cache):
+    """As where another process clears the cache: looked at between any two of its calls."""
+    cache.mkdir(0o700)
+    entry = cache / "model-4bit-0123456789abcdef"
+    other = subprocess.Popen([sys.executable, "-SEc", COME_AND_GO, entry])
+    try:
+        for _ in range(4000):
+            listed(cache)
+    finally:
+        other.kill()
+        other.wait()
+    assert run("cache", "--clear", "all").code == 0
 
 
 def test_a_damaged_entry_is_listed_and_deleted(run, workshop, cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -48,9 +49,11 @@ class FakeRuns:
         model, head_bits = self.base.model, self.base.quantization.head_bits
         kept = kept_on_device(model, head_bits) if training.offload_embedding else None
         self.notes = () if kept is None else (kept,)
-        if training.offload_embedding is None and not movable_embeddings(model, head_bits):
+        self._movable = bool(movable_embeddings(model, head_bits))
+        if training.offload_embedding is None and not self._movable:
             there = (replace(one, embedding_on_host=False) for one in self.placements)
             self.placements = tuple(dict.fromkeys(there))
+        self.placements = self.possible(self.placements)
 
     def of(self, placement: Placement) -> FakeRun:
         """The run whose tensors lie where this says, until another one is asked for."""
@@ -62,6 +65,20 @@ class FakeRuns:
             self._made[where] = FakeRun(FakeModel(base, *options, placement), self._objective)
         self._made[where].place(placement)
         return self._made[where]
+
+    def possible(self, placements: Sequence[Placement]) -> tuple[Placement, ...]:
+        """Those of the placements that differ for this model: tiles are those of our blocks."""
+        if self.of(placements[0]).fused:
+            return tuple(placements)
+        return tuple(dict.fromkeys(replace(one, mlp_tiled=False) for one in placements))
+
+    def in_effect(self, placement: Placement, levels: Sequence[str]) -> Placement:
+        """A placement without what moves nothing, of this model or at these levels."""
+        return replace(
+            placement,
+            embedding_on_host=placement.embedding_on_host and self._movable,
+            activations_on_host=placement.activations_on_host and {*levels} != {"none"},
+        )
 
     def _open(self) -> Base:
         return open_shape(self._config, self.device, *self._given)

@@ -44,10 +44,10 @@ class MemoryPlan:
     planned has `tokens` tokens, padding included; it moves `moved_bytes` between host and device,
     and what is done beside its two passes is worth `work_added` multiply-adds. `optim` names the
     optimizer; `why_optim` says why that one, where `auto` left more than one to choose from. `time`
-    is estimated for a known card. `placement` is what lies on the host or is done in pieces; where
-    the one that costs less did not fit, its peak is `peak_bytes_without`. `fitting_length` has the
-    tokens of the longest rows that fit, where these do not; `host_note` says where the host has
-    less free than it needs.
+    is estimated for a known card. `placement` is what a run is prepared with, `in_effect` what of
+    it lies on the host or is done in pieces then; where the one that costs less did not fit, its
+    peak is `peak_bytes_without`. `fitting_length` has the tokens of the longest rows that fit,
+    where these do not; `host_note` says where the host has less free than it needs.
     """
 
     bytes: Sizes
@@ -67,6 +67,7 @@ class MemoryPlan:
     why_optim: str = ""
     time: StepTime | None = None
     placement: Placement = ON_DEVICE
+    in_effect: Placement = ON_DEVICE
     peak_bytes_without: int | None = None
     moved_bytes: int = 0
     work_added: float = 0.0
@@ -111,8 +112,8 @@ class MemoryPlan:
     def placed(self, shown: Callable[[int], str] = "{} bytes".format) -> str:
         """What lies where, in a sentence; empty where everything is on the device, at once."""
         if self.peak_bytes_without is None:
-            return self.placement.words
-        return f"{self.placement.words}: else {shown(self.peak_bytes_without)}"
+            return self.in_effect.words
+        return f"{self.in_effect.words}: else {shown(self.peak_bytes_without)}"
 
     @property
     def lower_length(self) -> str:
@@ -143,7 +144,7 @@ class MemoryPlan:
             "recomputed": self.recomputed,
             "optim": self.optim,
             "why_optim": self.why_optim,
-            "placement": asdict(self.placement),
+            "placement": asdict(self.in_effect),
             "peak_bytes_without": self.peak_bytes_without,
             "moved_bytes": self.moved_bytes,
         }

@@ -101,7 +101,7 @@ class Planner:
                 for shape, steps in shapes
             ]
 
-        places = self.placements if placements is None else placements
+        places = self.placements if placements is None else self._runs.possible(placements)
         return choose(places, optims, plans_of, _cost, asked == "auto")
 
     def _planned(
@@ -118,7 +118,10 @@ class Planner:
             self._take(where, name)
             plan = self._plan(shape, level, budget_bytes, micro_steps)
             why = self._why(name, plan)
-            self._made[key] = replace(plan, optim=name, why_optim=why, placement=where)
+            does = self._runs.in_effect(where, plan.levels)
+            self._made[key] = replace(
+                plan, optim=name, why_optim=why, placement=where, in_effect=does
+            )
         return self._made[key]
 
     def _take(self, placement: Placement, optim: str) -> None:

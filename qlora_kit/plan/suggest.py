@@ -106,7 +106,8 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
         longest = longest_rows(planner, changed.largest, level, room, where, steps, most)
         return replace(changed, length=max(longest.tokens, changed.length))
 
-    for kind in _kinds(options, device):
+    kinds = _kinds(options, device, planner.run.fused)
+    for kind in kinds:
         # Each takes less than the one before, so half of those that are left are planned no more.
         changes = list(kind)
         first = bisect.bisect_left(changes, True, key=lambda changed: plan_of(changed).fits)
@@ -116,8 +117,8 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
     if found:
         return found
     together = options
-    for step in range(len(_kinds(options, device))):
-        strongest = list(_kinds(together, device)[step])
+    for step in range(len(kinds)):
+        strongest = list(_kinds(together, device, planner.run.fused)[step])
         if not strongest:
             continue
         together = strongest[-1]
@@ -133,11 +134,14 @@ def _made(options: Options) -> tuple[object, ...]:
     return options.base, options.lora, training.optim, training.placements_on(True), *placed
 
 
-def _kinds(options: Options, device: str) -> tuple[Iterator[Options], ...]:
-    """The kinds of change, the best first, each from its mildest on; always as many."""
+def _kinds(options: Options, device: str, fused: bool) -> tuple[Iterator[Options], ...]:
+    """The kinds of change, the best first, each from its mildest on; always as many.
+
+    Of `fused` layers the MLPs can go over tiles.
+    """
     return (
         _recompute(options),
-        _placements(options, device),
+        _placements(options, device, fused),
         _batch(options),
         _length(options),
         _optimizer(options, device),
@@ -152,11 +156,11 @@ def _recompute(options: Options) -> Iterator[Options]:
         yield _training(options, gradient_checkpointing="auto")
 
 
-def _placements(options: Options, device: str) -> Iterator[Options]:
+def _placements(options: Options, device: str, fused: bool) -> Iterator[Options]:
     """What was asked to stay, on the host after all or in tiles; what is left to auto is tried."""
     changed = options
     for name in PLACED:
-        has_effect = name == "tiled_mlp" or device != "cpu"
+        has_effect = fused if name == "tiled_mlp" else device != "cpu"
         if getattr(options.training, name) is False and has_effect:
             with contextlib.suppress(ConfigError):  # where nothing recomputes, nothing is moved
                 changed = _training(changed, **{name: True})

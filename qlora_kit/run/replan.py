@@ -66,7 +66,7 @@ class Replan:
         changes = [f"gradient checkpointing {found.recompute} instead of {before.recompute}"]
         if found.placement != before.placement:
             prepare_model(self._model, training, found.levels, placement=found.placement)
-            changes.append(found.placement.words)
+            changes.append(found.in_effect.words)
         set_recompute(self._model, found.levels)
         short = "" if missing_bytes is None else f" ({missing_bytes} bytes were missing)"
         self._note(

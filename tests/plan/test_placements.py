@@ -188,3 +188,36 @@ def test_the_command_says_what_it_chose(config, capsys):
     assert longest["full", True] > longest["full", False] >= 4096 - 64
     assert main([*options, less, *kept]) == 0
     assert "placement: MLPs in tiles: else " in capsys.readouterr().out
+
+
+def test_no_tiles_are_planned_of_layers_that_are_no_block(tmp_path):
+    """Nor suggested: who asked for none would be told that a model has none."""
+    path = tmp_path / "config.json"
+    own = {"model_type": "stablelm", "architectures": ["StableLmForCausalLM"]}
+    path.write_text(json.dumps({**SHAPE, **own, "num_hidden_layers": 2}))
+    base = BaseConfig(str(path), bits=4, dtype="bf16")
+    planner = Planner(base, LoRAConfig(), TrainingConfig(optim="adamw"), "cuda")
+    assert not any(one.mlp_tiled for one in planner.placements)
+    assert len(planner.placements) == len(PLACED)
+    tiled = (ON_DEVICE, replace(ON_DEVICE, mlp_tiled=True))
+    short = replace(ROW, length=64, supervised=64)
+    (plan,) = planner.plans([(short, 1)], None, 1, placements=tiled)
+    assert (plan.fits, plan.placement) == (False, ON_DEVICE)  # a run goes on with nothing new
+    asked = TrainingConfig(optim="adamw", tiled_mlp=False, batch_size=1)
+    options = Options(base, LoRAConfig(), asked, 64)
+    assert suggest(options, planner, "cuda", 1) == []
+
+
+def test_a_plan_says_what_is_moved_and_not_what_was_asked_for(config, tmp_path):
+    """With levels that recompute nothing, or an embedding that the head shares, nothing is."""
+    asked = TrainingConfig(optim="adamw", offload_activations=True, offload_embedding=True)
+    planner = Planner(config, LoRAConfig(), asked, "cuda")
+    said = {level: planner.plan(ROW, level).placed() for level in ("none", "full")}
+    assert said["none"] == "embedding in host memory"
+    assert said["full"] == "embedding and inputs of layers in host memory"
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**SHAPE, "tie_word_embeddings": True}))
+    tied = Planner(replace(config, model=str(path)), LoRAConfig(), asked, "cuda").plan(ROW, "none")
+    assert tied.placed() == ""
+    assert not any(tied.as_json()["placement"].values())
+    assert tied.placement.embedding_on_host  # which the run is told of where it loads

@@ -33,6 +33,7 @@ from qlora_kit.lora.inject import (
     adapter_names,
     check_name,
     lora_layers,
+    switch_of,
 )
 from qlora_kit.lora.names import prefix_to_save
 from qlora_kit.training.prepare import restore_model
@@ -44,10 +45,12 @@ def to_peft(base: Base) -> Any:
     """`base.model`, in place, as a `peft.PeftModel` with its adapters, the active one trainable.
 
     The adapters' weights are the fp32 masters. While it is PEFT's, nothing of this package takes
-    the base; `from_peft` gives it back. An `AdapterBank` is of the layers that PEFT's replace: make
-    a new one then. Errors: `ConfigError` where PEFT is not installed or the head is in 8 or 4 bits,
-    `AdapterError` for a base without an adapter or with a bank's that takes part, `ResourceError`
-    for a streamed base or a shape that bitsandbytes would get wrong; the base is then as it was.
+    the base; `from_peft` gives it back. An `AdapterBank` is of the layers that PEFT's replace, and
+    refuses from then on.
+
+    Errors: `ConfigError` where PEFT is not installed or the head is in 8 or 4 bits, `AdapterError`
+    for a base without an adapter or with a bank's that takes part, `ResourceError` for a streamed
+    base or a shape that bitsandbytes would get wrong; the base is then as it was.
     """
     try:
         import peft
@@ -77,6 +80,7 @@ def to_peft(base: Base) -> Any:
         hold_as_theirs(model, base.dtype)
     restore_model(model)
     allow_saving(model)
+    switch_of(model).left = True
     for at, layer in lora_layers(model).items():
         owner, _, leaf = at.rpartition(".")
         setattr(model.get_submodule(owner), leaf, layer.base_layer)

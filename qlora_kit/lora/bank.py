@@ -276,7 +276,12 @@ class AdapterBank:
             )
 
     def _shared_switch(self) -> Switch:
-        """The reference that the adapted linears of the model read; there are none before `add`."""
+        """The reference that the adapted linears of the model read; there are none before `add`.
+
+        Errors: `AdapterError` where the model has other layers since (`to_peft`).
+        """
+        if self._switch is not None and self._switch.left:
+            raise AdapterError("the base was given to PEFT since", "make a new AdapterBank of it")
         if self._switch is None and lora_layers(self.base.model):
             self._switch = switch_of(self.base.model)
         return self._switch or Switch()

@@ -41,6 +41,10 @@ class Adapted:
 
 @dataclass
 class Switch:
-    """The reference of one model; None is the base alone."""
+    """The reference of one model; None is the base alone.
+
+    It is `left` where no layer of the model reads it any more.
+    """
 
     active: Active | None = None
+    left: bool = False

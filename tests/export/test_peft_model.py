@@ -163,6 +163,10 @@ def test_what_peft_would_compute_on_other_numbers_is_refused(tmp_path: Path) -> 
     with pytest.raises(AdapterError, match="'one', which takes part, is a bank's"):
         to_peft(base)
     assert bank.active == "one"
+    bank.use(None)
+    from_peft(to_peft(base), base)
+    with pytest.raises(AdapterError, match="make a new AdapterBank"):
+        bank.use("one")
 
 
 @pytest.mark.parametrize("change", ["merged", "dora", "name"])

@@ -55,6 +55,9 @@ FOREIGN = {
     "peft_model peft_model_id peft_model_path lora_path checkpoint lora lora_dir lora_modules "
     "adapters loras",
     "use": "adapter_name active_adapter lora_name",
+    "method": "stage rl finetuning_stage",
+    "beta": "dpo_beta pref_beta rl_beta",
+    "dpo_loss": "pref_loss preference_loss",
     "learning_rate": "lr learn_rate max_lr peak_lr",
     "lr_scheduler_type": "lr_scheduler scheduler schedule lr_schedule scheduler_type",
     "warmup_steps": "warmup num_warmup_steps lr_warmup_steps",

@@ -8,7 +8,7 @@ held-out rows are evaluated, and lie in the checkpoints: a resumed run has the s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,11 @@ References = dict[str, Tensor]
 
 
 def find_references(
-    plan: PreparedRun, model: Any, held_out: HeldOut, kept: References
+    plan: PreparedRun,
+    model: Any,
+    held_out: HeldOut,
+    kept: References,
+    note: Callable[[str], None],
 ) -> References:
     """Those `kept` in the run's checkpoint where they are of these rows and this base, else new.
 
@@ -44,6 +48,11 @@ def find_references(
             "start a new run, or leave --override out",
         )
     off = plan.config.lora.adapter is None
+    pairs = sum(part.pairs for part in parts.values())
+    note(
+        f"{'the base' if off else 'the adapter as it is now'} reads {pairs:,} pairs once: their "
+        "log-probabilities are what a run's are compared with"
+    )
     with _adapter_off(model) if off else contextlib.nullcontext():
         found = {
             name: _log_probabilities(plan, model, held_out, part) for name, part in parts.items()

@@ -49,7 +49,9 @@ class RunState:
 
     def find_references(self, held_out: HeldOut) -> References:
         """What pairs are measured against, from the checkpoint or computed. Errors as there."""
-        self.references = find_references(self._plan, self._parts.model, held_out, self.references)
+        self.references = find_references(
+            self._plan, self._parts.model, held_out, self.references, self._reporter.note
+        )
         return self.references
 
     def begin(self) -> None:

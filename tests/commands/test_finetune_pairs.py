@@ -97,6 +97,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(inputs, finished, tmp_p
     ]
 
 
+def test_an_adapter_that_goes_on_is_its_own_reference(inputs, finished, tmp_path):
+    run = tmp_path / "run"
+    more = ["--adapter", str(finished), "--max_steps", "2", "--output_dir", str(run)]
+    at = inputs.index("--lora_r")
+    assert main([*inputs[:at], *inputs[at + 2 :], *more]) == 0
+    found = record(run)["eval"]
+    assert (found["margin_before"], found["accuracy_before"]) == (0, 0)
+    assert found["margin_after"] > 0
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [

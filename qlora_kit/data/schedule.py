@@ -185,7 +185,7 @@ class StepSchedule:
         """
         if self.packs is None:
             return 0
-        single = np.diff(self.packs.ends, prepend=0) == 1
+        single = _is_single(self.packs)
         bound, best, looked = min(self.batch_size, int(single.sum())), 0, 0
         for _, sequences in self._epochs():
             if best == bound:
@@ -197,6 +197,10 @@ class StepSchedule:
             counts = np.minimum(self.batch_size, len(sequences) - first)
             best = max(best, int((alone * counts).max()))
         return best
+
+    def has_single_rows(self) -> bool:
+        """Whether a pack is a single row."""
+        return self.packs is not None and bool(_is_single(self.packs).any())
 
     def most_supervised(self, length: int) -> int:
         """The most supervised tokens of a sequence; `length` at most, and where rows are many."""
@@ -266,6 +270,11 @@ class StepSchedule:
             if supervised > most:
                 best, most = one, supervised
         return best
+
+
+def _is_single(packs: Packs) -> np.ndarray:
+    single: np.ndarray = np.diff(packs.ends, prepend=0) == 1
+    return single
 
 
 def _supervised(row: Encoded) -> int:

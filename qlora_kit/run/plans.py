@@ -105,6 +105,8 @@ def _largest_shapes(schedule: StepSchedule) -> Iterator[tuple[BatchShape, int]]:
     of_sequence = np.max if schedule.pairs else np.sum
     length = max(int(of_sequence(lengths[rows])) for rows in largest.sequences)
     longest, trained = int(lengths.max()), schedule.most_supervised(length)
+    if len(largest.sequences) > 1 and schedule.has_single_rows():
+        longest = length  # one that is alone in its pack goes on through the padding
     yield BatchShape(len(largest.sequences), length, trained, packed, longest), steps
     if alone := schedule.most_single_rows():
         yield BatchShape(alone, length, trained), steps

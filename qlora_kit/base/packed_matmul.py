@@ -31,6 +31,7 @@ from qlora_kit.base.encode_weight import BLOCKSIZE, encode_blocks
 from qlora_kit.base.quantize import code_tables, cpu_kernel, fused_matmul, is_fused
 from qlora_kit.device.found import free_bytes
 from qlora_kit.device.target import has_values
+from qlora_kit.kernels.workspace import workspace
 
 ROWS = 32
 """Rows whose bytes lie side by side: bitsandbytes' own number."""
@@ -53,13 +54,20 @@ class Copy:
         self, packed: Tensor, scales: Tensor, shape: tuple[int, int], quant_type: str
     ) -> None:
         rows, columns = self.shape = shape
-        # (out / 32, 32, in / 2) to (out / 32, in / 2, 32): a byte has two columns of a row.
-        by_column = packed.view(rows // ROWS, ROWS, columns // 2).transpose(1, 2).contiguous()
-        upper, lower = by_column[..., : ROWS // 2], by_column[..., ROWS // 2 :]
+        # (out / 32, 32, in / 2) to (out / 32, in / 2, 32): a byte has two columns of a row. What is
+        # in between lies in the workspace: fresh memory left holes between the copies.
+        size, groups, half = packed.numel(), rows // ROWS, ROWS // 2
+        space = workspace(size + size // 2, torch.uint8, packed)
+        by_column = space[:size].view(groups, columns // 2, ROWS)
+        by_column.copy_(packed.view(groups, ROWS, columns // 2).transpose(1, 2))
+        upper, lower = by_column[..., :half], by_column[..., half:]
         # Then two rows of a column: those 16 apart.
-        bytes_ = torch.empty_like(by_column).view(rows // ROWS, columns // 2, ROWS // 2, 2)
-        torch.bitwise_or(upper >> 4, lower & 0xF0, out=bytes_[..., 0])
-        torch.bitwise_or(upper & 0xF, lower << 4, out=bytes_[..., 1])
+        bytes_ = packed.new_empty(groups, columns // 2, half, 2)
+        first, second, some = bytes_[..., 0], bytes_[..., 1], space[size:].view(upper.shape)
+        torch.bitwise_right_shift(upper, 4, out=first)
+        first.bitwise_or_(torch.bitwise_and(lower, 0xF0, out=some))
+        torch.bitwise_and(upper, 0xF, out=second)
+        second.bitwise_or_(torch.bitwise_left_shift(lower, 4, out=some))
         self._packed = bytes_.view(rows, columns // 2)
         self._scales = scales.view(rows, -1).t().to(torch.bfloat16).contiguous()
         kernel = cpu_kernel(f"gemv_4bit_inference_cpu_{quant_type}_bf16")

@@ -59,7 +59,7 @@ def update_figure(singular: Sequence[float], errors: Mapping[int, float], shape:
 
 
 def loading_figure(held: Mapping[int, Sizes]) -> Figure:
-    """Bytes of the base by the bits it is held in, stacked: linears, and what is not quantized."""
+    """Bytes of the base by the bits it is held in: linears of layers, and what stays in 16 bits."""
     figure, (axes,) = _figure(1, width=6)
     for place, sizes in enumerate(held.values()):
         _stack(axes, place, sizes)
@@ -70,7 +70,8 @@ def loading_figure(held: Mapping[int, Sizes]) -> Figure:
     axes.set_xticks(range(len(held)), [f"{bits} bits" for bits in held])
     axes.set_ylabel("MiB", color=INK)
     axes.margins(y=0.1)
-    _legend(axes, {name for sizes in held.values() for name in sizes})
+    names = {"weights_quantized": "linears of layers", "weights_other": "embedding, head, norms"}
+    _legend(axes, {name for sizes in held.values() for name in sizes}, names)
     return figure
 
 
@@ -121,6 +122,7 @@ def training_figure(
     titles = ("loss", "learning rate", "tokens/s", f"memory: {memory_is}, MiB")
     for axes, title in zip((loss, rate, speed, memory), titles, strict=True):
         axes.set_xlim(0, total)
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step", color=INK)
         axes.set_title(title, color=INK, fontsize=11)
@@ -170,11 +172,12 @@ def _stack(axes: Any, place: int, sizes: Sizes) -> None:
         bottom += height
 
 
-def _legend(axes: Any, present: set[str]) -> None:
+def _legend(axes: Any, present: set[str], names: Mapping[str, str] | None = None) -> None:
     from matplotlib.patches import Patch
 
     shown = [COMPONENTS[name] for name in reversed(COMPONENTS) if name in present]
-    handles = [Patch(color=colour, label=label) for label, colour in shown]
+    said = {COMPONENTS[key][0]: name for key, name in (names or {}).items()}
+    handles = [Patch(color=colour, label=said.get(label, label)) for label, colour in shown]
     axes.legend(
         handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor=INK
     )

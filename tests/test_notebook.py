@@ -41,7 +41,7 @@ def test_it_runs_and_its_numbers_hold(run: nbformat.NotebookNode) -> None:
     before, after = map(float, re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", said).groups())
     assert after < 0.1 < before
     missing = re.search(r"rank 8 leaves (\d+)% of the update out, rank 16 (\d+)%", said)
-    assert int(missing[2]) < int(missing[1]) < 50
+    assert int(missing[2]) < int(missing[1]) < 20
     near, far = (float(re.search(rf"{name}: kl (\S+),", said)[1]) for name in MERGES)
     assert near < far / 10
     assert pictures(run) == PICTURES

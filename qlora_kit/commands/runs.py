@@ -47,14 +47,15 @@ def _show_all(runs: Sequence[FoundRun], terminal: Terminal) -> None:
     from rich.table import Table
 
     table = Table(show_edge=False)
-    for title, least in zip(("run", *SHOWN), (13, 5, 6, 4), strict=True):
+    table.add_column("run", no_wrap=True)  # a name is copied
+    for title, least in zip(SHOWN, (5, 6, 4), strict=True):
         table.add_column(title, overflow="fold", min_width=least)
     for title in LISTED:
         table.add_column(title, justify="right", no_wrap=True)
     for run in runs:
-        # Of paths and hub ids the last part.
-        said = (str(run.said(name) or "").rpartition("/")[2] for name in SHOWN)
-        name = run.name if run.state == "finished" else f"{run.name} ({run.state})"
+        # Of paths, hub ids and samples the last part.
+        said = (str(run.said(name) or "").rpartition("/")[2].rpartition(":")[2] for name in SHOWN)
+        name = run.name if run.state == "finished" else f"{run.name}\n({run.state})"
         table.add_row(name, *said, *(shown(run) for shown in LISTED.values()))
     terminal.show(table)
     for run in runs:

@@ -71,6 +71,11 @@ def show_loading(model: str = "tiny", bits: Sequence[int] = (16, 8, 4)) -> dict[
             open_base(BaseConfig(model, bits=one)),
             lambda component, tensors, sizes=sizes: arrived(sizes, component, tensors),  # type: ignore[misc]
         )
+    # In 16 bits nothing is quantized: of its weights the linears are what the others quantize.
+    other = min((sizes["weights_other"] for one, sizes in held.items() if one < 16), default=0)
+    if other and 16 in held:
+        whole = sum(held[16].values())
+        held[16] = {"weights_quantized": whole - other, "weights_other": other}
     output.show(loading_figure(held))
     return {one: sum(sizes.values()) for one, sizes in held.items()}
 

@@ -202,7 +202,6 @@ def _unfinished(name: str, path: Path) -> FoundRun:
         steps=last.get("step", progress.get("step")),
         loss_before=progress.get("loss_before"),
         last_loss=last.get("loss", progress.get("last_loss")),
-        peak_bytes=last.get("peak_bytes"),
         seconds=seconds,
         tokens=tokens,
         tokens_per_s=tokens / seconds if seconds and tokens else None,

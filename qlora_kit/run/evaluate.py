@@ -33,7 +33,7 @@ def evaluate_model(parsed: Parsed) -> list[dict[str, Any]]:
     found = load_rows(data, seed)
     if found.format == PREFERENCE:
         raise ConfigError(
-            f"{found.train_source} has rows of chosen and rejected: how much better one of them is "
+            f"{found.train_source} has pairs of answers: how much better one of them is "
             "is measured by the run that learns from them (run.json)",
             "give --data with rows of prompt and completion, or of messages",
         )

@@ -155,7 +155,7 @@ class Progress:
             if type(value) not in (int, float) and (value is not None or name == "seconds"):
                 raise ValueError(f"{name} {value!r}")
         found.history = tuple((int(at), float(loss)) for at, loss in found.history)
-        found.measured_before = {str(k): float(v) for k, v in found.measured_before.items()}
+        found.measured_before = {str(k): float(v) for k, v in dict(found.measured_before).items()}
         found.answers_before = tuple(map(str, found.answers_before))
         return found
 

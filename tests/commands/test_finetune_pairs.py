@@ -11,6 +11,7 @@ import torch
 from families import save_checkpoint
 from safetensors.torch import load_file
 
+from qlora_kit.commands.evaluate import main as evaluate
 from qlora_kit.commands.finetune import main
 from qlora_kit.commands.plan import main as plan
 from qlora_kit.commands.show_data import main as show_data
@@ -132,6 +133,11 @@ def test_other_settings_of_pairs_are_another_run(inputs, finished, tmp_path, cap
     arguments = [*inputs, "--output_dir", str(run), "--resume_from_checkpoint", "auto"]
     assert main([*arguments, "--beta", "0.3"]) == 2
     assert "beta: 0.1 there, 0.3 here" in capsys.readouterr().err
+
+
+def test_pairs_are_no_rows_to_evaluate_on(finished, capsys):
+    assert evaluate(["--adapter", str(finished), "--bits", "4"]) == 2
+    assert "pairs" in capsys.readouterr().err
 
 
 def test_show_data_shows_both_answers(inputs, capsys):

@@ -18,13 +18,13 @@ from accelerator import (
     accelerator,
     in_order,
     of_batch,
-    replaced,
     saved,
     small_batch,
 )
 from torch import Tensor
 
-from qlora_kit.training import loop
+from qlora_kit.training.loop import train_step
+from qlora_kit.training.loss import SupervisedTokens
 
 Fault = Callable[[Tensor], Tensor]
 
@@ -90,11 +90,20 @@ def step_with(fault: Fault, card: Accelerator, may_read: bool = False) -> Any:
     """A step whose loss goes through a fault; what was seen."""
     model = card.adapted(saved("llama2", num_hidden_layers=1), bits=16)
     optimizer, given = card.optimizer(model), card.on_host(REAL)
-    real = loop.supervised_loss
-    planted = replaced(loop, "supervised_loss", lambda *parts: fault(real(*parts)))
-    with planted, card.watch(may_read) as seen:
-        loop.train_step(model, [given], optimizer, step=1, max_grad_norm=1.0)
+    planted = Planted(fault)
+    with card.watch(may_read) as seen:
+        train_step(model, [given], optimizer, step=1, max_grad_norm=1.0, objective=planted)
     return seen
+
+
+class Planted(SupervisedTokens):
+    """The objective of fine-tuning with a fault behind it."""
+
+    def __init__(self, fault: Fault) -> None:
+        self._fault = fault
+
+    def sums(self, model: Any, batch: Any) -> Tensor:
+        return self._fault(super().sums(model, batch))
 
 
 REAL = small_batch()

@@ -72,7 +72,7 @@ def test_a_run_waits_once_a_step_and_once_an_evaluation() -> None:
         assert seen.reads == [(2,)] * 2
         with card.watch(may_read=True) as seen:
             evaluate(model, [given] * 3)
-        assert seen.reads == [()]
+        assert seen.reads == [(1,)]
     assert asked == [(1, 1.0, 1.0, 0), (2, 1.0, 1.0, 1)]
     assert [(one.loss, one.grad_norm) for one in reports] == [(1.0, 1.0)] * 2
 

@@ -14,7 +14,8 @@ from micro_batches import ragged_rows
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate_pairs, eval_pairs, split
 from qlora_kit.data.schedule import StepSchedule
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, ResourceError
+from qlora_kit.training.guard import Guard
 from qlora_kit.training.loop import train, train_step
 from qlora_kit.training.loss import evaluate
 from qlora_kit.training.optimizer import make_optimizer
@@ -196,3 +197,21 @@ def test_options_of_pairs_go_with_their_method():
     with pytest.raises(ConfigError, match="which has none"):
         TrainingConfig(method="dpo", dpo_loss="ipo", label_smoothing=0.1)
     assert not objective_of(TrainingConfig()).measures
+
+
+def test_a_full_device_halves_pairs_and_never_a_pair(model):
+    ours, batch, seen = model(16), pairs_of(3), []
+
+    def backward(room):
+        def run(parts):
+            seen.append([len(part["answered"]) for part in parts])
+            if max(seen[-1]) > room:
+                raise MemoryError
+            return torch.zeros(3)
+
+        return run
+
+    Guard(ours).run_backward(backward(2), [batch])
+    assert seen == [[6], [4, 2], [2, 2, 2]]
+    with pytest.raises(ResourceError, match="one pair of rows"):
+        Guard(ours).run_backward(backward(1), [batch])

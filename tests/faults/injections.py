@@ -15,7 +15,7 @@ import torch
 
 from qlora_kit.device.target import has_values
 from qlora_kit.run import assembly, evaluation, publish, run, saving
-from qlora_kit.training import loop
+from qlora_kit.training import loop, loss
 
 
 def slow_steps() -> None:
@@ -171,11 +171,11 @@ def _signals_in_save(number: signal.Signals, later_s: float) -> None:
 
 def interrupt_once() -> None:
     """SIGINT comes in the second micro-batch of the third step, which then goes on for a while."""
-    real = loop.supervised_loss
+    real = loss.supervised_loss
     seen: list[int] = []
 
     def supervised_loss(model: Any, batch: Any) -> torch.Tensor:
-        if seen and has_values(batch["input_ids"]):
+        if seen and torch.is_grad_enabled() and has_values(batch["input_ids"]):
             seen.append(3)
             print("micro-batch of step 3")
             if len(seen) == 3:
@@ -183,7 +183,7 @@ def interrupt_once() -> None:
                 time.sleep(0.3)
         return real(model, batch)
 
-    loop.supervised_loss = supervised_loss
+    loss.supervised_loss = supervised_loss
     _before_each_step(lambda step, model: seen.append(step) if step == 3 else None)
 
 
@@ -322,11 +322,11 @@ def _grace(seconds: float) -> None:
 def _before_each_step(act: Any) -> None:
     real = loop._accumulate
 
-    def accumulate(model: Any, micro_batches: Any, step: int, scale: float) -> torch.Tensor:
+    def accumulate(model: Any, micro_batches: Any, step: int, *rest: Any) -> torch.Tensor:
         # The run's plan takes its steps on fake tensors, before there is a model.
         if has_values(model.get_input_embeddings().weight):
             act(step, model)
-        return real(model, micro_batches, step, scale)
+        return real(model, micro_batches, step, *rest)
 
     loop._accumulate = accumulate
 
@@ -359,15 +359,15 @@ def _with_nan(grad: torch.Tensor, hook: Any) -> torch.Tensor:
 
 def _full(too_much: Any) -> None:
     """Allocate more than there is where a batch is too large, half-way through its gradients."""
-    real = loop.supervised_loss
+    real = loss.supervised_loss
     at = {"step": 0}
 
     def supervised_loss(model: Any, batch: Any) -> torch.Tensor:
-        loss = real(model, batch)
-        if too_much(at["step"], batch["input_ids"].shape[0]):
-            loss.backward(retain_graph=True)
+        found = real(model, batch)
+        if torch.is_grad_enabled() and too_much(at["step"], batch["input_ids"].shape[0]):
+            found.backward(retain_graph=True)
             torch.empty(2**55, dtype=torch.uint8)
-        return loss
+        return found
 
-    loop.supervised_loss = supervised_loss
+    loss.supervised_loss = supervised_loss
     _before_each_step(lambda step, model: at.update(step=step))

@@ -57,7 +57,7 @@ def print_report(report: Report, terminal: Terminal) -> None:
     packed = ""
     if "packed" in report.padding:
         share = report.padding["packed"]
-        packed = f", {share:.1%} with --packing ({report.packs:,} packs)"
+        packed = f", {share:.1%} with --packing ({_count(report.packs, 'pack')})"
     terminal.line(
         "padding",
         f"batches of {report.batch_size}: {report.padding['random']:.1%} in random order, "
@@ -97,8 +97,13 @@ def _print_row(terminal: Terminal, row: ShownRow, coloured: bool) -> None:
     terminal.show(text)
 
 
+def _count(number: int, what: str) -> str:
+    """So many, in words."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _print_part(terminal: Terminal, part: Part) -> None:
-    count = f"{part.pairs:,} pairs" if part.pairs else f"{part.rows:,} rows"
+    count = _count(part.pairs, "pair") if part.pairs else _count(part.rows, "row")
     terminal.line(
         "",
         f"{count}, {part.tokens:,} tokens, {part.supervised_tokens:,} trained on "

@@ -88,7 +88,9 @@ class Display(Reporter):
         for note in notes_of(held_out, held_out=True) if held_out else ():
             self.note(note)
         if packs is not None:
-            self._line("packing", f"{len(encoded.rows)} rows in {len(packs)} packs")
+            count = len(packs)
+            into = f"{count} pack{'' if count == 1 else 's'}"
+            self._line("packing", f"{len(encoded.rows)} rows in {into}")
         shared = held_out.shared_with(encoded) if held_out else 0
         if shared:
             self.note(f"{shared} of the held-out rows are also trained on")
@@ -133,7 +135,7 @@ class Display(Reporter):
             self._line("placement", placed)
         if plan.host_note is not None:
             self.note(plan.host_note)
-        if not plan.fits:
+        if plan.missing_bytes:
             self.note(
                 f"the plan is {size(plan.missing_bytes)} above what is "
                 f"available: lower {plan.lower_length}, or see what `qlora-kit plan` with the same "

@@ -88,6 +88,8 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
         terminal.show(_longest_table(answer.longest))
         if any(one.is_most for one in answer.longest):
             terminal.print(f"{LIMIT} all of the model's context")
+        if any(not one.tokens for one in answer.longest):
+            terminal.print("- fits at no length")
     if answer.errors is not None:
         _print_errors(answer.errors, terminal)
 
@@ -101,6 +103,13 @@ def _print_fit(answer: Answer, terminal: Terminal) -> None:
         if plan.margin_bytes:
             margin = f"of which {size(plan.margin_bytes)} are kept free"
         terminal.print(word, f": {size(plan.peak_bytes)} of {size(plan.budget_bytes)}, {margin}")
+    if plan.host_budget_bytes is not None:
+        verdict = "do not fit" if plan.missing_on_host_bytes else "fit"
+        free = size(plan.host_budget_bytes)
+        terminal.print(f"on the host {size(plan.host['step'])} {verdict}: {free} are free")
+        if plan.host_wanted_bytes is not None:
+            wanted = size(plan.host_wanted_bytes)
+            terminal.print(f"with {wanted} free on the host it would fit on the device")
     for one in answer.suggestions:
         terminal.print(f"  {one.change}: {size(one.plan.peak_bytes)}")
     if not plan.fits and not answer.suggestions:
@@ -116,14 +125,19 @@ def _print_time(answer: Answer, terminal: Terminal) -> None:
     shown = ((kind, taken / time.total_s) for kind, taken in parts)
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in shown if share >= LEAST_SHOWN)
     terminal.print(
-        f"about {time.tokens_per_s:,.0f} tokens/s on {time.card}, {time.total_s:.3g} s a step of "
-        f"{time.tokens:,} tokens: {shares}"
+        f"about {time.tokens_per_s:,.0f} tokens/s on {time.card}, {_length(time.total_s)} a step "
+        f"of {time.tokens:,} tokens: {shares}"
     )
     if answer.hours is not None:
-        short = answer.hours < 1
-        length = f"{answer.hours * 60:.2g} minutes" if short else f"{answer.hours:.3g} hours"
-        terminal.print(f"about {length} for the run")
+        terminal.print(f"about {_length(answer.hours * 3600)} for the run")
     terminal.print("times are an estimate from a table of cards, measured on none of them yet")
+
+
+def _length(seconds: float) -> str:
+    """A time in words, in the unit that it is in best."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.2g} minutes" if seconds < 3600 else f"{seconds / 3600:,.3g} hours"
 
 
 def _print_errors(errors: QuantizationErrors, terminal: Terminal) -> None:
@@ -185,18 +199,22 @@ def _longest_table(found: Sequence[Longest]) -> Table:
 
     table = Table(title="longest rows that fit", title_justify="left", show_edge=False)
     levels = list(dict.fromkeys(one.level for one in found))
-    for title in ("placement", *levels):
+    for title in ("placement", *levels, "host memory"):
         table.add_column(title, justify="left" if title == "placement" else "right")
     for placement in dict.fromkeys(one.plan.placement for one in found):
         tokens = {one.level: one for one in found if one.plan.placement == placement}
-        shown = (
-            f"{tokens[level].tokens:,}{f' {LIMIT}' if tokens[level].is_most else ''}"
-            if level in tokens
-            else "-"
-            for level in levels
-        )
-        table.add_row(placement.words or "all on the device", *shown)
+        shown = (_rows(tokens[level]) if level in tokens else "" for level in levels)
+        last = tokens[levels[-1]]
+        host = size(last.plan.host_peak_bytes) if last.tokens else ""
+        table.add_row(placement.words or "all on the device", *shown, host)
     return table
+
+
+def _rows(found: Longest) -> str:
+    """The length of its rows, marked where it is the context."""
+    if not found.tokens:
+        return "-"
+    return f"{found.tokens:,}{f' {LIMIT}' if found.is_most else ''}"
 
 
 def _speed_table(grid: Sequence[Cell]) -> Table:

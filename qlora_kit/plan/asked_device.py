@@ -8,7 +8,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.cards import find_card
-from qlora_kit.device.found import available_bytes, card_of, find_device, has_card
+from qlora_kit.device.found import available_bytes, card_of, find_device, free_bytes, has_card
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.checks import size_bytes
 from qlora_kit.plan.step_time import Clock
@@ -57,3 +57,12 @@ def asked_budget(device: str, training: TrainingConfig, asked: PlanConfig) -> in
         return min(given)
     here = device == "cpu" or has_card()
     return available_bytes(torch.device(device)) if here else None
+
+
+def asked_host(device: str, asked: PlanConfig) -> int | None:
+    """What the host of the card has free, where that is this machine and its card; else None."""
+    if asked.device_memory is not None or not has_card():
+        return None
+    if asked.card is not None and card_of(torch.device(device)) != find_card(asked.card):
+        return None
+    return free_bytes(torch.device("cpu"))

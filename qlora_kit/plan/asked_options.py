@@ -12,7 +12,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.lora.targets import auto_note
 from qlora_kit.options.parsed import Parsed
-from qlora_kit.plan.asked_device import asked_budget, asked_clock, asked_device
+from qlora_kit.plan.asked_device import asked_budget, asked_clock, asked_device, asked_host
 from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
 from qlora_kit.plan.micro_batch import fastest_rows
 from qlora_kit.plan.plan import Planner
@@ -43,7 +43,8 @@ def asked_options(parsed: Parsed) -> Asked:
     clock = asked_clock(device, asked)
     if clock is not None and not clock.card.has_bf16 and base.dtype == "auto":
         base = replace(base, dtype="fp16")
-    planner = Planner(base, lora, training, device, clock=clock)
+    host = asked_host(device, asked)
+    planner = Planner(base, lora, training, device, clock=clock, host_bytes=host)
     # Both groups have the option, and the first one of them is given it.
     data = replace(parsed[DataConfig], max_length=asked.max_length)
     length = data.length_in(planner.run.context)

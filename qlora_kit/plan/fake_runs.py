@@ -38,7 +38,8 @@ class FakeRuns:
         capability: Capability | None,
     ) -> None:
         self.device = torch.device(device) if device else find_device(base.device)
-        self.placements = training.placements_on(has_own_memory(self.device))
+        self.own_memory = has_own_memory(self.device)
+        self.placements = training.placements_on(self.own_memory)
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         self._lora = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._config, self._training, self._capability = base, training, capability

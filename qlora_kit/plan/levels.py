@@ -15,7 +15,7 @@ between host and device, at `WORK_OF_A_BYTE`.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import nn
 
 from qlora_kit.config.training import RECOMPUTE_LEVELS
 from qlora_kit.data.batch import Batch
-from qlora_kit.memory.counter import Interval
+from qlora_kit.memory.counter import HOST, Interval, Sizes
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.plan.step_time import Clock
 from qlora_kit.plan.work import moved_bytes
@@ -32,6 +32,10 @@ WORK_OF_A_BYTE = 2000
 """Multiply-adds that are done while a byte goes to or from the host, where no card is known: the
 median of `device/cards.py`, from 500 (RTX 3060) to 7,800 (H100). Copies hide behind work, so that
 this is rather too much."""
+
+PASSES = 2
+"""Forward passes that a step without recomputing is worth: backward through frozen weights has no
+gradient of them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Chosen:
         """The most bytes of tensors at once."""
         return max(interval.peak for interval in self.intervals)
 
+    @property
+    def host_peak(self) -> int:
+        """The most bytes of a host beside the device at once."""
+        return max(interval.largest.get(HOST, 0) for interval in self.intervals)
+
 
 def choose_levels(
     run: FakeRun,
@@ -53,6 +62,7 @@ def choose_levels(
     budget: int | None,
     clock: Clock | None = None,
     known: dict[tuple[str, ...], Chosen] | None = None,
+    host_budget: int | None = None,
 ) -> Chosen:
     """The fastest levels whose passes stay within `budget` bytes of tensors.
 
@@ -60,6 +70,9 @@ def choose_levels(
     everything; where `full` does not fit all are `full`. On very short rows with large adapters and
     no accumulation that is not the least: `selective` may take some megabytes less. What was traced
     for another budget is taken from `known`, and added to it.
+
+    What a layer at `selective` keeps on the host is some times what `full` keeps there: it is taken
+    within `host_budget` bytes of the host's memory, and not where nobody knows what it has free.
     """
     count = len(run.layers)
     made = {} if known is None else known
@@ -78,15 +91,16 @@ def choose_levels(
         return most
     between = traced(["selective"] * count)
     traces = {"none": least, "selective": between, "full": most}
-    ledger = _Ledger(run, traces)
+    too_much = _too_much(run, traces, budget, host_budget)
+    may_select = host_budget is not None or not run.placement.activations_on_host
     cost = _costs(run, micro_batches, traces, clock)
     mixes = []
     for keeping in range(count):
         # The largest number of selective layers that fits beside `keeping` others.
         fitting = bisect.bisect_right(
-            range(count - keeping + 1),
-            budget,
-            key=lambda selective, keeping=keeping: ledger.peak(selective, keeping),  # type: ignore[misc]
+            range(count - keeping + 1 if may_select else 1),
+            False,
+            key=lambda selective, keeping=keeping: too_much(selective, keeping),  # type: ignore[misc]
         )
         if fitting:
             selective = fitting - 1
@@ -95,9 +109,24 @@ def choose_levels(
             mixes.append((taken, keeping, selective))
     for _, keeping, selective in sorted(mixes):
         found = traced(_levels(count, selective, keeping))
-        if found.peak <= budget:
+        if found.peak <= budget and (host_budget is None or found.host_peak <= host_budget):
             return found
     return most
+
+
+def _too_much(
+    run: FakeRun, traces: dict[str, Chosen], budget: int, host_budget: int | None
+) -> Callable[[int, int], bool]:
+    """Whether a mix of so many layers at `selective` and at `none` takes more than there is."""
+    ledger = _Ledger(traces, run, run.total)
+    on_host = _Ledger(traces, run, lambda sizes: sizes.get(HOST, 0))
+
+    def too_much(selective: int, keeping: int) -> bool:
+        if ledger.peak(selective, keeping) > budget:
+            return True
+        return host_budget is not None and on_host.peak(selective, keeping) > host_budget
+
+    return too_much
 
 
 def _costs(
@@ -120,14 +149,14 @@ def _costs(
     return costs
 
 
-def work_added(run: FakeRun, chosen: Chosen, tokens: int, length: int) -> float:
-    """What a micro-batch costs beside a forward and a backward pass, in multiply-adds."""
+def work_of(run: FakeRun, chosen: Chosen, tokens: int, length: int) -> float:
+    """What a micro-batch costs, in multiply-adds: its passes, what is done again and moved."""
     redone = sum(
         layer_work(layer, level, length, run.fused)
         for layer, level in zip(run.layers, chosen.levels, strict=True)
     )
     moved = sum(moved_bytes(interval.work) for interval in chosen.intervals)
-    return redone * tokens + moved * WORK_OF_A_BYTE
+    return (PASSES * _forward_work(run, length) + redone) * tokens + moved * WORK_OF_A_BYTE
 
 
 def _moved(intervals: Sequence[Interval], names: Sequence[str]) -> dict[str, int]:
@@ -172,8 +201,11 @@ def recomputed_share(run: FakeRun, levels: Sequence[str], length: int) -> float:
         layer_work(layer, level, length, run.fused)
         for layer, level in zip(run.layers, levels, strict=True)
     )
-    forward = sum(_linear_work(layer) + _attention_work(layer, length) for layer in run.layers)
-    return recomputed / forward
+    return recomputed / _forward_work(run, length)
+
+
+def _forward_work(run: FakeRun, length: int) -> int:
+    return sum(_linear_work(layer) + _attention_work(layer, length) for layer in run.layers)
 
 
 class _Ledger:
@@ -183,24 +215,28 @@ class _Ledger:
     forward through each layer, head and loss, backward through each layer. So the ledger has an
     entry for each interval: the layer that it is of (None for embedding, norm and head), and for
     each level two numbers, `over` and `added`: by how much the interval's peak is above the bytes
-    at its beginning, and by how much its end is. What a layer allocates depends on its own level
-    alone, so the entry of its level holds beside layers of any other level.
+    at its beginning, and by how much its end is. Bytes are those that `total` finds. What a
+    layer allocates depends on its own level alone, so the entry of its level holds beside layers of
+    any other level.
 
     The peak of a mix is then a walk: begin with the bytes before the step, take each interval's
     entry at the level of its layer, look at `now + over`, go on with `now + added`.
     """
 
-    def __init__(self, run: FakeRun, traces: dict[str, Chosen]) -> None:
+    def __init__(
+        self, traces: dict[str, Chosen], run: FakeRun, total: Callable[[Sizes], int]
+    ) -> None:
+        own = total == run.total
         self._count = len(run.layers)
         layers = {name: number for number, name in enumerate(run.names)}
-        self._begin = run.total(traces["none"].intervals[0].start)
+        self._begin = total(traces["none"].intervals[0].start)
         self._entries = [
             (
                 layers.get(intervals[0].module),
                 {
                     level: (
-                        interval.peak - run.total(interval.start),
-                        run.total(interval.end) - run.total(interval.start),
+                        (interval.peak if own else total(interval.largest)) - total(interval.start),
+                        total(interval.end) - total(interval.start),
                     )
                     for level, interval in zip(traces, intervals, strict=True)
                 },

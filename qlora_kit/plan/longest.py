@@ -39,6 +39,7 @@ class Longest:
             "placement": asdict(self.plan.placement),
             "tokens": self.tokens,
             "peak_bytes": self.plan.peak_bytes,
+            "host_peak_bytes": self.plan.host_peak_bytes,
             "is_context": self.is_most,
         }
 
@@ -113,7 +114,11 @@ def _crossing(found: dict[int, MemoryPlan], budget_bytes: int) -> int:
     """Where the line through the two plans nearest to the budget meets it."""
 
     def over(length: int) -> int:
-        return found[length].peak_bytes + found[length].margin_bytes - budget_bytes
+        plan = found[length]
+        over_device = plan.peak_bytes + plan.margin_bytes - budget_bytes
+        if plan.host_budget_bytes is None:
+            return over_device
+        return max(over_device, plan.host["step"] - plan.host_budget_bytes)
 
     first, second = sorted(found, key=lambda length: abs(over(length)))[:2]
     rise = over(second) - over(first)

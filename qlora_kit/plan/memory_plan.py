@@ -12,6 +12,7 @@ from qlora_kit.config.training import ON_DEVICE, Placement
 from qlora_kit.device.found import free_bytes
 from qlora_kit.device.target import has_own_memory
 from qlora_kit.memory.counter import Sizes
+from qlora_kit.options.checks import size_text
 from qlora_kit.plan.step_time import StepTime
 
 
@@ -42,12 +43,15 @@ class MemoryPlan:
     those of the decoder layers, `recomputed` the share of a forward pass's work that backward does
     again. A run fits where `margin_bytes` stay free beside its peak. The micro-batch that is
     planned has `tokens` tokens, padding included; it moves `moved_bytes` between host and device,
-    and what is done beside its two passes is worth `work_added` multiply-adds. `optim` names the
+    and all that it does is worth `work` multiply-adds. `optim` names the
     optimizer; `why_optim` says why that one, where `auto` left more than one to choose from. `time`
     is estimated for a known card. `placement` is what a run is prepared with, `in_effect` what of
     it lies on the host or is done in pieces then; where the one that costs less did not fit, its
-    peak is `peak_bytes_without`. `fitting_length` has the tokens of the longest rows that fit,
-    where these do not; `host_note` says where the host has less free than it needs.
+    peak is `peak_bytes_without`. Where another one, `slower`, fits with less on the host, the step
+    takes a share of `gain` less than with that. Of the host a step may take `host_budget_bytes`,
+    where that is known; `host_wanted_bytes` is what another placement would take that fits but for
+    the host. `fitting_length` has the tokens of the longest rows that fit, where these do not;
+    `host_note` says where the host has less free than it needs.
     """
 
     bytes: Sizes
@@ -70,9 +74,13 @@ class MemoryPlan:
     in_effect: Placement = ON_DEVICE
     peak_bytes_without: int | None = None
     moved_bytes: int = 0
-    work_added: float = 0.0
+    work: float = 0.0
     fitting_length: int | None = None
     host_note: str | None = None
+    host_budget_bytes: int | None = None
+    host_wanted_bytes: int | None = None
+    slower: Placement | None = None
+    gain: float = 0.0
 
     @property
     def host_peak_bytes(self) -> int:
@@ -87,9 +95,24 @@ class MemoryPlan:
         return max(0, self.peak_bytes + self.margin_bytes - self.budget_bytes)
 
     @property
+    def missing_on_host_bytes(self) -> int:
+        """What a step takes of the host above what it has free; 0 where that is not known."""
+        if self.host_budget_bytes is None:
+            return 0
+        return max(0, self.host["step"] - self.host_budget_bytes)
+
+    @property
     def fits(self) -> bool:
-        """Whether peak and margin are within the budget; true where there is none."""
-        return not self.missing_bytes
+        """Whether peak and margin are within the budget, and the host's part within what it has.
+
+        True where neither is known.
+        """
+        return not self.missing_bytes and not self.missing_on_host_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        """What a step takes of a host whose memory is not the device's."""
+        return self.host["step"] if has_own_memory(torch.device(self.device)) else 0
 
     @property
     def place(self) -> str:
@@ -111,9 +134,15 @@ class MemoryPlan:
 
     def placed(self, shown: Callable[[int], str] = "{} bytes".format) -> str:
         """What lies where, in a sentence; empty where everything is on the device, at once."""
-        if self.peak_bytes_without is None:
-            return self.in_effect.words
-        return f"{self.in_effect.words}: else {shown(self.peak_bytes_without)}"
+        said, words = [], self.in_effect.words
+        if self.slower is not None:
+            other = self.slower.words or "all on the device"
+            said.append(f"faster as planned by {self.gain:.0%} than {other}, which fits too")
+        if self.peak_bytes_without is not None:
+            without = " and without tiles" if self.in_effect.mlp_tiled else ""
+            peak = shown(self.peak_bytes_without)
+            said.append(f"with all on the device{without} the peak would be {peak}")
+        return f"{words}: {'; '.join(said)}" if said else words
 
     @property
     def lower_length(self) -> str:
@@ -146,6 +175,7 @@ class MemoryPlan:
             "why_optim": self.why_optim,
             "placement": asdict(self.in_effect),
             "peak_bytes_without": self.peak_bytes_without,
+            "host_budget_bytes": self.host_budget_bytes,
             "moved_bytes": self.moved_bytes,
         }
         if self.time is not None:
@@ -159,7 +189,7 @@ def note_of_host(plan: MemoryPlan) -> str | None:
     if not has_own_memory(torch.device(plan.device)) or plan.host_peak_bytes <= free:
         return None
     return (
-        f"{plan.host_peak_bytes} bytes of the host's memory are needed, and {free} are free here: "
-        "close other programs, or leave less to the host (--no_offload_base, "
+        f"{size_text(plan.host_peak_bytes)} of the host's memory are needed, and {size_text(free)} "
+        "are free here: close other programs, or leave less to the host (--no_offload_base, "
         "--no_offload_activations, --no_offload_embedding)"
     )

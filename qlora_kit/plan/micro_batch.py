@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qlora_kit.plan.choose import HOST_GAIN, takes_more_of_host
 from qlora_kit.plan.memory_plan import MemoryPlan
 
 LEAST_GAIN = 0.02
@@ -24,15 +25,18 @@ def fastest_rows(
     """The rows of a micro-batch, a divisor of `step_rows`; 1 where nothing more fits.
 
     `plan_of` says whether a micro-batch of so many rows fits, `seconds_of` what a step then takes.
-    It is asked for more and more rows, until they do not fit or gain little.
+    It is asked for more and more rows, until they do not fit or gain little; for what takes more of
+    the host's memory they have to gain more.
     """
-    best, least = 1, seconds_of(1, plan_of(1))
+    first = plan_of(1)
+    best, before, least = 1, first, seconds_of(1, first)
     for rows in (rows for rows in range(2, step_rows + 1) if step_rows % rows == 0):
         plan = plan_of(rows)
         if not plan.fits:
             break
         seconds = seconds_of(rows, plan)
-        if seconds > (1 - LEAST_GAIN) * least:
+        gain = HOST_GAIN if takes_more_of_host([plan], [before]) else LEAST_GAIN
+        if seconds > (1 - gain) * least:
             break
-        best, least = rows, seconds
+        best, before, least = rows, plan, seconds
     return best

@@ -33,7 +33,8 @@ class Planner:
     """Plans of one base, its adapters and its optimizer, for any micro-batch and any levels.
 
     Of a base that a run has `opened` no file is opened again. With a `clock` plans say the time of
-    a step, and `auto` goes by it.
+    a step, and `auto` goes by it. `host_bytes` are what a run may take of the host beside a card,
+    where that is known: what takes more does not fit.
 
     Errors of the constructor: `ConfigError`, `ModelError`, `UnsafeInputError`, `ResourceError`.
     """
@@ -47,11 +48,13 @@ class Planner:
         *,
         opened: Base | None = None,
         clock: Clock | None = None,
+        host_bytes: int | None = None,
     ) -> None:
         capability = None if clock is None else clock.capability
         self._runs = FakeRuns(base, lora, training, device, opened, capability)
         self.device, self.clock, self.training = self._runs.device.type, clock, training
         self.placements = self._runs.placements
+        self.host_bytes = host_bytes if self._runs.own_memory else None
         self._made: dict[Any, MemoryPlan] = {}
         self._traced: dict[Any, dict[tuple[str, ...], Chosen]] = {}
         shape = self._runs.base
@@ -145,13 +148,14 @@ class Planner:
             budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
             key = self.run.placement, self.run.optim, shape, micro_steps
             known = self._traced.setdefault(key, {})
-            chosen = choose_levels(self.run, batches, budget, self.clock, known)
+            chosen = choose_levels(self.run, batches, budget, self.clock, known, self.host_bytes)
         else:
             levels = (level,) * len(self.run.layers)
             chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
         tokens = batches[-1]["input_ids"].numel()
         plan = sum_up(self.run, chosen, shape, tokens, self.overhead, budget_bytes)
-        return replace(plan, time=self._timed(chosen.intervals, micro_steps, tokens))
+        time = self._timed(chosen.intervals, micro_steps, tokens)
+        return replace(plan, time=time, host_budget_bytes=self.host_bytes)
 
     def time(self, shape: BatchShape, plan: MemoryPlan, micro_steps: int) -> StepTime | None:
         """What a step of such micro-batches takes, run as a plan says, where there is a clock."""
@@ -177,4 +181,4 @@ class Planner:
 
 def _cost(plan: MemoryPlan) -> float:
     """What plans of one micro-batch are compared by: time, or work where the card is not known."""
-    return plan.work_added if plan.time is None else plan.time.total_s
+    return plan.work if plan.time is None else plan.time.total_s

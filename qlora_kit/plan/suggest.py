@@ -87,7 +87,12 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
         key = _made(changed)
         if key not in planners:
             planners[key] = Planner(
-                changed.base, changed.lora, changed.training, device, clock=planner.clock
+                changed.base,
+                changed.lora,
+                changed.training,
+                device,
+                clock=planner.clock,
+                host_bytes=planner.host_bytes,
             )
         training = changed.training
         return planners[key].plan(

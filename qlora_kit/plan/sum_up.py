@@ -8,7 +8,7 @@ from qlora_kit.device.found import Overhead
 from qlora_kit.memory.counter import COMPONENTS, HOST, Interval, Sizes, most_of_each
 from qlora_kit.plan.fake_model import IDLE
 from qlora_kit.plan.fake_run import FakeRun
-from qlora_kit.plan.levels import Chosen, recomputed_share, work_added
+from qlora_kit.plan.levels import Chosen, recomputed_share, work_of
 from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
 from qlora_kit.plan.work import moved_bytes
 
@@ -57,7 +57,7 @@ def sum_up(
         margin_bytes=overhead.margin(highest.peak),
         tokens=tokens,
         moved_bytes=sum(moved_bytes(one.work) for one in chosen.intervals),
-        work_added=work_added(run, chosen, tokens, shape.length),
+        work=work_of(run, chosen, tokens, shape.length),
     )
 
 

@@ -35,7 +35,7 @@ def planned_run(
     plan = replace(plan, host_note=note_of_host(plan))
     if not plan.fits:
         plan = replace(plan, fitting_length=plans.fitting_length(plan))
-    if budget is not None and not plan.fits and training.gradient_checkpointing == "auto":
+    if budget is not None and plan.missing_bytes and training.gradient_checkpointing == "auto":
         margin = f" and a margin of {plan.margin_bytes}" if plan.margin_bytes else ""
         raise ConfigError(
             f"memory_budget {training.memory_budget} is {plan.missing_bytes} bytes below what the "

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from qlora_kit.base.base import Base
 from qlora_kit.config.run import RunConfig
 from qlora_kit.config.training import Placement
 from qlora_kit.data.batch import lengths_of
 from qlora_kit.data.schedule import StepSchedule
-from qlora_kit.device.found import card_of
+from qlora_kit.device.found import card_of, free_bytes
 from qlora_kit.plan.longest import longest_rows
 from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
 from qlora_kit.plan.micro_batch import fastest_rows
@@ -23,7 +24,8 @@ from qlora_kit.plan.step_time import Clock
 class RunPlans:
     """Plans of a run whose options are resolved; `rank` is the largest of its adapters.
 
-    They are those of the largest micro-batches of its steps, every token trained on.
+    They are those of the largest micro-batches of its steps, every token trained on. Beside what is
+    free on the host they may take `held_bytes` there, which this run has already.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class RunPlans:
         schedule: StepSchedule,
         rank: int,
         clock: Clock | None = None,
+        held_bytes: int = 0,
     ) -> None:
         if clock is None and (card := card_of(base.device)) is not None:
             clock = Clock(card)
@@ -42,6 +45,7 @@ class RunPlans:
             config.training,
             opened=base,
             clock=clock,
+            host_bytes=free_bytes(torch.device("cpu")) + held_bytes,
         )
         self.schedule = schedule
 

@@ -95,7 +95,10 @@ class Replan:
             with torch.random.fork_rng([]):
                 if self._plans is None:
                     rank = max(plan.ranks.values())
-                    self._plans = RunPlans(plan.config, plan.base, plan.schedule, rank)
+                    held = self.memory.beside_bytes
+                    self._plans = RunPlans(
+                        plan.config, plan.base, plan.schedule, rank, held_bytes=held
+                    )
                 own_memory = has_own_memory(plan.base.device)
                 places = plan.config.training.placements_from(self.memory.placement, own_memory)
                 return self._plans.within(budget_bytes, self.memory.optim, places)

@@ -19,7 +19,7 @@ from qlora_kit.plan.levels import WORK_OF_A_BYTE
 from qlora_kit.plan.longest import STEP, longest_rows
 from qlora_kit.plan.memory_plan import BatchShape
 from qlora_kit.plan.plan import Planner
-from qlora_kit.plan.step_time import interval_seconds, seconds_of
+from qlora_kit.plan.step_time import Clock, interval_seconds, seconds_of
 from qlora_kit.plan.suggest import Options, suggest
 from qlora_kit.plan.work import TRANSFER, Work
 
@@ -63,7 +63,7 @@ def test_what_fits_on_the_device_stays_there(planner):
     assert found.fits
     assert found.placement != ON_DEVICE
     assert found.peak_bytes_without == full.peak_bytes
-    assert found.placed().endswith(f": else {full.peak_bytes} bytes")
+    assert found.placed().endswith(f" the peak would be {full.peak_bytes} bytes")
     least = planner.plan(ROW, "full", 1)
     assert not least.fits
     assert least.placement == planner.placements[-1]
@@ -103,6 +103,62 @@ def test_more_is_moved_only_where_the_step_gets_faster(planner):
     assert chosen([5, 4, 3, 3, 1], 1) == 2
     assert chosen([5, 4, 5, 3, 1], 1) == 1
     assert chosen([5, 4, 3, 2, 1], 9) == 4
+
+
+def test_memory_of_the_host_is_taken_for_a_gain_that_is_worth_it(planner):
+    """Of 5 % a step down; what is more than the host has does not fit, and the plan says so."""
+    least = planner.plan(ROW, "full", 1)
+    places, gib = planner.placements, 2**30
+
+    def chosen(costs, hosts, room=None, fitting=1):
+        cost = dict(zip(places, costs, strict=True))
+
+        def plans_of(one, name):
+            where = places.index(one)
+            host, budget = {"load": 0, "step": hosts[where] * gib}, None if where >= fitting else 1
+            room_bytes = None if room is None else room * gib
+            changed = {"host": host, "budget_bytes": budget, "host_budget_bytes": room_bytes}
+            return [replace(least, placement=one, in_effect=one, recomputed=0.5, **changed)]
+
+        (plan,) = choose(places, ["adamw"], plans_of, lambda plan: cost[plan.placement], True)
+        return places.index(plan.placement), plan
+
+    rising = [0, 0, 1, 20, 40]
+    assert chosen([100, 100, 99, 97, 96], rising)[0] == 1
+    found, plan = chosen([100, 100, 99, 80, 79], rising)
+    assert found == 3
+    assert "faster as planned by 20% than MLPs in tiles, which fits too" in plan.placed()
+    assert chosen([100, 100, 99, 80, 60], rising)[0] == 4
+    assert chosen([100, 100, 99, 80, 60], rising, room=20)[0] == 3
+    assert chosen([100, 100, 99, 97, 96], [0] * 5)[0] == 4  # for nothing any gain is taken
+    found, plan = chosen([5, 4, 3, 2, 1], rising, room=30, fitting=4)
+    assert (found, plan.fits, plan.host_wanted_bytes) == (3, False, 40 * gib)
+
+
+def test_what_the_host_has_free_is_a_limit_where_it_is_known(config):
+    """Layers whose inputs move are selective within it; not where nobody knows it."""
+    training = TrainingConfig(optim="adamw", offload_activations=True, batch_size=1)
+    clock, row = Clock(CARDS["rtx3060"]), BatchShape(1, 16384, 16384)
+    unknown = Planner(config, LoRAConfig(), training, "cuda", clock=clock)
+    where = unknown.placements[0]
+    full, selective, none = (
+        unknown.plan(row, level, placement=where) for level in ("full", "selective", "none")
+    )
+    budget = max(map(needs, (full, selective))) + 1_000_000
+    assert budget < needs(none)
+    assert selective.beside_bytes > full.beside_bytes > 0
+    assert "selective" not in unknown.plan(row, "auto", budget, placement=where).levels
+    for room in (full.beside_bytes, full.beside_bytes + 1, 10**12):
+        known = Planner(config, LoRAConfig(), training, "cuda", clock=clock, host_bytes=room)
+        plan = known.plan(row, "auto", budget, placement=where)
+        assert plan.fits
+        assert plan.beside_bytes <= room
+    assert "selective" in plan.levels
+    less = Planner(
+        config, LoRAConfig(), training, "cuda", clock=clock, host_bytes=full.beside_bytes - 1
+    )
+    plan = less.plan(row, "full", budget, placement=where)
+    assert (plan.fits, plan.missing_bytes, plan.missing_on_host_bytes) == (False, 0, 1)
 
 
 def test_the_longest_rows_fit_and_longer_ones_do_not(planner):
@@ -187,7 +243,10 @@ def test_the_command_says_what_it_chose(config, capsys):
     }
     assert longest["full", True] > longest["full", False] >= 4096 - 64
     assert main([*options, less, *kept]) == 0
-    assert "placement: MLPs in tiles: else " in capsys.readouterr().out
+    assert (
+        "placement: MLPs in tiles: with all on the device and without tiles the peak would be "
+        in capsys.readouterr().out
+    )
 
 
 def test_no_tiles_are_planned_of_layers_that_are_no_block(tmp_path):

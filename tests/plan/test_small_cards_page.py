@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_kit.base.source import SHORT_NAMES
 from qlora_kit.commands.plan import main
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
@@ -29,12 +30,19 @@ def test_its_options_exist():
     assert {name.removeprefix("no_") for name in named} <= known.keys()
 
 
+def test_its_models_have_names():
+    """As they are typed; the plans below are of the same shape."""
+    names = re.findall(r"--model (\S+)", PAGE)
+    assert len(names) == len(LINES) > 0
+    assert {*names} <= SHORT_NAMES.keys()
+
+
 @pytest.mark.skipif(DATA is None, reason="QLORA_KIT_DATA is not set")
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split()[-1])
 def test_its_plans_fit(line, tmp_path, capsys):
     """Of the shape that they name, whole."""
     options = shlex.split(line)[2:]
     shape = Path(DATA) / "configs" / "llama3_1_8b.json"
-    options[options.index("llama-8b")] = str(shape)
+    options[options.index("llama3.1-8b")] = str(shape)
     assert main([*options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]

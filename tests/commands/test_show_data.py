@@ -388,7 +388,7 @@ def test_what_a_run_would_refuse_is_shown_with_the_reason(capsys, model, tmp_pat
     ):
         done = run(capsys, "--model", model, "--data", path, *options, *more, code=3)
         assert said in done.err.splitlines()[-1]
-        assert f"{kept} rows, " in done.out
+        assert f"{kept} row{'' if kept == 1 else 's'}, " in done.out
         assert "skipped: prompt longer than max_length" in done.out
         report = json.loads(
             run(capsys, "--model", model, "--data", path, *options, *more, "--json", code=3).out

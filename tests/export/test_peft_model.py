@@ -217,6 +217,15 @@ def dpo(model: Any, base: Base, folder: Path) -> Any:
     )
 
 
+def plain(model: Any, base: Base, folder: Path) -> Any:
+    """transformers' own trainer, on rows that are tokens already."""
+    tokens = [base.tokenizer.encode(one["prompt"] + one["chosen"])[:8] for one in PAIRS]
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens if len(ids) == 8]
+    assert len(rows) > 8
+    options = transformers.TrainingArguments(**settings(folder))
+    return transformers.Trainer(model=model, args=options, train_dataset=Dataset.from_list(rows))
+
+
 def settings(folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "trainer"),
@@ -232,8 +241,8 @@ def settings(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("make", [sft, dpo])
-def test_trainers_of_trl_train_it_and_save_what_everyone_reads(
+@pytest.mark.parametrize("make", [plain, sft, dpo])
+def test_trainers_of_transformers_and_trl_train_it_and_save_what_everyone_reads(
     make: Callable[..., Any], tmp_path: Path
 ) -> None:
     base = adapted("tiny", 4)

@@ -17,7 +17,7 @@ class ShowConfig(Options):
 
     title: typing.ClassVar[str] = "what is shown"
 
-    rows: int = option(3, "show this many rows, token by token", check=between(0, 10**4))
+    rows: int = option(3, "show this many rows, or pairs, token by token", check=between(0, 10**4))
     batch_size: int = option(
         8,
         "rows of a batch, for the share of padding",

@@ -150,7 +150,8 @@ def report_of(
         packs=packs,
         padding_note=padding_note(tokenizer),
         bins=_bins(lengths.tolist()),
-        rows=tuple(shown[:count]),
+        # Of a pair both answers, of a long text not all parts.
+        rows=tuple(shown if encoded.pairs else shown[:count]),
         refusal=refusal or encoded.refusal or (held_out.refusal if held_out else None),
     )
 

@@ -12,7 +12,8 @@ an answer, and s the share of pairs that are taken to be labelled the wrong way:
 The log-probabilities of the reference are no part of a step: they are computed once, and each batch
 has those of its rows. Neither are logits: `cross_entropy_tokens` has a chunk of them at a time.
 
-Left out: where pairs come from (`data/pairs.py`) and when references are computed (`run/pairs.py`).
+Left out: where pairs come from (`data/pairs.py`) and when references are computed
+(`run/reference.py`).
 """
 
 from __future__ import annotations

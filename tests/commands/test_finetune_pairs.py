@@ -141,10 +141,9 @@ def test_pairs_are_no_rows_to_evaluate_on(finished, capsys):
 
 
 def test_show_data_shows_both_answers(inputs, capsys):
-    assert show_data([*inputs[:4], "--rows", "2", "--token_cache", "none"]) == 0
+    assert show_data([*inputs[:4], "--rows", "3", "--token_cache", "none"]) == 0
     shown = capsys.readouterr().out
-    assert "(chosen)" in shown
-    assert "(rejected)" in shown
+    assert shown.count("(chosen)") == shown.count("(rejected)") == 3
     assert "pairs," in shown
     assert "--packing" not in shown
 

@@ -42,7 +42,7 @@ def mistral3(checkpoints, tmp_path):
 
 
 def options(directory, bits=16):
-    return BaseConfig(str(directory), None, bits, None, None, "fp32", "cpu", False)
+    return BaseConfig(str(directory), bits=bits, dtype="fp32", device="cpu")
 
 
 def logits(model):

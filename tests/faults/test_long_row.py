@@ -31,6 +31,7 @@ def long_job(server, tmp_path_factory) -> Job:
     job = Job(directory, server)
     job = job.having("--data", str(directory / "rows.jsonl"), "--eval_fraction", "0")
     job = job.having("--eval_steps", "0", "--max_length", "4096", "--max_steps", "30")
+    job = job.having("--tiled_mlp", "false")  # in tiles the row fits
     return replace(job, arguments=(*job.arguments, "--batch_size", str(BATCH)))
 
 

@@ -91,7 +91,8 @@ def test_an_interrupted_call_loses_nothing_and_goes_on_with_the_same_rows(place,
     handler, output = signal.getsignal(signal.SIGINT), place / "interrupted"
 
     def interrupt():
-        while not (output / "checkpoint-2").exists():
+        # Any of them: an early one may be pruned before it is seen.
+        while not any(output.glob("checkpoint-*")):
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 

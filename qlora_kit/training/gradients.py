@@ -48,13 +48,13 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     return norm
 
 
-def clip_and_step(
-    optimizer: torch.optim.Optimizer,
-    trained: Sequence[nn.Parameter],
-    max_grad_norm: float,
-    grad_norm: Tensor,
-) -> None:
-    """The optimizer's step on gradients of norm `grad_norm`, clipped to another one before."""
+def clipped(
+    trained: Sequence[nn.Parameter], max_grad_norm: float, grad_norm: Tensor
+) -> Iterator[None]:
+    """Gradients of norm `grad_norm` clipped to another one: each time that some are fp32.
+
+    The caller steps the optimizer each time: once, or for each piece of those kept in bf16.
+    """
     gradients = {
         parameter: parameter.grad
         for parameter in trained
@@ -62,7 +62,7 @@ def clip_and_step(
     }
     if not gradients:
         nn.utils.clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
-        optimizer.step()
+        yield
         return
     # An optimizer steps the parameters that have a gradient, each by itself.
     for parameter in gradients:
@@ -74,7 +74,7 @@ def clip_and_step(
                 parameter.grad_dtype = parameter.dtype
                 parameter.grad = gradients.pop(parameter).to(parameter.dtype)
             nn.utils.clip_grads_with_norm_(piece, max_grad_norm, grad_norm)
-            optimizer.step()
+            yield
         finally:
             for parameter, dtype in zip(piece, dtypes, strict=True):
                 parameter.grad, parameter.grad_dtype = None, dtype

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlora_kit.training.gradients import clip_and_step, total_norm
+from qlora_kit.training.gradients import clipped, total_norm
 from qlora_kit.training.host_gradients import come_back
 from qlora_kit.training.loss import SUPERVISED_TOKENS, Objective, to_device
 from qlora_kit.training.loss_scale import LossScale
@@ -182,7 +182,8 @@ def train_step(
     # gradients torch's is on the host.
     grad_norm = total_norm(grads).to(means.device)
     if before_step is None or before_step(step, means, grad_norm):
-        clip_and_step(optimizer, trained, max_grad_norm, grad_norm)
+        for _ in clipped(trained, max_grad_norm, grad_norm):
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return means, grad_norm
 

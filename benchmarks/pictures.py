@@ -14,19 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.memory.counter import Sizes
+from qlora_kit.pictures import COMPONENTS
 
 GIB, MIB = 1024**3, 1024**2
-ORDER = {
-    "weights_quantized": ("quantized weights", "#0072B2"),
-    "weights_other": ("other weights", "#56B4E9"),
-    "adapters": ("adapters", "#000000"),
-    "gradients": ("gradients", "#D55E00"),
-    "optimizer": ("optimizer states", "#E69F00"),
-    "workspace": ("workspace", "#999999"),
-    "activations": ("activations", "#009E73"),
-    "loss": ("head and loss", "#CC79A7"),
-}
-"""Every component's name for people and its colour, from the bottom of a stack to its top."""
+ORDER = COMPONENTS | {"adapters": ("adapters", "#000000")}
+"""Every component's name for people and its colour, from the bottom of a stack to its top.
+
+Adapters are black here, where the page is white.
+"""
 
 
 @dataclass(frozen=True)

@@ -107,17 +107,14 @@ def test_the_way_over_takes_no_more_than_the_adapter_once_more(bits: int) -> Non
     tag_weights(base.model, counter.tag)
     tag_adapters(base.model, counter.tag)
     adapter = sum(p.nbytes for p in base.model.parameters() if p.requires_grad)
+    linears = lora_layers(base.model)
     with counter:
         counter.at("over")
         to_peft(base)
     (over,) = [one for one in counter.intervals if one.phase]
     # The tables of 4-bit values and of scales, which bitsandbytes has a copy of for each linear.
-    tables = 2048 * len(lora_layers_of(base)) if bits == 4 else 0
+    tables = 2048 * len(linears) if bits == 4 else 0
     assert over.peak - sum(over.start.values()) <= 1.5 * adapter + tables
-
-
-def lora_layers_of(base: Base) -> list[Any]:
-    return [m for m in base.model.modules() if hasattr(m, "lora_A")]
 
 
 def test_a_prepared_model_leaves_with_its_own_code(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ quantized, without which its trainers refuse it or save what no program reads.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -22,7 +24,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import hold_as_ours, hold_as_theirs, quantization_config
 from qlora_kit.base.fill import multiply_in_fp32
 from qlora_kit.base.unsaved import allow_saving
-from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.errors import AdapterError, ConfigError, NumericError
 from qlora_kit.export.bnb_linears import BnbLinears
 from qlora_kit.lora.adapter import adapter_config, load_adapter
 from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
@@ -36,6 +38,7 @@ from qlora_kit.lora.inject import (
     switch_of,
 )
 from qlora_kit.lora.names import prefix_to_save
+from qlora_kit.lora.opening import open_adapter
 from qlora_kit.training.prepare import restore_model
 
 FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
@@ -104,8 +107,8 @@ def from_peft(model: Any, base: Base) -> Base:
 
     The active adapter takes part; nothing is trainable, which `train_loaded` changes. Errors:
     `AdapterError` for a model that was not made of this base, one with adapters merged into it, or
-    an adapter that is not plain LoRA; the model is then as it was. `NumericError` for one that is
-    not finite, which leaves the base without those behind it.
+    an adapter that is not plain LoRA on linears that take one; `NumericError` for one that is not
+    finite. The model is then as it was.
     """
     inner: Any = base.model
     made_of = getattr(model, "get_base_model", None)
@@ -122,7 +125,7 @@ def from_peft(model: Any, base: Base) -> Base:
     active = model.active_adapter
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        files = {name: _saved(folder, name) for name in model.peft_config}
+        files = _checked(inner, folder, list(model.peft_config))
         model.unload()
         hold_as_ours(inner)
         for flag in (*FLAGS, f"is_loaded_in_{base.quantization.bits}bit"):
@@ -139,17 +142,32 @@ def from_peft(model: Any, base: Base) -> Base:
     return base
 
 
-def _saved(folder: str, name: str) -> AdapterFiles:
-    """An adapter that PEFT has saved. Errors: `AdapterError` for one that is not plain LoRA."""
-    check_name(name)
+def _checked(inner: nn.Module, folder: str, names: Sequence[str]) -> dict[str, AdapterFiles]:
+    """The adapters that PEFT has saved in a folder, each as `load_adapter` will take it.
+
+    Errors: `AdapterError`, `NumericError`; the model is as it was in any case.
+    """
+    files = {}
+    layers = {at: one for at, one in inner.named_modules() if hasattr(one, "base_layer")}
     try:
-        # PEFT writes the adapter that is called `default` into the folder itself.
-        return read_adapter(Path(folder) if name == ADAPTER else Path(folder, name))
-    except AdapterError as error:
-        raise AdapterError(
-            f"from_peft: adapter {name!r}: {error.problem}",
-            "delete_adapter it of the model, or train plain LoRA",
-        ) from error
+        for at, layer in layers.items():
+            inner.set_submodule(at, layer.base_layer)
+        for name in names:
+            try:
+                check_name(name)
+                # PEFT writes the adapter that is called `default` into the folder itself.
+                saved = read_adapter(Path(folder) if name == ADAPTER else Path(folder, name))
+                open_adapter(inner, saved, None).read()
+            except (AdapterError, NumericError) as error:
+                raise type(error)(
+                    f"from_peft: adapter {name!r}: {error.problem}",
+                    "delete_adapter it of the model, or train it again, as plain LoRA",
+                ) from error
+            files[name] = saved
+    finally:
+        for at, layer in layers.items():
+            inner.set_submodule(at, layer)
+    return files
 
 
 def _say_quantized(base: Base, linears: BnbLinears) -> None:

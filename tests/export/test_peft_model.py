@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from qlora_kit.base.tagged import tag_weights
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import Placement, TrainingConfig
-from qlora_kit.errors import AdapterError, ResourceError
+from qlora_kit.errors import AdapterError, NumericError, ResourceError
 from qlora_kit.export.peft_model import from_peft, to_peft
 from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.bank import AdapterBank
@@ -166,22 +167,32 @@ def test_what_peft_would_compute_on_other_numbers_is_refused(tmp_path: Path) -> 
         bank.use("one")
 
 
-@pytest.mark.parametrize("change", ["merged", "dora", "name"])
+@pytest.mark.parametrize("change", ["merged", "dora", "name", "nan", "head"])
 def test_what_cannot_come_back_leaves_the_model_as_it_was(change: str) -> None:
     base = adapted("tiny", 4)
     model = to_peft(base)
     if change == "merged":
         model.merge_adapter()
     else:
-        name, options = ("a\nb", {}) if change == "name" else ("other", {"use_dora": True})
-        model.add_adapter(name, peft.LoraConfig(r=4, target_modules=["q_proj"], **options))
+        name = "a\nb" if change == "name" else "other"
+        targets = ["lm_head" if change == "head" else "q_proj"]
+        config = peft.LoraConfig(r=4, target_modules=targets, use_dora=change == "dora")
+        model.add_adapter(name, config)
+    if change == "nan":
+        layer = base.model.get_submodule("model.layers.1.self_attn.q_proj")
+        layer.lora_B["other"].weight.data[2, 1] = math.nan
     before = logits(model)
-    with pytest.raises(
-        AdapterError, match=r"merged into|'other': .* use_dora|b' cannot be the name"
-    ):
+    said = {
+        "merged": "merged into",
+        "dora": "'other': .* use_dora",
+        "name": "b' cannot be the name",
+        "nan": r"'other': .*q_proj.lora_B.weight .*finite",
+        "head": "'other': .* asks for lm_head",
+    }
+    with pytest.raises((AdapterError, NumericError), match=said[change]):
         from_peft(model, base)
     assert torch.equal(logits(model), before)
-    if change == "dora":
+    if change in ("dora", "nan", "head"):
         model.delete_adapter("other")
         assert from_peft(model, base) is base
 

@@ -37,6 +37,7 @@ from qlora_kit.base.kept_base import (
     KeptBase,
     cache_directory,
     held,
+    is_entry,
     mend_cache,
     read_manifest,
     remove_entry,
@@ -186,6 +187,11 @@ class NotKeptError(Exception):
 def discard(before: Wanted, why: object) -> None:
     """Delete an entry whose bytes are not those that were written, and say so."""
     warnings.warn(f"the quantized base in the cache is made again: {why}", stacklevel=2)
+    remove(before)
+
+
+def remove(before: Wanted) -> None:
+    """Delete an entry that cannot be used, as far as that is allowed."""
     with contextlib.suppress(OSError, ValueError):
         remove_entry(before.path)
 
@@ -243,7 +249,7 @@ def _place(before: Wanted, size: int, done: contextlib.ExitStack) -> Path:
             )
         if path.is_symlink() or path.is_file():
             path.unlink()
-        return done.enter_context(new_directory(path, mode=0o700))
+        return done.enter_context(new_directory(path, mode=0o700, is_ours=is_entry))
 
 
 def _as_read(said: dict[str, Any]) -> dict[str, Any]:

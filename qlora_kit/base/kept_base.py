@@ -193,9 +193,9 @@ def held(cache: Path) -> Iterator[int]:
 
 
 def mend_cache(cache: Path) -> None:
-    """Remove what killed processes left in a cache that is held."""
+    """Remove what killed processes left in a cache that is held, and nothing beside it."""
     for name in {left[1] for one in os.listdir(cache) if (left := LEFT.fullmatch(one))}:
-        mend_beside(cache / name)
+        mend_beside(cache / name, is_entry)
 
 
 def remove_left(cache: Path) -> None:
@@ -215,7 +215,7 @@ def remove_entry(path: Path) -> None:
             raise ValueError(f"{path} holds what is no quantized base of ours")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path / MANIFEST)  # from here on it is none
+        mend_cache(path.parent)
         gone = path.with_name(f".{path.name}.{os.getpid()}.old")
-        shutil.rmtree(gone, ignore_errors=True)
         os.rename(path, gone)
         shutil.rmtree(gone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel
@@ -62,9 +63,16 @@ def read_weights(
     is told. `tag` is called with every tensor that stays: `weights_quantized` or `weights_other`.
     """
     place = wanted(base)
-    model = None if place is None else from_the_cache(base, place, tag, placement)
-    if model is None and place is not None:
-        model = read_unheld(base, place, tag, placement, note)
+    model = None
+    if place is not None:
+        try:
+            model = from_the_cache(base, place, tag, placement)
+            if model is None:
+                model = read_unheld(base, place, tag, placement, note)
+        except OSError as why:
+            place = None  # the entry may be whole: nothing takes its place
+            said = f"the quantized base in the cache is left alone, and made for this run: {why}"
+            warnings.warn(said, stacklevel=2)
     if model is None:
         with Reader() as read:
             model = fill(base, read, tag, placement=placement)

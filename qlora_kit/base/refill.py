@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.cache import Wanted, discard, used
+from qlora_kit.base.cache import Wanted, discard, remove, used
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
 from qlora_kit.base.entry_store import EntryStore, is_short_of, streamed_names
 from qlora_kit.base.fill import finished, move_buffers, put
@@ -27,15 +27,19 @@ INT8, META = "int8", torch.device("meta")
 
 
 def from_the_cache(base: Base, place: Wanted, tag: Tag, placement: Placement = ON_DEVICE) -> Any:
-    """The model of a base as it was kept; None where it was not, or was damaged."""
+    """The model of a base as it was kept; None where it was not, or was damaged, and goes.
+
+    Errors: `OSError` where it cannot be read now; it may be whole, and stays.
+    """
     try:
         if (kept := place.found()) is None:
             return None
         with EntryReader(place.path, kept) as reader:
             model = refill(base, reader, tag, placement)
-    except FileNotFoundError:  # it was cleared meanwhile
+    except FileNotFoundError:  # it was cleared, or has lost a file
+        remove(place)
         return None
-    except (DamagedError, OSError, ValueError) as why:
+    except (DamagedError, ValueError) as why:
         discard(place, why)
         return None
     used(place)

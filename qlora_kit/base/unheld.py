@@ -31,7 +31,7 @@ def read_unheld(base: Base, place: Wanted, tag: Tag, placement: Placement, note:
     """The model of a base whose layers are streamed from the entry that is made of it here.
 
     None where the host can hold the base, or nothing can be kept: `note` is told why.
-    Errors: `ModelError`, `NumericError`.
+    Errors: `ModelError`, `NumericError`, `OSError` where the entry cannot be read now.
     """
     if not placement.base_on_host or not is_too_much(most_bytes(base)):
         return None

@@ -20,20 +20,29 @@ from pathlib import Path
 from qlora_kit.files.atomic import sync
 
 
+def is_own_folder(folder: Path) -> bool:
+    """Whether we made a folder: another user may leave one of that name where anybody may write."""
+    status = os.lstat(folder)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+
+
 @contextlib.contextmanager
 def new_directory(
-    path: Path, check: Callable[[Path], None] | None = None, mode: int | None = None
+    path: Path,
+    check: Callable[[Path], None] | None = None,
+    mode: int | None = None,
+    is_ours: Callable[[Path], bool] = is_own_folder,
 ) -> Iterator[Path]:
     """A directory beside `path` to fill; it takes the place of `path` when the block ends well.
 
     What was at `path` stays until then, and stays for good when the block raises. `check` is called
     with where that lies, out of everybody's way, and may raise to keep it. Its `mode` is that of
-    what was there, or what the umask says, unless it is given.
+    what was there, or what the umask says, unless it is given. `is_ours` is `mend_beside`'s.
     """
     path = path.resolve()
     missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    mend_beside(path)
+    mend_beside(path, is_ours)
     aside, handle = folder_beside(path)
     old = aside.with_suffix(".old")
     try:
@@ -77,11 +86,17 @@ def is_being_made(path: Path) -> bool:
     return False
 
 
-def mend_beside(path: Path) -> None:
-    """Undo or complete what killed processes left of new directories beside `path`."""
+def mend_beside(path: Path, is_ours: Callable[[Path], bool] = is_own_folder) -> None:
+    """Undo or complete what killed processes left of new directories beside `path`.
+
+    Only folders that are ours, as `is_ours` says of each, are moved or removed.
+    """
     for number in _numbers(path):
         aside, old = (path.with_name(f".{path.name}.{number}.{kind}") for kind in ("tmp", "old"))
-        if not all(_is_own(folder) for folder in (aside, old) if os.path.lexists(folder)):
+        try:
+            if not all(is_ours(folder) for folder in (aside, old) if os.path.lexists(folder)):
+                continue
+        except OSError:  # its process is just done, or it is closed
             continue
         handle = None
         if aside.exists():
@@ -160,12 +175,6 @@ def _lives(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _is_own(folder: Path) -> bool:
-    """Whether we made a folder: another user may leave one of that name where anybody may write."""
-    status = os.lstat(folder)
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _is_empty(path: Path) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -20,11 +22,16 @@ def open_own(path: str | Path, folder: int | None = None) -> BinaryIO:
 
     Errors: `OSError`; `ValueError` for another's, for a link or a pipe.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path}: is a link") from error
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or not is_own(status):
         os.close(handle)
-        raise ValueError(f"{path}: is not a file of this user alone")
+        raise ValueError(_not_own(path, "file", status))
     return open(handle, "rb")
 
 
@@ -35,10 +42,22 @@ def open_own_folder(path: str | Path, folder: int | None = None, *, link: bool =
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | (0 if link else os.O_NOFOLLOW)
     handle = os.open(path, flags, dir_fd=folder)
-    if not is_own(os.fstat(handle)):
+    status = os.fstat(handle)
+    if not is_own(status):
         os.close(handle)
-        raise ValueError(f"{path}: is not a directory of this user alone")
+        raise ValueError(_not_own(path, "directory", status))
     return handle
+
+
+def _not_own(path: str | Path, kind: str, status: os.stat_result) -> str:
+    """What is wrong with a file or a directory that others could have written, and the remedy."""
+    orders = []
+    if status.st_uid != os.geteuid():
+        orders.append(f"chown {os.geteuid()} {shlex.quote(str(path))}")
+    if status.st_mode & 0o022:
+        orders.append(f"chmod go-w {shlex.quote(str(path))}")
+    remedy = f": {', '.join(orders)}" if orders else ""
+    return f"{path}: is not a {kind} of this user alone{remedy}"
 
 
 def kept_in(name: str) -> Path | None:

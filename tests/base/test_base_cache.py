@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -322,7 +323,7 @@ def test_what_others_may_write_to_is_not_used(plain, cache, who):
         "manifest": entry / MANIFEST,
     }[who]
     path.chmod(path.stat().st_mode | 0o020)
-    with pytest.warns(UserWarning, match="this user alone"):
+    with pytest.warns(UserWarning, match=f"this user alone: chmod go-w .*{path.name}$"):
         same(made, load(plain))
     if who != "cache":  # it was written again
         assert is_from_cache(load(plain))
@@ -334,6 +335,27 @@ def test_another_users_files_are_nobodys_of_ours():
         other = os.stat_result((status[0], status[1], status[2], status[3], 4242, *status[5:]))
         assert is_own(status) == (os.geteuid() == 0)
         assert not is_own(other)
+
+
+@pytest.mark.parametrize("name", ["manifest", "tensors"])
+def test_what_cannot_be_read_now_stays(plain, cache, name):
+    """As where no more files may be open: the entry is whole, and used by the next start."""
+    made = load(plain)
+    entry = the_entry(cache)
+    before = {path.name: path.stat().st_ino for path in entry.iterdir()}
+    path = entry / (MANIFEST if name == "manifest" else "base-00001.safetensors")
+
+    def refused(event, args):
+        if armed and event == "open" and args[0] == path.name:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    armed = True
+    sys.addaudithook(refused)
+    with pytest.warns(UserWarning, match="left alone, and made for this run: .*Too many open"):
+        same(made, load(plain))
+    armed = False
+    assert {path.name: path.stat().st_ino for path in entry.iterdir()} == before
+    assert is_from_cache(load(plain))
 
 
 def test_a_full_disk_keeps_nothing_and_the_run_goes_on(plain, cache, monkeypatch):

@@ -87,13 +87,18 @@ def test_nothing_else_is_deleted(run, workshop, cache):
     (cache / "link-0123456789abcdef").symlink_to(strange)
     (cache / ".mine.1.tmp").mkdir()
     (cache / f".{entry.name}.999999999.tmp").mkdir()  # of a killed process
+    foreign = cache / f".{entry.name}.7.old"  # a name that a killed process may leave
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("x")
     for name in ("mine", strange.name, "link-0123456789abcdef", "..", "./mine"):
         refused = run("cache", "--clear", name)
         assert refused.code == 2
         assert refused.line.startswith(f"error: clear {name}: no quantized base of that name")
     assert run("cache", "--clear", "all").code == 0
-    left = {"mine", strange.name, "link-0123456789abcdef", ".mine.1.tmp"}
+    left = {"mine", strange.name, "link-0123456789abcdef", ".mine.1.tmp", foreign.name}
     assert set(os.listdir(cache)) == left
+    keep(workshop)
+    assert set(os.listdir(cache)) == left | {entry.name}
 
 
 COME_AND_GO = """

@@ -20,6 +20,7 @@ from qlora_kit.options.checks import FALSE, TRUE, OneOf
 from qlora_kit.options.names import MOST_PROBLEMS, closest, fields_of, spellings_of, version_line
 from qlora_kit.options.option import Options, alternatives, flag_of, types_of
 from qlora_kit.options.parsed import Parsed, make_groups
+from qlora_kit.options.yaml_file import read_config
 
 
 def parse(
@@ -42,9 +43,6 @@ def parse(
     config_file, debug = arguments.pop("config", None), arguments.pop("debug", False)
     stored = {}
     if config_file is not None:
-        # `--help` and a command without a file take no time for yaml.
-        from qlora_kit.options.yaml_file import read_config
-
         config_file = os.path.expanduser(config_file)
         stored = read_config(config_file, [*groups, *beside])
     try:

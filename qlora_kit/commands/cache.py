@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,9 @@ SUMMARY = "List the quantized bases that are kept on disk, or delete them."
 
 
 @reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    options = parse("qlora-kit cache", SUMMARY, (CacheConfig,), given)[CacheConfig]
+    options = parse("qlora-kit cache", SUMMARY, (CacheConfig,), argv)[CacheConfig]
     cache = cache_directory()
     if cache is None:
         raise ResourceError("no home directory to keep bases in", "set QLORA_KIT_CACHE to one")

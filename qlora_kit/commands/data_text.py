@@ -1,8 +1,13 @@
-"""The report of `show-data` as it is printed, on a terminal and in a page."""
+"""The report of `show-data` as it is printed, and as one HTML page: no script, no network.
+
+The page is what the terminal shows, recorded by rich, in colour, and the chat template behind it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from rich.text import Text
 
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.process.streams import plain
@@ -27,12 +32,34 @@ STYLES = {
 
 OPEN, CLOSE = "⟦", "⟧"
 """Around what is trained on, where there is no colour."""
+HEAD = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="generator" content="qlora-kit show-data">'
+)
+"""How a page of ours begins, by which it is known to be one."""
+PAGE = (
+    HEAD + '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    "<title>qlora-kit show-data</title><style>{stylesheet}\n"
+    "body {{ color: {foreground}; background: {background}; margin: 2rem auto; max-width: 60rem;\n"
+    "  padding: 0 1.25rem; }}\n"
+    "pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 monospace; }}"
+    "</style></head><body>\n<pre>{code}</pre></body></html>\n"
+)
+
+
+def page_of(report: Report) -> str:
+    """The whole page."""
+    terminal = Terminal(record=True)
+    terminal.print((f"{report.train.source} for {report.model}\n", "bold"))
+    print_report(report, terminal)
+    if report.chat_template is not None:
+        terminal.print(("\nchat template", "bold"))
+        terminal.print(report.chat_template)
+    return terminal.console.export_html(code_format=PAGE)
 
 
 def print_report(report: Report, terminal: Terminal) -> None:
     """Rows first, then counts, lengths and padding, so that the summary is what stays on screen."""
-    from rich.text import Text
-
     coloured = terminal.has_colour
     for row in report.rows:
         _print_row(terminal, row, coloured)
@@ -69,8 +96,6 @@ def print_report(report: Report, terminal: Terminal) -> None:
 
 
 def _print_row(terminal: Terminal, row: ShownRow, coloured: bool) -> None:
-    from rich.text import Text
-
     title = row.where
     if row.side:
         title += f" ({row.side})"

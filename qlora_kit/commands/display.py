@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from qlora_kit.commands.progress import MEASURES, TrainingProgress, loss_text
 from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.data.notes import notes_of
@@ -101,8 +103,6 @@ class Display(Reporter):
 
     def bits(self, measured: Mapping[int, Mapping[str, int]]) -> None:
         """The memory of the same base in several numbers of bits, side by side."""
-        from rich.table import Table
-
         table = Table(title="memory of the base, loaded once in each", title_justify="left")
         for title in ("bits", "linear layers", "embeddings, head, norms", "total", "of 16 bits"):
             table.add_column(title, justify="right")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.commands.terminal import Terminal
+from qlora_kit.commands.terminal import Terminal, table_of
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.generation import BASE, AdaptersConfig, EvaluateConfig
@@ -18,10 +17,9 @@ GROUPS = (BaseConfig, AdaptersConfig, DataConfig, EvaluateConfig)
 
 
 @reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    parsed = parse("qlora-kit evaluate", SUMMARY, GROUPS, given)
+    parsed = parse("qlora-kit evaluate", SUMMARY, GROUPS, argv)
     from qlora_kit.run.evaluate import evaluate_model
 
     reports, terminal = evaluate_model(parsed), Terminal()
@@ -36,8 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare(reports: list[dict[str, Any]], terminal: Terminal) -> None:
     """The base and its adapters side by side: their answers, then a table."""
-    from rich.table import Table
-
     names = [report["adapter"] or BASE for report in reports]
     width = max(map(len, ("  expected", *names)))
     for answers in zip(*(report["answers"] for report in reports), strict=True):
@@ -49,9 +45,7 @@ def _compare(reports: list[dict[str, Any]], terminal: Terminal) -> None:
     base = reports[0]
     terminal.line("model", f"{base['model']}, {base['bits']} bits, {base['dtype']}", width=10)
     terminal.line("data", _counts(base), width=10)
-    table = Table(show_edge=False)
-    for title in ("adapter", "loss", "perplexity", "exact match"):
-        table.add_column(title, justify="left" if title == "adapter" else "right")
+    table = table_of("adapter", "loss", "perplexity", "exact match", left=["adapter"])
     for name, report in zip(names, reports, strict=True):
         exact = ""
         if report["asked"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -29,11 +28,10 @@ LABEL = 25
 
 
 @partial(reports_errors, output_is_product=False)
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    given = sys.argv[1:] if argv is None else argv
     # The export's own --dtype comes first: it is the dtype of what is written.
-    parsed = parse("qlora-kit export", SUMMARY, (ExportConfig, BaseConfig, HubConfig), given)
+    parsed = parse("qlora-kit export", SUMMARY, (ExportConfig, BaseConfig, HubConfig), argv)
     refuse_tokens(parsed)
     return run_export(parsed)
 

@@ -50,7 +50,7 @@ WITHOUT_OUTPUT_DIR = ("generate", "chat", "evaluate", "show_data", "plan", "serv
 
 
 def reports_errors(
-    main: Callable[[Sequence[str] | None], int], *, output_is_product: bool = True
+    main: Callable[[Sequence[str]], int], *, output_is_product: bool = True
 ) -> Callable[[Sequence[str] | None], int]:
     """Wrap a command's `main`: an error becomes its line on stderr and its exit code.
 

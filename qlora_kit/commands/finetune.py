@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,9 @@ QUICKSTART = Path(__file__).resolve().parent.parent / "assets" / "quickstart.yam
 
 
 @partial(reports_errors, output_is_product=False)
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    parsed = _parse(sys.argv[1:] if argv is None else argv)
+    parsed = _parse(argv)
 
     def display() -> Display:
         shown = Display()

@@ -6,7 +6,6 @@ that was is said on standard error.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 
@@ -26,10 +25,9 @@ EMPTY = (
 
 
 @reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    parsed = parse("qlora-kit generate", SUMMARY, GROUPS, given)
+    parsed = parse("qlora-kit generate", SUMMARY, GROUPS, argv)
     from qlora_kit.run.generate import generate
 
     generation, terminal = generate(parsed), Terminal()

@@ -28,10 +28,9 @@ USAGE = "usage: qlora-kit COMMAND [--help] [--config FILE] [--FLAG VALUE ...] | 
 
 
 @reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command named first; returns its exit code."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    name = given[0].replace("-", "_") if given else ""
+    name = argv[0].replace("-", "_") if argv else ""
     known = {command.replace("_", "-"): what for command, what in COMMANDS.items()}
     if name in ("__version", "version"):
         print(version_line())
@@ -42,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(USAGE, file=sys.stderr)
         near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
-        what = f"unknown command {excerpt(given[0])!r}" if given else "no command is given"
+        what = f"unknown command {excerpt(argv[0])!r}" if argv else "no command is given"
         guess = f", did you mean {near[0]}?" if near else ""
         raise ConfigError(what + guess, f"name one of {', '.join(known)}")
     module = importlib.import_module(f"qlora_kit.commands.{name}")
-    code: int = module.main(given[1:])
+    code: int = module.main(argv[1:])
     return code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from qlora_kit.commands.argv import parse
@@ -26,9 +25,8 @@ GROUPS = (BaseConfig, LoRAConfig, TrainingConfig, PlanConfig)
 
 
 @reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     beside = (DataConfig, OutputConfig, HubConfig)
     parsed = parse("qlora-kit plan", SUMMARY, GROUPS, argv, beside=beside)
     from qlora_kit.plan.ask import plan_for

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from qlora_kit.commands.terminal import Terminal, size
+from rich.table import Table
+from rich.text import Text
+
+from qlora_kit.commands.terminal import Terminal, size, table_of
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from qlora_kit.plan.answer import Answer
     from qlora_kit.plan.grid import Cell
     from qlora_kit.plan.longest import Longest
+    from qlora_kit.plan.memory_plan import MemoryPlan
     from qlora_kit.plan.quantization_error import QuantizationErrors
 
 SHOWN = {
@@ -38,8 +40,6 @@ NAMED = 5
 
 def print_plan(answer: Answer, terminal: Terminal) -> None:
     """Print all of it."""
-    from rich.table import Table
-
     options, plan, grid = answer.options, answer.plan, answer.grid
     training = options.training
     terminal.print(
@@ -47,9 +47,7 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
         f", {options.base.bits} bits, {training.rows} x {options.length} tokens, "
         f"{training.gradient_accumulation_steps} times a step, on {plan.device}",
     )
-    table = Table(show_edge=False)
-    for title in ("component", "most in a step", "at the peak"):
-        table.add_column(title, justify="left" if title == "component" else "right")
+    table = table_of("component", "most in a step", "at the peak", left=["component"])
     for name, shown in SHOWN.items():
         most, there = plan.bytes.get(name, 0), plan.at_peak.get(name, 0)
         if most or there:
@@ -77,9 +75,9 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
         )
     _print_fit(answer, terminal)
     if grid is not None:
-        terminal.show(_grid_table(grid))
+        terminal.show(_grid_table("peak by batch and length", grid, _peak))
         if plan.time is not None:
-            terminal.show(_speed_table(grid))
+            terminal.show(_grid_table("tokens/s by batch and length", grid, _speed))
         if not all(cell.plan.fits for cell in grid):
             budget = grid[0].plan.budget_bytes
             assert budget is not None
@@ -142,25 +140,17 @@ def _length(seconds: float) -> str:
 
 def _print_errors(errors: QuantizationErrors, terminal: Terminal) -> None:
     """The worst linears, then a line a kind of projection, then what skipping costs."""
-    from rich.table import Table
-
     form = f"{errors.quantization.bits} bits"
-    table = Table(
-        title=f"relative error of the linears in {form}, the worst first",
-        title_justify="left",
-        show_edge=False,
-    )
-    for title in ("linear", "error", f"in {errors.dtype}", f"in {form}"):
-        table.add_column(title, justify="left" if title == "linear" else "right")
+    title = f"relative error of the linears in {form}, the worst first"
+    columns = ("linear", "error", f"in {errors.dtype}", f"in {form}")
+    table = table_of(*columns, left=["linear"], title=title)
     for one in errors.linears[:WORST_SHOWN]:
         sizes = size(one.bytes_unquantized), size(one.bytes_quantized)
         table.add_row(one.name, f"{one.error:.2%}", *sizes)
     terminal.show(table)
-    kinds = Table(
-        title="by projection, the worst median first", title_justify="left", show_edge=False
-    )
-    for title in ("projection", "linears", "median", "worst", "in"):
-        kinds.add_column(title, justify="left" if title in ("projection", "in") else "right")
+    titles = ("projection", "linears", "median", "worst", "in")
+    title = "by projection, the worst median first"
+    kinds = table_of(*titles, left=["projection", "in"], title=title)
     for kind in errors.kinds:
         worst = f"{kind.worst.error:.2%}"
         kinds.add_row(kind.name, str(kind.count), f"{kind.median:.2%}", worst, kind.worst.name)
@@ -172,35 +162,30 @@ def _print_errors(errors: QuantizationErrors, terminal: Terminal) -> None:
         terminal.print(f"--skip_modules {which} takes {size(added)} more")
 
 
-def _grid_table(grid: Sequence[Cell]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="peak by batch and length", title_justify="left", show_edge=False)
+def _grid_table(title: str, grid: Sequence[Cell], shown: Callable[[MemoryPlan], Text]) -> Table:
+    """A row a length and a column a batch, with what is `shown` of the plan of both."""
     rows = sorted({cell.batch_size for cell in grid})
-    table.add_column("length", justify="right")
-    for count in rows:
-        table.add_column(f"batch {count}", justify="right")
+    table = table_of("length", *(f"batch {count}" for count in rows), title=title)
     for length in sorted({cell.max_length for cell in grid}):
-        cells = [cell.plan for cell in grid if cell.max_length == length]
-        # A mark as well as a colour, which not every terminal and no file has.
-        shown = (
-            Text(size(plan.peak_bytes), "green")
-            if plan.fits
-            else Text(f"{OVER} {size(plan.peak_bytes)}", "red")
-            for plan in cells
-        )
-        table.add_row(str(length), *shown)
+        cells = (shown(cell.plan) for cell in grid if cell.max_length == length)
+        table.add_row(str(length), *cells)
     return table
 
 
-def _longest_table(found: Sequence[Longest]) -> Table:
-    from rich.table import Table
+def _peak(plan: MemoryPlan) -> Text:
+    # A mark as well as a colour, which not every terminal and no file has.
+    peak = size(plan.peak_bytes)
+    return Text(peak, "green") if plan.fits else Text(f"{OVER} {peak}", "red")
 
-    table = Table(title="longest rows that fit", title_justify="left", show_edge=False)
+
+def _speed(plan: MemoryPlan) -> Text:
+    return Text(f"{plan.time.tokens_per_s:,.0f}" if plan.time and plan.fits else "-")
+
+
+def _longest_table(found: Sequence[Longest]) -> Table:
     levels = list(dict.fromkeys(one.level for one in found))
-    for title in ("placement", *levels, "host memory"):
-        table.add_column(title, justify="left" if title == "placement" else "right")
+    titles = ("placement", *levels, "host memory")
+    table = table_of(*titles, left=["placement"], title="longest rows that fit")
     for placement in dict.fromkeys(one.plan.placement for one in found):
         tokens = {one.level: one for one in found if one.plan.placement == placement}
         shown = (_rows(tokens[level]) if level in tokens else "" for level in levels)
@@ -215,17 +200,3 @@ def _rows(found: Longest) -> str:
     if not found.tokens:
         return "-"
     return f"{found.tokens:,}{f' {LIMIT}' if found.is_most else ''}"
-
-
-def _speed_table(grid: Sequence[Cell]) -> Table:
-    from rich.table import Table
-
-    table = Table(title="tokens/s by batch and length", title_justify="left", show_edge=False)
-    rows = sorted({cell.batch_size for cell in grid})
-    for title in ("length", *(f"batch {count}" for count in rows)):
-        table.add_column(title, justify="right")
-    for length in sorted({cell.max_length for cell in grid}):
-        plans = [cell.plan for cell in grid if cell.max_length == length]
-        shown = (f"{one.time.tokens_per_s:,.0f}" if one.time and one.fits else "-" for one in plans)
-        table.add_row(str(length), *shown)
-    return table

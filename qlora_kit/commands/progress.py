@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
+from rich.progress import BarColumn, Progress, TextColumn
+
 from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.run.reporter import StepReporter
 
@@ -38,9 +40,6 @@ class TrainingProgress(StepReporter):
         memory: str,
         seconds: Callable[[], float] = time.monotonic,
     ) -> None:
-        # As in `Terminal`: what says no step takes no time for rich.
-        from rich.progress import BarColumn, Progress, TextColumn
-
         self._seconds = seconds
         self._terminal, self._total, self._memory = terminal, total_steps, memory
         self._began_s = seconds()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,10 +19,9 @@ SUMMARY = "Write a base as a checkpoint that transformers loads in 4 or 8 bits, 
 
 
 @partial(reports_errors, output_is_product=False)
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    parsed = parse("qlora-kit quantize", SUMMARY, (QuantizeConfig, BaseConfig), given)
+    parsed = parse("qlora-kit quantize", SUMMARY, (QuantizeConfig, BaseConfig), argv)
     refuse_tokens(parsed)
     return run_export(_as_export(parsed))
 

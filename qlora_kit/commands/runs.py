@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.commands.terminal import Terminal, size
+from qlora_kit.commands.terminal import Terminal, size, table_of
 from qlora_kit.config.commands import RunsConfig
 
 if TYPE_CHECKING:
@@ -21,10 +20,9 @@ SHOWN = ("model", "data", "bits")
 
 
 @reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    asked = parse("qlora-kit runs", SUMMARY, (RunsConfig,), given)[RunsConfig]
+    asked = parse("qlora-kit runs", SUMMARY, (RunsConfig,), argv)[RunsConfig]
     from qlora_kit.run.runs import compare, find_runs
 
     directory, terminal = Path(asked.runs_dir), Terminal()
@@ -44,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_all(runs: Sequence[FoundRun], terminal: Terminal) -> None:
-    from rich.table import Table
-
-    table = Table(show_edge=False)
+    table = table_of()
     table.add_column("run", no_wrap=True)  # a name is copied
     for title, least in zip(SHOWN, (5, 6, 4), strict=True):
         table.add_column(title, overflow="fold", min_width=least)
@@ -65,10 +61,7 @@ def _show_all(runs: Sequence[FoundRun], terminal: Terminal) -> None:
 
 def _show_both(found: Comparison, terminal: Terminal) -> None:
     """The options that differ, then the figures, a column a run."""
-    from rich.table import Table
-
-    table = Table(show_edge=False)
-    table.add_column("")
+    table = table_of("", left=[""])
     for run in found.runs:
         table.add_column(run.name, justify="right", overflow="fold")
     for name, values in found.options.items():

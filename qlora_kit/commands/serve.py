@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 
 from qlora_kit.commands.argv import parse
@@ -17,10 +16,9 @@ SUMMARY = "Serve a base and adapters on it through the OpenAI API, and a page to
 
 
 @functools.partial(reports_errors, output_is_product=False)
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command until a signal ends it; returns the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    parsed = parse("qlora-kit serve", SUMMARY, (BaseConfig, AdaptersConfig, ServeConfig), given)
+    parsed = parse("qlora-kit serve", SUMMARY, (BaseConfig, AdaptersConfig, ServeConfig), argv)
     from qlora_kit.run.serve import serve
 
     serve(parsed, Terminal().print)

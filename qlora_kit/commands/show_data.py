@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from qlora_kit.commands.argv import parse
-from qlora_kit.commands.data_page import HEAD, page_of
-from qlora_kit.commands.data_text import print_report
+from qlora_kit.commands.data_text import HEAD, page_of, print_report
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
@@ -20,10 +18,9 @@ SUMMARY = "Show which tokens are trained on, what is skipped or cut, and how muc
 
 
 @reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    parsed = parse("qlora-kit show-data", SUMMARY, (BaseConfig, DataConfig, ShowConfig), given)
+    parsed = parse("qlora-kit show-data", SUMMARY, (BaseConfig, DataConfig, ShowConfig), argv)
     refuse_tokens(parsed)
     from qlora_kit.run.show_data import data_report, page_path
 

@@ -7,16 +7,19 @@ JSON in every encoding. What happens when the stream cannot be written to is `st
 
 from __future__ import annotations
 
+import io
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 from qlora_kit.errors import redacted
 from qlora_kit.options.checks import size_text
 from qlora_kit.process.streams import plain
-
-if TYPE_CHECKING:
-    from rich.console import ConsoleRenderable
-    from rich.text import Text
 
 LABEL = 9
 """Characters of the label in front of a line."""
@@ -26,10 +29,7 @@ class Terminal:
     """Standard output or error, with styles on a terminal; or a record of what would be there."""
 
     def __init__(self, *, record: bool = False, stderr: bool = False) -> None:
-        # Rich is imported where something is printed: `--help` takes no time for it.
-        from qlora_kit.commands.console import PlainConsole
-
-        self.console = PlainConsole(record=record, stderr=stderr)
+        self.console = _PlainConsole(record=record, stderr=stderr)
 
     @property
     def is_live(self) -> bool:
@@ -72,8 +72,6 @@ class Terminal:
 
 def _styled(*parts: str | tuple[str, str]) -> Text:
     """A text of several parts, each a text or a (text, style), with no secret."""
-    from rich.text import Text
-
     text = Text()
     for part in parts:
         said, style = (part, "") if isinstance(part, str) else part
@@ -84,3 +82,47 @@ def _styled(*parts: str | tuple[str, str]) -> Text:
 def size(n: int) -> str:
     """Bytes as they are shown."""
     return size_text(n)
+
+
+def table_of(*titles: str, left: Collection[str] = (), title: str | None = None) -> Table:
+    """A table without rows and without an edge; columns are flush right but for those `left`."""
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for one in titles:
+        table.add_column(one, justify="left" if one in left else "right")
+    return table
+
+
+class _PlainConsole(Console):
+    """A console without markup of its own, whose every text is plain, cells of tables too.
+
+    With `record` nothing is printed, and `export_html` has it in colour, whatever the terminal is.
+    """
+
+    def __init__(self, *, record: bool, stderr: bool) -> None:
+        recorded: dict[str, Any] = {"stderr": stderr}
+        if record:
+            recorded = {"file": io.StringIO(), "force_terminal": True, "color_system": "truecolor"}
+            recorded |= {"no_color": False, "record": True}
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **recorded)
+        self.push_render_hook(_Plain())
+
+    def on_broken_pipe(self) -> None:
+        """Rich's own would end the process, with exit code 1."""
+        raise
+
+
+class _Plain(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_PlainRenderable(one) for one in renderables]
+
+
+class _PlainRenderable:
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(plain(segment.text), segment.style)

@@ -30,7 +30,8 @@ from qlora_kit.config.data import DataConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import eval_batches, padding_id
-from qlora_kit.data.encode import EncodedRows, encode_rows
+from qlora_kit.data.encode import encode_rows
+from qlora_kit.data.outcome import EncodedRows
 from qlora_kit.data.rows import load_rows
 from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.lora.inject import ADAPTER, inject_lora, lora_layers

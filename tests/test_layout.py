@@ -68,7 +68,7 @@ LIGHT = (
     "process.worker",
     *(f"commands.{name}" for name in COMMANDS),
     *("commands.main", "commands.argv", "commands.failure", "commands.display"),
-    *("commands.progress", "commands.chat_screen", "data.notes", "run.reporter"),
+    *("commands.progress", "commands.chat_screen", "run.reporter"),
     *("run.chat_events", "base.kept_base"),
     *("commands.terminal", "commands.plan_text", "commands.data_text"),
 )

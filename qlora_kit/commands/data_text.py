@@ -13,8 +13,7 @@ from qlora_kit.commands.terminal import Terminal
 from qlora_kit.process.streams import plain
 
 if TYPE_CHECKING:
-    from qlora_kit.data.report import Part, Report
-    from qlora_kit.data.shown_rows import ShownRow
+    from qlora_kit.data.report import Part, Report, ShownRow
 
 BAR = 40
 SHOWN = 5

@@ -12,15 +12,14 @@ from rich.table import Table
 
 from qlora_kit.commands.progress import MEASURES, TrainingProgress, loss_text
 from qlora_kit.commands.terminal import Terminal, size
-from qlora_kit.data.notes import notes_of
 from qlora_kit.run.reporter import Reporter
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
     from qlora_kit.config.lora import LoRAConfig
     from qlora_kit.config.run import RunConfig
-    from qlora_kit.data.encode import EncodedRows
     from qlora_kit.data.order import Packs
+    from qlora_kit.data.outcome import EncodedRows
     from qlora_kit.data.rows import Row, Rows
     from qlora_kit.plan.memory_plan import MemoryPlan
     from qlora_kit.training.loss import Evaluation
@@ -85,9 +84,9 @@ class Display(Reporter):
             self._line("held out", "none: no evaluation")
         else:
             self._line("held out", f"{rows.eval_source}: {_counts(held_out)}")
-        for note in notes_of(encoded):
+        for note in encoded.notes():
             self.note(note)
-        for note in notes_of(held_out, held_out=True) if held_out else ():
+        for note in held_out.notes(held_out=True) if held_out else ():
             self.note(note)
         if packs is not None:
             count = len(packs)

@@ -1,4 +1,7 @@
-"""What generation takes from a chat template: the ids of a prompt, and where an answer ends."""
+"""What generation takes from a chat template: the ids of a prompt, and where an answer ends.
+
+Messages of which the template would leave a part out are refused, as training skips such rows.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.chat_mask import Chat, chats
+from qlora_kit.data.chat_mask import Chat, chat_tokens, chats
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
-from qlora_kit.data.chat_tokens import chat_tokens
-from qlora_kit.data.rendering import Messages, Renderer, Rendering, header_text
+from qlora_kit.data.rendering import SYSTEM, Messages, Renderer, Rendering, header_text, is_written
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import Tokens, decoded
 from qlora_kit.data.turn_spans import behind_prompt
+from qlora_kit.data.turns import left_out, unread
 from qlora_kit.errors import DataError, QloraKitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 ANSWERS = ("A", "Yes, 1.")
 """What assistants say where only the beginning or the end of their turn matters."""
@@ -136,3 +140,44 @@ def ends_text(tokenizer: Any, chat: ChatOptions) -> str:
     if not ends:
         said = "turns end with no token of the chat template: answers stop at EOS only"
     return said + (f"; written on {chat.date} (--chat_date)" if chat.date else "")
+
+
+def unwritten(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS
+) -> str:
+    """The parts of a chat that its template does not write, in words; empty where there are none.
+
+    That "Be" stands in the prompt does not say that a message "Be" does, in "Be my guest": so
+    the messages are rendered once more with texts that occur nowhere else.
+
+    Not named are ids of calls and what a tool's answer says of its tool, which clients have to
+    send, which every template may leave to the order of the messages; nor thoughts of earlier
+    turns, which templates that know thoughts take out.
+    Errors: `DataError` and others of the template.
+    """
+    template = Renderer(Tokens(tokenizer), "prompt", options)
+    adapted = template.adapted(messages)
+    if parts := left_out(adapted, None, template.text):
+        return parts
+    spoken = [message for message in messages if message["role"] != "tool"]
+    if "messages[].name" in unread(spoken, template.text):
+        return "the name of a message"
+    text = template.render(adapted, header=True).text
+    absent = [at for at, message in enumerate(messages) if not is_written(message, text)]
+    if not absent:
+        probes = [f"text{at}of{len(messages)}" for at in range(len(messages))]
+        other = [
+            {**message, "content": probe} if message.get("content", "").strip() else message
+            for message, probe in zip(messages, probes, strict=True)
+        ]
+        try:
+            text = template.render(template.adapted(other), header=True).text
+        except DataError:  # a template that reads something out of its texts
+            return ""
+        absent = [at for at, message in enumerate(other) if not is_written(message, text)]
+    return ", ".join(
+        "the system message"
+        if messages[at]["role"] in SYSTEM
+        else f"messages[{at}] of the role {messages[at]['role']}"
+        for at in absent[:3]
+    )

@@ -87,7 +87,19 @@ def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
             done = until
         if len(pack) > 1:
             position_ids[index, done:] = torch.arange(width - done)
+    return _batch(input_ids, labels, position_ids, lengths, row_lengths)
+
+
+def _batch(
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor,
+    lengths: list[int],
+    row_lengths: list[list[int]],
+) -> Batch:
+    """A batch with what follows from its tokens."""
     supervised = _predicting(labels)
+    ends = itertools.accumulate(itertools.chain.from_iterable(row_lengths), initial=0)
     return Batch(
         input_ids=input_ids,
         labels=labels,
@@ -95,9 +107,9 @@ def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
         supervised=supervised,
         num_supervised=len(supervised),
         lengths=lengths,
-        packed=any(len(pack) > 1 for pack in packs),
+        packed=any(len(one) > 1 for one in row_lengths),
         row_lengths=row_lengths,
-        row_starts=_starts(row_lengths),
+        row_starts=torch.tensor(list(ends), dtype=torch.int32),
     )
 
 
@@ -150,20 +162,12 @@ def split(batch: Batch, max_rows: int) -> Iterator[Batch]:
     for first in range(0, len(batch["lengths"]), max_rows):
         lengths = batch["lengths"][first : first + max_rows]
         rows, width = slice(first, first + max_rows), padded(max(lengths))
-        labels = batch["labels"][rows, :width]
-        positions = batch["position_ids"][rows, :width].contiguous()
-        supervised = _predicting(labels)
-        row_lengths = [_cut(one, width) for one in batch["row_lengths"][rows]]
-        part = Batch(
-            input_ids=batch["input_ids"][rows, :width].contiguous(),
-            labels=labels.contiguous(),
-            position_ids=positions,
-            supervised=supervised,
-            num_supervised=len(supervised),
-            lengths=lengths,
-            packed=any(len(one) > 1 for one in row_lengths),
-            row_lengths=row_lengths,
-            row_starts=_starts(row_lengths),
+        part = _batch(
+            batch["input_ids"][rows, :width].contiguous(),
+            batch["labels"][rows, :width].contiguous(),
+            batch["position_ids"][rows, :width].contiguous(),
+            lengths,
+            [_cut(one, width) for one in batch["row_lengths"][rows]],
         )
         if "reference" in batch:
             part = _with_pairs(part, batch["reference"][rows].contiguous())
@@ -186,12 +190,6 @@ def _cut(lengths: Sequence[int], width: int) -> list[int]:
         if (left := width - sum(found)) > 0:
             found.append(min(length, left))
     return found
-
-
-def _starts(row_lengths: Sequence[Sequence[int]]) -> Tensor:
-    """Where each row begins in the flattened batch, and where the last one ends."""
-    ends = itertools.accumulate(itertools.chain.from_iterable(row_lengths), initial=0)
-    return torch.tensor(list(ends), dtype=torch.int32)
 
 
 def _predicting(labels: Tensor) -> Tensor:

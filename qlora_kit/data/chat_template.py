@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from qlora_kit.config.data import assignments
+from qlora_kit.config.data import DataConfig, assignments
 from qlora_kit.data.sandbox import SIZE_LIMIT, check_template, today, variables_of
 from qlora_kit.errors import ConfigError, DataError, TokenizerError, UnsafeInputError
 from qlora_kit.files.atomic import write_plain
@@ -30,7 +30,7 @@ class ChatOptions:
 
     date: str | None = None
     """the day that templates are told, as 2026-01-31; None: today"""
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
     train_on: str = "all"
     """assistant turns of a chat: `all` or the `last`"""
     merge_system: bool = False
@@ -39,21 +39,8 @@ class ChatOptions:
 NO_OPTIONS = ChatOptions()
 
 
-class HasChatOptions(Protocol):
-    """A run's data options, or the rules by which rows become tokens."""
-
-    @property
-    def chat_date(self) -> str | None: ...  # noqa: D102
-    @property
-    def chat_template_args(self) -> str | None: ...  # noqa: D102
-    @property
-    def train_on(self) -> str: ...  # noqa: D102
-    @property
-    def merge_system(self) -> bool: ...  # noqa: D102
-
-
-def chat_options(options: HasChatOptions) -> ChatOptions:
-    """The options about chats among others."""
+def chat_options(options: DataConfig) -> ChatOptions:
+    """The options about chats among those of a run's data."""
     variables = assignments(options.chat_template_args) if options.chat_template_args else {}
     return ChatOptions(options.chat_date, variables, options.train_on, options.merge_system)
 

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from qlora_kit.data.answers import chat_ids
-from qlora_kit.data.cache_entry import Entry
-from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, date_of
+from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
 from qlora_kit.data.encoded_pairs import PAIR_REMEDIES, paired, parts_of_row
 from qlora_kit.data.labels import (
     DROPPED,
@@ -28,11 +24,11 @@ from qlora_kit.data.labels import (
     encode_completion,
     encode_text,
 )
-from qlora_kit.data.outcome import DEFAULT_RULES, EncodeRules, Outcome
+from qlora_kit.data.outcome import DEFAULT_RULES, EncodedRows, EncodeRules, Outcome
 from qlora_kit.data.pairs import is_pair
 from qlora_kit.data.rows import Row
 from qlora_kit.data.token_cache import cached, encoding_key, id_limit
-from qlora_kit.data.token_rows import TokenRows, pair_digests
+from qlora_kit.data.token_rows import Entry
 from qlora_kit.data.tokens import PIECE, Encoded, Ids, Skipped, Tokens
 from qlora_kit.errors import DataError
 
@@ -41,54 +37,6 @@ if TYPE_CHECKING:
 
 BATCH_ROWS, BATCH_CHARACTERS = 1000, 1024**2
 """Rows that are tokenized together; the fewer, the longer their texts."""
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """The rows that are trained on, and what became of the others."""
-
-    rows: Sequence[Encoded]
-    skipped: dict[str, int]
-    truncated: int
-    tokens: int
-    supervised_tokens: int
-    pairs: int = 0
-    """of them, where the rows are pairs' rows, one beside the other"""
-    cut_tokens: int = 0
-    """tokens that truncation took away"""
-    cut: tuple[tuple[str, int, int], ...] = ()
-    """what truncation took away, from how many rows, how many tokens"""
-    duplicates: int = 0
-    """rows that are equal to an earlier one"""
-    unused: tuple[tuple[str, int], ...] = ()
-    """fields of rows that nothing reads, and how many rows have them"""
-    controls: int = 0
-    """control tokens that texts spell and that are read as such"""
-    doubled: int = 0
-    """starts and ends that rows spell themselves and that are written once"""
-    unknown_tokens: int = 0
-    """tokens that stand for what the tokenizer does not know"""
-    lost: tuple[tuple[str, str], ...] = ()
-    """`file:line` and reason of the first skipped rows"""
-    shortened: tuple[tuple[str, int], ...] = ()
-    """`file:line` of the first truncated rows, and how many tokens each lost; 0: cut in rows"""
-    refusal: DataError | None = None
-    """why these rows cannot be trained on, where they were encoded to be shown only"""
-
-    def shared_with(self, other: EncodedRows) -> int:
-        """How many of these rows, or pairs, are also in `other`."""
-        return int(np.isin(self._digests, other._digests).sum())
-
-    @property
-    def _digests(self) -> np.ndarray:
-        """A hash of each row, or pair."""
-        assert isinstance(self.rows, TokenRows)
-        return pair_digests(self.rows.digests) if self.pairs else self.rows.digests
-
-    @property
-    def count(self) -> str:
-        """How many rows there are, or pairs, in words."""
-        return f"{self.pairs:,} pairs" if self.pairs else f"{len(self.rows):,} rows"
 
 
 def encode_rows(
@@ -105,7 +53,7 @@ def encode_rows(
     again, or else in a file that goes with the result. Without `refuse` a loss of rows is no error.
     """
     tokens = Tokens(tokenizer)
-    rules = replace(rules, chat_date=date_of(tokenizer, rules.chat_date))
+    rules = rules.dated(tokenizer)
     key = encoding_key(rows, tokenizer, max_length, rules) if cache else None
     wanted = Entry(key, max_length, lambda: id_limit(tokenizer)) if key else None
     make = lambda: _outcomes(rows, tokens, max_length, rules)  # noqa: E731
@@ -113,24 +61,7 @@ def encode_rows(
     facts = kept.facts
     if not facts["source_rows"]:
         raise DataError("there are no rows to encode", "give at least one row")
-    names = (
-        "skipped",
-        "truncated",
-        "tokens",
-        "supervised_tokens",
-        "cut_tokens",
-        "duplicates",
-        "pairs",
-    )
-    encoded = EncodedRows(
-        rows=kept.rows,
-        **{name: facts[name] for name in (*names, "controls", "doubled", "unknown_tokens")},
-        cut=tuple((what, *counts) for what, counts in facts["cut"].items()),
-        unused=tuple(facts["unused"].items()),
-        lost=tuple((where, reason) for where, reason in facts["lost"]),
-        shortened=tuple((where, cut) for where, cut in facts["shortened"]),
-        refusal=_refusal(facts, max_length),
-    )
+    encoded = EncodedRows.of(kept.rows, facts, _refusal(facts, max_length))
     if refuse and encoded.refusal is not None:
         raise encoded.refusal
     return encoded

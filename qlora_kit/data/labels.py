@@ -25,8 +25,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from qlora_kit.data.chat_mask import LEFT_OUT, NO_TURN, Chat, chats
-from qlora_kit.data.chat_tokens import chat_tokens
+from qlora_kit.data.chat_mask import LEFT_OUT, NO_TURN, Chat, chat_tokens, chats
 from qlora_kit.data.outcome import EncodeRules, Outcome
 from qlora_kit.data.rows import Row, is_document
 from qlora_kit.data.tokens import IGNORE, PIECE, Encoded, Ids, Skipped, Tokens

@@ -40,7 +40,7 @@ class Packs(Sequence[list[int]]):
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `range(num_rows)` that depends on the seed and the epoch alone."""
-    return _permutation(num_rows, f"order {seed} {epoch}")
+    return permutation(num_rows, f"order {seed} {epoch}")
 
 
 def grouped_order(
@@ -50,14 +50,14 @@ def grouped_order(
 
     A step has `per_step` rows.
     """
-    order = _permutation(len(lengths), f"order {seed} {epoch}")
+    order = permutation(len(lengths), f"order {seed} {epoch}")
     together = SORTED_STEPS * per_step
     for first in range(0, len(order), together):
         part = order[first : first + together]
         part[:] = part[np.argsort(-lengths[part], kind="stable")]
     whole = len(order) // batch_size
     batches = order[: whole * batch_size].reshape(whole, batch_size)
-    batches = batches[_permutation(whole, f"batches {seed} {epoch}")]
+    batches = batches[permutation(whole, f"batches {seed} {epoch}")]
     return np.concatenate([batches.flatten(), order[whole * batch_size :]])
 
 
@@ -66,7 +66,7 @@ def make_packs(lengths: np.ndarray, capacity: int, seed: int) -> Packs:
 
     Errors: none; a row may not be longer than `capacity`.
     """
-    shuffled = _permutation(len(lengths), f"packs {seed}")
+    shuffled = permutation(len(lengths), f"packs {seed}")
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     pack_of = np.empty(len(lengths), dtype=np.int32)
     # Open packs by the room they have left, and the rooms that there are as bits of one number.
@@ -92,9 +92,10 @@ def make_packs(lengths: np.ndarray, capacity: int, seed: int) -> Packs:
     return Packs(order[by_pack], np.cumsum(np.bincount(pack_of, minlength=num_packs)))
 
 
-def _permutation(count: int, name: str) -> np.ndarray:
+def permutation(count: int, seed: str | int) -> np.ndarray:
+    """A permutation of `range(count)` that depends on the seed alone, as int32."""
     # `random()` is the one method whose sequence Python keeps the same between versions.
-    generator = random.Random(name)
+    generator = random.Random(seed)
     keys = np.fromiter((generator.random() for _ in range(count)), np.float64, count)
     # Of rows there are fewer than 2**31, and half the bytes are much for many rows.
     return np.argsort(keys, kind="stable").astype(np.int32)

@@ -21,11 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.data.fields import kind
-from qlora_kit.data.file_types import check_file, kind_of
 from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.json_array import elements
 from qlora_kit.data.json_text import JsonError, loads
-from qlora_kit.data.lines import CHUNK, MAX_ROW_BYTES, decoded, lines, opened, too_long
+from qlora_kit.data.lines import (
+    CHUNK,
+    MAX_ROW_BYTES,
+    check_file,
+    decoded,
+    kind_of,
+    lines,
+    opened,
+    too_long,
+)
 from qlora_kit.data.source import HubSplit, Part
 from qlora_kit.data.tables import arrow_rows, csv_rows, extra, parquet_count, parquet_rows
 from qlora_kit.errors import DataError, ResourceError

@@ -14,15 +14,100 @@ from typing import Any
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data.answers import ends_text
 from qlora_kit.data.batch import lengths_of, padding_note
-from qlora_kit.data.chat_template import date_of, templates_of
-from qlora_kit.data.encode import EncodedRows, encode, encode_rows
-from qlora_kit.data.notes import notes_of
-from qlora_kit.data.outcome import EncodeRules
-from qlora_kit.data.rows import Rows
+from qlora_kit.data.chat_template import templates_of
+from qlora_kit.data.encode import encode, encode_rows
+from qlora_kit.data.outcome import EncodedRows, EncodeRules
+from qlora_kit.data.pairs import SIDES, is_pair
+from qlora_kit.data.rows import Row, Rows
 from qlora_kit.data.schedule import padding_shares
-from qlora_kit.data.shown_rows import ShownRow, shown_row
 from qlora_kit.data.token_cache import cache_directory
+from qlora_kit.data.tokens import IGNORE, Encoded, Skipped, decoded
 from qlora_kit.errors import DataError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens that are alike, and their text."""
+
+    text: str
+    trained: bool
+    special: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One row, or why it is skipped; `part` counts the rows that a long text became.
+
+    Of a pair there are two, and `side` says which.
+    """
+
+    where: str
+    part: int
+    parts: int
+    truncated: bool
+    skipped: str | None
+    tokens: int
+    trained_tokens: int
+    control_tokens: int
+    pieces: tuple[Piece, ...]
+    side: str = ""
+
+
+def shown_row(row: Row, outcome: list[Encoded] | Skipped, tokenizer: Any) -> list[ShownRow]:
+    """What `outcome`, the encodings of a row or why there are none, shows of it."""
+    if isinstance(outcome, Skipped):
+        return [ShownRow(row.where, 1, 1, False, outcome.reason, 0, 0, 0, (_text_of(row),))]
+    return [
+        ShownRow(
+            where=row.where,
+            part=number,
+            parts=len(outcome),
+            truncated=one.truncated,
+            skipped=None,
+            tokens=len(one.input_ids),
+            trained_tokens=len(one.labels) - one.labels.count(IGNORE),
+            control_tokens=sum(piece.tokens for piece in pieces if piece.special),
+            pieces=pieces,
+            side=SIDES[number - 1] if is_pair(row.content) else "",
+        )
+        for number, one in enumerate(outcome, 1)
+        for pieces in [tuple(_pieces(one, tokenizer))]
+    ]
+
+
+def _text_of(row: Row) -> Piece:
+    """A skipped row's text as it was read."""
+    text = _written(row.content)
+    return Piece(text, trained=False, special=False, tokens=0)
+
+
+def _written(content: dict[str, Any]) -> str:
+    if is_pair(content):
+        return "\n".join(f"{side}: {_written(content[side])}" for side in SIDES)
+    turns = content.get("messages")
+    if turns is None:
+        return str(content.get("text") or content["prompt"] + content["completion"])
+    return "\n".join(f"{turn['role']}: {turn.get('content', '')}" for turn in turns)
+
+
+def _pieces(row: Encoded, tokenizer: Any) -> list[Piece]:
+    """The row's text in pieces; each is what its tokens add to the text before them."""
+    special = {index for index, t in tokenizer.added_tokens_decoder.items() if t.special}
+    kinds = [
+        (label != IGNORE, token in special)
+        for token, label in zip(row.input_ids, row.labels, strict=True)
+    ]
+    pieces: list[Piece] = []
+    done, before = 0, ""
+    for kind, group in itertools.groupby(kinds):
+        size = len(list(group))
+        done += size
+        text = decoded(tokenizer, row.input_ids[:done])
+        pieces.append(Piece(text[len(before) :], kind[0], kind[1], size))
+        before = text
+    return pieces
+
 
 BINS = 20
 """Bars of the histogram of lengths."""
@@ -113,7 +198,7 @@ def report_of(
     Errors: those of encoding.
     """
     cache, rules = cache_directory(config.token_cache), EncodeRules.of(config)
-    rules = replace(rules, chat_date=date_of(tokenizer, rules.chat_date))
+    rules = rules.dated(tokenizer)
     refusal = None
     if rules.long_rows == "error":
         try:
@@ -140,10 +225,10 @@ def report_of(
         chat_template=_template(tokenizer) if is_chat else None,
         chats=ends_text(tokenizer, rules.chat) if is_chat else None,
         batch_size=batch_size,
-        train=_part(encoded, rows.train_source, notes_of(encoded)),
+        train=_part(encoded, rows.train_source, encoded.notes()),
         held_out=None
         if held_out is None
-        else _part(held_out, rows.eval_source, notes_of(held_out, held_out=True)),
+        else _part(held_out, rows.eval_source, held_out.notes(held_out=True)),
         held_out_source=rows.eval_source,
         shared=0 if held_out is None else held_out.shared_with(encoded),
         padding=padding,

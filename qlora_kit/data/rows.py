@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from qlora_kit.config.data import DEFAULT_EVAL_FRACTION, DataConfig
-from qlora_kit.data.file_types import check_file, kind_of
 from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.json_text import JsonError, check_depth, present
-from qlora_kit.data.lines import MAX_ROW_BYTES
+from qlora_kit.data.lines import MAX_ROW_BYTES, check_file, kind_of
+from qlora_kit.data.order import permutation
 from qlora_kit.data.records import count, fingerprint, hub_splits, records
 from qlora_kit.data.schema import normalise, parse_columns, recognise, rename
 from qlora_kit.data.source import HELD_OUT, HubSplit, Source, files, find, parts_of, words
@@ -241,11 +240,8 @@ def _fields(
 def draw(num_records: int, fraction: float, seed: int) -> np.ndarray:
     """Which records are held out, as booleans: at least one, and never all."""
     held_out = min(max(1, round(fraction * num_records)), num_records - 1)
-    # `random()` is the one method whose sequence Python keeps the same between versions.
-    generator = random.Random(seed)
-    keys = np.fromiter((generator.random() for _ in range(num_records)), np.float64, num_records)
     chosen = np.zeros(num_records, dtype=bool)
-    chosen[np.argsort(keys, kind="stable")[:held_out]] = True
+    chosen[permutation(num_records, seed)[:held_out]] = True
     return chosen
 
 

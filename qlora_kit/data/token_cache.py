@@ -2,7 +2,7 @@
 
 An entry is a directory of `token_rows.py`'s columns and of `facts.json`, written last. The key
 covers the rows' content, the tokenizer, its template, the settings and this code. An entry that
-`cache_entry.py` refuses is encoded anew.
+`token_rows.py` refuses is encoded anew.
 
 Keeping tokens is a convenience. Where the directory cannot be used they go to a temporary folder,
 which goes with the rows, and where there is none either they stay in memory.
@@ -26,10 +26,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora_kit.data.cache_entry import FACTS, Entry, checksum, facts_sum, verified
 from qlora_kit.data.outcome import EncodeRules, Outcome, Tally
 from qlora_kit.data.rows import Row, Table
-from qlora_kit.data.token_rows import CHUNK, COLUMNS, TokenRows, duplicates, pair_digests, writer
+from qlora_kit.data.token_rows import (
+    CHUNK,
+    COLUMNS,
+    FACTS,
+    Entry,
+    TokenRows,
+    checksum,
+    duplicates,
+    facts_sum,
+    pair_digests,
+    verified,
+    writer,
+)
 from qlora_kit.files.aside import new_directory
 from qlora_kit.files.own import kept_in
 from qlora_kit.files.publish import mend
@@ -79,14 +90,10 @@ def cached(
             return Stored(TokenRows.on_disk(Path(temporary.name), temporary), facts)
         except OSError as error:
             _note(f"the tokens stay in memory: no temporary folder: {error.strerror or error}")
-        tally = Tally(unknown_id)
         columns = {name: bytearray() for name in COLUMNS}
         add = writer({name: column.extend for name, column in columns.items()})
-        for outcome in _rows(make()):
-            for stored in tally.stored(outcome):
-                add(stored)
+        facts = _counted(make(), unknown_id, add)
         rows = TokenRows.in_memory(columns)
-        facts = tally.facts()
         return Stored(rows, {**facts, "duplicates": _duplicates(rows.digests, facts)})
     except _RowsError as failed:
         raise failed.error from None
@@ -163,6 +170,17 @@ def _tokenizer_text(tokenizer: Any) -> str:
     return special + json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
+def _counted(
+    outcomes: Iterable[Outcome], unknown_id: int | None, add: Callable[[list[int]], None]
+) -> dict[str, Any]:
+    """Add the rows of `outcomes`; returns what was counted of them."""
+    tally = Tally(unknown_id)
+    for outcome in _rows(outcomes):
+        for stored in tally.stored(outcome):
+            add(stored)
+    return tally.facts()
+
+
 def _rows(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
     """The outcomes, an `OSError` of their source told from one of writing."""
     try:
@@ -175,17 +193,13 @@ def _write(
     directory: Path, outcomes: Iterable[Outcome], unknown_id: int | None, key: str = ""
 ) -> dict[str, Any]:
     """Store the rows of `outcomes`; returns the facts about them."""
-    tally = Tally(unknown_id)
     with contextlib.ExitStack() as files:
         opened = {
             name: files.enter_context(_private(directory / name, buffering=CHUNK))
             for name in COLUMNS
         }
         add = writer({name: file.write for name, file in opened.items()})
-        for outcome in _rows(outcomes):
-            for stored in tally.stored(outcome):
-                add(stored)
-    facts = tally.facts()
+        facts = _counted(outcomes, unknown_id, add)
     facts |= {
         "duplicates": _duplicates(np.fromfile(directory / "digests", np.uint64), facts),
         "checksums": {name: checksum((directory / name).open("rb")) for name in COLUMNS},

@@ -13,13 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.data.chat_template import (
-    NO_OPTIONS,
-    ChatOptions,
-    HasChatOptions,
-    chat_options,
-    date_of,
-)
+from qlora_kit.config.data import DataConfig
+from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, chat_options, date_of
 from qlora_kit.data.tokens import decoded
 from qlora_kit.files.atomic import write_file
 from qlora_kit.gguf.chat_form import chat_form
@@ -37,7 +32,7 @@ def write_modelfile(
     *,
     model: str,
     adapter: str | None = None,
-    chats: HasChatOptions | None = None,
+    chats: DataConfig | None = None,
 ) -> None:
     """Write `modelfile` into a directory; `chats` are a run's options, None: there was none."""
     options = NO_OPTIONS if chats is None else chat_options(chats)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qlora_kit.config.generation import BASE
-from qlora_kit.data.unwritten import unwritten
+from qlora_kit.data.answers import unwritten
 from qlora_kit.errors import ConfigError
 from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.request import Request, Ticket

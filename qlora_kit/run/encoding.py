@@ -16,8 +16,8 @@ from qlora_kit.data.chat_template import (
     has_templates,
     use_template,
 )
-from qlora_kit.data.encode import EncodedRows, encode_rows
-from qlora_kit.data.outcome import EncodeRules
+from qlora_kit.data.encode import encode_rows
+from qlora_kit.data.outcome import EncodedRows, EncodeRules
 from qlora_kit.data.rows import Rows
 from qlora_kit.data.token_cache import cache_directory
 from qlora_kit.errors import ConfigError

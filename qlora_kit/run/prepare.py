@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qlora_kit.data.batch import padding_id, padding_note
-from qlora_kit.data.encode import EncodedRows
+from qlora_kit.data.outcome import EncodedRows
 from qlora_kit.data.rows import Rows
 from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.errors import ConfigError

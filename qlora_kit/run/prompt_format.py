@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 from qlora_kit.base.base import Base
 from qlora_kit.base.checks import read_generation_config
 from qlora_kit.base.meta_model import generation_config_of
-from qlora_kit.data.answers import chat_ids
+from qlora_kit.data.answers import chat_ids, unwritten
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, take_template
 from qlora_kit.data.encode import prompt_ids
 from qlora_kit.data.outcome import EncodeRules
-from qlora_kit.data.unwritten import unwritten
 from qlora_kit.errors import DataError
 from qlora_kit.generation.decode import end_ids
 from qlora_kit.run.saved_adapter import WRITES_CHATS, SavedAdapter

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.data.batch import eval_pairs
-from qlora_kit.data.encode import EncodedRows
+from qlora_kit.data.outcome import EncodedRows
 from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.lora.inject import switch_of
 from qlora_kit.run.evaluation import HeldOut

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from qlora_kit.base.base import Base
     from qlora_kit.config.lora import LoRAConfig
     from qlora_kit.config.run import RunConfig
-    from qlora_kit.data.encode import EncodedRows
     from qlora_kit.data.order import Packs
+    from qlora_kit.data.outcome import EncodedRows
     from qlora_kit.data.rows import Row, Rows
     from qlora_kit.plan.memory_plan import MemoryPlan
     from qlora_kit.training.loop import StepReport

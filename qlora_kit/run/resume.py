@@ -20,7 +20,8 @@ from qlora_kit.training.checkpoint_folder import numbered
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
-    from qlora_kit.data.encode import EncodedRows
+    from qlora_kit.data.outcome import EncodedRows
+
 
 FREE_ON_RESUME = {
     # The base and the data are compared by what they hold, the rest changes no number of a run.

@@ -9,8 +9,8 @@ from qlora_kit.config.data import DataConfig
 from qlora_kit.config.generation import AdaptersConfig, EvaluateConfig
 from qlora_kit.data.batch import eval_batches, padding_id
 from qlora_kit.data.chat_template import check_chat_options, use_template
-from qlora_kit.data.encode import EncodedRows, encode_rows
-from qlora_kit.data.outcome import EncodeRules
+from qlora_kit.data.encode import encode_rows
+from qlora_kit.data.outcome import EncodedRows, EncodeRules
 from qlora_kit.data.rows import Table
 from qlora_kit.errors import NumericError, redacted
 from qlora_kit.generation.questions import exact_matches

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.answers import chat_ids
+from qlora_kit.data.answers import chat_ids, unwritten
 from qlora_kit.data.chat_template import ChatOptions
 from qlora_kit.data.fields import Fields
 from qlora_kit.data.turns import check_order, messages_of
-from qlora_kit.data.unwritten import unwritten
 from qlora_kit.serving.errors import invalid
 
 if TYPE_CHECKING:

@@ -297,7 +297,7 @@ MUTATIONS = {
 
 
 COPIED = (
-    *("tokens", "chat_tokens", "rendering", "turn_spans", "chat_mask", "labels"),
+    *("tokens", "rendering", "turn_spans", "chat_mask", "labels"),
     *("token_cache", "encode"),
 )
 """In the order in which they import each other."""

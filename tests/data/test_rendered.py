@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data import tokens as tokens_module
 from qlora_kit.data.encode import encode, encode_rows, prompt_ids
-from qlora_kit.data.notes import notes_of
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row, load_rows
 from qlora_kit.data.tokens import pieces
@@ -120,7 +119,7 @@ def test_what_the_tokenizer_does_not_know_is_counted():
         # Where the same token also ends a text it says nothing about what is unknown.
         assert found.unknown_tokens == count
         assert found.controls == 0
-        note = [one for one in notes_of(found) if "<unk>" in one]
+        note = [one for one in found.notes() if "<unk>" in one]
         assert len(note) == bool(count)
         assert not count or "3 tokens of rows (37.50%)" in note[0]
 

@@ -6,6 +6,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.data.answers import chat_ids, turn_ends
+from qlora_kit.data.chat_template import ChatOptions
 from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Row
@@ -160,7 +161,7 @@ def test_what_is_learnt_is_the_union_of_the_marks():
 def test_only_the_last_turn_is_trained_on_where_that_is_asked():
     tokenizer = tokenizer_of("{% for m in messages %}" + TURN + "{% endfor %}" + HEADER)
     row = chat((U, "a"), (A, "b"), (U, "c"), (A, "d"))
-    rows = encode(row, tokenizer, 1000, EncodeRules(train_on="last"))
+    rows = encode(row, tokenizer, 1000, EncodeRules(chat=ChatOptions(train_on="last")))
     assert [learnt for _, learnt in shown(rows, tokenizer)] == ["d<|im_end|>"]
     rows = encode(row, tokenizer, 1000)
     assert [learnt for _, learnt in shown(rows, tokenizer)] == ["b<|im_end|>d<|im_end|>"]
@@ -180,12 +181,13 @@ def test_a_system_text_that_a_template_does_not_take_stands_with_the_first_user(
             encode(row, tokenizer, 1000)
     else:
         assert isinstance(encode(row, tokenizer, 1000), Skipped)
-    (found,) = encode(row, tokenizer, 1000, EncodeRules(merge_system=True))
+    merged = EncodeRules(chat=ChatOptions(merge_system=True))
+    (found,) = encode(row, tokenizer, 1000, merged)
     plain = chat((U, "Be brief.\n\na"), (A, "b"))
     assert [found] == encode(plain, tokenizer, 1000)
     # A template that takes one gets it as it is.
     takes = tokenizer_of("{% for m in messages %}" + TURN + "{% endfor %}" + HEADER)
-    assert encode(row, takes, 1000, EncodeRules(merge_system=True)) == encode(row, takes, 1000)
+    assert encode(row, takes, 1000, merged) == encode(row, takes, 1000)
 
 
 def spaced(kind):

@@ -3,8 +3,8 @@
 import pytest
 from chat_tokenizer import chat_tokenizer
 
+from qlora_kit.data.answers import unwritten
 from qlora_kit.data.chat_template import ChatOptions
-from qlora_kit.data.unwritten import unwritten
 
 PLAIN = "{% for m in messages %}[{{ m.role }}: {{ m.content | trim }}]{% endfor %}"
 USERS = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"

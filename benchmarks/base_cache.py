@@ -33,7 +33,7 @@ from qlora_kit.base.load import read_weights
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.device.found import peak_bytes
-from qlora_kit.memory.held import weight_bytes
+from qlora_kit.memory.counter import weight_bytes
 base = open_base(BaseConfig(sys.argv[1], bits=int(sys.argv[2]), dtype="bf16", device="cpu"))
 before, notes = peak_bytes(base.device), [*base.notes]
 began = time.perf_counter()

@@ -22,7 +22,7 @@ LOAD = """
 import json, sys, time
 from qlora_kit.base.load import load_base
 from qlora_kit.device.found import peak_bytes
-from qlora_kit.memory.held import weight_bytes
+from qlora_kit.memory.counter import weight_bytes
 began = time.perf_counter()
 model = load_base(sys.argv[1], bits=int(sys.argv[2]), dtype="bf16", device="cpu").model
 seconds = time.perf_counter() - began

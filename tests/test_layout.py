@@ -51,8 +51,8 @@ FLOORS = {
 
 BITSANDBYTES = {"base.quantize", "training.optimizer"}
 LIGHT = (
-    *(f"config.{name}" for name in ("base", "chat", "commands", "data", "export", "hub")),
-    *("config.generation", "config.limits", "config.lora", "config.output", "config.run"),
+    *(f"config.{name}" for name in ("base", "commands", "data", "export")),
+    *("config.generation", "config.lora", "config.output", "config.run"),
     *("config.serve", "config.training"),
     *(
         "errors",
@@ -60,7 +60,7 @@ LIGHT = (
         "files.aside",
         "files.atomic",
         "files.lock",
-        "files.own",
+        "files.opened",
         "files.publish",
     ),
     *("options.checks", "options.option", "options.names", "options.yaml_file", "options.parsed"),

@@ -13,9 +13,9 @@ import torch
 from any_model import random_model, save_random
 
 from qlora_kit.base.architecture import ARCHITECTURES
-from qlora_kit.base.direct import read_directly
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.load import load_base
+from qlora_kit.base.recurrence import read_directly
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.errors import ConfigError

@@ -12,7 +12,7 @@ import json, sys, time
 import torch
 from qlora_kit.base.load import load_base
 from qlora_kit.device.found import peak_bytes
-from qlora_kit.memory.held import weight_bytes
+from qlora_kit.memory.counter import weight_bytes
 imports, began, used = peak_bytes(torch.device("cpu")), time.perf_counter(), time.process_time()
 cached = len(sys.argv) > 3
 base = load_base(sys.argv[1], bits=int(sys.argv[2]), device="cpu", base_cache=cached)

@@ -16,8 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.experts import count_of, expert_bytes, has_experts
-from qlora_kit.base.fields import PER_LAYER, asks_for_code, problems
+from qlora_kit.base.fields import (
+    PER_LAYER,
+    asks_for_code,
+    count_of,
+    expert_bytes,
+    has_experts,
+    problems,
+)
 from qlora_kit.base.fp8_scheme import check_stored
 from qlora_kit.base.gguf_facts import (
     GEMMA2,

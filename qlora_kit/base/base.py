@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qlora_kit.base.base_files import BaseFiles
-from qlora_kit.base.checks import is_computed
+from qlora_kit.base.checks import BaseFiles, is_computed
 from qlora_kit.base.form import Form
 from qlora_kit.base.meta_model import decoder_linears, name_of_head, tied_names
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry
-from qlora_kit.base.share import Share, share_of
+from qlora_kit.base.skipped import Share, share_of
 from qlora_kit.base.source import Source
 from qlora_kit.base.text_decoder import Wrapper
 from qlora_kit.config.base import BaseConfig

@@ -25,7 +25,7 @@ from qlora_kit.base.safetensors_file import DTYPES, read_header
 from qlora_kit.base.tensor_file import TensorFile, tensor_bytes
 from qlora_kit.device.host_buffers import HostBuffers
 from qlora_kit.device.target import has_own_memory
-from qlora_kit.files.own import open_own
+from qlora_kit.files.opened import open_own
 
 SHARD = 2 * 1024**3
 """Bytes of a file, but for the tensor that is beyond."""

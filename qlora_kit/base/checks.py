@@ -4,6 +4,9 @@
 headers of the weights with the model that the config describes, built on the meta device. Nothing
 from a file is believed before: sizes, offsets, shapes, names and paths are all bounded here, so
 that loading can trust what it is given.
+
+`find_base` opens each file once. Nothing here needs torch, so that what paths, JSON and headers
+show is refused before it is imported.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +24,15 @@ from qlora_kit.base.architecture import (
     is_causal,
     refuse_code,
 )
-from qlora_kit.base.contents import find, names_code, refuse_strays
+from qlora_kit.base.contents import find, names_code, refuse_strays, tokenizer_files
 from qlora_kit.base.fields import TOKENS
 from qlora_kit.base.json_file import read_json
-from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, some
+from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, fingerprint, read_entries, some
 from qlora_kit.base.source import Source, contained, is_path, resolve
-from qlora_kit.base.text_decoder import text_config
+from qlora_kit.base.text_decoder import TextDecoder, text_config, text_decoder
 from qlora_kit.errors import ModelError, UnsafeInputError
 from qlora_kit.files.atomic import real_path
+from qlora_kit.files.opened import OpenFiles
 
 LAYER_COUNTS = ("num_layers_per_stack", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names that config.json has for the number of decoder layers."""
@@ -175,3 +180,44 @@ def check_architecture(
 def is_computed(name: str) -> bool:
     """Whether a stored tensor is one that the model computes by itself."""
     return name.endswith("rotary_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """What a base's files say, each of them checked by itself.
+
+    `config` is config.json, and `decoder` what it says of the text model, with all tensors of that
+    by name, of which the `fingerprint` has read some bytes. `generation` is generation_config.json,
+    None where there is none; `tokenizer` are the tokenizer's files by name.
+    """
+
+    source: Source
+    config: Mapping[str, Any]
+    decoder: TextDecoder
+    fingerprint: str
+    generation: Mapping[str, Any] | None
+    tokenizer: Mapping[str, Path]
+
+    @property
+    def config_path(self) -> Path:
+        """Where `config` is from, for errors."""
+        return self.source.directory / "config.json"
+
+
+def find_base(model: str, revision: str | None = None) -> BaseFiles:
+    """The files of a model by its name, fetched where it is a hub id.
+
+    Errors: as `resolve`; `ModelError`, `TokenizerError`, `UnsafeInputError` for what they hold.
+    """
+    return read_base(resolve(model, revision, check=read_config))
+
+
+def read_base(source: Source) -> BaseFiles:
+    """Open the files of a base. Errors: as `find_base`."""
+    directory = source.directory
+    config = read_config(directory)
+    with OpenFiles() as files:
+        decoder = text_decoder(config, read_entries(directory, files), directory / "config.json")
+        found = fingerprint(decoder.entries or {}, files)
+    generation = read_generation_config(directory)
+    return BaseFiles(source, config, decoder, found, generation, tokenizer_files(directory))

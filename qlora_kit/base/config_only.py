@@ -17,8 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.base_files import BaseFiles
-from qlora_kit.base.checks import check_layers, find_config, read_config_file
+from qlora_kit.base.checks import BaseFiles, check_layers, find_config, read_config_file
 from qlora_kit.base.contents import find
 from qlora_kit.base.form import form_in_files, form_of_config, stated_form
 from qlora_kit.base.meta_model import (

@@ -19,10 +19,9 @@ from qlora_kit.base.head import QuantizedHead, own_head
 from qlora_kit.base.linear import Quantize, QuantizedLinear, frozen_linear, quantize_linear
 from qlora_kit.base.made import names_on_host, tensors_of
 from qlora_kit.base.meta_model import name_of_head
-from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.probe import check_forward
 from qlora_kit.base.streamed_base import came, leaving, stream_layers
-from qlora_kit.base.tensors import Read, Tag, checks_later, untagged
+from qlora_kit.base.tensors import NumberChecks, Read, Tag, checks_later, untagged
 from qlora_kit.config.training import ON_DEVICE, Placement
 from qlora_kit.device.target import device_type, is_native
 

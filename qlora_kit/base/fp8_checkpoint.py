@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.fp8_scheme import SCALES, Blocks, Fp8Scheme
-from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.skipped import listed_modules
-from qlora_kit.base.tensors import Read, Reader, check_finite, read_tensors
+from qlora_kit.base.tensors import NumberChecks, Read, Reader, check_finite, read_tensors
 from qlora_kit.device.target import dtype_name, representative
 from qlora_kit.errors import ModelError
 

@@ -3,6 +3,7 @@
 Its config class declares what a config.json may set. Of that a model gets the fields that the class
 itself adds (none of the base class, which can change what a forward returns), each within bounds
 (`base/fields.py`), and their types are checked by the class. What draws random numbers is set to 0.
+A built model is refused where its modules say that it cannot be trained.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from qlora_kit.base.fields import beyond
-from qlora_kit.base.share import large_others
-from qlora_kit.base.unfit import unfit
+from qlora_kit.base.skipped import large_others
 from qlora_kit.errors import ModelError
 from qlora_kit.options.checks import size_text
 
@@ -135,3 +135,28 @@ def turn_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+ENCODED = ("encoder_attn", "crossattention", "cross_attn", "cross_attention")
+"""What attention to the output of an encoder is called."""
+OWN_REASONS = {
+    "blt": "cuts a text into patches where a second model of it says so: shapes that follow from "
+    "the text can neither be planned nor trained here",
+    "rwkv": "multiplies and divides its own weights when it goes from training to evaluation and "
+    "back, which quantized ones and adapters do not follow",
+    "xlm": "keeps attention and MLPs in two lists of modules, not in one of layers, so that "
+    "they can be neither recomputed nor looked at layer by layer",
+}
+
+
+def unfit(model: Any) -> str | None:
+    """The reason in words that follow the model's name, or None."""
+    settings = model.config
+    if reason := OWN_REASONS.get(settings.model_type):
+        return reason
+    names = (name for name, _ in model.named_modules())
+    if name := next((one for one in names if one.rpartition(".")[2] in ENCODED), None):
+        return f"attends to the output of an encoder ({name}), which is not there"
+    if getattr(settings, "default_language", "") is None:
+        return "has an adapter for each language, and config.json names no default_language"
+    return None

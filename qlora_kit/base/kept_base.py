@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.files.aside import mend_beside
-from qlora_kit.files.own import kept_in, open_own, open_own_folder
+from qlora_kit.files.opened import kept_in, open_own, open_own_folder
 
 MANIFEST, MANIFEST_LIMIT = "base.json", 64 * 1024**2
 FILE = "base-{:05}.safetensors"

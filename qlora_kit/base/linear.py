@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.base.encode_weight import BLOCKSIZE, encode_blocks
-from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.packed_matmul import packed_matmul
 from qlora_kit.base.quantize import (
     Quantization,
@@ -33,6 +32,7 @@ from qlora_kit.base.quantize import (
     quantize_scales,
 )
 from qlora_kit.base.resident import make_resident
+from qlora_kit.base.tensors import NumberChecks
 from qlora_kit.device.target import has_values, without_values
 from qlora_kit.kernels.matmul import grad_input, linear, matmul_dtype, scale_columns
 from qlora_kit.kernels.triton_ops import uses_triton

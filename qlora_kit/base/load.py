@@ -1,10 +1,19 @@
-"""Files to a frozen model on the device; the files were checked before (`open.py`)."""
+"""Files to a frozen model on the device; the files were checked before (`open.py`).
+
+`model.save_pretrained` refuses where what it would write is no model: transformers saves tensors by
+their names alone. Of a linear of ours these are packed bytes under the name of a weight, and of an
+adapted one names that its class does not have; `from_pretrained` then makes every such linear anew,
+at random, and says so in a load report only.
+"""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
@@ -19,11 +28,10 @@ from qlora_kit.base.fill import fill
 from qlora_kit.base.open import open_base
 from qlora_kit.base.refill import from_the_cache
 from qlora_kit.base.tensors import Reader, Tag, untagged
-from qlora_kit.base.tied import check_tied
-from qlora_kit.base.unheld import read_unheld
-from qlora_kit.base.unsaved import refuse_saving
+from qlora_kit.base.unheld import check_tied, read_unheld
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.training import ON_DEVICE, Placement
+from qlora_kit.errors import ExportError
 
 
 def load_base(
@@ -87,3 +95,22 @@ def read_weights(
         model.is_quantized = True  # so that transformers' Trainer refuses it before it trains
         refuse_saving(model)
     return model
+
+
+def refuse_saving(model: nn.Module) -> None:
+    """Let the method `save_pretrained` of a model refuse. Errors of it: `ExportError`."""
+    model.save_pretrained = functools.partial(_refuse, type(model).__name__)  # type: ignore[assignment]
+
+
+def allow_saving(model: nn.Module) -> None:
+    """Let it be transformers' own again."""
+    model.__dict__.pop("save_pretrained", None)
+
+
+def _refuse(name: str, *args: Any, **options: Any) -> None:
+    raise ExportError(
+        f"save_pretrained of a {name} whose linears are packed or carry adapters would write what "
+        "transformers loads as random linears",
+        "save_adapter(base, DIR) writes the adapter, export_model(base, DIR) a whole model, and "
+        "to_peft(base) makes the model that a Trainer trains and saves",
+    )

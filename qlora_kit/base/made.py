@@ -22,9 +22,8 @@ from qlora_kit.base.fp8_checkpoint import read_numbers
 from qlora_kit.base.head import HeadSource
 from qlora_kit.base.linear import Quantize, QuantizedLinear, quantize_linear
 from qlora_kit.base.meta_model import decoder_linears
-from qlora_kit.base.number_checks import NumberChecks
 from qlora_kit.base.recurrence import recurrent_parameters
-from qlora_kit.base.tensors import CPU, Read, check_finite, read_tensors
+from qlora_kit.base.tensors import CPU, NumberChecks, Read, check_finite, read_tensors
 from qlora_kit.config.training import Placement
 from qlora_kit.device.target import device_type, dtype_name, on_host
 

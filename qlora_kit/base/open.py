@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.base_files import BaseFiles, find_base
 from qlora_kit.base.cache import kept_note
-from qlora_kit.base.checks import check_layers
+from qlora_kit.base.checks import BaseFiles, check_layers, find_base
 from qlora_kit.base.contents import strays
 from qlora_kit.base.form import form_in_files, stated_form
 from qlora_kit.base.meta_model import build_on_meta, entries_of, generation_config_of, with_rows

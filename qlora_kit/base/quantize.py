@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kit.base.encode_weight import BLOCKSIZE, encode_rows
 from qlora_kit.base.imports import quiet_import
-from qlora_kit.base.number_checks import NumberChecks
+from qlora_kit.base.tensors import NumberChecks
 from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
 from qlora_kit.errors import NumericError, ResourceError
 

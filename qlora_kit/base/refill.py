@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from qlora_kit.base.base import Base
 from qlora_kit.base.cache import Wanted, discard, remove, used
 from qlora_kit.base.cache_entry import DamagedError, EntryReader
-from qlora_kit.base.entry_store import EntryStore, is_short_of, streamed_names
 from qlora_kit.base.fill import finished, move_buffers, put
+from qlora_kit.base.layer_store import EntryStore, is_short_of, streamed_names
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlora_kit.base.made import names_on_host
 from qlora_kit.base.meta_model import tied_names

@@ -3,24 +3,55 @@
 Plain reads are used because mapped files count as the process's own memory until they are unmapped.
 The buffer lies where the tensors are wanted. On a device of its own memory the bytes come piece by
 piece through the host's (`device/host_buffers.py`), and nothing waits: the next ones are read while
-those before are copied, checked and quantized.
+those before are copied, checked and quantized. Each look at numbers makes the host wait for all
+that the device was given, so loading notes their extremes (`NumberChecks`) and reads them once.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qlora_kit.base.number_checks import FINITE, NumberChecks
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.device.host_buffers import HostBuffers
 from qlora_kit.device.target import device_type, dtype_name, has_values, representative
 from qlora_kit.errors import ModelError, NumericError
 from qlora_kit.files.opened import OpenFiles
+
+FINITE = sys.float_info.max
+"""The limit of what need only be finite."""
+
+
+class NumberChecks:
+    """Notes tensors and their limits; `read` raises for the first that is beyond its own."""
+
+    def __init__(self) -> None:
+        self._extremes: list[Tensor] = []
+        self._limits: list[tuple[float, Callable[[float], NumericError]]] = []
+
+    def add(self, tensor: Tensor, limit: float, error: Callable[[float], NumericError]) -> None:
+        """A tensor of which no value may be above `limit` by its size, or NaN.
+
+        `error` is made of the largest size that it has. The tensor may change after the call.
+        """
+        # A NaN is both of the extremes.
+        self._extremes.append(torch.stack(torch.aminmax(tensor)).double())
+        self._limits.append((limit, error))
+
+    def read(self) -> None:
+        """Look at all of them, in one transfer. Errors: `NumericError`."""
+        if not self._extremes or not has_values(self._extremes[0]):
+            return
+        found = torch.stack(self._extremes).tolist()
+        for (low, high), (limit, error) in zip(found, self._limits, strict=True):
+            if not (-limit <= low and high <= limit):
+                raise error(max(-low, high))
+
 
 CPU = torch.device("cpu")
 PIECE = 2**25

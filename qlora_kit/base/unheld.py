@@ -1,11 +1,12 @@
 """A base that the host cannot hold: quantized into the cache, part by part, and read from there.
 
-Only for a base that is streamed, whose layers then come from the files (`entry_store.py`).
+Only for a base that is streamed, whose layers then come from the files (`layer_store.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.cache import Note, Wanted, discard, write
-from qlora_kit.base.entry_store import is_too_much
+from qlora_kit.base.fp8_checkpoint import read_numbers
+from qlora_kit.base.layer_store import is_too_much
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.made import tensors_of
 from qlora_kit.base.meta_model import decoder_linears, tied_names
 from qlora_kit.base.refill import from_the_cache
-from qlora_kit.base.tensors import Reader, Tag, checks_later
-from qlora_kit.base.tied import check_tied
+from qlora_kit.base.tensors import Read, Reader, Tag, checks_later
 from qlora_kit.config.training import Placement
 from qlora_kit.errors import ModelError
 
@@ -75,3 +76,20 @@ def _parts(base: Base, read: Reader) -> Iterator[tuple[str, Tensor | QuantizedLi
     for name, tensor in base.model.state_dict().items():
         if not tensor.is_meta and name not in came and name not in tied:
             yield name, tensor
+
+
+def check_tied(base: Base, read: Read) -> None:
+    """Refuse a second copy that is another tensor. Errors: `ModelError`."""
+    entries, scaled = base.entries, base.form.scaled
+    for name, shared in base.tied.items():
+        if name not in entries:
+            continue
+        own = {name: entries[name]}
+        for _, tensor in read_numbers(own, scaled, base.dtype, base.device, read):
+            kept = attrgetter(shared)(base.model)[: len(tensor)]
+            if not torch.equal(tensor.to(kept.device, base.dtype), kept):
+                raise ModelError(
+                    f"{entries[name].path}: {name} differs from {shared}, to which config.json "
+                    "ties it",
+                    "set tie_word_embeddings to false in config.json, or fetch the model again",
+                )

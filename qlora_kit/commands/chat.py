@@ -9,7 +9,7 @@ from qlora_kit.commands.argv import parse
 from qlora_kit.commands.chat_screen import ChatScreen
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.chat import ChatConfig
+from qlora_kit.config.commands import ChatConfig
 from qlora_kit.config.generation import AdaptersConfig, SamplingConfig
 
 SUMMARY = "Talk to a base and its adapters, line by line; /help in the chat lists its commands."

@@ -12,7 +12,7 @@ from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.export import ExportConfig
-from qlora_kit.config.hub import HubConfig
+from qlora_kit.config.output import HubConfig
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.data import DataConfig
-from qlora_kit.config.hub import HubConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.output import HubConfig, OutputConfig
 from qlora_kit.config.training import TrainingConfig
 
 SUMMARY = (

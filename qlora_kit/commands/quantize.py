@@ -11,7 +11,7 @@ from qlora_kit.commands.export import run_export
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.export import ExportConfig, QuantizeConfig
-from qlora_kit.config.hub import HubConfig
+from qlora_kit.config.output import HubConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 

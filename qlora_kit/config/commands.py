@@ -1,4 +1,4 @@
-"""The options that only one of the other commands has: show-data, plan, runs."""
+"""The options that only one of the other commands has: show-data, plan, runs, chat."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ import typing
 from dataclasses import dataclass
 
 from qlora_kit.config.data import DEFAULT_LENGTH
-from qlora_kit.config.limits import MOST_DATA, MOST_ROWS, MOST_TOKENS, SEEDS
-from qlora_kit.options.checks import a_name, a_size, also, between
+from qlora_kit.config.generation import BASE
+from qlora_kit.options.checks import (
+    MOST_DATA,
+    MOST_ROWS,
+    MOST_TOKENS,
+    SEEDS,
+    a_name,
+    a_size,
+    also,
+    between,
+)
 from qlora_kit.options.option import Options, option
 
 
@@ -133,3 +142,30 @@ class CacheConfig(Options):
         metavar="NAME|all",
     )
     json: bool = option(False, "print one JSON object and nothing else")
+
+
+@dataclass(frozen=True)
+class ChatConfig(Options):
+    """Who answers at first, and what every chat begins with."""
+
+    title: typing.ClassVar[str] = "chat"
+
+    use: str | None = option(
+        None,
+        f"the adapter that answers at first, or {BASE}: none of them",
+        check=a_name("the name of an adapter"),
+        metavar="NAME",
+        shown_default="the first one",
+    )
+    system: str | None = option(
+        None, "what the system says before the first message", metavar="TEXT"
+    )
+    plain: bool = option(
+        False,
+        "no chat template: every message is a prompt by itself with a line end behind it, as in "
+        "rows of prompts and completions, and nothing is read that was said before",
+    )
+
+    def _conflicts(self) -> typing.Iterator[str]:
+        if self.plain and self.system is not None:
+            yield "system is given beside plain, which writes messages alone: leave one of them out"

@@ -9,9 +9,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.config.limits import MOST_TOKENS
 from qlora_kit.errors import ConfigError
-from qlora_kit.options.checks import a_name, a_size, between, joined, one_of
+from qlora_kit.options.checks import MOST_TOKENS, a_name, a_size, between, joined, one_of
 from qlora_kit.options.option import Options, option
 
 DATA_FORMATS = ("auto", "text", "prompt", "instruction", "messages", "preference")

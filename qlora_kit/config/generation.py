@@ -8,10 +8,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_kit.config.limits import MOST_DRAWN, MOST_ROWS, SEEDS
 from qlora_kit.config.lora import ADAPTER_NAMES, OTHER_BASE_HELP, is_model_name
 from qlora_kit.errors import ConfigError, excerpt
-from qlora_kit.options.checks import a_name, between, one_of
+from qlora_kit.options.checks import MOST_DRAWN, MOST_ROWS, SEEDS, a_name, between, one_of
 from qlora_kit.options.option import Options, at_home, option
 
 BASE = "base"

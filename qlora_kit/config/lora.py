@@ -8,8 +8,7 @@ import typing
 from dataclasses import dataclass
 
 from qlora_kit.config.base import DTYPES
-from qlora_kit.config.limits import LARGEST_ALPHA, LARGEST_RANK
-from qlora_kit.options.checks import a_name, between, one_of
+from qlora_kit.options.checks import LARGEST_ALPHA, LARGEST_RANK, a_name, between, one_of
 from qlora_kit.options.option import Options, option
 
 NAME_LIMIT = 200

@@ -12,9 +12,8 @@ from typing import Any
 
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
-from qlora_kit.config.hub import HubConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.output import HubConfig, OutputConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import as_flat
 from qlora_kit.options.parsed import Parsed

@@ -8,9 +8,8 @@ import re
 import typing
 from dataclasses import dataclass
 
-from qlora_kit.config.limits import MOST_DRAWN, MOST_ROWS, MOST_TOKENS
 from qlora_kit.errors import ConfigError
-from qlora_kit.options.checks import a_name, between
+from qlora_kit.options.checks import MOST_DRAWN, MOST_ROWS, MOST_TOKENS, a_name, between
 from qlora_kit.options.option import Options, option
 from qlora_kit.redact import OWN_KEY, hide
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass, replace
 
-from qlora_kit.config.limits import MOST_ROWS, MOST_STEPS, SEEDS
 from qlora_kit.errors import ConfigError
-from qlora_kit.options.checks import FALSE, a_size, also, between, one_of, size_bytes
+from qlora_kit.options.checks import (
+    FALSE,
+    MOST_ROWS,
+    MOST_STEPS,
+    SEEDS,
+    a_size,
+    also,
+    between,
+    one_of,
+    size_bytes,
+)
 from qlora_kit.options.option import Options, option
 
 OPTIMIZERS = (
@@ -68,6 +77,11 @@ PLACED = {
     "offload_base": "base_on_host",
 }
 """The options of a placement and its fields, what costs least first; the first offloads nothing."""
+
+
+def _or_auto(help: str) -> typing.Any:
+    """A switch that is worked out for the run where it is left alone."""
+    return option(None, help, reads=also(AUTO), shown_default="auto")
 
 
 @dataclass(frozen=True)
@@ -167,32 +181,20 @@ class TrainingConfig(Options):
     triton_kernels: bool = option(
         True, "on CUDA norms, rotary embeddings, MLPs and 4-bit weights by Triton, same numbers"
     )
-    tiled_mlp: bool | None = option(
-        None,
-        "MLPs go over their tokens in tiles, same numbers; auto: where the run does not fit else",
-        reads=also(AUTO),
-        shown_default="auto",
+    tiled_mlp: bool | None = _or_auto(
+        "MLPs go over their tokens in tiles, same numbers; auto: where the run does not fit else"
     )
-    offload_embedding: bool | None = option(
-        None,
+    offload_embedding: bool | None = _or_auto(
         "the embedding stays in the host's memory, and rows are fetched for each batch, same "
-        "numbers; auto: on a card where the run does not fit else",
-        reads=also(AUTO),
-        shown_default="auto",
+        "numbers; auto: on a card where the run does not fit else"
     )
-    offload_activations: bool | None = option(
-        None,
+    offload_activations: bool | None = _or_auto(
         "inputs of layers that recompute wait in the host's memory, same numbers; auto: on a card "
-        "where the run does not fit else",
-        reads=also(AUTO),
-        shown_default="auto",
+        "where the run does not fit else"
     )
-    offload_base: bool | None = option(
-        None,
+    offload_base: bool | None = _or_auto(
         "the base stays in the host's memory, and a layer is on the card while it runs, same "
-        "numbers; auto: on a card where nothing else fits, or less has to be recomputed with it",
-        reads=also(AUTO),
-        shown_default="auto",
+        "numbers; auto: on a card where nothing else fits, or less has to be recomputed with it"
     )
     seed: int = option(42, "of adapters, data order, dropout and sampling", check=SEEDS)
 
@@ -224,11 +226,7 @@ class TrainingConfig(Options):
         What is asked for is in all of them. What is left to auto is off in the first; the host's
         memory is no other one where the device has no `own_memory`.
         """
-        left = [
-            name
-            for name in PLACED
-            if getattr(self, name) is None and self._may_place(name, own_memory)
-        ]
+        left = self._left(own_memory)
         asked = {field: getattr(self, name) is True for name, field in PLACED.items()}
         taken = (left[:count] for count in range(len(left) + 1))
         return tuple(Placement(**asked | {PLACED[name]: True for name in some}) for some in taken)
@@ -236,28 +234,22 @@ class TrainingConfig(Options):
     def placements_from(self, placement: Placement, own_memory: bool) -> tuple[Placement, ...]:
         """Those that a loaded model can go on with: this one, then what else auto may take."""
         found = [placement]
-        for name in ("tiled_mlp", "offload_activations"):
-            if getattr(self, name) is None and self._may_place(name, own_memory):
+        for name in self._left(own_memory):
+            if name in ("tiled_mlp", "offload_activations"):
                 found.append(replace(found[-1], **{PLACED[name]: True}))
         return tuple(dict.fromkeys(found))
 
     def flags_from(self, placement: Placement, own_memory: bool) -> str:
         """The options left to auto that would hold less on the device from the start."""
-        return " ".join(
-            f"--{name}"
-            for name, field in PLACED.items()
-            if getattr(self, name) is None
-            and self._may_place(name, own_memory)
-            and not getattr(placement, field)
-        )
+        left = self._left(own_memory)
+        return " ".join(f"--{name}" for name in left if not getattr(placement, PLACED[name]))
 
-    def _may_place(self, name: str, own_memory: bool) -> bool:
-        """Whether auto may take it: tiles are those of our blocks."""
-        if name == "tiled_mlp":
-            return self.fused_blocks
-        if name == "offload_activations" and self.gradient_checkpointing == "none":
-            return False
-        return own_memory
+    def _left(self, own_memory: bool) -> list[str]:
+        """The options of a placement that are left to auto and that it may take."""
+        may = dict.fromkeys(PLACED, own_memory)
+        may["tiled_mlp"] = self.fused_blocks  # tiles are those of our blocks
+        may["offload_activations"] &= self.gradient_checkpointing != "none"
+        return [name for name in PLACED if may[name] and getattr(self, name) is None]
 
     def check_packing(self, packing: bool) -> None:
         """Refuse packs of pairs. Errors: `ConfigError`."""

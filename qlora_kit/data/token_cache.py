@@ -42,7 +42,7 @@ from qlora_kit.data.token_rows import (
     writer,
 )
 from qlora_kit.files.aside import new_directory
-from qlora_kit.files.own import kept_in
+from qlora_kit.files.opened import kept_in
 from qlora_kit.files.publish import mend
 
 if TYPE_CHECKING:

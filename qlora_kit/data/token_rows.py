@@ -28,7 +28,7 @@ from typing import Any, overload
 import numpy as np
 
 from qlora_kit.data.tokens import IGNORE, Encoded
-from qlora_kit.files.own import is_own, open_own
+from qlora_kit.files.opened import is_own, open_own
 
 COLUMNS = ("tokens", "lengths", "digests")
 CHUNK = 1024**2

@@ -16,7 +16,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.files.atomic import EXPORT_REPORT, write_file
 from qlora_kit.files.kind import refuse_kind
 from qlora_kit.files.publish import publish
-from qlora_kit.lora.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from qlora_kit.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 
 CARD = "README.md"
 FOLDER = "adapter"

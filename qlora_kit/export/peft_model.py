@@ -23,7 +23,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import hold_as_ours, hold_as_theirs, quantization_config
 from qlora_kit.base.fill import multiply_in_fp32
-from qlora_kit.base.unsaved import allow_saving
+from qlora_kit.base.load import allow_saving
 from qlora_kit.errors import AdapterError, ConfigError, NumericError
 from qlora_kit.export.bnb_linears import BnbLinears
 from qlora_kit.lora.adapter import adapter_config, load_adapter

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config.hub import HubConfig
+from qlora_kit.config.output import HubConfig
 from qlora_kit.errors import ConfigError, ExportError, QloraKitError, ResourceError, excerpt
 from qlora_kit.export.adapter_files import CARD
 from qlora_kit.process.signals import Stopped

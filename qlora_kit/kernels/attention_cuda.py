@@ -27,8 +27,11 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kit.device.target import Capability, has_values, representative
 from qlora_kit.kernels.attention_blocks import like_heads
-from qlora_kit.kernels.attention_ops import attend_by_kernel, attend_by_kernel_backward
-from qlora_kit.kernels.attention_rows import sums_of_heads
+from qlora_kit.kernels.attention_ops import (
+    attend_by_kernel,
+    attend_by_kernel_backward,
+    sums_of_heads,
+)
 
 HEADS_AND_TOKENS = 2**17
 """Query heads times tokens that one call of a kernel's backward takes, about: with heads of 128 it

@@ -29,8 +29,8 @@ from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.merged import Merged, merge
 from qlora_kit.lora.mixed import Mixed, Stacks
 from qlora_kit.lora.opening import open_adapter
+from qlora_kit.lora.stack import check_weights, weighted_sum
 from qlora_kit.lora.switch import Active, Adapted, Switch
-from qlora_kit.lora.weighted_sum import check_weights, weighted_sum
 from qlora_kit.process.pace import Pace
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.unsaved import refuse_saving
+from qlora_kit.base.load import refuse_saving
 from qlora_kit.config.lora import LoRAConfig, is_adapter_name
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError, ConfigError

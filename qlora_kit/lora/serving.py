@@ -11,7 +11,7 @@ Each rule was read in a server's source. vLLM 0.32.0 (`config/lora.py`, `lora/pe
   left out without a word where its last part is right. So an adapter with the text model's names
   does nothing on a multimodal class, but for those that rename `model.` (`RENAMES_TEXT`).
 - Full weights under `embed_tokens.base_layer` and `lm_head.base_layer` are skipped without a word,
-  others are refused; so are `modules_to_save`, bias and DoRA, which `lora/peft_config.py` refuses
+  others are refused; so are `modules_to_save`, bias and DoRA, which `lora/adapter_files.py` refuses
   already. Projections of hybrids (`in_proj`) are served.
 - Prompts are tokenized by the base's tokenizer, and written by its chat template, unless
   `--tokenizer` says otherwise.

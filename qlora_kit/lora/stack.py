@@ -2,13 +2,14 @@
 
 All A lie one below another (sum of r, in_features), and so do all B (sum of r, out_features),
 whatever the ranks. Rows that go on together for several steps on a CPU get copies of their own A
-and B in fp32 besides (`OwnRows`): a step then casts nothing and multiplies by no other row's.
+and B in fp32 besides (`OwnRows`): a step then casts nothing and multiplies by no other row's. A
+weighted sum of adapters on a linear is made by the same stacking.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from qlora_kit.device.found import free_bytes
 from qlora_kit.device.target import device_type
+from qlora_kit.errors import AdapterError
 from qlora_kit.lora.low_rank import Part
+from qlora_kit.options.checks import LARGEST_ALPHA
 
 FROM_STEP = 3
 """The step of the same rows in which their copies are made: that takes as long as three more."""
@@ -164,3 +167,38 @@ class OwnRows:
         width = self._stack.lora_a.shape[1] + self._stack.lora_b.shape[1]
         needed = own * width * torch.float32.itemsize
         return own <= REPEATED * ranks and self._room.has(needed, device)
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Refuse those of no sum. Errors: `AdapterError` for no finite numbers, and for all 0."""
+    wrong = {
+        name: weight
+        for name, weight in weights.items()
+        if isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not abs(weight) <= LARGEST_ALPHA
+    }
+    if wrong or not any(weights.values()):
+        said = str(wrong or dict(weights))[:100]
+        raise AdapterError(
+            f"the weights of a sum must be numbers, not all 0, got {said}",
+            "give a weight for each adapter, such as {'a': 0.7, 'b': 0.3}",
+        )
+
+
+def weighted_sum(terms: Sequence[tuple[Part, float]]) -> Part:
+    """One part whose update is the weighted sum of those of parts of one linear."""
+    factors = [part.scaling * weight for part, weight in terms]
+    # The largest is left to the matmul, and the others are taken by it: equal ones leave every B as
+    # it is, and no B grows out of the range of its dtype.
+    scaling = max(factors, key=abs)
+    dtype = terms[0][0].dtype
+    for part, _ in terms:
+        dtype = torch.promote_types(dtype, part.dtype)
+    downs = [part.weights[0].to(dtype) for part, _ in terms]
+    ups = [
+        part.weights[1].float().mul(factor / scaling).to(dtype)
+        for (part, _), factor in zip(terms, factors, strict=True)
+    ]
+    weights = torch.cat(downs, dim=0), torch.cat(ups, dim=1)  # (sum of r, in) and (out, sum of r)
+    return Part(terms[0][0].base, weights, scaling, dtype)

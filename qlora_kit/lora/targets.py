@@ -17,10 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.base.direct import read_directly
 from qlora_kit.base.pattern import full_matches
-from qlora_kit.base.share import small_linears
-from qlora_kit.base.skipped import by_last_name
+from qlora_kit.base.recurrence import read_directly
+from qlora_kit.base.skipped import by_last_name, small_linears
 from qlora_kit.base.text_decoder import names_tower
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.lora.layer import LoRALinear

@@ -1,4 +1,4 @@
-"""Live bytes of a process's tensors, by component and by interval, each storage once.
+"""Bytes of tensors by component, each storage once: held, and live in each interval of some work.
 
 `StorageCounter` is entered around some work. Every operation's tensors are looked at; a storage
 that is new is counted until it dies. What it belongs to is a tag that was handed in (loading,
@@ -23,8 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_kit.base.tagged import tag_weights
+from qlora_kit.base.tensors import Tag
 from qlora_kit.device.target import is_on_host
 from qlora_kit.device.transfer import around_host
+from qlora_kit.training.optimizer import tag_states
 
 Sizes = dict[str, int]
 """Bytes by component."""
@@ -205,3 +208,43 @@ def most_of_each(intervals: Iterable[Interval]) -> Sizes:
         for component, most in interval.largest.items():
             found[component] = max(most, found.get(component, 0))
     return found
+
+
+def weight_bytes(model: nn.Module) -> Sizes:
+    """Bytes of the frozen base: `weights_quantized`, `weights_other` and `weights`, their sum."""
+    sizes = {"weights_quantized": 0, "weights_other": 0}
+    held = held_bytes(lambda tag: tag_weights(model, tag))
+    sizes = {name: held.get(name, 0) for name in sizes}  # and nothing of what is on the host
+    return {**sizes, "weights": sum(sizes.values())}
+
+
+def adapter_bytes(model: nn.Module) -> Sizes:
+    """Bytes of the adapters' masters, and of the gradients that are there now."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad for p in trained if p.grad is not None]
+    return {"adapters": tensor_bytes(trained), "gradients": tensor_bytes(gradients)}
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> Sizes:
+    """Bytes of the optimizer's states; `paged` are those in managed memory."""
+    return {"optimizer": 0, "paged": 0} | held_bytes(lambda tag: tag_states(optimizer, tag))
+
+
+def held_bytes(hand_over: Callable[[Tag], None]) -> Sizes:
+    """Bytes by component of what is handed over, each storage once."""
+    sizes: Sizes = {}
+    seen: set[int] = set()
+
+    def tag(component: str, tensors: Iterable[Tensor]) -> None:
+        new = [one for one in tensors if one.untyped_storage()._cdata not in seen]
+        seen.update(one.untyped_storage()._cdata for one in new)
+        sizes[component] = sizes.get(component, 0) + tensor_bytes(new)
+
+    hand_over(tag)
+    return sizes
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of what some tensors lie in, each storage once."""
+    storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())

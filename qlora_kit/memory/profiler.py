@@ -27,8 +27,7 @@ from qlora_kit.device.found import allocator_peaks, peak_bytes
 from qlora_kit.device.target import has_own_memory, has_values
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
-from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each
-from qlora_kit.memory.held import optimizer_bytes
+from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each, optimizer_bytes
 from qlora_kit.memory.phases import follow
 from qlora_kit.training.optimizer import tag_states
 

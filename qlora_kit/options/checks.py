@@ -1,7 +1,8 @@
 """Checks of single values, and readings of what other tools spell otherwise.
 
 A check gives None for a good value, else what is allowed: `at least 1`. A reading is called with
-what was given, and gives what it means.
+what was given, and gives what it means. Every number has a largest value, whatever a run could do
+with a larger one.
 """
 
 from __future__ import annotations
@@ -148,3 +149,15 @@ def is_long(value: Any) -> bool:
 def _plain(number: float) -> str:
     """A bound as one writes it."""
     return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+LARGEST_ALPHA = 1e9
+LARGEST_RANK = 2**16
+"""As `lora/adapter_files.py` takes it from an adapter; far above it a scale is no fp32 number."""
+MOST_ROWS, MOST_STEPS, MOST_TOKENS = 2**16, 10**9, 10**7
+"""Of rows at a time, of steps of a run, and of tokens in a row: far above what any run has."""
+MOST_DRAWN = 10**6
+"""Of tokens that are generated."""
+MOST_DATA = 10**15
+"""Of rows or tokens of a data set whose time is asked for."""
+SEEDS = between(0, 2**63 - 1)

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qlora_kit.config.base import DEFAULT_BITS, BaseConfig
-from qlora_kit.config.limits import MOST_ROWS
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import PLACED, TrainingConfig
 from qlora_kit.errors import ConfigError
+from qlora_kit.options.checks import MOST_ROWS
 from qlora_kit.plan.longest import longest_rows
 from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
 from qlora_kit.plan.plan import Planner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlora_kit.config.chat import ChatConfig
+from qlora_kit.config.commands import ChatConfig
 from qlora_kit.config.generation import AdaptersConfig
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from qlora_kit.config.chat import ChatConfig
+from qlora_kit.config.commands import ChatConfig
 from qlora_kit.config.generation import BASE, AdaptersConfig, SamplingConfig
 from qlora_kit.data.batch import padding_id
 from qlora_kit.errors import AdapterError, ConfigError, DataError, excerpt

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_kit.base.json_file import read_json
 from qlora_kit.errors import CheckpointError
-from qlora_kit.lora.peft_config import WEIGHTS_FILE
+from qlora_kit.lora.adapter_files import WEIGHTS_FILE
 from qlora_kit.run.directory import RESULT
 from qlora_kit.run.metrics import METRICS_FILE
 

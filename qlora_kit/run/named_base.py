@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.base.base_files import BaseFiles, find_base
+from qlora_kit.base.checks import BaseFiles, find_base
 from qlora_kit.base.source import TINY, is_known, is_path, local_path
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.errors import AdapterError, ConfigError

@@ -11,7 +11,7 @@ from qlora_kit.config.run import RunConfig
 from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.device.found import available_bytes
 from qlora_kit.errors import ConfigError
-from qlora_kit.memory.held import weight_bytes
+from qlora_kit.memory.counter import weight_bytes
 from qlora_kit.plan.memory_plan import MemoryPlan, note_of_host
 from qlora_kit.run.plans import RunPlans
 

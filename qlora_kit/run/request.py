@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_kit.base.base_files import BaseFiles
+from qlora_kit.base.checks import BaseFiles
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.given_rows import GivenRows

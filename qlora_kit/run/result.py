@@ -11,7 +11,7 @@ import torch
 
 from qlora_kit.device.found import describe_device, peak_bytes, reserved_bytes
 from qlora_kit.device.target import has_own_memory
-from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
+from qlora_kit.memory.counter import adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.memory.profiler import MemoryProfiler
 from qlora_kit.run.metrics import versions
 from qlora_kit.training.loss import Evaluation

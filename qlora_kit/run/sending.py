@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_kit.config.export import ExportConfig
-from qlora_kit.config.hub import HubConfig
+from qlora_kit.config.output import HubConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.adapter_files import is_portable, public_files
 from qlora_kit.export.push import check_push, folder_files, push

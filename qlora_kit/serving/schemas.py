@@ -18,8 +18,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qlora_kit.config.limits import MOST_TOKENS
 from qlora_kit.errors import excerpt
+from qlora_kit.options.checks import MOST_TOKENS
 from qlora_kit.serving.errors import ApiError, invalid
 
 MOST_STOPS, LONGEST_STOP = 16, 1000

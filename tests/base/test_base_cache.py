@@ -27,7 +27,7 @@ from qlora_kit.base.open import open_base
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.training import Placement
-from qlora_kit.files.own import is_own
+from qlora_kit.files.opened import is_own
 
 FORMS = {
     "nf4": {},

@@ -17,7 +17,7 @@ import torch
 from families import refused, save_checkpoint, tree_hash
 from transformers import AutoTokenizer
 
-from qlora_kit.base.base_files import read_base
+from qlora_kit.base.checks import read_base
 from qlora_kit.base.contents import find, tokenizer_files
 from qlora_kit.base.hub import TEMPLATES
 from qlora_kit.base.open import open_base

@@ -10,10 +10,10 @@ import torch
 from families import save_checkpoint
 
 from qlora_kit.base import cache as base_cache
-from qlora_kit.base import entry_store, unheld
+from qlora_kit.base import layer_store, unheld
 from qlora_kit.base.decoder import decoder_layers
-from qlora_kit.base.entry_store import EntryStore
 from qlora_kit.base.kept_base import listed, read_manifest
+from qlora_kit.base.layer_store import EntryStore
 from qlora_kit.base.linear import QuantizedLinear, dequantize
 from qlora_kit.base.load import read_weights
 from qlora_kit.base.open import open_base
@@ -51,7 +51,7 @@ def plain(tmp_path_factory):
 @pytest.fixture
 def short(monkeypatch):
     """The host has not the memory for the layers."""
-    monkeypatch.setattr(entry_store, "SPARE", 2**60)
+    monkeypatch.setattr(layer_store, "SPARE", 2**60)
 
 
 def load(directory, placement=ON_DEVICE, **options):
@@ -93,7 +93,7 @@ def test_from_files_and_from_memory_it_is_the_base(plain, cache, monkeypatch, fo
     assert any("kept in the cache" in one for one in notes)
     kept, before = load(plain, **form)[0], files_of(cache)
     found = [made, kept, load(plain, STREAMED, **form)[0]]
-    monkeypatch.setattr(entry_store, "SPARE", 2**60)
+    monkeypatch.setattr(layer_store, "SPARE", 2**60)
     found.append(load(plain, STREAMED, **form)[0])
     is_streamed = ["streamed" in vars(decoder_layers(m)[1].mlp.up_proj) for m in found]
     assert is_streamed == [True, False, True, True]

@@ -10,8 +10,7 @@ import torch
 from families import TRAITS, edit_config, refused, save_checkpoint, tiny_model
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.base.base_files import read_base
-from qlora_kit.base.checks import read_config
+from qlora_kit.base.checks import read_base, read_config
 from qlora_kit.base.fields import MODEL_FIELDS, ROPE_FIELDS, problems
 from qlora_kit.base.load import load_base
 from qlora_kit.base.meta_model import build_on_meta

@@ -17,8 +17,13 @@ from families import save_checkpoint
 from mutations import kinds_of
 from raises import raises_of, sites_of
 
-from qlora_kit.base.base_files import read_base
-from qlora_kit.base.checks import check_architecture, check_layers, read_config, read_context
+from qlora_kit.base.checks import (
+    check_architecture,
+    check_layers,
+    read_base,
+    read_config,
+    read_context,
+)
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import read_entries
 from qlora_kit.base.source import Source

@@ -19,7 +19,7 @@ from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.base.load import load_base
 from qlora_kit.base.open import open_base
 from qlora_kit.base.recurrence import check_packing
-from qlora_kit.base.share import large_others
+from qlora_kit.base.skipped import large_others
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, ModelError, UnsafeInputError, error_line

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kit.base import encode_weight, tensors
 from qlora_kit.base.encode_weight import encode_blocks, encode_rows
-from qlora_kit.base.number_checks import FINITE, NumberChecks
 from qlora_kit.base.safetensors_file import read_entries
-from qlora_kit.base.tensors import CPU, Reader, read_tensors
+from qlora_kit.base.tensors import CPU, FINITE, NumberChecks, Reader, read_tensors
 from qlora_kit.device.host_buffers import HostBuffers
 from qlora_kit.errors import NumericError
 

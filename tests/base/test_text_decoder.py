@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 from wrappers import TEXT, WRAPPERS, save_wrapped
 
-from qlora_kit.base.base_files import read_base
-from qlora_kit.base.checks import read_config_file
+from qlora_kit.base.checks import read_base, read_config_file
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.load import load_base
 from qlora_kit.base.open import open_base

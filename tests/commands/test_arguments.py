@@ -20,9 +20,8 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.export import ExportConfig
-from qlora_kit.config.hub import HubConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.output import OutputConfig
+from qlora_kit.config.output import HubConfig, OutputConfig
 from qlora_kit.config.serve import ServeConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError, UnsafeInputError, error_line

@@ -27,7 +27,7 @@ from loopback_hub import TOKEN, environment_of, served
 from loopback_uploads import ACCOUNT, Storage, Stored, UploadHandler
 from trained import save_trained, write_rows
 
-from qlora_kit.config.hub import HubConfig
+from qlora_kit.config.output import HubConfig
 from qlora_kit.errors import ConfigError
 
 BEFORE = """

@@ -8,8 +8,7 @@ from attention_laws import PACKS, WHOLE, check, drawn, results, rows_of
 
 from qlora_kit.kernels import attention_cuda
 from qlora_kit.kernels.attention_cuda import attend_packed, attention_kernel
-from qlora_kit.kernels.attention_ops import ATTEND_BY_KERNEL
-from qlora_kit.kernels.attention_rows import padded
+from qlora_kit.kernels.attention_ops import ATTEND_BY_KERNEL, padded
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 T4, RTX_30, H100, RTX_50 = (7, 5), (8, 6), (9, 0), (12, 0)

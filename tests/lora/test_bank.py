@@ -30,8 +30,7 @@ from qlora_kit.lora.adapter import load_adapter, save_adapter
 from qlora_kit.lora.adapter_files import read_adapter
 from qlora_kit.lora.inject import activate, inject_lora, lora_layers, switch_of
 from qlora_kit.lora.stack import FROM_STEP
-from qlora_kit.memory.counter import StorageCounter
-from qlora_kit.memory.held import tensor_bytes
+from qlora_kit.memory.counter import StorageCounter, tensor_bytes
 from qlora_kit.training.layer_forward import use_fused_blocks
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

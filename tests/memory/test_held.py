@@ -16,8 +16,7 @@ from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.device.found import describe_device, peak_bytes
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.memory.counter import StorageCounter
-from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
+from qlora_kit.memory.counter import StorageCounter, adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.training.optimizer import make_optimizer
 
 LINEAR_ELEMENTS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)

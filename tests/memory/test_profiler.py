@@ -11,8 +11,7 @@ from qlora_kit.base.load import load_base
 from qlora_kit.base.tagged import tag_weights
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.memory.counter import COMPONENTS
-from qlora_kit.memory.held import adapter_bytes, optimizer_bytes, weight_bytes
+from qlora_kit.memory.counter import COMPONENTS, adapter_bytes, optimizer_bytes, weight_bytes
 from qlora_kit.memory.profiler import MemoryProfiler
 from qlora_kit.plan.plan_memory import plan_memory
 from qlora_kit.training.layer_forward import set_recompute

@@ -18,7 +18,6 @@ from qlora_kit.base.linear import quantize_linear
 from qlora_kit.base.load import read_weights
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.limits import MOST_ROWS
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import PLACED, TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
@@ -29,6 +28,7 @@ from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
 from qlora_kit.memory.profiler import count_step
+from qlora_kit.options.checks import MOST_ROWS
 from qlora_kit.plan import fake_model
 from qlora_kit.plan.extrapolate import cut, layers_of
 from qlora_kit.plan.fake_model import FakeModel

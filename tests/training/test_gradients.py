@@ -9,7 +9,7 @@ from micro_batches import micro_batches
 
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError
-from qlora_kit.memory.held import adapter_bytes
+from qlora_kit.memory.counter import adapter_bytes
 from qlora_kit.training import gradients
 from qlora_kit.training.loop import train, train_step
 from qlora_kit.training.optimizer import make_optimizer

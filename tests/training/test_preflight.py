@@ -9,7 +9,7 @@ from micro_batches import ragged_rows, trained
 
 from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.errors import ResourceError
-from qlora_kit.memory.held import optimizer_bytes, tensor_bytes
+from qlora_kit.memory.counter import optimizer_bytes, tensor_bytes
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer, make_states, missing_states

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.base import Base
 from qlora_kit.base.checks import read_generation_config
 from qlora_kit.base.meta_model import generation_config_of
+from qlora_kit.config.data import DataConfig
 from qlora_kit.data.answers import chat_ids, unwritten
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions, take_template
 from qlora_kit.data.encode import prompt_ids
@@ -69,16 +70,16 @@ class PromptFormat:
         """How the adapter's run wrote chats: its variables and its day."""
         return NO_OPTIONS if self._run is None else self._run.chat()
 
-    def rules(self, rules: EncodeRules, given: Collection[str]) -> EncodeRules:
-        """Those of some rows, and how the run wrote its chats where no given option says it.
+    def rules(self, data: DataConfig, given: Collection[str]) -> EncodeRules:
+        """Those of some rows' options, and how the run wrote chats where no given one says it.
 
         It belongs to the run's template: where another one is given, it is left.
         """
         run = None if "chat_template" in given else self._run
         if run is None or (chats := run.chats_alone()) is None:
-            return rules
-        own = WRITES_CHATS.difference(given)
-        return replace(rules, **{name: getattr(chats, name) for name in own})
+            return EncodeRules.of(data)
+        own = {name: getattr(chats, name) for name in WRITES_CHATS.difference(given)}
+        return EncodeRules.of(replace(data, **own))
 
     @property
     def _run(self) -> SavedAdapter | None:

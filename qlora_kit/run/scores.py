@@ -84,7 +84,7 @@ def _encoded(
     given = named.parsed.given[DataConfig]
     for name in names:
         tokenizer = opened.formats[name].tokenizer
-        rules = opened.formats[name].rules(EncodeRules.of(data), given)
+        rules = opened.formats[name].rules(data, given)
         if "chat_template" in given and data.chat_template is not None:
             use_template(tokenizer, data.chat_template)
         key = str(tokenizer.chat_template), rules

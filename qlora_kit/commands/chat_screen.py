@@ -45,8 +45,8 @@ class ChatScreen:
         if self._is_typed:
             _remember_lines(self._lines)
             self._note(f"{self._lines.described}; /help lists commands, ^D leaves")
-            if self._lines.note is not None:
-                self._note(self._lines.note)
+        if self._lines.note is not None:
+            self._note(self._lines.note)
         is_second = False
         with StopSignals() as signals:
             while True:

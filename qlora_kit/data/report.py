@@ -216,14 +216,12 @@ def report_of(
         for row in itertools.islice(rows.train, count)
         for one in shown_row(row, encode(row, tokenizer, max_length, rules), tokenizer)
     ]
-    first = next(iter(rows.train)).content
-    is_chat = "messages" in first.get("chosen", first)
     return Report(
         model=model,
         format=rows.format,
         max_length=max_length,
-        chat_template=_template(tokenizer) if is_chat else None,
-        chats=ends_text(tokenizer, rules.chat) if is_chat else None,
+        chat_template=_template(tokenizer) if rows.is_chat else None,
+        chats=ends_text(tokenizer, rules.chat) if rows.is_chat else None,
         batch_size=batch_size,
         train=_part(encoded, rows.train_source, encoded.notes()),
         held_out=None

@@ -111,17 +111,16 @@ class Rows:
 
     @functools.cached_property
     def is_chat(self) -> bool:
-        """Whether rows are chats, or pairs of them."""
-        if self.format != PREFERENCE:
-            return self.format == "messages"
-        return "messages" in next(iter(self.train)).content["chosen"]
+        """Whether rows are chats, or pairs of them; any shape but plain text may be."""
+        first = next(iter(self.train)).content
+        return "messages" in first.get("chosen", first)
 
     @property
     def form(self) -> str:
-        """The shape of what is trained on; of pairs that of an answer behind its prompt."""
-        if self.format != PREFERENCE:
-            return self.format
-        return "messages" if self.is_chat else "prompt"
+        """What is trained on: `messages`, or else the shape; of pairs that of an answer."""
+        if self.is_chat:
+            return "messages"
+        return "prompt" if self.format == PREFERENCE else self.format
 
 
 def load_rows(config: DataConfig, seed: int, given: Mapping[str, GivenRows] | None = None) -> Rows:

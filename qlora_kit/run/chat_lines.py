@@ -16,7 +16,7 @@ from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.chat_events import Left, Note
 from qlora_kit.run.conversation import Answering, Conversation, Events, check_system
 from qlora_kit.run.named_base import Named
-from qlora_kit.run.trained_form import plain_note
+from qlora_kit.run.trained_form import form_note
 
 # A command that takes something names it.
 HELP = {
@@ -197,5 +197,6 @@ def begin(named: Named, adapter: str | None) -> Lines:
         stops=drawn.stops,
         plain=options.plain,
     )
-    note = None if options.plain else plain_note(opened.adapters, "--plain answers")
+    how = "a chat without --plain answers" if options.plain else "--plain answers"
+    note = form_note(opened.adapters, how, plain=options.plain)
     return Lines(Conversation(answering, adapter, options.system), note)

@@ -11,7 +11,7 @@ from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.prompt_format import format_beside
 from qlora_kit.run.saved_adapter import SavedAdapter
-from qlora_kit.run.trained_form import is_plain, plain_note
+from qlora_kit.run.trained_form import form_note, is_plain
 from qlora_kit.serving.api import Limits
 from qlora_kit.serving.models import Model
 from qlora_kit.serving.service import Service
@@ -33,7 +33,7 @@ def loaded_service(
         )
     limits = Limits.of(base.context, options)
     opened.load()
-    if note := plain_note(opened.adapters, "/v1/completions answers"):
+    if note := form_note(opened.adapters, "/v1/completions answers", plain=False):
         say(f"{time.strftime('%H:%M:%S')} note: {note}")
     bank.use(None)  # each request names its own
 

@@ -55,7 +55,7 @@ class Model:
     """the bank's name of the adapter; None: the base alone"""
     format: Format
     is_plain: bool = False
-    """whether it was trained on prompts and completions"""
+    """whether it was trained on text that no chat template wrote"""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

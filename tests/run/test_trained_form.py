@@ -1,15 +1,18 @@
-"""What is said of adapters that were trained on prompts and completions."""
+"""What is said of adapters that are asked otherwise than they were trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_kit import finetune
+from qlora_kit.config.data import DataConfig
+from qlora_kit.data.rows import load_rows
 from qlora_kit.lora.adapter_files import AdapterFiles
 from qlora_kit.run.saved_adapter import SavedAdapter
-from qlora_kit.run.trained_form import is_plain, plain_note
+from qlora_kit.run.trained_form import form_note, form_of, is_plain
 
 
 def saved(directory: Path, config: str, **said: str) -> SavedAdapter:
@@ -19,22 +22,65 @@ def saved(directory: Path, config: str, **said: str) -> SavedAdapter:
 
 
 @pytest.mark.parametrize(
-    ("config", "is_said"),
+    ("config", "form"),
     [
-        ("data: sample:extract\n", True),
-        ("data: sample:query\nformat: auto\n", True),
-        ("data: gone.jsonl\nformat: prompt\n", True),
-        ("data: gone.jsonl\nformat: messages\n", False),
-        ("data: gone.jsonl\n", False),
-        ("data: sample:not-there\n", False),
+        ("data: sample:extract\n", "prompt"),
+        ("data: sample:query\nformat: auto\n", "prompt"),
+        ("data: gone.jsonl\nformat: prompt\n", "prompt"),
+        ("data: gone.jsonl\nformat: text\n", "text"),
+        ("data: gone.jsonl\nformat: messages\n", "messages"),
+        ("data: gone.jsonl\nformat: instruction\ninstruction_as_chat: true\n", "messages"),
+        ("data: gone.jsonl\nformat: instruction\n", "instruction"),
+        ("data: gone.jsonl\nformat: preference\n", None),
+        ("data: gone.jsonl\n", None),
+        ("data: sample:not-there\n", None),
     ],
 )
-def test_adapters_of_prompts_and_completions_are_named(
-    tmp_path: Path, config: str, is_said: bool
+def test_what_is_not_asked_as_trained_is_said(
+    tmp_path: Path, config: str, form: str | None
 ) -> None:
-    note = plain_note({"sql": saved(tmp_path, config)}, "--plain answers")
-    said = "sql was trained on prompts and completions: --plain answers as trained"
-    assert note == (said if is_said else None)
+    adapter = saved(tmp_path, config)
+    assert form_of(adapter) == form
+    for plain in (False, True):
+        note = form_note({"sql": adapter}, "that answers", plain=plain)
+        assert (note is not None) == (form is not None and (form == "messages") == plain)
+    assert is_plain(adapter) == (form in ("prompt", "text", "instruction"))
+
+
+def test_adapters_are_named_by_what_they_were_trained_on(tmp_path: Path) -> None:
+    forms = {"a": "text", "b": "prompt", "c": "messages", "d": "text"}
+    adapters = {name: saved(tmp_path, "", row_format=form) for name, form in forms.items()}
+    said = "a, d were trained on plain text, and b was trained on prompts and completions: --plain"
+    assert form_note(adapters, "--plain answers", plain=False) == f"{said} answers as trained"
+    said = "c was trained on chats: a chat answers as trained"
+    assert form_note(adapters, "a chat answers", plain=True) == said
+
+
+CHAT = '[{"role": "%s", "content": "%s"}]'
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "form"),
+    [
+        ('{"prompt": "two and two", "completion": " is four"}', {}, "prompt"),
+        (
+            f'{{"prompt": {CHAT % ("user", "2?")}, "completion": {CHAT % ("assistant", "4")}}}',
+            {},
+            "messages",
+        ),
+        ('{"instruction": "Add.", "input": "2 2", "output": "4"}', {}, "instruction"),
+        ('{"instruction": "Add.", "output": "4"}', {"instruction_as_chat": True}, "messages"),
+        ('{"prompt": "2?", "chosen": "4", "rejected": "5"}', {}, "prompt"),
+        ('{"text": "two and two is four"}', {}, "text"),
+    ],
+)
+def test_what_rows_are_is_what_is_written_of_them(
+    tmp_path: Path, row: str, options: dict[str, Any], form: str
+) -> None:
+    """Not the names of their fields: prompts and completions, and Alpaca's rows, may be chats."""
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4)
+    data = DataConfig(data=str(tmp_path / "rows.jsonl"), **options)
+    assert load_rows(data, seed=0).form == form
 
 
 def test_a_run_on_a_file_of_one_s_own_says_what_its_rows_were(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from trained import save_trained
+
+from qlora_kit.base.source import TINY
 
 Run = Callable[..., Any]
 SHORT = ("--max_new_tokens", 8, "--dtype", "fp32")
@@ -80,11 +84,27 @@ def test_what_is_wrong_is_the_end_of_a_pipe(
     assert words in answer.line
 
 
-def test_on_a_terminal_c_stops_an_answer_and_twice_leaves() -> None:
-    """At this temperature `tiny` draws its 900 tokens to the end, or nearly."""
+def save_endless(directory: Path) -> Path:
+    """`tiny` in a long context, ending at a token that its greedy text never comes to."""
+    shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    never = "<|system|>"
+    number = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(never)
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {"eos_token_id": number, "max_position_embeddings": 10**5},
+        "generation_config.json": {"eos_token_id": number},
+        "tokenizer_config.json": {"eos_token": never},
+    }
+    for name, change in changes.items():
+        said = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(said | change))
+    return directory
+
+
+def test_on_a_terminal_c_stops_an_answer_and_twice_leaves(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "qlora_kit", "chat", "--temperature", "5", "--dtype", "fp32"]
-    command += ["--max_new_tokens", "900", "--seed", "3"]
+    base = save_endless(tmp_path / "endless")
+    command = [sys.executable, "-m", "qlora_kit", "chat", "--model", str(base), "--plain"]
+    command += ["--temperature", "0", "--dtype", "fp32", "--max_new_tokens", "90000"]
     environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "100"}
 
     def take_terminal() -> None:
@@ -103,14 +123,15 @@ def test_on_a_terminal_c_stops_an_answer_and_twice_leaves() -> None:
         """Go on to behind these words."""
         nonlocal seen, read
         while words not in seen[read:]:
-            assert select.select([ours], [], [], 60)[0], seen
+            assert select.select([ours], [], [], 300)[0], seen
             seen += os.read(ours, 4096)
         read = seen.index(words, read) + len(words)
 
     def interrupt_prompt() -> None:
         """^C at the prompt: Python looks for signals once it waits there, just after showing it."""
         until(b"base> ")
-        time.sleep(0.5)
+        while Path(f"/proc/{chat.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
         os.write(ours, b"\x03")
 
     try:
@@ -126,7 +147,7 @@ def test_on_a_terminal_c_stops_an_answer_and_twice_leaves() -> None:
         interrupt_prompt()
         until(b"^C again leaves")
         interrupt_prompt()
-        assert chat.wait(60) == 130
+        assert chat.wait(300) == 130
     finally:
         chat.kill()
         os.close(ours)

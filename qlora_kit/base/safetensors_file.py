@@ -9,6 +9,7 @@ Source: the safetensors format.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -201,7 +202,7 @@ def _entry(name: str, described: Any, path: Path, begin: int) -> TensorEntry | s
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+    return type(value) is int and 0 <= value < 2**62  # JSON's true is an int, and no count
 
 
 def some(names: Sequence[str]) -> str:
@@ -221,11 +222,17 @@ def fingerprint(entries: Mapping[str, TensorEntry], files: OpenFiles | None = No
             # Any text is a name in a file; one that no model has is refused later.
             line = f"{name} {entry.dtype} {list(entry.shape)}\n"
             digest.update(line.encode("utf-8", "surrogatepass"))
-            size = entry.end - entry.start
-            middle = entry.start + max(0, (size - FINGERPRINT_SAMPLE) // 2)
-            last = entry.start + max(0, size - FINGERPRINT_SAMPLE)
             file = opened.open(entry.path)
-            for start in (entry.start, middle, last):
-                file.seek(start)
-                digest.update(file.read(min(size, FINGERPRINT_SAMPLE)))
+            for sample in _samples(file, entry.start, entry.end):
+                digest.update(sample)
     return digest.hexdigest()
+
+
+def _samples(file: io.FileIO, start: int, end: int) -> list[bytes]:
+    """The first, middle and last 4 KiB from `start` to `end`; where all is less, it is read once."""
+    rest = max(0, end - start - FINGERPRINT_SAMPLE)
+    read = []
+    for place in (start, start + rest // 2, start + rest) if rest else (start,):
+        file.seek(place)
+        read.append(file.read(min(end - start, FINGERPRINT_SAMPLE)))
+    return read if rest else read * 3

@@ -2,21 +2,28 @@
 
 Its config class declares what a config.json may set. Of that a model gets the fields that the class
 itself adds (none of the base class, which can change what a forward returns), each within bounds
-(`base/fields.py`), and their types are checked by the class. What draws random numbers is set to 0.
+(`base/fields.py`), and their types are checked by the class. What draws random numbers is set to 0,
+and no weights are drawn where there is no storage for them.
 A built model is refused where its modules say that it cannot be trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from qlora_kit.base.fields import beyond
 from qlora_kit.base.skipped import large_others
@@ -128,6 +135,31 @@ def check_generic(settings: PreTrainedConfig, dtype: torch.dtype, path: Path) ->
             f"({size_text(size)}) would stay unquantized",
             "use a model of another family",
         )
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, models are built whose parameters have no storage, and are not drawn either.
+
+    Buffers are real: rotary tables are computed when the modules are made. transformers leaves out
+    what it draws only where they too are on the meta device (5.23), and it is half of a build.
+    """
+    from accelerate import init_empty_weights
+
+    initialize = PreTrainedModel.initialize_weights
+
+    def buffers_alone(model: PreTrainedModel) -> None:
+        for parameter in model.parameters():
+            if parameter.is_meta:
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        initialize(model)
+
+    PreTrainedModel.initialize_weights = buffers_alone
+    try:
+        with init_empty_weights(include_buffers=False):
+            yield
+    finally:
+        PreTrainedModel.initialize_weights = initialize
 
 
 def turn_off_dropout(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from qlora_kit.base.generic import (
     attention_of,
     check_generic,
     declared_fields,
+    parameters_on_meta,
     turn_off_dropout,
 )
 from qlora_kit.base.recurrence import avoid_fused_training, read_directly
@@ -51,7 +52,6 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
     declares. The dropout that the base was pretrained with is off: it does not train here, and its
     masks are not keyed to the step. Errors: `ModelError`.
     """
-    from accelerate import init_empty_weights
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     record, family = architecture_of(config["model_type"]), CONFIG_MAPPING[config["model_type"]]
@@ -66,8 +66,7 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype, path: Path) -> 
             _check_heads(settings, record.rope_needs)
         else:
             check_generic(settings, dtype, path)
-        # Buffers are real: rotary tables are computed when the modules are made.
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        with parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(
                 settings,

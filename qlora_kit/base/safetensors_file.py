@@ -229,7 +229,7 @@ def fingerprint(entries: Mapping[str, TensorEntry], files: OpenFiles | None = No
 
 
 def _samples(file: io.FileIO, start: int, end: int) -> list[bytes]:
-    """The first, middle and last 4 KiB from `start` to `end`; where all is less, it is read once."""
+    """The first, middle and last 4 KiB between two places; less than that is read once."""
     rest = max(0, end - start - FINGERPRINT_SAMPLE)
     read = []
     for place in (start, start + rest // 2, start + rest) if rest else (start,):

@@ -13,14 +13,17 @@ from families import (
     randomize_adapter,
     refused,
     relative_error,
+    tiny_model,
     token_ids,
     tree_hash,
 )
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.base.linear import QuantizedLinear, dequantize
 from qlora_kit.base.load import load_base
+from qlora_kit.base.meta_model import build_on_meta
 from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
@@ -68,6 +71,31 @@ def test_16_bits_are_transformers_own_model(bases, family, dtype):
         # In fp32, where the processor does not multiply bf16, sums have another order.
         with processor_with():
             assert relative_error(logits(ours, ids), expected) <= {"fp32": 0, "bf16": 3e-2}[dtype]
+
+
+class Drawn(TorchDispatchMode):
+    """Counts the tensors into which normal numbers are drawn."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.normal_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "phi3", "granite4"])
+def test_a_model_without_storage_draws_no_weights_and_has_its_tables(tmp_path, family):
+    reference = tiny_model(family)
+    reference.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with Drawn() as drawn:
+        built = build_on_meta(config, torch.float32, tmp_path / "config.json")
+    # torch's embeddings alone, as they are made; transformers would draw all linears again.
+    assert drawn.count == sum(isinstance(one, torch.nn.Embedding) for one in built.modules())
+    tables = dict(built.named_buffers())
+    for name, table in reference.named_buffers():
+        if not name.endswith("layer_scalar"):
+            assert torch.equal(tables[name], table), name
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -29,6 +29,7 @@ from qlora_kit.base.skipped import listed_modules
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
+from qlora_kit.device.target import processor_with
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.export.export import export_model
 from qlora_kit.lora.adapter import load_adapter
@@ -55,7 +56,9 @@ def files(tmp_path_factory):
 
 
 def load(directory, dtype="bf16", **options):
-    return load_base(str(directory), dtype=dtype, device="cpu", **options)
+    """On a processor that multiplies bf16, of which no note is said."""
+    with processor_with(torch.bfloat16):
+        return load_base(str(directory), dtype=dtype, device="cpu", **options)
 
 
 def logits(model):

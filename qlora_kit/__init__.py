@@ -7,7 +7,7 @@ from qlora_kit.process.start import ready_for_torch
 
 _HOMES = {
     "finetune": "library",
-    "RunResult": "run.finished",
+    "RunResult": "run.runs",
     "BaseConfig": "config.base",
     "DataConfig": "config.data",
     "LoRAConfig": "config.lora",

@@ -14,8 +14,8 @@ from qlora_kit.live.output import in_notebook
 from qlora_kit.options.parsed import parse_values
 from qlora_kit.process.signals import StopSignals
 from qlora_kit.process.start import ready_for_torch
-from qlora_kit.run.finished import RunResult
 from qlora_kit.run.reporter import Reporter
+from qlora_kit.run.runs import RunResult
 
 ROWS = ("data", "dataset", "eval_data")
 """The options whose value may also be rows: `dataset` is `data`."""

@@ -1,9 +1,11 @@
-"""Answers of a base and its adapters to the prompts of `generate`."""
+"""Answers of a base and its adapters to the prompts of `generate`, and how fast they come."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from qlora_kit.config.generation import AdaptersConfig, GenerateConfig, SamplingConfig
 from qlora_kit.data.batch import padding_id
@@ -11,13 +13,61 @@ from qlora_kit.generation.decode import answer_requests, generate_ids
 from qlora_kit.generation.prompts import Prompt
 from qlora_kit.generation.request import Request
 from qlora_kit.generation.sampling import Sampling
-from qlora_kit.generation.speed import Speed
 from qlora_kit.generation.text import AnswerText
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.named_base import Named
 
+Item = TypeVar("Item")
 
-def answer_pieces(named: Named, prompt: Prompt, speed: Speed) -> Iterator[str]:
+
+@dataclass
+class Speed:
+    """Tokens of prompts, tokens that were drawn, and the seconds that both took."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def timed(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The items, and the time that each takes to come; not what is done with it."""
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - start
+            yield item
+
+    def __str__(self) -> str:
+        rate = self.tokens / max(self.seconds, 1e-9)
+        return (
+            f"{self.tokens:,} tokens in {self.seconds:.2f} s: {rate:,.1f} new tokens/s, "
+            f"with the time of prompts of {self.prompt_tokens:,} tokens"
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answers that come one after another, and how fast they came so far."""
+
+    pieces: Iterator[str] | Iterator[dict[str, Any]]
+    speed: Speed
+
+
+def answered(named: Named, prompts: Sequence[Prompt]) -> Generation:
+    """The answer to the prompt in pieces, a line end behind it; or each row with its answer.
+
+    Errors: those of the base, the adapters and generation.
+    """
+    speed = Speed()
+    if named.parsed[GenerateConfig].prompts is None:
+        return Generation(_answer_pieces(named, prompts[0], speed), speed)
+    return Generation(_answer_rows(named, prompts, speed), speed)
+
+
+def _answer_pieces(named: Named, prompt: Prompt, speed: Speed) -> Iterator[str]:
     """The answer to one prompt, as it comes, and a line end."""
     options, sampling = named.parsed[GenerateConfig], named.parsed[SamplingConfig]
     opened = _open(named)
@@ -44,7 +94,7 @@ def answer_pieces(named: Named, prompt: Prompt, speed: Speed) -> Iterator[str]:
     yield text.finish() + "\n"
 
 
-def answer_rows(named: Named, prompts: Sequence[Prompt], speed: Speed) -> Iterator[dict[str, Any]]:
+def _answer_rows(named: Named, prompts: Sequence[Prompt], speed: Speed) -> Iterator[dict[str, Any]]:
     """The row of each prompt with its `answer`, and who gave it where there are several."""
     options, sampling = named.parsed[GenerateConfig], named.parsed[SamplingConfig]
     opened = _open(named)

@@ -5,23 +5,15 @@ Prompts are read, and what paths, JSON and headers show is refused, before torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_kit.config.generation import AdaptersConfig, GenerateConfig
 from qlora_kit.generation.prompts import check_prompt, one_prompt, prompts_of_file
-from qlora_kit.generation.speed import Speed
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
 
-
-@dataclass(frozen=True)
-class Generation:
-    """Answers that come one after another, and how fast they came so far."""
-
-    pieces: Iterator[str] | Iterator[dict[str, Any]]
-    speed: Speed
+if TYPE_CHECKING:
+    from qlora_kit.run.answers import Generation
 
 
 def generate(parsed: Parsed) -> Generation:
@@ -39,9 +31,6 @@ def generate(parsed: Parsed) -> Generation:
         prompts = [one_prompt(options, adapters)]
     else:
         prompts = prompts_of_file(options, adapters)
-    from qlora_kit.run.answers import answer_pieces, answer_rows
+    from qlora_kit.run.answers import answered
 
-    speed = Speed()
-    if options.prompts is None:
-        return Generation(answer_pieces(named, prompts[0], speed), speed)
-    return Generation(answer_rows(named, prompts, speed), speed)
+    return answered(named, prompts)

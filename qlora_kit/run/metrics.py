@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from qlora_kit.config.output import OutputConfig
-from qlora_kit.errors import ConfigError, redacted
+from qlora_kit.errors import ConfigError, excerpt, redacted
 from qlora_kit.files.atomic import write_file
-from qlora_kit.run.plot import check_plot
 
 METRICS_FILE = "metrics.jsonl"
 PACKAGES = ("qlora_kit", "torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
@@ -122,6 +121,21 @@ def check_reports(output: OutputConfig) -> None:
     """Refuse a tracker or a picture that cannot be here. Errors: `ConfigError`."""
     check_trackers(output.report_to)
     check_plot(output.plot, output.overwrite)
+
+
+def check_plot(name: str | None, overwrite: bool) -> None:
+    """Refuse a picture that could not be written; torch is not needed. Errors: `ConfigError`."""
+    if name is None:
+        return
+    path, shown = Path(name), f"--plot {excerpt(name)}"
+    if path.suffix not in (".png", ".html"):
+        raise ConfigError(f"{shown}: is neither a .png nor a .html", "name a file that ends so")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{shown}: matplotlib is not installed", "pip install 'qlora-kit[plots]'")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{shown}: {path.parent} is no directory", "make it first")
+    if os.path.lexists(path) and not (overwrite and path.is_file() and not path.is_symlink()):
+        raise ConfigError(f"{shown}: is there already", "name a new file, or give --overwrite")
 
 
 def check_trackers(report_to: str) -> list[str]:

@@ -1,4 +1,7 @@
-"""Less on the device for a run whose device is found to hold less than was planned.
+"""A run on a device that is found to hold less than was planned.
+
+Its largest batch is tried before its first step: on CUDA always, on the CPU, where every tensor was
+counted by the plan, where the plan comes near to the budget.
 
 A plan counts tensors. What a card holds besides is known to some share only, and another process
 may take of it at any time. Where a step goes out of memory, the run is planned again within less
@@ -23,7 +26,11 @@ from qlora_kit.device.target import has_own_memory
 from qlora_kit.plan.memory_plan import MemoryPlan
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.run.plans import RunPlans
+from qlora_kit.training.guard import Guard
 from qlora_kit.training.layer_forward import set_recompute
+from qlora_kit.training.optimizer import make_paged_states
+from qlora_kit.training.preference import objective_of
+from qlora_kit.training.preflight import is_due, preflight
 from qlora_kit.training.prepare import prepare_model
 
 if TYPE_CHECKING:
@@ -35,6 +42,37 @@ STEP = 0.02
 """The least that a plan is lowered by at first, as a share of it."""
 RELOADING = {"--offload_embedding", "--offload_base"}
 """What decides where weights are loaded to."""
+
+
+def try_largest(
+    plan: PreparedRun,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    start_step: int,
+) -> int:
+    """Run the preflight of the steps after `start_step` where it is due; the largest batch's step.
+
+    0 where there are no steps left. Paged states, which the preflight does not hold for a while,
+    are made for good before it. Errors: `ResourceError` where not even one of its rows fits.
+    """
+    memory, schedule = plan.memory, plan.schedule
+    guard.planned_bytes = memory.peak_bytes
+    found = schedule.after(start_step).largest()
+    if found is None:
+        return 0
+    make_paged_states(optimizer)
+    if is_due(plan.base.device, memory.peak_bytes, memory.budget_bytes):
+        batch, accumulates = schedule.collate(found.sequences), schedule.accumulation > 1
+        preflight(
+            model,
+            optimizer,
+            batch,
+            guard,
+            accumulates=accumulates,
+            objective=objective_of(plan.config.training),
+        )
+    return found.step
 
 
 class Replan:

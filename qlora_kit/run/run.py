@@ -22,10 +22,10 @@ from qlora_kit.run.directory import RunDirectory
 from qlora_kit.run.evaluation import HeldOut
 from qlora_kit.run.prepare import PreparedRun
 from qlora_kit.run.publish import write_result
+from qlora_kit.run.replan import try_largest
 from qlora_kit.run.reporter import Reporter, StepReporter
 from qlora_kit.run.result import result_record
 from qlora_kit.run.saving import RunState
-from qlora_kit.run.trial import try_largest
 from qlora_kit.training.loop import Backward, MicroBatches, StepReport, train
 from qlora_kit.training.preference import objective_of
 

@@ -9,7 +9,7 @@ from families import save_checkpoint
 
 from qlora_kit import finetune
 from qlora_kit.errors import ConfigError
-from qlora_kit.run.plot import check_plot
+from qlora_kit.run.metrics import check_plot
 
 ROWS = [{"prompt": f"w{n} w{n + 1}", "completion": f"w{n % 5} <b>"} for n in range(20)]
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.answers import turn_ends
 from qlora_kit.errors import ConfigError, NumericError
-from qlora_kit.generation.adapters import RowAdapters
+from qlora_kit.generation.batches import RowAdapters
 from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.group import evaluating
 from qlora_kit.generation.request import (

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.packed_matmul import Copies, copied_bytes
-from qlora_kit.generation.adapters import RowAdapters
-from qlora_kit.generation.batches import Batch, by
+from qlora_kit.generation.batches import Batch, RowAdapters, by
 from qlora_kit.generation.cache import RowBytes
 from qlora_kit.generation.group import Group, evaluating
 from qlora_kit.generation.request import Request, Ticket, check_cache, check_request, check_token

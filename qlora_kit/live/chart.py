@@ -1,19 +1,24 @@
-"""A training run as a chart that moves: give it to `finetune(progress=...)`."""
+"""A training run as a chart that moves: give it to `finetune(progress=...)`.
+
+It is drawn in the output of a notebook's cell; where there is no notebook nothing is shown.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import html
+import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.live.output import Output
-from qlora_kit.pictures import training_figure
+from qlora_kit.pictures import png, training_figure
 from qlora_kit.run.reporter import Reporter, StepReporter
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from qlora_kit.config.run import RunConfig
     from qlora_kit.data.rows import Row
     from qlora_kit.training.loop import StepReport
@@ -22,6 +27,47 @@ if TYPE_CHECKING:
 EVERY_S = 0.5
 """Seconds between two drawings, of which each takes a tenth."""
 CELL = "<td style='text-align: left'>"
+
+
+class Output:
+    """A place in the output of a cell that holds one picture or table at a time."""
+
+    def __init__(self) -> None:
+        self._shown: Any = None
+
+    def show(self, figure: Figure) -> None:
+        """Draw a figure there, in place of what was there."""
+        if in_notebook():
+            from IPython.display import Image
+
+            self._put(Image(data=png(figure), format="png"))  # type: ignore[no-untyped-call]
+
+    def html(self, text: str) -> None:
+        """Put HTML there, whose texts are escaped already."""
+        if in_notebook():
+            from IPython.display import HTML
+
+            self._put(HTML(text))  # type: ignore[no-untyped-call]
+
+    def _put(self, what: Any) -> None:
+        from IPython.display import display
+
+        if self._shown is None:
+            self._shown = display(what, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._shown.update(what)
+
+
+def in_notebook() -> bool:
+    """Whether a kernel runs this, whose front end shows pictures, and they can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    shell = get_ipython()  # type: ignore[no-untyped-call]
+    return shell is not None and hasattr(shell, "kernel")
 
 
 class TrainingChart(Reporter):

@@ -22,17 +22,12 @@ from qlora_kit.base.open import open_base
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.live.output import Output
+from qlora_kit.live.chart import Output
 from qlora_kit.live.step import counted_intervals, random_batch
 from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import Sizes
-from qlora_kit.pictures import (
-    loading_figure,
-    step_figure,
-    switching_figure,
-    update_figure,
-)
+from qlora_kit.pictures import loading_figure, step_figure, switching_figure, update_figure
 from qlora_kit.plan.plan import Planner
 
 RANKS = (1, 2, 4, 8, 16, 32)

@@ -12,8 +12,7 @@ from qlora_kit.config.serve import ServeConfig
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.run.named_base import Named
-from qlora_kit.serving.extras import check_extras
-from qlora_kit.serving.listen import listening
+from qlora_kit.serving.listen import check_extras, listening
 
 
 def serve(parsed: Parsed, say: Callable[[str], None]) -> None:

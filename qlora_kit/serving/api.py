@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from qlora_kit.config.serve import ServeConfig
 from qlora_kit.errors import ConfigError, excerpt
 from qlora_kit.generation.sampling import Sampling
-from qlora_kit.serving.answer import Answer
+from qlora_kit.serving.answer import Answer, Job
 from qlora_kit.serving.errors import (
     ApiError,
     closing,
@@ -33,8 +33,7 @@ from qlora_kit.serving.errors import (
     no_path,
     taken,
 )
-from qlora_kit.serving.guard import read_body
-from qlora_kit.serving.job import Job
+from qlora_kit.serving.guard import disconnected, read_body
 from qlora_kit.serving.models import Model, Models, Prompt
 from qlora_kit.serving.reply import Reply
 from qlora_kit.serving.scheduler import FAILURES, Scheduler
@@ -193,7 +192,7 @@ class Api:
         Errors: `ApiError`.
         """
         reading = asyncio.ensure_future(self.models.read(model, prompt, self.limits.max_length))
-        leaving = asyncio.ensure_future(_left(request))
+        leaving = asyncio.ensure_future(disconnected(request.receive))
         ending = asyncio.ensure_future(self.scheduler.closes.wait())
         tasks: tuple[asyncio.Future[Any], ...] = (reading, leaving, ending)
         try:
@@ -235,12 +234,6 @@ class Api:
         self.models.forget(name)
         self.scheduler.retire(adapter, lambda: self.models.later(self.remove_adapter, adapter))
         return {"id": name, "object": "model", "deleted": True}
-
-
-async def _left(request: Request) -> None:
-    """Wait until the client of a request that was read has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def sampling(asked: Asked) -> Sampling:

@@ -16,14 +16,13 @@ from qlora_kit.errors import (
     UnsafeInputError,
     excerpt,
 )
-from qlora_kit.options.checks import size_text
 from qlora_kit.process.out_of_memory import is_out_of_memory
 
 INVALID, BUSY, BROKEN = "invalid_request_error", "rate_limit_error", "server_error"
 """The API's types of errors that are used here."""
 LEFT = 499
 """The status, in the log alone, of a request whose client has left."""
-RETRY_S = 1
+RETRY = {"retry-after": "1"}
 """Seconds after which a client may ask a full server again."""
 
 
@@ -54,16 +53,6 @@ class ApiError(Exception):
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that asks for what there is not."""
     return ApiError(400, message, param=param, code=code)
-
-
-def no_key() -> ApiError:
-    """A request without the key, or with another one."""
-    return ApiError(
-        401,
-        "the API key is missing or wrong; send it as the header Authorization: Bearer KEY",
-        code="invalid_api_key",
-        headers={"www-authenticate": "Bearer"},
-    )
 
 
 def no_model(name: str, known: list[str]) -> ApiError:
@@ -110,49 +99,9 @@ def too_large(limit: int) -> ApiError:
     )
 
 
-def queue_full(waiting: int) -> ApiError:
-    """A request beyond what may wait."""
-    return ApiError(
-        429,
-        f"{waiting} requests wait already, which is the server's limit; send it again later",
-        type=BUSY,
-        code="queue_full",
-        headers={"retry-after": str(RETRY_S)},
-    )
-
-
 def closing() -> ApiError:
     """A request to a server that ends."""
     return ApiError(503, "the server is shutting down", type=BROKEN, code="shutting_down")
-
-
-def no_memory() -> ApiError:
-    """A request that the device has no room for now."""
-    return ApiError(
-        503,
-        "the server's memory is full; send the request again later, or a shorter one",
-        type=BROKEN,
-        code="out_of_memory",
-        headers={"retry-after": str(RETRY_S)},
-    )
-
-
-def no_room(needed: int, there: int) -> ApiError:
-    """An adapter that the device has no room for."""
-    return ApiError(
-        503,
-        f"the adapter takes {size_text(needed)}, and {size_text(there)} are left for adapters that "
-        "are added; remove another one",
-        type=BROKEN,
-        code="out_of_memory",
-    )
-
-
-def broken() -> ApiError:
-    """A fault of the server, which its log has."""
-    return ApiError(
-        500, "the server failed on this request; its log says how", type=BROKEN, code="internal"
-    )
 
 
 def from_error(error: Exception) -> ApiError:
@@ -163,7 +112,13 @@ def from_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if is_out_of_memory(error):
-        return no_memory()
+        return ApiError(
+            503,
+            "the server's memory is full; send the request again later, or a shorter one",
+            type=BROKEN,
+            code="out_of_memory",
+            headers=RETRY,
+        )
     if isinstance(error, UnsafeInputError):
         return invalid("the chat template was stopped on these messages", "messages")
     if isinstance(error, (ConfigError, DataError)):
@@ -171,4 +126,5 @@ def from_error(error: Exception) -> ApiError:
     if isinstance(error, NumericError):
         message = "the model's numbers are not finite on this prompt"
         return ApiError(500, message, type=BROKEN, code="not_finite")
-    return broken()
+    message = "the server failed on this request; its log says how"
+    return ApiError(500, message, type=BROKEN, code="internal")

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 from qlora_kit.config.serve import is_loopback
-from qlora_kit.serving.errors import ApiError, from_error, left, no_key, too_large
+from qlora_kit.serving.errors import ApiError, from_error, left, too_large
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -97,7 +97,13 @@ class Guard:
         elif scope["path"] not in OPEN_PATHS:
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
-                raise no_key()
+                raise ApiError(
+                    401,
+                    "the API key is missing or wrong; send it as the header Authorization: Bearer "
+                    "KEY",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
         if scope["method"] == "POST":
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if kind != b"application/json":
@@ -163,6 +169,12 @@ async def read_body(receive: Receive, headers: Any, limit: int) -> bytes:
             code="timeout",
             headers={"connection": "close"},
         ) from None
+
+
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client of a request whose body was read has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def answer(send: Send, error: ApiError) -> None:

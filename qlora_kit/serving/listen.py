@@ -1,14 +1,23 @@
-"""The socket of a server, opened before any weight is read."""
+"""What a server takes beside the model, before any weight is read: packages, and its socket."""
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 
 from qlora_kit.config.serve import is_loopback
-from qlora_kit.errors import ResourceError
+from qlora_kit.errors import ConfigError, ResourceError
 
 BACKLOG = 256
 """Connections that the system keeps until they are taken."""
+
+
+def check_extras() -> None:
+    """Refuse to serve where a package for it is missing. Errors: `ConfigError`."""
+    packages = ("fastapi", "uvicorn")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"not installed: {', '.join(missing)}", "pip install 'qlora-kit[serve]'")
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -17,10 +17,12 @@ from typing import Any, Protocol, TypeAlias, cast
 
 from qlora_kit.config.generation import BASE
 from qlora_kit.config.lora import ADAPTER_NAMES, is_model_name
+from qlora_kit.data.answers import chat_ids, unwritten
 from qlora_kit.data.chat_template import ChatOptions
+from qlora_kit.data.fields import Fields
+from qlora_kit.data.turns import check_order, messages_of
 from qlora_kit.errors import ConfigError, InputError, QloraKitError, excerpt
 from qlora_kit.serving.errors import from_error, invalid, no_model, taken
-from qlora_kit.serving.prompts import chat_prompt
 from qlora_kit.serving.worker import Worker
 
 Prompt: TypeAlias = "str | Sequence[dict[str, Any]] | Sequence[int]"
@@ -75,12 +77,29 @@ class Model:
         if isinstance(prompt, str):
             ids = self.format.prompt_ids(prompt, limit=limit)
         elif isinstance(prompt[0], dict):
-            messages = cast(Sequence[dict[str, Any]], prompt)
-            ids = chat_prompt(messages, self.format.tokenizer, self.format.chat, limit)
+            ids = self._read_chat(cast(Sequence[dict[str, Any]], prompt), limit)
         else:
             ids = list(cast(Sequence[int], prompt))
         # A template is asked for these, too, at the first time.
         return ids, self.format.ends
+
+    def _read_chat(self, messages: Sequence[dict[str, Any]], limit: int) -> list[int]:
+        """The tokens before the answer to some messages, as training puts them there.
+
+        Errors: `ApiError` for a tokenizer without a template and for what the template would leave
+        out of the messages without a word; `QloraKitError` of the messages and the template.
+        """
+        tokenizer, options = self.format.tokenizer, self.format.chat
+        if not tokenizer.chat_template:
+            raise invalid("this model has no chat template; use /v1/completions", "messages")
+        turns = messages_of(Fields({"messages": list(messages)}, "request"), "messages")
+        check_order(turns, "request: messages")
+        if parts := unwritten(turns, tokenizer, options):
+            raise invalid(
+                f"the model's chat template leaves out {parts}; say it in a user's message",
+                "messages",
+            )
+        return chat_ids(turns, tokenizer, options, limit=limit)
 
 
 class Models:

@@ -14,9 +14,9 @@ from typing import Any
 
 from fastapi import Response
 
-from qlora_kit.serving.answer import Answer, failed
-from qlora_kit.serving.errors import LEFT, ApiError, broken, left
-from qlora_kit.serving.job import Event
+from qlora_kit.serving.answer import Answer, Event, failed
+from qlora_kit.serving.errors import LEFT, ApiError, from_error, left
+from qlora_kit.serving.guard import disconnected
 from qlora_kit.serving.scheduler import Scheduler
 
 STREAM = [
@@ -49,8 +49,7 @@ class Reply(Response):
 
     async def _leave_with(self, receive: Any) -> None:
         """End the job with its client."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(receive)
         job = self._answer.job
         self._scheduler.cancel(job)
         job.events.put_nowait(Event(error=left()))
@@ -99,8 +98,7 @@ class Reply(Response):
                 content += self._answer.last(event.finish)
             if event.error is not None:
                 self._fail(event.error)
-                error = event.error if isinstance(event.error, ApiError) else broken()
-                content += failed(error.body)
+                content += failed(from_error(event.error).body)
             body = {"type": "http.response.body", "body": content, "more_body": not event.is_last}
             await send(body)
             content = b""

@@ -13,7 +13,7 @@ from qlora_kit.errors import ResourceError
 from qlora_kit.generation.engine import Engine
 from qlora_kit.options.checks import size_text
 from qlora_kit.serving.api import Limits
-from qlora_kit.serving.errors import no_room
+from qlora_kit.serving.errors import BROKEN, ApiError
 
 OF_CACHE = 0.75
 """The part of what is free that caches may take. A step has the rest for what it computes, for the
@@ -80,4 +80,11 @@ class Room:
         `held` are negative where adapters that were there at the start have gone.
         """
         if held + needed > self.adapters:
-            raise no_room(needed, max(0, self.adapters - held))
+            there = size_text(max(0, self.adapters - held))
+            raise ApiError(
+                503,
+                f"the adapter takes {size_text(needed)}, and {there} are left for adapters that "
+                "are added; remove another one",
+                type=BROKEN,
+                code="out_of_memory",
+            )

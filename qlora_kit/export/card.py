@@ -58,7 +58,7 @@ def write_card(report: Mapping[str, Any], directory: Path, base_name: str | None
     text = f"""---
 {front.to_yaml()}
 ---
-# {title} {_code(name)}
+# {title} {code(name)}
 
 {said} `export.json` holds every number.
 
@@ -76,7 +76,7 @@ def _made_of(report: Mapping[str, Any], name: str, beside: str | None) -> Iterat
     held = f"{base['bits']} bits" if base["bits"] != 16 else "16 bits, not quantized"
     held += f" ({base['quant_type']})" if base.get("quant_type") else ""
     yield f"format: {report['format']}, {report.get('quantize') or report['dtype']}"
-    yield f"base: {_code(name)}, revision {_code(base['revision'] or 'none')}"
+    yield f"base: {code(name)}, revision {code(base['revision'] or 'none')}"
     merged = {
         "dequantized": ", the update added to the weights as training multiplied by them",
         "original": f", the update added to the original weights, not to those in {held}",
@@ -115,6 +115,6 @@ def _use(report: Mapping[str, Any], directory: Path) -> str:
     return "\n".join(("```", *lines, "```"))
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """`text` as inline code that neither ends early nor breaks the line."""
     return f"`{' '.join(text.replace('`', chr(39)).split())}`"

@@ -19,7 +19,7 @@ import urllib.request
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from qlora_kit.process.worker import receive, send
 
@@ -27,27 +27,8 @@ AT_ONCE = 2**23
 """Logits of one batch."""
 
 
-class Backend(Protocol):
-    """A model that is loaded."""
-
-    def facts(self) -> dict[str, Any]:
-        """How many tokens the vocabulary has, and at which ids an answer ends (None: unknown)."""
-
-    def names(self) -> list[str] | None:
-        """The text of every token as the file has it; None: unknown."""
-
-    def tokenize(self, text: str, special: bool) -> list[int]:
-        """The ids of a text, control strings in it read as the tokens that they name."""
-
-    def scores(self, ids: Sequence[int], start: int, stop: int) -> Iterator[Sequence[float]]:
-        """For the positions from `start` to `stop` a score of each token that may follow."""
-
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """The likeliest `count` tokens after `ids`, up to one that ends an answer."""
-
-
 class Cyllama:
-    """llama.cpp's own functions."""
+    """A model in llama.cpp's own functions."""
 
     def __init__(self, path: str, lora: str | None, context: int, threads: int) -> None:
         from cyllama.llama import llama_cpp
@@ -78,18 +59,22 @@ class Cyllama:
         self._context = llama_cpp.LlamaContext(model=self._model, params=settings, verbose=False)
         self._cached: list[int] = []
 
-    def facts(self) -> dict[str, Any]:  # noqa: D102
+    def facts(self) -> dict[str, Any]:
+        """How many tokens the vocabulary has, and at which ids an answer ends (None: unknown)."""
         count = self._vocabulary.n_vocab
         ends = [one for one in range(count) if self._vocabulary.is_eog(one)]
         return {"vocabulary": count, "ends": ends}
 
-    def names(self) -> list[str] | None:  # noqa: D102
+    def names(self) -> list[str] | None:
+        """The text of every token as the file has it; None: unknown."""
         return [self._vocabulary.get_text(one) for one in range(self._vocabulary.n_vocab)]
 
-    def tokenize(self, text: str, special: bool) -> list[int]:  # noqa: D102
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """The ids of a text, control strings in it read as the tokens that they name."""
         return list(self._vocabulary.tokenize(text, special, True))
 
-    def scores(self, ids: Sequence[int], start: int, stop: int) -> Iterator[Sequence[float]]:  # noqa: D102
+    def scores(self, ids: Sequence[int], start: int, stop: int) -> Iterator[Sequence[float]]:
+        """For the positions from `start` to `stop` a score of each token that may follow."""
         if self._cached != list(ids[:start]):
             self._context.kv_cache_clear()
             self._cached = []
@@ -103,19 +88,9 @@ class Cyllama:
             for place in range(max(first, start), last):
                 yield self._context.get_logits_ith(place - first)
 
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:  # noqa: D102
-        made: list[int] = []
-        while len(made) < count:
-            whole = [*ids, *made]
-            row = next(self.scores(whole, len(whole) - 1, len(whole)))
-            made.append(max(range(len(row)), key=row.__getitem__))
-            if self._vocabulary.is_eog(made[-1]):
-                break
-        return made
-
 
 class Server:
-    """llama.cpp's server, on a port of this machine that it chooses."""
+    """The same in llama.cpp's server, on a port of this machine that it chooses."""
 
     def __init__(self, path: str, lora: str | None, context: int, threads: int) -> None:
         import xllamacpp
@@ -150,40 +125,33 @@ class Server:
     def _letter(self) -> int:
         return self.tokenize("a", False)[-1]
 
-    def tokenize(self, text: str, special: bool) -> list[int]:  # noqa: D102
+    def tokenize(self, text: str, special: bool = True) -> list[int]:  # noqa: D102
         asked = {"content": text, "add_special": special, "parse_special": True}
         return list(self._ask("/tokenize", asked)["tokens"])
 
     def scores(self, ids: Sequence[int], start: int, stop: int) -> Iterator[Sequence[float]]:  # noqa: D102
         for place in range(start, stop):
             row = [-math.inf] * self._size
-            for token in self._completed(ids[: place + 1], 1, self._size)["top_logprobs"]:
+            for token in self._next(ids[: place + 1]):
                 row[token["id"]] = token["logprob"]
             yield row
 
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:  # noqa: D102
-        return list(self._completed(ids, count, 0)["tokens"])
-
-    def _completed(self, ids: Sequence[int], count: int, probabilities: int) -> dict[str, Any]:
-        """What follows `ids`; with `probabilities` those of the first token after them."""
+    def _next(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """The log-probability of every token that may follow `ids`."""
         asked: dict[str, Any] = {
             "prompt": list(ids),
-            "n_predict": count,
+            "n_predict": 1,
             "temperature": 0,
             "samplers": ["temperature"],
-            "n_probs": probabilities,
+            "n_probs": self._size,
             "post_sampling_probs": False,
-            "return_tokens": True,
             "cache_prompt": True,  # of one more token only that one is computed
-        }
-        if probabilities:
             # The server keeps back what ends an answer or is half a character, and what it knows
             # of it. So the token is a letter; the probabilities are those from before the choice.
-            asked["logit_bias"] = [[self._letter, 1e9]]
-        answer: dict[str, Any] = self._ask("/completion", asked)
-        if probabilities:
-            answer |= answer["completion_probabilities"][0]
-        return answer
+            "logit_bias": [[self._letter, 1e9]],
+        }
+        found = self._ask("/completion", asked)["completion_probabilities"][0]["top_logprobs"]
+        return list(found)
 
     def _ask(self, path: str, question: Any = None) -> Any:
         content = None if question is None else json.dumps(question).encode()
@@ -213,7 +181,7 @@ def serve() -> None:
         os.dup2(2, 1)
         asked = json.loads(receive(source))
         try:
-            backend: Backend = BACKENDS[asked.pop("library")](**asked)
+            backend = BACKENDS[asked.pop("library")](**asked)
             _answer(sink, backend.facts())
         except Exception as error:
             _answer(sink, None, str(error) or type(error).__name__)

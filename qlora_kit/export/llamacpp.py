@@ -1,4 +1,4 @@
-"""llama.cpp, asked about a GGUF file: tokens, log-probabilities, the text that it goes on with.
+"""llama.cpp, asked about a GGUF file: tokens, ends of answers, log-probabilities.
 
 It runs in a process of its own (`llama_process.py`), which it may end: that is an error here. Of
 the two libraries that hold it `cyllama` gives the logits of thousands of positions in a minute;
@@ -114,9 +114,9 @@ class LlamaCpp:
         names: list[str] | None = self._ask(["names", []])[0]
         return names
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """The ids of a text; `special` adds what the tokenizer puts before and after one."""
-        ids: list[int] = self._ask(["tokenize", [text, special]])[0]
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, with what the tokenizer puts before and after one."""
+        ids: list[int] = self._ask(["tokenize", [text]])[0]
         return ids
 
     def scores(
@@ -132,11 +132,6 @@ class LlamaCpp:
             last = min(first + step, stop)
             _, numbers = self._ask(["scores", [list(ids), first, last]])
             yield torch.frombuffer(bytearray(numbers), dtype=torch.float32).view(last - first, -1)
-
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """The likeliest tokens after `ids`, at most `count`, the one that ends the answer last."""
-        made: list[int] = self._ask(["greedy", [list(ids), count]])[0]
-        return made
 
     def end(self) -> None:
         """End the process."""

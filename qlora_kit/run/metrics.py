@@ -20,11 +20,14 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qlora_kit.config.output import OutputConfig
 from qlora_kit.errors import ConfigError, excerpt, redacted
 from qlora_kit.files.atomic import write_file
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 METRICS_FILE = "metrics.jsonl"
 PACKAGES = ("qlora_kit", "torch", "bitsandbytes", "transformers", "accelerate", "safetensors")
@@ -34,16 +37,6 @@ TRACKERS = {
     **{name: (name,) for name in ("swanlab", "trackio")},
 }
 """Accelerate's trackers, and the packages of which each needs one."""
-
-
-class Tracker(Protocol):
-    """The part of accelerate's `GeneralTracker` that is used here."""
-
-    def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Take the numbers of one step."""
-
-    def finish(self) -> None:
-        """Write out what is held back."""
 
 
 def versions() -> dict[str, str]:
@@ -69,7 +62,7 @@ class MetricsLog:
         self,
         directory: str | os.PathLike[str],
         *,
-        trackers: Sequence[Tracker] = (),
+        trackers: Sequence[GeneralTracker] = (),
         resume_step: int | None = None,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -106,7 +99,7 @@ class MetricsLog:
             log = functools.partial(tracker.log, values, step=metrics.get("step"))
             self._carefully(tracker, log)
 
-    def _carefully(self, tracker: Tracker, call: Callable[[], None]) -> None:
+    def _carefully(self, tracker: GeneralTracker, call: Callable[[], None]) -> None:
         """A tracker that fails is told no more, and ends no run."""
         if tracker in self._trackers:
             try:
@@ -171,7 +164,7 @@ def start_trackers(
     directory: str | os.PathLike[str],
     config: Mapping[str, Any],
     note: Callable[[str], None] = lambda line: None,
-) -> Sequence[Tracker]:
+) -> Sequence[GeneralTracker]:
     """Accelerate's trackers named in `report_to` (comma-separated), running; none for `none`.
 
     Those that keep files keep them in `directory`. `config` is stored with them. One that does not
@@ -187,7 +180,7 @@ def start_trackers(
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in config.items()
     }
-    started: list[Tracker] = []
+    started: list[GeneralTracker] = []
     for name in names:
         accelerator = Accelerator(log_with=[name], project_dir=os.fspath(directory))
         try:

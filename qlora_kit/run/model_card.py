@@ -18,6 +18,7 @@ from qlora_kit.base.source import is_path
 from qlora_kit.config.base import DEFAULT_BITS
 from qlora_kit.errors import redacted
 from qlora_kit.export.adapter_files import STAYS_BEHIND
+from qlora_kit.export.card import code
 from qlora_kit.run.result import EvalRecord, RunRecord
 
 
@@ -32,7 +33,7 @@ def model_card(run: RunRecord) -> str:
         f"{_number(train['last_loss'])} at the last",
         f"speed: {_number(train['tokens_per_s'], '.0f')} tokens/s, "
         f"{_number(train['seconds'], '.0f')} s in all",
-        f"peak memory on {_code(memory['device'])}: {_gib(memory['measured'])} measured, "
+        f"peak memory on {code(memory['device'])}: {_gib(memory['measured'])} measured, "
         f"{_gib(memory.get('planned', {}))} planned",
     ]
     if evaluation := run["eval"]:
@@ -40,19 +41,19 @@ def model_card(run: RunRecord) -> str:
     return f"""---
 {front.to_yaml()}
 ---
-# LoRA adapter for {_code(base)}
+# LoRA adapter for {code(base)}
 
 Trained with qlora-kit.{STAYS_BEHIND}
 
 ## Training
-- base: {_code(base)}, revision {_code(model["revision"] or "none")}, \
+- base: {code(base)}, revision {code(model["revision"] or "none")}, \
 held in {_form(config)}
-- data: {_code(_public_name(str(config.get("data"))))}, {data["rows"]:,} rows \
+- data: {code(_public_name(str(config.get("data"))))}, {data["rows"]:,} rows \
 ({data["skipped"]:,} skipped), {data["tokens"]:,} tokens, \
 {data["supervised_tokens"]:,} of them supervised
 - LoRA: r {config.get("lora_r")}, alpha {config.get("lora_alpha")}, \
 dropout {config.get("lora_dropout")}, on \
-{_code(", ".join(targets) if isinstance(targets, list) else str(targets))}: \
+{code(", ".join(targets) if isinstance(targets, list) else str(targets))}: \
 {model["trainable_parameters"]:,} parameters beside {model["parameters"]:,}
 - optimization: {train["steps"]:,} steps, learning rate {config.get("learning_rate")} \
 ({config.get("lr_scheduler_type")}), seed {config.get("seed")}, \
@@ -95,7 +96,7 @@ def _form(config: Mapping[str, Any]) -> str:
     if config.get("double_quant"):
         form += ", double quantization"
     if skip := config.get("skip_modules"):
-        form += f", but for {_code(skip if isinstance(skip, str) else ', '.join(skip))}"
+        form += f", but for {code(skip if isinstance(skip, str) else ', '.join(skip))}"
     if (head := config.get("head_bits", 16)) < 16:
         form += f"; the head in {head} bits"
     return form
@@ -157,11 +158,6 @@ def _public_name(name: str) -> str:
     if is_path(name):
         name = os.path.basename(os.path.abspath(os.path.expanduser(name)))
     return redacted(name)
-
-
-def _code(text: str) -> str:
-    """`text` as inline code that neither ends early nor breaks the line."""
-    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
 def _number(value: float | None, form: str = ".4f") -> str:

@@ -82,8 +82,7 @@ def paging_note(name: str, parameters: Iterable[nn.Parameter], device: torch.dev
 
 def state_bytes(name: str) -> float:
     """Bytes of state for each trained element, at most; small parameters keep fp32 states."""
-    per_state = 4.0
-    return per_state * (1 if "lion" in name else 2)
+    return 4.0 if "lion" in name else 8.0
 
 
 def tag_states(
@@ -92,11 +91,7 @@ def tag_states(
     """Hand over the states as `optimizer`, those in managed memory as `paged`."""
     for parameter, state in optimizer.state.items():
         # A plan's states stand for what bitsandbytes makes on a GPU.
-        planned = (
-            not has_values(parameter)
-            and getattr(optimizer, "is_paged", False)
-            and parameter.numel() >= PAGED_FROM_ELEMENTS
-        )
+        planned = not has_values(parameter) and _is_paged(optimizer, parameter)
         for key, value in state.items():
             if isinstance(value, Tensor):
                 paged = getattr(value, "is_paged", False) or (planned and key.startswith("state"))
@@ -190,7 +185,7 @@ def make_paged_states(optimizer: torch.optim.Optimizer) -> None:
     optimizer.state.update(dict(_new_states(optimizer, is_due)))
 
 
-def _is_paged(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+def _is_paged(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
     return getattr(optimizer, "is_paged", False) and parameter.numel() >= PAGED_FROM_ELEMENTS
 
 

@@ -62,11 +62,12 @@ def loading_figure(held: Mapping[int, Sizes]) -> Figure:
     """Bytes of the base by the bits it is held in: linears of layers, and what stays in 16 bits."""
     figure, (axes,) = _figure(1, width=6)
     for place, sizes in enumerate(held.values()):
-        _stack(axes, place, sizes)
-        axes.text(
-            place, sum(sizes.values()) / MIB, f"{sum(sizes.values()) / MIB:.2f}",
-            ha="center", va="bottom", color=INK,
-        )  # fmt: skip
+        top = 0.0
+        for component, (_, colour) in COMPONENTS.items():
+            height = sizes.get(component, 0) / MIB
+            axes.bar(place, height, 0.7, top, color=colour)
+            top += height
+        axes.text(place, top, f"{top:.2f}", ha="center", va="bottom", color=INK)
     axes.set_xticks(range(len(held)), [f"{bits} bits" for bits in held])
     axes.set_ylabel("MiB", color=INK)
     axes.margins(y=0.1)
@@ -162,14 +163,6 @@ def _figure(
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     return figure, every
-
-
-def _stack(axes: Any, place: int, sizes: Sizes) -> None:
-    bottom = 0.0
-    for component, (_, colour) in COMPONENTS.items():
-        height = sizes.get(component, 0) / MIB
-        axes.bar(place, height, 0.7, bottom, color=colour)
-        bottom += height
 
 
 def _legend(axes: Any, present: set[str], names: Mapping[str, str] | None = None) -> None:

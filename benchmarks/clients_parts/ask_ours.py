@@ -40,7 +40,7 @@ def one_model(task: Task, options: list[str]) -> dict[str, Any]:
 
     groups = (ExportConfig, BaseConfig)
     parsed = parse("clients", "", groups, ["--adapter", task["adapter"], *options])
-    opened = AdaptedBase.open(Named.open(parsed, task["adapter"]), allow_other_base=False)
+    opened = AdaptedBase.open(Named.open(parsed, task["adapter"]))
     model, tokenizer = opened.load().eval(), opened.base.tokenizer
     ends, rows = end_ids(model, tokenizer), []
     for row in task["rows"]:

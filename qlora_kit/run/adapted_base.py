@@ -36,7 +36,7 @@ class AdaptedBase:
     """The bits of the copies that the one adapter is merged into."""
 
     @staticmethod
-    def open(named: Named, allow_other_base: bool, *, as_trained: bool = False) -> AdaptedBase:
+    def open(named: Named, *, as_trained: bool = False) -> AdaptedBase:
         """The base of a command, with the options that `base_of` finds for it.
 
         The chat templates that were saved with a single adapter are the tokenizer's from here on,
@@ -44,16 +44,16 @@ class AdaptedBase:
 
         Errors: those of the base's files, and `AdapterError`.
         """
-        adapter, parsed = named.adapter, named.parsed
+        adapter, parsed, free = named.adapter, named.parsed, named.allow_other_base
         asked = parsed[BaseConfig]
         if adapter is not None:
             asked = base_of(parsed, adapter, as_trained=as_trained)
         base = open_base(asked, named.files)
         for one in named.adapters.values():
-            open_adapter(base.model, one.files, None if allow_other_base else base.info)
+            open_adapter(base.model, one.files, None if free else base.info)
         formats = formats_of(base, named.adapters)
         bits = asked_bits(parsed, base)
-        return AdaptedBase(base, named.adapters, allow_other_base, formats, bits)
+        return AdaptedBase(base, named.adapters, free, formats, bits)
 
     @cached_property
     def bank(self) -> AdapterBank:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from qlora_kit.config.generation import AdaptersConfig, GenerateConfig, SamplingConfig
+from qlora_kit.config.generation import GenerateConfig, SamplingConfig
 from qlora_kit.data.batch import padding_id
 from qlora_kit.generation.decode import answer_requests, generate_ids
 from qlora_kit.generation.prompts import Prompt
@@ -70,7 +70,7 @@ def answered(named: Named, prompts: Sequence[Prompt]) -> Generation:
 def _answer_pieces(named: Named, prompt: Prompt, speed: Speed) -> Iterator[str]:
     """The answer to one prompt, as it comes, and a line end."""
     options, sampling = named.parsed[GenerateConfig], named.parsed[SamplingConfig]
-    opened = _open(named)
+    opened = AdaptedBase.open(named)
     format = opened.formats[prompt.adapter]
     ids = format.prompt_ids(prompt.text, options.chat)
     steps = generate_ids(
@@ -97,7 +97,7 @@ def _answer_pieces(named: Named, prompt: Prompt, speed: Speed) -> Iterator[str]:
 def _answer_rows(named: Named, prompts: Sequence[Prompt], speed: Speed) -> Iterator[dict[str, Any]]:
     """The row of each prompt with its `answer`, and who gave it where there are several."""
     options, sampling = named.parsed[GenerateConfig], named.parsed[SamplingConfig]
-    opened = _open(named)
+    opened = AdaptedBase.open(named)
     requests = [
         Request(
             format.prompt_ids(prompt.text, options.chat),
@@ -123,7 +123,3 @@ def _answer_rows(named: Named, prompts: Sequence[Prompt], speed: Speed) -> Itera
         speed.tokens += len(ticket.tokens)
         given = named_in_rows or "adapter" in prompt.row
         yield {**prompt.row, **({"adapter": prompt.adapter} if given else {}), "answer": text}
-
-
-def _open(named: Named) -> AdaptedBase:
-    return AdaptedBase.open(named, named.parsed[AdaptersConfig].allow_other_base)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 
 from qlora_kit.config.commands import ChatConfig
-from qlora_kit.config.generation import BASE, AdaptersConfig, SamplingConfig
+from qlora_kit.config.generation import BASE, SamplingConfig
 from qlora_kit.data.batch import padding_id
 from qlora_kit.errors import AdapterError, ConfigError, DataError, excerpt
 from qlora_kit.generation.engine import Engine
@@ -178,7 +178,7 @@ def begin(named: Named, adapter: str | None) -> Lines:
     """
     parsed = named.parsed
     options, drawn = parsed[ChatConfig], parsed[SamplingConfig]
-    opened = AdaptedBase.open(named, parsed[AdaptersConfig].allow_other_base)
+    opened = AdaptedBase.open(named)
     written = opened.formats[adapter]
     if not options.plain:
         if not written.tokenizer.chat_template:

@@ -68,7 +68,7 @@ def export(
     target = None if options.output_dir is None else Path(options.output_dir)
     paths = (options.adapter, options.verify, parsed.config_file)
     read = [Path(path) for path in paths if path is not None]
-    named = Named.open(parsed, options.adapter)
+    named = Named.open(parsed, options.adapter, allow_other_base=options.allow_other_base)
     if named.files is not None:
         read.append(named.files.source.directory)
     if target is not None:

@@ -25,8 +25,7 @@ def generate(parsed: Parsed) -> Generation:
     check_prompt(options)
     if options.prompts is None or options.use is not None:
         adapters.chosen(options.use)  # a name that no adapter has is refused here
-    allowed = adapters.allow_other_base
-    named = Named.open(parsed, adapters.named, allow_other_base=allowed)
+    named = Named.open(parsed, adapters.named, allow_other_base=adapters.allow_other_base)
     if options.prompts is None:
         prompts = [one_prompt(options, adapters)]
     else:

@@ -45,7 +45,7 @@ def merge(
     """
     options, adapter = named.parsed[ExportConfig], named.adapter
     target = None if options.output_dir is None else Path(options.output_dir)
-    opened = _open(named, options)
+    opened = _open(named)
     base = opened.base
     if target is not None:
         check_output(target, options.overwrite, [*read, base.source.directory])
@@ -89,9 +89,9 @@ def merge(
     return report
 
 
-def _open(named: Named, options: ExportConfig) -> AdaptedBase:
+def _open(named: Named) -> AdaptedBase:
     """The base as it was trained on, and how the run wrote its chats. Errors: as `merge`."""
-    opened = AdaptedBase.open(named, options.allow_other_base, as_trained=True)
+    opened = AdaptedBase.open(named, as_trained=True)
     if named.adapter is None:
         return opened
     return replace(opened, base=replace(opened.base, chats=named.adapter.chats_alone()))

@@ -31,6 +31,7 @@ class Named:
     parsed: Parsed
     adapters: Mapping[str, SavedAdapter]
     files: BaseFiles | None
+    allow_other_base: bool = False
 
     @staticmethod
     def open(
@@ -55,9 +56,9 @@ class Named:
         if len(saved) > 1 and not allow_other_base:
             _check_agreement(parsed, list(saved.values()))
         if saved and "model" not in parsed.given[BaseConfig]:
-            return Named(parsed, saved, None)
+            return Named(parsed, saved, None, allow_other_base)
         base = parsed[BaseConfig]
-        return Named(parsed, saved, find_base(base.model, base.revision))
+        return Named(parsed, saved, find_base(base.model, base.revision), allow_other_base)
 
     @property
     def adapter(self) -> SavedAdapter | None:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from qlora_kit.config.data import DataConfig
-from qlora_kit.config.generation import AdaptersConfig, EvaluateConfig
+from qlora_kit.config.generation import EvaluateConfig
 from qlora_kit.data.batch import eval_batches, padding_id
 from qlora_kit.data.chat_template import check_chat_options, use_template
 from qlora_kit.data.encode import encode_rows
@@ -28,7 +28,7 @@ def scores(named: Named, data: DataConfig, rows: Table, source: str) -> list[dic
     Errors: those of the base, the adapters and encoding; `NumericError` for a loss that is none.
     """
     options = named.parsed[EvaluateConfig]
-    opened = AdaptedBase.open(named, named.parsed[AdaptersConfig].allow_other_base)
+    opened = AdaptedBase.open(named)
     base, model = opened.base, opened.base.model
     names: list[str | None] = [None, *opened.adapters]
     if len(opened.adapters) == 1:

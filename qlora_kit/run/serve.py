@@ -23,12 +23,11 @@ def serve(parsed: Parsed, say: Callable[[str], None]) -> None:
     options, adapters = parsed[ServeConfig], parsed[AdaptersConfig]
     check_extras()
     key = options.key()
-    allowed = adapters.allow_other_base
-    named = Named.open(parsed, adapters.named, allow_other_base=allowed)
+    named = Named.open(parsed, adapters.named, allow_other_base=adapters.allow_other_base)
     with listening(options.host, options.port) as listener:
         from qlora_kit.run.server import loaded_service
 
-        service = loaded_service(named, allowed, key, say)
+        service = loaded_service(named, key, say)
         with StopSignals() as signals:
             with signals.between_steps("ending: running answers have a few seconds"):
                 service.run(listener, is_asked_to_end=lambda: signals.received is not None)

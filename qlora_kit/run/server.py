@@ -17,15 +17,13 @@ from qlora_kit.serving.models import Model
 from qlora_kit.serving.service import Service
 
 
-def loaded_service(
-    named: Named, allow_other_base: bool, key: str | None, say: Callable[[str], None]
-) -> Service:
+def loaded_service(named: Named, key: str | None, say: Callable[[str], None]) -> Service:
     """What serves them; all are checked against each other before weights are read.
 
     Errors: `ConfigError`, those of base and adapters.
     """
     options = named.parsed[ServeConfig]
-    opened = AdaptedBase.open(named, allow_other_base)
+    opened = AdaptedBase.open(named)
     base, bank, formats = opened.base, opened.bank, opened.formats
     if base.source.name in named.adapters:
         raise ConfigError(
@@ -41,7 +39,7 @@ def loaded_service(
         adapter = SavedAdapter.open(directory)
         format = format_beside(formats[None], adapter)
         service.check_room(adapter.files)
-        bank.add(name, adapter.files, allow_other_base=allow_other_base)
+        bank.add(name, adapter.files, allow_other_base=named.allow_other_base)
         return Model(name, name, format, is_plain(adapter))
 
     service = Service(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,40 +37,26 @@ class Evaluation:
     measures: Mapping[str, float] = field(default_factory=dict)
 
 
-class Objective(Protocol):
-    """What a step makes smaller: the mean over all its micro-batches of a loss."""
+class Objective:
+    """What a step makes smaller, the mean over all its micro-batches of a loss.
 
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """Names of what is measured beside the loss."""
-
-    @property
-    def pairs(self) -> bool:
-        """Whether it is one of batches of pairs."""
-
-    def count(self, batch: Batch) -> int:
-        """Of how many things `sums` has the sum."""
-
-    def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """The sum of the loss, a scalar in fp32; with `measures` (1 + M,), the loss first."""
-
-
-class SupervisedTokens:
-    """The objective of fine-tuning: the mean of -log p over supervised tokens."""
+    This one is fine-tuning's: -log p of supervised tokens. `measures` names what is measured beside
+    the loss, `pairs` says whether batches are of pairs.
+    """
 
     measures: tuple[str, ...] = ()
-    pairs = False
+    pairs: bool = False
 
     def count(self, batch: Batch) -> int:
-        """The supervised tokens of a batch."""
+        """Of how many things `sums` has the sum: here the supervised tokens of a batch."""
         return batch["num_supervised"]
 
     def sums(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """As `supervised_loss`."""
+        """The sum of the loss, a scalar in fp32; with `measures` (1 + M,), the loss first."""
         return supervised_loss(model, batch)
 
 
-SUPERVISED_TOKENS = SupervisedTokens()
+SUPERVISED_TOKENS = Objective()
 
 
 def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Objective):
     """The objective of batches of pairs, whose rows are chosen, rejected, chosen, rejected ...
 
     `margin` is beta d with the sums over tokens, `accuracy` the share of pairs in which it is above

@@ -24,7 +24,7 @@ from accelerator import (
 from torch import Tensor
 
 from qlora_kit.training.loop import train_step
-from qlora_kit.training.loss import SupervisedTokens
+from qlora_kit.training.loss import Objective
 
 Fault = Callable[[Tensor], Tensor]
 
@@ -96,7 +96,7 @@ def step_with(fault: Fault, card: Accelerator, may_read: bool = False) -> Any:
     return seen
 
 
-class Planted(SupervisedTokens):
+class Planted(Objective):
     """The objective of fine-tuning with a fault behind it."""
 
     def __init__(self, fault: Fault) -> None:

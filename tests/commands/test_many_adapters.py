@@ -198,7 +198,7 @@ def test_an_adapter_that_comes_later_is_written_for_as_one_that_was_there(
     (own["a"] / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8, 9]}))
     parsed = parse_values({"model": str(workshop.base)}, GROUPS)
     named = Named.open(parsed, {name: str(directory) for name, directory in own.items()})
-    formats = AdaptedBase.open(named, False).formats
+    formats = AdaptedBase.open(named).formats
     later = format_beside(formats[None], named.adapters["b"])
     base, first, there = formats[None], formats["a"], formats["b"]
     assert later.tokenizer.chat_template == there.tokenizer.chat_template is None

@@ -72,7 +72,7 @@ def serving(
     options = {**HOW, "adapter": given, "max_new_tokens": 400, **options}
     parsed = parse_values({"model": "tiny", **options}, GROUPS)
     named = Named.open(parsed, parsed[AdaptersConfig].named)
-    service = loaded_service(named, False, key, log.append)
+    service = loaded_service(named, key, log.append)
     ended = threading.Event()
     listener = listening("127.0.0.1", 0)
     url = url_of(listener)

@@ -14,6 +14,7 @@ from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.generation import AdaptersConfig, GenerateConfig, SamplingConfig
+from qlora_kit.run.generate import generate
 
 SUMMARY = "Generate text with a base, or with one or many adapters on it."
 GROUPS = (BaseConfig, AdaptersConfig, GenerateConfig, SamplingConfig)
@@ -28,8 +29,6 @@ EMPTY = (
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     parsed = parse("qlora-kit generate", SUMMARY, GROUPS, argv)
-    from qlora_kit.run.generate import generate
-
     generation, terminal = generate(parsed), Terminal()
     answered = parsed[GenerateConfig].prompts is not None
     for piece in generation.pieces:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal, size, table_of
 from qlora_kit.config.commands import RunsConfig
-
-if TYPE_CHECKING:
-    from qlora_kit.run.runs import Comparison, FoundRun
+from qlora_kit.run.runs import Comparison, FoundRun, compare, find_runs
 
 SUMMARY = "List the runs of a directory with what they gave, or compare two of them."
 SHOWN = ("model", "data", "bits")
@@ -23,8 +21,6 @@ SHOWN = ("model", "data", "bits")
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     asked = parse("qlora-kit runs", SUMMARY, (RunsConfig,), argv)[RunsConfig]
-    from qlora_kit.run.runs import compare, find_runs
-
     directory, terminal = Path(asked.runs_dir), Terminal()
     if asked.compare:
         found = compare(directory, asked.compare)

@@ -11,6 +11,7 @@ from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.generation import AdaptersConfig
 from qlora_kit.config.serve import ServeConfig
+from qlora_kit.run.serve import serve
 
 SUMMARY = "Serve a base and adapters on it through the OpenAI API, and a page to chat with them."
 
@@ -19,7 +20,5 @@ SUMMARY = "Serve a base and adapters on it through the OpenAI API, and a page to
 def main(argv: Sequence[str]) -> int:
     """Run the command until a signal ends it; returns the exit code."""
     parsed = parse("qlora-kit serve", SUMMARY, (BaseConfig, AdaptersConfig, ServeConfig), argv)
-    from qlora_kit.run.serve import serve
-
     serve(parsed, Terminal().print)
     return 0

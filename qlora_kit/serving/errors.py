@@ -99,6 +99,12 @@ def too_large(limit: int) -> ApiError:
     )
 
 
+def queue_full(waiting: int) -> ApiError:
+    """A request beyond what may wait."""
+    message = f"{waiting} requests wait already, which is the server's limit; send it again later"
+    return ApiError(429, message, type=BUSY, code="queue_full", headers=RETRY)
+
+
 def closing() -> ApiError:
     """A request to a server that ends."""
     return ApiError(503, "the server is shutting down", type=BROKEN, code="shutting_down")

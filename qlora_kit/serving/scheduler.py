@@ -26,7 +26,7 @@ from qlora_kit.generation.engine import Engine
 from qlora_kit.generation.request import Request, Ticket
 from qlora_kit.generation.text import AnswerText
 from qlora_kit.serving.answer import Event, Job
-from qlora_kit.serving.errors import BUSY, RETRY, ApiError, closing, from_error, no_model
+from qlora_kit.serving.errors import closing, from_error, no_model, queue_full
 
 FAILURES = 3  # steps in a row: nothing is expected of the next
 
@@ -84,14 +84,7 @@ class Scheduler:
                 raise closing()
             running, waiting = self.counts
             if running + waiting >= self.max_batch + self.max_queue:
-                message = f"{waiting} requests wait already, which is the server's limit"
-                raise ApiError(
-                    429,
-                    f"{message}; send it again later",
-                    type=BUSY,
-                    code="queue_full",
-                    headers=RETRY,
-                )
+                raise queue_full(waiting)
             self._places += 1
         try:
             yield

@@ -36,12 +36,7 @@ def _compare(reports: list[dict[str, Any]], terminal: Terminal) -> None:
     """The base and its adapters side by side: their answers, then a table."""
     names = [report["adapter"] or BASE for report in reports]
     width = max(map(len, ("  expected", *names)))
-    for answers in zip(*(report["answers"] for report in reports), strict=True):
-        terminal.print((answers[0]["prompt"].strip(), "dim"))
-        terminal.line("  expected", answers[0]["expected"], width=width + 2)
-        for name, answer in zip(names, answers, strict=True):
-            verdict = "right" if answer["right"] else "wrong"
-            terminal.line(f"  {name}", f"{answer['answer']}  ({verdict})", width=width + 2)
+    _show_answers(reports, names, terminal, width + 2)
     base = reports[0]
     terminal.line("model", f"{base['model']}, {base['bits']} bits, {base['dtype']}", width=10)
     terminal.line("data", _counts(base), width=10)
@@ -52,6 +47,18 @@ def _compare(reports: list[dict[str, Any]], terminal: Terminal) -> None:
             exact = f"{report['right']} of {report['asked']} ({report['exact_match']:.1%})"
         table.add_row(name, f"{report['loss']:.4f}", _perplexity(report), exact)
     terminal.show(table)
+
+
+def _show_answers(
+    reports: list[dict[str, Any]], names: list[str], terminal: Terminal, width: int
+) -> None:
+    """What each row asks and expects, and the answer in each of the reports."""
+    for answers in zip(*(report["answers"] for report in reports), strict=True):
+        terminal.print((answers[0]["prompt"].strip(), "dim"))
+        terminal.line("  expected", answers[0]["expected"], width=width)
+        for name, answer in zip(names, answers, strict=True):
+            verdict = "right" if answer["right"] else "wrong"
+            terminal.line(f"  {name}", f"{answer['answer']}  ({verdict})", width=width)
 
 
 def _counts(report: dict[str, Any]) -> str:
@@ -66,11 +73,7 @@ def _perplexity(report: dict[str, Any]) -> str:
 
 def _show(report: dict[str, Any], terminal: Terminal) -> None:
     lines = [("model", f"{report['model']}, {report['bits']} bits, {report['dtype']}")]
-    for answer in report["answers"]:
-        terminal.print((answer["prompt"].strip(), "dim"))
-        terminal.line("  expected", answer["expected"], width=10)
-        verdict = "right" if answer["right"] else "wrong"
-        terminal.line("  answer", f"{answer['answer']}  ({verdict})", width=10)
+    _show_answers([report], ["answer"], terminal, 10)
     if report["adapter"] is not None:
         lines.append(("adapter", report["adapter"]))
     lines.append(("data", _counts(report)))

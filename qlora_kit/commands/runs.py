@@ -46,7 +46,9 @@ def _show_all(runs: Sequence[FoundRun], terminal: Terminal) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for run in runs:
         # Of paths, hub ids and samples the last part.
-        said = (str(run.said(name) or "").rpartition("/")[2].rpartition(":")[2] for name in SHOWN)
+        said = (
+            str(run.options.get(name) or "").rpartition("/")[2].rpartition(":")[2] for name in SHOWN
+        )
         name = run.name if run.state == "finished" else f"{run.name}\n({run.state})"
         table.add_row(name, *said, *(shown(run) for shown in LISTED.values()))
     terminal.show(table)

@@ -15,13 +15,13 @@ from qlora_kit.config.export import ExportConfig
 from qlora_kit.export.head import head_notes
 from qlora_kit.export.tensors import ExportTensor, dtype_of, model_tensors, name_of
 from qlora_kit.generation.decode import end_ids
+from qlora_kit.gguf.chat import chat_metadata
 from qlora_kit.gguf.file import FileTensor, Value, head_bytes, write_gguf_file
-from qlora_kit.gguf.general import general
 from qlora_kit.gguf.layout import Layout
-from qlora_kit.gguf.metadata import metadata
+from qlora_kit.gguf.metadata import general, metadata
 from qlora_kit.gguf.modelfile import write_modelfile
 from qlora_kit.gguf.tensor_types import KINDS, kind_of
-from qlora_kit.gguf.texts import texts
+from qlora_kit.gguf.vocabulary import vocabulary
 
 STEM = "model"
 
@@ -57,7 +57,7 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
     rows = base.model.get_input_embeddings().weight.shape[0]
     said = metadata(config, rows)
     ends = end_ids(base.model, base.tokenizer)
-    words = texts(base.tokenizer, rows, ends, config.bos_token_id)
+    words = vocabulary(base.tokenizer, rows, ends, config.bos_token_id)
     tied = bool(config.tie_word_embeddings)
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     weights = model_tensors(base, adapter, options.merged_into)
@@ -71,10 +71,11 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
         [
             *general(name, is_hub_id, parameters, kind, words.strips),
             *said.fields,
-            *words.fields,
+            *words.metadata(),
+            *chat_metadata(base.tokenizer),
         ],
         tensors,
-        (*said.notes, *words.notes, *_said_of_kinds(tensors, kind, options.quantize)),
+        (*said.notes, *words.warnings(), *_said_of_kinds(tensors, kind, options.quantize)),
         said.context,
     )
 

@@ -32,9 +32,8 @@ from qlora_kit.errors import ExportError, NumericError
 from qlora_kit.export.tensors import dtype_of, name_of
 from qlora_kit.generation.decode import end_ids
 from qlora_kit.gguf.file import Fields, FileTensor, write_gguf_file
-from qlora_kit.gguf.general import FILE_TYPES, base_model
 from qlora_kit.gguf.layout import Layout, import_gguf
-from qlora_kit.gguf.metadata import Metadata, metadata
+from qlora_kit.gguf.metadata import FILE_TYPES, Metadata, base_model, metadata
 from qlora_kit.gguf.modelfile import write_modelfile
 from qlora_kit.gguf.tensor_types import KINDS
 from qlora_kit.lora.inject import ADAPTER, lora_layers

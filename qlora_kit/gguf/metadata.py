@@ -1,4 +1,4 @@
-"""What a GGUF says of a model: the numbers of its config, and what of a config it cannot say.
+"""What a GGUF says of a model: its name, the numbers of its config, and what it cannot say of it.
 
 What llama.cpp would drop or do otherwise is refused by name before a weight is read. A sliding
 window that it does not have is a note: texts up to the window's length are read alike.
@@ -16,9 +16,13 @@ from torch import Tensor
 from qlora_kit.base.gguf_facts import CAPS, Gguf
 from qlora_kit.errors import ModelError
 from qlora_kit.gguf.file import Value
-from qlora_kit.gguf.layout import gguf_facts
+from qlora_kit.gguf.layout import gguf_facts, import_gguf
 from qlora_kit.gguf.rope import LOCAL, head_dim, rope_of
+from qlora_kit.gguf.spaces import general_name
 
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+"""llama.cpp's numbers of a file whose matrices are of a type."""
+HUB = "https://huggingface.co"
 BIASES = ("attention_bias", "mlp_bias")
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -34,6 +38,37 @@ class Metadata:
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...]
     context: int
+
+
+def general(
+    base: str, is_hub_id: bool, parameters: int, kind: str, strips: bool
+) -> list[tuple[str, Value]]:
+    """The keys under `general`, of a model made of `base`: a hub id, or a path, which stays here.
+
+    `parameters` are the numbers in its weights; `strips` is the tokenizer's (`spaces.py`).
+    """
+    gguf = import_gguf()
+    return [
+        ("general.type", "model"),
+        ("general.name", general_name(base.rstrip("/").rpartition("/")[2], strips)),
+        ("general.size_label", gguf.size_label(parameters, parameters, 0, 0)),
+        ("general.file_type", FILE_TYPES[kind]),
+        ("general.quantization_version", int(gguf.GGML_QUANT_VERSION)),
+        *base_model(base, is_hub_id),
+    ]
+
+
+def base_model(base: str, is_hub_id: bool) -> list[tuple[str, Value]]:
+    """The keys that name the model that a file comes from, or belongs to; as `general`."""
+    owner, _, name = base.rstrip("/").rpartition("/")
+    found: list[tuple[str, Value]] = [
+        ("general.base_model.count", 1),
+        ("general.base_model.0.name", name),
+    ]
+    if is_hub_id and owner:
+        found.append(("general.base_model.0.organization", owner))
+        found.append(("general.base_model.0.repo_url", f"{HUB}/{base}"))
+    return found
 
 
 def metadata(config: Any, rows: int) -> Metadata:

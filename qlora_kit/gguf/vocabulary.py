@@ -29,8 +29,7 @@ from qlora_kit.gguf.differences import CASES, Difference, inside_words, normal_f
 from qlora_kit.gguf.ends import BY_NAME, end_keys
 from qlora_kit.gguf.pre_tokenizer import KNOWN, find_names
 from qlora_kit.gguf.sentencepiece import LOWEST, scores_of
-from qlora_kit.gguf.spaces import SPACE, spaces_of
-from qlora_kit.gguf.stripping import stripped, strips_as_phi3
+from qlora_kit.gguf.spaces import SPACE, spaces_of, stripped, strips_as_phi3
 from qlora_kit.gguf.token_list import BYTES, TokenType, is_byte_level, steps_of, token_list
 
 PREFIX = "tokenizer.ggml."

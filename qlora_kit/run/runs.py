@@ -55,10 +55,6 @@ class FoundRun:
     trainable_parameters: int | None = None
     problem: str | None = None
 
-    def said(self, option: str) -> Any:
-        """The value of an option; None where it is not there."""
-        return self.options.get(option)
-
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints of it."""
         return {**asdict(self), "options": dict(self.options)}
@@ -159,7 +155,7 @@ def compare(directory: Path, names: Sequence[str]) -> Comparison:
         found.append(run)
     first, second = found
     names_of_both = sorted((first.options.keys() | second.options.keys()) - PLACES)
-    both = {name: (first.said(name), second.said(name)) for name in names_of_both}
+    both = {name: (first.options.get(name), second.options.get(name)) for name in names_of_both}
     differing = {name: values for name, values in both.items() if values[0] != values[1]}
     return Comparison((first, second), differing)
 

@@ -208,13 +208,11 @@ class Api:
         """Refuse what is no prompt before anything is sent. Errors: `ApiError`."""
         if not ids:
             raise invalid("the prompt has no tokens", param)
-        wrong = next((token for token in (min(ids), max(ids)) if not self._knows(token)), None)
+        known = range(self.vocabulary)
+        wrong = next((token for token in (min(ids), max(ids)) if token not in known), None)
         if wrong is not None:
             message = f"the prompt has the token {excerpt(str(wrong))}"
             raise invalid(f"{message}, but the model has {self.vocabulary} tokens", param)
-
-    def _knows(self, token: int) -> bool:
-        return 0 <= token < self.vocabulary
 
     async def _add(self, request: Request) -> dict[str, Any]:
         if self.add_adapter is None:

@@ -21,10 +21,10 @@ from qlora_kit.base.contents import tokenizer_files
 from qlora_kit.base.source import TINY
 from qlora_kit.base.tokenizer import load_tokenizer, make_tokenizer
 from qlora_kit.data.answers import turn_ends
-from qlora_kit.gguf.general import general
+from qlora_kit.gguf.metadata import general
 from qlora_kit.gguf.pre_tokenizer import KNOWN
 from qlora_kit.gguf.sentencepiece import LOWEST
-from qlora_kit.gguf.stripping import general_name
+from qlora_kit.gguf.spaces import general_name
 from qlora_kit.gguf.token_list import BYTES
 from qlora_kit.gguf.vocabulary import TokenType, Vocabulary, vocabulary
 

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import xllamacpp
 
-from qlora_kit.gguf.stripping import general_name
+from qlora_kit.gguf.spaces import general_name
 
 WIDTH = 32
 

@@ -101,6 +101,13 @@ def test_values_arrive_as_their_own_type() -> None:
     assert BaseConfig(double_quant="off").double_quant is False  # type: ignore[arg-type]
 
 
+def test_each_method_has_a_learning_rate_of_its_own() -> None:
+    for method, rate in {"sft": 2e-4, "dpo": 5e-6}.items():
+        alone = TrainingConfig(method=method)
+        assert (alone.peak_rate, alone.settled().learning_rate) == (rate, rate)
+        assert TrainingConfig(method=method, learning_rate=1e-3).settled().learning_rate == 1e-3
+
+
 def test_a_message_says_option_range_and_value() -> None:
     for given, line in {
         "0": "lora_r must be at least 1 and at most 65536, got 0",

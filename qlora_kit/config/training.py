@@ -32,6 +32,7 @@ RECOMPUTE_LEVELS = ("none", "selective", "full")
 AUTO = {"auto": None}
 PREFERENCE = {"beta": 0.1, "label_smoothing": 0.0, "dpo_loss": "sigmoid"}
 """The options that go with `--method dpo`, and what they are where they are left alone."""
+RATES = {"sft": 2e-4, "dpo": 5e-6}  # learning rates of methods, where they are left alone
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,11 @@ class TrainingConfig(Options):
         check=one_of("sigmoid", "ipo"),
         shown_default=str(PREFERENCE["dpo_loss"]),
     )
-    learning_rate: float = option(
-        2e-4, "peak learning rate", check=between(0, 1e3, open_low=True, tiny=1e-12)
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate",
+        check=between(0, 1e3, open_low=True, tiny=1e-12),
+        shown_default=f"{RATES['sft']:g}; of dpo {RATES['dpo']:g}",
     )
     lr_scheduler_type: str = option("cosine", "after the warm-up", check=one_of(*SCHEDULES))
     warmup_steps: float = option(
@@ -210,10 +214,14 @@ class TrainingConfig(Options):
 
     def settled(self) -> TrainingConfig:
         """The same with the values of options that go with its method and were left alone."""
-        if not self.pairs:
-            return self
-        left = {name: to for name, to in PREFERENCE.items() if getattr(self, name) is None}
+        values = {"learning_rate": self.peak_rate, **(PREFERENCE if self.pairs else {})}
+        left = {name: to for name, to in values.items() if getattr(self, name) is None}
         return replace(self, **typing.cast(typing.Any, left))
+
+    @property
+    def peak_rate(self) -> float:
+        """`learning_rate`, or that of the method where it is left alone."""
+        return RATES[self.method] if self.learning_rate is None else self.learning_rate
 
     @property
     def step_rows(self) -> int:

@@ -135,6 +135,11 @@ def load_rows(config: DataConfig, seed: int, given: Mapping[str, GivenRows] | No
     columns = parse_columns(config.columns)
     limit = size_bytes(config.max_row_size)
     format = _format(train_source, config.format, columns, limit)
+    if format == PREFERENCE and config.train_on_prompt:
+        raise ConfigError(
+            "train_on_prompt true with pairs: a prompt says nothing of what is preferred",
+            "leave --train_on_prompt out",
+        )
 
     def table(source: Source, chosen: np.ndarray | None = None) -> Table:
         pairs, literal = tuple(columns.items()), config.literal_control_tokens

@@ -33,7 +33,7 @@ class Assembled:
         if left_alone := prepare_model(self.model, training, levels, packing, placement):
             reporter.note(left_alone)
         self.optimizer = make_optimizer(
-            training.optim, self.model.parameters(), training.learning_rate, training.weight_decay
+            training.optim, self.model.parameters(), training.peak_rate, training.weight_decay
         )
         if note := paging_note(training.optim, self.model.parameters(), plan.base.device):
             reporter.note(note)

@@ -34,11 +34,6 @@ def rows_of_run(
 
 def _of_pairs(data: DataConfig) -> DataConfig:
     """The options of pairs. Errors: `ConfigError` for what goes with no pair."""
-    if data.train_on_prompt:
-        raise ConfigError(
-            "train_on_prompt true with method dpo: a prompt says nothing of what is preferred",
-            "leave --train_on_prompt out",
-        )
     if data.format not in ("auto", PREFERENCE):
         raise ConfigError(
             f"format {data.format} with method dpo, which learns from pairs",

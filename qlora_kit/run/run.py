@@ -176,9 +176,7 @@ class Run:
         questions = self._held_out.questions
         self._reporter.answers(questions, answers)
         prompts = [row.content["prompt"] for row in questions]
-        as_chat = config.data.instruction_as_chat and plan.rows.format == "instruction"
-        is_chat = as_chat or plan.rows.is_chat
-        self._reporter.result(record, plan.directory, config, prompts, is_chat)
+        self._reporter.result(record, plan.directory, config, prompts, plan.rows.is_chat)
 
     def _find_references(self) -> None:
         """Have what pairs are measured against, before the first step of this process."""

@@ -249,12 +249,12 @@ def learning_rates(config: TrainingConfig, num_steps: int) -> Callable[[int], fl
 
     def at(step: int) -> float:
         if step <= warmup:
-            return config.learning_rate * step / warmup
+            return config.peak_rate * step / warmup
         if config.lr_scheduler_type == "constant":
-            return config.learning_rate
+            return config.peak_rate
         done = (step - 1 - warmup) / max(1, num_steps - warmup)
         if config.lr_scheduler_type == "linear":
-            return config.learning_rate * max(0.0, 1 - done)
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            return config.peak_rate * max(0.0, 1 - done)
+        return config.peak_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return at

@@ -146,6 +146,8 @@ def test_show_data_shows_both_answers(inputs, capsys):
     assert shown.count("(chosen)") == shown.count("(rejected)") == 3
     assert "pairs," in shown
     assert "--packing" not in shown
+    assert show_data([*inputs[:4], "--train_on_prompt", "--token_cache", "none"]) == 2
+    assert "a prompt says nothing of what is preferred" in capsys.readouterr().err
 
 
 def test_a_pair_is_planned_as_two_rows(inputs, capsys):

@@ -139,9 +139,11 @@ def _sent(tensor: Tensor, like: Tensor) -> Tensor:
 
 def grown(base: Base, name: str, tensor: Tensor) -> Tensor:
     """A tensor with the rows that a base was resized to, where it has one for each token."""
+    if not base.embedding_rows:
+        return tensor
     model, owner = base.model, name.rpartition(".")[0]
     by_token = (*embeddings(model).values(), model.get_output_embeddings())
-    if base.embedding_rows and any(model.get_submodule(owner) is one for one in by_token):
+    if any(model.get_submodule(owner) is one for one in by_token):
         return _with_rows(tensor, base.embedding_rows)
     return tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.text import Text
 from qlora_kit.commands.terminal import Terminal, size, table_of
 
 if TYPE_CHECKING:
+    from qlora_kit.config.training import TrainingConfig
     from qlora_kit.plan.answer import Answer
     from qlora_kit.plan.grid import Cell
     from qlora_kit.plan.longest import Longest
@@ -44,7 +46,7 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
     training = options.training
     terminal.print(
         (options.base.model, "bold"),
-        f", {options.base.bits} bits, {training.rows} x {options.length} tokens, "
+        f", {options.base.bits} bits, {_batch(training, options.length)}, "
         f"{training.gradient_accumulation_steps} times a step, on {plan.device}",
     )
     table = table_of("component", "most in a step", "at the peak", left=["component"])
@@ -75,9 +77,9 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
         )
     _print_fit(answer, terminal)
     if grid is not None:
-        terminal.show(_grid_table("peak by batch and length", grid, _peak))
+        terminal.show(_grid_table("peak by batch and length", grid, training, _peak))
         if plan.time is not None:
-            terminal.show(_grid_table("tokens/s by batch and length", grid, _speed))
+            terminal.show(_grid_table("tokens/s by batch and length", grid, training, _speed))
         if not all(cell.plan.fits for cell in grid):
             budget = grid[0].plan.budget_bytes
             assert budget is not None
@@ -90,6 +92,20 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
             terminal.print("- fits at no length")
     if answer.errors is not None:
         _print_errors(answer.errors, terminal)
+
+
+def _batch(training: TrainingConfig, length: int) -> str:
+    """A micro-batch in words: its rows, or its pairs of rows."""
+    if not training.pairs:
+        return f"{training.rows} x {length} tokens"
+    return f"{_counted(training.rows, training)} of 2 x {length} tokens"
+
+
+def _counted(count: int, training: TrainingConfig) -> str:
+    """So many rows of a batch, or so many pairs."""
+    if not training.pairs:
+        return f"batch {count}"
+    return f"{count} pair{'' if count == 1 else 's'}"
 
 
 def _print_fit(answer: Answer, terminal: Terminal) -> None:
@@ -162,10 +178,15 @@ def _print_errors(errors: QuantizationErrors, terminal: Terminal) -> None:
         terminal.print(f"--skip_modules {which} takes {size(added)} more")
 
 
-def _grid_table(title: str, grid: Sequence[Cell], shown: Callable[[MemoryPlan], Text]) -> Table:
+def _grid_table(
+    title: str,
+    grid: Sequence[Cell],
+    training: TrainingConfig,
+    shown: Callable[[MemoryPlan], Text],
+) -> Table:
     """A row a length and a column a batch, with what is `shown` of the plan of both."""
     rows = sorted({cell.batch_size for cell in grid})
-    table = table_of("length", *(f"batch {count}" for count in rows), title=title)
+    table = table_of("length", *(_counted(count, training) for count in rows), title=title)
     for length in sorted({cell.max_length for cell in grid}):
         cells = (shown(cell.plan) for cell in grid if cell.max_length == length)
         table.add_row(str(length), *cells)
@@ -190,8 +211,10 @@ def _longest_table(found: Sequence[Longest]) -> Table:
         tokens = {one.level: one for one in found if one.plan.placement == placement}
         shown = (_rows(tokens[level]) if level in tokens else "" for level in levels)
         last = tokens[levels[-1]]
+        # What moves nothing at one level may move something at another.
+        words = max((one.plan.in_effect for one in tokens.values()), key=astuple).words
         host = size(last.plan.host_peak_bytes) if last.tokens else ""
-        table.add_row(placement.words or "all on the device", *shown, host)
+        table.add_row(words or "all on the device", *shown, host)
     return table
 
 

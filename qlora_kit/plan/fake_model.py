@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.decoder import decoder_layers, layer_kind, only_layers
@@ -26,6 +25,7 @@ from qlora_kit.device.target import Capability, has_own_memory, planned_device
 from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
 from qlora_kit.memory.counter import HOST, Interval, StorageCounter
+from qlora_kit.plan.fake_mode import FakeMode
 from qlora_kit.plan.repeat import RepeatedQuantize
 from qlora_kit.training.optimizer import (
     gradient_like,
@@ -64,7 +64,7 @@ class FakeModel:
         self.device, self.context, self._capability = device, base.context, capability
         self.apart = ("paged", IDLE, HOST) if has_own_memory(device) else ("paged", IDLE)
         self.counter = StorageCounter(apart=self.apart)
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = FakeMode()
         self._workspace: dict[torch.dtype, Tensor] = {}
         with self.counted():
             self.counter.at("load")

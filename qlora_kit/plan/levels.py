@@ -78,10 +78,7 @@ def choose_levels(
     made = {} if known is None else known
 
     def traced(levels: Sequence[str]) -> Chosen:
-        key = tuple(levels)
-        if key not in made:
-            made[key] = Chosen(key, tuple(run.passes(micro_batches, levels)))
-        return made[key]
+        return traced_at(run, micro_batches, levels, made)
 
     least = traced(["none"] * count)
     if budget is None or least.peak <= budget:
@@ -112,6 +109,19 @@ def choose_levels(
         if found.peak <= budget and (host_budget is None or found.host_peak <= host_budget):
             return found
     return most
+
+
+def traced_at(
+    run: FakeRun,
+    micro_batches: Sequence[Batch],
+    levels: Sequence[str],
+    known: dict[tuple[str, ...], Chosen],
+) -> Chosen:
+    """The passes with these levels, traced unless they are `known`, and added to what is."""
+    key = tuple(levels)
+    if key not in known:
+        known[key] = Chosen(key, tuple(run.passes(micro_batches, levels)))
+    return known[key]
 
 
 def _too_much(

@@ -2,7 +2,8 @@
 
 A step's peak is affine in the length of its rows, or a few such pieces one after another. So a line
 through the two plans that are nearest to the budget says where it is met: few plans bracket it. The
-answer is no estimate: it is planned, and so is the length `STEP` tokens above, which does not fit.
+first line is that through the longest rows and what a step holds whatever their length. The answer
+is no estimate: it is planned, and so is the length `STEP` tokens above, which does not fit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from qlora_kit.config.training import RECOMPUTE_LEVELS, Placement
 from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
 from qlora_kit.plan.plan import Planner
+from qlora_kit.plan.sum_up import HELD
 
 STEP = 64
 LINES = 8
@@ -36,7 +38,7 @@ class Longest:
         """What `qlora-kit plan --longest --json` prints of it."""
         return {
             "gradient_checkpointing": self.level,
-            "placement": asdict(self.plan.placement),
+            "placement": asdict(self.plan.in_effect),
             "tokens": self.tokens,
             "peak_bytes": self.plan.peak_bytes,
             "host_peak_bytes": self.plan.host_peak_bytes,
@@ -94,34 +96,41 @@ def _search(
 ) -> tuple[int, MemoryPlan]:
     """The largest length that fits and its plan: `most`, or a multiple of `STEP`; else 0."""
     top = planned(most)
-    if top.fits:
-        return most, top
-    least = planned(min(STEP, most))
-    if not least.fits or most <= STEP:
-        return 0, least
-    found = {STEP: least, most: top}
-    low, high, lines = STEP, most, 0
+    if top.fits or most <= STEP:
+        return most if top.fits else 0, top
+    found = {most: top}
+    low, high, lines = 0, most, 0
     while high - low > STEP:
         guess = _crossing(found, budget_bytes) if lines < LINES else (low + high) // 2
         lines += 1
         guess = min(max(guess // STEP * STEP, low + STEP), (high - 1) // STEP * STEP)
         found[guess] = planned(guess)
         low, high = (guess, high) if found[guess].fits else (low, guess)
-    return low, found[low]
+    return low, found[low or high]
 
 
 def _crossing(found: dict[int, MemoryPlan], budget_bytes: int) -> int:
     """Where the line through the two plans nearest to the budget meets it."""
-
-    def over(length: int) -> int:
-        plan = found[length]
-        over_device = plan.peak_bytes + plan.margin_bytes - budget_bytes
-        if plan.host_budget_bytes is None:
-            return over_device
-        return max(over_device, plan.host["step"] - plan.host_budget_bytes)
-
-    first, second = sorted(found, key=lambda length: abs(over(length)))[:2]
-    rise = over(second) - over(first)
+    over = {length: _over(plan, budget_bytes) for length, plan in found.items()}
+    if len(over) == 1:
+        (plan,) = found.values()
+        over[0] = _over(plan, budget_bytes) - plan.peak_bytes + _whatever_length(plan)
+    first, second = sorted(over, key=lambda length: abs(over[length]))[:2]
+    rise = over[second] - over[first]
     if not rise:
         return first
-    return first - over(first) * (second - first) // rise
+    return first - over[first] * (second - first) // rise
+
+
+def _over(plan: MemoryPlan, budget_bytes: int) -> int:
+    """By how much a plan is above what there is, on the device or on the host."""
+    over_device = plan.peak_bytes + plan.margin_bytes - budget_bytes
+    if plan.host_budget_bytes is None:
+        return over_device
+    return max(over_device, plan.host["step"] - plan.host_budget_bytes)
+
+
+def _whatever_length(plan: MemoryPlan) -> int:
+    """Bytes of a step on the device that are there with rows of any length."""
+    held = (*(name for name in HELD if name != "paged"), "gradients")
+    return sum(plan.bytes[name] for name in held) + plan.at_peak.get("overhead", 0)

@@ -23,7 +23,7 @@ from qlora_kit.device.found import OVERHEADS, Overhead
 from qlora_kit.memory.counter import Interval
 from qlora_kit.plan.choose import choose
 from qlora_kit.plan.fake_runs import FakeRuns
-from qlora_kit.plan.levels import Chosen, choose_levels
+from qlora_kit.plan.levels import Chosen, choose_levels, traced_at
 from qlora_kit.plan.memory_plan import BatchShape, MemoryPlan
 from qlora_kit.plan.step_time import Clock, StepTime
 from qlora_kit.plan.sum_up import sum_up
@@ -143,15 +143,13 @@ class Planner:
     def _plan(
         self, shape: BatchShape, level: str, budget_bytes: int | None, micro_steps: int
     ) -> MemoryPlan:
-        batches = self._batches(shape, micro_steps)
+        batches, known = self._batches(shape, micro_steps), self._known(shape, micro_steps)
         if level == "auto":
             budget = None if budget_bytes is None else self.overhead.room(budget_bytes)
-            key = self.run.placement, self.run.optim, shape, micro_steps
-            known = self._traced.setdefault(key, {})
             chosen = choose_levels(self.run, batches, budget, self.clock, known, self.host_bytes)
         else:
             levels = (level,) * len(self.run.layers)
-            chosen = Chosen(levels, tuple(self.run.passes(batches, levels)))
+            chosen = traced_at(self.run, batches, levels, known)
         tokens = batches[-1]["input_ids"].numel()
         plan = sum_up(self.run, chosen, shape, tokens, self.overhead, budget_bytes)
         time = self._timed(chosen.intervals, micro_steps, tokens)
@@ -161,8 +159,14 @@ class Planner:
         """What a step of such micro-batches takes, run as a plan says, where there is a clock."""
         self._take(plan.placement, plan.optim)
         batches = self._batches(shape, micro_steps)
-        passes = self.run.passes(batches, plan.levels)
+        known = self._known(shape, micro_steps)
+        passes = traced_at(self.run, batches, plan.levels, known).intervals
         return self._timed(passes, micro_steps, batches[-1]["input_ids"].numel())
+
+    def _known(self, shape: BatchShape, micro_steps: int) -> dict[tuple[str, ...], Chosen]:
+        """What was traced of such micro-batches, by levels."""
+        key = self.run.placement, self.run.optim, shape, micro_steps
+        return self._traced.setdefault(key, {})
 
     def _batches(self, shape: BatchShape, micro_steps: int) -> Any:
         self.run.packed, self.run.longest_row = shape.packed, shape.longest_row or shape.length

@@ -89,3 +89,33 @@ def test_rows_that_are_added_are_planned(capsys, tmp_path):
     added = 4 + 256 + 50 - VOCABULARY
     # A row of the embedding and one of the head, in bf16.
     assert sizes[1] - sizes[0] == added * 2 * SIZES["hidden_size"] * 2
+
+
+def test_pairs_are_planned_as_pairs(capsys):
+    """Each is of two rows; in a table, too, a batch has so many pairs."""
+    options = [*OPTIONS, "--method", "dpo", "--device_memory", "1GiB"]
+    assert main([*options, "--batch_size", "2", "--grid"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 pairs of 2 x 64 tokens, 16 times a step" in shown
+    assert "1 pair " in shown
+    assert "8 pairs" in shown
+    assert "batch 2" not in shown
+    assert main([*OPTIONS, "--device_memory", "1GiB"]) == 0
+    assert "1 x 64 tokens, 16 times a step" in capsys.readouterr().out
+
+
+def test_longest_rows_are_shown_with_what_has_an_effect(capsys, tmp_path):
+    """What was asked to lie on the host and stays on the device is not said to be there."""
+    save_checkpoint(tmp_path / "base", "qwen2", torch.bfloat16, num_hidden_layers=1)
+    options = ["--model", str(tmp_path / "base"), *OPTIONS[4:], "--device", "cuda"]
+    options += ["--offload_embedding", "--no_offload_base", "--no_offload_activations"]
+    options += ["--device_memory", "2GiB", "--longest"]
+    assert main([*options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["longest"]
+    assert not found["placement"]["embedding_on_host"]
+    assert not any(one["placement"]["embedding_on_host"] for one in found["longest"])
+    assert main(options) == 0
+    table = capsys.readouterr().out.partition("longest rows that fit")[2]
+    assert "all on the device" in table
+    assert "embedding" not in table

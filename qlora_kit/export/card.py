@@ -16,8 +16,8 @@ from huggingface_hub import ModelCardData
 from qlora_kit.config.export import LORA_FILE
 from qlora_kit.export.adapter_files import CARD, FOLDER
 from qlora_kit.export.gguf_lora import own_values
-from qlora_kit.export.llama_command import llama_command
 from qlora_kit.files.atomic import write_file
+from qlora_kit.gguf.extras import llama_command
 
 LOADERS = {
     "hf": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

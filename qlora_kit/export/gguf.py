@@ -15,13 +15,12 @@ from qlora_kit.config.export import ExportConfig
 from qlora_kit.export.head import head_notes
 from qlora_kit.export.tensors import ExportTensor, dtype_of, model_tensors, name_of
 from qlora_kit.generation.decode import end_ids
-from qlora_kit.gguf.chat import chat_metadata
 from qlora_kit.gguf.file import FileTensor, Value, head_bytes, write_gguf_file
 from qlora_kit.gguf.layout import Layout
 from qlora_kit.gguf.metadata import general, metadata
 from qlora_kit.gguf.modelfile import write_modelfile
 from qlora_kit.gguf.tensor_types import KINDS, kind_of
-from qlora_kit.gguf.vocabulary import vocabulary
+from qlora_kit.gguf.vocabulary import chat_metadata, vocabulary
 
 STEM = "model"
 

@@ -1,4 +1,4 @@
-"""A tokenizer as the keys of a GGUF under `tokenizer.ggml`.
+"""A tokenizer as the keys of a GGUF: its tokens under `tokenizer.ggml`, and its chat templates.
 
 What is written is the tokenizer as it is loaded here and was trained with, and not what its files
 say: transformers builds some of them anew from their vocabulary. There are two kinds:
@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from string import ascii_letters, digits
 from typing import Any
 
 from tokenizers import models
 
+from qlora_kit.data.chat_template import templates_of
 from qlora_kit.errors import TokenizerError
 from qlora_kit.gguf.differences import CASES, Difference, inside_words, normal_form, spelled
 from qlora_kit.gguf.ends import BY_NAME, end_keys
@@ -33,6 +36,9 @@ from qlora_kit.gguf.spaces import SPACE, spaces_of, stripped, strips_as_phi3
 from qlora_kit.gguf.token_list import BYTES, TokenType, is_byte_level, steps_of, token_list
 
 PREFIX = "tokenizer.ggml."
+TEMPLATE = "tokenizer.chat_template"
+TEMPLATES = "tokenizer.chat_templates"
+GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 Value = str | bool | int | list[str] | list[int] | list[float]
 
 
@@ -221,3 +227,31 @@ def _refused(problem: str) -> TokenizerError:
     return TokenizerError(
         f"{problem}: llama.cpp would read texts as other tokens", "export to --format hf"
     )
+
+
+def chat_metadata(tokenizer: Any) -> list[tuple[str, str | list[str]]]:
+    """Keys and values: the default template, each other one by its name, and their names.
+
+    They are those of the tokenizer as it was trained with, a run's own included.
+    """
+    texts = {name: without_marks(text) for name, text in templates_of(tokenizer).items()}
+    found: list[tuple[str, str | list[str]]] = []
+    if "default" in texts:
+        found.append((TEMPLATE, texts.pop("default")))
+    named = {_plain(name): text for name, text in texts.items()}
+    found += [(f"{TEMPLATE}.{name}", text) for name, text in sorted(named.items())]
+    return [*found, (TEMPLATES, sorted(named))] if named else found
+
+
+def without_marks(template: str) -> str:
+    """A template without transformers' own `{% generation %}`, which marks what is trained on.
+
+    A condition that always holds stands in its place: it takes the same blanks away around it.
+    """
+    return GENERATION.sub(
+        lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", template
+    )
+
+
+def _plain(name: str) -> str:
+    return "".join(one if one in ascii_letters + digits else "_" for one in name)

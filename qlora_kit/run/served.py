@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.export.adapter_files import FOLDER, export_adapter, is_portable
-from qlora_kit.export.llama_command import llama_command
+from qlora_kit.gguf.extras import llama_command
 from qlora_kit.lora.serving import NOT_PORTABLE, Served, served_beside, vllm_command
 from qlora_kit.run.saved_adapter import SavedAdapter
 

@@ -8,10 +8,13 @@ may not share it, and the model's thread has another copy to make text of tokens
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -23,7 +26,6 @@ from qlora_kit.data.fields import Fields
 from qlora_kit.data.turns import check_order, messages_of
 from qlora_kit.errors import ConfigError, InputError, QloraKitError, excerpt
 from qlora_kit.serving.errors import from_error, invalid, no_model, taken
-from qlora_kit.serving.worker import Worker
 
 Prompt: TypeAlias = "str | Sequence[dict[str, Any]] | Sequence[int]"
 """A text, the messages of a chat, or tokens; a sequence is not empty."""
@@ -108,8 +110,8 @@ class Models:
     def __init__(self, base: Model) -> None:
         self._base, self._models = base, {base.name: base}
         self._changing = threading.Lock()
-        self._reading = Worker("tokens")
-        self._adding = Worker("adapters")
+        self._reading = _Worker("tokens")
+        self._adding = _Worker("adapters")
         self.for_text = copy.deepcopy(base.format.tokenizer)
         """the copy of the tokenizer that tokens become text with"""
 
@@ -190,3 +192,42 @@ class Models:
         """Let the threads end."""
         self._reading.close()
         self._adding.close()
+
+
+class _Worker:
+    """A thread that does one thing after another, and keeps no process from ending.
+
+    Those of a `ThreadPoolExecutor` are waited for when Python ends, however long their work is.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._tasks = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        """Have something done; what is cancelled before its turn is left out."""
+        future = Future[Any]()
+        self._tasks.put((future, work))
+        return future
+
+    async def do(self, work: Callable[[], Any]) -> Any:
+        """What something gives, once it is done. Errors: its own."""
+        return await asyncio.wrap_future(self.submit(work))
+
+    def close(self) -> None:
+        """Leave out what waits, and let the thread end behind what it does now."""
+        while not self._tasks.empty():
+            if (task := self._tasks.get()) is not None:
+                task[0].cancel()
+        self._tasks.put(None)
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, work = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+            del task, future, work  # an answer's tokens, until the next one comes

@@ -13,8 +13,7 @@ import pytest
 from chat_tokenizer import chat_tokenizer
 from families import tree_hash
 
-from qlora_kit.commands.data_text import HEAD
-from qlora_kit.commands.show_data import main
+from qlora_kit.commands.show_data import HEAD, main
 from qlora_kit.data import report as data_report
 from qlora_kit.data.batch import collate_packs, padding_id
 from qlora_kit.data.encode import encode_rows

@@ -13,8 +13,7 @@ from gguf_reader import Reader, write_vocabulary
 from qlora_kit.base.source import TINY
 from qlora_kit.base.tokenizer import load_tokenizer
 from qlora_kit.data.chat_template import DIRECTORY
-from qlora_kit.gguf.chat import chat_metadata, without_marks
-from qlora_kit.gguf.vocabulary import vocabulary
+from qlora_kit.gguf.vocabulary import chat_metadata, vocabulary, without_marks
 
 TINYS = (TINY / "chat_template.jinja").read_text()
 CHAT = [

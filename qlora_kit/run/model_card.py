@@ -19,10 +19,9 @@ from qlora_kit.config.base import DEFAULT_BITS
 from qlora_kit.errors import redacted
 from qlora_kit.export.adapter_files import STAYS_BEHIND
 from qlora_kit.export.card import code
-from qlora_kit.run.result import EvalRecord, RunRecord
 
 
-def model_card(run: RunRecord) -> str:
+def model_card(run: Mapping[str, Any]) -> str:
     """The Markdown of the adapter's `README.md`, with the YAML that the hub reads at its head."""
     config, model, data = run["config"], run["model"], run["data"]
     train, memory = run["train"], run["memory"]
@@ -74,7 +73,7 @@ qlora-kit generate --adapter ADAPTER --prompt TEXT
 """
 
 
-def _held_out(evaluation: EvalRecord) -> str:
+def _held_out(evaluation: Mapping[str, Any]) -> str:
     """The held-out loss in words."""
     over = f"in nats a token over {evaluation['tokens']:,} supervised tokens"
     if "margin_before" in evaluation:

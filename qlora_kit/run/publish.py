@@ -18,7 +18,6 @@ from qlora_kit.run.directory import RESULT, RunDirectory
 from qlora_kit.run.metrics import METRICS_FILE, write_json, write_text
 from qlora_kit.run.model_card import model_card
 from qlora_kit.run.prepare import PreparedRun
-from qlora_kit.run.result import RunRecord
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -31,7 +30,7 @@ img {{ max-width: 100% }}
 """
 
 
-def write_result(plan: PreparedRun, place: RunDirectory, record: RunRecord) -> None:
+def write_result(plan: PreparedRun, place: RunDirectory, record: Mapping[str, Any]) -> None:
     """Write the adapter, what belongs beside it, and `record`, which makes the run a finished one.
 
     Errors: `NumericError` for an adapter that is not finite, `OSError`.

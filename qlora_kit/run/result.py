@@ -1,11 +1,29 @@
-"""The results of a run: its progress, its memory, and `run.json` made of both."""
+"""The results of a run: its progress, its memory, and `run.json` made of both.
+
+What `run.json` holds, each part of it where it applies:
+
+- `config`, `versions`: the options of the run, and what it ran with
+- `model`: the base and the adapters on it; of a multimodal checkpoint `adapter_keys`, which is
+  `wrapper` or `text`
+- `data`: the rows trained on, without those `skipped`; `unused` counts the rows that have a field
+  which nothing reads, by its name
+- `train`: the optimizer steps and what they gave; `skipped_steps` were not finite,
+  `micro_batch_rows` is what the device was found to hold, `best_step` the one that was saved
+- `eval`: losses in nats a supervised token of the held-out rows, the same rows each time; of pairs
+  the mean loss of one, and their `margin` and `accuracy`; `history` has step and loss of each
+  evaluation in between; all of it is None where nothing was held out
+- `memory`: bytes of tensors by component, `peak` among them, `planned` and `measured`; `phases` has
+  the peak of each phase and its module, `peak_at` phase and module of the largest; `process` is the
+  most that the whole process held, which `process_is` says in words: it is not to be compared with
+  bytes of tensors
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,99 +44,6 @@ if TYPE_CHECKING:
 RESIDENT = "resident at most: tensors, Python, libraries and files, so not what a plan counts"
 BLOCKS = "reserved at most: the allocator's blocks, with room between tensors that no plan counts"
 """What the memory of a process is, on the CPU and on CUDA."""
-
-
-class ModelRecord(TypedDict):
-    """The base and the adapters on it."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    parameters: int
-    source_dtype: str
-    trainable_parameters: int
-    weight_bytes: int
-    in_16_bits: NotRequired[dict[str, float]]
-    adapter_keys: NotRequired[str]
-    """Of a multimodal checkpoint: `wrapper` or `text`."""
-
-
-class DataRecord(TypedDict):
-    """The rows trained on; `skipped` rows are not among `rows`.
-
-    `unused` counts the rows that have a field which nothing reads, by its name.
-    """
-
-    rows: int
-    skipped: int
-    tokens: int
-    supervised_tokens: int
-    unused: dict[str, int]
-
-
-class TrainRecord(TypedDict):
-    """The optimizer steps and what they gave; the rest where it applies.
-
-    `skipped_steps` were not finite, `micro_batch_rows` is what the device was found to hold, and
-    `best_step` the one whose adapter was saved.
-    """
-
-    steps: int
-    seconds: float
-    tokens: int
-    tokens_per_s: float
-    first_loss: float
-    last_loss: float
-    skipped_steps: NotRequired[int]
-    micro_batch_rows: NotRequired[int]
-    best_step: NotRequired[int]
-
-
-class EvalRecord(TypedDict):
-    """Nats a supervised token of the held-out rows, the same rows each time.
-
-    Of pairs it is the mean loss of one, and `margin` and `accuracy` are theirs.
-    `history` has `step` and `loss` of each evaluation in between.
-    """
-
-    loss_before: float
-    loss_after: float
-    tokens: int
-    margin_before: NotRequired[float]
-    margin_after: NotRequired[float]
-    accuracy_before: NotRequired[float]
-    accuracy_after: NotRequired[float]
-    history: NotRequired[list[dict[str, float]]]
-
-
-class MemoryRecord(TypedDict):
-    """Bytes of tensors by component, `peak` among them; `planned` where there was a plan.
-
-    `phases` has the peak of each phase and its module, `peak_at` phase and module of the largest.
-    `process` is the most that the whole process held, which `process_is` says in words: it is not
-    to be compared with bytes of tensors.
-    """
-
-    device: str
-    planned: NotRequired[Mapping[str, int]]
-    placement: NotRequired[str]
-    measured: Mapping[str, int]
-    phases: NotRequired[Mapping[str, Mapping[str, Any]]]
-    peak_at: NotRequired[str]
-    process: NotRequired[int]
-    process_is: NotRequired[str]
-
-
-class RunRecord(TypedDict):
-    """What `run.json` holds; `eval` is None where nothing was held out."""
-
-    config: dict[str, Any]
-    versions: dict[str, str]
-    model: ModelRecord
-    data: DataRecord
-    train: TrainRecord
-    eval: EvalRecord | None
-    memory: MemoryRecord
 
 
 @dataclass
@@ -196,7 +121,7 @@ class Memory:
         """The peak so far in bytes."""
         return max(peak_bytes(self._device), self._profiler.highest)
 
-    def record(self, plan: MemoryPlan) -> MemoryRecord:
+    def record(self, plan: MemoryPlan) -> dict[str, Any]:
         """The `memory` part of run.json."""
         counted, phase, module = self._profiler.peak
         on_gpu = has_own_memory(self._device)
@@ -223,10 +148,10 @@ def result_record(
     *,
     max_rows: int | None,
     took_best: bool,
-) -> RunRecord:
+) -> dict[str, Any]:
     """`run.json` of a finished run; `after` is its held-out loss at the end."""
     info, model = plan.base.info, plan.base.model
-    described: ModelRecord = {
+    described: dict[str, Any] = {
         "name": info.name,
         "revision": info.revision,
         "fingerprint": info.fingerprint,
@@ -256,8 +181,8 @@ def result_record(
     }
 
 
-def _train_record(progress: Progress, max_rows: int | None, took_best: bool) -> TrainRecord:
-    record: TrainRecord = {
+def _train_record(progress: Progress, max_rows: int | None, took_best: bool) -> dict[str, Any]:
+    record: dict[str, Any] = {
         "steps": progress.step,
         "seconds": progress.seconds,
         "tokens": progress.tokens,
@@ -274,17 +199,17 @@ def _train_record(progress: Progress, max_rows: int | None, took_best: bool) -> 
     return record
 
 
-def _eval_record(progress: Progress, after: Evaluation | None) -> EvalRecord | None:
+def _eval_record(progress: Progress, after: Evaluation | None) -> dict[str, Any] | None:
     if after is None or progress.loss_before is None:
         return None
-    record: EvalRecord = {
+    record: dict[str, Any] = {
         "loss_before": progress.loss_before,
         "loss_after": after.loss,
         "tokens": after.tokens,
     }
     measured = (("before", progress.measured_before), ("after", after.measures))
     for when, values in measured:
-        record.update({f"{name}_{when}": value for name, value in values.items()})  # type: ignore[typeddict-item]
+        record.update({f"{name}_{when}": value for name, value in values.items()})
     if progress.history:
         record["history"] = [{"step": step, "loss": loss} for step, loss in progress.history]
     return record

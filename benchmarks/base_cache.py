@@ -26,6 +26,7 @@ from typing import Any
 
 from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import make_parser, write_result
+from seven_parts.programs import HASH
 
 START = """
 import json, sys, time
@@ -41,17 +42,6 @@ model = read_weights(base, note=notes.append)
 seconds = time.perf_counter() - began
 said = {"seconds": seconds, "peak_rss": peak_bytes(base.device), "rss_before": before}
 print(json.dumps({**said, "weights": weight_bytes(model)["weights"], "notes": notes}))
-"""
-HASH = """
-import hashlib, json, sys, time
-piece, count, began = memoryview(bytearray(2**20)), 0, time.perf_counter()
-for path in sys.argv[1:]:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while read := file.readinto(piece):
-            digest.update(piece[:read])
-            count += read
-print(json.dumps({"seconds": time.perf_counter() - began, "bytes": count}))
 """
 
 
@@ -78,7 +68,7 @@ def starts(model: Path, bits: int, rounds: int, cache: Path) -> dict[str, Any]:
             seconds[kind].append(found["seconds"])
             peaks[kind].append(found["peak_rss"])
             weights, before = found["weights"], found["rss_before"]
-        read = measured(HASH, *sorted(cache.glob("*/base-*.safetensors")))
+        read = measured(HASH, cache)
         seconds["read_and_hash"].append(read["seconds"])
         nbytes = read["bytes"]
     medians = {kind: statistics.median(times) for kind, times in seconds.items()}

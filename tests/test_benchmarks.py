@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -155,3 +156,38 @@ def test_a_base_is_made_and_loaded_as_seven_billion_measures_it(tmp_path):
     assert row["peak_rss"] > row["imports"] > row["weights"] > 0
     assert row["wall_s"] > row["load_s"] > 0
     assert row["beside_weights"] == row["peak_rss"] - row["weights"]
+    (limit,) = result["limits"]["8"]
+    assert (limit["found"], limit["held"]) == (row["beside_weights"], True)
+
+
+def test_a_limit_of_seven_billion_that_is_missed_or_a_step_that_fails_is_shown():
+    parts = BENCHMARKS / "seven_parts"
+    limits = runpy.run_path(str(parts / "limits.py"))["limits"]
+    page = runpy.run_path(str(parts / "page.py"))
+    loaded = {"load_s": 30.0, "tensors": "a", "beside_weights": 2**30}
+    steps = {
+        "imports": {"finetune": 2**29, "export": 2**29},
+        "load, one file": loaded | {"weights": 30, "checkpoint": 100},
+        "first start": loaded | {"weights": 30},
+        "second start": loaded | {"weights": 30, "load_s": 3.0, "hash_s": 1.5, "tensors": "b"},
+        "finetune": {"peak_rss": 2**30, "planned": 2**29},
+        "kill and resume": {"killed": True, "equal_losses": True, "equal_adapters": True},
+        "export": {"failed": "SystemExit"},
+    }
+    found = {(one["step"], one["what"]): one["held"] for one in limits(steps, 4)}
+    assert found == {
+        ("export", "ends well"): False,
+        ("load, one file", "peak beside the weights"): True,
+        ("load, one file", "weights beside those in bf16"): False,
+        ("first start", "peak beside the weights"): True,
+        ("second start", "peak beside the weights"): True,
+        ("second start", "time beside reading and hashing"): False,
+        ("second start", "times as fast as the first"): True,
+        ("second start", "the same tensors as the first"): False,
+        ("finetune", "peak beside plan and imports"): True,
+        ("kill and resume", "the same losses and adapter"): True,
+    }
+    lines = page["limit_lines"]({"limits": {"4": limits(steps, 4)}})
+    missed = [line for line in lines if "missed" in line]
+    assert len(missed) == 4
+    assert "**0.300, missed** | 0.290" in "".join(missed)

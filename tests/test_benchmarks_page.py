@@ -185,19 +185,19 @@ def test_the_tables_of_switches_and_mixed_batches_are_what_was_measured():
     ]
 
 
-def test_the_table_of_seven_billion_is_what_was_measured_and_within_its_limits():
+def test_the_tables_of_seven_billion_are_what_was_measured_with_what_was_asked():
     try:
         result = measured("seven_billion")
     except FileNotFoundError:
         result = {}  # not measured yet: no row says otherwise
     page = runpy.run_path(str(BENCHMARKS / "seven_parts/page.py"))
-    assert marked_rows("seven_billion") == [
-        line.strip("| ").split(" | ") for line in page["lines"](result)
-    ]
-    for steps in result.get("rows", {}).values():
-        for row in steps.values():
-            if "beside_weights" in row:
-                assert row["beside_weights"] <= row["allowed"]
+    for mark, lines in (("seven_billion", "lines"), ("seven_billion_limits", "limit_lines")):
+        expected = [line.strip("| ").split(" | ") for line in page[lines](result)]
+        assert marked_rows(mark) == expected
+    limits = runpy.run_path(str(BENCHMARKS / "seven_parts/limits.py"))["limits"]
+    for bits, steps in result.get("rows", {}).items():
+        assert limits(steps, int(bits)) == result["limits"][bits]
+        assert not any("failed" in row for row in steps.values())
         assert steps["kill and resume"]["equal_adapters"]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-EVERY_S = 0.02
+EVERY_S = 0.05
 
 
 def measured(

@@ -8,33 +8,48 @@ make_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
 copy_tokenizer(Path(sys.argv[4]), Path(sys.argv[2]))
 """
 LOAD = """
-import json, sys, time
+import hashlib, json, sys, time
 import torch
-from qlora_kit.base.load import load_base
+from qlora_kit.base.embedding import HostEmbedding
+from qlora_kit.base.load import read_weights
+from qlora_kit.base.open import open_base
+from qlora_kit.base.tensor_file import tensor_bytes
+from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.training import Placement
 from qlora_kit.device.found import peak_bytes
 from qlora_kit.memory.counter import weight_bytes
+how = json.loads(sys.argv[3])
+place = Placement(embedding_on_host=how.pop("embedding_on_host", False))
+hashed = how.pop("hashed", False)
 imports, began, used = peak_bytes(torch.device("cpu")), time.perf_counter(), time.process_time()
-cached = len(sys.argv) > 3
-base = load_base(sys.argv[1], bits=int(sys.argv[2]), device="cpu", base_cache=cached)
+base = open_base(BaseConfig(sys.argv[1], bits=int(sys.argv[2]), device="cpu", **how))
+model = read_weights(base, placement=place)
 took, used = time.perf_counter() - began, time.process_time() - used
-print(json.dumps({"load_s": took, "load_cpu_s": used, "imports": imports,
-                  "weights": weight_bytes(base.model)["weights"]}))
+hosted = sum(one.weight.nbytes for one in model.modules() if isinstance(one, HostEmbedding))
+said = {"load_s": took, "load_cpu_s": used, "imports": imports,
+        "weights": weight_bytes(model)["weights"], "of_it_on_host": hosted}
+if hashed:
+    digest = hashlib.sha256()
+    for name, one in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor_bytes(one))
+    said["tensors"] = digest.hexdigest()
+print(json.dumps(said))
 """
 HASH = """
 import hashlib, json, sys, time
 from pathlib import Path
-began, size = time.perf_counter(), 0
-for path in sorted(Path(sys.argv[1]).rglob("*.safetensors")):
+piece, count, began = memoryview(bytearray(2**20)), 0, time.perf_counter()
+for path in sorted(Path(sys.argv[1]).rglob("base-*.safetensors")):
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-            size += len(piece)
-print(json.dumps({"hash_s": time.perf_counter() - began, "bytes": size}))
+    with open(path, "rb", buffering=0) as file:
+        while read := file.readinto(piece):
+            digest.update(piece[:read])
+            count += read
+print(json.dumps({"seconds": time.perf_counter() - began, "bytes": count}))
 """
 ENCODE = """
-import json, time, torch
-from qlora_kit.base.linear import quantize_linear
+import json, sys, time, torch
 from qlora_kit.base.encode_weight import encode_blocks, encode_rows
 weight, found = (torch.randn(4096, 4096) / 50).bfloat16(), {}
 theirs = torch.ops.bitsandbytes
@@ -47,6 +62,8 @@ ways = {
     "int8, bitsandbytes": lambda: theirs.int8_vectorwise_quant.default(weight.half()),
 }
 for name, way in ways.items():
+    if not name.startswith(sys.argv[1]):
+        continue
     way()
     best = [float("inf")] * 2
     for _ in range(3):

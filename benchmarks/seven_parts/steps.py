@@ -1,128 +1,23 @@
-"""What each step runs, and what of it is recorded: a dictionary with its bytes and seconds.
-
-The steps share a folder: checkpoints, adapters, a cache. One that needs what another makes finds it
-there, or has it made.
-"""
+"""What each step runs, and what of it is recorded: a dictionary with its bytes and seconds."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from seven_parts import programs
-from seven_parts.process import measured
-
-BENCHMARKS = Path(__file__).resolve().parents[1]
-SAMPLE = BENCHMARKS.parent / "qlora_kit/assets/samples/query/valid.jsonl"
-GIB = 2**30
-ROWS = 8
-LOADING = int(1.2 * GIB)
-"""What a process that loads may take beside the weights."""
-SHARE = 0.05
-"""How far a step may be from the plan and the imports."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where everything lies, in how many bits, and how it is trained."""
-
-    config: Path
-    tokenizer: Path
-    work: Path
-    bits: int
-    shards: int
-    steps: int
-    length: int
-
-    @property
-    def cache(self) -> Path:
-        """The base cache of these bits."""
-        return self.work / f"cache-{self.bits}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of every process."""
-        return {
-            "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}",
-            "QLORA_KIT_CACHE": str(self.cache),
-        }
-
-    def checkpoint(self, shards: int) -> Path:
-        """The base in so many files; made where it is not there."""
-        path = self.work / f"base-{shards}"
-        if not (path / "tokenizer.json").exists():
-            shutil.rmtree(path, ignore_errors=True)
-            self.python(programs.MAKE, self.config, path, shards, self.tokenizer)
-        return path
-
-    @cached_property
-    def base(self) -> Path:
-        """The one that is worked with: one file."""
-        return self.checkpoint(1)
-
-    def adapter(self, name: str = "straight") -> Path:
-        """What a run trained."""
-        return self.work / f"{name}-{self.bits}"
-
-    @property
-    def rows(self) -> Path:
-        """Rows that exports are verified and adapters are evaluated on."""
-        path = self.work / "rows.jsonl"
-        path.write_text("\n".join(SAMPLE.read_text().splitlines()[:ROWS]) + "\n")
-        return path
-
-    def python(self, code: str, *arguments: object, **more: Any) -> dict[str, Any]:
-        """A program's measurements, with the JSON of its last line."""
-        found = measured(["-c", code, *map(str, arguments)], self.environment | more)
-        said = found.pop("output").strip().splitlines()
-        return found | (json.loads(said[-1]) if said else {})
-
-    def command(self, name: str, *arguments: object, **more: Any) -> dict[str, Any]:
-        """A command's measurements, with what it said."""
-        given = [*map(str, arguments), "--device", "cpu"]
-        return measured(["-m", "qlora_kit", name, *given], self.environment, **more)
-
-    def finetune(self, output: Path, *more: object, model: Path | str = "", **kill: Any) -> Any:
-        """Training of some steps with a checkpoint in the middle."""
-        return self.command(
-            *("finetune", "--model", model or self.base, "--bits", self.bits),
-            *("--data", "sample:query", "--eval_fraction", 0, "--packing"),
-            *("--max_length", self.length, "--batch_size", 1, "--gradient_accumulation_steps", 1),
-            *("--max_steps", self.steps, "--save_steps", self.steps // 2),
-            *("--token_cache", "none", "--output_dir", output),
-            *more,
-            **kill,
-        )
-
-    def trained(self) -> Path:
-        """An adapter; made where it is not there."""
-        if not (self.adapter() / "run.json").exists():
-            finetune(self)
-        return self.adapter()
-
-    def export(self, model: Path | str, adapter: Path, output: Path) -> dict[str, Any]:
-        """An export to 16 bits, verified on a few rows."""
-        return self.command(
-            *("export", "--model", model, "--bits", self.bits, "--adapter", adapter),
-            *("--format", "hf", "--dtype", "bf16", "--verify", self.rows, "--output_dir", output),
-            "--overwrite",
-        )
-
-
-def quiet(found: dict[str, Any]) -> dict[str, Any]:
-    """Measurements without what was said."""
-    return {name: found[name] for name in found if name not in ("output", "killed")}
+from seven_parts.run import Run, losses, metrics, quiet, read_run
 
 
 def encode(run: Run) -> dict[str, Any]:
     """Quantizing and bitsandbytes' operation, nanoseconds a number, on one thread and on two."""
     return {
-        f"{threads} threads": run.python(programs.ENCODE, OMP_NUM_THREADS=str(threads))["a_number"]
+        f"{threads} threads": run.python(
+            programs.ENCODE, {4: "nf4", 8: "int8"}[run.bits], OMP_NUM_THREADS=str(threads)
+        )["a_number"]
         for threads in (1, 2)
     }
 
@@ -151,12 +46,15 @@ def plan(run: Run) -> dict[str, Any]:
     return quiet(found) | {"planned": said["peak_bytes"], "loading": said["host_peak_bytes"]}
 
 
-def load(run: Run, checkpoint: Path, *cached: object) -> dict[str, Any]:
-    """Loading: the peak beside the weights, and what is allowed."""
-    found = run.python(programs.LOAD, checkpoint, run.bits, *cached)
+def load(run: Run, checkpoint: Path, **how: object) -> dict[str, Any]:
+    """Loading: the peak beside the weights, and the bytes of the checkpoint's."""
+    options = json.dumps({"base_cache": False} | how)
+    found = run.python(programs.LOAD, checkpoint, run.bits, options)
+    files = checkpoint.glob("*.safetensors")
     return quiet(found) | {
         "beside_weights": found["peak_rss"] - found["weights"],
-        "allowed": LOADING,
+        "weights": found["weights"] - found["of_it_on_host"],
+        "checkpoint": sum(path.stat().st_size for path in files),
     }
 
 
@@ -170,10 +68,15 @@ def load_one_file(run: Run) -> dict[str, Any]:
     return load(run, run.base)
 
 
+def load_small_head(run: Run) -> dict[str, Any]:
+    """With a head in 8 bits, and the embedding among what a device would not hold."""
+    return load(run, run.base, head_bits=8, embedding_on_host=True)
+
+
 def first_start(run: Run) -> dict[str, Any]:
     """From one file, into the cache."""
     shutil.rmtree(run.cache, ignore_errors=True)
-    found = load(run, run.base, "cached")
+    found = load(run, run.base, base_cache=True, hashed=True)
     return found | {"kept": sum(path.stat().st_size for path in run.cache.rglob("base-*"))}
 
 
@@ -181,11 +84,9 @@ def second_start(run: Run) -> dict[str, Any]:
     """From the cache; and a pass over its files that reads and hashes them, beside it."""
     if not run.cache.exists():
         first_start(run)
-    return load(run, run.base, "cached") | {
-        name: value
-        for name, value in run.python(programs.HASH, run.cache).items()
-        if name in ("hash_s", "bytes")
-    }
+    found = load(run, run.base, base_cache=True, hashed=True)
+    passed = run.python(programs.HASH, run.cache)
+    return found | {"hash_s": passed["seconds"], "bytes": passed["bytes"]}
 
 
 def finetune(run: Run) -> dict[str, Any]:
@@ -235,7 +136,6 @@ def export(run: Run) -> dict[str, Any]:
         "kl": verified["kl"],
         "top1_agreement": verified["top1_agreement"],
         "largest": largest * 2,
-        "allowed": largest * 2 + GIB,
     }
 
 
@@ -251,33 +151,13 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def generate(run: Run) -> dict[str, Any]:
-    """16 tokens."""
+    """A few tokens."""
     prompt = json.loads(run.rows.read_text().splitlines()[0])["prompt"]
     found = run.command(
         *("generate", "--model", run.base, "--bits", run.bits, "--adapter", run.trained()),
-        *("--prompt", prompt, "--max_new_tokens", 16),
+        *("--prompt", prompt, "--max_new_tokens", 8),
     )
     return quiet(found)
-
-
-def metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of whole steps that a run has written."""
-    try:
-        lines = (output / "metrics.jsonl").read_text().splitlines()
-        return [one for one in map(json.loads, lines) if "loss" in one]
-    except (OSError, ValueError):
-        return []  # none yet, or half a line
-
-
-def losses(output: Path) -> list[float]:
-    """The loss of each step."""
-    return [one["loss"] for one in metrics(output)]
-
-
-def read_run(output: Path) -> dict[str, Any]:
-    """What a finished run says of itself."""
-    said: dict[str, Any] = json.loads((output / "run.json").read_text())
-    return said
 
 
 STEPS: dict[str, Callable[[Run], dict[str, Any]]] = {
@@ -286,6 +166,7 @@ STEPS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "plan": plan,
     "load, shards": load_shards,
     "load, one file": load_one_file,
+    "load, small head": load_small_head,
     "first start": first_start,
     "second start": second_start,
     "finetune": finetune,

@@ -17,7 +17,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class KeptBase:
 
     def as_json(self) -> bytes:
         """The manifest."""
-        said = asdict(self)
+        said = vars(self) | {"tensors": {name: vars(one) for name, one in self.tensors.items()}}
         return json.dumps(said | {"sum": _sum(said)}).encode()
 
 

@@ -67,10 +67,12 @@ def refill(base: Base, kept: EntryReader, tag: Tag, placement: Placement = ON_DE
         kept.read_all({name: one for name, one in found.items() if not one.is_meta})
         opened.pop_all()
     move_buffers(base, tag)
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
+    for owner, _, leaf in [name.rpartition(".") for name in found]:
+        if owner in linears and leaf != "bias":
+            parts[owner][leaf] = found.pop(f"{owner}.{leaf}")
     for name, quant_type in linears.items():
-        own = {n: t for n, t in found.items() if n.rpartition(".")[0] == name}
-        parts = {n.rpartition(".")[2]: found.pop(n) for n in own if not n.endswith(".bias")}
-        made = linear_of(model.get_submodule(name), quant_type, parts, base.device)
+        made = linear_of(model.get_submodule(name), quant_type, parts.pop(name), base.device)
         put(model, name, made, tag)
     for name, tensor in found.items():
         put(model, name, tensor, tag, base.device if name in hosted else None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from families import save_checkpoint
+from plans_kept import kept_plans
 from trained import save_trained, write_rows
 
 from qlora_kit.commands.main import main
@@ -43,6 +44,18 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     save_checkpoint(folder / "base", "llama_bias", torch.bfloat16)
     save_trained(folder / "base", folder / "adapter", bits=4, dtype="fp32")
     return Workshop(folder / "base", folder / "adapter", write_rows(folder / "rows.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the plans of runs are kept, which many of these tests make again and again."""
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plans_are_kept(plans: Path) -> Iterator[None]:
+    with kept_plans(plans):
+        yield
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """What paths, JSON, headers and counts show is refused in two seconds, before torch is imported.
 
 What needs the architecture is refused before weights are read, in four seconds beyond the imports.
-The seconds are the processor's. Each case is a process of its own, forked from one that has
-imported nothing, or what such a command imports.
+The seconds are the processor's. Each case is a process of its own. The first of each command is
+forked from one that has imported nothing; the others from one that has imported what such a command
+imports, for the light modules are the same ones each time.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ DATA = {
     "evaluate": "evaluate --model ./base --data",
     "show-data": "show-data --model ./base --data",
 }
+FIRST = {command: f"{asked} --model" for command, asked in BASE.items()} | {
+    "show-data": "show-data --data rows.jsonl --model"
+}
+"""The first refusal of each command: what it imports for it is what the others import."""
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +83,17 @@ def cut(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("light"), after=NOTHING_HEAVY)
+def cold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("cold"), after=NOTHING_HEAVY)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[Forks]:
+    first = (f"{asked} ./nowhere".split() for asked in FIRST.values())
+    before = "".join(IMPORTS.format(folder=str(home), arguments=one) for one in first)
+    forks = Forks(tmp_path_factory.mktemp("light"), before, NOTHING_HEAVY)
     yield forks
     forks.close()
 
@@ -88,6 +102,12 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 def refused(light: Forks, home: Path) -> Callable[..., None]:
     """Run a command that must be refused before anything heavy is imported."""
     return functools.partial(check_refused, light, LIMIT_S, home)
+
+
+@pytest.mark.parametrize("command", FIRST)
+def test_a_command_that_imports_all_that_it_needs(cold: Forks, home: Path, command: str) -> None:
+    asked = f"{FIRST[command]} ./nowhere"
+    check_refused(cold, LIMIT_S, home, asked, 3, "nowhere: no such directory")
 
 
 def check_refused(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.base.bnb_tensors import hold_as_ours
 from qlora_kit.base.load import load_base
+from qlora_kit.device.target import processor_with
 
 FORMS = {
     "nf4": (),
@@ -44,7 +45,8 @@ def test_what_transformers_loads_is_what_a_run_holds(run, workshop, form):
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
     theirs = AutoModelForCausalLM.from_pretrained("out", dtype="auto").eval()
     hold_as_ours(theirs)  # bitsandbytes' own matmuls are wrong for some widths
-    with torch.no_grad():
+    # transformers multiplies in bf16 on any processor; so do we where it has instructions for it.
+    with torch.no_grad(), processor_with(torch.bfloat16):
         logits = [
             one(input_ids=token_ids(), use_cache=False).logits for one in (theirs, back.model)
         ]

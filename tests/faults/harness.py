@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import json
 import os
@@ -159,8 +160,9 @@ class Job:
         inject: str | None = None,
         limits: dict[str, int] | None = None,
         cwd: Path | None = None,
+        script: str | None = None,
     ) -> Running:
-        """Fork a process that runs a command in the folder `cwd`.
+        """Fork a process that runs a command in the folder `cwd`, or instead of it Python lines.
 
         `inject` names a function of `injections.py` that it calls first, with the words that
         follow the name; `limits` are names of
@@ -174,6 +176,7 @@ class Job:
             "inject": inject,
             "limits": limits or {},
             "cwd": str(cwd or self.directory),
+            "script": script,
         }
         return Running(self.server, self.server.ask(request)["pid"], log)
 
@@ -294,17 +297,22 @@ def damages(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def serve() -> None:
     """Fork a run for each request, and say how it ended when asked."""
-    _warm_up()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            reply = {"status": os.waitpid(request["wait"], 0)[1]}
-        else:
-            pid = os.fork()
-            if not pid:
-                _child(request)
-            reply = {"pid": pid}
-        print(json.dumps(reply), flush=True)
+    from plans_kept import kept_plans
+
+    with tempfile.TemporaryDirectory() as plans, kept_plans(Path(plans)):
+        _warm_up()
+        gc.collect()
+        gc.freeze()  # forks share what is there, and none of them looks for garbage in it
+        for line in sys.stdin:
+            request = json.loads(line)
+            if "wait" in request:
+                reply = {"status": os.waitpid(request["wait"], 0)[1]}
+            else:
+                pid = os.fork()
+                if not pid:
+                    _child(request)
+                reply = {"pid": pid}
+            print(json.dumps(reply), flush=True)
 
 
 def _warm_up() -> None:
@@ -340,7 +348,11 @@ def _child(request: dict[str, Any]) -> None:
         counter = Counter(fault, Path(request["log"]).with_suffix(".calls"))
         from qlora_kit.commands.finetune import main
 
-        code = main(request["command"])
+        if request["script"]:
+            exec(request["script"], {"__name__": "__main__"})
+            code = 0
+        else:
+            code = main(request["command"])
         sys.stdout.flush()
         sys.stderr.flush()
         counter.save()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -31,12 +29,12 @@ needs_mount = pytest.mark.skipif(not may_mount(), reason="no right to mount a tm
 
 
 def mounted(job, tmp_path, size: str, script: str) -> str:
-    """Run Python lines in a process whose own mount of a tmpfs nobody else sees."""
+    """Run Python lines in a fork whose own mount of a tmpfs nobody else sees."""
     place = tmp_path / "small"
     place.mkdir()
     code = textwrap.dedent(
         """
-        import contextlib, io, os, subprocess, sys
+        import contextlib, io, os, subprocess
         from pathlib import Path
         from qlora_kit.commands.finetune import main
 
@@ -52,17 +50,9 @@ def mounted(job, tmp_path, size: str, script: str) -> str:
     )
     code += f"command = {job.command(place / 'run')!r}\nplace = Path({str(place)!r})\n"
     code += f"mount('-t', 'tmpfs', '-o', 'size={size}', 'tmpfs')\n" + textwrap.dedent(script)
-    # The package and the tests are found as here.
-    path = os.pathsep.join(part for part in sys.path if part)
-    done = subprocess.run(
-        ["unshare", "--mount", sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = job.run_command([], inject="own_mounts", script=code)
+    assert done.code == 0, done.output
+    return done.output
 
 
 @needs_mount

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from benchmark import BENCHMARKS
+from warm_python import warm_python
 
 from qlora_kit.base.safetensors_file import TensorEntry
 
@@ -32,7 +33,7 @@ from gpu_parts.shapes import PLANNED, SHAPES, shape_of
 
 
 def test_parts_run_one_after_another_and_the_result_says_what_was_left_out(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--small"]
+    command = [warm_python(), str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--small"]
     command += ["--output", str(tmp_path), "--parts", "start,5,10"]
     done = subprocess.run(
         command,
@@ -98,7 +99,7 @@ def test_a_part_that_does_not_answer_is_ended_with_its_process(tmp_path: Path) -
 
 
 def test_without_a_card_nothing_is_tried(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--output", str(tmp_path)]
+    command = [warm_python(), str(BENCHMARKS / "gpu.py"), "--output", str(tmp_path)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == gpu.NO_CARD

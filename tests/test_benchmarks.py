@@ -13,6 +13,7 @@ from importlib.metadata import packages_distributions
 
 import pytest
 from benchmark import BENCHMARKS, run_benchmark
+from warm_python import warm_python
 
 SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
 TINY = BENCHMARKS.parent / "qlora_kit/assets/tiny"
@@ -74,7 +75,7 @@ def test_no_benchmark_hides_a_package():
 def test_every_benchmark_says_what_it_takes():
     scripts = [str(one) for one in SCRIPTS if "__main__" in one.read_text()]
     assert len(scripts) > 20
-    command = [sys.executable, "-c", START, *scripts]
+    command = [warm_python(), "-c", START, *scripts]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == len(scripts)
@@ -150,7 +151,7 @@ def test_a_base_is_made_and_loaded_as_seven_billion_measures_it(tmp_path):
     (tmp_path / "work").mkdir()
     options = ["--config", tmp_path / "shape.json", "--tokenizer", TINY, "--bits", "8"]
     options += ["--work", tmp_path / "work", "--only", "load, shards", "--shards", "2"]
-    result = run_benchmark("seven_billion", tmp_path, *options)
+    result = run_benchmark("seven_billion", tmp_path, *options, warm=False)
     row = result["rows"]["8"]["load, shards"]
     assert len(list((tmp_path / "work/base-2").glob("*.safetensors"))) == 2
     assert row["peak_rss"] > row["imports"] > row["weights"] > 0

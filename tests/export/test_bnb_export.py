@@ -8,9 +8,6 @@ on CPUs with AVX512 they are wrong for other widths (0.50).
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from families import (
     save_tokenizer,
     token_ids,
 )
+from forked import Forks
 from fp8_files import save_fp8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -131,7 +129,6 @@ def test_the_base_has_the_bytes_of_bitsandbytes_and_the_adapter_fits(
 # by numbers that are dequantized here, and by PEFT with the adapter.
 PLAIN_READER = """
 import sys
-sys.modules["qlora_kit"] = None
 import bitsandbytes as bnb, bitsandbytes.functional as F4
 import torch, torch.nn.functional as F
 from peft import PeftModel
@@ -181,18 +178,12 @@ save_file(logits, out)
 """
 
 
-def read_plainly(folders: list[str], scratch: Path) -> list[dict[str, Tensor]]:
+def read_plainly(without_us: Forks, folders: list[str], scratch: Path) -> list[dict[str, Tensor]]:
     """What the reader gives for each export, by kind."""
     save_file({"ids": token_ids(2, 12)}, scratch / "ids")
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN_READER, *folders, scratch / "ids", scratch / "logits"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=scratch,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    paths = (str(scratch / name) for name in ("ids", "logits"))
+    done = without_us.run(scratch, PLAIN_READER, *folders, *paths)
+    assert done.code == 0, done.err
     found: list[dict[str, Tensor]] = [{} for _ in folders]
     for name, logits in load_file(scratch / "logits").items():
         number, kind = name.split(" ")
@@ -200,7 +191,9 @@ def read_plainly(folders: list[str], scratch: Path) -> list[dict[str, Tensor]]:
     return found
 
 
-def test_plain_transformers_and_peft_read_what_was_trained(tmp_path: Path) -> None:
+def test_plain_transformers_and_peft_read_what_was_trained(
+    without_us: Forks, tmp_path: Path
+) -> None:
     bases, folders = [], []
     for kind, (family, _, options) in KINDS.items():
         width = {"intermediate_size": 192} if kind in ("llama", "phi3") else {}
@@ -214,7 +207,7 @@ def test_plain_transformers_and_peft_read_what_was_trained(tmp_path: Path) -> No
         bases.append(trained(tmp_path / kind, "fp32", **options, **more))
         out = export_model(bases[-1], tmp_path / f"{kind} out", format=format_of(options))
         folders.append(f"{out}={bases[-1].model.config._attn_implementation}")
-    for base, found in zip(bases, read_plainly(folders, tmp_path), strict=True):
+    for base, found in zip(bases, read_plainly(without_us, folders, tmp_path), strict=True):
         with_adapter = logits_of(base.model)
         activate(base.model, None)
         alone = logits_of(base.model)

@@ -7,10 +7,7 @@ a process that cannot import this package.
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from families import (
     token_ids,
     tree_hash,
 )
+from forked import Forks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trained import save_trained, trained_base
@@ -128,7 +126,6 @@ def all_made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 # Reads exports with plain transformers; nothing of this package can be imported there.
 PLAIN_READER = """
 import sys
-sys.modules["qlora_kit"] = None
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -148,19 +145,14 @@ save_file(logits, out)
 """
 
 
-def read_plainly(folders: list[Path], ids: Tensor, scratch: Path) -> list[Tensor]:
+def read_plainly(
+    without_us: Forks, folders: list[Path], ids: Tensor, scratch: Path
+) -> list[Tensor]:
     """The logits that plain transformers gives for each export, (B, T, V)."""
     save_file({"ids": ids}, scratch / "ids.safetensors")
     arguments = [*map(str, folders), str(scratch / "ids.safetensors"), str(scratch / "logits")]
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN_READER, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=scratch,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    done = without_us.run(scratch, PLAIN_READER, *arguments)
+    assert done.code == 0, done.err
     logits = load_file(scratch / "logits")
     return [logits[str(number)] for number in range(len(folders))]
 
@@ -233,16 +225,18 @@ def test_the_adapter_is_really_in_the_export(all_made: dict[str, Made]) -> None:
 
 
 def test_plain_transformers_reads_what_was_trained(
-    all_made: dict[str, Made], tmp_path: Path
+    without_us: Forks, all_made: dict[str, Made], tmp_path: Path
 ) -> None:
     ids = token_ids(3, 40)
-    plain = read_plainly([made.export for made in all_made.values()], ids, tmp_path)
+    plain = read_plainly(without_us, [made.export for made in all_made.values()], ids, tmp_path)
     for (name, made), logits in zip(all_made.items(), plain, strict=True):
         weights = merged_apart(made.base, made.adapter, HOLDINGS[name], torch.bfloat16)
         check_same_model(made, logits, ids, logits_of(in_fp32(made.base, weights), ids))
 
 
-def test_a_real_model_that_was_trained_is_read_as_it_was(data_dir: Path, tmp_path: Path) -> None:
+def test_a_real_model_that_was_trained_is_read_as_it_was(
+    without_us: Forks, data_dir: Path, tmp_path: Path
+) -> None:
     base = data_dir / "models" / "stories260K"
     tokenizer = AutoTokenizer.from_pretrained(base)
 
@@ -265,7 +259,7 @@ def test_a_real_model_that_was_trained_is_read_as_it_was(data_dir: Path, tmp_pat
         save_adapter(trained, tmp_path / f"{name} adapter")
         export = export_model(trained, tmp_path / f"{name} export")
         made.append(Made(base, tmp_path / f"{name} adapter", export, trained))
-    plain = read_plainly([one.export for one in made], ids, tmp_path)
+    plain = read_plainly(without_us, [one.export for one in made], ids, tmp_path)
     for one, name, logits in zip(made, ("nf4 double", "int8"), plain, strict=True):
         weights = merged_apart(base, one.adapter, HOLDINGS[name], torch.bfloat16)
         check_same_model(one, logits, ids, logits_of(in_fp32(base, weights), ids))

@@ -237,9 +237,9 @@ def plain(model: Any, base: Base, folder: Path) -> Any:
 def settings(folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "trainer"),
-        "max_steps": 20,
+        "max_steps": 5,
         "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
+        "learning_rate": 4e-3,
         "report_to": "none",
         "use_cpu": True,
         "bf16": False,

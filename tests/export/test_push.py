@@ -31,17 +31,14 @@ from qlora_kit.config.output import HubConfig
 from qlora_kit.errors import ConfigError
 
 BEFORE = """
-import contextlib, gc, io, time
+import contextlib, io, time
 time.sleep = lambda seconds: None
 import huggingface_hub, qlora_kit.run.opening
 from qlora_kit.commands.main import main
 with contextlib.redirect_stdout(io.StringIO()):
     assert main({}) == 0
-gc.collect()
-gc.freeze()
 """
-"""What a process does at its first export only, and nothing that is freed at each one's end."""
-AFTER = "sys.stdout.flush(); sys.stderr.flush(); os._exit(code)"
+"""What a process does at its first export only."""
 BASE, ME = "them/base", "me/result"
 
 
@@ -87,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         rows = write_rows(folder / "rows.jsonl")
         known = ("--adapter", folder / "adapter", "--model", folder / "base", "--verify", rows)
         first = [str(one) for one in ("export", *known, "--output_dir", folder / "first")]
-        forks = Forks(folder, BEFORE.format(first), AFTER, environment)
+        forks = Forks(folder, BEFORE.format(first), environment=environment)
         yield Shop(storage, endpoint, forks, folder / "base", folder / "adapter", rows)
         forks.close()
 

@@ -149,7 +149,7 @@ class Full(StorageCounter):
 
 def test_memory_that_ends_meanwhile_leads_to_layer_by_layer(tmp_path: Path) -> None:
     """Where it was thought to fit and does not; and where no way fits, a remedy of its own."""
-    save_checkpoint(tmp_path / "base", "llama2", num_hidden_layers=16)
+    save_checkpoint(tmp_path / "base", "llama2", num_hidden_layers=8)
     base = trained_base(tmp_path / "base", bits=4, dtype="fp32", device="cpu")
     export_model(base, tmp_path / "out")
     size = (tmp_path / "out" / "model.safetensors").stat().st_size

@@ -9,14 +9,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from warm_python import warm_python
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def run_benchmark(name: str, results: Path, *arguments: object) -> dict[str, Any]:
-    """Run `benchmarks/NAME.py` on one thread of the CPU; what it wrote into `results`."""
+def run_benchmark(
+    name: str, results: Path, *arguments: object, warm: bool = True
+) -> dict[str, Any]:
+    """Run `benchmarks/NAME.py` on one thread of the CPU; what it wrote into `results`.
+
+    Not `warm` where it measures what a process takes from its first moment.
+    """
     done = subprocess.run(
         [
-            *(sys.executable, str(BENCHMARKS / f"{name}.py"), "--results", str(results)),
+            *(
+                warm_python() if warm else sys.executable,
+                str(BENCHMARKS / f"{name}.py"),
+                "--results",
+                str(results),
+            ),
             *map(str, arguments),
         ],
         capture_output=True,

@@ -27,7 +27,7 @@ from qlora_kit.config.export import FORMATS, GOES_WITH
 from qlora_kit.files.publish import mend
 
 BEFORE = """
-import contextlib, gc, io, sys
+import contextlib, io, sys
 sys.path[:0] = {paths}
 import export_kills
 from qlora_kit.commands import main as module
@@ -35,10 +35,7 @@ for command in {warm}:
     with contextlib.redirect_stdout(io.StringIO()):
         assert module.main(command) == 0
 module.main = export_kills.killed(module.main)
-gc.collect()
-gc.freeze()
 """
-AFTER = "sys.stdout.flush(); sys.stderr.flush(); os._exit(code)"
 CALLS = ("open", "write", "pwrite", "fsync", "ftruncate")
 CALLS = (*CALLS, "rename", "replace", "mkdir", "unlink", "rmdir", "link", "symlink")
 HOW = ("before", "inside", "after")
@@ -59,7 +56,7 @@ class Exports:
         warm = [
             self.command(form, self.made(form, age), age) for form in self.formats for age in ages
         ]
-        self._forks = Forks(self.root, BEFORE.format(paths=paths, warm=warm), AFTER)
+        self._forks = Forks(self.root, BEFORE.format(paths=paths, warm=warm))
         assert self._forks.run(self.root, "--version").code == 0  # it has made both of each
 
     def made(self, form: str, age: str) -> Path:

@@ -3,9 +3,10 @@
 One shape with random weights in 16, 8 and 4 bits and at each level of recompute, each measured in a
 process of its own: the third step is counted tensor by tensor. Beside it stand PEFT as its guide
 puts it together, counted the same way, and full fine-tuning, which is planned: transformers' own
-step on fake tensors, everything trained in bf16 with AdamW. Writes a JSON, a table, a picture of
-the peaks and one of a step; with --snapshot on CUDA also the allocator's history with its stacks,
-some 10 MB a setting, for pytorch.org/memory_viz.
+step on fake tensors, everything trained with AdamW. Each is in bf16, or in fp32 on a processor that
+does not multiply it. Writes a JSON, a table, a picture of the peaks and one of a step; with
+--snapshot on CUDA also the allocator's history with its stacks, some 10 MB a setting, for
+pytorch.org/memory_viz.
 
     python benchmarks/memory.py                     # the shape of SmolLM2 135M, 4 x 512
     python benchmarks/memory.py --shape tiny --batch 8 --length 256
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import step_dtype
 from pictures import GIB, Bar, draw_bars, draw_step, table
 from random_checkpoint import copy_tokenizer, make_checkpoint
 from record import make_parser, write_result
@@ -38,6 +40,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.device.found import peak_bytes
+from qlora_kit.device.target import dtype_name
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Interval, StorageCounter, most_of_each
@@ -54,7 +57,8 @@ SHAPES = Path(os.environ.get("QLORA_KIT_DATA", "")) / "configs"
 
 def planned(directory: Path, bits: int, level: str, given: argparse.Namespace) -> dict[str, Any]:
     """A step of ours on fake tensors."""
-    base = BaseConfig(model=str(directory / "config.json"), bits=bits, dtype="bf16")
+    dtype = dtype_name(step_dtype(given.device))
+    base = BaseConfig(model=str(directory / "config.json"), bits=bits, dtype=dtype)
     device = torch.device(given.device)
     lora = LoRAConfig(r=given.rank, alpha=2 * given.rank, target_modules="q_proj,v_proj")
     training = TrainingConfig(optim="adamw")
@@ -64,13 +68,13 @@ def planned(directory: Path, bits: int, level: str, given: argparse.Namespace) -
 
 
 def planned_full(directory: Path, level: str, given: argparse.Namespace) -> dict[str, Any]:
-    """A step of full fine-tuning on fake tensors: transformers' model and loss, bf16, AdamW."""
+    """A step of full fine-tuning on fake tensors: transformers' model and loss, AdamW."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(directory)
     counter = StorageCounter()
     with FakeTensorMode(allow_non_fake_inputs=True), positions_unread():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=step_dtype(given.device))
         model.config.use_cache = False
         model.train()
         if level == "full":

@@ -12,14 +12,18 @@ of whole plans with those on torch's own fake tensors.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from qlora_kit.device.target import Capability, planned_device
+from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 
 PLAIN = {
     *(int, float, bool, str, type(None)),
@@ -161,6 +165,22 @@ class FakeMode(FakeTensorMode):
             there = torch.empty(0, dtype=dtype, device="meta")
             there.set_(tensors[view_of].untyped_storage(), offset, shape, stride)  # type: ignore[call-overload]
         return FakeTensor(self, there, device)
+
+
+@contextlib.contextmanager
+def as_planned(
+    device: torch.device,
+    capability: Capability | None,
+    workspace: dict[torch.dtype, Tensor],
+    tag: Callable[[str, Iterable[Tensor]], None],
+) -> Iterator[None]:
+    """Inside, fake tensors stand for tensors on a device, whose workspace is kept and tagged."""
+    with (
+        planned_device(device.type, capability),
+        own_workspace(workspace),
+        tagged_workspace(tag),
+    ):
+        yield
 
 
 def _made(one: FakeTensor, tensors: list[FakeTensor]) -> _Made:

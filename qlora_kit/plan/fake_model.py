@@ -22,10 +22,9 @@ from qlora_kit.base.fill import fill
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import ON_DEVICE, Placement, TrainingConfig
 from qlora_kit.device.target import Capability, has_own_memory, planned_device
-from qlora_kit.kernels.workspace import own_workspace, tagged_workspace
 from qlora_kit.lora.inject import inject_lora, tag_adapters
 from qlora_kit.memory.counter import HOST, Interval, StorageCounter
-from qlora_kit.plan.fake_mode import FakeMode
+from qlora_kit.plan.fake_mode import FakeMode, as_planned
 from qlora_kit.plan.repeat import RepeatedQuantize
 from qlora_kit.training.optimizer import (
     gradient_like,
@@ -120,9 +119,7 @@ class FakeModel:
         """Fake tensors, counted, for the planned device; the workspace stays between calls."""
         with (
             self.mode,
-            planned_device(self.device.type, self._capability),
-            own_workspace(self._workspace),
-            tagged_workspace(self.counter.tag),
+            as_planned(self.device, self._capability, self._workspace, self.counter.tag),
             self.counter,
         ):
             yield

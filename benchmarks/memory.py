@@ -44,8 +44,7 @@ from qlora_kit.device.target import dtype_name
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Interval, StorageCounter, most_of_each
-from qlora_kit.memory.phases import follow
-from qlora_kit.memory.profiler import AllocatorCounter
+from qlora_kit.memory.profiler import AllocatorCounter, follow
 from qlora_kit.plan.fake_model import FakeModel
 from qlora_kit.plan.fake_run import FakeRun
 from qlora_kit.training.attention import positions_unread

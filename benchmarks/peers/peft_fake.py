@@ -31,7 +31,7 @@ from peers import peft_guide
 from qlora_kit.base.decoder import decoder_layers
 from qlora_kit.device.target import Capability, planned_device, without_values
 from qlora_kit.memory.counter import Interval, StorageCounter
-from qlora_kit.memory.phases import follow
+from qlora_kit.memory.profiler import follow
 from qlora_kit.plan.extrapolate import cut, extend, layers_of
 from qlora_kit.plan.work import noted_work
 from qlora_kit.training.attention import positions_unread

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from qlora_kit.base.encode_weight import BLOCKSIZE, encode_blocks
 from qlora_kit.base.quantize import code_tables, cpu_kernel, fused_matmul, is_fused
 from qlora_kit.device.found import free_bytes
-from qlora_kit.device.target import has_values
+from qlora_kit.device.target import has_values, set_inside
 from qlora_kit.kernels.workspace import workspace
 
 ROWS = 32
@@ -92,14 +92,9 @@ class Copy:
         return y
 
 
-@contextmanager
-def copying_into(copies: Copies | None) -> Iterator[None]:
+def copying_into(copies: Copies | None) -> AbstractContextManager[None]:
     """Inside, steps of few tokens on a CPU read such copies, which are made there; None: do not."""
-    before = _COPIES.set(copies)
-    try:
-        yield
-    finally:
-        _COPIES.reset(before)
+    return set_inside(_COPIES, copies)
 
 
 def copied_bytes(modules: Iterable[nn.Module], dtype: torch.dtype) -> int:

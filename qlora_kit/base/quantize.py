@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from qlora_kit.base.encode_weight import BLOCKSIZE, encode_rows
 from qlora_kit.base.imports import quiet_import
 from qlora_kit.base.tensors import NumberChecks
-from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
+from qlora_kit.device.target import (
+    device_type,
+    has_own_memory,
+    has_values,
+    set_inside,
+    without_values,
+)
 from qlora_kit.errors import NumericError, ResourceError
 
 with quiet_import():
@@ -243,8 +249,7 @@ def cpu_kernel(name: str) -> Callable[..., None] | None:
     return getattr(library, name, None)
 
 
-@contextmanager
-def decoding() -> Iterator[None]:
+def decoding() -> AbstractContextManager[None]:
     """Inside, 4-bit matmuls on CUDA read the packed weight in the kernel that multiplies.
 
     For steps of one token a row. There a weight that is dequantized first costs 4.5 bytes a value
@@ -252,11 +257,7 @@ def decoding() -> Iterator[None]:
     bitsandbytes' choice for each card (0.50, `backends/cuda/ops.py`): up to 4 always. So the same
     rows take the same kernel in every step, and training, which is never inside, takes none of it.
     """
-    before = _DECODING.set(True)
-    try:
-        yield
-    finally:
-        _DECODING.reset(before)
+    return set_inside(_DECODING, True)
 
 
 def is_fused(x: Tensor, in_features: int) -> bool:

@@ -17,9 +17,16 @@ from typing import Any
 
 from qlora_kit.errors import ConfigError, excerpt
 from qlora_kit.options.checks import FALSE, TRUE, OneOf
-from qlora_kit.options.names import MOST_PROBLEMS, closest, fields_of, spellings_of, version_line
 from qlora_kit.options.option import Options, alternatives, flag_of, types_of
-from qlora_kit.options.parsed import Parsed, make_groups
+from qlora_kit.options.parsed import (
+    MOST_PROBLEMS,
+    Parsed,
+    closest,
+    fields_of,
+    make_groups,
+    spellings_of,
+    version_line,
+)
 from qlora_kit.options.yaml_file import read_config
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.errors import ConfigError, excerpt
-from qlora_kit.options.names import version_line
+from qlora_kit.options.parsed import version_line
 
 COMMANDS = {
     "finetune": "load a base in 4, 8 or 16 bits, train LoRA adapters, save them",

@@ -22,8 +22,7 @@ from typing import Any
 
 from qlora_kit.data.fields import kind
 from qlora_kit.data.given_rows import GivenRows
-from qlora_kit.data.json_array import elements
-from qlora_kit.data.json_text import JsonError, loads
+from qlora_kit.data.json_text import JsonError, elements, loads
 from qlora_kit.data.lines import (
     CHUNK,
     MAX_ROW_BYTES,

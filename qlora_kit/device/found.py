@@ -11,7 +11,7 @@ import contextlib
 import gc
 import os
 import resource
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,14 @@ from pathlib import Path
 import torch
 
 from qlora_kit.device.cards import Card, card_named
-from qlora_kit.device.target import DTYPES, dtype_name, has_own_memory, is_native, is_rocm
+from qlora_kit.device.target import (
+    DTYPES,
+    dtype_name,
+    has_own_memory,
+    is_native,
+    is_rocm,
+    set_inside,
+)
 from qlora_kit.errors import ResourceError
 
 _ROOM: ContextVar[int | None] = ContextVar("room", default=None)
@@ -113,14 +120,9 @@ def reserved_bytes(device: torch.device) -> int:
     return peak_bytes(device)
 
 
-@contextlib.contextmanager
-def with_room(free: int) -> Iterator[None]:
+def with_room(free: int) -> AbstractContextManager[None]:
     """Inside, no device has more than `free` bytes left, whatever it says: as a smaller one."""
-    before = _ROOM.set(free)
-    try:
-        yield
-    finally:
-        _ROOM.reset(before)
+    return set_inside(_ROOM, free)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -10,7 +10,7 @@ card asks `capability`, and code that looks at a number asks `has_values` first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -40,19 +40,27 @@ _KERNELS: ContextVar[KernelListener | None] = ContextVar("kernels", default=None
 
 REPRESENTATIVES = 3
 Place = TypeVar("Place")
+Value = TypeVar("Value")
+
+
+@contextmanager
+def set_inside(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    """Inside, a context variable has this value."""
+    before = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(before)
 
 
 @contextmanager
 def on_host() -> Iterator[None]:
     """Inside, what is made lies in the host's memory, in a plan for another device as well."""
     planned = _PLANNED.get()
-    before = _ON_HOST.set(planned is not None and planned[0] != "cpu")
-    outside = _PLANNED.set(None if planned is None else ("cpu", planned[1]))
-    try:
+    apart = planned is not None and planned[0] != "cpu"
+    here = None if planned is None else ("cpu", planned[1])
+    with set_inside(_ON_HOST, apart), set_inside(_PLANNED, here):
         yield
-    finally:
-        _PLANNED.reset(outside)
-        _ON_HOST.reset(before)
 
 
 def is_on_host() -> bool:
@@ -112,11 +120,8 @@ def representative(places: Sequence[Place], like: Tensor) -> Iterable[Place]:
 
 def _represented(places: Sequence[Place]) -> Iterator[Place]:
     yield places[0]
-    before = _TURNS.set(_TURNS.get() * (len(places) - 2))
-    try:
+    with set_inside(_TURNS, _TURNS.get() * (len(places) - 2)):
         yield places[-2]
-    finally:
-        _TURNS.reset(before)
     yield places[-1]
 
 
@@ -131,29 +136,19 @@ def without_values(kernel: str, reads: Sequence[Tensor], writes: Sequence[Tensor
         listener(kernel, reads, writes)
 
 
-@contextmanager
-def heard_kernels(listener: KernelListener) -> Iterator[None]:
+def heard_kernels(listener: KernelListener) -> AbstractContextManager[None]:
     """Inside, `listener` is told of every kernel that `without_values` says is not called."""
-    before = _KERNELS.set(listener)
-    try:
-        yield
-    finally:
-        _KERNELS.reset(before)
+    return set_inside(_KERNELS, listener)
 
 
-@contextmanager
-def planned_device(kind: str, card: Capability | None = None) -> Iterator[None]:
+def planned_device(kind: str, card: Capability | None = None) -> AbstractContextManager[None]:
     """Inside, fake tensors stand for tensors on a device of this kind.
 
     On CUDA `card` is its compute capability; without it that of the card here, or `ASSUMED`.
     """
     if card is None:
         card = _of_the_card() if torch.cuda.is_available() else ASSUMED
-    before = _PLANNED.set((kind, card))
-    try:
-        yield
-    finally:
-        _PLANNED.reset(before)
+    return set_inside(_PLANNED, (kind, card))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -196,14 +191,9 @@ NATIVE = _native_dtypes()
 _NATIVE: ContextVar[frozenset[torch.dtype]] = ContextVar("native_dtypes", default=NATIVE)
 
 
-@contextmanager
-def processor_with(*dtypes: torch.dtype) -> Iterator[None]:
+def processor_with(*dtypes: torch.dtype) -> AbstractContextManager[None]:
     """Inside, the processor is taken for one that multiplies these 16-bit dtypes and no others."""
-    before = _NATIVE.set(frozenset(dtypes))
-    try:
-        yield
-    finally:
-        _NATIVE.reset(before)
+    return set_inside(_NATIVE, frozenset(dtypes))
 
 
 def is_native(dtype: torch.dtype) -> bool:

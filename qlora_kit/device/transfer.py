@@ -30,15 +30,20 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
+from qlora_kit.device.target import (
+    device_type,
+    has_own_memory,
+    has_values,
+    set_inside,
+    without_values,
+)
 
 TO_HOST, TO_DEVICE = "to_host", "to_device"
 """The kernels that a plan hears of, with the bytes moved as what they read."""
@@ -52,14 +57,9 @@ Context = Callable[[], contextlib.AbstractContextManager[None]]
 _AROUND: ContextVar[Context] = ContextVar("around_host", default=contextlib.nullcontext)
 
 
-@contextlib.contextmanager
-def around_host(context: Context) -> Iterator[None]:
+def around_host(context: Context) -> AbstractContextManager[None]:
     """Inside, `context` is entered where host memory is made that tensors are sent to."""
-    before = _AROUND.set(context)
-    try:
-        yield
-    finally:
-        _AROUND.reset(before)
+    return set_inside(_AROUND, context)
 
 
 def as_host_memory() -> AbstractContextManager[object]:
@@ -67,20 +67,23 @@ def as_host_memory() -> AbstractContextManager[object]:
     return _AROUND.get()()
 
 
-class Copies(Protocol):
-    """Where copies are made, one after another."""
+class Copies:
+    """Where copies are made, one after another; here when they are asked for."""
 
     def follow(self) -> None:
         """The next copies come after all that has been computed so far."""
 
     def copy(self, into: Tensor, source: Tensor) -> None:
         """Copy a tensor into another one like it, now or later."""
+        into.copy_(source, non_blocking=True)
 
     def ended(self) -> Wait:
         """What waits for the copies so far."""
+        return _arrived
 
     def inside(self) -> AbstractContextManager[object]:
         """Inside, what the calling thread copies by itself is one of them."""
+        return contextlib.nullcontext()
 
 
 class Held:
@@ -130,7 +133,7 @@ class Transfers:
     """
 
     def __init__(self, device: torch.device, copies: Copies | None = None) -> None:
-        self._device, self._locked = device, has_own_memory(device)
+        self._locked = has_own_memory(device)
         self._copies = copies or copies_on(device)
         self._free: list[Tensor] = []
         self._leaving: list[weakref.ref[Held]] = []
@@ -150,11 +153,6 @@ class Transfers:
             held.moving(tensor, self._copies.ended())
         self._leaving.append(weakref.ref(held))
         return held
-
-    def holding(self, host: Tensor) -> Held:
-        """A tensor without gaps that the host has and keeps, to be fetched again and again."""
-        device = host.device if is_planned(host) else self._device
-        return Held(host, device, [_bytes_of(host.detach())])
 
     def settle(self) -> None:
         """Let the device go of the tensors that were sent out, once they are there."""
@@ -232,7 +230,7 @@ def host_memory(nbytes: int) -> Tensor:
 
 def copies_on(device: torch.device) -> Copies:
     """Copies by a stream of the device's, or plain ones where it has none."""
-    return _Stream(device) if has_own_memory(device) else _Plain()
+    return _Stream(device) if has_own_memory(device) else Copies()
 
 
 def is_planned(tensor: Tensor) -> bool:
@@ -256,7 +254,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return _in_order(tensor).view(-1).view(torch.uint8)
 
 
-class _Stream:
+class _Stream(Copies):
     """A stream of a CUDA device for copies, beside the one that computes."""
 
     def __init__(self, device: torch.device) -> None:
@@ -276,22 +274,6 @@ class _Stream:
 
     def inside(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
-
-
-class _Plain:
-    """Copies that are made when they are asked for."""
-
-    def follow(self) -> None:
-        """Everything has been computed."""
-
-    def copy(self, into: Tensor, source: Tensor) -> None:
-        into.copy_(source, non_blocking=True)
-
-    def ended(self) -> Wait:
-        return _arrived
-
-    def inside(self) -> AbstractContextManager[object]:
-        return contextlib.nullcontext()
 
 
 def _arrived() -> None:

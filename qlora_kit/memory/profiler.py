@@ -8,6 +8,10 @@ On CUDA the phases also have the caching allocator's own peaks, allocated and re
 are above the counted ones is rounding and workspace inside kernels. On the CPU they have the
 process's resident set, imports and file pages included. Counted components never peak all at once:
 their sum is above the peak.
+
+Hooks on the model and on its layers' outputs say in which layer forward and backward are. What is
+made between the last norm and the gradient that comes back to it belongs to the loss; a gradient
+that has been accumulated is tagged as one. The hooks keep no tensor alive.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_kit.base.decoder import decoder_layers
 from qlora_kit.base.tagged import tag_weights
 from qlora_kit.data.batch import Batch
 from qlora_kit.device.found import allocator_peaks, peak_bytes
@@ -28,7 +33,6 @@ from qlora_kit.device.target import has_own_memory, has_values
 from qlora_kit.kernels.workspace import tagged_workspace
 from qlora_kit.lora.inject import tag_adapters
 from qlora_kit.memory.counter import Sizes, StorageCounter, most_of_each, optimizer_bytes
-from qlora_kit.memory.phases import follow
 from qlora_kit.training.optimizer import tag_states
 
 
@@ -193,3 +197,60 @@ def count_step(
 def batch_tensors(micro_batches: Sequence[Batch]) -> list[Tensor]:
     """The tensors of some batches."""
     return [one for batch in micro_batches for one in batch.values() if isinstance(one, Tensor)]
+
+
+EMBEDDING, NORM, HEAD = "embedding", "final norm", "head and loss"
+"""Modules of a step beside its layers."""
+
+
+@contextlib.contextmanager
+def follow(model: PreTrainedModel, counter: StorageCounter) -> Iterator[None]:
+    """Inside, the counter's intervals and what is being filled follow the steps of `model`."""
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = list(decoder_layers(model))
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def enter(phase: str, module: str, filling: str) -> None:
+        counter.at(phase, module)
+        counter.filling = filling
+
+    def on_gradient(output: Any, module: str, filling: str) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: enter("backward", module, filling)
+            )
+
+    def after_layer(layer: nn.Module, args: Any, output: Any) -> None:
+        on_gradient(output, names[id(layer)], "activations")
+        if layer is layers[-1]:
+            enter("forward", NORM, "activations")
+
+    def after_model(module: nn.Module, args: Any, output: Any) -> None:
+        on_gradient(output.last_hidden_state, NORM, "activations")
+        enter("forward", HEAD, "loss")
+
+    def before_layer(layer: nn.Module, args: Any) -> None:
+        enter("forward", names[id(layer)], "activations")
+
+    def before_model(module: nn.Module, args: Any) -> None:
+        enter("forward", EMBEDDING, "activations")
+
+    handles = [
+        model.base_model.register_forward_pre_hook(before_model),
+        model.base_model.register_forward_hook(after_model),
+        # First: what other hooks do belongs to the layer that they are on.
+        *(layer.register_forward_pre_hook(before_layer, prepend=True) for layer in layers),
+        *(layer.register_forward_hook(after_layer, prepend=True) for layer in layers),
+        *(
+            one.register_post_accumulate_grad_hook(
+                lambda p: counter.tag("gradients", (p.grad,)) if p.grad is not None else None
+            )
+            for one in trained
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

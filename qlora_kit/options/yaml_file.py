@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from qlora_kit.errors import ConfigError, UnsafeInputError, excerpt
-from qlora_kit.options.names import MOST_PROBLEMS, closest, fields_of, spellings_of
 from qlora_kit.options.option import Options, convert, types_of
+from qlora_kit.options.parsed import MOST_PROBLEMS, closest, fields_of, spellings_of
 
 CONFIG_LIMIT = 64 * 1024
 """Bytes of a config file, which take up to a second; an option's line has some fifty."""

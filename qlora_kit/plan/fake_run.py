@@ -19,8 +19,7 @@ from qlora_kit.config.training import Placement
 from qlora_kit.data.batch import PAIR, Batch, padded
 from qlora_kit.errors import ConfigError
 from qlora_kit.memory.counter import HOST, Interval, Sizes
-from qlora_kit.memory.phases import follow
-from qlora_kit.memory.profiler import batch_tensors
+from qlora_kit.memory.profiler import batch_tensors, follow
 from qlora_kit.plan.extrapolate import cut, extend, layers_of, moved
 from qlora_kit.plan.fake_model import IDLE, FakeModel
 from qlora_kit.plan.work import noted_work

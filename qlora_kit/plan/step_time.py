@@ -22,7 +22,7 @@ from typing import Any
 from qlora_kit.device.cards import Card
 from qlora_kit.device.target import Capability
 from qlora_kit.memory.counter import Interval
-from qlora_kit.memory.phases import HEAD
+from qlora_kit.memory.profiler import HEAD
 from qlora_kit.plan.work import KINDS, TRANSFER, Work, moved_bytes
 
 GAPS = "gaps"

@@ -12,8 +12,8 @@ from qlora_kit.config.run import RunConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import CheckpointError, ConfigError
 from qlora_kit.files.atomic import real_path
-from qlora_kit.options.names import closest
 from qlora_kit.options.option import flag_of, types_of
+from qlora_kit.options.parsed import closest
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.training.checkpoint import Checkpoint, digest, load_checkpoint, newest
 from qlora_kit.training.checkpoint_folder import numbered

@@ -25,8 +25,8 @@ from qlora_kit.config.output import HubConfig, OutputConfig
 from qlora_kit.config.serve import ServeConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError, UnsafeInputError, error_line
-from qlora_kit.options.names import FOREIGN, fields_of, spellings_of
 from qlora_kit.options.option import flag_of
+from qlora_kit.options.parsed import FOREIGN, fields_of, spellings_of
 from qlora_kit.options.yaml_file import CONFIG_LIMIT, read_config
 
 GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)

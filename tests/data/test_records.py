@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_kit.config.data import DataConfig
-from qlora_kit.data import json_array, records
+from qlora_kit.data import json_text, records
 from qlora_kit.data.rows import load_rows
 from qlora_kit.data.source import HubSplit, find
 from qlora_kit.errors import DataError, UnsafeInputError
@@ -56,7 +56,7 @@ def test_an_array_is_its_elements_wherever_the_chunks_end(folder, rows, indent, 
     text = "\ufeff\n" + json.dumps(rows, indent=indent, ensure_ascii=ascii) + "\n"
     path = put(folder, "rows.json", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_array, "CHUNK", chunk)
+        patch.setattr(json_text, "CHUNK", chunk)
         found = read(path)
         assert records.count(path) == len(rows)
     assert [value for _, value in found] == rows
@@ -96,7 +96,7 @@ def test_json_lines_under_the_name_of_an_array_are_read(folder):
 
 
 def test_a_value_without_end_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(json_array, "CHUNK", 100)
+    monkeypatch.setattr(json_text, "CHUNK", 100)
     path = put(folder, "rows.json", '[{"text": "' + "a" * 100_000)
     with pytest.raises(DataError, match=rf"{path}:1: a value is longer"):
         list(records.records(path, limit=3000))

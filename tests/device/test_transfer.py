@@ -122,14 +122,6 @@ def test_a_copy_is_asked_for_once():
     assert copies.follows == 3
 
 
-def test_what_the_host_has_is_fetched_as_often_as_it_is_read(transfers):
-    host = numbers(5, 2, dtype=torch.bfloat16)
-    held = transfers.holding(host)
-    one, other = transfers.back(held), transfers.back(held)
-    assert torch.equal(torch.stack((one, other)), torch.stack((host, host)))
-    assert len({one.data_ptr(), other.data_ptr(), host.data_ptr()}) == 3
-
-
 def test_pieces_of_host_memory_are_used_again_for_any_size(monkeypatch):
     """As on CUDA, where memory is page-locked: the pieces of what is gone are the next ones."""
     made = []

@@ -17,7 +17,7 @@ from qlora_kit.config.commands import PlanConfig
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import TrainingConfig
-from qlora_kit.options.names import fields_of
+from qlora_kit.options.parsed import fields_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "small-cards.md").read_text()
 DATA = os.environ.get("QLORA_KIT_DATA")

@@ -16,7 +16,7 @@ from late_copies import Late
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.memory.counter import HOST, StorageCounter
-from qlora_kit.memory.phases import follow
+from qlora_kit.memory.profiler import follow
 from qlora_kit.training.layer_forward import models_own_code, set_offload, set_recompute
 from qlora_kit.training.loss import supervised_loss
 from qlora_kit.training.offload import Offload

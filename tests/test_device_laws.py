@@ -12,7 +12,7 @@ import pytest
 import torch
 from late_copies import Late
 
-from qlora_kit.kernels import token_tiles
+from qlora_kit.lora import dropout
 
 
 @pytest.mark.parametrize(("family", "bits"), [("llama_bias", 4), ("mistral", 8), ("gemma2", 16)])
@@ -32,7 +32,7 @@ def test_a_step_replayed_from_the_host_is_that_of_the_cpu(copies) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_in_tiles_is_one_without(dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(token_tiles, "TILE_TOKENS", 16)
+    monkeypatch.setattr(dropout, "TILE_TOKENS", 16)
     laws.check_tiles("llama3", dtype, "cpu")
 
 

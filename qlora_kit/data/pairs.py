@@ -3,7 +3,7 @@
 The two may be texts behind a prompt that is text, or lists of messages behind a prompt of messages.
 Whole chats need no `prompt`: the messages that both begin with are it.
 
-Left out: their tokens (`encoded_pairs.py`).
+Left out: their tokens (`encode.py`).
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ from qlora_kit.kernels.rmsnorm import FrozenNorm, add_and_normalize, normalize
 from qlora_kit.kernels.rotary import rotate, rotate_both
 from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.lora.block_parts import (
+    OPTION,
+    SharedKeys,
     activation,
     eager_attention,
     head_norms,
@@ -47,7 +49,6 @@ from qlora_kit.lora.block_parts import (
     window,
 )
 from qlora_kit.lora.layer import linears
-from qlora_kit.lora.shared_keys import OPTION, SharedKeys
 from qlora_kit.lora.tiles import TiledMlp, added_in_place, mlp_in_tiles, over_tiles
 
 SCALAR = "layer_scalar"

@@ -12,7 +12,7 @@ from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.decoder import decoder_layers, settings_of
 from qlora_kit.device.target import has_values
 from qlora_kit.lora.block import Block
-from qlora_kit.lora.shared_keys import OPTION
+from qlora_kit.lora.block_parts import OPTION
 
 COMPARED_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from qlora_kit.device.target import device_type
 from qlora_kit.kernels.matmul import adapter_dtype, add_matmul, linear, matmul, matmul_fp32
-from qlora_kit.kernels.token_tiles import each_tile, matmul_over_tokens
-from qlora_kit.lora.dropout import KeyedDropout, Position
+from qlora_kit.lora.dropout import KeyedDropout, Position, each_tile, matmul_over_tokens
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 An MLP with its norms gives each token the same whatever stands beside it. So gate, up and their
 combination, the widest tensors of a layer, need not exist for more than a tile of tokens
-(`kernels/token_tiles.py`). Kept for backward is the middle residual alone; backward goes over the
+(`dropout.py`). Kept for backward is the middle residual alone; backward goes over the
 tiles again, and of each computes what `layer.py` would have kept, and at once the gradients. That
 is the work of a layer that recomputes everything, at every level: forward once, and once more in
 backward. The weights are decoded once a tile.
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kit.kernels.rmsnorm import FrozenNorm
 from qlora_kit.kernels.swiglu import Gate
-from qlora_kit.kernels.token_tiles import each_tile
+from qlora_kit.lora.dropout import each_tile
 from qlora_kit.lora.layer import part_of
 from qlora_kit.lora.low_rank import LowRank, Part
 from qlora_kit.lora.passes import backward_through, outputs_of

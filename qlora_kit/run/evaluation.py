@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from qlora_kit.data.batch import eval_batches, eval_pairs
-from qlora_kit.data.encode import prompt_ids
-from qlora_kit.data.encoded_pairs import parts_of_row
+from qlora_kit.data.encode import parts_of_row, prompt_ids
 from qlora_kit.data.rows import Row
 from qlora_kit.device.found import empty_cache
 from qlora_kit.errors import ResourceError

@@ -24,8 +24,7 @@ from qlora_kit.base.recurrence import state_carriers
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.block_compare import fused_blocks
-from qlora_kit.lora.block_parts import norm_of
-from qlora_kit.lora.shared_keys import SharedKeys
+from qlora_kit.lora.block_parts import SharedKeys, norm_of
 from qlora_kit.training.offload import LayerOffload, Offload
 from qlora_kit.training.recompute import recompute, recompute_halves
 

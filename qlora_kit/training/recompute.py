@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_kit.kernels.attention import ATTEND_IN_BLOCKS, ATTEND_ROWS
 from qlora_kit.kernels.attention_ops import ATTEND_BY_KERNEL
 from qlora_kit.lora.block import Block
-from qlora_kit.lora.shared_keys import OPTION, SharedKeys
+from qlora_kit.lora.block_parts import OPTION, SharedKeys
 from qlora_kit.training.offload import Kept, LayerOffload, Replay, replay_of
 
 ATTENTION = {

@@ -12,7 +12,7 @@ from families import DENSE, FAMILIES, LIKE_LLAMA
 from trained import write_rows
 
 from qlora_kit.base.quantize import Quantization
-from qlora_kit.kernels import token_tiles
+from qlora_kit.lora import dropout
 
 STEPS = [
     *((family, 4) for family in FAMILIES),
@@ -84,7 +84,7 @@ def test_a_step_in_fp16_is_as_far_from_fp32(family: str, bits: int) -> None:
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "phi3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_step_in_tiles_is_one_without(family, dtype, monkeypatch) -> None:
-    monkeypatch.setattr(token_tiles, "TILE_TOKENS", 16)
+    monkeypatch.setattr(dropout, "TILE_TOKENS", 16)
     laws.check_tiles(family, dtype, "cuda")
 
 

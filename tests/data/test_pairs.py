@@ -10,8 +10,7 @@ from families import save_checkpoint
 from transformers import AutoTokenizer
 
 from qlora_kit.data.chat_template import use_template
-from qlora_kit.data.encode import encode_rows
-from qlora_kit.data.encoded_pairs import EMPTY, SAME
+from qlora_kit.data.encode import EMPTY, SAME, encode_rows
 from qlora_kit.data.rows import read_rows
 from qlora_kit.errors import DataError
 

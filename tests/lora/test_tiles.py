@@ -15,8 +15,8 @@ from qlora_kit.config.training import Placement, TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ConfigError
-from qlora_kit.kernels.token_tiles import TILE_TOKENS, each_tile
 from qlora_kit.lora import low_rank
+from qlora_kit.lora.dropout import TILE_TOKENS, each_tile
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.plan.levels import layer_work
 from qlora_kit.training.layer_forward import set_offload, set_recompute, use_fused_blocks

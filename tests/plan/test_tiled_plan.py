@@ -14,7 +14,7 @@ from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import Placement, TrainingConfig
 from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
-from qlora_kit.kernels.token_tiles import TILE_TOKENS
+from qlora_kit.lora.dropout import TILE_TOKENS
 from qlora_kit.plan.plan import BatchShape, Planner
 from qlora_kit.plan.plan_memory import plan_memory
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.adapter import save_adapter
+from qlora_kit.lora.block_parts import SharedKeys
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.lora.shared_keys import SharedKeys
 from qlora_kit.training.layer_forward import set_recompute
 
 LEVELS = ("none", "selective", "full", ("full", "none", "selective", "full"))

@@ -8,7 +8,7 @@ from qlora_kit.commands.display import Display
 from qlora_kit.commands.failure import stands_for
 from qlora_kit.commands.finetune import opened_run
 from qlora_kit.config.run import FINETUNE_GROUPS
-from qlora_kit.data.given_rows import GivenRows, given_rows
+from qlora_kit.data.lines import GivenRows, given_rows
 from qlora_kit.live.chart import TrainingChart, in_notebook
 from qlora_kit.options.parsed import parse_values
 from qlora_kit.process.signals import StopSignals

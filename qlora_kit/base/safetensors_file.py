@@ -78,14 +78,10 @@ def read_entries(directory: Path, files: OpenFiles | None = None) -> dict[str, T
     `files` keeps them open for what else is read of them.
     """
     with kept_open(files) as opened:
-        return _read_entries(directory, opened)
-
-
-def _read_entries(directory: Path, files: OpenFiles) -> dict[str, TensorEntry]:
-    if single := find(directory, SINGLE_FILE):
-        return read_header(single, files=files)
-    if index := find(directory, INDEX_FILE):
-        return _read_sharded(directory, index, files)
+        if single := find(directory, SINGLE_FILE):
+            return read_header(single, files=opened)
+        if index := find(directory, INDEX_FILE):
+            return _read_sharded(directory, index, opened)
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise UnsafeInputError(

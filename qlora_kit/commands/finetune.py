@@ -16,7 +16,7 @@ from qlora_kit.options.parsed import Parsed
 from qlora_kit.process.signals import StopSignals
 
 if TYPE_CHECKING:
-    from qlora_kit.data.given_rows import GivenRows
+    from qlora_kit.data.lines import GivenRows
     from qlora_kit.run.reporter import Reporter
     from qlora_kit.run.resolve import FinishedRun
     from qlora_kit.run.run import Run

@@ -9,8 +9,8 @@ from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import ServeConfig
 from qlora_kit.config.generation import AdaptersConfig
-from qlora_kit.config.serve import ServeConfig
 from qlora_kit.run.serve import serve
 
 SUMMARY = "Serve a base and adapters on it through the OpenAI API, and a page to chat with them."

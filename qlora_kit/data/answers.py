@@ -30,7 +30,6 @@ def chat_ids(
     messages: Messages,
     tokenizer: PreTrainedTokenizerBase,
     options: ChatOptions = NO_OPTIONS,
-    tools: Any = None,
     limit: int | None = None,
 ) -> list[int]:
     """The ids that training puts before the answer to some messages.
@@ -41,10 +40,10 @@ def chat_ids(
     Errors: those of the template and the tokenizer, `DataError`.
     """
     tokens = Tokens(tokenizer)
-    header = header_text(messages, tokens, options, tools)
+    header = header_text(messages, tokens, options)
     text, literals = header.text, header.literals
     answer = {"role": "assistant", "content": ANSWERS[0]}
-    whole = _answered(Renderer(tokens, "prompt", options, tools), [*messages, answer], text)
+    whole = _answered(Renderer(tokens, "prompt", options), [*messages, answer], text)
     # Where the template writes the turn otherwise, the prompt alone says what comes before it.
     if whole is not None:
         text, literals = whole.text, whole.literals

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.data.fields import kind
-from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.json_text import JsonError, elements, loads
 from qlora_kit.data.lines import (
     CHUNK,
     MAX_ROW_BYTES,
+    GivenRows,
     check_file,
     decoded,
     kind_of,

@@ -11,8 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_kit.data.chat_template import ChatOptions
-from qlora_kit.data.sandbox import CLOSE, LITERAL, OPEN, check_template, render
+from qlora_kit.data.chat_template import CLOSE, LITERAL, OPEN, ChatOptions, check_template, render
 from qlora_kit.data.tokens import Span, Tokens
 from qlora_kit.data.turns import REASONING, for_template, left_out
 from qlora_kit.errors import DataError, TokenizerError
@@ -192,11 +191,9 @@ def is_written(message: dict[str, Any], text: str, thoughts: bool = False) -> bo
     )
 
 
-def header_text(
-    messages: Messages, tokens: Tokens, options: ChatOptions, tools: Any = None
-) -> Rendering:
+def header_text(messages: Messages, tokens: Tokens, options: ChatOptions) -> Rendering:
     """What comes before the answer to some messages, for generation."""
-    template = Renderer(tokens, "prompt", options, tools)
+    template = Renderer(tokens, "prompt", options)
     rendering = template.render(template.adapted(messages), header=True)
     if not rendering.text:
         raise DataError("prompt: the chat template writes nothing", "use another template")

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from qlora_kit.config.data import DEFAULT_EVAL_FRACTION, DataConfig
-from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.json_text import JsonError, check_depth, present
-from qlora_kit.data.lines import MAX_ROW_BYTES, check_file, kind_of
+from qlora_kit.data.lines import MAX_ROW_BYTES, GivenRows, check_file, kind_of
 from qlora_kit.data.order import permutation
 from qlora_kit.data.records import count, fingerprint, hub_splits, records
 from qlora_kit.data.schema import normalise, parse_columns, recognise, rename

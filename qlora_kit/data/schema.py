@@ -18,9 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kit.data.fields import SHAPE_FIELDS, Fields, closest, kind, listed, text
+from qlora_kit.data.fields import SHAPE_FIELDS, TOOLS, Fields, closest, kind, listed, text
 from qlora_kit.data.pairs import pair_of
-from qlora_kit.data.tool_calls import TOOLS
 from qlora_kit.data.turns import SYSTEM, messages_of, system_of, with_system_and_tools
 from qlora_kit.errors import ConfigError, DataError
 

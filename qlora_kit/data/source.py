@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_kit.data.given_rows import GivenRows
 from qlora_kit.data.json_text import loads
-from qlora_kit.data.lines import SUFFIXES, check_file, check_plain, kind_of
+from qlora_kit.data.lines import SUFFIXES, GivenRows, check_file, check_plain, kind_of
 from qlora_kit.errors import (
     ConfigError,
     DataError,

@@ -1,4 +1,4 @@
-"""What runs chat templates, in the process of `process/worker.py`; `sandbox.py` asks.
+"""What runs chat templates, in the process of `process/worker.py`; `chat_template.py` asks.
 
 It gives a template what transformers gives it (`tojson`, `raise_exception`, `strftime_now`, the
 marks of `{% generation %}`, loop controls), so that it writes what `apply_chat_template` writes.
@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 OPEN, CLOSE = "\ue000", "\ue001"
-"""Marks around generated text, as in `sandbox.py`."""
+"""Marks around generated text, as in `chat_template.py`."""
 
 MESSAGE = 500
 """Characters of an error that a template raises."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from qlora_kit.data.sandbox import literal_text
+from qlora_kit.data.chat_template import literal_text
 from qlora_kit.errors import QloraKitError, TokenizerError
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 A message that leaves here has `role` and, where they are there, `content`, `tool_calls`, thoughts
 under the name that the file has for them, `name`, `tool_call_id` and `weight`, which is 0 or 1 (an
 assistant's turn of weight 0 is read, not learnt). Calls and tools are made alike in
-`tool_calls.py`.
+`fields.py`.
 
 Sources: OpenAI's chat files, ShareGPT's and LLaMA-Factory's, TRL's and axolotl's documentation.
 """
@@ -15,8 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qlora_kit.data.fields import Fields, kind, text
-from qlora_kit.data.tool_calls import calls_in_text, calls_of, tools_of
+from qlora_kit.data.fields import Fields, calls_in_text, calls_of, kind, text, tools_of
 from qlora_kit.errors import DataError
 
 SYSTEM = ("system", "system_prompt")

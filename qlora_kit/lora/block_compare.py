@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import architecture_of
@@ -31,18 +31,15 @@ def fused_blocks(model: PreTrainedModel) -> list[Block] | str:
             return f"{name} stays as it is: its parts are not those of a known block"
         blocks.append(block)
     for layer, block in zip(layers, blocks, strict=True):
-        kind = (settings_of(layer), _forwards(layer), block.kind)
+        # Also the forwards that were put on modules, in place of their classes' own.
+        own = tuple(vars(module).get("forward") for module in layer.modules())
+        kind = (settings_of(layer), own, block.kind)
         if kind not in compared:
             compared.add(kind)
             # Not `>`: NaN is no agreement.
-            if not (error := _difference(model, layer, block)) <= TOLERANCE[_dtype(model)]:
+            if not (error := _difference(model, layer, block)) <= TOLERANCE[model.dtype]:
                 return f"{name} stays as it is: ours differs by {error:.1e} on random input"
     return blocks
-
-
-def _forwards(layer: nn.Module) -> tuple[object, ...]:
-    """The forwards that were put on a layer's modules, in place of their classes' own."""
-    return tuple(vars(module).get("forward") for module in layer.modules())
 
 
 def _difference(model: PreTrainedModel, layer: Any, block: Block) -> float:
@@ -90,8 +87,3 @@ def _drawn_keys(attention: Any, drawn: torch.Generator, like: Tensor) -> tuple[T
         like.device, like.dtype
     )
     return keys, values
-
-
-def _dtype(model: PreTrainedModel) -> torch.dtype:
-    dtype: torch.dtype = model.dtype
-    return dtype

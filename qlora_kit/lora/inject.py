@@ -113,7 +113,8 @@ def tag_adapters(model: nn.Module, tag: Callable[[str, Iterable[Tensor]], None])
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The adapters of a model, in the order in which they came."""
-    return _names(lora_layers(model).values())
+    layers = lora_layers(model).values()
+    return list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -137,14 +138,13 @@ def activate(model: nn.Module, adapter: str | None) -> None:
     have; nothing is changed then.
     """
     if adapter is not None:
-        _check_known(adapter, lora_layers(model).values())
+        _check_known(model, adapter)
     switch_of(model).active = None if adapter is None else Masters(adapter)
 
 
 def remove_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Take an adapter out of the model. Errors: `AdapterError` for an unknown or the active one."""
-    layers = lora_layers(model).values()
-    _check_known(adapter, layers)
+    _check_known(model, adapter)
     if _is_active(model, adapter):
         raise AdapterError(f"adapter {adapter!r} is active", "switch to another one first")
     clear_adapter(model, adapter)
@@ -176,12 +176,8 @@ def _is_active(model: nn.Module, adapter: str) -> bool:
     return switch_of(model).active == Masters(adapter)
 
 
-def _names(layers: Iterable[LoRALinear]) -> list[str]:
-    return list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
-
-
-def _check_known(adapter: str, layers: Iterable[LoRALinear]) -> None:
-    known = _names(layers)
+def _check_known(model: nn.Module, adapter: str) -> None:
+    known = adapter_names(model)
     if adapter not in known:
         raise AdapterError(
             f"the model has no adapter {adapter!r}",

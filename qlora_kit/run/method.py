@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.run import RunConfig
-from qlora_kit.data.given_rows import GivenRows
+from qlora_kit.data.lines import GivenRows
 from qlora_kit.data.rows import PREFERENCE, Rows, load_rows
 from qlora_kit.data.source import lasting
 from qlora_kit.errors import ConfigError

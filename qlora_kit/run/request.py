@@ -12,7 +12,7 @@ from pathlib import Path
 from qlora_kit.base.checks import BaseFiles
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.run import RunConfig
-from qlora_kit.data.given_rows import GivenRows
+from qlora_kit.data.lines import GivenRows
 from qlora_kit.data.rows import Rows
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 from qlora_kit.run.method import rows_of_run

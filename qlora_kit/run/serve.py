@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qlora_kit.config.commands import ServeConfig
 from qlora_kit.config.generation import AdaptersConfig
-from qlora_kit.config.serve import ServeConfig
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.run.named_base import Named

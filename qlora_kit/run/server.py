@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from qlora_kit.config.serve import ServeConfig
+from qlora_kit.config.commands import ServeConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.named_base import Named

@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from qlora_kit.config.serve import ServeConfig
+from qlora_kit.config.commands import ServeConfig
 from qlora_kit.errors import ConfigError, excerpt
 from qlora_kit.generation.sampling import Sampling
 from qlora_kit.serving.answer import Answer, Job

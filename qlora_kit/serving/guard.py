@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
-from qlora_kit.config.serve import is_loopback
+from qlora_kit.config.commands import is_loopback
 from qlora_kit.serving.errors import ApiError, from_error, left, too_large
 
 Message: TypeAlias = MutableMapping[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import socket
 
-from qlora_kit.config.serve import is_loopback
+from qlora_kit.config.commands import is_loopback
 from qlora_kit.errors import ConfigError, ResourceError
 
 BACKLOG = 256

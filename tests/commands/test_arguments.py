@@ -17,12 +17,11 @@ from qlora_kit.commands import evaluate, generate
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.main import COMMANDS, main
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import PlanConfig
+from qlora_kit.config.commands import PlanConfig, ServeConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import HubConfig, OutputConfig
-from qlora_kit.config.serve import ServeConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.errors import ConfigError, UnsafeInputError, error_line
 from qlora_kit.options.option import flag_of

@@ -14,7 +14,7 @@ from families import tiny_model
 from transformers import AutoTokenizer
 
 from qlora_kit.base.load import load_base
-from qlora_kit.data import sandbox
+from qlora_kit.data import chat_template as sandbox
 from qlora_kit.data.chat_template import read_templates, take_template
 from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.rows import Row

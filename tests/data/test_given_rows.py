@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from qlora_kit.config.data import DataConfig
-from qlora_kit.data.given_rows import GivenRows
+from qlora_kit.data.lines import GivenRows
 from qlora_kit.data.rows import load_rows
 from qlora_kit.errors import ConfigError, DataError
 

@@ -7,11 +7,10 @@ import sys
 import pytest
 from chat_tokenizer import chat_tokenizer
 
-from qlora_kit.data import sandbox
-from qlora_kit.data.chat_template import template_names, use_template
+from qlora_kit.data import chat_template as sandbox
+from qlora_kit.data.chat_template import render, template_names, use_template
 from qlora_kit.data.encode import encode
 from qlora_kit.data.rows import Row
-from qlora_kit.data.sandbox import render
 from qlora_kit.errors import (
     ConfigError,
     DataError,
@@ -119,7 +118,7 @@ def test_a_template_that_runs_too_long_is_stopped(what, monkeypatch):
 
 ONE_BY_ONE = """
 import json, resource, sys
-from qlora_kit.data import sandbox
+from qlora_kit.data import chat_template as sandbox
 sandbox.TIME_LIMIT_S = 0.5
 given = json.loads(sys.stdin.read())
 for what, template in given["templates"].items():

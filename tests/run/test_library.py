@@ -14,7 +14,7 @@ from families import save_checkpoint
 
 from qlora_kit import RunResult, finetune
 from qlora_kit.commands.finetune import main
-from qlora_kit.data.given_rows import GivenRows
+from qlora_kit.data.lines import GivenRows
 from qlora_kit.errors import ConfigError, DataError, ModelError
 
 OPTIONS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.commands import ChatConfig, PlanConfig, ShowConfig
+from qlora_kit.config.commands import ChatConfig, PlanConfig, ServeConfig, ShowConfig
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.config.generation import (
@@ -14,7 +14,6 @@ from qlora_kit.config.generation import (
 )
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.output import HubConfig, OutputConfig
-from qlora_kit.config.serve import ServeConfig
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.options.option import Options
 

@@ -14,9 +14,9 @@ from trained import save_trained
 
 from qlora_kit.base.source import TINY
 from qlora_kit.config.base import BaseConfig
+from qlora_kit.config.commands import ServeConfig
 from qlora_kit.config.generation import AdaptersConfig
 from qlora_kit.config.lora import LoRAConfig
-from qlora_kit.config.serve import ServeConfig
 from qlora_kit.options.parsed import parse_values
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.server import loaded_service

@@ -50,6 +50,7 @@ print(json.dumps({"seconds": time.perf_counter() - began, "bytes": count}))
 """
 ENCODE = """
 import json, sys, time, torch
+import qlora_kit.base.quantize  # which imports bitsandbytes with its operations
 from qlora_kit.base.encode_weight import encode_blocks, encode_rows
 weight, found = (torch.randn(4096, 4096) / 50).bfloat16(), {}
 theirs = torch.ops.bitsandbytes

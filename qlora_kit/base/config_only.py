@@ -101,6 +101,7 @@ def open_shape(
         embedding_rows,
         notes,
         decoder.wrapper,
+        planned_for=device,
     )
 
 

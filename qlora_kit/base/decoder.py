@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.errors import ModelError
 
 
@@ -46,7 +47,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **more: Any) -> Tensor:
-    """What the decoder of `model` gives the head, (B, T, h) in the head's dtype, without a cache.
+    """What the decoder of `model` gives the head, (B, T, h) in the model's dtype, without a cache.
 
     `input_ids` and `position_ids` are (B, T); positions are left out where the model takes none.
     Every layer is called with `more`.
@@ -56,7 +57,7 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **more: A
     taken = {name: value for name, value in options.items() if takes(body, name)}
     hidden: Tensor = body(input_ids=input_ids, **taken, **more).last_hidden_state
     # Mamba's residual is in fp32, and its class casts before the head.
-    return hidden.to(model.get_input_embeddings().weight.dtype)
+    return hidden.to(computed_in(model))
 
 
 def takes(module: nn.Module, name: str) -> bool:

@@ -15,7 +15,6 @@ So does one of a class whose forward is no embedding's with something done to it
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.meta_model import name_of_head, tied_names
+from qlora_kit.base.placed_embedding import PlacedEmbedding, gives_rows, placed
 from qlora_kit.base.tensors import Tag
 from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
 from qlora_kit.device.transfer import TO_DEVICE
@@ -31,28 +31,28 @@ from qlora_kit.device.transfer import TO_DEVICE
 _IDS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("ids", default=None)
 
 
-class HostEmbedding(nn.Embedding):
+class HostEmbedding(PlacedEmbedding):
     """An embedding whose `weight` (V, h) is on the host and no parameter; it gives (..., h).
 
-    `place` is an empty parameter on the device, for whoever asks a model's first one for its device
-    and its dtype.
+    `place` is a parameter here, for whoever asks a model's first one for its device and its dtype.
     """
-
-    place: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of ids (...) as a tensor (..., h) on the device."""
-        if not has_values(self.weight) and device_type(self.weight) != "cpu" == input.device.type:
-            rows = self.weight.new_empty(*input.shape, self.embedding_dim)
+        weight = self.table
+        if not has_values(weight) and device_type(weight) != "cpu" == input.device.type:
+            rows = weight.new_empty(*input.shape, self.embedding_dim)
             without_values(TO_DEVICE, (rows,), ())
             return rows
-        device, ids = self.place.device, _on_host(input).reshape(-1)
-        rows = self.weight.new_empty(
-            ids.numel(), self.embedding_dim, pin_memory=device.type == "cuda"
+        to, ids = self.place, _on_host(input).reshape(-1)
+        rows = weight.new_empty(
+            ids.numel(), self.embedding_dim, pin_memory=to.device.type == "cuda"
         )
-        torch.index_select(self.weight, 0, ids, out=rows)
+        torch.index_select(weight, 0, ids, out=rows)
         # Page-locked memory of torch's own is not used again before the copy has ended.
-        return rows.view(*input.shape, self.embedding_dim).to(device, non_blocking=True)
+        return rows.view(*input.shape, self.embedding_dim).to(
+            to.device, to.dtype, non_blocking=True
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """The weight by its name, as of any embedding; not the empty parameter."""
@@ -83,13 +83,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def weight_on_device(model: Any) -> Tensor:
-    """A tensor of a model in its dtype, on its device wherever its embedding lies."""
-    embedding = model.get_input_embeddings()
-    found: Tensor = embedding.place if isinstance(embedding, HostEmbedding) else embedding.weight
-    return found
-
-
 def embeddings(model: Any) -> dict[str, nn.Module]:
     """What a model looks its token ids up in, by name: one embedding, or one for all layers too."""
     found = (
@@ -109,17 +102,17 @@ def movable_embeddings(model: Any, head_bits: int) -> dict[str, nn.Embedding]:
     return {
         name: one
         for name, one in embeddings(model).items()
-        if isinstance(one, nn.Embedding) and _looks_up(type(one)) and one.max_norm is None
-        if f"{name}.weight" not in shared
+        if gives_rows(one) and f"{name}.weight" not in shared
     }
 
 
 def move_to_host(embedding: nn.Embedding, weight: Tensor, device: torch.device) -> None:
     """Let an embedding fetch its rows from `weight` (V, h) of the host for `device`, in place."""
-    embedding.__class__ = _host_class(type(embedding))  # type: ignore[arg-type]
+    # Until it is filled its weight has the dtype that the model computes in, and no memory.
+    empty = torch.empty(0, dtype=embedding.weight.dtype, device=device)
+    embedding.__class__ = placed(type(embedding), HostEmbedding)  # type: ignore[arg-type]
     del embedding._parameters["weight"]
     vars(embedding)["weight"] = weight
-    empty = torch.empty(0, dtype=weight.dtype, device=device)
     embedding.register_parameter("place", nn.Parameter(empty, requires_grad=False))
 
 
@@ -148,21 +141,3 @@ def kept_on_device(model: Any, head_bits: int) -> str | None:
     others = movable or any(isinstance(one, HostEmbedding) for one in embeddings(model).values())
     rest = "; that of the layers is in host memory" if others else ""
     return f"offload_embedding: the embedding stays on the device, for {why}{rest}"
-
-
-@functools.cache
-def _host_class(kind: type[nn.Embedding]) -> type[nn.Embedding]:
-    """`kind` with its rows from the host: its forward does to them what it did before."""
-    if kind is nn.Embedding:
-        return HostEmbedding
-    return type(f"Host{kind.__name__}", (kind, HostEmbedding), {})
-
-
-def _looks_up(kind: type[nn.Embedding]) -> bool:
-    """Whether a class is an embedding, or one whose forward takes that of the class above it."""
-    if kind is nn.Embedding:
-        return True
-    code = getattr(kind.forward, "__code__", None)
-    return (
-        kind.__bases__ == (nn.Embedding,) and code is not None and "__class__" in code.co_freevars
-    )

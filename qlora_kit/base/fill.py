@@ -1,7 +1,8 @@
 """A built model filled with its weights: what `made.py` makes of its files, put in place.
 
-Embeddings, norms and the output head are held in the compute dtype, never widened to fp32. A head
-that is quantized is multiplied tile by tile (`head.py`), and shares no weight.
+Embeddings, norms and the output head are never widened: they are held in the compute dtype, or
+where that is the wider one in the files' (`narrow.py`). A head that is quantized is multiplied tile
+by tile (`head.py`), and shares no weight.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
-from qlora_kit.base.embedding import host_component, move_to_host
+from qlora_kit.base.embedding import embeddings, host_component, move_to_host
 from qlora_kit.base.head import QuantizedHead, own_head
 from qlora_kit.base.linear import Quantize, QuantizedLinear, frozen_linear, quantize_linear
 from qlora_kit.base.made import names_on_host, tensors_of
 from qlora_kit.base.meta_model import name_of_head
+from qlora_kit.base.placed_embedding import NarrowEmbedding, cast_no_rows, cast_rows
 from qlora_kit.base.probe import check_forward
 from qlora_kit.base.streamed_base import came, leaving, stream_layers
 from qlora_kit.base.tensors import NumberChecks, Read, Tag, checks_later, untagged
@@ -45,7 +47,7 @@ def fill(
     for name, made in tensors_of(base, read, quantize, checks, hosted):
         put(model, name, made, tag, base.device if name in hosted else None, away)
     stream = functools.partial(stream_layers, device=base.device, tag=tag)
-    return finished(model, checks, stream if placement.base_on_host else None)
+    return finished(base, checks, stream if placement.base_on_host else None)
 
 
 def move_buffers(base: Base, tag: Tag) -> None:
@@ -82,21 +84,22 @@ def put(
 
 
 def finished(
-    model: Any,
+    base: Base,
     checks: NumberChecks | None = None,
     stream: Callable[[Any], None] | None = None,
 ) -> Any:
-    """A model whose tensors are all in their places: tied, frozen and in evaluation mode.
+    """The model of a base, all tensors in their places: tied, frozen and in evaluation mode.
 
     `stream` has its layers streamed. Errors: those of `checks` and of `stream`; `ModelError` of
     what cannot run.
     """
+    model: Any = base.model
     if own_head(model):
         # What shared a weight with the head has it alone.
         model.all_tied_weights_keys.pop(f"{name_of_head(model)}.weight", None)
     model.tie_weights(recompute_mapping=False)
     model.requires_grad_(False)
-    multiply_in_fp32(model)
+    compute_in(base.dtype, model)
     if checks is not None:
         checks.read()
     if stream is not None:
@@ -106,16 +109,39 @@ def finished(
     return model
 
 
-def multiply_in_fp32(model: nn.Module) -> None:
+def compute_in(dtype: torch.dtype, model: Any) -> None:
+    """Let a filled model compute in a `dtype` that what it holds may have fewer bits than."""
+    for one in embeddings(model).values():
+        if isinstance(one, nn.Embedding) and one.weight.dtype.itemsize < dtype.itemsize:
+            cast_rows(dtype, one)
+    multiply_in_fp32(dtype, model)
+
+
+def hold_wide(dtype: torch.dtype, model: nn.Module) -> None:
+    """Hold in `dtype` what has fewer bits of a float, as other programs expect it of a model."""
+    for module in model.modules():
+        if isinstance(module, NarrowEmbedding):
+            cast_no_rows(module)
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.itemsize < dtype.itemsize:
+                parameter.data = parameter.data.to(dtype)
+                vars(module).pop("forward", None)
+
+
+def multiply_in_fp32(dtype: torch.dtype, model: nn.Module) -> None:
     """Let the frozen dense linears of a model multiply in fp32 (`kernels/matmul.py`).
 
-    Where the processor has instructions for their dtype they stay as they are.
+    They stay as they are where they have the `dtype` of what they are given, and the processor
+    instructions for it.
     """
     for layer in model.modules():
         if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
             continue
+        held = layer.weight.dtype
         # One that is streamed has no weight yet, and on any device its numbers are the same ones.
-        if device_type(layer.weight) != "cuda" and not is_native(layer.weight.dtype):
+        if device_type(layer.weight) == "cuda":
+            continue
+        if held.itemsize < dtype.itemsize or not is_native(held):
             layer.forward = functools.partial(frozen_linear, layer)  # type: ignore[method-assign]
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.decoder import layers_path
-from qlora_kit.base.fill import multiply_in_fp32, place
+from qlora_kit.base.fill import compute_in, multiply_in_fp32, place
 from qlora_kit.base.made import held_in
 from qlora_kit.base.recurrence import recurrent_parameters
 from qlora_kit.base.tensors import Read, Reader, read_tensors
@@ -44,14 +44,14 @@ def layer_by_layer(base: Base) -> Iterator[PreTrainedModel]:
         _read(base, [name for name in base.plain if not name.startswith(tuple(own))], read)
         model.tie_weights()
         model.requires_grad_(False)
-        multiply_in_fp32(model)
+        compute_in(base.dtype, model)
         for prefix, layer in zip(own, layers, strict=True):
             names = [name for name in base.plain if name.startswith(prefix)]
             empty = {name: attrgetter(name)(model) for name in names}
 
             def fill(layer: nn.Module, *_: Any, names: list[str] = names) -> None:
                 _read(base, names, read)
-                multiply_in_fp32(layer)
+                multiply_in_fp32(base.dtype, layer)
 
             def drop(*_: Any, empty: dict[str, Tensor] = empty) -> None:
                 for name, tensor in empty.items():

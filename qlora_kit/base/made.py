@@ -1,10 +1,10 @@
 """What fills a base, as its files are read: tensors, and quantized linears.
 
 Each tensor is read into one reused buffer on the device, checked for non-finite values, cast to the
-compute dtype, quantized where it belongs to a decoder layer's linear, and freed. Memory stays at
-the result, one tensor and its buffer. A head that is quantized is made of its own weight, or of the
-embedding's, which it shares in the files. An embedding that stays on the host never was on the
-device.
+dtype that it is held in, quantized where it belongs to a decoder layer's linear, and freed. Memory
+stays at the result, one tensor and its buffer. A head that is quantized is made of its own weight,
+or of the embedding's, which it shares in the files. An embedding that stays on the host never was
+on the device.
 """
 
 from __future__ import annotations
@@ -95,8 +95,12 @@ def names_on_host(base: Base, placement: Placement) -> frozenset[str]:
 
 
 def held_in(base: Base, name: str, stored: torch.dtype, recurrent: frozenset[str]) -> torch.dtype:
-    """The dtype that a tensor of the files is held in: the run's, or its own fp32."""
-    return stored if stored is torch.float32 and name in recurrent else base.dtype
+    """The dtype that a tensor of the files is held in: the run's, or its own.
+
+    Its own is the fp32 of a recurrence, or the 16 bits of a matrix that loses nothing by them.
+    """
+    own = name in base.narrow or (stored is torch.float32 and name in recurrent)
+    return stored if own else base.dtype
 
 
 def _stored_linears(

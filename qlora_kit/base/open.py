@@ -64,10 +64,12 @@ def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
         resized,
         (
             *(*decoder.notes, *form.notes, *strays(source.directory)),
-            *(*device_notes(device), *dtype_notes(dtype, device)),
+            *device_notes(device),
         ),
         decoder.wrapper,
         base_cache=config.base_cache,
     )
+    narrow = {base.entries[name].torch_dtype for name in base.narrow}
     kept = kept_note(base)
-    return base if kept is None else replace(base, notes=(*base.notes, kept))
+    said = (*dtype_notes(dtype, device, narrow), *(() if kept is None else (kept,)))
+    return replace(base, notes=(*base.notes, *said)) if said else base

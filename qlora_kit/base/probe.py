@@ -23,6 +23,7 @@ from qlora_kit.base.decoder import (
     only_layers,
     takes,
 )
+from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.device.target import has_values
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.process.out_of_memory import is_out_of_memory
@@ -57,7 +58,7 @@ def check_forward(model: Any) -> None:
         # transformers raises what its own code happens to raise.
         said = str(error).strip().splitlines()
         problem = f"cannot be run on {TOKENS} tokens: {said[0][:200] if said else error!r}"
-        if model.dtype is not torch.float32:
+        if computed_in(model) is not torch.float32:
             remedy = f"give --dtype fp32, or {remedy}"
     if problem:
         raise ModelError(f"model_type {config.model_type!r} {problem}", remedy)
@@ -160,7 +161,7 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def _agree(model: Any, ours: Tensor, theirs: Tensor) -> bool:
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = computed_in(model)
     tolerance = ROUNDINGS.get(dtype, 128) * torch.finfo(dtype).eps
     # Not `>`: NaN is no agreement.
     agreed = (ours.float() - theirs.float()).abs().max() <= tolerance * theirs.abs().max()

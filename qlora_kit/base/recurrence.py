@@ -116,10 +116,17 @@ POSITIONS = "position_ids"
 def read_directly(model: nn.Module) -> frozenset[str]:
     """The names of the linears in `model` whose weight its code reads by itself."""
     return frozenset(
+        name for name in weights_read(model) if hasattr(model.get_submodule(name), "in_features")
+    )
+
+
+def weights_read(model: nn.Module) -> frozenset[str]:
+    """The names of all modules in `model` whose weight the code of another one reads."""
+    return frozenset(
         f"{owner}.{leaf}".removeprefix(".")
         for owner, module in model.named_modules()
         for leaf in _weights_read(type(module))  # type: ignore[arg-type]
-        if hasattr(getattr(module, leaf, None), "in_features")
+        if isinstance(getattr(module, leaf, None), nn.Module)
     )
 
 

@@ -78,7 +78,7 @@ def refill(base: Base, kept: EntryReader, tag: Tag, placement: Placement = ON_DE
         put(model, name, tensor, tag, base.device if name in hosted else None)
     store = None if lent is None else partial(EntryStore, model, lent)
     stream = partial(stream_layers, device=base.device, tag=tag, store_of=store)
-    return finished(model, stream=None if prefix is None else stream)
+    return finished(base, stream=None if prefix is None else stream)
 
 
 def linear_of(

@@ -15,7 +15,7 @@ import collections
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,51 +127,66 @@ LARGE = 0.1
 
 @dataclass(frozen=True)
 class Share:
-    """Elements that stay in 16 bits: those of embeddings and head, and the rest by module."""
+    """Elements that stay in 16 bits: those of embeddings and head, and the rest by module.
+
+    `sizes` are their bytes, those of embeddings and head together as of the module "".
+    """
 
     total: int
     ends: int
     others: Mapping[str, int]
+    sizes: Mapping[str, int]
 
     @property
     def count(self) -> int:
         """All elements that stay."""
         return self.ends + sum(self.others.values())
 
-    def said(self, itemsize: int, dtype: str) -> str:
-        """A sentence with the bytes of elements of `itemsize`, and per cent of all weights."""
+    @property
+    def nbytes(self) -> int:
+        """Their bytes."""
+        return sum(self.sizes.values())
+
+    def said(self, dtype: str) -> str:
+        """A sentence with the bytes that stay in a `dtype`, and per cent of all weights."""
         others = self.count - self.ends
         return (
-            f"{size_text(self.count * itemsize)} stay in {dtype}, {self._part(self.count)} of the "
+            f"{size_text(self.nbytes)} stay in {dtype}, {self._part(self.count)} of the "
             f"weights: embedding and head {self._part(self.ends)}, the rest {self._part(others)}"
         )
 
-    def warning(self, itemsize: int, dtype: str) -> str | None:
+    def warning(self, dtype: str) -> str | None:
         """The modules beside embedding and head with their bytes, if they are above a tenth."""
         others = self.count - self.ends
         if others <= LARGE * self.total:
             return None
-        largest = Counter(self.others).most_common(NAMED)
-        named = ", ".join(f"{name} {size_text(size * itemsize)}" for name, size in largest)
+        sizes = Counter({name: size for name, size in self.sizes.items() if name})
+        largest = sizes.most_common(NAMED)
+        named = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
         more = f" and {len(self.others) - NAMED} more" if len(self.others) > NAMED else ""
         return (
             f"{self._part(others)} of the weights stay in {dtype} beside embedding and head, "
-            f"{size_text(others * itemsize)}: {named}{more}"
+            f"{size_text(sizes.total())}: {named}{more}"
         )
 
     def _part(self, count: int) -> str:
         return f"{count / self.total:.1%}"
 
 
-def share_of(model: Any, quantized: Collection[str], shared: Collection[str]) -> Share:
+def share_of(
+    model: Any,
+    quantized: Collection[str],
+    shared: Collection[str],
+    itemsize: Callable[[str], int],
+) -> Share:
     """What stays in 16 bits of a model where the linears named `quantized` do not.
 
     `shared` are the names of tensors that share another one's storage, and count there; modules of
-    one name in all layers are one.
+    one name in all layers are one. `itemsize` is what an element of a tensor takes.
     """
     inner = {id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     total, ends = 0, 0
-    others: Counter[str] = Counter()
+    others, sizes = Counter[str](), Counter[str]()
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if f"{name}.{leaf}" in shared:  # on the meta device it is there twice
@@ -179,11 +194,13 @@ def share_of(model: Any, quantized: Collection[str], shared: Collection[str]) ->
             total += parameter.numel()
             if name in quantized and leaf == "weight":
                 continue
-            if id(module) in inner:
-                ends += parameter.numel()
+            part = "" if id(module) in inner else _part(name, leaf)
+            sizes[part] += parameter.numel() * itemsize(f"{name}.{leaf}")
+            if part:
+                others[part] += parameter.numel()
             else:
-                others[_part(name, leaf)] += parameter.numel()
-    return Share(total, ends, others)
+                ends += parameter.numel()
+    return Share(total, ends, others, sizes)
 
 
 def small_linears(linears: Mapping[str, Any]) -> frozenset[str]:

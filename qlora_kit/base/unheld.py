@@ -56,7 +56,11 @@ def most_bytes(base: Base) -> int:
         for name, parameter in base.model.named_parameters()
         if name.removesuffix(".weight") in packed
     )
-    around = (base.parameters - inside) * base.dtype.itemsize
+    around: int = sum(
+        parameter.numel() * base.held_itemsize(name)
+        for name, parameter in base.model.named_parameters()
+        if name.removesuffix(".weight") not in packed and name not in base.tied
+    )
     held, head = base.quantization, base.model.get_output_embeddings()
     own = head.weight.numel() * held.head_bits / 8 if held.head_bits < 16 else 0
     return around + int((inside * held.bits / 8 + own) * SCALES)
@@ -87,7 +91,10 @@ def check_tied(base: Base, read: Read) -> None:
         own = {name: entries[name]}
         for _, tensor in read_numbers(own, scaled, base.dtype, base.device, read):
             kept = attrgetter(shared)(base.model)[: len(tensor)]
-            if not torch.equal(tensor.to(kept.device, base.dtype), kept):
+            tensor = tensor.to(kept.device)
+            if tensor.dtype is not kept.dtype:
+                tensor, kept = tensor.to(base.dtype), kept.to(base.dtype)
+            if not torch.equal(tensor, kept):
                 raise ModelError(
                     f"{entries[name].path}: {name} differs from {shared}, to which config.json "
                     "ties it",

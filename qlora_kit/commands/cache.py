@@ -106,7 +106,7 @@ def _settings(said: Any) -> str:
     parts = [f"{said['bits']} bits"]
     if said["quant_type"]:
         parts.append(said["quant_type"] + (" in double quant" if said["double_quant"] else ""))
-    parts.append(f"the rest in {said['dtype']}")
+    parts.append(f"for {said['dtype']}")
     if said.get("head_bits", 16) < 16:
         parts.append(f"head in {said['head_bits']} bits")
     if skipped := said["skip_modules"]:

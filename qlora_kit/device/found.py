@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import resource
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -62,14 +63,28 @@ def has_card() -> bool:
     return torch.cuda.is_available()
 
 
-def dtype_notes(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
-    """What a user should know of computing in `dtype` on a device, a sentence each."""
-    if has_own_memory(device) or is_native(dtype):
+def dtype_notes(
+    dtype: torch.dtype, device: torch.device, narrow: Iterable[torch.dtype] = ()
+) -> tuple[str, ...]:
+    """What a user should know of computing in `dtype` on a device, a sentence each.
+
+    `narrow` are the dtypes that matrices are held in which are computed with in `dtype`.
+    """
+    if has_own_memory(device):
         return ()
-    short = dtype_name(dtype)
+    if not is_native(dtype):
+        short = dtype_name(dtype)
+        return (
+            f"this processor has no instructions for {short}: weights and activations are {short}, "
+            "and matmuls are made in fp32, part by part; --dtype fp32 rounds less, and its "
+            "activations take twice the memory",
+        )
+    held = " and ".join(sorted({dtype_name(one) for one in narrow if not is_native(one)}))
+    if not held:
+        return ()
     return (
-        f"this processor has no instructions for {short}: weights and activations are {short}, and "
-        "matmuls are made in fp32, part by part; --dtype fp32 rounds less, and takes more memory",
+        f"this processor has no instructions for {held}: embedding, head and what else is not "
+        f"quantized stay in {held}, and are computed with in {dtype_name(dtype)}",
     )
 
 

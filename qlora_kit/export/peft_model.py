@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import hold_as_ours, hold_as_theirs, quantization_config
-from qlora_kit.base.fill import multiply_in_fp32
+from qlora_kit.base.fill import compute_in, hold_wide
 from qlora_kit.base.load import allow_saving
 from qlora_kit.errors import AdapterError, ConfigError, NumericError
 from qlora_kit.export.bnb_linears import BnbLinears
@@ -81,6 +81,7 @@ def to_peft(base: Base) -> Any:
     if base.quantization.bits < 16:
         linears = BnbLinears.of(base, base.quantization.bits)
         hold_as_theirs(model, base.dtype)
+    hold_wide(base.dtype, model)
     restore_model(model)
     allow_saving(model)
     switch_of(model).left = True
@@ -134,7 +135,7 @@ def from_peft(model: Any, base: Base) -> Base:
             del inner.config.quantization_config
         inner.is_quantized = base.quantization.bits < 16
         inner.requires_grad_(False)
-        multiply_in_fp32(inner)
+        compute_in(base.dtype, inner)
         for name, saved in files.items():
             load_adapter(base, saved, name, allow_other_base=True)
     inner._hf_peft_config_loaded = False

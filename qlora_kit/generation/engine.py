@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base.packed_matmul import Copies, copied_bytes
+from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.generation.batches import Batch, RowAdapters, by
 from qlora_kit.generation.cache import RowBytes
 from qlora_kit.generation.group import Group, evaluating
@@ -169,7 +170,7 @@ class Engine:
         """Bytes of the weights that steps lay out again and keep, 0 where they do not."""
         if self._copies is None:
             return 0
-        return copied_bytes(self._modules, self._model.dtype)
+        return copied_bytes(self._modules, computed_in(self._model))
 
     def copy_nothing(self) -> None:
         """Let steps keep no weights laid out again: there is no room for them."""

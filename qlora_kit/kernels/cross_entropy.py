@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_kit.device.target import representative
-from qlora_kit.kernels.matmul import grad_input, matmul_dtype, weight_parts
+from qlora_kit.kernels.matmul import grad_input, linear_into, matmul_dtype
 
 CHUNK_TOKENS, CHUNK_BYTES = 256, 2**26
 TILED_TOKENS, TILED_BYTES = 1024, 2**27
@@ -172,18 +172,13 @@ def _logits_into(
     logits: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles | None
 ) -> None:
     """`tokens` (n, h) through the head, into `logits` (n, V) of the same dtype."""
-    dtype = logits.dtype
     if tiles is not None:
         for columns, tile in representative(tiles, tokens):
             logits[:, columns] = tile.matmul(tokens)
         if bias is not None:
             logits.add_(bias)
         return
-    for columns, some in weight_parts(weight, dtype):
-        if bias is None:
-            torch.mm(tokens, some.t(), out=logits[:, columns])
-        else:
-            torch.addmm(bias[columns].to(dtype), tokens, some.t(), out=logits[:, columns])
+    linear_into(logits, tokens, weight, bias)
 
 
 def _softmax(
@@ -228,7 +223,9 @@ def _grad_into(into: Tensor, grad: Tensor, weight: Tensor, tiles: Tiles | None) 
             else:
                 found += tile.grad_input(grad[:, columns])
         into.copy_(found)
-    elif grad.dtype is into.dtype:
+    elif grad.dtype is into.dtype is weight.dtype:
         torch.mm(grad, weight, out=into)
+    elif grad.dtype is into.dtype:
+        grad_input(grad, weight, into.zero_())
     else:
         into.copy_(grad_input(grad, weight))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.decoder import decoder_layers, settings_of
+from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.device.target import has_values
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.block_parts import OPTION
@@ -37,7 +38,7 @@ def fused_blocks(model: PreTrainedModel) -> list[Block] | str:
         if kind not in compared:
             compared.add(kind)
             # Not `>`: NaN is no agreement.
-            if not (error := _difference(model, layer, block)) <= TOLERANCE[model.dtype]:
+            if not (error := _difference(model, layer, block)) <= TOLERANCE[computed_in(model)]:
                 return f"{name} stays as it is: ours differs by {error:.1e} on random input"
     return blocks
 
@@ -47,7 +48,7 @@ def _difference(model: PreTrainedModel, layer: Any, block: Block) -> float:
     embeddings = model.get_input_embeddings().weight
     if not has_values(embeddings):
         return 0.0  # a plan has no numbers to compare; the run does it
-    device, dtype = model.device, embeddings.dtype
+    device, dtype = model.device, computed_in(model)
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(1, COMPARED_TOKENS, embeddings.shape[1], generator=drawn).to(device, dtype)
     positions = torch.arange(COMPARED_TOKENS, device=device).unsqueeze(0)

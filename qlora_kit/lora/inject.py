@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.load import refuse_saving
+from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.config.lora import LoRAConfig, is_adapter_name
 from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError, ConfigError
@@ -188,4 +189,4 @@ def _check_known(model: nn.Module, adapter: str) -> None:
 def _adapter_dtype(model: nn.Module, config: LoRAConfig) -> torch.dtype:
     if config.adapter_dtype != "auto":
         return DTYPES[config.adapter_dtype]
-    return model.dtype  # type: ignore[return-value]
+    return computed_in(model)

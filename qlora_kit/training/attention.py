@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.base.embedding import weight_on_device
+from qlora_kit.base.placed_embedding import weight_on_device
 from qlora_kit.data.batch import Batch
 from qlora_kit.device.target import (
     Capability,

@@ -64,7 +64,7 @@ def test_what_is_kept_is_listed_and_deleted(run, workshop, cache):
     keep(workshop, bits=8)
     shown = run("cache")
     assert "2 quantized bases" in shown.out
-    assert "4 bits, nf4 in double quant, the rest in fp32, made on cpu" in shown.out
+    assert "4 bits, nf4 in double quant, for fp32, made on cpu" in shown.out
     said = json.loads(run("cache", "--json").out)
     assert said["directory"] == str(cache)
     assert said["bytes"] == sum(path.stat().st_size for path in cache.rglob("*.*"))

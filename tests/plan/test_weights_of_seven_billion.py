@@ -1,4 +1,4 @@
-"""What the weights of a Llama-7B take on a card, by the plan's own loading, against bf16."""
+"""What the weights of a Llama-7B take, by the plan's own loading, against bf16."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from qlora_kit.base.config_only import open_shape
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import Placement, TrainingConfig
+from qlora_kit.device.target import processor_with
 from qlora_kit.plan.fake_model import HOST, FakeModel
 
 LLAMA_7B = {
@@ -49,3 +50,24 @@ def test_weights_in_4_bits_take_a_share_of_bf16(tmp_path, head_bits, on_host, mo
     held = sizes["weights_quantized"] + sizes["weights_other"]
     assert 0.9 * most < held / BF16 <= most
     assert sizes.get(HOST, 0) == (EMBEDDING if on_host else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "least", "most"),
+    # On a card fp32 is what matrices are held in too.
+    [("cpu", "auto", 0.28, 0.29), ("cpu", "fp32", 0.28, 0.29), ("cuda", "fp32", 0.32, 0.33)],
+)
+def test_what_computes_in_fp32_on_a_processor_is_held_as_in_the_files(
+    tmp_path, kind, dtype, least, most
+):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_7B))
+    device = torch.device(kind)
+    with processor_with():
+        base = open_shape(BaseConfig(str(path), bits=4, dtype=dtype), device)
+        assert base.dtype is torch.float32
+        sizes = FakeModel(base, LoRAConfig(r=1), TrainingConfig(), device, (8, 6)).counter.sizes
+    assert least < (sizes["weights_quantized"] + sizes["weights_other"]) / BF16 <= most
+    # What is said of it; beside it there are tables of rotary angles, and a few scales.
+    assert base.in_16_bits is not None
+    assert base.in_16_bits["bytes"] == pytest.approx(sizes["weights_other"], rel=0.01)

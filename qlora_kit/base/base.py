@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from qlora_kit.base.checks import BaseFiles, is_computed
 from qlora_kit.base.form import Form
 from qlora_kit.base.meta_model import decoder_linears, name_of_head, tied_names
-from qlora_kit.base.narrow import HALF_BYTES, narrow_matrices
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry
 from qlora_kit.base.skipped import Share, share_of
@@ -74,8 +73,8 @@ class Base:
     should know of the files and the device, a sentence each. `wrapper` is what is around the text
     decoder of a multimodal checkpoint, None for a text model. `chats` are the data options of the
     run that trained the adapter which is exported, None where no run of ours did. `base_cache` says
-    whether its quantized weights may come from the cache, and be kept there. `planned_for` is the
-    device of a plan, whose tensors are all on the CPU.
+    whether its quantized weights may come from the cache, and be kept there. `narrow` are the
+    names of matrices that are held in the 16 bits of the files though fp32 is computed in.
     """
 
     model: PreTrainedModel
@@ -92,7 +91,7 @@ class Base:
     wrapper: Wrapper | None = None
     chats: DataConfig | None = None
     base_cache: bool = False
-    planned_for: torch.device | None = None
+    narrow: frozenset[str] = frozenset()
     parameters: int = field(init=False)
     share: Share | None = field(init=False)
     """What stays in 16 bits beside quantized linears; None where nothing is quantized."""
@@ -100,8 +99,6 @@ class Base:
     """Names of tensors that share another one's storage in the files' model, to that other name."""
     is_tied: bool = field(init=False)
     """Whether the files have one tensor for the embedding and the head."""
-    narrow: frozenset[str] = field(init=False)
-    """Names of matrices that are held in the 16 bits of the files though fp32 is computed in."""
 
     def __post_init__(self) -> None:
         # Now, for a quantized layer has fewer elements than the weight that it packs. On the meta
@@ -116,15 +113,6 @@ class Base:
         object.__setattr__(self, "is_tied", f"{head}.weight" in shared)
         if self.quantization.head_bits < 16 and not self.is_tied:
             quantized.add(head)
-        narrow = narrow_matrices(
-            self.model,
-            self.entries,
-            self.dtype,
-            self.planned_for or self.device,
-            is_resized=self.embedding_rows is not None,
-            head_bits=self.quantization.head_bits,
-        )
-        object.__setattr__(self, "narrow", narrow)
         share = None
         if self.quantization.bits < 16:
             share = share_of(self.model, quantized, shared, self.held_itemsize)
@@ -132,7 +120,8 @@ class Base:
 
     def held_itemsize(self, name: str) -> int:
         """Bytes of a number of a tensor that is not quantized."""
-        return HALF_BYTES if name in self.narrow else self.dtype.itemsize
+        dtype = self.entries[name].torch_dtype if name in self.narrow else self.dtype
+        return dtype.itemsize
 
     @property
     def held_in(self) -> str:

@@ -24,7 +24,7 @@ from qlora_kit.base.architecture import (
     is_causal,
     refuse_code,
 )
-from qlora_kit.base.contents import find, names_code, refuse_strays, tokenizer_files
+from qlora_kit.base.contents import find, names_code, refuse_strays, strays, tokenizer_files
 from qlora_kit.base.fields import TOKENS
 from qlora_kit.base.json_file import read_json
 from qlora_kit.base.safetensors_file import SHOWN, TensorEntry, fingerprint, read_entries, some
@@ -197,6 +197,11 @@ class BaseFiles:
     fingerprint: str
     generation: Mapping[str, Any] | None
     tokenizer: Mapping[str, Path]
+
+    @property
+    def strays(self) -> tuple[str, ...]:
+        """What lies beside them and is not read, in sentences."""
+        return strays(self.source.directory)
 
     @property
     def config_path(self) -> Path:

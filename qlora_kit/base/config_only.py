@@ -27,6 +27,7 @@ from qlora_kit.base.meta_model import (
     tied_names,
     with_rows,
 )
+from qlora_kit.base.narrow import narrow_matrices
 from qlora_kit.base.safetensors_file import (
     DTYPES,
     INDEX_FILE,
@@ -86,8 +87,7 @@ def open_shape(
         embedding_rows = needed if needed > model.get_input_embeddings().num_embeddings else None
     if embedding_rows is not None:
         model = build_on_meta(with_rows(described, embedding_rows), dtype, path)
-    cpu = torch.device("cpu")
-    notes = (*decoder.notes, *form.notes)
+    narrow = narrow_matrices(model, entries, dtype, device, stated.quantization, embedding_rows)
     return Base(
         model,
         None,
@@ -96,12 +96,12 @@ def open_shape(
         entries,
         form,
         stated.quantization,
-        cpu,
+        torch.device("cpu"),
         dtype,
         embedding_rows,
-        notes,
+        (*decoder.notes, *form.notes),
         decoder.wrapper,
-        planned_for=device,
+        narrow=narrow,
     )
 
 

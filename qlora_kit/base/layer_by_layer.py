@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.decoder import layers_path
-from qlora_kit.base.fill import compute_in, multiply_in_fp32, place
+from qlora_kit.base.fill import place
+from qlora_kit.base.in_fp32 import compute_in, multiply_in_fp32
 from qlora_kit.base.made import held_in
 from qlora_kit.base.recurrence import recurrent_parameters
 from qlora_kit.base.tensors import Read, Reader, read_tensors

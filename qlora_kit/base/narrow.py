@@ -23,9 +23,10 @@ from qlora_kit.base.direct import weights_read
 from qlora_kit.base.embedding import embeddings
 from qlora_kit.base.meta_model import name_of_head, tied_names
 from qlora_kit.base.placed_embedding import gives_rows
+from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry
 
-HALVES, HALF_BYTES = (torch.bfloat16, torch.float16), 2
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def narrow_matrices(
@@ -33,14 +34,14 @@ def narrow_matrices(
     entries: Mapping[str, TensorEntry],
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    is_resized: bool = False,
-    head_bits: int = 16,
+    held: Quantization,
+    embedding_rows: int | None = None,
 ) -> frozenset[str]:
     """The names of such tensors among `entries`, in a run of `dtype` on `device`.
 
-    Those of linears that are quantized are among them. What shares a tensor is one of them only
-    together with all that it shares it with.
+    The linears of `model` are `held` in so many bits, and `embedding_rows` is what its embedding is
+    resized to. Those of linears that are quantized are among them. What shares a tensor is one of
+    them only together with all that it shares it with.
     """
     if device.type != "cpu" or dtype is not torch.float32:
         return frozenset()
@@ -52,10 +53,10 @@ def narrow_matrices(
         if isinstance(module, nn.Linear) or (f"{name}.weight" in by_token and gives_rows(module))
         if name not in read
     }
-    if is_resized:
+    if embedding_rows is not None:
         able -= by_token | {head}
     for name, source in tied_names(model).items():
         # A head of few bits has a weight of its own.
-        if not {name, source} <= able and not (name == head and head_bits < 16):
+        if not {name, source} <= able and not (name == head and held.head_bits < 16):
             able -= {name, source}
     return frozenset(name for name in able & entries.keys() if entries[name].torch_dtype in HALVES)

@@ -11,9 +11,9 @@ from dataclasses import replace
 from qlora_kit.base.base import Base
 from qlora_kit.base.cache import kept_note
 from qlora_kit.base.checks import BaseFiles, check_layers, find_base
-from qlora_kit.base.contents import strays
 from qlora_kit.base.form import form_in_files, stated_form
 from qlora_kit.base.meta_model import build_on_meta, entries_of, generation_config_of, with_rows
+from qlora_kit.base.narrow import narrow_matrices
 from qlora_kit.base.quantize import check_library
 from qlora_kit.base.tokenizer import make_tokenizer, needed_rows
 from qlora_kit.base.towers import check_wrapper
@@ -63,11 +63,12 @@ def open_base(config: BaseConfig, files: BaseFiles | None = None) -> Base:
         dtype,
         resized,
         (
-            *(*decoder.notes, *form.notes, *strays(source.directory)),
+            *(*decoder.notes, *form.notes, *files.strays),
             *device_notes(device),
         ),
         decoder.wrapper,
         base_cache=config.base_cache,
+        narrow=narrow_matrices(model, entries, dtype, device, stated.quantization, resized),
     )
     narrow = {base.entries[name].torch_dtype for name in base.narrow}
     kept = kept_note(base)

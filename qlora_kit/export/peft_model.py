@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import hold_as_ours, hold_as_theirs, quantization_config
-from qlora_kit.base.fill import compute_in, hold_wide
+from qlora_kit.base.in_fp32 import compute_in, hold_wide
 from qlora_kit.base.load import allow_saving
 from qlora_kit.errors import AdapterError, ConfigError, NumericError
 from qlora_kit.export.bnb_linears import BnbLinears

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.data.batch import Batch, rows_together, split
 from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import NumericError, ResourceError
@@ -59,7 +58,7 @@ class Guard:
         self._signals = signals or StopSignals()
         self._checked_gradients = False
         self._micro_batches: Sequence[Batch] = ()
-        self.loss_scale = LossScale(computed_in(model), note)
+        self.loss_scale = LossScale.of(model, note)
         """Of an fp16 run; `train` lowers it where gradients overflow, and takes the step again."""
         self.bad_in_a_row = 0
         """Skipped steps since the last one that was taken."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.training.gradients import clipped, total_norm
 from qlora_kit.training.host_gradients import come_back
 from qlora_kit.training.loss import SUPERVISED_TOKENS, Objective, to_device
@@ -76,7 +75,7 @@ def train(
     step and `on_step` after it. A step whose fp16 gradients overflow is taken again with a smaller
     `loss_scale`. The model is left in the mode it had.
     """
-    was_training, scale = model.training, loss_scale or LossScale(computed_in(model))
+    was_training, scale = model.training, loss_scale or LossScale.of(model)
     model.train()
     history = []
     try:
@@ -165,7 +164,7 @@ def train_step(
     with), and the gradients divided by it. Reads nothing back to Python, so that it also runs on
     fake tensors.
     """
-    scale = LossScale(computed_in(model)).value if loss_scale is None else loss_scale
+    scale = LossScale.of(model).value if loss_scale is None else loss_scale
 
     def backward(micro_batches: Sequence[Batch]) -> Tensor:
         return _accumulate(model, micro_batches, step, scale, objective)

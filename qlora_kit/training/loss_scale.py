@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from qlora_kit.base.placed_embedding import computed_in
+
 FIRST, LEAST, MOST = 2.0**10, 1.0, 2.0**16
 """Where a run begins, and between which bounds it goes."""
 GOOD_STEPS = 2000
@@ -44,6 +46,11 @@ class LossScale:
         self.good_steps = 0
         """Since the factor was changed last."""
         self._note, self._most, self._before = note, most, self.value
+
+    @staticmethod
+    def of(model: Any, note: Callable[[str], None] = lambda line: None) -> LossScale:
+        """That of a run of `model`, by the dtype that it computes in."""
+        return LossScale(computed_in(model), note)
 
     def overflowed(self, step: int, loss: float) -> bool:
         """Whether a step of this loss with gradients that are not finite is worth another try.

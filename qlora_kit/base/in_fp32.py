@@ -1,0 +1,53 @@
+"""A filled model that computes in fp32 with what it holds in 16 bits, or multiplies so.
+
+Linears multiply part by part (`kernels/matmul.py`), and embeddings cast their rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_kit.base.embedding import embeddings
+from qlora_kit.base.linear import QuantizedLinear, frozen_linear
+from qlora_kit.base.placed_embedding import NarrowEmbedding, cast_no_rows, cast_rows
+from qlora_kit.device.target import device_type, is_native
+
+
+def compute_in(dtype: torch.dtype, model: Any) -> None:
+    """Let a filled model compute in a `dtype` that what it holds may have fewer bits than."""
+    for one in embeddings(model).values():
+        if isinstance(one, nn.Embedding) and one.weight.dtype.itemsize < dtype.itemsize:
+            cast_rows(dtype, one)
+    multiply_in_fp32(dtype, model)
+
+
+def hold_wide(dtype: torch.dtype, model: nn.Module) -> None:
+    """Hold in `dtype` what has fewer bits of a float, as other programs expect it of a model."""
+    for module in model.modules():
+        if isinstance(module, NarrowEmbedding):
+            cast_no_rows(module)
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.itemsize < dtype.itemsize:
+                parameter.data = parameter.data.to(dtype)
+                vars(module).pop("forward", None)
+
+
+def multiply_in_fp32(dtype: torch.dtype, model: nn.Module) -> None:
+    """Let the frozen dense linears of a model multiply in fp32 (`kernels/matmul.py`).
+
+    They stay as they are where they have the `dtype` of what they are given, and the processor
+    instructions for it.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
+            continue
+        held = layer.weight.dtype
+        # One that is streamed has no weight yet, and on any device its numbers are the same ones.
+        if device_type(layer.weight) == "cuda":
+            continue
+        if held.itemsize < dtype.itemsize or not is_native(held):
+            layer.forward = functools.partial(frozen_linear, layer)  # type: ignore[method-assign]

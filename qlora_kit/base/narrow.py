@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.base.direct import weights_read
 from qlora_kit.base.embedding import embeddings
 from qlora_kit.base.meta_model import name_of_head, tied_names
 from qlora_kit.base.placed_embedding import gives_rows
 from qlora_kit.base.quantize import Quantization
+from qlora_kit.base.recurrence import weights_read
 from qlora_kit.base.safetensors_file import TensorEntry
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -6,11 +6,13 @@ Linears multiply part by part (`kernels/matmul.py`), and embeddings cast their r
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from qlora_kit.base.base import Base
 from qlora_kit.base.embedding import embeddings
 from qlora_kit.base.linear import QuantizedLinear, frozen_linear
 from qlora_kit.base.placed_embedding import NarrowEmbedding, cast_no_rows, cast_rows
@@ -25,15 +27,27 @@ def compute_in(dtype: torch.dtype, model: Any) -> None:
     multiply_in_fp32(dtype, model)
 
 
-def hold_wide(dtype: torch.dtype, model: nn.Module) -> None:
-    """Hold in `dtype` what has fewer bits of a float, as other programs expect it of a model."""
-    for module in model.modules():
+def hold_wide(base: Base) -> None:
+    """Hold all of a base in the dtype that it computes in, as other programs expect of a model."""
+    for module in base.model.modules():
         if isinstance(module, NarrowEmbedding):
             cast_no_rows(module)
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.itemsize < dtype.itemsize:
-                parameter.data = parameter.data.to(dtype)
-                vars(module).pop("forward", None)
+    for _, parameter in _narrow(base):
+        parameter.data = parameter.data.to(base.dtype)
+
+
+def hold_narrow(base: Base) -> None:
+    """Hold in 16 bits again what `hold_wide` has widened, which loses nothing."""
+    for name, parameter in _narrow(base):
+        parameter.data = parameter.data.to(base.entries[name].torch_dtype)
+    compute_in(base.dtype, base.model)
+
+
+def _narrow(base: Base) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of the matrices that are not quantized."""
+    for name, parameter in base.model.named_parameters():
+        if name in base.narrow and parameter.is_floating_point():
+            yield name, parameter
 
 
 def multiply_in_fp32(dtype: torch.dtype, model: nn.Module) -> None:

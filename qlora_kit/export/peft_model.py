@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import hold_as_ours, hold_as_theirs, quantization_config
-from qlora_kit.base.in_fp32 import compute_in, hold_wide
+from qlora_kit.base.in_fp32 import hold_narrow, hold_wide
 from qlora_kit.base.load import allow_saving
 from qlora_kit.errors import AdapterError, ConfigError, NumericError
 from qlora_kit.export.bnb_linears import BnbLinears
@@ -47,8 +47,9 @@ FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
 def to_peft(base: Base) -> Any:
     """`base.model`, in place, as a `peft.PeftModel` with its adapters, the active one trainable.
 
-    The adapters' weights are the fp32 masters. While it is PEFT's, nothing of this package takes
-    the base; `from_peft` gives it back. An `AdapterBank` is of the layers that PEFT's replace, and
+    The adapters' weights are the fp32 masters. Matrices that are held in 16 bits and computed with
+    in fp32 are in fp32 while it is PEFT's, which casts no weight. Nothing of this package takes the
+    base then; `from_peft` gives it back. An `AdapterBank` is of the layers that PEFT's replace, and
     refuses from then on.
 
     Errors: `ConfigError` where PEFT is not installed or the head is in 8 or 4 bits, `AdapterError`
@@ -81,13 +82,13 @@ def to_peft(base: Base) -> Any:
     if base.quantization.bits < 16:
         linears = BnbLinears.of(base, base.quantization.bits)
         hold_as_theirs(model, base.dtype)
-    hold_wide(base.dtype, model)
     restore_model(model)
     allow_saving(model)
     switch_of(model).left = True
     for at, layer in lora_layers(model).items():
         owner, _, leaf = at.rpartition(".")
         setattr(model.get_submodule(owner), leaf, layer.base_layer)
+    hold_wide(base)
     if linears is not None:
         _say_quantized(base, linears)
     made: Any = peft.PeftModel(model, configs[names[0]], names[0])
@@ -135,7 +136,7 @@ def from_peft(model: Any, base: Base) -> Base:
             del inner.config.quantization_config
         inner.is_quantized = base.quantization.bits < 16
         inner.requires_grad_(False)
-        compute_in(base.dtype, inner)
+        hold_narrow(base)
         for name, saved in files.items():
             load_adapter(base, saved, name, allow_other_base=True)
     inner._hf_peft_config_loaded = False

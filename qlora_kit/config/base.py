@@ -73,7 +73,8 @@ class BaseConfig(Options):
     )
     dtype: str = option(
         "auto",
-        "compute dtype; auto: bf16 where the device has it, else fp16 (GPU) or fp32",
+        "compute dtype; auto: bf16 where the device has it, else fp16 (GPU) or fp32; fp32 on a CPU "
+        "leaves matrices that the files have in 16 bits so",
         check=one_of("auto", *DTYPES),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", check=_device)

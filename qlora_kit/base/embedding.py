@@ -14,8 +14,7 @@ So does one of a class whose forward is no embedding's with something done to it
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,7 +24,13 @@ from torch import Tensor, nn
 from qlora_kit.base.meta_model import name_of_head, tied_names
 from qlora_kit.base.placed_embedding import PlacedEmbedding, gives_rows, placed
 from qlora_kit.base.tensors import Tag
-from qlora_kit.device.target import device_type, has_own_memory, has_values, without_values
+from qlora_kit.device.target import (
+    device_type,
+    has_own_memory,
+    has_values,
+    set_inside,
+    without_values,
+)
 from qlora_kit.device.transfer import TO_DEVICE
 
 _IDS: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("ids", default=None)
@@ -59,14 +64,9 @@ class HostEmbedding(PlacedEmbedding):
         destination[f"{prefix}weight"] = self.weight.detach()
 
 
-@contextlib.contextmanager
-def ids_on_host(ids: Tensor, on_host: Tensor | None) -> Iterator[None]:
+def ids_on_host(ids: Tensor, on_host: Tensor | None) -> AbstractContextManager[None]:
     """Inside, the host has the token ids that a device has as `ids`: nobody reads them from it."""
-    before = _IDS.set(None if on_host is None else (ids, on_host))
-    try:
-        yield
-    finally:
-        _IDS.reset(before)
+    return set_inside(_IDS, None if on_host is None else (ids, on_host))
 
 
 def _on_host(ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from transformers import masking_utils
 
 from qlora_kit.base.packed_matmul import Copies, copying_into
 from qlora_kit.base.quantize import decoding
-from qlora_kit.device.target import sent
+from qlora_kit.device.target import sent, set_inside
 from qlora_kit.generation.cache import RowBytes, is_known, join, keep
 from qlora_kit.generation.step_attention import attending_in_step
 
@@ -165,14 +166,9 @@ if _ASKED is not None:
     masking_utils.fast_all = _fast_all
 
 
-@contextlib.contextmanager
-def _known(is_padded: bool) -> Iterator[None]:
+def _known(is_padded: bool) -> AbstractContextManager[None]:
     """Inside, transformers does not read a mask to see whether it hides anything (5.23)."""
-    before = _IS_PADDED.set(is_padded)
-    try:
-        yield
-    finally:
-        _IS_PADDED.reset(before)
+    return set_inside(_IS_PADDED, is_padded)
 
 
 def _padded_left(

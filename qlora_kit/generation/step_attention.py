@@ -6,8 +6,7 @@ does outside of a step: each thread that put one there and back would find anoth
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,19 +15,15 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qlora_kit.device.target import set_inside
 from qlora_kit.kernels.attention_step import attend_one, is_step
 
 _IN_STEP: ContextVar[bool] = ContextVar("in_step", default=False)
 
 
-@contextlib.contextmanager
-def attending_in_step() -> Iterator[None]:
+def attending_in_step() -> AbstractContextManager[None]:
     """Inside, attention of one query a row is computed as a step's."""
-    before = _IN_STEP.set(True)
-    try:
-        yield
-    finally:
-        _IN_STEP.reset(before)
+    return set_inside(_IN_STEP, True)
 
 
 def _attend(

@@ -20,6 +20,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -39,6 +40,7 @@ from qlora_kit.device.target import (
     has_own_memory,
     has_values,
     is_rocm,
+    set_inside,
 )
 from qlora_kit.kernels.attention import Segment, causal_attention
 from qlora_kit.kernels.attention_cuda import Rows, attend_packed, attention_kernel
@@ -105,14 +107,9 @@ def within_rows(model: PreTrainedModel, batch: Batch) -> Iterator[dict[str, Any]
         _BATCH.reset(before)
 
 
-@contextlib.contextmanager
-def positions_unread() -> Iterator[None]:
+def positions_unread() -> AbstractContextManager[None]:
     """Inside, transformers takes all positions for those of rows that begin at 0."""
-    before = _UNREAD.set(True)
-    try:
-        yield
-    finally:
-        _UNREAD.reset(before)
+    return set_inside(_UNREAD, True)
 
 
 def _packed_indices(position_ids: Tensor) -> Any:

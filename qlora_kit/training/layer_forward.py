@@ -7,11 +7,11 @@ and one object on the layer composes them; nothing else replaces a layer's forwa
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.decoder import decoder_layers, layers_path
 from qlora_kit.base.recurrence import state_carriers
+from qlora_kit.device.target import set_inside
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
 from qlora_kit.lora.block import Block
 from qlora_kit.lora.block_compare import fused_blocks
@@ -144,14 +145,9 @@ def set_offload(model: PreTrainedModel, offload: Offload | None) -> None:
         layer.forward = replace(_forward_of(layer), offload=offload)
 
 
-@contextlib.contextmanager
-def models_own_code() -> Iterator[None]:
+def models_own_code() -> AbstractContextManager[None]:
     """Let every model run its own layers meanwhile, module by module, as hooks on them expect."""
-    before = _OWN_CODE.set(True)
-    try:
-        yield
-    finally:
-        _OWN_CODE.reset(before)
+    return set_inside(_OWN_CODE, True)
 
 
 def _forward_of(layer: Any) -> LayerForward:

@@ -157,7 +157,9 @@ def test_memory_that_ends_meanwhile_leads_to_layer_by_layer(tmp_path: Path) -> N
     expected, way = verify_export(base, tmp_path / "out", rows)
     assert way.whole
     assert expected.kl <= 1e-6  # both are fp32: only the order of sums differs
-    with Full(size):
+    # Whole it takes more than 1.2 of its file, layer by layer 0.8 at most, and what other tests
+    # have not made yet.
+    with Full(size * 6 // 5):
         found, way = verify_export(base, tmp_path / "out", rows)
     assert not way.whole
     assert found.kl <= 1e-6

@@ -372,12 +372,12 @@ def test_matmuls_are_made_in_the_dtype_of_the_input_whatever_was_quantized():
     assert upstream.weight.quant_state.dtype is torch.float32
     assert decoded_in_backward(upstream) == {torch.float32, torch.bfloat16}
     assert decoded_in_backward(upstream_4bit(weight.bfloat16())) == {torch.bfloat16}
-    for form in FORMATS:
-        layer = quantize_linear(weight, None, form)
-        assert decoded_in_backward(layer) == {torch.bfloat16}
     layer = quantize_linear(weight, None, Quantization(4, "nf4", True))
-    assert base_grad_input(layer, grad).dtype is torch.bfloat16
-    assert torch.equal(base_grad_input(layer, grad), grad @ dequantize(layer, torch.bfloat16))
+    with processor_with(torch.bfloat16):  # without, they are made in fp32
+        for form in FORMATS:
+            assert decoded_in_backward(quantize_linear(weight, None, form)) == {torch.bfloat16}
+        assert base_grad_input(layer, grad).dtype is torch.bfloat16
+        assert torch.equal(base_grad_input(layer, grad), grad @ dequantize(layer, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

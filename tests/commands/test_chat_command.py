@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -109,6 +110,8 @@ def test_on_a_terminal_c_stops_an_answer_and_twice_leaves(tmp_path: Path) -> Non
 
     def take_terminal() -> None:
         os.setsid()
+        # A suite that runs in the background of a script ignores ^C, and its children would too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         import fcntl
         import termios
 

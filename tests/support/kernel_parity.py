@@ -79,7 +79,7 @@ def parity(device: str) -> Iterator[Case]:
 
 
 def dequantized(drawn: Drawn, dtype: torch.dtype, limit: float) -> Iterator[Case]:
-    """Bit for bit: the table entry times the scale, rounded once."""
+    """Equal numbers: the table entry times the scale, rounded once."""
     forms = [("nf4", True, (63, 64)), ("nf4", False, (1, 64)), ("fp4", True, (7, 4672))]
     for quant_type, double, shape in forms:
         weight = drawn(*shape, dtype=dtype)
@@ -91,7 +91,8 @@ def dequantized(drawn: Drawn, dtype: torch.dtype, limit: float) -> Iterator[Case
         OPS.triton_dequantize.out(packed, layer.absmax, *nested, quant_type, out=out)
         off = error(out, expected)
         if not limit:
-            off = float(not torch.equal(out.view(torch.uint8), expected.view(torch.uint8)))
+            # But for the sign of zero: FP4 has both, and bitsandbytes' AVX2 code gives one of them.
+            off = float(not torch.equal(out, expected))
         yield Case("dequantize", f"{quant_type} {double} {shape} {dtype}", off, limit)
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_kit.base.linear import QuantizedLinear
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.device.target import processor_with
 from qlora_kit.kernels import attention
 from qlora_kit.kernels.swiglu import Gate
 from qlora_kit.memory.counter import StorageCounter
@@ -161,7 +162,10 @@ def test_a_layer_keeps_what_is_listed(tiles, own, kv_heads, targets, monkeypatch
     row = 2 * tokens * HIDDEN
     attended = row + (4 * tokens * HEADS if tiles else 0)
     sizes = {"intermediate_size": FFN, "num_key_value_heads": kv_heads}
-    kept = {level: kept_by_a_layer(level, own=own, targets=targets, **sizes) for level in LEVELS}
+    with processor_with(torch.bfloat16):  # without, attention keeps what fp32 matmuls need
+        kept = {
+            level: kept_by_a_layer(level, own=own, targets=targets, **sizes) for level in LEVELS
+        }
     assert kept["full"] == row
     assert kept["selective"] == row + attended + (row if own else 0)
     assert kept["none"] > kept["selective"]

@@ -82,6 +82,7 @@ def test_rows_that_are_added_are_planned(capsys, tmp_path):
     save_checkpoint(tmp_path / "base", "llama2", torch.bfloat16)
     save_tokenizer(tmp_path / "base", extra=50)
     options = ["--model", str(tmp_path / "base"), "--device", "cpu", "--bits", "16", "--json"]
+    options += ["--dtype", "bf16"]
     sizes = []
     for more in ([], ["--resize_embeddings"]):
         assert main([*options, *more]) == 0

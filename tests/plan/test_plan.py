@@ -23,7 +23,7 @@ from qlora_kit.config.training import PLACED, TrainingConfig
 from qlora_kit.data.batch import collate, collate_packs
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.found import OVERHEADS
-from qlora_kit.device.target import DTYPES
+from qlora_kit.device.target import DTYPES, processor_with
 from qlora_kit.errors import ConfigError, ModelError
 from qlora_kit.lora.inject import inject_lora
 from qlora_kit.memory.counter import COMPONENTS
@@ -206,8 +206,10 @@ def test_a_plan_without_data_is_not_below_any_packs(base_dir):
     training = TrainingConfig(optim="adamw", batch_size=3, gradient_accumulation_steps=2)
     for level in LEVELS:
         changed = replace(training, gradient_checkpointing=level)
-        planned = plan_memory(base, LoRAConfig(), changed, length=128, packing=True)
-        intervals = counted_of(base, LoRAConfig(), changed, level, packed_micro_batches())
+        # Without instructions for bf16 copies in fp32 grow with a pack's length, beyond these 3 %.
+        with processor_with(torch.bfloat16):
+            planned = plan_memory(base, LoRAConfig(), changed, length=128, packing=True)
+            intervals = counted_of(base, LoRAConfig(), changed, level, packed_micro_batches())
         peak = max(one.peak for one in intervals)
         assert peak <= planned.peak_bytes <= 1.03 * peak
 

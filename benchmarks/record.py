@@ -80,7 +80,9 @@ def _gpu() -> str | None:
 def _commit() -> str | None:
     """The commit that runs, `+changes` where files differ from it; None where git cannot say."""
     commit = _git("rev-parse", "HEAD")
-    return commit + ("+changes" if _git("status", "--porcelain") else "") if commit else None
+    # What a benchmark has written of itself so far changes nothing that it measures.
+    changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
+    return commit + ("+changes" if changed else "") if commit else None
 
 
 def _git(*arguments: str) -> str:

@@ -28,12 +28,19 @@ def compute_in(dtype: torch.dtype, model: Any) -> None:
 
 
 def hold_wide(base: Base) -> None:
-    """Hold all of a base in the dtype that it computes in, as other programs expect of a model."""
+    """Hold all of a base in the dtype that it computes in, as other programs expect of a model.
+
+    Linears have the forward of their class again: a copy of one, as PEFT makes to train it, would
+    go on with the weight that ours is bound to.
+    """
+    wide = {parameter for _, parameter in _narrow(base)}
+    for parameter in wide:
+        parameter.data = parameter.data.to(base.dtype)
     for module in base.model.modules():
         if isinstance(module, NarrowEmbedding):
             cast_no_rows(module)
-    for _, parameter in _narrow(base):
-        parameter.data = parameter.data.to(base.dtype)
+        elif getattr(module, "weight", None) in wide:
+            vars(module).pop("forward", None)
 
 
 def hold_narrow(base: Base) -> None:

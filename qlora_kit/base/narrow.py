@@ -7,8 +7,8 @@ multiplied part by part through a workspace (`kernels/matmul.py`). On a GPU a ba
 dtype that it computes in.
 
 Left out: norms, biases and all that is small; what a model's own code reads past a module's forward
-(`direct.py`), which would meet another dtype there; embeddings that are resized, whose new rows are
-means that 16 bits would round.
+(`recurrence.py`), which would meet another dtype there; embeddings that are resized, whose new rows
+are means that 16 bits would round.
 """
 
 from __future__ import annotations

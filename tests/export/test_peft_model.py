@@ -98,6 +98,8 @@ def test_peft_computes_what_we_do_and_gives_the_same_base_back(bits: int, target
     # Nothing is there twice: every parameter lies where it lay, but those that PEFT needs wider.
     assert {n: p.data_ptr() for n, p in after.items() if n not in held} == before
     assert all(after[name].dtype is torch.float32 for name in held)
+    # A copy of a module, which PEFT trains, would go on with the weight of the one it is of.
+    assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, torch.nn.Linear))
     assert bool(linears) == (bits < 16)
     assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
     theirs = passed(model)

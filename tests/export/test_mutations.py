@@ -23,11 +23,12 @@ from qlora_kit.base.base import Base
 from qlora_kit.config.export import ExportConfig
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError, NumericError, QloraKitError
+from qlora_kit.export import gguf as gguf_export
 from qlora_kit.export import gguf_readers
 from qlora_kit.export.export import write_export
 from qlora_kit.export.formats import FORMATS
 from qlora_kit.export.transformers_reader import read_model
-from qlora_kit.gguf import layout, rope, texts
+from qlora_kit.gguf import layout, rope
 from qlora_kit.gguf.layout import Layout
 from qlora_kit.gguf.vocabulary import TokenType, Vocabulary, vocabulary
 
@@ -163,7 +164,7 @@ def changed_words(change: Callable[[Vocabulary], None]) -> Callable[[pytest.Monk
             change(found)
             return found
 
-        patch.setattr(texts, "vocabulary", changed)
+        patch.setattr(gguf_export, "vocabulary", changed)
 
     return change_it
 

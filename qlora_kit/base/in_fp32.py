@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.embedding import embeddings
@@ -71,4 +72,11 @@ def multiply_in_fp32(dtype: torch.dtype, model: nn.Module) -> None:
         if device_type(layer.weight) == "cuda":
             continue
         if held.itemsize < dtype.itemsize or not is_native(held):
-            layer.forward = functools.partial(frozen_linear, layer)  # type: ignore[method-assign]
+            layer.forward = functools.partial(_linear, layer)  # type: ignore[method-assign]
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`x W^T + bias`, (..., in) to (..., out); a weight that somebody trains is in the graph."""
+    if layer.weight.requires_grad:
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias)
+    return frozen_linear(layer, x)

@@ -109,6 +109,19 @@ def test_fp16_files_too(files_of):
     assert all(torch.equal(one, both[1][1][name]) for name, one in both[0][1].items())
 
 
+def test_a_matrix_that_somebody_trains_gets_its_gradient(files_of):
+    """Frozen ones are multiplied without it, which would be training that does nothing."""
+    gradients = []
+    for one in files_of("llama2"):
+        model = read_weights(open_base(config(one, 16)))
+        weight = model.model.layers[0].self_attn.o_proj.weight
+        weight.requires_grad_(True)
+        model(input_ids=token_ids(), use_cache=False).logits.square().mean().backward()
+        gradients.append(weight.grad)
+    assert gradients[0].dtype is torch.bfloat16
+    assert relative_error(gradients[0], gradients[1]) < torch.finfo(torch.bfloat16).eps
+
+
 def test_resized_rows_stay_in_fp32(tmp_path):
     """A new row is a mean, which 16 bits would round."""
     save_checkpoint(tmp_path, "llama2", torch.bfloat16, vocab_size=250)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trained import write_rows
 from wrappers import save_wrapped
 
 from qlora_kit.config.run import FINETUNE_GROUPS
+from qlora_kit.device.target import processor_with
 from qlora_kit.options.parsed import parse_values
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.request import read_request
@@ -29,7 +31,8 @@ def notes(tmp_path: Path, **options: Any) -> list[str]:
     options = {"model": "tiny", "data": write_rows(tmp_path / "rows.jsonl"), **options}
     reporter = Notes()
     parsed = parse_values({**options, "output_dir": tmp_path / "run"}, FINETUNE_GROUPS)
-    resolve_run(read_request(parsed), reporter)
+    with processor_with(torch.bfloat16):  # of one without there is a note of its own
+        resolve_run(read_request(parsed), reporter)
     return reporter.said
 
 

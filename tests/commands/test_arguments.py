@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +325,15 @@ def test_a_file_that_is_no_config_is_a_config_error(tmp_path: Path, text: bytes)
     assert path in problem("--config", path) or "lora_r must be" in problem("--config", path)
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """What other tests have left in memory is not gone through, as it is not in a command."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_file_of_any_content_is_read_or_refused_at_once(tmp_path: Path) -> None:
     """Two seconds of processor time at most, for the largest file that is taken."""
     for text in (

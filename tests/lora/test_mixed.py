@@ -136,14 +136,15 @@ def test_in_16_bits_a_row_is_its_adapter_s_to_roundings(dtype):
         assert relative_error(together[row], alone) < 8 * torch.finfo(dtype).eps
 
 
-def test_what_other_rows_do_does_not_reach_a_row():
-    """Not even what is infinite in fp16 for another adapter."""
+@pytest.mark.parametrize(("which", "value"), [(0, torch.inf), (1, 3e38)])
+def test_what_other_rows_do_does_not_reach_a_row(which, value):
+    """Not even what is infinite in fp16 for another adapter, or is once its B is scaled."""
     model, switch = adaptable()
     a, wild = drawn(model, "a", r=4), drawn(model, "wild", r=4)
     ids = token_ids(3, 16)
     alone = answers(model, switch, Mixed.of([a, None, None]), ids)
     for part in wild.parts.values():
-        part.weights[0].fill_(torch.inf)
+        part.weights[which].fill_(value)
     beside = answers(model, switch, Mixed.of([a, None, wild]), ids)
     assert torch.equal(beside[1], alone[1])
     assert relative_error(beside[0], alone[0]) < EXACT

@@ -27,6 +27,7 @@ from qlora_kit.export.verify import (
     compare,
     decoded,
 )
+from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.memory.counter import StorageCounter
 
 
@@ -157,13 +158,14 @@ def test_memory_that_ends_meanwhile_leads_to_layer_by_layer(tmp_path: Path) -> N
     expected, way = verify_export(base, tmp_path / "out", rows)
     assert way.whole
     assert expected.kl <= 1e-6  # both are fp32: only the order of sums differs
-    # Whole it takes more than 1.2 of its file, layer by layer 0.8 at most, and what other tests
-    # have not made yet.
-    with Full(size * 6 // 5):
+    # Whole it takes more than 1.2 of its file, layer by layer 0.8 at most. A workspace that other
+    # tests have made larger would count as this one's.
+    with own_workspace({}), Full(size * 6 // 5):
         found, way = verify_export(base, tmp_path / "out", rows)
     assert not way.whole
     assert found.kl <= 1e-6
-    with Full(size // 16), pytest.raises(ResourceError, match="out of memory while") as caught:
+    refused = pytest.raises(ResourceError, match="out of memory while")
+    with own_workspace({}), Full(size // 16), refused as caught:
         verify_export(base, tmp_path / "out", rows)
     assert "layer by layer, on the host: CUDA out of memory" in caught.value.problem
     assert "--verify FILE with a few short rows" in caught.value.remedy

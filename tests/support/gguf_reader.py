@@ -1,15 +1,35 @@
 """llama.cpp reading texts with a vocabulary: a model of one tiny layer around it."""
 
 import json
+import subprocess
+import sys
 import urllib.request
+import weakref
 
 import gguf
 import numpy as np
-import xllamacpp
 
 from qlora_kit.gguf.spaces import general_name
 
 WIDTH = 32
+SERVER = """
+import os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what llama.cpp prints is no answer
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.n_ctx = 64
+params.n_parallel = 1
+params.warmup = params.fit_params = False
+params.cpuparams.n_threads = 1
+params.n_gpu_layers = 0
+params.verbosity = 0
+server = xllamacpp.Server(params)
+print(server.listening_address, file=answers, flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
 
 
 def write_vocabulary(found, path, architecture="llama", name="a model", more=()):
@@ -48,20 +68,29 @@ def put_metadata(writer, metadata):
             writer.add_array(key, value)
 
 
+def end(process):
+    """Kill a process that waits for its input."""
+    process.kill()
+    process.communicate()
+
+
 class Reader:
-    """llama.cpp with the model of a file."""
+    """llama.cpp with the model of a file, in a process of its own.
+
+    Where its server is freed, xllamacpp (2026.10) may wait for a thread that waits for Python's
+    lock, for good; no timeout of the tests runs then. That process is killed, and frees nothing.
+    """
 
     def __init__(self, path):
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx = 64
-        params.n_parallel = 1
-        params.warmup = False
-        params.cpuparams.n_threads = 1
-        params.n_gpu_layers = 0
-        params.fit_params = False
-        params.verbosity = 0
-        self.server = xllamacpp.Server(params)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        weakref.finalize(self, end, self._process)
+        self._address = self._process.stdout.readline().strip()
+        assert self._address, "llama.cpp does not take the file"
 
     def tokens(self, text, special=True):
         asked = {"content": text, "add_special": special, "parse_special": True}
@@ -78,7 +107,7 @@ class Reader:
 
     def _post(self, path, body):
         request = urllib.request.Request(
-            self.server.listening_address + path,
+            self._address + path,
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_kit.base import encode_weight
-from qlora_kit.base.encode_weight import encode_blocks, trying_numbers
+from qlora_kit.base.encode_weight import encode_blocks, encode_rows, trying_numbers
 from qlora_kit.kernels import encode_cpu
 from qlora_kit.kernels.encode_cpu import BlockCodes
 
@@ -50,6 +50,16 @@ def test_a_million_hostile_numbers_get_their_bytes_and_scales(quant_type):
         )
         assert torch.equal(packed, bytes_), dtype
         assert torch.allclose(absmax, scales, rtol=0, atol=0, equal_nan=True), dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("bits", ["nf4", "fp4", 8])
+def test_what_a_dtype_holds_is_quantized_as_in_fp32(bits, dtype):
+    """So a tensor is not cast first; also the last block, which is not whole."""
+    weight = torch.randn(33, 130, generator=torch.Generator().manual_seed(5)).to(dtype)
+    made = encode_rows if bits == 8 else (lambda w: encode_blocks(w.reshape(-1), bits))
+    for one, other in zip(made(weight), made(weight.float()), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 1000, 64 * 1200 + 7])

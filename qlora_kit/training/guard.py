@@ -25,7 +25,7 @@ from qlora_kit.device.found import empty_cache, free_bytes
 from qlora_kit.errors import NumericError, ResourceError
 from qlora_kit.process.out_of_memory import is_out_of_memory, missing_bytes
 from qlora_kit.process.signals import StopSignals
-from qlora_kit.training.host_gradients import drop_gradient
+from qlora_kit.training.host_gradients import come_back, drop_gradient
 from qlora_kit.training.layer_forward import models_own_code
 from qlora_kit.training.loss import supervised_loss, to_device
 from qlora_kit.training.loss_scale import LossScale
@@ -82,7 +82,9 @@ class Guard:
                 self._micro_batches = list(itertools.chain.from_iterable(parts))
             try:
                 with self._signals.droppable():
-                    return backward(_Stoppable(self._micro_batches, self._signals))
+                    means = backward(_Stoppable(self._micro_batches, self._signals))
+                    come_back(self._model.parameters())  # these need memory of the device, too
+                    return means
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise

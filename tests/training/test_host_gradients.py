@@ -11,7 +11,7 @@ from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.training.gradients import keep_gradients_in
 from qlora_kit.training.guard import Guard
-from qlora_kit.training.host_gradients import stop_waiting, wait_on_host, waiting_of
+from qlora_kit.training.host_gradients import Waiting, stop_waiting, wait_on_host, waiting_of
 from qlora_kit.training.loop import train
 from qlora_kit.training.optimizer import make_optimizer
 
@@ -51,6 +51,24 @@ def test_steps_are_the_same_bits(dtype, fails):
     """Also where memory ends in the middle of a step, and what was there is forgotten."""
     expected, reports, _ = trained(dtype, waits=False)
     found, ours, _ = trained(dtype, waits=True, fails=fails)
+    assert ours == reports
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_device_that_is_full_as_they_come_back_is_met(monkeypatch):
+    """The step is taken again: of those that had come back none is added twice, and none lost."""
+    come_back, came = Waiting.come_back, []
+
+    def full_at_the_third(waiting, parameter):
+        came.append(parameter)
+        if len(came) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        come_back(waiting, parameter)
+
+    expected, reports, _ = trained("fp32", waits=False)
+    monkeypatch.setattr(Waiting, "come_back", full_at_the_third)
+    found, ours, _ = trained("fp32", waits=True)
+    assert came[3:6] == came[:3]
     assert ours == reports
     assert all(map(torch.equal, found, expected))
 

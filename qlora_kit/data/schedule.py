@@ -56,8 +56,7 @@ class StepSchedule:
 
     With `packs` a batch has `batch_size` packs, with `pairs` as many pairs of neighbours. The
     reference gives rows of pairs the log-probabilities `reference`, zeros until they are known.
-    Iterating gives the micro-batches of each step; what `start_step` skips is neither collated nor
-    looked at.
+    Iterating gives the micro-batches of each step; what `start_step` skips is not looked at.
     """
 
     rows: Sequence[Encoded]
@@ -121,11 +120,16 @@ class StepSchedule:
         return max(0, self.num_steps - self.start_step)
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        for _, sequences in self._epochs():
-            for first in range(0, len(sequences), self._per_step):
-                of_step = sequences[first : first + self._per_step]
+        for of_step in self.sequences():
+            yield [self.collate(sequences) for sequences in of_step]
+
+    def sequences(self) -> Iterator[list[list[list[int]]]]:
+        """Of each step the sequences of its micro-batches, each a list of rows."""
+        for _, chosen in self._epochs():
+            for first in range(0, len(chosen), self._per_step):
+                of_step = chosen[first : first + self._per_step]
                 yield [
-                    self.collate(self._rows_of(of_step[start : start + self.batch_size]))
+                    self._rows_of(of_step[start : start + self.batch_size])
                     for start in range(0, len(of_step), self.batch_size)
                 ]
 
@@ -133,17 +137,15 @@ class StepSchedule:
         """The micro-batch of some sequences, each a list of rows."""
         if self.pairs:
             rows = [row for pair in sequences for row in pair]
-            zeros = torch.zeros(len(rows))
-            reference = zeros if self.reference is None else self.reference[rows]
+            reference = torch.zeros(len(rows)) if self.reference is None else self.reference[rows]
             return collate_pairs([self.rows[row] for row in rows], reference, self.pad_id)
         return collate_packs([[self.rows[i] for i in one] for one in sequences], self.pad_id)
 
     def rows_of(self, step: int) -> list[int]:
         """The rows of one step, counted from 1, in their order; of pairs their places."""
-        ((_, sequences),) = replace(self, start_step=step - 1, num_steps=step)._epochs()
-        if self.pairs:
-            return [int(pair) for pair in sequences]
-        return [row for rows in self._rows_of(sequences) for row in rows]
+        (of_step,) = replace(self, start_step=step - 1, num_steps=step).sequences()
+        rows = [row for batch in of_step for sequence in batch for row in sequence]
+        return [row // PAIR for row in rows[::PAIR]] if self.pairs else rows
 
     def in_batches_of(self, rows: int) -> StepSchedule:
         """The same steps in micro-batches of so many sequences, a divisor of a step's."""

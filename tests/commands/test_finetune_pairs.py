@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -50,6 +51,12 @@ def finished(inputs, tmp_path_factory):
     return output
 
 
+def references(checkpoint):
+    """What a checkpoint keeps of the reference."""
+    (state,) = (one for one in checkpoint.glob("*.safetensors") if "adapter" not in one.name)
+    return {k: v for k, v in load_file(state).items() if k.startswith("reference.")}
+
+
 def record(directory):
     return json.loads((directory / "run.json").read_text())
 
@@ -75,19 +82,18 @@ def test_the_margin_of_held_out_pairs_rises(finished):
     assert "margin was 0.0000" in (finished / "README.md").read_text()
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(inputs, finished, tmp_path):
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(inputs, finished, tmp_path, capsys):
     """Its reference is in the checkpoint, and is not computed again."""
     run = tmp_path / "run"
     run.mkdir()
     shutil.copytree(finished / "checkpoint-3", run / "checkpoint-3")
-    (state,) = (
-        one for one in (run / "checkpoint-3").glob("*.safetensors") if "adapter" not in one.name
-    )
-    kept = load_file(state)
-    assert {"reference.train", "reference.eval"} <= kept.keys()
+    kept = references(run / "checkpoint-3")
+    assert kept.keys() == {"reference.train", "reference.eval"}
     assert kept["reference.train"].shape == (36,)
+    assert (kept["reference.train"] < 0).all()
     arguments = [*inputs, "--save_steps", "3", "--output_dir", str(run)]
     assert main([*arguments, "--resume_from_checkpoint", "auto"]) == 0
+    assert "pairs once" not in "".join(capsys.readouterr())
     name = "adapter_model.safetensors"
     ours, theirs = load_file(run / name), load_file(finished / name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -98,11 +104,37 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(inputs, finished, tmp_p
     ]
 
 
+def test_the_reference_reads_the_pairs_of_the_steps(inputs, tmp_path, capsys):
+    """More steps than before read the rest, to the bits of a run that was to take them all."""
+    options = [*inputs, "--lr_scheduler_type", "constant", "--warmup_ratio", "0"]
+    few, whole, name = tmp_path / "few", tmp_path / "whole", "adapter_model.safetensors"
+
+    def steps(count, run, *more):
+        given = ["--max_steps", str(count), "--save_steps", "2", "--output_dir", str(run), *more]
+        assert main([*options, *given]) == 0
+        read = re.search(r"reads (\d+) pairs once", "".join(capsys.readouterr()))
+        assert read is not None
+        return int(read[1])
+
+    # Of each step two micro-batches of two pairs, beside the six that are held out.
+    assert steps(2, few) == 2 * 4 + 6
+    kept = references(few / "checkpoint-2")["reference.train"]
+    assert (kept < 0).sum() == 2 * 2 * 4
+    assert steps(4, few, "--resume_from_checkpoint", "auto", "--override", "max_steps") == 2 * 4
+    assert steps(4, whole) == 4 * 4 + 6
+    ours, theirs = load_file(few / name), load_file(whole / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (references(run / "checkpoint-4") for run in (few, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def test_an_adapter_that_goes_on_is_its_own_reference(inputs, finished, tmp_path):
+    """Of all pairs: it is trained by the time that more steps are asked for."""
     run = tmp_path / "run"
     more = ["--adapter", str(finished), "--max_steps", "2", "--output_dir", str(run)]
     at = inputs.index("--lora_r")
-    assert main([*inputs[:at], *inputs[at + 2 :], *more]) == 0
+    assert main([*inputs[:at], *inputs[at + 2 :], *more, "--save_steps", "2"]) == 0
+    assert (references(run / "checkpoint-2")["reference.train"] < 0).all()
     found = record(run)["eval"]
     assert (found["margin_before"], found["accuracy_before"]) == (0, 0)
     assert found["margin_after"] > 0

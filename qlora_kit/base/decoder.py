@@ -1,4 +1,4 @@
-"""The decoder inside a built model: its layers, and what its forward takes.
+"""The decoder inside a built model: its layers, what its forward takes, and the mode it is in.
 
 A decoder is found in the model, not in a list of families: its layers are the `nn.ModuleList` that
 lies in no other one and has as many members as config.json says, or the most weights.
@@ -10,12 +10,13 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.errors import ModelError
 
@@ -37,7 +38,7 @@ def layers_path(model: Any) -> str:
             f"model_type {model.config.model_type!r}: its decoder is no list of layers",
             "use a model of another family",
         )
-    return max(of_count or lists, key=lambda name: _elements(lists[name]))
+    return max(of_count or lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -58,6 +59,26 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **more: A
     hidden: Tensor = body(input_ids=input_ids, **taken, **more).last_hidden_state
     # Mamba's residual is in fp32, and its class casts before the head.
     return hidden.to(computed_in(model))
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """Logits (..., V) of `hidden` (..., h) as training computes them, in fp32."""
+    scale, softcap = architecture_of(model.config.model_type).logit_scale_and_softcap(model.config)
+    logits: Tensor = model.get_output_embeddings()(hidden).float() * scale
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+@contextlib.contextmanager
+def in_mode(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
+    """Inside, modules are in training or in evaluation mode; then each is in its own again."""
+    others = [module for module in modules if module.training is not training]
+    for module in others:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module in others:
+            module.training = not training
 
 
 def takes(module: nn.Module, name: str) -> bool:
@@ -131,7 +152,3 @@ def only_layers(model: Any, chosen: Sequence[int]) -> Iterator[None]:
 @functools.cache
 def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
-
-
-def _elements(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -8,8 +8,6 @@ numbers, through one layer of each kind: the time of some tokens, whatever the s
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +17,9 @@ from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.decoder import (
     decoder_layers,
     hidden_states,
+    in_mode,
     layer_kind,
+    logits_of,
     only_layers,
     takes,
 )
@@ -48,7 +48,11 @@ def check_forward(model: Any) -> None:
     first = {layer_kind(layer): number for number, layer in reversed(list(enumerate(layers)))}
     remedy = "use a model of another family"
     try:
-        with only_layers(model, sorted(first.values())[:MOST_LAYERS]), _in_evaluation(model):
+        with (
+            only_layers(model, sorted(first.values())[:MOST_LAYERS]),
+            in_mode(model.modules(), training=False),
+            torch.no_grad(),
+        ):
             problem = _problem(model)
     except ModelError:
         raise
@@ -73,7 +77,7 @@ def check_packs(model: Any) -> None:
     if architecture_of(config.model_type).known or not has_values(weight):
         return
     try:
-        with _in_evaluation(model):
+        with in_mode(model.modules(), training=False), torch.no_grad():
             apart = isolates_packs(model)
     except Exception as error:
         if is_out_of_memory(error):
@@ -86,19 +90,6 @@ def check_packs(model: Any) -> None:
             "keep apart: the second of two rows gives something else than alone",
             "leave --packing out; --group_by_length also saves padding",
         )
-
-
-@contextlib.contextmanager
-def _in_evaluation(model: Any) -> Iterator[None]:
-    """Without gradients and in evaluation mode, each module back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def isolates_packs(model: Any) -> bool:
@@ -126,17 +117,19 @@ def _problem(model: Any) -> str | None:
             f"has more between its decoder and its logits than a head, a factor and a soft cap: "
             f"its decoder gives {width} numbers a token, and its head takes {taken}"
         )
-    theirs, ours = model(input_ids=ids, **options).logits, _logits(model, hidden)
+    theirs, ours = model(input_ids=ids, **options).logits, logits_of(model, hidden)
     other = ids.clone()
     other[:, half:] = (ids[:, half:] + 1) % model.get_input_embeddings().weight.shape[0]
-    if not _agree(model, _logits(model, _hidden(model, other))[:, :half], ours[:, :half]):
+    if not _agree(model, logits_of(model, _hidden(model, other))[:, :half], ours[:, :half]):
         return "lets tokens see those after them, so that it has nothing to predict"
     if ours.shape != theirs.shape or not _agree(model, ours, theirs):
         return (
             "has more between its decoder and its logits than a head, a factor and a soft cap, or "
             "counts positions in a way of its own"
         )
-    if not _agree(model, _logits(model, _hidden(model.train(), ids)), ours):
+    with in_mode(model.modules(), training=True):
+        hidden = _hidden(model, ids)
+    if not _agree(model, logits_of(model, hidden), ours):
         return "gives other logits in training than in evaluation, though nothing is dropped"
     return None
 
@@ -150,14 +143,6 @@ def _ids(model: Any, count: int) -> Tensor:
 def _hidden(model: Any, ids: Tensor) -> Tensor:
     """What the decoder gives the head for one row (1, T) of tokens: (1, T, h)."""
     return hidden_states(model, ids, torch.arange(ids.shape[1], device=ids.device)[None])
-
-
-def _logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits (1, T, V) of `hidden` (1, T, h) as training computes them, in fp32."""
-    logits: Tensor = model.get_output_embeddings()(hidden).float()
-    scale, softcap = architecture_of(model.config.model_type).logit_scale_and_softcap(model.config)
-    logits = logits * scale
-    return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
 def _agree(model: Any, ours: Tensor, theirs: Tensor) -> bool:

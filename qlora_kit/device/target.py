@@ -53,6 +53,21 @@ def set_inside(variable: ContextVar[Value], value: Value) -> Iterator[None]:
         variable.reset(before)
 
 
+def known_inside(variable: ContextVar[tuple[Any] | None], asked: Any) -> Any:
+    """`asked`, but where `variable` is set a function that gives the one thing which that holds.
+
+    It takes the place of a library's function once and for all threads: each that put one there
+    and back would find another's.
+    """
+
+    def answer(*arguments: Any) -> Any:
+        # torch (2.13) compiles no read of a ContextVar.
+        known = None if torch.compiler.is_compiling() else variable.get()
+        return asked(*arguments) if known is None else known[0]
+
+    return answer
+
+
 @contextmanager
 def on_host() -> Iterator[None]:
     """Inside, what is made lies in the host's memory, in a plan for another device as well."""

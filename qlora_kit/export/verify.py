@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.base.architecture import architecture_of
-from qlora_kit.base.decoder import hidden_states
+from qlora_kit.base.decoder import hidden_states, logits_of
 from qlora_kit.data.batch import Batch, eval_batches
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import ExportError, NumericError
@@ -79,11 +78,7 @@ class Decoded:
 
     def logits(self, row: int, start: int, stop: int) -> Tensor:
         """fp32 logits, through the head, its factor and its soft cap."""
-        config = self._model.config
-        scale, softcap = architecture_of(config.model_type).logit_scale_and_softcap(config)
-        head = self._model.get_output_embeddings()
-        logits: Tensor = head(self._hidden[row][start:stop]).float() * scale
-        return logits if softcap is None else (logits / softcap).tanh() * softcap
+        return logits_of(self._model, self._hidden[row][start:stop])
 
     def pieces(self) -> Iterator[Piece]:
         """All logits, piece by piece."""

@@ -20,11 +20,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.base.decoder import in_mode
 from qlora_kit.data.answers import turn_ends
 from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.generation.batches import RowAdapters
 from qlora_kit.generation.engine import Engine
-from qlora_kit.generation.group import evaluating
 from qlora_kit.generation.request import (
     Request,
     Ticket,
@@ -177,7 +177,7 @@ def _steps(
     tickets: list[Ticket],
     ended: Callable[[int], bool] | None,
 ) -> Iterator[list[int | None]]:
-    with evaluating(list(model.modules())):
+    with in_mode(model.modules(), training=False):
         while not engine.idle:
             told = {ticket: token for ticket, token in engine.step() if token is not None}
             for row, ticket in enumerate(tickets):

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qlora_kit.base.decoder import in_mode
 from qlora_kit.base.packed_matmul import Copies, copied_bytes
 from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.generation.batches import Batch, RowAdapters, by
 from qlora_kit.generation.cache import RowBytes
-from qlora_kit.generation.group import Group, evaluating
+from qlora_kit.generation.group import Group
 from qlora_kit.generation.request import Request, Ticket, check_cache, check_request, check_token
 from qlora_kit.generation.sampling import Drawer
 from qlora_kit.generation.sharing import Sharing
@@ -142,7 +143,7 @@ class Engine:
         told: list[tuple[Ticket, int | None]] = []
         parts: list[Tensor] = []
         batches, self._batches = self._batches, []
-        with evaluating(self._modules):
+        with in_mode(self._modules, training=False):
             for batch in batches:
                 for one, logits in self._computed(batch):
                     if isinstance(logits, Tensor):
@@ -183,7 +184,7 @@ class Engine:
         """
         if self._row_bytes is None:
             group = Group(self._model, [[self._pad_id]], self._pad_id)
-            with torch.no_grad(), evaluating(self._modules):
+            with torch.no_grad(), in_mode(self._modules, training=False):
                 group.logits()
             self._row_bytes = group.row_bytes
         return None if self._row_bytes is None else rows * self._row_bytes.at(tokens)

@@ -10,27 +10,26 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import masking_utils
 
 from qlora_kit.base.packed_matmul import Copies, copying_into
 from qlora_kit.base.quantize import decoding
-from qlora_kit.device.target import sent, set_inside
+from qlora_kit.device.target import known_inside, sent, set_inside
 from qlora_kit.generation.cache import RowBytes, is_known, join, keep
 from qlora_kit.generation.step_attention import attending_in_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_IS_PADDED: ContextVar[bool | None] = ContextVar("is_padded", default=None)
-"""Whether the rows that are computed have padding, where that is known."""
+_HIDES_NOTHING: ContextVar[tuple[bool] | None] = ContextVar("hides_nothing", default=None)
+"""Whether the mask of the rows that are computed hides nothing, where that is known."""
 
 
 class Group:
@@ -79,7 +78,7 @@ class Group:
             decoding() if is_step else contextlib.nullcontext(),
             attending_in_step() if is_step else contextlib.nullcontext(),
             copying_into(copies if is_step else None),
-            _known(is_padded=min(self.lengths) != max(self.lengths)),
+            set_inside(_HIDES_NOTHING, (min(self.lengths) == max(self.lengths),)),
         ):
             output = self._model(
                 input_ids=self._input_ids,
@@ -140,35 +139,8 @@ class Group:
         self._mask, self._position_ids = mask, position_ids
 
 
-@contextlib.contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, modules are in evaluation mode; then each is in its own again."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _fast_all(mask: Tensor) -> Any:
-    """Whether a mask hides nothing: as the step of this thread knows, else as transformers asks."""
-    # torch (2.13) compiles no read of a ContextVar.
-    is_padded = None if torch.compiler.is_compiling() else _IS_PADDED.get()
-    return _ASKED(mask) if is_padded is None else not is_padded
-
-
-# Once and for all threads: each that put it there and back would find another's.
-_ASKED: Any = getattr(masking_utils, "fast_all", None)
-if _ASKED is not None:
-    masking_utils.fast_all = _fast_all
-
-
-def _known(is_padded: bool) -> AbstractContextManager[None]:
-    """Inside, transformers does not read a mask to see whether it hides anything (5.23)."""
-    return set_inside(_IS_PADDED, is_padded)
+if hasattr(masking_utils, "fast_all"):  # with which transformers (5.23) reads a mask
+    masking_utils.fast_all = known_inside(_HIDES_NOTHING, masking_utils.fast_all)
 
 
 def _padded_left(

@@ -40,6 +40,7 @@ from qlora_kit.device.target import (
     has_own_memory,
     has_values,
     is_rocm,
+    known_inside,
     set_inside,
 )
 from qlora_kit.kernels.attention import Segment, causal_attention
@@ -53,7 +54,8 @@ LIBRARY = {ours: name for name, ours in NAMES.items()} | {f"{name}_fp32": name f
 ROWS = "attention_rows"
 """The option of a forward pass that tells attention the `Rows` of a batch."""
 _BATCH: ContextVar[Batch | None] = ContextVar("batch", default=None)
-_UNREAD: ContextVar[bool] = ContextVar("unread", default=False)
+_PACKED: ContextVar[tuple[None] | None] = ContextVar("packed", default=None)
+"""Which packed sequence each position is of, where that is known: None, of rows that begin at 0."""
 
 
 def set_packed_attention(model: PreTrainedModel) -> bool:
@@ -109,19 +111,12 @@ def within_rows(model: PreTrainedModel, batch: Batch) -> Iterator[dict[str, Any]
 
 def positions_unread() -> AbstractContextManager[None]:
     """Inside, transformers takes all positions for those of rows that begin at 0."""
-    return set_inside(_UNREAD, True)
+    return set_inside(_PACKED, (None,))
 
 
-def _packed_indices(position_ids: Tensor) -> Any:
-    """Which packed sequence each position is of, as transformers asks; None inside of the above."""
-    # torch (2.13) compiles no read of a ContextVar.
-    unread = not torch.compiler.is_compiling() and _UNREAD.get()
-    return None if unread else _ASKED(position_ids)
-
-
-# Once and for all threads: each that put it there and back would find another's.
-_ASKED: Any = masking_utils.find_packed_sequence_indices
-masking_utils.find_packed_sequence_indices = _packed_indices
+masking_utils.find_packed_sequence_indices = known_inside(
+    _PACKED, masking_utils.find_packed_sequence_indices
+)
 
 
 def attend(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.architecture import architecture_of
-from qlora_kit.base.decoder import hidden_states
+from qlora_kit.base.decoder import hidden_states, in_mode
 from qlora_kit.base.embedding import ids_on_host
 from qlora_kit.base.recurrence import check_packing
 from qlora_kit.kernels.cross_entropy import cross_entropy_sum, cross_entropy_tokens
@@ -96,22 +96,17 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss over all batches, and what the objective measures beside it.
 
-    Runs in evaluation mode and restores the mode that was set; draws no random number. The sum is
+    Runs in evaluation mode and restores that of each module; draws no random number. The sum is
     read once, at the end.
     """
-    training = model.training
-    model.eval()
     device, tokens, count = model.device, 0, 0
     # Sums of many batches in double: a mean of batch means would weigh them wrong.
     total = torch.zeros(1 + len(objective.measures), dtype=torch.float64, device=device)
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                total += objective.sums(model, to_device(batch, device))
-                tokens += batch["num_supervised"]
-                count += objective.count(batch)
-    finally:
-        model.train(training)
+    with in_mode(model.modules(), training=False), torch.no_grad():
+        for batch in batches:
+            total += objective.sums(model, to_device(batch, device))
+            tokens += batch["num_supervised"]
+            count += objective.count(batch)
     loss, *measured = (one / count if count else float("nan") for one in total.tolist())
     return Evaluation(loss, tokens, dict(zip(objective.measures, measured, strict=True)))
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_kit.base.decoder import in_mode
 from qlora_kit.config.training import TrainingConfig
 from qlora_kit.training.loss import SUPERVISED_TOKENS, Objective, to_device, token_losses
 
@@ -95,12 +96,8 @@ def reference_log_probabilities(
 
     `batches` come with the rows that each has. In evaluation mode; the mode is restored.
     """
-    training = model.training
-    model.eval()
     found = torch.full((num_rows,), float("nan"))
-    try:
+    with in_mode(model.modules(), training=False):
         for rows, batch in batches:
             found[rows] = log_probabilities(model, to_device(batch, model.device)).cpu()
-    finally:
-        model.train(training)
     return found

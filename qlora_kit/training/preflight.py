@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qlora_kit.base.decoder import in_mode
 from qlora_kit.device.target import has_own_memory
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.host_gradients import waiting_of
@@ -72,12 +73,10 @@ def preflight(
     def run_backward(backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
         return guard.run_backward(lambda parts: as_in_a_run(backward, parts), micro_batches)
 
-    was_training = model.training
-    model.train()
     # A base with dropout of its own draws from torch's generators.
     devices = [device] if has_own_memory(device) else []
     try:
-        with torch.random.fork_rng(devices):
+        with in_mode(model.modules(), training=True), torch.random.fork_rng(devices):
             train_step(
                 model,
                 [batch],
@@ -90,7 +89,6 @@ def preflight(
             )
     finally:
         guard.drop_gradients()
-        model.train(was_training)
         for module in model.modules():
             if hasattr(module, "seek"):
                 module.seek(0, 0)

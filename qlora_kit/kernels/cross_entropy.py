@@ -61,7 +61,7 @@ def cross_entropy_sum(
     `softcap` c the scaled logits are c * tanh(logits / c).
     """
     given = softcap, scale, *_head(head)
-    return _CrossEntropySum.apply(tokens, targets, *given)  # type: ignore[no-any-return, no-untyped-call]
+    return _CrossEntropy.apply(tokens, targets, True, *given)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def cross_entropy_tokens(
@@ -73,7 +73,7 @@ def cross_entropy_tokens(
 ) -> Tensor:
     """What `cross_entropy_sum` is the sum of: -log p of each token, (N,) in fp32."""
     given = softcap, scale, *_head(head)
-    return _CrossEntropyTokens.apply(tokens, targets, *given)  # type: ignore[no-any-return, no-untyped-call]
+    return _CrossEntropy.apply(tokens, targets, False, *given)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _head(head: nn.Linear) -> tuple[Tensor, Tensor | None, Tiles | None, int]:
@@ -87,34 +87,22 @@ def chunk_tokens(vocabulary: int, itemsize: int, tiled: bool) -> int:
     return min(most, max(1, nbytes // (vocabulary * itemsize) // MULTIPLE) * MULTIPLE)
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    """The chunked loss; its gradient by the tokens is made in forward and scaled in backward."""
+class _CrossEntropy(torch.autograd.Function):
+    """The chunked loss, `summed` or of each token.
+
+    Its gradient by the tokens is made in forward, and scaled in backward by that of the loss.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, targets: Tensor, *given: Any) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=tokens.device)
-        grad_tokens = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
-        for _, log_p in _chunks(tokens, targets, grad_tokens, *given):
-            total -= log_p.sum()
-        ctx.save_for_backward(grad_tokens)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_tokens,) = ctx.saved_tensors
-        return grad_tokens * grads[0].to(grad_tokens.dtype), *(None,) * 7
-
-
-class _CrossEntropyTokens(torch.autograd.Function):
-    """As `_CrossEntropySum`, of each token: its gradient is scaled by the token's own."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, targets: Tensor, *given: Any) -> Tensor:
-        losses = tokens.new_empty(tokens.shape[0], dtype=torch.float32)
+    def forward(ctx: Any, tokens: Tensor, targets: Tensor, summed: bool, *given: Any) -> Tensor:
+        shape = () if summed else tokens.shape[:1]
+        losses = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
         grad_tokens = torch.empty_like(tokens) if ctx.needs_input_grad[0] else None
         for rows, log_p in _chunks(tokens, targets, grad_tokens, *given):
-            torch.neg(log_p.squeeze(1), out=losses[rows])
+            if summed:
+                losses -= log_p.sum()
+            else:
+                torch.neg(log_p.squeeze(1), out=losses[rows])
         ctx.save_for_backward(grad_tokens)
         return losses
 
@@ -122,7 +110,7 @@ class _CrossEntropyTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_tokens,) = ctx.saved_tensors
-        return grad_tokens * grads[0].to(grad_tokens.dtype).unsqueeze(1), *(None,) * 7
+        return grad_tokens * grads[0].to(grad_tokens.dtype).unsqueeze(-1), *(None,) * 8
 
 
 def _chunks(

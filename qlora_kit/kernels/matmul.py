@@ -127,7 +127,7 @@ def grad_input(
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """`left` (m, k) times `right` (k, n), activations or adapters, in the dtype of `left`."""
+    """`left` (m, k) times `right` (k, n), or b of both, in the dtype of `left`."""
     dtype = matmul_dtype(left)
     if dtype is left.dtype:
         return left @ right
@@ -145,31 +145,14 @@ def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 
 def add_matmul(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """`y += alpha * left @ right` in place: `y` (m, n), `left` (m, k), `right` (k, n)."""
+    """`y += alpha * left @ right` in place: (m, n), (m, k) and (k, n), or b of each."""
     if left.dtype is y.dtype is matmul_dtype(left):
-        y.addmm_(left, right, alpha=alpha)
+        add = y.addmm_ if y.dim() == 2 else y.baddbmm_
+        add(left, right, alpha=alpha)
     elif left.dtype is matmul_dtype(left):
         y.add_(left @ right, alpha=alpha)
     else:
         y.add_(left.float() @ right.float(), alpha=alpha)
-
-
-def bmm(left: Tensor, right: Tensor) -> Tensor:
-    """`left` (b, m, k) times `right` (b, k, n), activations and adapters, in `left`'s dtype."""
-    dtype = matmul_dtype(left)
-    if dtype is left.dtype:
-        return torch.bmm(left, right)
-    return torch.bmm(left.to(dtype), right.to(dtype)).to(left.dtype)
-
-
-def add_bmm(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """`y += alpha * left @ right` in place: (b, m, n), (b, m, k) and (b, k, n)."""
-    if left.dtype is y.dtype is matmul_dtype(left):
-        y.baddbmm_(left, right, alpha=alpha)
-    elif left.dtype is matmul_dtype(left):
-        y.add_(torch.bmm(left, right), alpha=alpha)
-    else:
-        y.add_(torch.bmm(left.float(), right.float()), alpha=alpha)
 
 
 def scale_columns(tokens: Tensor, scales: Tensor, out: Tensor) -> None:

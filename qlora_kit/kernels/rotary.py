@@ -26,7 +26,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     `cos` and `sin` are (B, T, width): the embeddings of the positions, both halves alike. Value i
     turns with value i + width / 2; `interleaved`, values 2i and 2i + 1 turn with each other.
     """
-    return _Rotate.apply(x, cos, sin, interleaved)  # type: ignore[no-any-return, no-untyped-call]
+    return _Rotate.apply(cos, sin, interleaved, x)[0]  # type: ignore[no-any-return, no-untyped-call]
 
 
 def rotate_both(
@@ -34,45 +34,30 @@ def rotate_both(
 ) -> tuple[Tensor, Tensor]:
     """`rotate` of queries (B, T, heads, d) and of keys (B, T, kv heads, d)."""
     if _in_triton(q, cos) and q.dtype is k.dtype and q.shape[-1] == k.shape[-1]:
-        return _RotateBoth.apply(q, k, cos, sin, interleaved)  # type: ignore[no-any-return, no-untyped-call]
+        return _Rotate.apply(cos, sin, interleaved, q, k)  # type: ignore[no-any-return, no-untyped-call]
     return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
 
 
 class _Rotate(torch.autograd.Function):
     """(x1, x2) to (x1 cos - x2 sin, x2 cos + x1 sin); backward is the rotation by minus the angle.
 
-    x1 and x2 are the pairs' first and second values, (B, T, heads, width / 2) each.
+    x1 and x2 are the pairs' first and second values, (B, T, heads, width / 2) each. Queries and
+    keys together are one launch forward and one backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return _rotated(x, cos, sin, interleaved, back=False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, sin, ctx.interleaved, back=True), None, None, None
-
-
-class _RotateBoth(torch.autograd.Function):
-    """The rotation of queries and keys, both in one launch forward and one backward."""
-
-    @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, cos: Tensor, sin: Tensor, interleaved: bool, *heads: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _launched((q, k), cos, sin, interleaved, back=False)  # type: ignore[return-value]
+        return _rotated(heads, cos, sin, interleaved, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *_launched(grads, cos, sin, ctx.interleaved, back=True), None, None, None
+        return None, None, None, *_rotated(grads, cos, sin, ctx.interleaved, back=True)
 
 
 def _in_triton(x: Tensor, cos: Tensor) -> bool:
@@ -94,10 +79,16 @@ def _launched(
     return tuple(made)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
-    """`x` (B, T, heads, d) rotated, or rotated `back`, in its own dtype."""
-    if _in_triton(x, cos):
-        return _launched((x,), cos, sin, interleaved, back)[0]
+def _rotated(
+    heads: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, back: bool
+) -> tuple[Tensor, ...]:
+    """Some (B, T, heads, d) rotated, or rotated `back`, in their own dtype."""
+    if _in_triton(heads[0], cos):
+        return _launched(heads, cos, sin, interleaved, back)
+    return tuple(_turned(x, cos, sin, interleaved, back) for x in heads)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # (B, T, 1, width): the same for all heads
     width = cos.shape[-1]
     half = width // 2

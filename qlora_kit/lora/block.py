@@ -168,7 +168,7 @@ class Block:
     def _mlp_in_tiles(self, x: Tensor) -> Tensor:
         """The middle residual (B, T, h) and what the MLP adds to it, tile by tile."""
         if not torch.is_grad_enabled():
-            return over_tiles(lambda tile: self._added(*self._mlp(tile, None)), x)
+            return over_tiles(lambda _, tile, to: to.copy_(self._added(*self._mlp(tile, None))), x)
         gate_up, down = self.mlp_linears
         norms = self.before[1], self.after[1]
         mlp = TiledMlp.of(norms, gate_up, self.gate, down, self.residual_scale)

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_kit.base.linear import base_matmul
 from qlora_kit.base.resident import device_of
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.lora.dropout import KeyedDropout
@@ -165,15 +164,7 @@ def _without_graph(
     else:
         tokens = inputs[0] if before is None else before.apply(*inputs)[0]
     low_rank = LowRank.of(parts, tokens) if together(parts, tokens) else None
-    outputs = []
-    for place, part in enumerate(parts):
-        y = base_matmul(part.base, tokens)  # (..., out_features)
-        if low_rank is not None:
-            low_rank.add_to(y, place)
-        elif part.has_update:
-            part.add_to(y, tokens)
-        outputs.append(y)
-    return tuple(outputs)
+    return tuple(outputs_of(parts, tokens, low_rank))
 
 
 @dataclass

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from qlora_kit.device.target import device_type
 from qlora_kit.errors import AdapterError
-from qlora_kit.kernels.matmul import adapter_dtype, add_bmm, add_matmul, bmm, linear
+from qlora_kit.kernels.matmul import adapter_dtype, add_matmul, linear, matmul
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.stack import OwnRows, Places, RowsRoom, Span, Stack
@@ -70,10 +70,10 @@ class RowsPart(Part):
                 lora_a, lora_b = by_row
                 dtype = lora_a.dtype
                 # (B, r, T), which for one token is read faster, to (B, T, r)
-                hidden = bmm(lora_a, x.to(dtype).transpose(1, 2)).transpose(1, 2)
+                hidden = matmul(lora_a, x.to(dtype).transpose(1, 2)).transpose(1, 2)
                 if places.scalings is not None:
                     hidden.mul_(places.scalings)
-                add_bmm(y.view(*x.shape[:2], -1), hidden, lora_b, places.scaling)
+                add_matmul(y.view(*x.shape[:2], -1), hidden, lora_b, places.scaling)
                 continue
             lora_a, lora_b = (matrix[:-1].to(dtype) for matrix in (stack.lora_a, stack.lora_b))
             # Filled, not multiplied by zero: another adapter's value may be infinite in fp16. And

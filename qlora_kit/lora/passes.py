@@ -19,12 +19,17 @@ Before = FrozenNorm | Gate
 
 
 def outputs_of(parts: Sequence[Part], tokens: Tensor, low_rank: LowRank | None) -> list[Tensor]:
-    """What linears with their adapters make of tokens (..., in_features): (..., out_features)."""
+    """What linears with their adapters make of tokens (..., in_features): (..., out_features).
+
+    Without `low_rank` each adapter computes its update by itself, and keeps nothing of it.
+    """
     outputs = []
     for place, part in enumerate(parts):
         y = base_matmul(part.base, tokens)
         if low_rank is not None:
             low_rank.add_to(y, place)
+        elif part.has_update:
+            part.add_to(y, tokens)
         outputs.append(y)
     return outputs
 

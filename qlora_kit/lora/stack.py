@@ -8,6 +8,7 @@ weighted sum of adapters on a linear is made by the same stacking.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -192,9 +193,7 @@ def weighted_sum(terms: Sequence[tuple[Part, float]]) -> Part:
     # The largest is left to the matmul, and the others are taken by it: equal ones leave every B as
     # it is, and no B grows out of the range of its dtype.
     scaling = max(factors, key=abs)
-    dtype = terms[0][0].dtype
-    for part, _ in terms:
-        dtype = torch.promote_types(dtype, part.dtype)
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part, _ in terms))
     downs = [part.weights[0].to(dtype) for part, _ in terms]
     ups = [
         part.weights[1].float().mul(factor / scaling).to(dtype)

@@ -135,12 +135,15 @@ def mlp_in_tiles(mlp: TiledMlp, x: Tensor) -> Tensor:
     return _Tiles.apply(shared, tie, x, *mlp.weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def over_tiles(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`run` of each tile (N, h) of `x` (B, T, h), (B, T, h) as well; without a graph."""
+def over_tiles(run: Callable[[int, Tensor, Tensor], object], x: Tensor) -> Tensor:
+    """What `run` makes of `x` (B, T, h), (B, T, h) as well, tile by tile and without a graph.
+
+    It is given a tile's number, the tile (N, h), and where its result is to be.
+    """
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     tokens, into = x.reshape(-1, x.shape[-1]), result.view(-1, x.shape[-1])
-    for _, rows in each_tile(tokens):
-        into[rows].copy_(run(tokens[rows]))
+    for number, rows in each_tile(tokens):
+        run(number, tokens[rows], into[rows])
     return result
 
 
@@ -192,11 +195,7 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shared: _Shared, tie: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
         ctx.shared = shared
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        tokens, into = x.reshape(-1, x.shape[-1]), result.view(-1, x.shape[-1])
-        for number, rows in each_tile(tokens):
-            shared.mlp.of_tile(number).added(tokens[rows], into[rows])
-        return result
+        return over_tiles(lambda number, *tile: shared.mlp.of_tile(number).added(*tile), x)
 
     @staticmethod
     @once_differentiable

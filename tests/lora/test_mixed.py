@@ -11,8 +11,7 @@ from families import relative_error, tiny_model, token_ids
 from transformers import OPTConfig, OPTForCausalLM
 
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora import layer as layers_module
-from qlora_kit.lora import mixed
+from qlora_kit.lora import mixed, passes
 from qlora_kit.lora.inject import lora_layer, lora_layers, switch_of
 from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.mixed import Mixed, Stacks
@@ -111,13 +110,13 @@ def test_each_row_is_what_its_adapter_gives_alone(family, bits, gathered, monkey
 def test_base_products_do_not_grow_with_adapters(monkeypatch):
     model, switch = adaptable(bits=4)
     adapters, calls = [drawn(model, name, r=4) for name in "abcdefgh"], []
-    real = layers_module.base_matmul
+    real = passes.base_matmul
 
     def counted(layer, x):
         calls.append(x.shape[0])
         return real(layer, x)
 
-    monkeypatch.setattr(layers_module, "base_matmul", counted)
+    monkeypatch.setattr(passes, "base_matmul", counted)
     for count in (1, 3, 8):
         calls.clear()
         answers(model, switch, Mixed.of((adapters[:count] * 8)[:8]), token_ids(8, 16), steps=1)

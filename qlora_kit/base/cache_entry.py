@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -46,27 +46,21 @@ class DamagedError(Exception):
     """The bytes of an entry are not those that were written; its text names the file."""
 
 
-class EntryWriter:
+class EntryWriter(ExitStack):
     """Fills an empty directory with the tensors of a quantized base; `finish` writes its manifest.
 
     Memory holds the tensor that comes. To be used with `with`. Errors: `OSError`.
     """
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self._directory = directory
         self._files: list[TensorFile] = []
         self._open: TensorFile | None = None
         self._room = 0
-        self._hashes: dict[str, Future[str]] = {}
+        self._hashes: dict[str, str] = {}
         self._linears: dict[str, str] = {}
-        self._stack = ExitStack()
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(1))
-
-    def __enter__(self) -> EntryWriter:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stack.close()
+        self._pool = self.enter_context(ThreadPoolExecutor(1))
 
     def put(self, name: str, made: Tensor | QuantizedLinear) -> None:
         """Write a tensor, or all of a quantized linear but its bias, which comes as a tensor."""
@@ -88,8 +82,7 @@ class EntryWriter:
             entries = read_header(file.path)
             for name, one in entries.items():
                 where = file.path.name, one.start, one.end
-                sha = self._hashes[name].result()
-                tensors[name] = KeptTensor(one.dtype, one.shape, *where, sha)
+                tensors[name] = KeptTensor(one.dtype, one.shape, *where, self._hashes[name])
             begin = min((one.start for one in entries.values()), default=0)
             with open(file.path, "rb") as written:
                 headers[file.path.name] = begin, hashlib.sha256(written.read(begin)).hexdigest()
@@ -106,15 +99,15 @@ class EntryWriter:
             if file is not None:
                 file.finish()
             path = self._directory / FILE.format(len(self._files) + 1)
-            file = self._open = self._stack.enter_context(TensorFile(path, HEADER_ROOM, PRIVATE))
+            file = self._open = self.enter_context(TensorFile(path, HEADER_ROOM, PRIVATE))
             self._files.append(file)
             self._room = HEADER_ROOM
         self._room -= needed
         held = tensor.detach().to("cpu").contiguous()
         # It is hashed while it is written.
-        future = self._hashes[name] = self._pool.submit(_sha256, tensor_bytes(held))
+        digest = self._pool.submit(hashlib.sha256, tensor_bytes(held))
         file.add(name, held)
-        future.result()  # memory holds one
+        self._hashes[name] = digest.result().hexdigest()  # and waited for: memory holds one
 
 
 def parts_of(layer: QuantizedLinear) -> dict[str, Tensor]:
@@ -124,15 +117,7 @@ def parts_of(layer: QuantizedLinear) -> dict[str, Tensor]:
     return found | {n: b for n, b in layer._buffers.items() if n in own and b is not None}
 
 
-def _unheard(part: memoryview) -> None:
-    """Of bytes that were hashed before."""
-
-
-def _sha256(held: memoryview) -> str:
-    return hashlib.sha256(held).hexdigest()
-
-
-class EntryReader:
+class EntryReader(ExitStack):
     """Reads tensors of an entry, each checked; its files stay open until the block ends.
 
     The directory is opened once: what takes its place meanwhile is not read.
@@ -140,24 +125,18 @@ class EntryReader:
     """
 
     def __init__(self, path: Path, kept: KeptBase) -> None:
+        super().__init__()
         self.path, self.kept = path, kept
-        self._stack = ExitStack()
         self._files: dict[str, BinaryIO] = {}
         folder = open_entry(path)
         try:
             for name in kept.headers:
-                self._files[name] = self._stack.enter_context(open_own(name, folder))
+                self._files[name] = self.enter_context(open_own(name, folder))
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
         finally:
             os.close(folder)
-
-    def __enter__(self) -> EntryReader:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stack.close()
 
     def empty(self, name: str, device: torch.device) -> Tensor:
         """A tensor for `read` to fill.
@@ -180,7 +159,7 @@ class EntryReader:
         if flat.numel() != one.end - one.start:
             raise DamagedError(f"{self.path / one.file}: {name} has another size")
         digest = hashlib.sha256()
-        hashed: Callable[[memoryview], None] = _unheard if again else digest.update
+        hashed: Callable[[memoryview], None] = (lambda part: None) if again else digest.update
         if has_own_memory(flat.device):
             self._through_the_host(one, flat, hashed)
         else:

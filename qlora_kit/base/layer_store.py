@@ -186,7 +186,7 @@ class EntryStore:
         self._names = {module: name for name, module in model.named_modules()}
 
     def __del__(self) -> None:
-        self._entry.__exit__()
+        self._entry.close()
 
     def load(self, number: int, block: Tensor) -> None:
         """Read a layer's tensors. Errors: `ModelError` for a file that ends early."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from qlora_kit.commands.argv import parse
@@ -17,9 +16,9 @@ GROUPS = (BaseConfig, AdaptersConfig, ChatConfig, SamplingConfig)
 
 
 @reports_errors
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    parsed = parse("qlora-kit chat", SUMMARY, GROUPS, sys.argv[1:] if argv is None else argv)
+    parsed = parse("qlora-kit chat", SUMMARY, GROUPS, argv)
     from qlora_kit.run.chat import open_chat
 
     return ChatScreen(open_chat(parsed)).run()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qlora_kit.commands.progress import MEASURES, TrainingProgress, loss_text
 from qlora_kit.commands.terminal import Terminal, size
-from qlora_kit.run.reporter import Reporter
+from qlora_kit.run.reporter import Reporter, StepReporter
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from qlora_kit.plan.memory_plan import MemoryPlan
     from qlora_kit.training.loss import Evaluation
 
+SHOWN_ANSWER = 160
+"""Characters of an answer that are shown, at most."""
 SHOWN_PROMPT = 400
 """Characters of a prompt that is shown as a command, at most."""
 
@@ -33,6 +35,7 @@ class Display(Reporter):
 
     def __init__(self) -> None:
         self._terminal = Terminal()
+        self._line = self._terminal.line
 
     def note(self, text: str) -> None:
         """One line that the reader should not miss."""
@@ -149,11 +152,9 @@ class Display(Reporter):
         """The held-out loss in the middle of a run."""
         self._terminal.print(f"held-out loss after step {step}: {loss_text(found)}")
 
-    @contextlib.contextmanager
-    def progress(self, total_steps: int, memory: str) -> Iterator[TrainingProgress]:
+    def progress(self, total_steps: int, memory: str) -> AbstractContextManager[StepReporter]:
         """A bar over the steps of a run; `memory` says what its bytes are those of."""
-        with TrainingProgress(self._terminal, total_steps, memory) as bar:
-            yield bar
+        return TrainingProgress(self._terminal, total_steps, memory)
 
     def answers(self, questions: Sequence[Row], answers: Sequence[Sequence[str]]) -> None:
         """Held-out prompts with the answers before and after training."""
@@ -226,9 +227,6 @@ class Display(Reporter):
         """Where the adapter is on the hub."""
         self._line("sent", address)
 
-    def _line(self, label: str, text: str) -> None:
-        self._terminal.line(label, text)
-
 
 def shell_word(text: str) -> str:
     """`text` as one word of a shell; a line's end, which a prompt may need, stays on the line."""
@@ -243,6 +241,6 @@ def _counts(encoded: EncodedRows) -> str:
     return f"{encoded.count}, {encoded.tokens:,} tokens, {encoded.supervised_tokens:,} trained on"
 
 
-def _one_line(text: str, limit: int = 160) -> str:
+def _one_line(text: str) -> str:
     text = " | ".join(line for line in text.splitlines() if line.strip())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if len(text) <= SHOWN_ANSWER else text[: SHOWN_ANSWER - 3] + "..."

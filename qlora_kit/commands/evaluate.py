@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,15 +73,13 @@ def _perplexity(report: dict[str, Any]) -> str:
 
 
 def _show(report: dict[str, Any], terminal: Terminal) -> None:
-    lines = [("model", f"{report['model']}, {report['bits']} bits, {report['dtype']}")]
+    line = functools.partial(terminal.line, width=10)
     _show_answers([report], ["answer"], terminal, 10)
+    line("model", f"{report['model']}, {report['bits']} bits, {report['dtype']}")
     if report["adapter"] is not None:
-        lines.append(("adapter", report["adapter"]))
-    lines.append(("data", _counts(report)))
-    shown = f"{report['loss']:.4f} nats a token, perplexity {_perplexity(report)}"
-    lines.append(("loss", shown))
+        line("adapter", report["adapter"])
+    line("data", _counts(report))
+    line("loss", f"{report['loss']:.4f} nats a token, perplexity {_perplexity(report)}")
     if report["asked"]:
         right = f"{report['right']} of {report['asked']} answers equal the completion"
-        lines.append(("exact", f"{right} ({report['exact_match']:.1%})"))
-    for label, text in lines:
-        terminal.line(label, text, width=10)
+        line("exact", f"{right} ({report['exact_match']:.1%})")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,13 +43,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
 def opened_run(
     parsed: Parsed,
     reporter: Callable[[], Reporter],
     signals: StopSignals,
     given: Mapping[str, GivenRows] | None = None,
-) -> Iterator[Run | FinishedRun]:
+) -> AbstractContextManager[Run | FinishedRun]:
     """The run that options ask for, ready for `train`; or the one to resume, which is finished.
 
     `reporter` makes who is told of it, once the request is read; `given` has rows of the program.
@@ -60,8 +59,7 @@ def opened_run(
     request = read_request(parsed, given)  # without torch, which takes longer to import than this
     from qlora_kit.run.opening import open_run
 
-    with open_run(request, reporter(), signals) as run:
-        yield run
+    return open_run(request, reporter(), signals)
 
 
 def _parse(argv: Sequence[str]) -> Parsed:

@@ -9,8 +9,8 @@ quantized, or has its adapter beside it, is always read whole.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,11 +77,9 @@ def with_adapter(model: PreTrainedModel, directory: Path, way: Way) -> PreTraine
     return model
 
 
-@contextlib.contextmanager
-def read_layers(directory: Path, way: Way) -> Iterator[PreTrainedModel]:
+def read_layers(directory: Path, way: Way) -> AbstractContextManager[PreTrainedModel]:
     """The exported model on a device, layer by layer."""
-    with layer_by_layer(open_base(_options(directory, way.device))) as model:
-        yield model
+    return layer_by_layer(open_base(_options(directory, way.device)))
 
 
 def _options(directory: Path, device: torch.device) -> BaseConfig:

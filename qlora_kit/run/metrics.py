@@ -20,9 +20,8 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config.output import OutputConfig
 from qlora_kit.errors import ConfigError, excerpt, redacted
 from qlora_kit.files.atomic import write_file
 
@@ -50,7 +49,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-class MetricsLog:
+class MetricsLog(contextlib.ExitStack):
     """`metrics.jsonl` in `directory`, and the trackers that get the same numbers.
 
     A new run begins an empty file. With `resume_step`, the whole lines of an earlier part of the
@@ -66,24 +65,18 @@ class MetricsLog:
         resume_step: int | None = None,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
+        super().__init__()
         self._trackers, self._note = list(trackers), note
-        self._closing = contextlib.ExitStack()
         for tracker in trackers:
-            self._closing.callback(self._carefully, tracker, tracker.finish)
+            self.callback(self._carefully, tracker, tracker.finish)
         path = self._path = Path(directory) / METRICS_FILE
         try:
             write_text(path, _lines_up_to(path, resume_step))
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
-            self._closing.callback(os.close, self._file)
+            self.callback(os.close, self._file)
         except BaseException:
-            self._closing.close()
+            self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._closing.close()
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line, then tell the trackers; `step` is the step, if there."""
@@ -108,12 +101,6 @@ class MetricsLog:
                 self._trackers.remove(tracker)
                 name = getattr(tracker, "name", type(tracker).__name__)
                 self._note(f"{name} is told no more: {type(error).__name__}: {error}")
-
-
-def check_reports(output: OutputConfig) -> None:
-    """Refuse a tracker or a picture that cannot be here. Errors: `ConfigError`."""
-    check_trackers(output.report_to)
-    check_plot(output.plot, output.overwrite)
 
 
 def check_plot(name: str | None, overwrite: bool) -> None:

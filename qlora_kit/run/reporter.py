@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +66,9 @@ class Reporter:
     def evaluation(self, step: int, found: Evaluation) -> None:
         """The held-out loss in the middle of a run."""
 
-    @contextlib.contextmanager
-    def progress(self, total_steps: int, memory: str) -> Iterator[StepReporter]:
+    def progress(self, total_steps: int, memory: str) -> AbstractContextManager[StepReporter]:
         """Around the steps of a run; `memory` says what the bytes of a step are those of."""
-        yield StepReporter()
+        return nullcontext(StepReporter())
 
     def answers(self, questions: Sequence[Row], answers: Sequence[Sequence[str]]) -> None:
         """Held-out prompts with the answers before and after training."""

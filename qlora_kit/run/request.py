@@ -16,7 +16,7 @@ from qlora_kit.data.lines import GivenRows
 from qlora_kit.data.rows import Rows
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 from qlora_kit.run.method import rows_of_run
-from qlora_kit.run.metrics import check_reports
+from qlora_kit.run.metrics import check_plot, check_trackers
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.place import check_place
 from qlora_kit.run.saved_adapter import SavedAdapter
@@ -57,7 +57,8 @@ def read_request(parsed: Parsed, given: Mapping[str, GivenRows] | None = None) -
     """
     refuse_tokens(parsed)
     config = RunConfig.of(parsed)
-    check_reports(config.output)
+    check_trackers(config.output.report_to)
+    check_plot(config.output.plot, config.output.overwrite)
     config, rows = rows_of_run(config, given)
     name = config.lora.adapter
     if name is not None and config.output.resume_from_checkpoint is not None:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.generation.sampling import Sampling
+from qlora_kit.generation.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,11 +40,7 @@ class Event:
 class Job:
     """One answer that is asked for, made in the event loop that waits for its events."""
 
-    ids: list[int]
-    adapter: str | None
-    max_new_tokens: int
-    eos_ids: frozenset[int]
-    sampling: Sampling
+    request: Request
     tokenizer: PreTrainedTokenizerBase
     stops: tuple[str, ...] = ()
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
@@ -72,7 +68,7 @@ class Answer:
     @property
     def usage(self) -> dict[str, int]:
         """The counts of the prompt and of what was drawn so far."""
-        prompt, drawn = len(self.job.ids), self.job.tokens
+        prompt, drawn = len(self.job.request.ids), self.job.tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": drawn,

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from qlora_kit.config.commands import ServeConfig
 from qlora_kit.errors import ConfigError, excerpt
+from qlora_kit.generation.request import Request as EngineRequest
 from qlora_kit.generation.sampling import Sampling
 from qlora_kit.serving.answer import Answer, Job
 from qlora_kit.serving.errors import (
@@ -170,15 +171,9 @@ class Api:
             if self.models.get(asked.model) is not model:  # by now another one has the name
                 raise no_model(asked.model, self.models.names)
             self._check_ids(ids, asked.prompt_field)
-            job = Job(
-                ids=ids,
-                adapter=model.adapter,
-                max_new_tokens=self.limits.of_answer(asked, len(ids)),
-                eos_ids=ends,
-                sampling=sampling(asked),
-                tokenizer=self.models.for_text,
-                stops=asked.stops,
-            )
+            most = self.limits.of_answer(asked, len(ids))
+            wanted = EngineRequest(ids, most, ends, sampling(asked), model.adapter)
+            job = Job(wanted, self.models.for_text, asked.stops)
             self.scheduler.submit(job)
         answer = Answer(job, model.name, is_chat, asked.with_usage)
         said = request.scope["said"]

@@ -17,7 +17,8 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
@@ -76,15 +77,14 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, receive, sends)
-        except ApiError as error:
-            if not status:
-                await answer(sends, error)
         except TimeoutError:
             raise  # the client reads nothing: its connection is closed
         except Exception as error:
-            self._report(error)
+            if not isinstance(error, ApiError):
+                self._report(error)
             if not status:
-                await answer(sends, from_error(error))
+                told = from_error(error)
+                await send_json(sends, told.body, told.status, told.headers)
         finally:
             took = f"{time.monotonic() - began:.2f} s"
             self._log(" ".join([scope["method"][:8], _known(scope), str(status), took, *said]))
@@ -177,11 +177,12 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-async def answer(send: Send, error: ApiError) -> None:
-    """Send an error object."""
-    content = json.dumps(error.body).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(content))}
-    headers |= error.headers
+async def send_json(
+    send: Send, said: Any, status: int = 200, more: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Send an object as JSON, with `more` headers."""
+    content = json.dumps(said).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(content)), **more}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": content})

@@ -7,7 +7,6 @@ it, whether it was to be streamed or not.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -16,7 +15,7 @@ from fastapi import Response
 
 from qlora_kit.serving.answer import Answer, Event, failed
 from qlora_kit.serving.errors import LEFT, ApiError, from_error, left
-from qlora_kit.serving.guard import disconnected
+from qlora_kit.serving.guard import disconnected, send_json
 from qlora_kit.serving.scheduler import Scheduler
 
 STREAM = [
@@ -76,13 +75,7 @@ class Reply(Response):
                 raise event.error
             if event.finish is not None:
                 self._finish = event.finish
-        content = json.dumps(self._answer.whole(text, self._finish)).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        await send_json(send, self._answer.whole(text, self._finish))
 
     async def _stream(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": STREAM})
@@ -113,5 +106,5 @@ class Reply(Response):
         took = time.monotonic() - (job.began_s or time.monotonic())
         rate = f", {job.tokens / took:.1f} tokens/s" if took > 0 else ""
         waited = f", waited {(job.began_s or time.monotonic()) - job.asked_s:.2f} s"
-        counts = f"{len(job.ids)}+{job.tokens} tokens{rate}{waited}"
+        counts = f"{len(job.request.ids)}+{job.tokens} tokens{rate}{waited}"
         return f"{self._answer.model} {counts}, {self._finish}"

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from qlora_kit.generation.engine import Engine
-from qlora_kit.generation.request import Request, Ticket
+from qlora_kit.generation.request import Ticket
 from qlora_kit.generation.text import AnswerText
 from qlora_kit.serving.answer import Event, Job
 from qlora_kit.serving.errors import closing, from_error, no_model, queue_full
@@ -102,8 +102,8 @@ class Scheduler:
         with self._changed:
             if self.is_closing:
                 raise closing()
-            if job.adapter in self._retiring:
-                raise no_model(str(job.adapter), [])
+            if (adapter := job.request.adapter) in self._retiring:
+                raise no_model(str(adapter), [])
             self._waiting.append(job)
             self._changed.notify()
 
@@ -203,16 +203,8 @@ class Scheduler:
             if job.left:
                 continue
             try:
-                ticket = self._engine.add(
-                    Request(
-                        ids=job.ids,
-                        adapter=job.adapter,
-                        max_new_tokens=job.max_new_tokens,
-                        eos_ids=job.eos_ids,
-                        sampling=job.sampling,
-                    )
-                )
-                text = AnswerText(job.tokenizer, after=job.ids, stops=job.stops)
+                ticket = self._engine.add(job.request)
+                text = AnswerText(job.tokenizer, after=job.request.ids, stops=job.stops)
             except Exception as error:
                 self._deliver([(job, self._failed(error))])
                 continue
@@ -223,9 +215,9 @@ class Scheduler:
         """Whether the cache may take one more row; one by itself always may."""
         if self._cache_bytes is None or not self._running or job.left:
             return True
-        jobs = [job, *(one for one, _ in self._running.values())]
-        longest = max(len(one.ids) + one.max_new_tokens for one in jobs)
-        return (self._engine.cache_bytes(longest, len(jobs)) or 0) <= self._cache_bytes
+        requests = [job.request, *(one.request for one, _ in self._running.values())]
+        longest = max(len(one.ids) + one.max_new_tokens for one in requests)
+        return (self._engine.cache_bytes(longest, len(requests)) or 0) <= self._cache_bytes
 
     def _step(self) -> list[tuple[Job, Event]]:
         """Draw a token for every row; what became of each."""
@@ -269,7 +261,7 @@ class Scheduler:
     def _retire_idle(self) -> None:
         with self._changed:
             jobs = [*self._waiting, *(job for job, _ in self._running.values())]
-            used = {job.adapter for job in jobs}
+            used = {job.request.adapter for job in jobs}
             free = [name for name in self._retiring if name not in used]
         for name in free:
             try:

@@ -167,16 +167,12 @@ class Base:
     @property
     def left(self) -> str | None:
         """What stays in 16 bits, in a sentence; None where nothing is quantized."""
-        if self.share is None:
-            return None
-        return self.share.said(self.held_in)
+        return None if self.share is None else self.share.said(self.held_in)
 
     @property
     def warning(self) -> str | None:
         """What else than embedding and head is a large part in 16 bits; None where nothing is."""
-        if self.share is None:
-            return None
-        return self.share.warning(self.held_in)
+        return None if self.share is None else self.share.warning(self.held_in)
 
     @property
     def in_16_bits(self) -> dict[str, float] | None:

@@ -135,8 +135,7 @@ def split_stored(
             raise ModelError(f"{where}: lacks {name}.weight", "fetch the model again")
         group["weight"] = entries[f"{name}.weight"]
         shape = torch.Size((linears[name].out_features, linears[name].in_features))
-        expected = expected_8bit(shape) if stored.bits == 8 else expected_4bit(shape, stored)
-        _check_group(name, group, expected)
+        _check_group(name, group, expected_parts(shape, stored))
         offset = 0.0
         if stored.bits == 4:
             state = _read_state(name, group[STATE + str(stored.quant_type)], shape, stored)
@@ -152,8 +151,11 @@ def split_stored(
     return layers, {key: entry for key, entry in entries.items() if key not in taken}
 
 
-def expected_4bit(shape: torch.Size, stored: Quantization) -> dict[str, tuple[str, int | None]]:
+def expected_parts(shape: torch.Size, stored: Quantization) -> dict[str, tuple[str, int | None]]:
     """Suffix to dtype and number of elements; None where any number up to a limit may be."""
+    if stored.bits == 8:
+        parts = {"weight": ("I8", shape.numel()), "SCB": ("F32", shape[0])}
+        return {**parts, "weight_format": ("U8", 1)}
     blocks = math.ceil(shape.numel() / BLOCKSIZE)
     expected: dict[str, tuple[str, int | None]] = {
         "weight": ("U8", math.ceil(shape.numel() / 2)),
@@ -165,11 +167,6 @@ def expected_4bit(shape: torch.Size, stored: Quantization) -> dict[str, tuple[st
         expected["weight.nested_absmax"] = ("F32", math.ceil(blocks / NESTED_BLOCKSIZE))
         expected["weight.nested_quant_map"] = ("F32", 256)
     return expected
-
-
-def expected_8bit(shape: torch.Size) -> dict[str, tuple[str, int | None]]:
-    """The same in 8 bits."""
-    return {"weight": ("I8", shape.numel()), "SCB": ("F32", shape[0]), "weight_format": ("U8", 1)}
 
 
 def _check_group(

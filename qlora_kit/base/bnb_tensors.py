@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from qlora_kit.base.bnb_checkpoint import expected_4bit, expected_8bit
+from qlora_kit.base.bnb_checkpoint import expected_parts
 from qlora_kit.base.encode_weight import BLOCKSIZE
 from qlora_kit.base.linear import Linear4bit, Linear8bit, QuantizedLinear
 from qlora_kit.base.quantize import Quantization, library_linear, state_tensors
@@ -28,12 +28,9 @@ STATE_BYTES = 512
 
 def checkpoint_bytes(shape: torch.Size, quantization: Quantization) -> dict[str, int]:
     """The bytes of each tensor of a linear (out_features, in_features), at most, by its suffix."""
-    expected = (
-        expected_8bit(shape) if quantization.bits == 8 else expected_4bit(shape, quantization)
-    )
     return {
         suffix: SIZES[dtype] * (STATE_BYTES if count is None else count)
-        for suffix, (dtype, count) in expected.items()
+        for suffix, (dtype, count) in expected_parts(shape, quantization).items()
     }
 
 
@@ -84,8 +81,7 @@ def hold_as_theirs(model: nn.Module, dtype: torch.dtype) -> None:
         theirs = library_linear(shape, layer.weight.data, dtype, said)
         theirs.bias = layer.bias
         theirs.train(layer.training)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, theirs)
+        model.set_submodule(name, theirs)
 
 
 def hold_as_ours(model: nn.Module) -> None:
@@ -93,8 +89,7 @@ def hold_as_ours(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and (layer := _ours(module)) is not None:
             layer.bias = module.bias
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, layer)
+            model.set_submodule(name, layer)
 
 
 def _ours(module: nn.Linear) -> QuantizedLinear | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.embedding import host_component, move_to_host
-from qlora_kit.base.head import QuantizedHead, own_head
+from qlora_kit.base.head import QuantizedHead
 from qlora_kit.base.in_fp32 import compute_in
 from qlora_kit.base.linear import Quantize, QuantizedLinear, quantize_linear
 from qlora_kit.base.made import names_on_host, tensors_of
@@ -93,7 +93,7 @@ def finished(
     what cannot run.
     """
     model: Any = base.model
-    if own_head(model):
+    if isinstance(model.get_output_embeddings(), QuantizedHead):
         # What shared a weight with the head has it alone.
         model.all_tied_weights_keys.pop(f"{name_of_head(model)}.weight", None)
     model.tie_weights(recompute_mapping=False)

@@ -49,11 +49,6 @@ class ScaledWeight:
     scales: TensorEntry
     blocks: Blocks
 
-    @property
-    def exponents(self) -> bool:
-        """Whether a scale is a power of two, stored as its exponent."""
-        return self.scales.dtype in ("F8_E8M0", "U8")
-
 
 def split_scaled(
     entries: Mapping[str, TensorEntry],
@@ -204,11 +199,12 @@ def read_numbers(
 
 
 def _read_scales(weight: ScaledWeight, read: Read) -> Tensor:
-    """The scales as stored, on the CPU; exponents as a dtype that has them."""
+    """The scales as stored, on the CPU; exponents of powers of two as a dtype that has them."""
     entry = weight.scales
     buffer = torch.empty(entry.end - entry.start, dtype=torch.uint8)
     read(entry, buffer)
-    dtype = torch.float8_e8m0fnu if weight.exponents else entry.torch_dtype
+    exponents = entry.dtype in ("F8_E8M0", "U8")
+    dtype = torch.float8_e8m0fnu if exponents else entry.torch_dtype
     scales = buffer.view(dtype).view(entry.shape).float()
     check_finite(scales, f"{entry.path}: {entry.name}")
     return scales

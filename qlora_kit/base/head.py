@@ -97,11 +97,6 @@ class HeadSource:
         return HeadSource(name, weight, made_of, in_bits(held, held.head_bits))
 
 
-def own_head(model: Any) -> bool:
-    """Whether the head is quantized, and so shares its weight with nothing."""
-    return isinstance(model.get_output_embeddings(), QuantizedHead)
-
-
 def _tiles(layer: QuantizedLinear) -> list[tuple[slice, QuantizedLinear]]:
     """The rows of a layer in tiles of whole blocks of values and of scales, without its bias."""
     width, rows = layer.in_features, layer.out_features

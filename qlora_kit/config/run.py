@@ -36,15 +36,12 @@ class RunConfig:
     @staticmethod
     def of(parsed: Parsed) -> RunConfig:
         """The options of a parsed command that has all groups of a run."""
-        base, data, lora, training = BaseConfig, DataConfig, LoRAConfig, TrainingConfig
-        return RunConfig(
-            parsed[base], parsed[data], parsed[lora], parsed[training], parsed[OutputConfig]
-        )
+        return RunConfig(*(parsed[group] for group in RUN_GROUPS))  # type: ignore[arg-type]
 
     def as_flat(self) -> dict[str, Any]:
         """`{option name: value}` of every option that applies, in the order of `--help`.
 
         An option that is left alone and has no value (None) is absent.
         """
-        groups = (self.base, self.data, self.lora, self.training, self.output)
+        groups = vars(self).values()
         return {name: value for group in groups for name, value in as_flat(group).items()}

@@ -9,7 +9,7 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.chat_mask import Chat, chat_tokens, chats
+from qlora_kit.data.chat_mask import chat_tokens, chats
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
 from qlora_kit.data.rendering import SYSTEM, Messages, Renderer, Rendering, header_text, is_written
 from qlora_kit.data.rows import Row
@@ -113,23 +113,20 @@ def _probe(answer: str, kind: str, system: bool) -> Row:
 
 
 def _end(row: Row, tokens: Tokens, options: ChatOptions) -> int | None:
-    """The last trained token of a chat."""
-    chat = _last_chat(row, tokens, options)
-    encoded = None if chat is None else chat_tokens(tokens, chat.text, chat.literals)
-    if chat is None or encoded is None:
-        return None
-    last = max(turn.span[1] for turn in chat.turns if turn.trained)
-    inside = (token for token, (first, _) in zip(*encoded, strict=True) if first < last)
-    return next(reversed(list(inside)), None)
-
-
-def _last_chat(row: Row, tokens: Tokens, options: ChatOptions) -> Chat | None:
-    """The chat that ends with the row's last trained turn; None where there is none."""
+    """The token that ends the last trained turn of a chat; None where there is none."""
     try:
         found = chats(row, tokens, replace(options, train_on="last"))
     except QloraKitError:
         return None
-    return found[-1] if isinstance(found, list) else None
+    if not isinstance(found, list):
+        return None
+    chat = found[-1]
+    encoded = chat_tokens(tokens, chat.text, chat.literals)
+    if encoded is None:
+        return None
+    last = max(turn.span[1] for turn in chat.turns if turn.trained)
+    inside = (token for token, (first, _) in zip(*encoded, strict=True) if first < last)
+    return next(reversed(list(inside)), None)
 
 
 def ends_text(tokenizer: Any, chat: ChatOptions) -> str:

@@ -141,7 +141,7 @@ class Transfers:
     def out(self, tensor: Tensor) -> Held:
         """`tensor` on its way to the host; it may be dropped and may not be written to."""
         tensor = tensor.detach()
-        if not _is_dense(tensor):
+        if not _in_order(tensor).is_contiguous():  # it has gaps
             tensor = tensor.contiguous()
         host = self._pieces(tensor)
         held = Held(tensor, tensor.device, host, self._free if self._locked else None)
@@ -236,11 +236,6 @@ def copies_on(device: torch.device) -> Copies:
 def is_planned(tensor: Tensor) -> bool:
     """Whether it stands for a tensor of a device in a plan, where all are on the CPU."""
     return not has_values(tensor) and tensor.device.type == "cpu"
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor lies without gaps, its dimensions in some order."""
-    return _in_order(tensor).is_contiguous()
 
 
 def _in_order(tensor: Tensor) -> Tensor:

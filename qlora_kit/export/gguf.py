@@ -51,7 +51,6 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
     `ConfigError` where the package gguf is not installed.
     """
     config, kind = base.model.config, KINDS[dtype_of(base, options)]
-    named = options.quantize or kind
     layout = Layout.of(config)
     rows = base.model.get_input_embeddings().weight.shape[0]
     said = metadata(config, rows)
@@ -65,7 +64,7 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
     name, is_hub_id = name_of(base, options)
     parameters = sum(one.shape.numel() for one in weights)
     return GgufFile(
-        file_name(named),
+        f"{STEM}-{options.quantize or kind}.gguf",
         layout.facts.architecture,
         [
             *general(name, is_hub_id, parameters, kind, words.strips),
@@ -77,11 +76,6 @@ def gguf_file(base: Base, adapter: str | None, options: ExportConfig) -> GgufFil
         (*said.notes, *words.warnings(), *_said_of_kinds(tensors, kind, options.quantize)),
         said.context,
     )
-
-
-def file_name(kind: str) -> str:
-    """The name of a file of a type, `F16` for example."""
-    return f"{STEM}-{kind}.gguf"
 
 
 def gguf_size(base: Base, options: ExportConfig) -> int:

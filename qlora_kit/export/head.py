@@ -24,12 +24,9 @@ from qlora_kit.config.export import ExportConfig
 
 def is_untied(base: Base, options: ExportConfig) -> bool:
     """Whether the export has a head of its own, where the model's files share the embedding's."""
-    return has_own_head(base, options.merged_into) and _may_untie(options)
-
-
-def has_own_head(base: Base, merged_into: str) -> bool:
-    """Whether the trained model's head is another tensor than the embedding that it was made of."""
-    return base.quantization.head_bits < 16 and base.is_tied and merged_into != "original"
+    # The trained head is another tensor than the embedding that it was made of.
+    other = base.quantization.head_bits < 16 and base.is_tied and options.merged_into != "original"
+    return other and _may_untie(options)
 
 
 def head_size(base: Base, options: ExportConfig) -> int:

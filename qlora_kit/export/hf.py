@@ -36,6 +36,9 @@ from qlora_kit.files.atomic import write_file
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32")
 """dtypes of tensors that are what they look like; others belong to a quantized form."""
 
+hf_notes = head_notes
+"""What users of the export should know is what they should of its head."""
+
 
 def hf_size(base: Base, options: ExportConfig) -> int:
     """Bytes of the export; refuses towers that cannot stay, and weights that are not there.
@@ -49,11 +52,6 @@ def hf_size(base: Base, options: ExportConfig) -> int:
         _check_towers_stay(base)
         size += 0 if base.wrapper is None else base.wrapper.left_bytes
     return size
-
-
-def hf_notes(base: Base, options: ExportConfig) -> list[str]:
-    """What users of the export should know."""
-    return head_notes(base, options)
 
 
 def write_hf(base: Base, adapter: str | None, options: ExportConfig, directory: Path) -> None:

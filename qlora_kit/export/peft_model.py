@@ -26,7 +26,7 @@ from qlora_kit.base.in_fp32 import hold_narrow, hold_wide
 from qlora_kit.base.load import allow_saving
 from qlora_kit.errors import AdapterError, ConfigError, NumericError
 from qlora_kit.export.bnb_linears import BnbLinears
-from qlora_kit.lora.adapter import adapter_config, load_adapter
+from qlora_kit.lora.adapter import adapter_config, load_adapter, prefix_to_save
 from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
 from qlora_kit.lora.inject import (
     ADAPTER,
@@ -37,7 +37,6 @@ from qlora_kit.lora.inject import (
     lora_layers,
     switch_of,
 )
-from qlora_kit.lora.names import prefix_to_save
 from qlora_kit.lora.opening import open_adapter
 from qlora_kit.training.prepare import restore_model
 
@@ -73,8 +72,7 @@ def to_peft(base: Base) -> Any:
     configs, masters, linears = {}, {}, None
     for name in names:
         layers = {at: one for at, one in lora_layers(model).items() if name in one.lora_A}
-        keys = next(iter(layers.values())).configs[name].adapter_keys
-        said = adapter_config(base, name, prefix_to_save(base, keys))
+        said = adapter_config(base, name, prefix_to_save(base, name))
         # Every linear by its whole name: PEFT adapts those, and no tower's.
         said |= {"inference_mode": False, "target_modules": sorted(layers)}
         configs[name] = peft.LoraConfig(**said)
@@ -86,8 +84,7 @@ def to_peft(base: Base) -> Any:
     allow_saving(model)
     switch_of(model).left = True
     for at, layer in lora_layers(model).items():
-        owner, _, leaf = at.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, layer.base_layer)
+        model.set_submodule(at, layer.base_layer)
     hold_wide(base)
     if linears is not None:
         _say_quantized(base, linears)

@@ -61,16 +61,12 @@ class Layout:
 
         It may be the weight, the bias or `lora_B`: whatever has a row for each output.
         """
-        heads = self._turned_heads(module)
-        if heads is None:
+        turned = {"q_proj": self.heads, "k_proj": self.kv_heads}
+        heads = turned.get(module.rpartition(".")[2])
+        if heads is None or not self.facts.pairs_rows:
             return tensor
         halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
         return halves.transpose(1, 2).reshape(tensor.shape)
-
-    def _turned_heads(self, module: str) -> int | None:
-        leaf = module.rpartition(".")[2]
-        turned = {"q_proj": self.heads, "k_proj": self.kv_heads}
-        return turned.get(leaf) if self.facts.pairs_rows else None
 
 
 def gguf_facts(model_type: str) -> Gguf:

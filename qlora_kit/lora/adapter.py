@@ -33,7 +33,7 @@ from qlora_kit.lora.inject import (
     lora_layers,
     switch_of,
 )
-from qlora_kit.lora.names import OWN, in_class, module_key, prefix_to_save
+from qlora_kit.lora.names import OWN, in_class, module_key
 from qlora_kit.lora.opening import SCALE_OPTIONS, open_adapter
 from qlora_kit.lora.targets import short_names
 
@@ -52,7 +52,7 @@ def save_adapter(
     Errors: `NumericError` for an adapter with a value that is not finite (nothing is written),
     `AdapterError` where the model has no such adapter.
     """
-    prefix = OWN if other else _prefix(base, adapter)
+    prefix = OWN if other else prefix_to_save(base, adapter)
     tensors = adapter_tensors(base.model, adapter, prefix)
     if not tensors:
         raise AdapterError(f"the model has no adapter {adapter!r}", "inject or load one first")
@@ -82,11 +82,16 @@ def _in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def _prefix(base: Base, adapter: str) -> str:
-    """What the decoder's names begin with in the files of an adapter."""
+def prefix_to_save(base: Base, adapter: str) -> str:
+    """What the decoder's names begin with in the files of an adapter, by its `--adapter_keys`.
+
+    A text model has its own names. Those of a multimodal class are taken where none are chosen.
+    """
     configs = (one.configs.get(adapter) for one in lora_layers(base.model).values())
     keys = next((config.adapter_keys for config in configs if config is not None), None)
-    return prefix_to_save(base, keys)
+    if base.wrapper is None or keys == "text":
+        return OWN
+    return f"{base.wrapper.decoder}."
 
 
 def adapter_tensors(

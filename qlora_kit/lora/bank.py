@@ -190,7 +190,7 @@ class AdapterBank:
         That is after the step where an engine decodes; `use` and `using` are for its thread.
         Errors: `AdapterError` for an unknown name; nothing is changed then.
         """
-        active = None if name is None else self._taking_part(name)
+        active = self._taking_part(name)
         with self._switching:
             if self._in_step:
                 self._before[-1] = active
@@ -200,7 +200,7 @@ class AdapterBank:
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """Let one adapter take part meanwhile, and afterwards what took part before."""
-        active, switch = None if name is None else self._taking_part(name), self._shared_switch()
+        active, switch = self._taking_part(name), self._shared_switch()
         with self._switching:
             self._before.append(switch.active)
             switch.active = active
@@ -231,7 +231,7 @@ class AdapterBank:
         One adapter for all rows is that adapter itself. Errors: `AdapterError` for an unknown name,
         and for a merged adapter beside others.
         """
-        return self.together([None if name is None else self._taking_part(name) for name in names])
+        return self.together([self._taking_part(name) for name in names])
 
     def together(self, adapters: Sequence[Active | None]) -> Active | None:
         """The same for what `rows` gave one by one, whatever the bank has under its name by now.
@@ -252,9 +252,9 @@ class AdapterBank:
                 self._stacks = Stacks((), found.stacks.room)  # these hold what is removed
         return found
 
-    def _taking_part(self, name: str) -> Frozen | Merged:
-        """An adapter as it is used: merged where it is."""
-        return self._merged.get(name) or self._get(name)
+    def _taking_part(self, name: str | None) -> Frozen | Merged | None:
+        """An adapter as it is used: merged where it is; None for the base alone."""
+        return None if name is None else self._merged.get(name) or self._get(name)
 
     def _get(self, name: str) -> Frozen:
         adapters = self._adapters

@@ -68,16 +68,6 @@ def in_model(module: str, prefix: str) -> str:
     return OWN + module.removeprefix(prefix) if module.startswith(prefix) else module
 
 
-def prefix_to_save(base: Base, keys: str | None) -> str:
-    """The prefix of an adapter's names for a choice of `--adapter_keys`; a text model has its own.
-
-    None is the multimodal class's where there is one.
-    """
-    if base.wrapper is None or keys == "text":
-        return OWN
-    return f"{base.wrapper.decoder}."
-
-
 def check_keys(base: Base, keys: str | None) -> None:
     """Refuse names of a multimodal class where there is none. Errors: `ConfigError`."""
     if keys == "wrapper" and base.wrapper is None:

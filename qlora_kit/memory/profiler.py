@@ -210,31 +210,29 @@ def follow(model: PreTrainedModel, counter: StorageCounter) -> Iterator[None]:
     layers = list(decoder_layers(model))
     trained = [p for p in model.parameters() if p.requires_grad]
 
-    def enter(phase: str, module: str, filling: str) -> None:
+    def enter(phase: str, module: str, filling: str = "activations") -> None:
         counter.at(phase, module)
         counter.filling = filling
 
-    def on_gradient(output: Any, module: str, filling: str) -> None:
+    def on_gradient(output: Any, module: str) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
         if isinstance(tensor, Tensor) and tensor.requires_grad:
-            tensor.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: enter("backward", module, filling)
-            )
+            tensor.register_hook(lambda gradient: enter("backward", module))  # type: ignore[no-untyped-call]
 
     def after_layer(layer: nn.Module, args: Any, output: Any) -> None:
-        on_gradient(output, names[id(layer)], "activations")
+        on_gradient(output, names[id(layer)])
         if layer is layers[-1]:
-            enter("forward", NORM, "activations")
+            enter("forward", NORM)
 
     def after_model(module: nn.Module, args: Any, output: Any) -> None:
-        on_gradient(output.last_hidden_state, NORM, "activations")
+        on_gradient(output.last_hidden_state, NORM)
         enter("forward", HEAD, "loss")
 
     def before_layer(layer: nn.Module, args: Any) -> None:
-        enter("forward", names[id(layer)], "activations")
+        enter("forward", names[id(layer)])
 
     def before_model(module: nn.Module, args: Any) -> None:
-        enter("forward", EMBEDDING, "activations")
+        enter("forward", EMBEDDING)
 
     handles = [
         model.base_model.register_forward_pre_hook(before_model),

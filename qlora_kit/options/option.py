@@ -86,7 +86,7 @@ class Options:
             if details["reads"] is not None:
                 value = details["reads"](value)
             allowed = None
-            if value is not None or not _allows_none(annotation):
+            if value is not None or type(None) not in alternatives(annotation):
                 value, allowed = _checked(value, annotation, details)
             if allowed is not None:
                 shown = "something else" if details["secret"] else _shown(value)
@@ -217,10 +217,6 @@ def types_of(group: type) -> Mapping[str, Any]:
 @functools.cache
 def _resolved(group: Any) -> Mapping[str, Any]:
     return types.MappingProxyType(typing.get_type_hints(group))
-
-
-def _allows_none(annotation: Any) -> bool:
-    return type(None) in alternatives(annotation)
 
 
 def _shown(value: Any) -> str:

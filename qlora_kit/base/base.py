@@ -115,6 +115,8 @@ class Base:
             quantized.add(head)
         share = None
         if self.quantization.bits < 16:
+            narrow = self.narrow.difference(f"{name}.weight" for name in quantized)
+            object.__setattr__(self, "narrow", narrow)
             share = share_of(self.model, quantized, shared, self.held_itemsize)
         object.__setattr__(self, "share", share)
 

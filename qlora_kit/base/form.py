@@ -24,7 +24,7 @@ from qlora_kit.base.fp8_scheme import Fp8Scheme, fp8_scheme
 from qlora_kit.base.meta_model import decoder_linears, expected_shapes, tied_names
 from qlora_kit.base.quantize import Quantization
 from qlora_kit.base.safetensors_file import TensorEntry, some
-from qlora_kit.base.skipped import in_16_bits, left_linears, listed_modules
+from qlora_kit.base.skipped import left_linears, listed_modules, not_quantized
 from qlora_kit.config.base import QUANT_TYPES, BaseConfig
 from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
@@ -109,7 +109,7 @@ def form_in_files(
     check_architecture(plain, expected, tied_names(model), where)
     if stated.is_stored:
         skipped = frozenset(linears.keys() - stored.keys())
-        notes = _stored_notes(linears, skipped, stated.listed, model.dtype)
+        notes = _stored_notes(linears, skipped, stated.listed)
     else:
         skipped, notes = left_linears(stated.quantization, linears, model)
     taken = {entry for one in stored.values() for entry in one.entries.values()}
@@ -139,15 +139,12 @@ def form_of_config(
 
 
 def _stored_notes(
-    linears: Mapping[str, nn.Linear],
-    skipped: frozenset[str],
-    listed: Sequence[str],
-    dtype: torch.dtype,
+    linears: Mapping[str, nn.Linear], skipped: frozenset[str], listed: Sequence[str]
 ) -> tuple[str, ...]:
     """What a bitsandbytes checkpoint left in 16 bits, and where its config.json says otherwise."""
     notes = []
     if skipped:
-        notes.append(f"{in_16_bits(linears, skipped, dtype)}, as the files have them")
+        notes.append(not_quantized(linears, skipped, "as the files have them"))
     promised = listed_modules(listed, linears)
     for names, says, there in (
         (promised - skipped, "lists", "quantized"),

@@ -40,8 +40,8 @@ def narrow_matrices(
     """The names of such tensors among `entries`, in a run of `dtype` on `device`.
 
     The linears of `model` are `held` in so many bits, and `embedding_rows` is what its embedding is
-    resized to. Those of linears that are quantized are among them. What shares a tensor is one of
-    them only together with all that it shares it with.
+    resized to. Those of linears that are quantized are among them: a `Base` leaves those out. What
+    shares a tensor is one of them only together with all that it shares it with.
     """
     if device.type != "cpu" or dtype is not torch.float32:
         return frozenset()

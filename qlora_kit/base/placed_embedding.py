@@ -39,6 +39,10 @@ class PlacedEmbedding(nn.Embedding):
         vars(shown).update(held=self.weight, weight=self.place)
         return shown
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Classes that `placed` makes cannot be found by their names."""
+        return _empty, _made_of(self), vars(self)
+
 
 class NarrowEmbedding(PlacedEmbedding):
     """An embedding whose `weight` (V, h) has fewer bits than its rows (..., h)."""
@@ -87,7 +91,18 @@ def placed(kind: type[nn.Embedding], ours: type[PlacedEmbedding]) -> type[Placed
         return rows
 
     name = ours.__name__.replace("Embedding", kind.__name__)
-    return type(name, (kind, ours), {"forward": forward, "kind": kind})
+    return type(name, (kind, ours), {"forward": forward, "made_of": (kind, ours)})
+
+
+def _made_of(embedding: PlacedEmbedding) -> Any:
+    """What `placed` made the class of an embedding of."""
+    return getattr(embedding, "made_of", (nn.Embedding, type(embedding)))
+
+
+def _empty(kind: Any, ours: Any) -> PlacedEmbedding:
+    """An embedding without anything in it, for who unpickles or copies one."""
+    made = placed(kind, ours)
+    return made.__new__(made)
 
 
 def cast_rows(dtype: torch.dtype, embedding: nn.Embedding) -> None:
@@ -99,6 +114,5 @@ def cast_rows(dtype: torch.dtype, embedding: nn.Embedding) -> None:
 
 def cast_no_rows(embedding: NarrowEmbedding) -> None:
     """Let it be what it was before `cast_rows`."""
-    kind: Any = getattr(type(embedding), "kind", nn.Embedding)
-    embedding.__class__ = kind
+    embedding.__class__ = _made_of(embedding)[0]
     del vars(embedding)["place"]

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -27,8 +26,6 @@ from transformers import PreTrainedModel
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.pattern import full_matches
 from qlora_kit.base.quantize import Quantization
-from qlora_kit.base.safetensors_file import some
-from qlora_kit.device.target import dtype_name
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.checks import size_text
 
@@ -90,18 +87,15 @@ def left_linears(
         (kept, f"as in every {model.config.model_type}"),
         (small, "being small"),
     )
-    notes = [f"{in_16_bits(linears, one, model.dtype)}, {why}" for one, why in reasons if one]
+    notes = (not_quantized(linears, one, why) for one, why in reasons if one)
     return asked | kept | small, tuple(notes)
 
 
-def in_16_bits(
-    linears: Mapping[str, nn.Linear], skipped: frozenset[str], dtype: torch.dtype
-) -> str:
-    """Which linears are not quantized, with their bytes."""
+def not_quantized(linears: Iterable[str], skipped: frozenset[str], why: str) -> str:
+    """Which linears are not quantized, and why; `Share` says their dtype and bytes."""
     names = [name for name in linears if name in skipped]
-    size = sum(linears[name].weight.numel() for name in names) * dtype.itemsize
-    what = "linear stays" if len(names) == 1 else "linears stay"
-    return f"{len(names)} {what} in {dtype_name(dtype)} ({size} bytes: {some(names)})"
+    what = "linear is" if len(names) == 1 else "linears are"
+    return f"{len(names)} {what} not quantized, {why}: {by_last_name(names)}"
 
 
 def by_last_name(linears: Iterable[str]) -> str:

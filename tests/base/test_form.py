@@ -141,9 +141,8 @@ def test_linears_that_bitsandbytes_left_are_read_kept_and_said(files, kind):
     stored = load_file(files / kind / "model.safetensors")
     for name in expected:
         assert torch.equal(base.model.get_parameter(f"{name}.weight"), stored[f"{name}.weight"])
-    size = 2 * sum(stored[f"{name}.weight"].numel() for name in expected)
     [note] = base.notes
-    assert note.startswith(f"5 linears stay in bf16 ({size} bytes: model.layers.0.self_attn.o_proj")
+    assert note.startswith("5 linears are not quantized, as the files have them: o_proj (2), ")
 
 
 def test_the_files_decide_against_config_json_and_say_so(files, tmp_path):

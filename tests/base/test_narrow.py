@@ -5,6 +5,9 @@ Every number is that of the same files widened to fp32, whose matrices are held 
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from counted_steps import counted_step
@@ -125,9 +128,29 @@ def test_a_matrix_that_somebody_trains_gets_its_gradient(files_of):
 def test_resized_rows_stay_in_fp32(tmp_path):
     """A new row is a mean, which 16 bits would round."""
     save_checkpoint(tmp_path, "llama2", torch.bfloat16, vocab_size=250)
-    model = read_weights(open_base(config(str(tmp_path), 4, resize_embeddings=True)))
+    base = open_base(config(str(tmp_path), 4, resize_embeddings=True))
+    assert " stay in fp32, " in base.left
+    with processor_with():
+        resized = open_base(config(str(tmp_path), 4, dtype="auto", resize_embeddings=True))
+    assert not any("bf16" in note for note in resized.notes)
+    model = read_weights(base)
     assert model.get_input_embeddings().weight.dtype is torch.float32
     assert model.get_output_embeddings().weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("case", ["plain", "scaled", "per_layer"])
+def test_it_is_copied_and_pickled(files_of, case):
+    family, bits, head_bits, placement = CASES[case]
+    model = read_weights(
+        open_base(config(files_of(family)[0], bits, head_bits)), placement=placement
+    )
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    ids = token_ids(1, 8)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        assert type(other.get_input_embeddings()) is type(model.get_input_embeddings())
 
 
 def test_a_processor_without_bf16_is_told(files_of):

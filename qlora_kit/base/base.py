@@ -120,6 +120,11 @@ class Base:
             share = share_of(self.model, quantized, shared, self.held_itemsize)
         object.__setattr__(self, "share", share)
 
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether its quantized weights may come from the cache: they are made here."""
+        return self.base_cache and self.quantization.bits < 16 and not self.form.stored
+
     def held_itemsize(self, name: str) -> int:
         """Bytes of a number of a tensor that is not quantized."""
         dtype = self.entries[name].torch_dtype if name in self.narrow else self.dtype

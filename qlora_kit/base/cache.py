@@ -93,10 +93,8 @@ class Wanted:
 
 def wanted(base: Base) -> Wanted | None:
     """Where a base is kept; None for one that is not."""
-    if base.quantization.bits == 16 or base.form.stored or not base.base_cache:
-        return None
     cache, files = cache_directory(), base.files
-    if cache is None or files is None:
+    if not base.may_be_kept or cache is None or files is None:
         return None
     device = torch.cuda.get_device_name(base.device) if has_own_memory(base.device) else "cpu"
     settings = _as_read(

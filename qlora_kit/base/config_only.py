@@ -53,8 +53,7 @@ def open_shape(
 
     `config.model` may also be a file like config.json. Nothing but that file is read, or fetched
     where it is a hub id; nothing at all of a base whose `files` are open. `embedding_rows` is what
-    the embedding is resized to; with `--resize_embeddings` the tokenizer beside config.json says
-    it.
+    the embedding is resized to; with `--resize_embeddings` the tokenizer beside it says it.
     Errors: `ModelError`, `TokenizerError`, `UnsafeInputError`, `ConfigError`, `ResourceError`.
     """
     if files is None:
@@ -101,6 +100,7 @@ def open_shape(
         embedding_rows,
         (*decoder.notes, *form.notes),
         decoder.wrapper,
+        base_cache=config.base_cache and not stated.is_stored,
         narrow=narrow,
     )
 

@@ -18,6 +18,7 @@ from qlora_kit.base.base import Base
 from qlora_kit.base.embedding import host_component, move_to_host
 from qlora_kit.base.head import QuantizedHead
 from qlora_kit.base.in_fp32 import compute_in
+from qlora_kit.base.layer_store import HostStore
 from qlora_kit.base.linear import Quantize, QuantizedLinear, quantize_linear
 from qlora_kit.base.made import names_on_host, tensors_of
 from qlora_kit.base.meta_model import name_of_head
@@ -33,19 +34,22 @@ def fill(
     tag: Tag = untagged,
     quantize: Quantize = quantize_linear,
     placement: Placement = ON_DEVICE,
+    in_files: bool = False,
 ) -> Any:
     """`base.model` frozen and in evaluation mode, every tensor in its place, as `read` gives it.
 
     A linear is quantized when its weight arrives. Nothing but `read` touches a file. A plan has a
-    `quantize` of its own; it tries the model too, which without values refuses what cannot run.
+    `quantize` of its own, and says whether layers come from the cache, `in_files`; it tries the
+    model too, which without values refuses what cannot run.
     """
     model = base.model
     move_buffers(base, tag)
     checks = checks_later(torch.empty(0, dtype=base.dtype, device=base.device))
     hosted, away = names_on_host(base, placement), leaving(model, placement)
     for name, made in tensors_of(base, read, quantize, checks, hosted):
-        put(model, name, made, tag, base.device if name in hosted else None, away)
-    stream = functools.partial(stream_layers, device=base.device, tag=tag)
+        put(model, name, made, tag, base.device if name in hosted else None, away, in_files)
+    store_of = (lambda places: HostStore((), waits=True)) if in_files else None
+    stream = functools.partial(stream_layers, device=base.device, tag=tag, store_of=store_of)
     return finished(base, checks, stream if placement.base_on_host else None)
 
 
@@ -63,11 +67,12 @@ def put(
     tag: Tag,
     device: torch.device | None = None,
     away: str | None = None,
+    in_files: bool = False,
 ) -> None:
     """Put a tensor, or a quantized linear, where the architecture has it.
 
     With a `device` it is an embedding that stays on the host, and sends its rows there. What has a
-    name that begins with `away` goes to the host, to be streamed from there.
+    name that begins with `away` goes to the host, or is `in_files`, to be streamed from there.
     """
     if isinstance(made, QuantizedLinear):
         is_head = model.get_submodule(name) is model.get_output_embeddings()
@@ -79,7 +84,7 @@ def put(
         return
     else:
         place(model, name, made)
-    came(model, name, made, tag, away)
+    came(model, name, made, tag, away, in_files)
 
 
 def finished(

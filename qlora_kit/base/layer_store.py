@@ -220,12 +220,20 @@ def streamed_names(kept: KeptBase, prefix: str | None) -> frozenset[str]:
     )
 
 
+def streamed_bytes(layers: Sequence[nn.Module]) -> int:
+    """The bytes of the tensors of layers that need not stay on the device."""
+    return sum(tensor.nbytes for layer in layers for _, _, tensor in _movable(layer))
+
+
 def is_short_of(kept: KeptBase, names: Collection[str]) -> bool:
     """Whether the host's memory is too small for these tensors of an entry beside all else."""
     size = sum(kept.tensors[name].end - kept.tensors[name].start for name in names)
     return bool(names) and is_too_much(size)
 
 
-def is_too_much(size: int) -> bool:
-    """Whether the host's memory is too small for so many bytes beside all else."""
-    return size + SPARE > free_bytes(CPU)
+def is_too_much(size: int, room: int | None = None) -> bool:
+    """Whether what the host has free is too little for so many bytes beside all else.
+
+    A plan has its own `room`.
+    """
+    return size + SPARE > (free_bytes(CPU) if room is None else room)

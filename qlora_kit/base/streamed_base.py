@@ -38,23 +38,33 @@ HOST = "host"
 
 
 def came(
-    model: Any, name: str, made: Tensor | QuantizedLinear, tag: Tag, leaving: str | None = None
+    model: Any,
+    name: str,
+    made: Tensor | QuantizedLinear,
+    tag: Tag,
+    leaving: str | None = None,
+    in_files: bool = False,
 ) -> None:
     """Tag what has been put into a model; what has a name that begins with `leaving` goes away.
 
-    It goes to the host; what is small of it stays, and so does all where there is no other memory.
+    It goes to the host, and nowhere if it is `in_files`; what is small of it stays, and so does all
+    where there is no other memory.
     """
     if isinstance(made, QuantizedLinear):
         tag_linear(made, tag)
     else:
         tag("weights_other", (made,))
     packed = made.weight if isinstance(made, QuantizedLinear) else made
-    if leaving is None or device_type(packed) == "cpu" or not name.startswith(leaving):
+    stays = device_type(packed) == "cpu" and not in_files
+    if leaving is None or stays or not name.startswith(leaving):
         return
     owner, _, leaf = (name, "", "") if made is not packed else name.rpartition(".")
     for place in places_of([model.get_submodule(owner)])[0]:
         if not leaf or (place.name, place.module) == (leaf, model.get_submodule(owner)):
-            place.put(place.held(_on_host(place.tensor, tag)))
+            here = place.tensor
+            # Of what stays in files a plan has one element, seen in every place.
+            gone = here.new_empty(()).expand(here.shape) if in_files else _on_host(here, tag)
+            place.put(place.held(gone))
 
 
 def leaving(model: Any, placement: Placement) -> str | None:

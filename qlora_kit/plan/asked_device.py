@@ -60,8 +60,11 @@ def asked_budget(device: str, training: TrainingConfig, asked: PlanConfig) -> in
 
 
 def asked_host(device: str, asked: PlanConfig) -> int | None:
-    """What the host of the card has free, where that is this machine and its card; else None."""
-    if asked.device_memory is not None or not has_card():
+    """What the host has free, where that is this machine, with its card if it is one; else None."""
+    given = asked.device_memory
+    if device == "cpu":
+        return size_bytes(given) if given else free_bytes(torch.device("cpu"))
+    if given is not None or not has_card():
         return None
     if asked.card is not None and card_of(torch.device(device)) != find_card(asked.card):
         return None

@@ -46,7 +46,8 @@ class FakeModel:
     modules' names, `kinds` equal for layers that do the same. `fused` says whether they run through
     blocks of ours. `gradients` has a tensor for each of `trained`, like what backward leaves there.
     `optim` is the name of its optimizer, one of the `optims` that the options allow.
-    `capability` is that of a card that is planned for.
+    `capability` is that of a card that is planned for. A base that is streamed lies in the host's
+    memory, or `in_files` of the cache.
 
     Errors: `ConfigError` for targets or a rank that do not fit the base.
     """
@@ -59,7 +60,9 @@ class FakeModel:
         device: torch.device,
         capability: Capability | None = None,
         placement: Placement = ON_DEVICE,
+        in_files: bool = False,
     ) -> None:
+        self.in_files = in_files
         self.device, self.context, self._capability = device, base.context, capability
         self.apart = ("paged", IDLE, HOST) if has_own_memory(device) else ("paged", IDLE)
         self.counter = StorageCounter(apart=self.apart)
@@ -70,7 +73,9 @@ class FakeModel:
             self.counter.filling = "loading"
             self._on_fakes(base.model)
             quantize = RepeatedQuantize(self.counter, self.apart)
-            self.model: Any = fill(base, self._read, self.counter.tag, quantize, placement)
+            self.model: Any = fill(
+                base, self._read, self.counter.tag, quantize, placement, in_files
+            )
             self.counter.at("inject")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a rank, which the run says itself

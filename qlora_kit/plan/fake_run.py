@@ -44,7 +44,7 @@ class FakeRun:
         self.longest_row: int | None = None
         self.context, self.loading, self.fused = fake.context, fake.loading, fake.fused
         self.layers, self.names, self.apart = fake.layers, fake.names, fake.apart
-        self.device = fake.device
+        self.device, self.in_files = fake.device, fake.in_files
         self.optims = fake.optims
         self.updates = self._update()
         # The workspace that the CPU keeps: any step but the first finds it, and a forward pass

@@ -10,6 +10,7 @@ import torch
 from qlora_kit.base.base import Base
 from qlora_kit.base.config_only import open_shape
 from qlora_kit.base.embedding import kept_on_device, movable_embeddings
+from qlora_kit.base.layer_store import is_too_much, streamed_bytes
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import Placement, TrainingConfig
@@ -24,8 +25,9 @@ class FakeRuns:
     """Made when they are asked for; `placements` are those that the options allow on `device`.
 
     `base` is what the first of them is filled from, `notes` say what an option does not do. Of a
-    base that a run has `opened` no file is opened again. Errors: `ConfigError`, `ModelError`,
-    `UnsafeInputError`, `ResourceError`.
+    base that a run has `opened` no file is opened again. A base is streamed from the cache where
+    the `room` on its host, as far as that is known, has a run do so. Errors: `ConfigError`,
+    `ModelError`, `UnsafeInputError`, `ResourceError`.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class FakeRuns:
         device: str | None,
         opened: Base | None,
         capability: Capability | None,
+        room: int | None = None,
     ) -> None:
         self.device = torch.device(device) if device else find_device(base.device)
         self.own_memory = has_own_memory(self.device)
@@ -43,6 +46,7 @@ class FakeRuns:
         # An adapter to go on with has rank and targets of its own, which `lora` has taken over.
         self._lora = replace(lora, adapter=None, adapter_fingerprint=None, allow_other_base=False)
         self._config, self._training, self._capability = base, training, capability
+        self._room = room
         self._given = (opened.embedding_rows, opened.files) if opened else (None, None)
         self._objective = objective_of(training)
         self._made: dict[tuple[bool, bool], FakeRun] = {}
@@ -63,9 +67,18 @@ class FakeRuns:
         if where not in self._made:
             base = self._open() if self._made else self.base
             options = self._lora, self._training, self.device, self._capability
-            self._made[where] = FakeRun(FakeModel(base, *options, placement), self._objective)
+            fake = FakeModel(base, *options, placement)
+            if placement.base_on_host and self._is_short_of(fake):
+                fake = FakeModel(self._open(), *options, placement, in_files=True)
+            self._made[where] = FakeRun(fake, self._objective)
         self._made[where].place(placement)
         return self._made[where]
+
+    def _is_short_of(self, fake: FakeModel) -> bool:
+        """Whether the host cannot hold the layers of a base that is kept in the cache."""
+        if self._room is None or not self.base.may_be_kept:
+            return False
+        return is_too_much(streamed_bytes(fake.layers), self._room)
 
     def possible(self, placements: Sequence[Placement]) -> tuple[Placement, ...]:
         """Those of the placements that differ for this model: tiles are those of our blocks."""

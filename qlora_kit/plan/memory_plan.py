@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class MemoryPlan:
     optimizer; `why_optim` says why that one, where `auto` left more than one to choose from. `time`
     is estimated for a known card. `placement` is what a run is prepared with, `in_effect` what of
     it lies on the host or is done in pieces then; where the one that costs less did not fit, its
-    peak is `peak_bytes_without`. Where another one, `slower`, fits with less on the host, the step
+    peak is `peak_bytes_without`. A base that the host cannot hold is read from the cache, layer by
+    layer: it stays `in_files`. Where another one, `slower`, fits with less on the host, the step
     takes a share of `gain` less than with that. Of the host a step may take `host_budget_bytes`,
     where that is known; `host_wanted_bytes` is what another placement would take that fits but for
     the host. `fitting_length` has the tokens of the longest rows that fit, where these do not;
@@ -79,6 +80,7 @@ class MemoryPlan:
     host_note: str | None = None
     host_budget_bytes: int | None = None
     host_wanted_bytes: int | None = None
+    in_files: bool = False
     slower: Placement | None = None
     gain: float = 0.0
 
@@ -135,6 +137,9 @@ class MemoryPlan:
     def placed(self, shown: Callable[[int], str] = "{} bytes".format) -> str:
         """What lies where, in a sentence; empty where everything is on the device, at once."""
         said, words = [], self.in_effect.words
+        if self.in_files:
+            stays = replace(self.in_effect, base_on_host=False).words
+            words = ", ".join(filter(None, ("base in the files of the cache", stays)))
         if self.slower is not None:
             other = self.slower.words or "all on the device"
             said.append(f"faster as planned by {self.gain:.0%} than {other}, which fits too")
@@ -174,6 +179,7 @@ class MemoryPlan:
             "optim": self.optim,
             "why_optim": self.why_optim,
             "placement": asdict(self.in_effect),
+            "in_files": self.in_files,
             "peak_bytes_without": self.peak_bytes_without,
             "host_budget_bytes": self.host_budget_bytes,
             "moved_bytes": self.moved_bytes,

@@ -33,8 +33,8 @@ class Planner:
     """Plans of one base, its adapters and its optimizer, for any micro-batch and any levels.
 
     Of a base that a run has `opened` no file is opened again. With a `clock` plans say the time of
-    a step, and `auto` goes by it. `host_bytes` are what a run may take of the host beside a card,
-    where that is known: what takes more does not fit.
+    a step, and `auto` goes by it. `host_bytes` are what a run may take of the host, where that is
+    known: what takes more beside a card does not fit, and a base that does is streamed from files.
 
     Errors of the constructor: `ConfigError`, `ModelError`, `UnsafeInputError`, `ResourceError`.
     """
@@ -51,10 +51,11 @@ class Planner:
         host_bytes: int | None = None,
     ) -> None:
         capability = None if clock is None else clock.capability
-        self._runs = FakeRuns(base, lora, training, device, opened, capability)
+        self._runs = FakeRuns(base, lora, training, device, opened, capability, host_bytes)
         self.device, self.clock, self.training = self._runs.device.type, clock, training
         self.placements = self._runs.placements
         self.host_bytes = host_bytes if self._runs.own_memory else None
+        self.room = host_bytes
         self._made: dict[Any, MemoryPlan] = {}
         self._traced: dict[Any, dict[tuple[str, ...], Chosen]] = {}
         shape = self._runs.base
@@ -123,7 +124,12 @@ class Planner:
             why = self._why(name, plan)
             does = self._runs.in_effect(where, plan.levels)
             self._made[key] = replace(
-                plan, optim=name, why_optim=why, placement=where, in_effect=does
+                plan,
+                optim=name,
+                why_optim=why,
+                placement=where,
+                in_effect=does,
+                in_files=self.run.in_files,
             )
         return self._made[key]
 

@@ -92,7 +92,7 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
                 changed.training,
                 device,
                 clock=planner.clock,
-                host_bytes=planner.host_bytes,
+                host_bytes=planner.room,
             )
         training = changed.training
         return planners[key].plan(

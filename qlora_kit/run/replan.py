@@ -133,7 +133,7 @@ class Replan:
             with torch.random.fork_rng([]):
                 if self._plans is None:
                     rank = max(plan.ranks.values())
-                    held = self.memory.beside_bytes
+                    held = self.memory.host["step"]
                     self._plans = RunPlans(
                         plan.config, plan.base, plan.schedule, rank, held_bytes=held
                     )

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from counted_steps import counted_step
 from families import save_checkpoint, token_ids
 
+from qlora_kit.base import cache as base_cache
+from qlora_kit.base import layer_store
+from qlora_kit.base.decoder import decoder_layers
+from qlora_kit.base.kept_base import listed, read_manifest
+from qlora_kit.base.layer_store import streamed_names
+from qlora_kit.base.load import read_weights
+from qlora_kit.base.open import open_base
+from qlora_kit.base.resident import streamed_of
+from qlora_kit.base.stream import SLOTS
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.plan import main as plan_command
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.config.training import Placement, TrainingConfig
 from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
+from qlora_kit.device.found import with_room
 from qlora_kit.memory.counter import COMPONENTS, most_of_each
 from qlora_kit.plan.extrapolate import cut, layers_of
 from qlora_kit.plan.plan import BatchShape, Planner
@@ -55,6 +70,50 @@ def test_planned_equals_counted(tmp_path, family, bits, level):
     passes = [one for one in counted if one.phase != "step"]
     found = most_of_each(passes) | {"optimizer": passes[0].start["optimizer"]}
     assert {name: plan.bytes[name] for name in COMPONENTS} == {n: found[n] for n in COMPONENTS}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache of one test, in which small bases are kept too."""
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "cache" / "bases"))
+    for name in ("SMALLEST", "JUST_NOW", "LEFT_FREE"):
+        monkeypatch.setattr(base_cache, name, 0)
+    return tmp_path / "cache" / "bases"
+
+
+def test_what_is_read_from_files_is_planned_as_counted(tmp_path, cache, monkeypatch):
+    """Where the host cannot hold the layers, there are two of them."""
+    base = BaseConfig(save(tmp_path / "base", "llama3"), dtype="bf16", device="cpu")
+    training, shape = training_of("full"), BatchShape(2, 64, 64)
+    in_memory = Planner(base, LORA, training).plan(shape)
+    monkeypatch.setattr(layer_store, "SPARE", 2**60)
+    plan = Planner(base, LORA, training, host_bytes=2**40).plan(shape)
+    batches = [batch_of(2, 64) for _ in range(2)]
+    counted = counted_step(base, LORA, training, "full", batches, batch_of(1, 16), STREAMED)
+    for phase in ("forward", "backward", "step"):
+        peak = max(one.peak for one in counted if one.phase == phase)
+        assert plan.phases[phase] == peak, phase
+    assert plan.phases["load"] < in_memory.phases["load"]
+    assert plan.placed().startswith("base in the files of the cache")
+
+
+@pytest.mark.parametrize("form", [[], ["--bits", "8"], ["--head_bits", "4"], ["--no_base_cache"]])
+def test_a_plan_and_a_run_stream_from_the_same_place(tmp_path, cache, monkeypatch, capsys, form):
+    """To the byte that the host has free."""
+    monkeypatch.setattr(layer_store, "SPARE", 2**20)
+    options = ["--model", save(tmp_path / "base", "llama_bias"), "--device", "cpu", *form]
+    config = parse("test", "", (BaseConfig,), options)[BaseConfig]
+    read_weights(open_base(replace(config, base_cache=True)))
+    (kept,) = (read_manifest(one.path) for one in listed(cache))
+    names = streamed_names(kept, "model.layers.")
+    size = sum(kept.tensors[name].end - kept.tensors[name].start for name in names)
+    for free in (size + 2**20 - 1, size + 2**20):
+        with with_room(free):
+            assert plan_command([*options, "--offload_base", "true", "--json"]) == 0
+            model = read_weights(open_base(config), placement=STREAMED)
+        slots = len(streamed_of(decoder_layers(model)[0].mlp.up_proj).blocks) == SLOTS
+        planned = json.loads(capsys.readouterr().out)
+        assert planned["in_files"] == slots == (free < size + 2**20 and config.base_cache)
 
 
 def plan_of(base, placement, device="cuda"):

@@ -33,7 +33,7 @@ class QloraKitError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.problem}; {self.remedy}"
+        return f"{self.problem}{_between(self.problem)} {self.remedy}"
 
 
 class ConfigError(QloraKitError):
@@ -104,7 +104,7 @@ def error_line(error: QloraKitError | Stopped) -> str:
     remedy = _shorter(remedy, room - len(problem))
     problem = _cut(problem, max(40, room - len(remedy)))
     left = remedy[: room - len(problem)]
-    return f"error: {problem}; {left}" if left else f"error: {problem}"
+    return f"error: {problem}{_between(problem)} {left}" if left else f"error: {problem}"
 
 
 def _shorter(text: str, limit: int) -> str:
@@ -162,3 +162,8 @@ def from_os_error(error: OSError) -> ResourceError:
     else:
         remedy = "check that the path exists and can be used"
     return ResourceError(f"{where}{what}", remedy)
+
+
+def _between(problem: str) -> str:
+    """What ends a problem before its remedy."""
+    return "" if problem.endswith("?") else ";"

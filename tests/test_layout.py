@@ -307,7 +307,7 @@ def test_a_bad_flag_needs_no_torch_and_under_a_second(
     assert found.out == ""
     *usage, line = found.err.splitlines()
     assert usage[0].startswith(f"usage: qlora-kit {command.replace('_', '-')} ")
-    assert line.startswith("error: unknown flag --confgi, did you mean --config?; ")
+    assert line.startswith("error: unknown flag --confgi, did you mean --config? ")
     assert found.seconds < 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import TYPE_CHECKING
@@ -127,7 +128,11 @@ def _print_fit(answer: Answer, terminal: Terminal) -> None:
     for one in answer.suggestions:
         terminal.print(f"  {one.change}: {size(one.plan.peak_bytes)}")
     if not plan.fits and not answer.suggestions:
-        terminal.print("  no change of these options makes it fit: take a smaller base")
+        apart = plan.at_peak.get("overhead", 0) + plan.margin_bytes
+        change = "  no change of these options makes it fit: take a smaller base"
+        if apart >= (plan.budget_bytes or math.inf):
+            change = f"  no base fits: {size(apart)} lie outside tensors or are kept free"
+        terminal.print(change)
 
 
 def _print_time(answer: Answer, terminal: Terminal) -> None:

@@ -106,7 +106,8 @@ class EncodedRows:
     @property
     def count(self) -> str:
         """How many rows there are, or pairs, in words."""
-        return f"{self.pairs:,} pairs" if self.pairs else f"{len(self.rows):,} rows"
+        number, word = (self.pairs, "pair") if self.pairs else (len(self.rows), "row")
+        return f"{number:,} {word}{'' if number == 1 else 's'}"
 
     def notes(self, held_out: bool = False) -> Sequence[str]:
         """A line for each thing that is not as one might take it to be.

@@ -94,7 +94,5 @@ def _few_steps(schedule: StepSchedule, max_steps: int | None) -> str:
     longer = f"--max_steps {ENOUGH_STEPS}"
     if max_steps is None:
         longer = f"--num_train_epochs {epochs} or {longer}"
-    return (
-        f"only {schedule.num_steps} optimizer steps, in which little is learnt: give {longer} for "
-        f"{ENOUGH_STEPS} of them"
-    )
+    steps = f"{schedule.num_steps} optimizer step{'s' if schedule.num_steps > 1 else ''}"
+    return f"in only {steps} little is learnt: {longer} takes {ENOUGH_STEPS}"

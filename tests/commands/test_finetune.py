@@ -251,7 +251,7 @@ def test_links_to_the_directory_are_kept(inputs, tmp_path):
 def test_few_steps_are_said_with_the_value_that_gives_fifty(inputs, tmp_path, capsys):
     assert main([*inputs, "--output_dir", str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out
-    asked = r"only 3 optimizer steps, .* give --num_train_epochs (\d+) or --max_steps 50 for 50 of"
+    asked = r"in only 3 optimizer steps .*: --num_train_epochs (\d+) or --max_steps 50 takes 50"
     found = re.search(asked, said)
     assert found, said
     steps_per_epoch = 3  # of 10 rows in steps of 4

@@ -70,8 +70,9 @@ def test_so_do_those_of_a_program_that_uses_the_package() -> None:
 
 
 FREES = """
-from qlora_kit import load_base
-import torch
+from qlora_kit.process.start import ready_for_torch
+with ready_for_torch():
+    import torch
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096

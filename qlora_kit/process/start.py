@@ -49,8 +49,13 @@ workspaces and threads of the first products, whose libraries end the process wh
 
 @contextlib.contextmanager
 def ready_for_torch() -> Iterator[None]:
-    """Inside, the first import of torch finds everything ready. Errors: `LimitTooLowError`."""
+    """Inside, the first import of torch finds everything ready. Errors: `LimitTooLowError`.
+
+    Where it was imported before, only what the C library gives back can still be set.
+    """
     finder = _BeforeTorch()
+    if "torch" in sys.modules:
+        _give_back_what_is_freed()
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -67,8 +72,7 @@ class _BeforeTorch(MetaPathFinder):
                 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
             if not any(variable in os.environ for variable in ALLOCATOR):
                 os.environ.update(allocator_settings(_torch_version(), platform.release()))
-            if not any(variable in os.environ for variable in FREED):
-                _give_back_what_is_freed()
+            _give_back_what_is_freed()
             _check_limit()
 
 
@@ -95,6 +99,8 @@ def _torch_version() -> str:
 def _give_back_what_is_freed() -> None:
     import ctypes  # torch imports it too; a command that needs neither starts sooner
 
+    if any(variable in os.environ for variable in FREED):
+        return
     # Other C libraries have no such setting.
     with contextlib.suppress(AttributeError):
         library = ctypes.CDLL(None)

@@ -17,7 +17,6 @@ from qlora_kit.data.batch import collate
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.target import dtype_name
 from qlora_kit.lora.inject import inject_lora
-from qlora_kit.process.start import ready_for_torch
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model
@@ -28,8 +27,7 @@ class Peer:
 
     def __init__(self, directory: Path, bits: int, level: str, rank: int, device: str) -> None:
         dtype = dtype_name(step_dtype(device))
-        with ready_for_torch():  # as a command, and as what the package names, is begun
-            base = open_base(BaseConfig(str(directory), bits=bits, dtype=dtype, device=device))
+        base = open_base(BaseConfig(str(directory), bits=bits, dtype=dtype, device=device))
         lora = LoRAConfig(r=rank, alpha=2 * rank, target_modules="q_proj,v_proj")
         training = TrainingConfig(optim="adamw", learning_rate=1e-4)
         self.model: Any = inject_lora(read_weights(base), lora, seed=training.seed)

@@ -7,10 +7,6 @@ times as long. OpenMP reads that once, when it is loaded.
 Torch's CUDA allocator reads its settings once, too. With expandable segments it takes memory page
 by page, instead of in pieces of which remainders stay over that nothing fits into.
 
-The C library gives large blocks back to the system when they are freed, until a larger one was: up
-to its size, and to 32 MB, they come out of a heap then, whose holes stay with the process. A step
-of a 7 B model in fp32 took 0.4 GB more than its tensors. So that size is set, and stays.
-
 Where the limit on memory (`ulimit -v`) does not hold the libraries, some of them end the process in
 the middle of their import or of their first product; so that is refused first.
 """
@@ -35,12 +31,6 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """What a user may have said about it."""
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """How a user sets torch's allocator: the first since torch 2.9, which warns of the second."""
-FREED = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-"""How a user sets the size from which the C library gives back what is freed."""
-FREED_FROM, HEAP_SPARE = 2**20, 2**24
-"""Bytes of such a block, and what the heap keeps at its end for those that are smaller."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""The numbers of both settings in glibc's <malloc.h>."""
 NEEDED_BYTES = 1024**3
 """Address space that a command takes before any model: 720 MB with everything imported, then the
 workspaces and threads of the first products, whose libraries end the process where they get none.
@@ -49,13 +39,8 @@ workspaces and threads of the first products, whose libraries end the process wh
 
 @contextlib.contextmanager
 def ready_for_torch() -> Iterator[None]:
-    """Inside, the first import of torch finds everything ready. Errors: `LimitTooLowError`.
-
-    Where it was imported before, only what the C library gives back can still be set.
-    """
+    """Inside, the first import of torch finds everything ready. Errors: `LimitTooLowError`."""
     finder = _BeforeTorch()
-    if "torch" in sys.modules:
-        _give_back_what_is_freed()
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -72,7 +57,6 @@ class _BeforeTorch(MetaPathFinder):
                 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
             if not any(variable in os.environ for variable in ALLOCATOR):
                 os.environ.update(allocator_settings(_torch_version(), platform.release()))
-            _give_back_what_is_freed()
             _check_limit()
 
 
@@ -94,18 +78,6 @@ def _torch_version() -> str:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _give_back_what_is_freed() -> None:
-    import ctypes  # torch imports it too; a command that needs neither starts sooner
-
-    if any(variable in os.environ for variable in FREED):
-        return
-    # Other C libraries have no such setting.
-    with contextlib.suppress(AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, FREED_FROM)
-        library.mallopt(M_TRIM_THRESHOLD, HEAP_SPARE)
 
 
 def _check_limit() -> None:

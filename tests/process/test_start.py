@@ -14,7 +14,7 @@ import pytest
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.errors import DataError, ModelError, UnsafeInputError
 from qlora_kit.process.out_of_memory import is_out_of_memory, missing_bytes
-from qlora_kit.process.start import ALLOCATOR, FREED, NEEDED_BYTES, allocator_settings
+from qlora_kit.process.start import ALLOCATOR, NEEDED_BYTES, allocator_settings
 
 IMPORTS = (
     "import os, sys\n"
@@ -67,40 +67,6 @@ def test_so_do_those_of_a_program_that_uses_the_package() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=kept, check=False
     )
     assert (done.returncode, done.stdout) == (0, "PASSIVE\n")
-
-
-FREES = """
-import sys
-from qlora_kit.process.start import ready_for_torch
-if "late" in sys.argv:
-    import torch
-with ready_for_torch():
-    import torch
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-torch.ones(5 * 2**20)  # 20 MB, freed at once
-before = resident()
-held = [(torch.ones(2**20), torch.ones(2**14)) for _ in range(50)]  # 4 MB, 64 KB
-most = resident() - before
-held = [small for _, small in held]
-print((resident() - before) / most)
-"""
-
-
-@pytest.mark.parametrize("when", ["first", "late"])
-@pytest.mark.parametrize("said", [None, "glibc.malloc.tcache_count=7"])
-def test_large_blocks_go_back_to_the_system_when_they_are_freed(when, said):
-    """Also behind a larger one, and with small ones between them; unless the user said how."""
-    kept = {name: value for name, value in os.environ.items() if name not in FREED}
-    done = subprocess.run(
-        [sys.executable, "-c", FREES, when],
-        capture_output=True,
-        text=True,
-        env=kept | ({"GLIBC_TUNABLES": said} if said else {}),
-        check=True,
-    )
-    assert (float(done.stdout) > 0.5) is (said is not None)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ nothing else. Results are written after each setting.
 
     python benchmarks/speed.py                      # the 1b shape, 1 x 512, all settings
     python benchmarks/speed.py --bits 4 --steps 10
-    python benchmarks/speed.py --bits 4 --avx2 --result speed_avx2    # 10 min
+    python benchmarks/speed.py --bits 4 --avx2 --result speed_avx2    # 20 min
 
 `--avx2` keeps torch, oneDNN and MKL to AVX2, as on a processor without more: all sides and the
 floor are in fp32 then. The library of bitsandbytes cannot be told; where the processor has AVX512

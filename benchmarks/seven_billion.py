@@ -62,7 +62,9 @@ def main() -> None:
     for bits in given.bits:
         run = Run(given.config.resolve(), given.tokenizer.resolve(), work, bits, *numbers)
         for name in given.only:
-            row = rows.setdefault(str(bits), {})[name] = measured_step(name, run)
+            steps = rows.setdefault(str(bits), {})
+            row = steps[name] = measured_step(name, run)
+            rows[str(bits)] = {one: steps[one] for one in STEPS if one in steps}
             print(f"{bits} bits, {name}: {json.dumps(row)}", flush=True)
             found = {width: limits(steps, int(width)) for width, steps in rows.items()}
             shape = {"shape": given.config.stem, **dict(zip(NUMBERS, numbers, strict=True))}

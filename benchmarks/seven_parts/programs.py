@@ -39,20 +39,23 @@ print(json.dumps(said))
 HASH = """
 import hashlib, json, sys, time
 from pathlib import Path
-files = sorted(Path(sys.argv[1]).rglob("base-*.safetensors"))
-count = sum(path.stat().st_size for path in files)
-piece, began = memoryview(bytearray(2**20)), time.perf_counter()
-for path in files:
+piece, count, began = memoryview(bytearray(2**20)), 0, time.perf_counter()
+for path in sorted(Path(sys.argv[1]).rglob("base-*.safetensors")):
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while read := file.readinto(piece):
             digest.update(piece[:read])
-passed, held = time.perf_counter() - began, []
-began = time.perf_counter()
-for path in files:
+            count += read
+print(json.dumps({"seconds": time.perf_counter() - began, "bytes": count}))
+"""
+HOLD = """
+import hashlib, json, sys, time
+from pathlib import Path
+held, began = [], time.perf_counter()
+for path in sorted(Path(sys.argv[1]).rglob("base-*.safetensors")):
     held.append(path.read_bytes())
     hashlib.sha256(held[-1])
-print(json.dumps({"seconds": passed, "held_s": time.perf_counter() - began, "bytes": count}))
+print(json.dumps({"seconds": time.perf_counter() - began}))
 """
 ENCODE = """
 import json, sys, time, torch

@@ -3,9 +3,8 @@
 Each tensor is read into one reused buffer on the device, checked for non-finite values, cast to the
 dtype that it is held in, quantized where it belongs to a decoder layer's linear, and freed. What is
 quantized is cast only where that rounds its numbers. Memory stays at the result, one tensor and its
-buffer. A head that is quantized is made of its own weight,
-or of the embedding's, which it shares in the files. An embedding that stays on the host never was
-on the device.
+buffer. A head that is quantized is made of its own weight, or of the embedding's, which it shares
+in the files. An embedding that stays on the host never was on the device.
 """
 
 from __future__ import annotations
@@ -83,7 +82,9 @@ def tensors_of(
         elif (
             not base.embedding_rows and torch.promote_types(tensor.dtype, base.dtype) is base.dtype
         ):
-            moved = tensor  # no number changes in the dtype, and quantizing computes in fp32
+            # No number changes in the dtype, and quantizing computes in fp32. The new rows of a
+            # resized head are means, which are rounded to the dtype of the others.
+            moved = tensor
         elif (moved := scratch.cast(tensor)) is not tensor:
             check_finite(moved, f"{name} in {dtype_name(base.dtype)}", checks=checks)
         yield from made_of(name, moved)

@@ -75,19 +75,12 @@ def tensors_of(
         del tensor
     numbers = read_numbers(plain, form.scaled, base.dtype, base.device, read, kept, checks)
     for name, tensor in numbers:
-        if name in kept:
-            moved = tensor
-        elif name in form.scaled and name.removesuffix(".weight") not in to_quantize:
-            moved = tensor.clone()
-        elif (
-            not base.embedding_rows and torch.promote_types(tensor.dtype, base.dtype) is base.dtype
-        ):
-            # No number changes in the dtype, and quantizing computes in fp32. The new rows of a
-            # resized head are means, which are rounded to the dtype of the others.
-            moved = tensor
-        elif (moved := scratch.cast(tensor)) is not tensor:
-            check_finite(moved, f"{name} in {dtype_name(base.dtype)}", checks=checks)
-        yield from made_of(name, moved)
+        stays = name in kept or name in form.scaled
+        if not stays or name.removesuffix(".weight") in to_quantize:
+            tensor = _rounded(base, name, tensor, scratch, checks)
+        elif name not in kept:
+            tensor = tensor.clone()
+        yield from made_of(name, tensor)
     yield from _stored_linears(base, linears, read)
 
 
@@ -138,6 +131,22 @@ class _Scratch:
         if self.held.numel() < tensor.numel():
             self.held = self.held.new_empty(tensor.numel())
         return self.held[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def _rounded(
+    base: Base, name: str, tensor: Tensor, scratch: _Scratch, checks: NumberChecks | None
+) -> Tensor:
+    """A tensor that is to be quantized, cast to the base's dtype where that changes a number.
+
+    Quantizing computes in fp32. The new rows of a resized head are means, which are rounded to the
+    dtype of the others.
+    """
+    changes = torch.promote_types(tensor.dtype, base.dtype) is not base.dtype
+    if not (changes or base.embedding_rows):
+        return tensor
+    if (cast := scratch.cast(tensor)) is not tensor:
+        check_finite(cast, f"{name} in {dtype_name(base.dtype)}", checks=checks)
+    return cast
 
 
 def _sent(tensor: Tensor, like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from qlora_kit.base.kept_base import FILE, MANIFEST, KeptBase, KeptTensor, open_
 from qlora_kit.base.linear import Linear4bit, QuantizedLinear
 from qlora_kit.base.safetensors_file import DTYPES, read_header
 from qlora_kit.base.tensor_file import TensorFile, tensor_bytes
-from qlora_kit.device.host_buffers import HostBuffers
+from qlora_kit.device.host_buffers import HostBuffers, give_pages
 from qlora_kit.device.target import has_own_memory
 from qlora_kit.files.opened import open_own
 
@@ -139,11 +139,7 @@ class EntryReader(ExitStack):
             os.close(folder)
 
     def empty(self, name: str, device: torch.device) -> Tensor:
-        """A tensor for `read` to fill.
-
-        Its pages come one by one, which is most of what reading takes beside hashing. Huge ones
-        (`MADV_HUGEPAGE`) were twice as slow on a virtual machine that gives free memory back.
-        """
+        """A tensor for `read` to fill."""
         one = self.kept.tensors[name]
         dtype: torch.dtype = getattr(torch, DTYPES[one.dtype][0])
         return torch.empty(one.shape, dtype=dtype, device=device)
@@ -163,6 +159,10 @@ class EntryReader(ExitStack):
         if has_own_memory(flat.device):
             self._through_the_host(one, flat, hashed)
         else:
+            if not again:
+                # Faults of new pages are most of what reading takes beside hashing. Huge pages
+                # were twice as slow, on a virtual machine that gives free memory back.
+                give_pages(flat)
             self._hashed(one.file, one.start, flat.numpy().data, hashed)
         if not again and digest.hexdigest() != one.sha256:
             raise DamagedError(f"{self.path / one.file}: {name} is not as it was written")

@@ -17,8 +17,8 @@ from qlora_kit.process.signals import StopSignals
 
 if TYPE_CHECKING:
     from qlora_kit.data.lines import GivenRows
+    from qlora_kit.run.prepare import FinishedRun
     from qlora_kit.run.reporter import Reporter
-    from qlora_kit.run.resolve import FinishedRun
     from qlora_kit.run.run import Run
 
 SUMMARY = "Load a base in 4, 8 or 16 bits, train LoRA adapters on it, save them."

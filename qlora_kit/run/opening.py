@@ -11,10 +11,9 @@ from qlora_kit.kernels.workspace import own_workspace
 from qlora_kit.process.signals import Stopped, StopSignals
 from qlora_kit.run.directory import RunDirectory, run_directory
 from qlora_kit.run.metrics import MetricsLog, start_trackers
-from qlora_kit.run.prepare import PreparedRun, prepare_run
+from qlora_kit.run.prepare import FinishedRun, PreparedRun, prepare_run
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.request import RunRequest
-from qlora_kit.run.resolve import FinishedRun
 from qlora_kit.run.run import Run
 from qlora_kit.run.sending import check_base_name, send_run
 

@@ -12,11 +12,10 @@ from qlora_kit.base.json_file import read_json
 from qlora_kit.config.data import DataConfig
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.source import local_files
-from qlora_kit.errors import CheckpointError, ConfigError, QloraKitError
+from qlora_kit.errors import CheckpointError, ConfigError
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.lock import LOCK
 from qlora_kit.run.directory import RESULT, Content, content_of, run_directory
-from qlora_kit.run.reporter import Reporter
 from qlora_kit.training.checkpoint_folder import numbered, prune_unplanned
 
 if TYPE_CHECKING:
@@ -48,20 +47,20 @@ def default_names(config: RunConfig, bits: int | None) -> Iterator[Path]:
         yield Path(f"{name}-{number}")
 
 
-def is_finished(config: RunConfig, target_dir: Path, base: Base, reporter: Reporter) -> bool:
-    """Whether the run to resume is finished, which is said.
+def is_finished(config: RunConfig, target_dir: Path, base: Base) -> bool:
+    """Whether the run to resume is finished.
 
     One that is asked for more steps than it took is not. Errors: as `check_place`, and
     `ConfigError` where it is asked for more and has no checkpoint to go on from.
     """
     resume = config.output.resume_from_checkpoint
     if resume is not None and content_of(target_dir) is Content.FINISHED:
-        saved = _finished_run(target_dir)
+        record = finished_record(target_dir)
+        saved, steps = record["config"], record["train"].get("steps")
         if (target_dir / LOCK).exists():  # killed after its last word: what it held is let go
             with run_directory(target_dir, overwrite=False):
                 prune_unplanned(target_dir, int(saved.get("save_steps") or 0))
-        if not _asks_for_more(config, saved):
-            reporter.note(f"{target_dir}: this run is finished; nothing was changed")
+        if not _asks_for_more(config, saved, steps):
             return True
         if resume == "auto" and not numbered(target_dir)[0]:
             raise ConfigError(
@@ -74,21 +73,19 @@ def is_finished(config: RunConfig, target_dir: Path, base: Base, reporter: Repor
     return False
 
 
-def _finished_run(directory: Path) -> dict[str, Any]:
-    """The options of a finished run, and the `steps` that it took; empty where it does not say."""
-    try:
-        found = read_json(directory / RESULT, CheckpointError)
-    except QloraKitError:
-        return {}
-    config, train = found.get("config"), found.get("train")
-    if not isinstance(config, dict) or not isinstance(train, dict):
-        return {}
-    return {**config, "steps": train.get("steps")}
+def finished_record(directory: Path) -> dict[str, dict[str, Any]]:
+    """What a finished run says of itself by part, which is empty where it says nothing.
+
+    Errors: `CheckpointError` for a `run.json` that is damaged.
+    """
+    found = read_json(directory / RESULT, CheckpointError)
+    parts = {name: found.get(name) for name in ("config", "model", "data", "train")}
+    return {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
 
 
-def _asks_for_more(config: RunConfig, saved: dict[str, Any]) -> bool:
+def _asks_for_more(config: RunConfig, saved: dict[str, Any], steps: object) -> bool:
     """Whether a command has more steps than the finished run, which may have stopped early."""
-    now, steps, epochs = config.training, saved.get("steps"), saved.get("num_train_epochs")
+    now, epochs = config.training, saved.get("num_train_epochs")
     if now.max_steps is not None:
         more = isinstance(steps, int) and now.max_steps > steps
         return more and now.max_steps != saved.get("max_steps")

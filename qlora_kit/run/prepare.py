@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from qlora_kit.data.batch import padding_id, padding_note
 from qlora_kit.data.outcome import EncodedRows
@@ -15,7 +17,7 @@ from qlora_kit.run.encoding import chats_text, encode_run
 from qlora_kit.run.planned import measured_bits, planned_run
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.request import RunRequest
-from qlora_kit.run.resolve import FinishedRun, ResolvedRun, resolve_run
+from qlora_kit.run.resolve import ResolvedRun, resolve_run
 from qlora_kit.run.resume import check_resumed, identity_of
 
 FEW_STEPS, ENOUGH_STEPS = 20, 50
@@ -37,6 +39,13 @@ class PreparedRun(ResolvedRun):
     memory: MemoryPlan
 
 
+class FinishedRun(NamedTuple):
+    """The directory of a run that was to be resumed, and has nothing left to do."""
+
+    directory: Path
+    is_finished: Literal[True] = True
+
+
 def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | FinishedRun:
     """Check everything that can be refused without the weights.
 
@@ -44,8 +53,6 @@ def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | Finish
     `ResourceError` where there is no room for the results.
     """
     resolved = resolve_run(request, reporter)
-    if isinstance(resolved, FinishedRun):
-        return resolved
     config, base, resume, rows = resolved.config, resolved.base, resolved.resume, request.rows
     encoded, held_out = encode_run(config, rows, base)
     schedule = StepSchedule.of_run(
@@ -58,7 +65,12 @@ def prepare_run(request: RunRequest, reporter: Reporter) -> PreparedRun | Finish
         reporter.note(note)
     identity = identity_of(base, encoded, held_out)
     if resume is not None:
-        check_resumed(config, identity, resume, resolved.overridden, reporter)
+        check_resumed(
+            config, identity, resume, resolved.overridden, reporter, finished=resolved.finished
+        )
+    if resolved.finished:
+        reporter.note(f"{resolved.directory}: this run is finished; nothing was changed")
+        return FinishedRun(resolved.directory)
     if schedule.num_steps < FEW_STEPS:
         reporter.note(_few_steps(schedule, config.training.max_steps))
     if resume is not None and resume.step > schedule.num_steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Self
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.open import open_base
@@ -15,8 +15,13 @@ from qlora_kit.run.encoding import settle_data
 from qlora_kit.run.place import default_names, is_finished, output_directory
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.request import RunRequest
-from qlora_kit.run.resume import find_checkpoint, overridden_options, resumed_rows
-from qlora_kit.run.targets import check_targets
+from qlora_kit.run.resume import (
+    find_checkpoint,
+    finished_run,
+    overridden_options,
+    resumed_training,
+)
+from qlora_kit.run.targets import check_room_for, check_targets
 from qlora_kit.training.checkpoint import Checkpoint
 
 
@@ -29,7 +34,8 @@ class ResolvedRun:
     `names` are those that `directory` may have where none was given: the first one that is free
     when the run begins is taken. `start` has the files of the adapter that the run goes on from,
     checked against the base; `ranks` are those of the adapted linears, by name. `overridden` names
-    the options that may differ from those of the checkpoint.
+    the options that may differ from those of the checkpoint. A `finished` run is there already,
+    and `resume` is what it says of itself.
     """
 
     config: RunConfig
@@ -40,6 +46,7 @@ class ResolvedRun:
     overridden: set[str]
     start: Start
     ranks: Mapping[str, int]
+    finished: bool
 
     def at(self, directory: Path) -> Self:
         """The same run in a directory of another name."""
@@ -47,14 +54,7 @@ class ResolvedRun:
         return replace(self, directory=directory, config=replace(self.config, output=output))
 
 
-class FinishedRun(NamedTuple):
-    """The directory of a run that was to be resumed, and has nothing left to do."""
-
-    directory: Path
-    is_finished: Literal[True] = True
-
-
-def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | FinishedRun:
+def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun:
     """Decide every option, from the files of the base, the adapter and the checkpoint.
 
     Nothing is written. Errors: those of the base, the adapter, the checkpoint, the chat template
@@ -73,13 +73,14 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
         reporter.note(note)
     asked = replace(asked, base=start.base)
     directory = output_directory(asked, base.quantization.bits)
-    if is_finished(asked, directory, base, reporter):
-        return FinishedRun(directory)
+    finished = is_finished(asked, directory, base)
     names = None
     if asked.output.output_dir is None and asked.output.resume_from_checkpoint is None:
         names = default_names(asked, base.quantization.bits)
     overridden = overridden_options(asked)
-    if found is None or searched != directory:
+    if finished:
+        found = finished_run(directory), []
+    elif found is None or searched != directory:
         found = find_checkpoint(asked, directory)
     resume, notes = found
     for note in notes:
@@ -90,12 +91,10 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
     lora, base_options = start.lora, base.options(start.base)
     if lora.adapter_dtype == "auto":
         lora = replace(lora, adapter_dtype=base_options.dtype)
-    training = asked.training.settled()
-    if training.optim == "auto" and resume is not None and resume.options.get("optim"):
-        # What the memory of that day decided; its states are in the checkpoint.
-        training = replace(training, optim=resume.options["optim"])
-    training = resumed_rows(training, resume)
-    ranks = check_targets(lora, base, directory, training.optim, start, reporter)
+    training = resumed_training(asked.training.settled(), resume)
+    ranks = check_targets(lora, base, start, reporter)
+    if not finished:  # else nothing is written
+        check_room_for(base, ranks, directory, training.optim)
     is_chat = request.rows.is_chat
     data = settle_data(asked.data, lora.adapter, base, resume, is_chat=is_chat)
     # How this process began is no part of what the run is.
@@ -111,4 +110,5 @@ def resolve_run(request: RunRequest, reporter: Reporter) -> ResolvedRun | Finish
         overridden=overridden,
         start=start,
         ranks=ranks,
+        finished=finished,
     )

@@ -6,7 +6,8 @@ What `run.json` holds, each part of it where it applies:
 - `model`: the base and the adapters on it; of a multimodal checkpoint `adapter_keys`, which is
   `wrapper` or `text`
 - `data`: the rows trained on, without those `skipped`; `unused` counts the rows that have a field
-  which nothing reads, by its name
+  which nothing reads, by its name; the fingerprints are hashes of the encoded rows that were
+  trained on and held out
 - `train`: the optimizer steps and what they gave; `skipped_steps` were not finite,
   `micro_batch_rows` is what the device was found to hold, `best_step` the one that was saved
 - `eval`: losses in nats a supervised token of the held-out rows, the same rows each time; of pairs
@@ -174,6 +175,8 @@ def result_record(
             "tokens": plan.encoded.tokens,
             "supervised_tokens": plan.encoded.supervised_tokens,
             "unused": dict(plan.encoded.unused),
+            "fingerprint": plan.identity["data"],
+            "eval_fingerprint": plan.identity["eval_data"],
         },
         "train": _train_record(progress, max_rows, took_best),
         "eval": _eval_record(progress, after),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from qlora_kit.errors import CheckpointError, ConfigError
 from qlora_kit.files.atomic import real_path
 from qlora_kit.options.option import flag_of, types_of
 from qlora_kit.options.parsed import closest
+from qlora_kit.run.place import finished_record
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.training.checkpoint import Checkpoint, digest, load_checkpoint, newest
 from qlora_kit.training.checkpoint_folder import numbered
@@ -62,6 +63,25 @@ def find_checkpoint(config: RunConfig, target_dir: Path) -> tuple[Checkpoint | N
     return found, [*notes, f"going on from {found.path}"]
 
 
+def finished_run(directory: Path) -> Checkpoint:
+    """A finished run as what another is compared with: what `run.json` says, and no tensors.
+
+    One of an older version does not say which rows it was trained on: they are not compared.
+    Errors: `CheckpointError` for a `run.json` that is damaged.
+    """
+    record = finished_record(directory)
+    places = {
+        "model": ("model", "fingerprint"),
+        "data": ("data", "fingerprint"),
+        "eval_data": ("data", "eval_fingerprint"),
+    }
+    identity = {
+        name: record[part][key] for name, (part, key) in places.items() if key in record[part]
+    }
+    state = {"config": record["config"], "identity": identity}
+    return Checkpoint(directory, record["train"].get("steps", 0), {}, state)
+
+
 def identity_of(
     base: Base, encoded: EncodedRows, held_out: EncodedRows | None
 ) -> dict[str, str | None]:
@@ -83,9 +103,12 @@ def check_resumed(
     resume: Checkpoint,
     overridden: set[str],
     reporter: Reporter,
+    *,
+    finished: bool = False,
 ) -> None:
     """Refuse what differs from the checkpoint's run, unless it is named by `--override`.
 
+    Of a `finished` one nothing can be overridden any more; naming what differs is let pass.
     Errors: `ConfigError` with all differences, `CheckpointError` for a checkpoint without them.
     """
     saved, kept = dict(resume.options), resume.state.get("identity")
@@ -102,7 +125,7 @@ def check_resumed(
         if name not in FREE_ON_RESUME and saved.get(name) != now.get(name)
     }
     different |= {
-        name: "other contents" for name, value in identity.items() if kept.get(name) != value
+        name: "other contents" for name, value in identity.items() if kept.get(name, value) != value
     }
     refused = {
         name: how
@@ -112,22 +135,28 @@ def check_resumed(
     if refused:
         listed = "; ".join(f"{name}: {how}" for name, how in refused.items())
         fixed = [name for name in refused if name in FIXED_ON_RESUME]
-        raise ConfigError(
-            f"{resume.path} is of a run that differs from this one: {listed}",
-            f"start a new run: {', '.join(fixed)} cannot change"
-            if fixed
-            else f"give the same, or --override {','.join(refused)}",
-        )
+        remedy = f"give the same, or --override {','.join(refused)}"
+        if finished:
+            remedy = "it is finished: give the same, or start a new run in another --output_dir"
+        elif fixed:
+            remedy = f"start a new run: {', '.join(fixed)} cannot change"
+        raise ConfigError(f"{resume.path} is of a run that differs from this one: {listed}", remedy)
     for name, how in different.items():
         reporter.note(f"overridden: {name}: {how}")
 
 
-def resumed_rows(training: TrainingConfig, resume: Checkpoint | None) -> TrainingConfig:
-    """The options with the micro-batches of a checkpoint, where they are `auto` and fit its steps.
+def resumed_training(training: TrainingConfig, resume: Checkpoint | None) -> TrainingConfig:
+    """The options with the optimizer and the micro-batches of a checkpoint, where they are `auto`.
 
-    What a card had room for when a run began is part of it.
+    What a card had room for when a run began is part of it. Micro-batches that do not fit the steps
+    become single rows.
     """
-    if resume is None or training.batch_size is not None:
+    if resume is None:
+        return training
+    if training.optim == "auto" and resume.options.get("optim"):
+        # Its states are in the checkpoint.
+        training = replace(training, optim=resume.options["optim"])
+    if training.batch_size is not None:
         return training
     rows = resume.options.get("per_device_train_batch_size")
     steps = resume.options.get("gradient_accumulation_steps")

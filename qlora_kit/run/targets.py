@@ -21,15 +21,13 @@ from qlora_kit.training.optimizer import state_bytes
 def check_targets(
     lora: LoRAConfig,
     base: Base,
-    directory: Path,
-    optim: str,
     start: Start,
     reporter: Reporter,
 ) -> Mapping[str, int]:
-    """Refuse targets, rank or a full disk; the base and its adapters are shown.
+    """Refuse targets or rank; the base and its adapters are shown.
 
     `start` has the adapter to go on with, if there is one. Returns the rank of each linear.
-    Errors: `ConfigError`, `ResourceError`.
+    Errors: `ConfigError`.
     """
     check_keys(base, lora.adapter_keys)
     targets, ranks = find_targets(base.model, lora.target_modules), start.ranks
@@ -43,6 +41,11 @@ def check_targets(
         reporter.note(note)
     for said in _serving_notes(lora, base, start):
         reporter.note(said)
+    return ranks
+
+
+def check_room_for(base: Base, ranks: Mapping[str, int], directory: Path, optim: str) -> None:
+    """Refuse a disk that is too full for a run's adapters. Errors: `ResourceError`."""
     layers = {name: base.model.get_submodule(name) for name in ranks}
     parameters = sum(
         ranks[name] * (layer.in_features + layer.out_features) for name, layer in layers.items()
@@ -50,7 +53,6 @@ def check_targets(
     # The first checkpoint beside the result: masters, states, and the adapter twice.
     needed = int(parameters * (4 + state_bytes(optim) + 2 * 4)) + 2 * SLACK_BYTES
     check_room(directory, needed, "the first checkpoint with the result")
-    return ranks
 
 
 def _serving_notes(lora: LoRAConfig, base: Base, start: Start) -> Iterator[str]:

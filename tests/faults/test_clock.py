@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -119,6 +120,40 @@ def test_a_finished_run_goes_on_from_its_last_checkpoint(job, output):
     # Asked for what it has, it is finished.
     again = job.run(output, *longer, *auto)
     assert (again.code, "finished; nothing was changed" in again.output) == (0, True)
+
+
+def test_a_finished_run_is_compared_as_one_that_goes_on(job, output, tmp_path):
+    """What contradicts it is refused with the same words, and nothing is changed."""
+    job = job.having("--save_steps", "0")
+    assert job.run(output).code == 0
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    data = tmp_path / "data"
+    shutil.copytree(job.directory / "data", data)
+    auto = ("--resume_from_checkpoint", "auto")
+    same = job.run(output, "--data", str(data), *auto)  # the same rows elsewhere
+    assert (same.code, "finished; nothing was changed" in same.output) == (0, True)
+    text = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(text.replace("w3", "w4"))
+    cases = [
+        (("--data", str(data)), "data: other contents"),
+        (("--lora_r", "8"), "lora_r: 4 there, 8 here"),
+        (("--max_steps", "3"), "max_steps: 5 there, 3 here"),
+        (("--learning_rate", "0.5"), "learning_rate: 0.01 there, 0.5 here"),
+    ]
+    for other, how in cases:
+        refused = job.run(output, *other, *auto)
+        assert refused.code == 2, refused.output
+        assert f"{output} is of a run that differs from this one: {how}; it is" in refused.error
+    named = job.run(output, *other, *auto, "--override", "learning_rate")
+    assert (named.code, "finished; nothing was changed" in named.output) == (0, True)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    # A run of an older version does not say which rows it had, and is compared without them.
+    record = json.loads((output / "run.json").read_text())
+    for name in ("fingerprint", "eval_fingerprint"):
+        del record["data"][name]
+    (output / "run.json").write_text(json.dumps(record))
+    assert job.run(output, "--data", str(data), *auto).code == 0
+    assert job.run(output, *other, *auto).code == 2
 
 
 def test_a_finished_run_without_a_checkpoint_says_which_command_goes_on(job, tmp_path):

@@ -19,7 +19,7 @@ from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.cards import CARDS
 from qlora_kit.plan.step_time import Clock
 from qlora_kit.run.planned import RunPlans, planned_run
-from qlora_kit.run.resume import resumed_rows
+from qlora_kit.run.resume import resumed_training
 from qlora_kit.training.checkpoint import Checkpoint
 
 CARD = CARDS["rtx4090"]
@@ -67,7 +67,7 @@ def test_elsewhere_the_default_is_one_row_at_a_time(run):
 def test_a_resumed_run_has_the_micro_batches_that_it_began_with():
     def resumed(training, **options):
         checkpoint = Checkpoint(Path("checkpoint-1"), 1, {}, {"config": options})
-        found = resumed_rows(training, checkpoint)
+        found = resumed_training(training, checkpoint)
         return found.batch_size, found.gradient_accumulation_steps
 
     saved = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
@@ -75,7 +75,7 @@ def test_a_resumed_run_has_the_micro_batches_that_it_began_with():
     # Of other steps it is refused like any other difference; what is given stays.
     assert resumed(TrainingConfig(gradient_accumulation_steps=4), **saved) == (1, 4)
     assert resumed(TrainingConfig(batch_size=1), **saved) == (1, 16)
-    assert resumed_rows(TrainingConfig(), None).batch_size is None
+    assert resumed_training(TrainingConfig(), None).batch_size is None
 
 
 def test_the_plan_of_a_card_chooses_rows(capsys):

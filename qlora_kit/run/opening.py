@@ -17,6 +17,9 @@ from qlora_kit.run.request import RunRequest
 from qlora_kit.run.run import Run
 from qlora_kit.run.sending import check_base_name, send_run
 
+FAILURES = (QloraKitError, OSError, MemoryError, RuntimeError)
+"""What a run ends with that is no bug: what is refused, and what a disk or a device says."""
+
 
 @contextlib.contextmanager
 def open_run(
@@ -25,9 +28,9 @@ def open_run(
     """Prepare a run, hold its directory, load the model, restore the checkpoint; then hand over.
 
     A run to resume that is finished is handed over as that. When the block stops between two steps
-    (a signal, a numeric error, a full device), what was reached is saved first. At the end the
-    adapter goes to the hub where that is asked for. Errors: those of preparing, loading and
-    sending, `ResourceError`, `Stopped`.
+    (a signal, a numeric error, a full device), what was reached is saved first; where it stops in
+    the optimizer's part of a step, nothing is. At the end the adapter goes to the hub where that
+    is asked for. Errors: those of preparing, loading and sending, `ResourceError`, `Stopped`.
     """
     plan = prepare_run(request, reporter)
     if isinstance(plan, FinishedRun):
@@ -55,10 +58,13 @@ def open_run(
             except Stopped as stopped:
                 run.leave_step()
                 raise run.stopped(stopped.signal_number) from None
-            except (QloraKitError, OSError):
+            except FAILURES as error:
                 run.leave_step()
-                with contextlib.suppress(QloraKitError, OSError):
-                    run.state.save()
+                if (failure := run.full_in_optimizer(error)) is not None:
+                    raise failure from error
+                if not run.is_half:
+                    with contextlib.suppress(*FAILURES):
+                        run.state.save()
                 raise
     send_run(request.parsed, run.directory, reporter)
 

@@ -12,6 +12,11 @@ and rows are only halved, or the run refused, when nothing is left to recompute 
 
 Less is what the allocator says was missing, at least a share of the plan that doubles each time:
 it names one allocation and does not know the later ones, and each time costs a plan and a step.
+
+All that is for the passes of a step, which can be taken again. The optimizer's part cannot: it goes
+from parameter to parameter, and where it fails nobody knows which of them it has changed. So its
+states are made before the first step, where nothing is lost yet; after that it allocates next to
+nothing. Where even that is not there the run ends, and what it has in memory is not saved.
 """
 
 from __future__ import annotations
@@ -23,17 +28,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_kit.device.target import has_own_memory
+from qlora_kit.errors import ResourceError
 from qlora_kit.plan.memory_plan import MemoryPlan
 from qlora_kit.process.out_of_memory import is_out_of_memory
 from qlora_kit.run.plans import RunPlans
 from qlora_kit.training.guard import Guard
 from qlora_kit.training.layer_forward import set_recompute
-from qlora_kit.training.optimizer import make_paged_states
+from qlora_kit.training.optimizer import make_states
 from qlora_kit.training.preference import objective_of
 from qlora_kit.training.preflight import is_due, preflight
 from qlora_kit.training.prepare import prepare_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from qlora_kit.run.prepare import PreparedRun
@@ -53,15 +61,24 @@ def try_largest(
 ) -> int:
     """Run the preflight of the steps after `start_step` where it is due; the largest batch's step.
 
-    0 where there are no steps left. Paged states, which the preflight does not hold for a while,
-    are made for good before it. Errors: `ResourceError` where not even one of its rows fits.
+    0 where there are no steps left. The optimizer has all of its states before it. Errors:
+    `ResourceError` where they do not fit, or not even one of the batch's rows.
     """
     memory, schedule = plan.memory, plan.schedule
     guard.planned_bytes = memory.peak_bytes
     found = schedule.after(start_step).largest()
     if found is None:
         return 0
-    make_paged_states(optimizer)
+    try:
+        make_states(optimizer)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"out of memory as the states of the optimizer were made: {memory.peak_bytes} bytes "
+            f"planned for the run ({error})",
+            f"lower --memory_budget, or use {_smaller_states(plan)}",
+        ) from error
     if is_due(plan.base.device, memory.peak_bytes, memory.budget_bytes):
         batch, accumulates = schedule.collate(found.sequences), schedule.accumulation > 1
         preflight(
@@ -73,6 +90,34 @@ def try_largest(
             objective=objective_of(plan.config.training),
         )
     return found.step
+
+
+def half_taken(
+    plan: PreparedRun, step: int, error: Exception, checkpoint: Path | None
+) -> ResourceError | None:
+    """What is said where `error` ended the optimizer's part of a step; None if it is another one.
+
+    `checkpoint` is the last one.
+    """
+    if not is_out_of_memory(error):
+        return None
+    kept = "there is no checkpoint yet" if checkpoint is None else f"{checkpoint} is whole"
+    again = f"start again with {_smaller_states(plan)}"
+    if checkpoint is not None:
+        again = f"go on from it with --resume_from_checkpoint once more is free, or {again}"
+    return ResourceError(
+        f"step {step} is not saved, for the optimizer may have taken half of it: {kept}; "
+        f"out of memory ({error or type(error).__name__})",
+        again,
+    )
+
+
+def _smaller_states(plan: PreparedRun) -> str:
+    """The options with which an optimizer has less on the device."""
+    own_memory, optim = has_own_memory(plan.base.device), plan.config.training.optim
+    smaller = "paged_adamw_8bit" if own_memory else "adamw_8bit"
+    is_small = optim.startswith("paged") if own_memory else "8bit" in optim
+    return "a smaller --lora_r" if is_small else f"--optim {smaller} or a smaller --lora_r"
 
 
 class Replan:

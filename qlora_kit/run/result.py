@@ -89,8 +89,9 @@ class Progress:
 class Memory:
     """What a run measured of its memory: some of its steps are counted, tensor by tensor.
 
-    They are the first two, because only from the second on there are optimizer states, and the one
-    with the largest batch. `profiler` has counted how the model was loaded.
+    They are the first two, because only the second finds what the first leaves (workspaces, blocks
+    of the allocator), and the one with the largest batch. `profiler` has counted how the model was
+    loaded.
     """
 
     def __init__(

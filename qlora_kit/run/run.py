@@ -22,7 +22,7 @@ from qlora_kit.run.directory import RunDirectory
 from qlora_kit.run.evaluation import HeldOut
 from qlora_kit.run.prepare import PreparedRun
 from qlora_kit.run.publish import write_result
-from qlora_kit.run.replan import try_largest
+from qlora_kit.run.replan import half_taken, try_largest
 from qlora_kit.run.reporter import Reporter, StepReporter
 from qlora_kit.run.result import result_record
 from qlora_kit.run.saving import RunState
@@ -48,6 +48,8 @@ class Run:
         model = self._parts.model
         self._held_out = HeldOut(plan, model, self._objective, reporter, signals)
         self.state = RunState(plan, place, self._parts, reporter)
+        self.is_half = False
+        """Whether the optimizer has begun to take a step, and not ended."""
 
     def begin(self, log: Callable[[Mapping[str, Any]], None], bar: StepReporter) -> None:
         """Measure what the run starts from, unless the checkpoint says it."""
@@ -110,7 +112,8 @@ class Run:
     def before_step(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the optimizer may take this step. Errors: `NumericError`."""
         self._parts.memory.after_backward()
-        return self._parts.guard.before_step(step, loss, grad_norm)
+        self.is_half = self._parts.guard.before_step(step, loss, grad_norm)
+        return self.is_half
 
     def on_step(self, report: StepReport) -> None:
         """A step is done: count, log, evaluate, save, stop, whatever of it is due."""
@@ -125,6 +128,7 @@ class Run:
                 progress.first_loss = report.loss
         else:
             progress.skipped_steps += 1
+        self.is_half = False
         peak = self._parts.memory.peak()
         self._bar.step(report, peak)
         if report.step % output.logging_steps == 0 or report.step == self._plan.schedule.num_steps:
@@ -140,6 +144,14 @@ class Run:
         """A step is given up: what it has made is forgotten."""
         self._parts.memory.after_step()
         self._parts.guard.drop_gradients()
+
+    def full_in_optimizer(self, error: Exception) -> Exception | None:
+        """What is said of a device that was full as the optimizer took a step; None if it wasn't.
+
+        `is_half` then, and whatever else failed there, the step may be half taken: not to be saved.
+        """
+        step, checkpoint = self.state.progress.step + 1, self.state.last_checkpoint
+        return half_taken(self._plan, step, error, checkpoint) if self.is_half else None
 
     def stopped(self, signal_number: int) -> Stopped:
         """Save where the run stands; returns what to raise. Errors as `save`."""

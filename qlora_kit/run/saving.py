@@ -68,6 +68,13 @@ class RunState:
         self._place.keep()
         prune_unplanned(self._place.path, self._plan.config.output.save_steps)
 
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The one that a run that ends here is resumed from."""
+        if self._saved_step > 0:
+            return self._place.path / f"checkpoint-{self._saved_step}"
+        return None if self._plan.resume is None else self._plan.resume.path
+
     def save_if_due(self) -> None:
         """Write the checkpoint that is due after this step, by its number or by the clock."""
         every = self._plan.config.output.save_steps

@@ -117,8 +117,7 @@ class Guard:
             return True
         problem = (
             f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}, "
-            f"first not finite in {first_non_finite(self._model, self._micro_batches, step)}, "
-            f"rows {self._rows_of(step)}"
+            f"first not finite in {self._first_non_finite(step)}, rows {self._rows_of(step)}"
         )
         if self.bad_in_a_row + 1 == SKIP_LIMIT:
             raise NumericError(
@@ -143,6 +142,15 @@ class Guard:
             raise ValueError(f"max_rows {max_rows!r}")
         self.loss_scale.restore(state)
         self.bad_in_a_row, self.max_rows = bad_in_a_row, max_rows
+
+    def _first_non_finite(self, step: int) -> str:
+        """As the function; no memory to look is no reason to end a run, whose step is skipped."""
+        try:
+            return first_non_finite(self._model, self._micro_batches, step)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "a module that there was no memory to look for"
 
     def _halve(self, missing: int | None) -> None:
         largest = max(batch["input_ids"].shape[0] for batch in self._micro_batches)

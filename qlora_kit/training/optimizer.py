@@ -159,30 +159,18 @@ def restore_optimizer(
     optimizer.state.update(made)
 
 
-def missing_states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """New tensors like the states that the next step will add to what the device holds.
+def make_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give the parameters without a state the one that their first step would begin with.
 
-    The optimizer stays as it is. Left out is what is paged, in memory that is not the device's.
+    A step that has them allocates next to nothing, and where there is no room for them that is
+    known before any of it is taken: an optimizer that finds none has changed the parameters before.
+    Of paged states bitsandbytes 0.50 ends the process then, without an error.
     """
 
     def is_missing(parameter: nn.Parameter) -> bool:
-        return parameter not in optimizer.state and not _is_paged(optimizer, parameter)
+        return parameter not in optimizer.state
 
-    states = (state for _, state in _new_states(optimizer, is_missing))
-    return [one for state in states for one in state.values() if isinstance(one, Tensor)]
-
-
-def make_paged_states(optimizer: torch.optim.Optimizer) -> None:
-    """Give the parameters whose states are paged those that their first step would begin with.
-
-    Where the host has no room for them, bitsandbytes 0.50 ends the process without an error: then
-    better before the first step than in it.
-    """
-
-    def is_due(parameter: nn.Parameter) -> bool:
-        return parameter not in optimizer.state and _is_paged(optimizer, parameter)
-
-    optimizer.state.update(dict(_new_states(optimizer, is_due)))
+    optimizer.state.update(dict(_new_states(optimizer, is_missing)))
 
 
 def _is_paged(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
@@ -192,11 +180,6 @@ def _is_paged(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
 def gradient_like(parameter: Tensor) -> Tensor:
     """Memory for the gradient that backward leaves of a parameter, not filled."""
     return torch.empty_like(parameter, dtype=getattr(parameter, "grad_dtype", parameter.dtype))
-
-
-def make_states(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that its first step would begin with."""
-    optimizer.state.update(dict(_new_states(optimizer)))
 
 
 def _new_states(

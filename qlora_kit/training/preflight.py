@@ -2,9 +2,9 @@
 
 A data set may hide its one long row at its end, hours away. `preflight` sends the largest
 micro-batch through forward and backward by the training loop's own step, which then takes no
-optimizer step, beside as much memory as the run will hold at that place: the optimizer's states,
-and the gradients where a step has several micro-batches. Where the device is full, the guard
-does what it does in a step: has more recomputed, halves, or refuses.
+optimizer step, beside as much memory as the run will hold at that place: gradients where a step has
+several micro-batches, and the optimizer's states, which are there already (`make_states`). Where
+the device is full, the guard does what it does in a step: has more recomputed, halves, or refuses.
 
 Everything that a step depends on is as before: no parameter, gradient, optimizer state or random
 state changes, the places of dropout are those of a run that has not begun, and the order of rows
@@ -26,7 +26,7 @@ from qlora_kit.training.guard import Guard
 from qlora_kit.training.host_gradients import waiting_of
 from qlora_kit.training.loop import Backward, train_step
 from qlora_kit.training.loss import SUPERVISED_TOKENS, Objective
-from qlora_kit.training.optimizer import gradient_like, missing_states
+from qlora_kit.training.optimizer import gradient_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,11 +59,8 @@ def preflight(
     """
     device = model.device
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    held: list[Tensor] = []
 
     def as_in_a_run(backward: Backward, micro_batches: Sequence[Batch]) -> Tensor:
-        held.clear()  # those of an attempt before this one, or there were two of each
-        held.extend(missing_states(optimizer))
         if accumulates:
             for parameter in trained:
                 if waiting_of(parameter) is None:

@@ -12,9 +12,10 @@ import time
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qlora_kit.device.target import has_values
-from qlora_kit.run import assembly, evaluation, publish, run, saving
+from qlora_kit.run import assembly, evaluation, publish, replan, run, saving
 from qlora_kit.training import loop, loss
 
 
@@ -82,6 +83,43 @@ def full_device_above_one_row() -> None:
 def full_device() -> None:
     """Not even one row fits in step 3."""
     _full(lambda step, rows: step >= 3)
+
+
+def full_device_in_optimizer() -> None:
+    """In step 4, when the optimizer has changed one adapter and none of the others."""
+
+    def half_a_step(optimizer: Any, args: Any, options: Any) -> None:
+        first = optimizer.param_groups[0]["params"][0]
+        if at["step"] == 4 and has_values(first):
+            first.data.add_(1.0)
+            torch.empty(2**55, dtype=torch.uint8)
+
+    at = {"step": 0}
+    register_optimizer_step_pre_hook(half_a_step)
+    _before_each_step(lambda step, model: at.update(step=step))
+
+
+def full_device_after_the_passes() -> None:
+    """In step 4, when its gradients are there and nothing has been done with them."""
+    real = loop.total_norm
+
+    def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+        if at["step"] == 4 and has_values(gradients[0]):
+            torch.empty(2**55, dtype=torch.uint8)
+        return real(gradients)
+
+    at = {"step": 0}
+    loop.total_norm = total_norm
+    _before_each_step(lambda step, model: at.update(step=step))
+
+
+def full_device_for_states() -> None:
+    """The states of the optimizer do not fit."""
+
+    def make_states(optimizer: Any) -> None:
+        torch.empty(2**55, dtype=torch.uint8)
+
+    replan.make_states = make_states
 
 
 def tight_memory() -> None:

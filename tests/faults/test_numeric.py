@@ -111,6 +111,41 @@ def test_one_row_that_does_not_fit_is_an_error_with_three_ways_out(job, output):
     assert resumed.code == 0, resumed.output
 
 
+def test_a_step_that_the_optimizer_took_half_of_is_not_saved(job, reference, output):
+    """The run goes on from the checkpoint before, to the same bytes."""
+    settings = job.having("--save_steps", "2", "--save_total_limit", "9")
+    failed = settings.run(output, inject="full_device_in_optimizer")
+    assert failed.code == 4, failed.output
+    whole = "step 4 is not saved, for the optimizer may have taken half of it"
+    for part in (whole, "checkpoint-2 is whole", "--resume_from_checkpoint", "--optim adamw_8bit"):
+        assert part in failed.error, part
+    found, notes = newest(output)
+    assert (found.step, notes, leftovers(output)) == (2, [], [])
+    resumed = settings.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert {name: (output / name).read_bytes() for name in reference} == reference
+
+
+def test_a_device_that_is_full_after_the_passes_loses_no_step(job, reference, output):
+    """What the optimizer has not begun with is the state after the step before."""
+    settings = job.having("--save_steps", "0")
+    failed = settings.run(output, inject="full_device_after_the_passes")
+    assert failed.code == 4, failed.output
+    assert "out of memory" in failed.error
+    assert newest(output)[0].step == 3
+    resumed = settings.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert {name: (output / name).read_bytes() for name in reference} == reference
+
+
+def test_states_that_do_not_fit_are_refused_before_the_first_step(job, output):
+    outcome = job.run(output, inject="full_device_for_states")
+    assert outcome.code == 4, outcome.output
+    for part in ("states of the optimizer", "bytes planned", "--optim adamw_8bit", "--lora_r"):
+        assert part in outcome.error, part
+    assert not output.exists()
+
+
 def test_a_host_without_memory_gets_smaller_micro_batches(job, tmp_path):
     """The real thing: an address space with room for the process, but not for the batch."""
     line = json.dumps({"text": " ".join(f"w{3 + j % 80}" for j in range(126))}) + "\n"

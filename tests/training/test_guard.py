@@ -72,6 +72,19 @@ def test_one_gradient_element_that_is_not_finite_stops_before_the_optimizer(mode
             assert same, key
 
 
+def test_a_bad_step_is_skipped_where_there_is_no_memory_to_look_into_it(model):
+    ours, notes = model(), []
+    guard = Guard(ours, note=notes.append)
+    guard.run_backward(lambda parts: torch.zeros(()), micro_batches(1)[0])
+
+    def full(module, args):
+        torch.empty(2**55, dtype=torch.uint8)
+
+    ours.model.layers[1].register_forward_pre_hook(full)
+    assert not guard.before_step(1, float("nan"), 1.0)
+    assert "no memory to look for, rows unknown: skipped" in notes[0]
+
+
 def test_adapters_that_no_gradient_reaches_are_an_error(model):
     """One layer is cut off from the loss; the message names its adapters."""
     ours = model(recompute=None)  # our block would not call the hook

@@ -17,7 +17,7 @@ from qlora_kit.errors import CheckpointError
 from qlora_kit.training.optimizer import (
     learning_rates,
     make_optimizer,
-    make_paged_states,
+    make_states,
     optimizer_names,
     optimizer_state,
     paging_note,
@@ -96,20 +96,32 @@ def test_the_others_are_bitsandbytes_own(name, on_cuda, on_cpu, bits):
 
 
 @pytest.mark.filterwarnings("ignore:.*not supported on CPU")
-@pytest.mark.parametrize("kind", [bnb.PagedAdamW8bit, bnb.PagedLion8bit])
-def test_paged_states_are_made_before_the_first_step_and_change_nothing(kind):
-    """Only they are: the others are made in the step, and a preflight holds as much for a while."""
+@pytest.mark.parametrize("kind", [*OPTIMIZERS, bnb.PagedAdamW8bit, bnb.PagedLion8bit])
+def test_states_made_before_the_first_step_change_nothing_and_none_is_made_in_it(kind):
+    """Also where some are there already, as after resuming."""
     ends = []
     for made in (True, False):
         own = {"large": nn.Parameter(torch.ones(400, 400)), "small": nn.Parameter(torch.ones(9, 9))}
-        optimizer = kind(own.values(), lr=1e-2)
+        if isinstance(kind, str):
+            optimizer = make_optimizer(kind, own.values(), 1e-2)
+        else:
+            optimizer = kind(own.values(), lr=1e-2)
+        descend({"small": own["small"]}, optimizer, 1)
         if made:
-            make_paged_states(optimizer)
-            assert list(optimizer.state) == [own["large"]]
+            make_states(optimizer)
             assert own["large"].eq(1).all()
+            before = addresses(optimizer)
         descend(own, optimizer, 2)
+        if made:
+            assert addresses(optimizer) == before
         ends.append([parameter.detach().clone() for parameter in own.values()])
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def addresses(optimizer):
+    """Where its states lie."""
+    states = (value for one in optimizer.state.values() for value in one.values())
+    return [value.data_ptr() for value in states if isinstance(value, torch.Tensor)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -76,12 +76,18 @@ class RowsPart(Part):
                 add_matmul(y.view(*x.shape[:2], -1), hidden, lora_b, places.scaling)
                 continue
             lora_a, lora_b = (matrix[:-1].to(dtype) for matrix in (stack.lora_a, stack.lora_b))
-            # Filled, not multiplied by zero: another adapter's value may be infinite in fp16. And
-            # scaled before B: libraries may scale all of B first, where another's may overflow.
+            # Filled, not multiplied by zero: another adapter's value may be infinite in fp16.
             hidden = linear(x.to(dtype), lora_a).masked_fill_(places.foreign, 0)  # (B, T, R)
-            hidden.mul_(places.scaling if places.scalings is None else places.scalings)
+            if places.scalings is not None:
+                hidden.mul_(places.scalings)
+            scaling = places.scaling
+            if dtype is torch.float32:
+                # Libraries may scale all of B first, where another's may overflow. In 16 bits they
+                # scale the sums, which are in fp32, and A x might overflow.
+                hidden.mul_(scaling)
+                scaling = 1.0
             flat = hidden.view(-1, hidden.shape[-1])
-            add_matmul(y.view(-1, y.shape[-1]), flat, lora_b, 1.0)
+            add_matmul(y.view(-1, y.shape[-1]), flat, lora_b, scaling)
 
     def _by_row(self, tokens: Tensor) -> Tensor:
         """`tokens` as (B, T, in_features); some models' code hands them over as (B * T, in)."""

@@ -87,7 +87,8 @@ class Places:
     """What the rows (B,) take of a stack whose ranks are R, of r at most.
 
     `foreign` (B, 1, R) is true where a rank is not the row's; `own` (B * r,) are the places of its
-    ranks, or of the zero. `scaling` is the one of all, or `scalings` (B, 1, 1) are by row.
+    ranks, or of the zero. `scaling` is the largest, and `scalings` (B, 1, 1) are those of the rows
+    in it, at most 1, where they are not all alike: A x may only just be in the range of fp16.
     """
 
     foreign: Tensor
@@ -106,15 +107,16 @@ class Places:
         widest = max(span.r for span in found if span is not None)
         foreign = torch.ones(len(rows), 1, total, dtype=torch.bool)
         own = torch.full((len(rows), widest), total)
-        scalings = torch.ones(len(rows), 1, 1)
+        scalings = torch.zeros(len(rows), 1, 1)
         for row, span in enumerate(found):
             if span is not None:
                 foreign[row, 0, span.start : span.start + span.r] = False
                 own[row, : span.r] = torch.arange(span.start, span.start + span.r)
                 scalings[row] = span.scaling
-        alike = {span.scaling for span in found if span is not None}
-        one, several = (alike.pop(), None) if len(alike) == 1 else (1.0, scalings.to(device))
-        return cls(foreign.to(device), own.view(-1).to(device), one, several)
+        different = {span.scaling for span in found if span is not None}
+        largest = max(different, key=abs)
+        shares = (scalings / largest).to(device) if len(different) > 1 else None
+        return cls(foreign.to(device), own.view(-1).to(device), largest, shares)
 
 
 @dataclass

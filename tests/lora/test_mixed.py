@@ -8,11 +8,13 @@ import pytest
 import torch
 from adapted import quantize
 from families import relative_error, tiny_model, token_ids
+from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora import mixed, passes
 from qlora_kit.lora.inject import lora_layer, lora_layers, switch_of
+from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.lora.low_rank import Part
 from qlora_kit.lora.mixed import Mixed, Stacks
 from qlora_kit.lora.stack import FROM_STEP, RowsRoom
@@ -148,6 +150,33 @@ def test_what_other_rows_do_does_not_reach_a_row(which, value):
     assert torch.equal(beside[1], alone[1])
     assert relative_error(beside[0], alone[0]) < EXACT
     assert not beside[2].isfinite().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gathered", [-1, 10**9])
+@pytest.mark.parametrize("other", [64.0, 2.0])
+def test_a_row_that_fp16_can_hold_alone_it_can_hold_beside_others(other, gathered, monkeypatch):
+    """A x is some 480 here, three times that at most: times the scaling it is over 65504."""
+    monkeypatch.setitem(mixed.GATHERED, "cpu", gathered)
+    generator = torch.Generator().manual_seed(1)
+    base = nn.Linear(64, 48, bias=False).half().requires_grad_(False)
+    layer = LoRALinear(base)
+
+    def adapter(name, scaling):
+        down = 60 * torch.randn(8, 64, generator=generator)
+        up = 1e-6 * torch.randn(48, 8, generator=generator)
+        part = Part(base, (down.half(), up.half()), scaling, torch.float16)
+        return Drawn(name, {layer: part})
+
+    a, beside = adapter("a", 64.0), adapter("b", other)
+    x = torch.randn(2, 40, 64, generator=generator).half()
+    layer.switch.active = a
+    alone = layer(x)[0].float()
+    layer.switch.active = Mixed.of([a, beside])
+    together = layer(x)[0].float()
+    assert alone.isfinite().all()
+    # Base, A x and the sum are rounded once each, in either way.
+    assert relative_error(together, alone) < 4 * torch.finfo(torch.float16).eps
 
 
 @torch.no_grad()

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qlora_kit.base.base import Base
 from qlora_kit.base.bnb_tensors import hold_as_ours, hold_as_theirs, quantization_config
 from qlora_kit.base.in_fp32 import hold_narrow, hold_wide
 from qlora_kit.base.load import allow_saving
+from qlora_kit.device.target import DTYPES
 from qlora_kit.errors import AdapterError, ConfigError, NumericError
 from qlora_kit.export.bnb_linears import BnbLinears
 from qlora_kit.lora.adapter import adapter_config, load_adapter, prefix_to_save
@@ -69,7 +71,7 @@ def to_peft(base: Base) -> Any:
             "for",
             "load the base with head_bits=16",
         )
-    configs, masters, linears = {}, {}, None
+    configs, masters, dtypes, linears = {}, {}, {}, None
     for name in names:
         layers = {at: one for at, one in lora_layers(model).items() if name in one.lora_A}
         said = adapter_config(base, name, prefix_to_save(base, name))
@@ -77,6 +79,7 @@ def to_peft(base: Base) -> Any:
         said |= {"inference_mode": False, "target_modules": sorted(layers)}
         configs[name] = peft.LoraConfig(**said)
         masters[name] = {at: one.weights(name) for at, one in layers.items()}
+        dtypes[name] = next(iter(layers.values())).adapter_dtypes[name]
     if base.quantization.bits < 16:
         linears = BnbLinears.of(base, base.quantization.bits)
         hold_as_theirs(model, base.dtype)
@@ -98,13 +101,16 @@ def to_peft(base: Base) -> Any:
                 layer.lora_A[name].weight.data = down.data
                 layer.lora_B[name].weight.data = up.data
     made.set_adapter(active or names[0])
+    made.dtypes_of_base = dtypes
     return made
 
 
 def from_peft(model: Any, base: Base) -> Base:
     """The base of `to_peft` with PEFT's adapters, trained or added since, in place of its own.
 
-    The active adapter takes part; nothing is trainable, which `train_loaded` changes. Errors:
+    The active adapter takes part; nothing is trainable, which `train_loaded` changes. One that came
+    from here is computed and saved in the dtype that it had here, its masters being what PEFT has;
+    another one in the dtype that PEFT saves it in. Errors:
     `AdapterError` for a model that was not made of this base, one with adapters merged into it, or
     an adapter that is not plain LoRA on linears that take one; `NumericError` for one that is not
     finite. The model is then as it was.
@@ -136,9 +142,20 @@ def from_peft(model: Any, base: Base) -> Base:
         hold_narrow(base)
         for name, saved in files.items():
             load_adapter(base, saved, name, allow_other_base=True)
+            if name in (dtypes := getattr(model, "dtypes_of_base", {})):
+                _compute_in(dtypes[name], inner, name)
     inner._hf_peft_config_loaded = False
     activate(inner, active)
     return base
+
+
+def _compute_in(dtype: torch.dtype, inner: PreTrainedModel, adapter: str) -> None:
+    """Let an adapter be computed and saved in a dtype; PEFT has saved its masters in theirs."""
+    said = next(name for name, known in DTYPES.items() if known is dtype)
+    for layer in lora_layers(inner).values():
+        if adapter in layer.lora_A:
+            layer.adapter_dtypes[adapter] = dtype
+            layer.configs[adapter] = replace(layer.configs[adapter], adapter_dtype=said)
 
 
 def _checked(inner: nn.Module, folder: str, names: Sequence[str]) -> dict[str, AdapterFiles]:

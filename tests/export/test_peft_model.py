@@ -116,6 +116,27 @@ def test_peft_computes_what_we_do_and_gives_the_same_base_back(bits: int, target
     assert all(torch.equal(again[1][name], grad) for name, grad in ours[1].items())
 
 
+@pytest.mark.parametrize("own", ["auto", "fp32"])
+def test_an_adapter_comes_back_in_the_dtype_that_it_had(own: str, tmp_path: Path) -> None:
+    """The same files and logits, over masters that are still those of PEFT; one added as saved."""
+    base = load_base("tiny", bits=4, dtype="bf16", device="cpu")
+    inject_lora(base.model, LoRAConfig(r=4, adapter_dtype=own))
+    fill(base, "default", 0)
+    save_adapter(base, tmp_path / "before")
+    before = logits(base.model)
+    model = to_peft(base)
+    model.add_adapter("added", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    from_peft(model, base)
+    save_adapter(base, tmp_path / "after")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    assert torch.equal(logits(base.model), before)
+    layer = next(iter(lora_layers(base.model).values()))
+    master = layer.weights("default")[1]
+    assert not torch.equal(master, master.bfloat16().float())
+    assert layer.adapter_dtypes["added"] is torch.float32
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_the_way_over_takes_no_more_than_the_adapter_once_more(bits: int) -> None:
     """PEFT makes its own matrices before ours take their place; no weight is copied for it.

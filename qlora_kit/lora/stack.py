@@ -26,6 +26,9 @@ FROM_STEP = 3
 """The step of the same rows in which their copies are made: that takes as long as three more."""
 REPEATED = 2
 """Times the stack's numbers that rows may take as their own: rows with one adapter repeat it."""
+APART = 2**10
+"""Times the least of different scalings that their common factor may be: A x of fp16 times less
+than its inverse would lose bits at the lower end."""
 SPARE = 2**28
 """Bytes that copies leave free."""
 
@@ -87,8 +90,8 @@ class Places:
     """What the rows (B,) take of a stack whose ranks are R, of r at most.
 
     `foreign` (B, 1, R) is true where a rank is not the row's; `own` (B * r,) are the places of its
-    ranks, or of the zero. `scaling` is the largest, and `scalings` (B, 1, 1) are those of the rows
-    in it, at most 1, where they are not all alike: A x may only just be in the range of fp16.
+    ranks, or of the zero. `scaling` is the one of all, or the largest, and `scalings` (B, 1, 1) are
+    then those of the rows in it: at most 1, for A x may only just be in the range of fp16.
     """
 
     foreign: Tensor
@@ -114,9 +117,12 @@ class Places:
                 own[row, : span.r] = torch.arange(span.start, span.start + span.r)
                 scalings[row] = span.scaling
         different = {span.scaling for span in found if span is not None}
-        largest = max(different, key=abs)
-        shares = (scalings / largest).to(device) if len(different) > 1 else None
-        return cls(foreign.to(device), own.view(-1).to(device), largest, shares)
+        one, shares = next(iter(different)), None
+        if len(different) > 1:
+            sizes = [abs(scaling) for scaling in different if scaling]
+            one = min(max(sizes), APART * min(sizes))
+            shares = (scalings / one).to(device)
+        return cls(foreign.to(device), own.view(-1).to(device), one, shares)
 
 
 @dataclass

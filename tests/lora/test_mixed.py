@@ -154,28 +154,32 @@ def test_what_other_rows_do_does_not_reach_a_row(which, value):
 
 @torch.no_grad()
 @pytest.mark.parametrize("gathered", [-1, 10**9])
-@pytest.mark.parametrize("other", [64.0, 2.0])
-def test_a_row_that_fp16_can_hold_alone_it_can_hold_beside_others(other, gathered, monkeypatch):
-    """A x is some 480 here, three times that at most: times the scaling it is over 65504."""
+@pytest.mark.parametrize("other", [64.0, 2.0, 1e6])
+@pytest.mark.parametrize(("own", "down", "up"), [(64.0, 60, 1e-6), (0.5, 0.06, 1e-2)])
+def test_what_fp16_can_hold_of_a_row_alone_it_can_beside_others(
+    own, down, up, other, gathered, monkeypatch
+):
+    """A x of 480 is over 65504 if it is scaled, and one of 0.5 nothing as a millionth of itself."""
     monkeypatch.setitem(mixed.GATHERED, "cpu", gathered)
     generator = torch.Generator().manual_seed(1)
     base = nn.Linear(64, 48, bias=False).half().requires_grad_(False)
+    base.weight.zero_()
     layer = LoRALinear(base)
 
     def adapter(name, scaling):
-        down = 60 * torch.randn(8, 64, generator=generator)
-        up = 1e-6 * torch.randn(48, 8, generator=generator)
-        part = Part(base, (down.half(), up.half()), scaling, torch.float16)
+        lora_a = down * torch.randn(8, 64, generator=generator)
+        lora_b = up * torch.randn(48, 8, generator=generator)
+        part = Part(base, (lora_a.half(), lora_b.half()), scaling, torch.float16)
         return Drawn(name, {layer: part})
 
-    a, beside = adapter("a", 64.0), adapter("b", other)
+    a, beside = adapter("a", own), adapter("b", other)
     x = torch.randn(2, 40, 64, generator=generator).half()
     layer.switch.active = a
     alone = layer(x)[0].float()
     layer.switch.active = Mixed.of([a, beside])
     together = layer(x)[0].float()
     assert alone.isfinite().all()
-    # Base, A x and the sum are rounded once each, in either way.
+    # A x is rounded, and rounded again as it is scaled, and the sum is.
     assert relative_error(together, alone) < 4 * torch.finfo(torch.float16).eps
 
 

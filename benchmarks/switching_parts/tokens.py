@@ -14,6 +14,7 @@ from plan_grid import SHAPE
 from torch import Tensor
 
 from qlora_kit.base.base import Base
+from qlora_kit.base.decoder import CACHE
 from qlora_kit.base.linear import base_matmul
 from qlora_kit.base.packed_matmul import Copies, copying_into
 from qlora_kit.base.quantize import decoding
@@ -126,14 +127,15 @@ def _peft(model: Any, prompts: Tensor, names: Sequence[str] | None, *, as_guided
 
     def run(ids: Tensor, cache: Any) -> None:
         before = 0 if cache is None else cache.get_seq_length()
-        held["cache"] = model(
+        output = model(
             input_ids=ids,
             attention_mask=torch.ones(ROWS, before + ids.shape[1], dtype=torch.long),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1 if as_guided else torch.tensor([ids.shape[1] - 1]),
             **by_row,
-        ).past_key_values
+            **{CACHE: cache},
+        )
+        held["cache"] = getattr(output, CACHE)
 
     def step() -> None:
         run(torch.full((ROWS, 1), 5), held["cache"])

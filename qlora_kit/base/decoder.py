@@ -15,10 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora_kit.base.architecture import architecture_of
 from qlora_kit.base.placed_embedding import computed_in
 from qlora_kit.errors import ModelError
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What models and layers take their cache as, and models give it back as: renamed in 5.24."""
 
 
 def layers_path(model: Any) -> str:

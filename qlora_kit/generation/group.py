@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import masking_utils
 
+from qlora_kit.base.decoder import CACHE
 from qlora_kit.base.packed_matmul import Copies, copying_into
 from qlora_kit.base.quantize import decoding
 from qlora_kit.device.target import known_inside, sent, set_inside
@@ -84,11 +85,11 @@ class Group:
                 input_ids=self._input_ids,
                 attention_mask=self._mask,
                 position_ids=self._position_ids,
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=self._last(),
+                **{CACHE: self._cache},
             )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, CACHE)
         if self._parts:
             self._input_ids, self._position_ids = self._parts.popleft()
             self._mask = torch.cat((self._mask, torch.ones_like(self._input_ids)), dim=-1)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from qlora_kit.base.decoder import CACHE
 from qlora_kit.errors import ConfigError, NumericError
 from qlora_kit.generation.sampling import Drawn, Sampling
 from qlora_kit.lora.switch import Active
@@ -67,14 +68,14 @@ class Ticket:
 
 def check_cache(model: PreTrainedModel) -> None:
     """Refuse a model that decodes with states of its own. Errors: `ConfigError`."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    # A wrapper hands on whatever it is given.
-    if not any(
-        one.name == "past_key_values" or one.kind is one.VAR_POSITIONAL for one in parameters
-    ):
+    parameters = inspect.signature(model.forward).parameters
+    # A wrapper hands on whatever it is given. What is nothing but states has no positions.
+    is_wrapper = any(one.kind is one.VAR_POSITIONAL for one in parameters.values())
+    has_keys = "position_ids" in parameters or not model._is_stateful
+    if not (is_wrapper or (CACHE in parameters and has_keys)):
         raise ConfigError(
-            f"no text can be generated with {model.config.model_type} models: they take no "
-            "past_key_values, which rows are decoded with here",
+            f"no text can be generated with {model.config.model_type} models: they keep no keys "
+            "and values in a cache, which rows are decoded with here",
             "generate with transformers; training and export work",
         )
 

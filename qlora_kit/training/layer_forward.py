@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.decoder import decoder_layers, layers_path
+from qlora_kit.base.decoder import CACHE, decoder_layers, layers_path
 from qlora_kit.base.recurrence import state_carriers
 from qlora_kit.device.target import set_inside
 from qlora_kit.kernels.rmsnorm import FrozenNorm, normalize
@@ -55,14 +55,14 @@ class LayerForward:
         A call with a cache, as generation makes it, goes through the model's code.
         """
         run, block = self.original, self.block
-        cached = options.get("past_key_values") is not None
+        cached = options.get(CACHE) is not None
         if cached or _OWN_CODE.get():
             block = None
         elif block is not None and block.rotation != "none":
             block = None if options.get("position_embeddings") is None else block
         if block is not None:
             run, args, options = block.forward, args[:1], {**options, **self._named(args)}
-            for unused in ("past_key_values", "use_cache"):
+            for unused in (CACHE, "use_cache"):
                 options.pop(unused, None)
         if self.level == "none" or not (self.layer.training and torch.is_grad_enabled()):
             return run(*args, **options)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from qlora_kit import AdapterBank
+from qlora_kit.base.decoder import CACHE
 from qlora_kit.base.load import load_base
 from qlora_kit.config.lora import LoRAConfig
 from qlora_kit.errors import ConfigError, NumericError
@@ -54,8 +55,8 @@ def with_own_cache() -> Any:
     model = tiny_model()
 
     def bring(module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = given.get("past_key_values") or OwnCache(config=module.config)
-        return args, {**given, "past_key_values": cache}
+        cache = given.get(CACHE) or OwnCache(config=module.config)
+        return args, {**given, CACHE: cache}
 
     model.register_forward_pre_hook(bring, with_kwargs=True)
     return model
@@ -322,8 +323,8 @@ def test_engines_in_two_threads_leave_other_models_alone(model: Any) -> None:
 
 
 def test_a_model_without_a_cache_of_keys_is_refused_by_name() -> None:
-    """mamba, mamba2, falcon_mamba and xlstm take `cache_params`."""
-    with pytest.raises(ConfigError, match="with mamba models: they take no past_key_values"):
+    """mamba, mamba2, falcon_mamba and xlstm have nothing but states."""
+    with pytest.raises(ConfigError, match="with mamba models: they keep no keys and values"):
         Engine(random_model("mamba"), pad_id=0)
 
 
@@ -509,7 +510,7 @@ def test_the_bytes_of_a_cache_are_said_before_it_is_there(kind: str) -> None:
     for rows, tokens in [(1, 1), (1, 5), (3, 30)]:
         with torch.no_grad():
             ids = torch.full((rows, tokens), 5)
-            layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+            layers = getattr(model(input_ids=ids, use_cache=True), CACHE).layers
         held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
         for layer in layers:
             for name in ("conv_states", "recurrent_states"):

@@ -11,6 +11,7 @@ from families import relative_error, tiny_model, token_ids
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from qlora_kit.base.decoder import CACHE
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora import mixed, passes
 from qlora_kit.lora.inject import lora_layer, lora_layers, switch_of
@@ -82,7 +83,7 @@ def answers(model, switch, active, ids, steps=FROM_STEP):
         positions = positions[:, -1:] + 1
         given = {"attention_mask": mask, "position_ids": positions}
         fed = (ids[:, :1] + step) % 250 + 4
-        out = model(input_ids=fed, past_key_values=out.past_key_values, **given)
+        out = model(input_ids=fed, **{CACHE: getattr(out, CACHE)}, **given)
         found.append(out.logits)
     return torch.cat(found, dim=1)
 

@@ -61,7 +61,8 @@ class TrainingProgress(StepReporter):
         self._bar.stop()
 
     def start(self, before: Evaluation | None) -> None:
-        """Say the loss before the first step."""
+        """Say the loss before the first step, and count the time of steps from here on."""
+        self._ends = deque([self._seconds()], SPEED_STEPS + 1)
         if before is not None:
             self._terminal.print(f"held-out loss before training: {loss_text(before)}")
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from qlora_kit.commands.progress import TrainingProgress, clock
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.training.loop import StepReport
+from qlora_kit.training.loss import Evaluation
 
 
 def terminal_of(width: int, live: bool) -> Terminal:
@@ -83,3 +84,14 @@ def test_times_are_written_with_hours() -> None:
         "1:01:01",
         "100:00:00",
     ]
+
+
+def test_what_came_before_the_first_step_is_no_part_of_the_time_that_is_left() -> None:
+    times = {"now": 0.0}
+    terminal = terminal_of(200, live=False)
+    with TrainingProgress(terminal, 3, "process", lambda: times["now"]) as bar:
+        times["now"] = 68.0  # the held-out rows are read
+        bar.start(Evaluation(loss=7.1, tokens=10))
+        times["now"] += 0.5
+        bar.step(report(1), 2**20)
+    assert "step 1/3  0:00:01 left" in written(terminal)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -55,7 +56,9 @@ def csv_rows(path: Path, delimiter: str, limit: int) -> Rows:
         if not values:
             continue
         if not header:
-            header = values
+            # A space around a name is the one behind a comma: no flag could name it.
+            header = [name.strip() for name in values]
+            _check_parted(header, delimiter, f"{path}:{line}")
             _check_once(header, f"{path}:{line}")
             continue
         if len(values) != len(header):
@@ -157,6 +160,21 @@ def _counted(path: Path, what: str) -> Iterator[list[int]]:
         raise DataError(
             f"{path}:{place[0] + 1}: not {what} that can be read: {reason}", "write the file again"
         ) from error
+
+
+def _check_parted(names: list[str], delimiter: str, where: str) -> None:
+    """Refuse one name that is several, parted as spreadsheets of other languages part them."""
+    said = {",": "commas", ";": "semicolons", "\t": "tabs"}
+    signs = set(names[0]) & said.keys() - {delimiter} if len(names) == 1 else set()
+    if len(signs) != 1 or not all(
+        re.fullmatch(r"\w.*", name) for name in names[0].split(next(iter(signs)))
+    ):
+        return
+    raise DataError(
+        f"{where}: the columns are parted by {said[signs.pop()]}, and are read as parted by "
+        f"{said[delimiter]}",
+        "save the file with commas as .csv, or with tabs as .tsv",
+    )
 
 
 def _check_once(names: list[str], where: str) -> None:

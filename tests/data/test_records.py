@@ -137,6 +137,8 @@ def test_csv_is_the_text_that_stands_there(folder, rows, end, mark):
         ("text,text\na,b\n", 1, 'the column "text" is there twice'),
         ("prompt,completion\na,b\n\na,b,c\n", 4, "3 values below 2 columns"),
         ("prompt,completion\na\n", 2, "1 values below 2 columns"),
+        ("prompt;completion\na, b;c\n", 1, "parted by semicolons, .* as parted by commas; save"),
+        ("prompt\tcompletion\na\tb\n", 1, "parted by tabs, .* as parted by commas; save"),
         ('text\na\n"b\nc', 3, "not CSV"),
         ('text\n"a"b\n', 2, "not CSV"),
         (b"text\na\n\xff\n", 3, "byte 0xff at byte offset 0 of the line .7 of the file"),
@@ -146,6 +148,16 @@ def test_broken_csv_has_its_line(folder, content, line, reason):
     path = put(folder, "rows.csv", content)
     with pytest.raises(DataError, match=rf"{path}:{line}: .*{reason}"):
         read(path)
+
+
+def test_a_space_around_the_name_of_a_column_is_none_of_it(folder):
+    ((_, row),) = read(put(folder, "rows.csv", "prompt, completion\na, b\n"))
+    assert row == {"prompt": "a", "completion": " b"}
+
+
+def test_a_column_whose_name_has_a_sign_of_its_own_is_one_column(folder):
+    ((_, row),) = read(put(folder, "rows.csv", '"a text; or more of it"\na\n'))
+    assert row == {"a text; or more of it": "a"}
 
 
 # --- Parquet and the hub ------------------------------------------------------------------------

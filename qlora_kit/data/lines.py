@@ -189,6 +189,13 @@ def given_rows(option: str, value: Any) -> GivenRows | None:
         return None
     if is_list and value and all(isinstance(one, str) for one in value):
         return None  # several files
+    if hasattr(value, "columns"):
+        # Gone through, pandas gives its columns' names and polars its columns.
+        raise ConfigError(
+            f"{option} is given a {type(value).__name__}, which is a table of columns",
+            "give its rows: data.to_dict('records') of pandas, data.to_dicts() of polars, "
+            "data.to_pylist() of pyarrow",
+        )
     # Of a `datasets.Dataset` no more is asked than that its rows can be gone through again.
     if not is_list and (isinstance(value, Mapping) or not hasattr(value, "__getitem__")):
         raise ConfigError(

@@ -4,10 +4,13 @@ import json
 import math
 
 import datasets
+import pandas
+import pyarrow
 import pytest
 
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data.lines import GivenRows
+from qlora_kit.data.lines import given_rows as given_rows_of
 from qlora_kit.data.rows import load_rows
 from qlora_kit.errors import ConfigError, DataError
 
@@ -50,6 +53,13 @@ def test_the_same_rows_have_the_same_name_and_others_another():
 def test_a_given_row_is_refused_with_its_number(row, words):
     with pytest.raises(DataError, match=words):
         list(given_rows([{"text": "a"}, row], eval_fraction=0, max_row_size="1MiB").train)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.Table.from_pylist, pandas.DataFrame])
+def test_a_table_is_refused_with_the_call_that_gives_its_rows(kind):
+    table = kind(ROWS)
+    with pytest.raises(ConfigError, match=rf"a {type(table).__name__}, which .*to_dict\('records'"):
+        given_rows_of("data", table)
 
 
 def test_rows_that_were_given_once_are_not_looked_for_on_the_disk():

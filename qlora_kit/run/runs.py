@@ -75,7 +75,7 @@ class Comparison:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """What a run gave. Losses are in nats a supervised token; None where nothing was held out.
 
@@ -93,6 +93,12 @@ class RunResult:
     memory_planned: Mapping[str, int]
     memory_measured: Mapping[str, int]
     record: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """What fits a line: a notebook shows it, and `history` has a line a step."""
+        before, after = self.loss_before, self.loss_after
+        losses = "" if before is None else f", held-out loss {before:.3f} -> {after:.3f}"
+        return f"<RunResult {str(self.output_dir)!r}, {self.steps} steps{losses}>"
 
     @staticmethod
     def read(directory: Path) -> RunResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -85,6 +86,11 @@ def test_a_call_is_the_run_of_the_command(place, commands, kind, capfd):
         theirs["eval"]["loss_after"],
     )
     assert result.memory_planned["peak"] >= result.memory_measured["peak"] > 0
+    assert re.fullmatch(
+        rf"<RunResult '{result.output_dir}', {result.steps} steps, "
+        r"held-out loss \d+\.\d{3} -> \d+\.\d{3}>",
+        repr(result),
+    ), "a notebook shows a line"
 
 
 def test_an_interrupted_call_loses_nothing_and_goes_on_with_the_same_rows(place, commands):

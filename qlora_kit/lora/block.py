@@ -48,7 +48,7 @@ from qlora_kit.lora.block_parts import (
     unexplained,
     window,
 )
-from qlora_kit.lora.layer import linears
+from qlora_kit.lora.layer import linears, part_of
 from qlora_kit.lora.tiles import TiledMlp, added_in_place, mlp_in_tiles, over_tiles
 
 SCALAR = "layer_scalar"
@@ -167,9 +167,11 @@ class Block:
 
     def _mlp_in_tiles(self, x: Tensor) -> Tensor:
         """The middle residual (B, T, h) and what the MLP adds to it, tile by tile."""
-        if not torch.is_grad_enabled():
-            return over_tiles(lambda _, tile, to: to.copy_(self._added(*self._mlp(tile, None))), x)
         gate_up, down = self.mlp_linears
+        if not torch.is_grad_enabled():
+            if any(part_of(one).by_row for one in (*gate_up, down)):
+                return self._added(*self._mlp(x, None))
+            return over_tiles(lambda _, tile, to: to.copy_(self._added(*self._mlp(tile, None))), x)
         norms = self.before[1], self.after[1]
         mlp = TiledMlp.of(norms, gate_up, self.gate, down, self.residual_scale)
         return mlp_in_tiles(mlp, x)

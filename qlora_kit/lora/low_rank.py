@@ -40,6 +40,11 @@ class Part:
         """Whether an adapter takes part beside the base."""
         return bool(self.weights)
 
+    @property
+    def by_row(self) -> bool:
+        """Whether what takes part differs from row to row: then it wants all tokens at once."""
+        return False
+
     def of_tile(self, number: int) -> Part:
         """The same for the tile of that number alone, where it drops out any of its tokens."""
         if self.position is None:

@@ -56,6 +56,11 @@ class RowsPart(Part):
         """Whether any row has one; `weights`, those of one adapter, are empty."""
         return bool(self.stacks)
 
+    @property
+    def by_row(self) -> bool:
+        """It does: of a tile of tokens nothing says whose they are."""
+        return True
+
     def add_to(self, y: Tensor, tokens: Tensor) -> None:
         """Add each row's update to the output (..., out_features) of tokens (..., in_features)."""
         x = self._by_row(tokens)

@@ -13,7 +13,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from qlora_kit.base.decoder import CACHE
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora import mixed, passes
+from qlora_kit.lora import dropout, mixed, passes
 from qlora_kit.lora.inject import lora_layer, lora_layers, switch_of
 from qlora_kit.lora.layer import LoRALinear
 from qlora_kit.lora.low_rank import Part
@@ -21,6 +21,7 @@ from qlora_kit.lora.mixed import Mixed, Stacks
 from qlora_kit.lora.stack import FROM_STEP, RowsRoom
 from qlora_kit.lora.switch import Switch
 from qlora_kit.lora.targets import all_linear
+from qlora_kit.training.layer_forward import use_fused_blocks
 
 EXACT = 3e-5
 """Of fp32 logits, whatever the adapter's dtype: sums in another order."""
@@ -108,6 +109,20 @@ def test_each_row_is_what_its_adapter_gives_alone(family, bits, gathered, monkey
             if one is adapter:
                 assert relative_error(together[row], alone[row]) < EXACT
                 assert adapter is None or relative_error(base[row], alone[row]) > 0.01
+
+
+@torch.no_grad()
+def test_rows_of_a_model_whose_mlps_go_over_tiles_keep_their_adapters(monkeypatch):
+    """Of a tile nothing says whose tokens it has: here each is of one row alone."""
+    monkeypatch.setattr(dropout, "TILE_TOKENS", 16)
+    model, switch = adaptable("llama2", 4)
+    mix, ids = Mixed.of([drawn(model, "a", r=4), drawn(model, "b", r=4)]), token_ids(2, 16)
+    switch.active = mix
+    expected = model(input_ids=ids, use_cache=False).logits
+    switch.active = None  # blocks are tried on a few tokens
+    assert use_fused_blocks(model, tiled=True) is None
+    switch.active = mix
+    assert relative_error(model(input_ids=ids, use_cache=False).logits, expected) < EXACT
 
 
 def test_base_products_do_not_grow_with_adapters(monkeypatch):

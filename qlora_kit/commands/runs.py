@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.cells import cell_len
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.terminal import Terminal, size, table_of
 from qlora_kit.config.commands import RunsConfig
-from qlora_kit.run.runs import Comparison, FoundRun, compare, find_runs
+from qlora_kit.run.runs import FINISHED, Comparison, FoundRun, compare, find_runs
 
 SUMMARY = "List the runs of a directory with what they gave, or compare two of them."
 SHOWN = ("model", "data", "bits")
 """Options that have a column; the others are in --json and in a comparison."""
+DROPPED = ("data", "model", "bits")
+"""Those whose column goes where a line has no room for it, in this order: many names hold them."""
+LEAST_NAME = 16
+"""Characters of a run's name in a line, whatever else there is."""
+IN_NAMES, IN_VALUES = "_-", "/, "
+"""After which characters a line may end: of the name of a run, of a path or a list."""
 
 
 @reports_errors
@@ -38,19 +47,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _show_all(runs: Sequence[FoundRun], terminal: Terminal) -> None:
-    table = table_of()
-    table.add_column("run", no_wrap=True)  # a name is copied
-    for title, least in zip(SHOWN, (5, 6, 4), strict=True):
-        table.add_column(title, overflow="fold", min_width=least)
-    for title in LISTED:
-        table.add_column(title, justify="right", no_wrap=True)
-    for run in runs:
+    states = ["" if run.state == FINISHED else f"\n({run.state})" for run in runs]
+    cells = {"run": [run.name + state for run, state in zip(runs, states, strict=True)]}
+    for name in SHOWN:
+        said = (str(run.options.get(name) or "") for run in runs)
         # Of paths, hub ids and samples the last part.
-        said = (
-            str(run.options.get(name) or "").rpartition("/")[2].rpartition(":")[2] for name in SHOWN
-        )
-        name = run.name if run.state == "finished" else f"{run.name}\n({run.state})"
-        table.add_row(name, *said, *(shown(run) for shown in LISTED.values()))
+        cells[name] = [text.rpartition("/")[2].rpartition(":")[2] for text in said]
+    cells |= {title: [shown(run) for run in runs] for title, shown in LISTED.items()}
+    for title in DROPPED:
+        if _width(cells) > terminal.width:
+            del cells[title]
+    room = terminal.width - _width({**cells, "run": []}) + len("run")
+    names = (in_lines(run.name, max(room, LEAST_NAME), IN_NAMES) for run in runs)
+    cells["run"] = [name + state for name, state in zip(names, states, strict=True)]
+    table = table_of()
+    for title in cells:
+        is_left = title not in LISTED
+        table.add_column(title, justify="left" if is_left else "right", overflow="fold")
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
     terminal.show(table)
     for run in runs:
         if run.problem is not None:
@@ -59,11 +74,18 @@ def _show_all(runs: Sequence[FoundRun], terminal: Terminal) -> None:
 
 def _show_both(found: Comparison, terminal: Terminal) -> None:
     """The options that differ, then the figures, a column a run."""
-    table = table_of("", left=[""])
+    table = table_of()
+    table.add_column("", no_wrap=True)
+    titles = max(map(cell_len, (*found.options, *FIGURES)))
+    room = (terminal.width - titles - 3 * len(found.runs)) // len(found.runs) - 1
+    room = max(room, LEAST_NAME)
     for run in found.runs:
-        table.add_column(run.name, justify="right", overflow="fold")
+        name = in_lines(run.name, room, IN_NAMES)
+        table.add_column(name, justify="right", overflow="fold")
     for name, values in found.options.items():
-        table.add_row(name, *("" if value is None else str(value) for value in values))
+        said = (", ".join(map(str, one)) if isinstance(one, list) else str(one) for one in values)
+        lines = ("" if text == "None" else in_lines(text, room, IN_VALUES) for text in said)
+        table.add_row(name, *lines)
     if found.options:
         table.add_section()
     for title, shown in FIGURES.items():
@@ -71,6 +93,28 @@ def _show_both(found: Comparison, terminal: Terminal) -> None:
     terminal.show(table)
     if not found.options:
         terminal.print("no option differs")
+
+
+def in_lines(text: str, width: int, ends: str) -> str:
+    """A text in lines of `width` characters, broken after any of `ends`.
+
+    A part that is longer than a line stays whole.
+    """
+    lines = [""]
+    for part in re.findall(f"[^{ends}]*[{ends}]+|[^{ends}]+", text):
+        if lines[-1] and cell_len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _width(cells: Mapping[str, Sequence[str]]) -> int:
+    """Characters of a table of these columns: each has a space beside it, and a line between."""
+    width = 0
+    for title, column in cells.items():
+        lines = (line for cell in column for line in cell.split("\n"))
+        width += max(map(cell_len, (title, *lines))) + 3
+    return width - 1
 
 
 def _number(value: float | None, form: str) -> str:
@@ -92,9 +136,9 @@ def _peak(run: FoundRun) -> str:
 
 
 def _losses(run: FoundRun) -> str:
-    """Before and after; of a run that is not finished that of its last step."""
+    """Before and after, of the rows held out; else that of the rows of its last step."""
     if run.loss_after is None:
-        return _number(run.last_loss, ".2f")
+        return "" if run.last_loss is None else f"trained {run.last_loss:.2f}"
     return f"{_number(run.loss_before, '.2f')} > {run.loss_after:.2f}"
 
 

@@ -42,6 +42,11 @@ class Terminal:
         """Whether styles are seen."""
         return self.console.is_terminal and not self.console.no_color
 
+    @property
+    def width(self) -> int:
+        """Characters of a line."""
+        return self.console.width
+
     def print(self, *parts: str | tuple[str, str], end: str = "\n", wrapped: bool = False) -> None:
         """One text of several parts, each a text or a (text, style); `wrapped` between words."""
         self.console.print(_styled(*parts), end=end, soft_wrap=not wrapped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from qlora_kit import finetune
 from qlora_kit.commands.runs import main
+from qlora_kit.commands.terminal import size
 from qlora_kit.files.lock import locked
 from qlora_kit.run.runs import BROKEN, FINISHED, INTERRUPTED, RUNNING, find_runs
 
@@ -121,6 +123,36 @@ def test_two_runs_are_compared_by_what_differs(
     shown = capsys.readouterr().out
     assert "stopped" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_at_80_columns_names_break_at_their_parts_and_figures_not_at_all(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "llama-3.1-8b-instruct-customer_questions-of-2026-4bit-second"
+    for folder in (name, f"{name}-2"):
+        shutil.copytree(runs / "done", tmp_path / folder)
+    shutil.copytree(runs / "stopped", tmp_path / "stopped")
+    done, stopped = find_runs(runs)
+    parts = re.findall(r"[^-_]+", name)
+    both = ["--compare", name, "--compare", f"{name}-2", "--runs_dir"]
+    for arguments in (["--runs_dir"], both):
+        assert main([*arguments, str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        assert "…" not in shown
+        for part in parts:
+            assert shown.count(part) == 2
+        assert shown.count(size(done.peak_bytes)) == 2
+    assert main(["--runs_dir", str(tmp_path)]) == 0
+    assert f"trained {stopped.last_loss:.2f}" in capsys.readouterr().out
+    record = json.loads((tmp_path / name / "run.json").read_text())
+    record["config"] |= {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]}
+    (tmp_path / name / "run.json").write_text(json.dumps(record))
+    assert main([*both, str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for option in ("target_modules", *record["config"]["target_modules"]):
+        assert option in shown
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class Display(Reporter):
         """Rows, tokens, and what was skipped, cut, or is there twice."""
         self._line("data", f"{rows.train_source} ({rows.format}): {_counts(encoded)}")
         if held_out is None:
-            self._line("held out", "none: no evaluation")
+            self._line("held out", f"{rows.eval_source}; no evaluation")
         else:
             self._line("held out", f"{rows.eval_source}: {_counts(held_out)}")
         for note in encoded.notes():

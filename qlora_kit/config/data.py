@@ -85,7 +85,7 @@ class DataConfig(Options):
         None,
         "share of the rows held out where there is no other held-out file; 0: no evaluation",
         check=between(0, 1, open_high=True),
-        shown_default=str(DEFAULT_EVAL_FRACTION),
+        shown_default=f"{DEFAULT_EVAL_FRACTION}, where that is a row or more",
     )
     format: str = option("auto", "shape of the rows", check=one_of(*DATA_FORMATS))
     max_row_size: str = option("16MiB", "a longer row is an error", check=a_size, metavar="SIZE")

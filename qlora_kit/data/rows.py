@@ -2,8 +2,8 @@
 
 Rows stay on disk: a `Table` reads its file again each time it is gone through, so memory does not
 grow with the file. Held-out rows are the file that was named for them, else the directory's
-`valid.*` or `test.*`, else a share of the records drawn by the seed. The shape is recognised from
-the first row and held to in the rest.
+`valid.*` or `test.*`, else a share of the records drawn by the seed, unless nobody asked for it and
+it is less than one record. The shape is recognised from the first row and held to in the rest.
 
 Left out: file types (`records.py`), fields (`schema.py`), tokens (`encode.py`).
 """
@@ -158,6 +158,13 @@ def load_rows(config: DataConfig, seed: int, given: Mapping[str, GivenRows] | No
     if num_records == 1:
         single = f"none: {words(train_source)} has a single row"
         return Rows(train, (), format, words(train_source), single)
+    if config.eval_fraction is None and fraction * num_records < 1:
+        # One row is more than the share then, and of two rows half of what there is to learn.
+        few = (
+            f"none: {100 * fraction:g} % of the {num_records} rows of {words(train_source)} is "
+            "less than one; --eval_fraction asks for more"
+        )
+        return Rows(train, (), format, words(train_source), few)
     held_out = draw(num_records, fraction, seed)
     return Rows(
         table(train_source, ~held_out),

@@ -37,6 +37,12 @@ def evaluate_model(parsed: Parsed) -> list[dict[str, Any]]:
             "is measured by the run that learns from them (run.json)",
             "give --data with rows of prompt and completion, or of messages",
         )
+    if named.adapters and "data" not in parsed.given[DataConfig] and not found.evaluation:
+        raise ConfigError(
+            f"the run of adapter {', '.join(named.adapters)} trained on all rows of "
+            f"{found.train_source}, and held none out",
+            "give rows as --data",
+        )
     rows, source = found.train, found.train_source
     if found.evaluation:
         rows, source = found.evaluation, found.eval_source

@@ -98,11 +98,11 @@ class SavedAdapter:
         return bool(self.options(DataConfig).get("literal_control_tokens"))
 
     def data(self) -> tuple[DataConfig, int] | None:
-        """The data options and the seed that hold out what the run held out.
+        """The data options and the seed that hold out what the run held out, which may be nothing.
 
-        None where it does not say, or nothing was held out.
+        None where it does not say.
         """
         own, training = self.options(DataConfig), self.options(TrainingConfig)
-        if "data" not in own or own.get("eval_fraction") == 0:
+        if "data" not in own:
             return None
         return DataConfig(**own), training.get("seed", TrainingConfig.seed)

@@ -39,7 +39,9 @@ def verification_rows(
         run = None if adapter is None else adapter.data()
         if run is not None:
             rows, rules = load_rows(*run), EncodeRules.of(run[0])
-            return encode_rows(rows.evaluation, tokenizer, length, rules).rows, rows.eval_source
+            if rows.evaluation:
+                found = encode_rows(rows.evaluation, tokenizer, length, rules)
+                return found.rows, rows.eval_source
     except Exception as error:  # whatever it is: the data of a run need not be here any more
         why = error.problem if isinstance(error, QloraKitError) else repr(error)
         note(f"the run's held-out rows cannot be read, so the sample is: {why}")

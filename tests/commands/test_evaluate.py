@@ -184,6 +184,27 @@ def test_an_adapter_is_evaluated_on_what_its_run_held_out(
     assert evaluated(run, *flags, "--data", tmp_path / "rows.jsonl")["rows"] == 40
 
 
+@pytest.mark.parametrize(("count", "fraction"), [(4, None), (40, 0.0)])
+def test_where_a_run_held_nothing_out_rows_are_asked_for(
+    run: Run, workshop: Any, tmp_path: Path, count: int, fraction: float | None
+) -> None:
+    """A loss of rows that were trained on, or of the package's sample, is not that of the run."""
+    shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    write_rows(tmp_path / "rows.jsonl", count)
+    config = RunConfig(
+        base=BaseConfig(model=str(workshop.base), dtype="fp32"),
+        data=DataConfig(data=str(tmp_path / "rows.jsonl"), eval_fraction=fraction),
+    )
+    (tmp_path / "adapter" / "config.yaml").write_text(dump(config.as_flat()))
+    flags = ("--adapter", tmp_path / "adapter", "--no_exact_match")
+    answer = run("evaluate", *flags)
+    assert (answer.code, "rows.jsonl, and held none out; give rows as --data" in answer.line) == (
+        2,
+        True,
+    )
+    assert evaluated(run, *flags, "--data", tmp_path / "rows.jsonl")["rows"] == count
+
+
 def test_what_cannot_be_evaluated_is_refused(run: Run, workshop: Any, tmp_path: Path) -> None:
     before = tree_hash(workshop.base.parent)
     cases: list[tuple[list[object], int, str]] = [

@@ -221,7 +221,7 @@ def test_the_page_stands_alone_and_says_the_same(capsys, model, chats, tmp_path)
 def test_rows_of_prompts_and_texts_are_shown_too(capsys, model, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"q": "he", "a": "on"}\n' * 3)
-    options = ("--columns", "q=prompt,a=completion", "--rows", 1)
+    options = ("--columns", "q=prompt,a=completion", "--rows", 1, "--eval_fraction", 0.4)
     out = run(capsys, "--model", model, "--data", path, *options).out
     assert "<s>he⟦on</s>⟧" in out
     assert "rows.jsonl (prompt), max_length 200" in out

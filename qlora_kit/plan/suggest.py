@@ -112,6 +112,9 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
         return replace(changed, length=max(longest.tokens, changed.length))
 
     kinds = _kinds(options, device, planner.run.fused)
+    least = least_of_weights(options, planner, plan_of(options))
+    if least + planner.overhead.fixed + planner.overhead.margin(least) > budget_bytes:
+        return []  # a plan of each change takes a minute or two of a large base
     for kind in kinds:
         # Each takes less than the one before, so half of those that are left are planned no more.
         changes = list(kind)
@@ -130,6 +133,21 @@ def suggest(options: Options, planner: Planner, device: str, budget_bytes: int) 
         if (plan := plan_of(together)).fits:
             return [Suggestion(together.differences(options), plan)]
     return []
+
+
+def least_of_weights(options: Options, planner: Planner, plan: MemoryPlan) -> int:
+    """Bytes of the device that weights take whatever is changed here; 0 where that is not known.
+
+    No format has fewer than 4 bits, and without one a weight has at most 32.
+    """
+    fused, device = planner.run.fused, planner.device
+    moves = any(_recompute(options)) or any(_placements(options, device, fused))
+    if device != "cpu" and (moves or plan.placement != planner.placements[-1]):
+        return 0  # more of them may lie on the host
+    quantized, other = plan.bytes["weights_quantized"], plan.bytes["weights_other"]
+    if plan.placement.embedding_on_host:
+        other = 0  # rows that are fetched, as many as a batch asks for
+    return (quantized if options.base.bits in (None, 4) else quantized // 4) + other // 8
 
 
 def _made(options: Options) -> tuple[object, ...]:

@@ -37,7 +37,7 @@ from qlora_kit.plan.levels import choose_levels, layer_work
 from qlora_kit.plan.memory_plan import BatchShape
 from qlora_kit.plan.plan import Planner
 from qlora_kit.plan.plan_memory import plan_memory
-from qlora_kit.plan.suggest import Options, suggest
+from qlora_kit.plan.suggest import Options, least_of_weights, suggest
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.optimizer import make_optimizer
 from qlora_kit.training.prepare import prepare_model
@@ -221,6 +221,31 @@ def test_suggestions_keep_within_what_options_may_be(base_dir):
     planner = Planner(options.base, options.lora, training, "cuda")
     for one in suggest(options, planner, "cuda", 2**30):
         assert one.plan.fits
+
+
+@pytest.mark.parametrize(("device", "bits"), [("cpu", 16), ("cpu", 4), ("cuda", 8), ("cuda", 4)])
+def test_where_weights_alone_are_too_much_no_change_is_planned(base_dir, device, bits):
+    """What is taken for the least of them is below what they are with any change."""
+    one_place = dict.fromkeys(PLACED if device == "cuda" else ("tiled_mlp",), True)
+    training = TrainingConfig(optim="adamw", gradient_checkpointing="full", **one_place)
+    base = BaseConfig(base_dir, bits=bits, dtype="bf16")
+    options = Options(base, LoRAConfig(), training, 256)
+    asked = []
+
+    class Noted(Planner):
+        def plans(self, shapes, *others):
+            asked.extend(shape for shape, _ in shapes)
+            return super().plans(shapes, *others)
+
+    planner = Noted(base, LoRAConfig(), training, device)
+    least = least_of_weights(options, planner, planner.plan(options.largest, budget_bytes=1))
+    assert least > 0
+    changed = replace(options, base=replace(base, bits=4, head_bits=4), length=128)
+    strongest = Planner(changed.base, LoRAConfig(r=8), training, device)
+    assert least <= strongest.plan(changed.largest, budget_bytes=1).bytes["weights"]
+    asked.clear()
+    assert suggest(options, planner, device, 1) == []
+    assert set(asked) == {options.largest}
 
 
 @pytest.mark.parametrize(("device", "packed"), [("cpu", True), ("cuda", False)])

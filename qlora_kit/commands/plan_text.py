@@ -51,7 +51,8 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
         f"{training.gradient_accumulation_steps} times a step, on {plan.device}",
     )
     table = table_of("component", "most in a step", "at the peak", left=["component"])
-    for name, shown in SHOWN.items():
+    names = SHOWN | {"weights_other": "weights in 16 bits"} if options.base.bits == 16 else SHOWN
+    for name, shown in names.items():
         most, there = plan.bytes.get(name, 0), plan.at_peak.get(name, 0)
         if most or there:
             table.add_row(shown, size(most) if most else "", size(there) if there else "")

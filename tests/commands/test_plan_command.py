@@ -120,3 +120,12 @@ def test_longest_rows_are_shown_with_what_has_an_effect(capsys, tmp_path):
     table = capsys.readouterr().out.partition("longest rows that fit")[2]
     assert "all on the device" in table
     assert "embedding" not in table
+
+
+def test_weights_that_are_not_quantized_are_not_called_embeddings(capsys):
+    for bits, name in ((16, "weights in 16 bits"), (4, "embeddings, head, norms")):
+        assert main([*OPTIONS, "--bits", str(bits), "--json"]) == 0
+        other = json.loads(capsys.readouterr().out)["bytes"]["weights_other"]
+        assert main([*OPTIONS, "--bits", str(bits)]) == 0
+        row = next(one for one in capsys.readouterr().out.splitlines() if size(other) in one)
+        assert row.split("│")[0].strip() == name

@@ -19,10 +19,14 @@ from qlora_kit.config.base import DEFAULT_BITS
 from qlora_kit.errors import redacted
 from qlora_kit.export.adapter_files import STAYS_BEHIND
 from qlora_kit.export.card import code
+from qlora_kit.options.checks import size_text
 
 
-def model_card(run: Mapping[str, Any]) -> str:
-    """The Markdown of the adapter's `README.md`, with the YAML that the hub reads at its head."""
+def model_card(run: Mapping[str, Any], *, is_chat: bool = False) -> str:
+    """The Markdown of the adapter's `README.md`, with the YAML that the hub reads at its head.
+
+    `is_chat` says that the rows were chats, so that prompts have to be put into the template.
+    """
     config, model, data = run["config"], run["model"], run["data"]
     train, memory = run["train"], run["memory"]
     base, targets = _public_name(model["name"]), config.get("target_modules")
@@ -32,8 +36,8 @@ def model_card(run: Mapping[str, Any]) -> str:
         f"{_number(train['last_loss'])} at the last",
         f"speed: {_number(train['tokens_per_s'], '.0f')} tokens/s, "
         f"{_number(train['seconds'], '.0f')} s in all",
-        f"peak memory on {code(memory['device'])}: {_gib(memory['measured'])} measured, "
-        f"{_gib(memory.get('planned', {}))} planned",
+        f"peak memory on {code(memory['device'])}: {_peak(memory['measured'])} measured, "
+        f"{_peak(memory.get('planned', {}))} planned",
     ]
     if evaluation := run["eval"]:
         result.insert(0, _held_out(evaluation))
@@ -65,7 +69,7 @@ rows a step{_keys_line(model.get("adapter_keys"))}
 ## Use
 `ADAPTER` is the directory of this file.
 ```
-qlora-kit generate --adapter ADAPTER --prompt TEXT
+qlora-kit generate --adapter ADAPTER{" --chat" if is_chat else ""} --prompt TEXT
 ```
 ```python
 {_peft_example(config, model.get("adapter_keys"), model.get("source_dtype", ""))}
@@ -164,5 +168,5 @@ def _number(value: float | None, form: str = ".4f") -> str:
     return format(value, form) if value is not None and math.isfinite(value) else "not finite"
 
 
-def _gib(components: Mapping[str, int]) -> str:
-    return f"{components['peak'] / 1024**3:.2f} GiB" if "peak" in components else "not"
+def _peak(components: Mapping[str, int]) -> str:
+    return size_text(components["peak"]) if "peak" in components else "not"

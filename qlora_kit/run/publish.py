@@ -40,7 +40,7 @@ def write_result(plan: PreparedRun, place: RunDirectory, record: Mapping[str, An
         save_adapter(base, directory, row_format=plan.rows.form)
         write_companions(base, directory, own_templates=config.data.chat_template is not None)
         write_text(directory / "config.yaml", dump(config.as_flat()))
-        write_text(directory / "README.md", model_card(record))
+        write_text(directory / "README.md", model_card(record, is_chat=plan.rows.is_chat))
         write_json(directory / RESULT, record)
         sync(place.path / METRICS_FILE)
     if config.output.plot is not None:

@@ -95,6 +95,13 @@ def test_the_card_says_what_was_trained_on_what(tmp_path):
     assert "None" not in card
 
 
+def test_the_card_of_chats_says_how_to_ask_in_one_and_no_memory_is_nothing():
+    run = a_run(memory={"device": "cpu", "measured": {"peak": 3 * 2**20}})
+    assert "3.00 MiB measured, not planned" in model_card(run)
+    assert "--adapter ADAPTER --prompt TEXT" in model_card(run)
+    assert "--adapter ADAPTER --chat --prompt TEXT" in model_card(run, is_chat=True)
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_kit import finetune
+from qlora_kit.commands.argv import parse
+from qlora_kit.commands.generate import GROUPS
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data.rows import load_rows
 from qlora_kit.lora.adapter_files import AdapterFiles
+from qlora_kit.run.generate import generate
 from qlora_kit.run.saved_adapter import SavedAdapter
 from qlora_kit.run.trained_form import form_note, form_of, is_plain
 
@@ -94,3 +99,17 @@ def test_a_run_on_a_file_of_one_s_own_says_what_its_rows_were(tmp_path: Path) ->
         assert adapter.files.trained_on["row_format"] == "prompt"
         assert is_plain(adapter)
     assert not is_plain(saved(tmp_path, "data: sample:query\n", row_format="messages"))
+
+
+def test_generate_says_of_an_adapter_that_it_was_trained_on_chats(tmp_path: Path) -> None:
+    data, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    chat = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}]
+    data.write_text(f"{json.dumps({'messages': chat})}\n" * 4)
+    finetune(model="tiny", data=str(data), output_dir=str(run), max_steps=1, eval_fraction=0)
+    asked = ["--adapter", str(run), "--prompt", "2?", "--max_new_tokens", "1"]
+    said = "run was trained on chats: --chat answers as trained"
+    for flags, expected in (([], [said]), (["--chat"], [])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            generate(parse("", "", GROUPS, [*asked, *flags]))
+        assert [str(one.message) for one in caught] == expected

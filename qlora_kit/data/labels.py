@@ -55,7 +55,7 @@ REMEDIES = {
 
 CUT_PROMPT = "the beginning of the prompt"
 CUT_TURNS = "the last turns"
-CUT_TEXT = "nothing: the text is cut into several rows"
+CUT_TEXT = "the text is cut into several rows"
 """What truncation takes from a row."""
 
 TOKEN_CHARACTERS = 256

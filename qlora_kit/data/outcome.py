@@ -116,10 +116,15 @@ class EncodedRows:
         is said with each.
         """
         rows = "held-out rows" if held_out else "rows"
-        notes = [f"{count} {rows} skipped: {reason}" for reason, count in self.skipped.items()]
+
+        def some(count: int) -> str:
+            return f"{count:,} {rows.removesuffix('s') if count == 1 else rows}"
+
+        notes = [f"{some(count)} skipped: {reason}" for reason, count in self.skipped.items()]
         for what, count, tokens in self.cut:
-            lost = f", {tokens:,} tokens lost" if tokens else ""
-            notes.append(f"{count} {rows} truncated{lost}: {what}")
+            # Of a text that goes on in the next row nothing is lost.
+            lost = f"truncated, {tokens:,} tokens lost" if tokens else "longer than --max_length"
+            notes.append(f"{some(count)} {lost}: {what}")
         if self.unused:
             named = [f'"{name}" ({count:,})' for name, count in self.unused[:NAMED]]
             if len(self.unused) > NAMED:
@@ -139,7 +144,8 @@ class EncodedRows:
                 "does not know what stands there"
             )
         if self.duplicates:
-            notes.append(f"{self.duplicates} {rows} are the same as an earlier one")
+            verb = "is" if self.duplicates == 1 else "are"
+            notes.append(f"{some(self.duplicates)} {verb} the same as an earlier one")
         return notes
 
 

@@ -133,6 +133,6 @@ def _said_of_kinds(tensors: Sequence[FileTensor], asked: str, quantized: str | N
     said = []
     for other in sorted({one.kind for one in others}):
         count = sum(one.kind == other for one in others)
-        why = "for its rows are no multiple of 32" if other == "F16" else "the head"
+        why = "their rows are no multiple of 32" if other == "F16" else "the head"
         said.append(f"{count} of {len(tensors)} tensors in {other}, not {asked}: {why}")
     return said

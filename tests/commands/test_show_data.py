@@ -137,10 +137,10 @@ def test_the_terminal_has_rows_counts_lengths_and_reasons(capsys, model, chats):
     assert "spell </s> it\nAssistant:\n⟦it is </s></s>⟧" in out
     assert "skipped: no assistant turn" in out
     assert "tokens, 4 trained on, truncated" in out
-    assert "1 rows skipped: prompt longer than max_length" in out
+    assert "1 row skipped: prompt longer than max_length" in out
     assert f"{chats}:5: prompt longer than max_length" in out
-    assert "1 rows truncated" in out
-    assert "1 rows are the same as an earlier one" in out
+    assert "1 row truncated" in out
+    assert "1 row is the same as an earlier one" in out
     assert re.search(r"batches of 8: [\d.]+% in random order, [\d.]+% with --group_by_length", out)
     assert re.search(r"\d+-\d+ +█+ \d", out)
 
@@ -231,7 +231,7 @@ def test_rows_of_prompts_and_texts_are_shown_too(capsys, model, tmp_path):
     text.write_text("hello he\n" * 100)
     out = run(capsys, "--model", model, "--data", text, "--max_length", 50, "--rows", 2).out
     assert "(part 1 of" in out
-    assert "cut into several rows" in out
+    assert "1 row longer than --max_length: the text is cut into several rows" in out
 
 
 def test_nothing_changes_on_disk_and_nothing_is_written_for_an_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from qlora_kit.generation.sampling import Sampling
 from qlora_kit.generation.text import AnswerText
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.named_base import Named
+from qlora_kit.run.trained_form import form_note
 
 Item = TypeVar("Item")
 
@@ -59,8 +61,14 @@ class Generation:
 def answered(named: Named, prompts: Sequence[Prompt]) -> Generation:
     """The answer to the prompt in pieces, a line end behind it; or each row with its answer.
 
+    Adapters that are asked otherwise than they were trained are named in a warning.
     Errors: those of the base, the adapters and generation.
     """
+    asked = {one.adapter: named.adapters[one.adapter] for one in prompts if one.adapter is not None}
+    chat = named.parsed[GenerateConfig].chat
+    how = "generate without --chat answers" if chat else "--chat answers"
+    if note := form_note(asked, how, plain=not chat):
+        warnings.warn(note, stacklevel=1)
     speed = Speed()
     if named.parsed[GenerateConfig].prompts is None:
         return Generation(_answer_pieces(named, prompts[0], speed), speed)

@@ -5,14 +5,12 @@ Prompts are read, and what paths, JSON and headers show is refused, before torch
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from qlora_kit.config.generation import AdaptersConfig, GenerateConfig
 from qlora_kit.generation.prompts import check_prompt, one_prompt, prompts_of_file
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
-from qlora_kit.run.trained_form import form_note
 
 if TYPE_CHECKING:
     from qlora_kit.run.answers import Generation
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 def generate(parsed: Parsed) -> Generation:
     """The answer to the one prompt in pieces, a line end behind it; or each row with its answer.
 
-    Adapters that are asked otherwise than they were trained are named in a warning.
     Errors: `ConfigError`, `DataError`, those of the base, the adapters and generation.
     """
     options, adapters = parsed[GenerateConfig], parsed[AdaptersConfig]
@@ -33,10 +30,6 @@ def generate(parsed: Parsed) -> Generation:
         prompts = [one_prompt(options, adapters)]
     else:
         prompts = prompts_of_file(options, adapters)
-    asked = {one.adapter: named.adapters[one.adapter] for one in prompts if one.adapter is not None}
-    how = "generate without --chat answers" if options.chat else "--chat answers"
-    if note := form_note(asked, how, plain=not options.chat):
-        warnings.warn(note, stacklevel=1)
     from qlora_kit.run.answers import answered
 
     return answered(named, prompts)

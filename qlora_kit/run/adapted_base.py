@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from qlora_kit.config.base import BaseConfig
 from qlora_kit.lora.adapter import load_adapter
 from qlora_kit.lora.bank import AdapterBank
 from qlora_kit.lora.opening import open_adapter
+from qlora_kit.run.exported_base import quantized_again
 from qlora_kit.run.merged_copy import asked_bits, merge_in_memory
 from qlora_kit.run.named_base import Named, base_of
 from qlora_kit.run.prompt_format import PromptFormat, formats_of
@@ -49,6 +51,8 @@ class AdaptedBase:
         if adapter is not None:
             asked = base_of(parsed, adapter, as_trained=as_trained)
         base = open_base(asked, named.files)
+        if adapter is None and (note := quantized_again(parsed, base)):
+            warnings.warn(note, stacklevel=2)
         for one in named.adapters.values():
             open_adapter(base.model, one.files, None if free else base.info)
         formats = formats_of(base, named.adapters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ def test_the_loss_of_base_adapter_and_export(run: Run, workshop: Any, tmp_path: 
     assert done.code == 0
     export = evaluated(run, "--model", tmp_path / "out", "--bits", 16, "--dtype", "fp32", *flags)
     assert export["loss"] == pytest.approx(adapted["loss"], rel=1e-5)
+    # Four bits once more are another model, which is said unless they are asked for.
+    asked = ("evaluate", "--model", tmp_path / "out", "--no_exact_match", *flags)
+    with pytest.warns(UserWarning, match="out is a model that export wrote, and is quantized to 4"):
+        assert run(*asked).code == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert run(*asked, "--bits", 4).code == 0
 
 
 def test_answers_are_right_where_they_equal_the_completion(

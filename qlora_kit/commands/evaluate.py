@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
+from qlora_kit.commands.progress import working
 from qlora_kit.commands.terminal import Terminal, table_of
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.data import DataConfig
@@ -23,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
     parsed = parse("qlora-kit evaluate", SUMMARY, GROUPS, argv)
     from qlora_kit.run.evaluate import evaluate_model
 
-    reports, terminal = evaluate_model(parsed), Terminal()
+    terminal = Terminal()
+    with working(terminal, "evaluating"):
+        reports = evaluate_model(parsed)
     if parsed[EvaluateConfig].json:
         terminal.json(reports if len(reports) > 1 else reports[0], indent=2)
     elif len(reports) > 1:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.failure import reports_errors
 from qlora_kit.commands.plan_text import print_plan
+from qlora_kit.commands.progress import working
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.config.base import BaseConfig
 from qlora_kit.config.commands import PlanConfig
@@ -30,9 +31,11 @@ def main(argv: Sequence[str]) -> int:
     parsed = parse("qlora-kit plan", SUMMARY, GROUPS, argv, beside=beside)
     from qlora_kit.plan.ask import plan_for
 
-    answer = plan_for(parsed)
+    terminal = Terminal()
+    with working(terminal, "planning"):
+        answer = plan_for(parsed)
     if parsed[PlanConfig].json:
-        Terminal().json(answer.as_json())
+        terminal.json(answer.as_json())
     else:
-        print_plan(answer, Terminal())
+        print_plan(answer, terminal)
     return 0

@@ -6,12 +6,14 @@ run stands and what is left are there at any width.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Self
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_kit.commands.terminal import Terminal, size
 from qlora_kit.run.reporter import StepReporter
@@ -92,6 +94,26 @@ class TrainingProgress(StepReporter):
         if now - self._shown_s >= due_s or report.step == self._total:
             self._shown_s = now
             self._terminal.print("  ".join(parts))
+
+
+@contextlib.contextmanager
+def working(terminal: Terminal, what: str) -> Iterator[None]:
+    """On a terminal `what` is done and for how long, in a line that goes when it is done.
+
+    It is on standard output, for standard error obeys nothing; nothing else is printed meanwhile
+    but warnings, and those stay out of it where they go to a file.
+    """
+    columns = TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    shown = Progress(
+        *columns,
+        console=terminal.console,
+        transient=True,
+        redirect_stderr=sys.stderr.isatty(),
+        disable=not terminal.is_live,
+    )
+    with shown:
+        shown.add_task(what, total=None)
+        yield
 
 
 def loss_text(found: Evaluation | StepReport) -> str:

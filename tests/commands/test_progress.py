@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from qlora_kit.commands.progress import TrainingProgress, clock
+from qlora_kit.commands.progress import TrainingProgress, clock, working
 from qlora_kit.commands.terminal import Terminal
 from qlora_kit.training.loop import StepReport
 from qlora_kit.training.loss import Evaluation
@@ -95,3 +95,13 @@ def test_what_came_before_the_first_step_is_no_part_of_the_time_that_is_left() -
         times["now"] += 0.5
         bar.step(report(1), 2**20)
     assert "step 1/3  0:00:01 left" in written(terminal)
+
+
+def test_what_takes_long_says_so_on_a_terminal_and_leaves_nothing() -> None:
+    for live in (True, False):
+        terminal = terminal_of(80, live)
+        with working(terminal, "planning"):
+            pass
+        shown = written(terminal)
+        assert shown.endswith("\x1b[2K") if live else not shown  # the line is cleared
+        assert ("planning 0:00:00" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)) == live

@@ -287,6 +287,8 @@ def _no_match(model: nn.Module, asked: str, candidates: Sequence[str]) -> Config
     ends = {name.rpartition(".")[2] for name in read_directly(model)}
     if own := sorted(end for end in ends if re.search(rf"\b{end}\b", asked)):
         left_out = f" that takes an adapter: its own code reads the weight of {', '.join(own)}"
+    if re.sub("[^a-z]", "", asked.lower()) in ("all", "alllinear", "alllinears", "linear"):
+        left_out = ", did you mean all-linear?"
     return ConfigError(
         f"target_modules {asked!r} matches no linear of this model{left_out}",
         f"its linears are {by_last_name(candidates)}",

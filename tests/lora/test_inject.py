@@ -91,7 +91,7 @@ def test_targets_by_keyword_name_and_regex(plain):
 
 
 @pytest.mark.parametrize(
-    "target", ["nope_proj", "q_proj,nope_proj", r".*nope.*", "proj", ["", "x"]]
+    "target", ["nope_proj", "q_proj,nope_proj", r".*nope.*", "proj", ["", "x"], "all_linear"]
 )
 def test_a_target_that_matches_nothing_lists_what_there_is(plain, target):
     with pytest.raises(ConfigError) as caught:
@@ -100,6 +100,7 @@ def test_a_target_that_matches_nothing_lists_what_there_is(plain, target):
     assert all(f"{name} (2)" in listed for name in LINEARS)
     if target == "q_proj,nope_proj":
         assert "'nope_proj'" in listed
+    assert ("did you mean all-linear?" in listed) == (target == "all_linear")
     assert not lora_layers(plain)
 
 

@@ -67,6 +67,22 @@ class Named:
         known = (one for one in given if one.files.trained_on)
         return next(known, given[0] if given else None)
 
+    def check_added(self, adapter: SavedAdapter, base: Mapping[str, Any]) -> None:
+        """Refuse one more for a base that is held as `base` says, unless a flag has decided that.
+
+        In other bits the base is another model than the adapter's. Errors: `AdapterError`.
+        """
+        given, said = set(self.parsed.given[BaseConfig]), adapter.files.trained_on
+        if "bits" in given and base["bits"] == 16:
+            given |= set(FORM.values())  # there is no form of 16 bits to decide
+        differences = list(_held_apart(said, base, given, FORM))
+        if differences and not self.allow_other_base:
+            raise AdapterError(
+                "the adapter was not trained on the base as it is held here: "
+                f"{'; '.join(differences)}",
+                "start with the flags that are to hold for all, or with --allow_other_base",
+            )
+
 
 def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) -> BaseConfig:
     """The base options of a command that has an adapter.
@@ -121,16 +137,16 @@ def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) 
     return BaseConfig(**options)
 
 
-AGREED = {
+FORM = {
     "bits": "bits",
     "quant_type": "quant_type",
     "double_quant": "double_quant",
     "skip_modules": "skip_modules",
     "head_bits": "head_bits",
-    "compute_dtype": "dtype",
-    "embedding_rows": "resize_embeddings",
 }
-"""What an adapter's header says of its base, and the flag that decides it for all."""
+"""What an adapter's header says of how its base was held, and the flag that decides it for all."""
+AGREED = {**FORM, "compute_dtype": "dtype", "embedding_rows": "resize_embeddings"}
+"""That, and what else decides the numbers of a base."""
 UNSAID = ("skip_modules", "head_bits", "embedding_rows")
 """Of these the ones that mean something where they are absent."""
 
@@ -151,13 +167,7 @@ def _check_agreement(parsed: Parsed, adapters: Sequence[SavedAdapter]) -> None:
 def _differences(first: SavedAdapter, other: SavedAdapter, given: Collection[str]) -> Iterator[str]:
     """In what the bases of two adapters differ, as far as both say it and no flag decides it."""
     ours, theirs = first.files.trained_on, other.files.trained_on
-    if ours and theirs:
-        for field, flag in AGREED.items():
-            values = [ours.get(field), theirs.get(field)]
-            # 8 bits have no type; an adapter of either says so with its bits.
-            said = field in UNSAID or None not in values
-            if said and flag not in given and values[0] != values[1]:
-                yield f"{field} {joined(values[0] or 'none')} and {joined(values[1] or 'none')}"
+    yield from _held_apart(ours, theirs, given, AGREED)
     if ours.get("fingerprint") and theirs.get("fingerprint"):
         if ours["fingerprint"] != theirs["fingerprint"]:
             yield f"the weights are those of {ours.get('name')} and of {theirs.get('name')}"
@@ -166,6 +176,21 @@ def _differences(first: SavedAdapter, other: SavedAdapter, given: Collection[str
         names = [one.files.config.get("base_model_name_or_path") for one in (first, other)]
         if all(names) and len({_place(str(name)) for name in names}) > 1:
             yield f"they name {names[0]} and {names[1]}"
+
+
+def _held_apart(
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    given: Collection[str],
+    fields: Mapping[str, str],
+) -> Iterator[str]:
+    """In which of some fields two bases differ, as far as both say it and no flag decides it."""
+    for field, flag in fields.items() if ours and theirs else ():
+        values = [ours.get(field), theirs.get(field)]
+        # 8 bits have no type; an adapter of either says so with its bits.
+        said = field in UNSAID or None not in values
+        if said and flag not in given and values[0] != values[1]:
+            yield f"{field} {joined(values[0] or 'none')} and {joined(values[1] or 'none')}"
 
 
 def _place(name: str) -> str:

@@ -37,6 +37,7 @@ def loaded_service(named: Named, key: str | None, say: Callable[[str], None]) ->
 
     def open_adapter(name: str, directory: str) -> Model:
         adapter = SavedAdapter.open(directory)
+        named.check_added(adapter, base.info.as_dict())
         format = format_beside(formats[None], adapter)
         service.check_room(adapter.files)
         bank.add(name, adapter.files, allow_other_base=named.allow_other_base)

@@ -16,8 +16,10 @@ from typing import Any
 import httpx
 import pytest
 from served import KEY, Served, refusal, serving
+from trained import save_trained
 
 from qlora_kit.base import packed_matmul
+from qlora_kit.base.source import TINY
 from qlora_kit.device.found import with_room
 from qlora_kit.errors import ResourceError
 from qlora_kit.serving.listen import listening
@@ -348,6 +350,21 @@ def test_what_is_no_adapter_is_refused_and_nothing_is_added(
             assert response.status_code in (400, 409), (add, response.text)
         refusal(client.delete("/v1/adapters/tiny"), 400)
     assert before == (keyed.service.bank.names, keyed.service.models.names)
+
+
+def test_an_adapter_of_a_base_in_other_bits_is_refused_unless_a_flag_decides_them(
+    adapters: dict[str, Path], keyed: Served, tmp_path: Path
+) -> None:
+    """As it is at the start: in 4 bits the base is another model than the one in 16."""
+    save_trained(TINY, tmp_path / "four", bits=4, dtype="fp32")
+    add = {"name": "four", "path": str(tmp_path / "four")}
+    with serving({"qa": adapters["qa"]}, key=KEY, bits=None) as server, server.client() as client:
+        answer = client.post("/v1/adapters", json=add)
+        assert "bits 4 and 16" in refusal(answer, 400)["message"]
+        assert server.service.bank.names == ("qa",)
+    with keyed.client() as client:  # with --bits 16
+        assert client.post("/v1/adapters", json=add).status_code == 200
+        assert client.delete("/v1/adapters/four").status_code == 200
 
 
 def test_a_server_that_ends_tells_those_that_wait(adapters: dict[str, Path]) -> None:

@@ -66,11 +66,15 @@ class Served:
 def serving(
     adapters: dict[str, Path], *, key: str | None = None, grace_s: float = 5.0, **options: Any
 ) -> Iterator[Served]:
-    """A server of `tiny` and some adapters, by options of `serve`, until the context is left."""
+    """A server of `tiny` and some adapters, by options of `serve`, until the context is left.
+
+    What is None is not given.
+    """
     log: list[str] = []
     given = [f"{name}={directory}" for name, directory in adapters.items()] or None
     options = {**HOW, "adapter": given, "max_new_tokens": 400, **options}
-    parsed = parse_values({"model": "tiny", **options}, GROUPS)
+    said = {name: value for name, value in options.items() if value is not None}
+    parsed = parse_values({"model": "tiny", **said}, GROUPS)
     named = Named.open(parsed, parsed[AdaptersConfig].named)
     service = loaded_service(named, key, log.append)
     ended = threading.Event()

@@ -31,7 +31,8 @@ What "works" means, for each number of bits, on an fp32 model of random weights:
   checkpoint the text model{whole}.
 
 `generate`, `chat`, `serve` and the answers of `evaluate` need a cache of the usual kind: `mamba`,
-`mamba2`, `falcon_mamba` and `xlstm`, which have states of their own, are refused there by name.
+`mamba2`, `falcon_mamba`, `xlstm` and `recurrent_gemma`, which have states of their own, are refused
+there by name.
 
 Random weights say nothing of quality, and a tiny model nothing of speed or memory. What a published
 checkpoint of a family has beside these (8-bit floats, remote code, other names) is not looked at.

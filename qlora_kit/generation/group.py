@@ -24,6 +24,7 @@ from qlora_kit.base.packed_matmul import Copies, copying_into
 from qlora_kit.base.quantize import decoding
 from qlora_kit.device.target import known_inside, sent, set_inside
 from qlora_kit.generation.cache import RowBytes, is_known, join, keep
+from qlora_kit.generation.request import no_cache
 from qlora_kit.generation.step_attention import attending_in_step
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ class Group:
                 logits_to_keep=self._last(),
                 **{CACHE: self._cache},
             )
-        self._cache = getattr(output, CACHE)
+        self._cache = getattr(output, CACHE, None)
+        if self._cache is None:  # RecurrentGemma takes one, and does not give it back
+            raise no_cache(self._model)
         if self._parts:
             self._input_ids, self._position_ids = self._parts.popleft()
             self._mask = torch.cat((self._mask, torch.ones_like(self._input_ids)), dim=-1)

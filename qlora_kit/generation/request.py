@@ -73,11 +73,16 @@ def check_cache(model: PreTrainedModel) -> None:
     is_wrapper = any(one.kind is one.VAR_POSITIONAL for one in parameters.values())
     has_keys = "position_ids" in parameters or not model._is_stateful
     if not (is_wrapper or (CACHE in parameters and has_keys)):
-        raise ConfigError(
-            f"no text can be generated with {model.config.model_type} models: they keep no keys "
-            "and values in a cache, which rows are decoded with here",
-            "generate with transformers; training and export work",
-        )
+        raise no_cache(model)
+
+
+def no_cache(model: PreTrainedModel) -> ConfigError:
+    """That a model gives no cache of the kind that rows are decoded with."""
+    return ConfigError(
+        f"no text can be generated with {model.config.model_type} models: they keep no keys "
+        "and values in a cache, which rows are decoded with here",
+        "generate with transformers; training and export work",
+    )
 
 
 def check_token(model: PreTrainedModel, pad_id: int) -> None:

@@ -95,16 +95,18 @@ class RowsPart(Part):
             add_matmul(y.view(-1, y.shape[-1]), flat, lora_b, scaling)
 
     def _by_row(self, tokens: Tensor) -> Tensor:
-        """`tokens` as (B, T, in_features); some models' code hands them over as (B * T, in)."""
-        if tokens.dim() == 2 and tokens.shape[0] % self.rows == 0:
-            return tokens.reshape(self.rows, -1, tokens.shape[-1])
-        if tokens.dim() != 3 or tokens.shape[0] != self.rows:
+        """`tokens` as (B, T, in_features).
+
+        Some models' code hands them over as (B * T, in), low-rank attention as (B, 1, T, in).
+        """
+        by_row = tokens.dim() > 2 and tokens.shape[0] == self.rows
+        if not by_row and (tokens.dim() != 2 or tokens.shape[0] % self.rows):
             raise AdapterError(
                 f"a linear reads {tuple(tokens.shape)}, which are not the tokens of {self.rows} "
                 "rows: rows with adapters of their own cannot share a batch in this model",
                 "give each adapter a batch of its own",
             )
-        return tokens
+        return tokens.reshape(self.rows, -1, tokens.shape[-1])
 
 
 @dataclass

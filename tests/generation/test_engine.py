@@ -323,9 +323,13 @@ def test_engines_in_two_threads_leave_other_models_alone(model: Any) -> None:
 
 
 def test_a_model_without_a_cache_of_keys_is_refused_by_name() -> None:
-    """mamba, mamba2, falcon_mamba and xlstm have nothing but states."""
+    """mamba, mamba2, falcon_mamba and xlstm have nothing but states, recurrent_gemma keeps them."""
     with pytest.raises(ConfigError, match="with mamba models: they keep no keys and values"):
         Engine(random_model("mamba"), pad_id=0)
+    # It takes a cache, and gives none back.
+    model = random_model("recurrent_gemma", num_hidden_layers=3)
+    with pytest.raises(ConfigError, match="with recurrent_gemma models: they keep no keys"):
+        alone(model, Request([5, 6], 2))
 
 
 def test_logits_that_are_not_finite_end_their_row_alone() -> None:

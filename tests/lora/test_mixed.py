@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from adapted import quantize
+from any_model import random_model
 from families import relative_error, tiny_model, token_ids
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -275,6 +276,19 @@ def test_a_mix_is_refused_where_a_graph_is_made_or_rows_are_not_to_be_found():
             layer(torch.zeros(shape))
 
 
+def check_rows_are_as_alone(model):
+    model.eval().requires_grad_(False)
+    switch = Switch()
+    for name in all_linear(model):
+        lora_layer(model, name, switch)
+    adapters = of_all_kinds(model)
+    ids = token_ids(len(adapters), 16)
+    together = answers(model, switch, Mixed.of(adapters), ids)
+    for row, adapter in enumerate(adapters):
+        alone = answers(model, switch, adapter, ids)[row]
+        assert relative_error(together[row], alone) < EXACT
+
+
 def test_a_model_that_hands_over_all_rows_as_one_is_right():
     """OPT's MLP reads (B * T, h)."""
     config = OPTConfig(
@@ -287,13 +301,9 @@ def test_a_model_that_hands_over_all_rows_as_one_is_right():
         word_embed_proj_dim=64,
     )
     torch.manual_seed(1)
-    model = OPTForCausalLM(config).eval().requires_grad_(False)
-    switch = Switch()
-    for name in all_linear(model):
-        lora_layer(model, name, switch)
-    adapters = of_all_kinds(model)
-    ids = token_ids(len(adapters), 16)
-    together = answers(model, switch, Mixed.of(adapters), ids)
-    for row, adapter in enumerate(adapters):
-        alone = answers(model, switch, adapter, ids)[row]
-        assert relative_error(together[row], alone) < EXACT
+    check_rows_are_as_alone(OPTForCausalLM(config))
+
+
+def test_low_rank_attention_that_hands_over_one_head_of_all_is_right():
+    """It expands keys and values of (B, 1, T, rank)."""
+    check_rows_are_as_alone(random_model("youtu"))

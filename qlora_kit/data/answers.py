@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.chat_mask import chat_tokens, chats
 from qlora_kit.data.chat_template import NO_OPTIONS, ChatOptions
-from qlora_kit.data.rendering import SYSTEM, Messages, Renderer, Rendering, header_text, is_written
+from qlora_kit.data.rendering import (
+    SYSTEM,
+    Messages,
+    Renderer,
+    Rendering,
+    header_text,
+    is_written,
+    unwritten_texts,
+)
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import Tokens, decoded
 from qlora_kit.data.turn_spans import behind_prompt
@@ -113,7 +121,10 @@ def _probe(answer: str, kind: str, system: bool) -> Row:
 
 
 def _end(row: Row, tokens: Tokens, options: ChatOptions) -> int | None:
-    """The token that ends the last trained turn of a chat; None where there is none."""
+    """The token that ends the last trained turn of a chat; None where there is none.
+
+    Only a control token ends one: answers would stop at the first line end, or at a bracket.
+    """
     try:
         found = chats(row, tokens, replace(options, train_on="last"))
     except QloraKitError:
@@ -125,8 +136,8 @@ def _end(row: Row, tokens: Tokens, options: ChatOptions) -> int | None:
     if encoded is None:
         return None
     last = max(turn.span[1] for turn in chat.turns if turn.trained)
-    inside = (token for token, (first, _) in zip(*encoded, strict=True) if first < last)
-    return next(reversed(list(inside)), None)
+    inside = [token for token, (first, _) in zip(*encoded, strict=True) if first < last]
+    return inside[-1] if inside and inside[-1] in tokens.added_ids else None
 
 
 def ends_text(tokenizer: Any, chat: ChatOptions) -> str:
@@ -134,7 +145,10 @@ def ends_text(tokenizer: Any, chat: ChatOptions) -> str:
     ends = sorted(decoded(tokenizer, [one]) for one in turn_ends(tokenizer, chat))
     said = f"turns end with {', '.join(map(repr, ends))}, where answers stop"
     if not ends:
-        said = "turns end with no token of the chat template: answers stop at EOS only"
+        said = (
+            "turns end with no control token of the chat template, so that no end is learnt: "
+            "answers stop at EOS only"
+        )
     return said + (f"; written on {chat.date} (--chat_date)" if chat.date else "")
 
 
@@ -142,9 +156,6 @@ def unwritten(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, options: ChatOptions = NO_OPTIONS
 ) -> str:
     """The parts of a chat that its template does not write, in words; empty where there are none.
-
-    That "Be" stands in the prompt does not say that a message "Be" does, in "Be my guest": so
-    the messages are rendered once more with texts that occur nowhere else.
 
     Not named are ids of calls and what a tool's answer says of its tool, which clients have to
     send, which every template may leave to the order of the messages; nor thoughts of earlier
@@ -161,16 +172,7 @@ def unwritten(
     text = template.render(adapted, header=True).text
     absent = [at for at, message in enumerate(messages) if not is_written(message, text)]
     if not absent:
-        probes = [f"text{at}of{len(messages)}" for at in range(len(messages))]
-        other = [
-            {**message, "content": probe} if message.get("content", "").strip() else message
-            for message, probe in zip(messages, probes, strict=True)
-        ]
-        try:
-            text = template.render(template.adapted(other), header=True).text
-        except DataError:  # a template that reads something out of its texts
-            return ""
-        absent = [at for at, message in enumerate(other) if not is_written(message, text)]
+        absent = unwritten_texts(template, messages, header=True)
     return ", ".join(
         "the system message"
         if messages[at]["role"] in SYSTEM

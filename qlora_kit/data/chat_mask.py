@@ -15,17 +15,27 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_kit.data.chat_template import ChatOptions
-from qlora_kit.data.rendering import SYSTEM, Messages, Renderer, Rendering, is_written
+from qlora_kit.data.rendering import (
+    SYSTEM,
+    Messages,
+    Renderer,
+    Rendering,
+    is_written,
+    unwritten_texts,
+)
 from qlora_kit.data.rows import Row
 from qlora_kit.data.tokens import Skipped, Span, Tokens, in_use, pieces
-from qlora_kit.data.turn_spans import behind_prompt, turn_span
+from qlora_kit.data.turn_spans import behind_prompt, turn_span, with_end
 from qlora_kit.data.turns import left_out
 from qlora_kit.errors import DataError, TokenizerError
 
 NO_TURN = "no assistant turn"
 LEFT_OUT = "the chat template leaves out a part of a message"
+MOST_KINDS = 4096
+"""Kinds of chats, by the roles and fields of their messages, that are remembered at a time."""
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -63,6 +73,8 @@ def chats(row: Row, tokens: Tokens, options: ChatOptions) -> list[Chat] | Skippe
     if parts := left_out(messages, row.content.get("tools"), template.text):
         return Skipped(f"{LEFT_OUT}: {parts}")
     try:
+        if not _is_read(template, messages, "tools" in row.content, tokens.read):
+            return Skipped(LEFT_OUT)
         if GENERATION.search(template.text):
             found = _chats_by_marks(template, messages, trained)
         else:
@@ -76,6 +88,25 @@ def chats(row: Row, tokens: Tokens, options: ChatOptions) -> list[Chat] | Skippe
     return found if found else Skipped(LEFT_OUT)
 
 
+def _is_read(
+    template: Renderer, messages: Messages, tools: bool, known: dict[tuple[Any, ...], bool]
+) -> bool:
+    """Whether the template writes what assistants answer to; asked once for messages of a kind.
+
+    Some write a system text only where a user's message is the last, which is how a model is asked.
+    """
+    key = template.text, tools, *((one["role"], *sorted(filter(one.get, one))) for one in messages)
+    if key not in known:
+        if len(known) == MOST_KINDS:
+            known.clear()
+        last = max(at for at, one in enumerate(messages) if one["role"] == "assistant")
+        absent = set(unwritten_texts(template, messages))
+        if absent:
+            absent &= set(unwritten_texts(template, messages[:last], header=True))
+        known[key] = all(messages[at]["role"] == "assistant" for at in absent)
+    return known[key]
+
+
 def _chats_by_renderings(
     template: Renderer, messages: Messages, assistants: list[int], trained: list[int]
 ) -> list[Chat]:
@@ -87,6 +118,7 @@ def _chats_by_renderings(
         learnt = index in trained
         if span is None or not is_written(messages[index], whole.text[slice(*span)], learnt):
             return _chat_for_each_turn(template, messages, trained)
+        whole, span = with_end(template, messages, index, whole, span)
         turns.append(Turn(span, learnt))
     complete = all(is_written(message, whole.text) for message in messages)
     return [Chat(whole.text, whole.literals, turns)] if complete else []
@@ -115,6 +147,7 @@ def _chat_for_each_turn(template: Renderer, messages: Messages, trained: list[in
             part[-1], own, thoughts=True
         ):
             return []
+        whole, span = with_end(template, part, index, whole, span)
         result.append(Chat(whole.text, whole.literals, [Turn(span, True)]))
     return result
 

@@ -67,6 +67,8 @@ class Renderer:
             raise TokenizerError(f"{where}: {error}", "name one template default") from error
         check_template(self.text, where)
         self.special, self.added = tuple(tokens.special), tuple(tokens.added)
+        self.ends = tuple(tokens.special - {tokenizer.bos_token})
+        """what may end a turn by beginning the next message"""
 
     def adapted(self, messages: Messages) -> Messages:
         """The messages in the form in which the template can write all of them.
@@ -189,6 +191,24 @@ def is_written(message: dict[str, Any], text: str, thoughts: bool = False) -> bo
         part.strip() in text or json.dumps(part.strip(), ensure_ascii=False)[1:-1] in text
         for part in parts
     )
+
+
+def unwritten_texts(template: Renderer, messages: Messages, header: bool = False) -> list[int]:
+    """The places of the messages whose text a template does not write, of those as they came.
+
+    That "22" stands in a chat does not say that a tool's answer "22" does, where an assistant says
+    "It is 22 degrees": so the messages are rendered with texts that occur nowhere else.
+    """
+    probes = [f"text{at}of{len(messages)}" for at in range(len(messages))]
+    other = [
+        {**message, "content": probe} if message.get("content", "").strip() else message
+        for message, probe in zip(messages, probes, strict=True)
+    ]
+    try:
+        text = template.render(template.adapted(other), header).text
+    except DataError:  # a template that reads something out of its texts
+        return []
+    return [at for at, message in enumerate(other) if not is_written(message, text)]
 
 
 def header_text(messages: Messages, tokens: Tokens, options: ChatOptions) -> Rendering:

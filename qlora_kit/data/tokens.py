@@ -115,7 +115,15 @@ class Tokens:
             index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
         } - {self.tokenizer.unk_token_id}
         self.added = {token.content for token in added}
+        # Some vocabularies add runs of blanks and of line ends.
+        self.added_ids = {self.tokenizer.eos_token_id} | {
+            index
+            for index, token in self.tokenizer.added_tokens_decoder.items()
+            if token.content.strip(" \n\t▁")
+        }
         self._controls: dict[str, re.Pattern[str]] = {}
+        self.read: dict[tuple[Any, ...], bool] = {}
+        """kinds of chats, and whether the template writes what is answered (`chat_mask.py`)"""
 
     @property
     def eos(self) -> int:

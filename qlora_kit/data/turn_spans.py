@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora_kit.data.rendering import THOUGHT, Messages, Renderer, Rendering, is_written
 from qlora_kit.data.tokens import Span
+from qlora_kit.errors import DataError
 
 LONGEST_LEAD, LONGEST_END = 256, 2**20
 """Characters that a template may write between the header of an answer and its text, and those of
@@ -33,6 +34,43 @@ def turn_span(template: Renderer, messages: Messages, index: int, whole: Renderi
     if first >= last:
         return None
     return first, first + _trained_length(template, whole.part(first, last))
+
+
+def with_end(
+    template: Renderer, messages: Messages, index: int, whole: Rendering, span: Span
+) -> tuple[Rendering, Span]:
+    """A chat and a turn of it, with the end that a turn has where its template writes it none.
+
+    GLM's answers end where `<|user|>` or `<|observation|>` begins the next message: the model says
+    that token, and stops. Where no message follows, what would begin one is written.
+    """
+    end, message = span[1], messages[index]
+    if whole.text[:end].rstrip().endswith(template.special):
+        return whole, span
+    rest = whole.part(end)
+    if not rest.text:
+        rest = _next_message(template, messages[:index], message)
+    begins = [one for one in template.ends if rest.text.startswith(one)]
+    if not begins or any(first == 0 for first, _ in rest.literals):
+        return whole, span
+    last = end + len(max(begins, key=len))
+    return (whole if whole.part(end).text else whole + rest.part(0, last - end)), (span[0], last)
+
+
+def _next_message(template: Renderer, before: Messages, message: dict[str, Any]) -> Rendering:
+    """What a template writes behind an answer where the next message follows; perhaps nothing."""
+    calls = {name: message[name] for name in ("tool_calls",) if message.get(name)}
+    following = {"role": "tool" if calls else "user", "content": "a"}
+    # Where the thoughts of earlier turns are taken out, a chat without any shows it.
+    plain = {"role": "assistant", "content": "a", **calls}
+    for chat in ([*before, message], [{"role": "user", "content": "a"}, plain]):
+        try:
+            alone, longer = template.render(chat).text, template.render([*chat, following])
+        except DataError:
+            continue
+        if longer.text.startswith(alone):
+            return longer.part(len(alone))
+    return Rendering("")
 
 
 def behind_prompt(template: Renderer, messages: Messages) -> tuple[Rendering, Span] | None:
@@ -76,7 +114,7 @@ def _trained_length(template: Renderer, turn: Rendering) -> int:
     """
     text = turn.text.rstrip()
     literal = len(text) in {last for _, last in turn.literals}
-    ended = text.endswith(template.special) and not literal
+    ended = text.endswith(template.added) and not literal
     return len(text) if ended else len(turn.text)
 
 

@@ -5,7 +5,8 @@ from chat_tokenizer import chat_tokenizer, sentencepiece_decoder
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_kit.data.answers import chat_ids, turn_ends
+from qlora_kit.data.answers import chat_ids, ends_text, turn_ends
+from qlora_kit.data.chat_mask import LEFT_OUT
 from qlora_kit.data.chat_template import ChatOptions
 from qlora_kit.data.encode import encode, prompt_ids
 from qlora_kit.data.outcome import EncodeRules
@@ -138,6 +139,64 @@ def test_what_a_template_writes_behind_every_chat_is_not_learnt():
     )
     with pytest.raises(TokenizerError, match=r"rows.jsonl:1: .*its place cannot be told"):
         encode(chat((U, "a"), (A, "b")), tokenizer_of(template), 1000)
+
+
+# A turn has no end of its own, and thoughts of earlier ones are taken out, as GLM writes chats.
+GLM = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ '<|im_start|>\n' }}"
+    "{% if loop.last and m.reasoning_content %}{{ '(' + m.reasoning_content + ')' }}{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    "{% else %}{{ {'user': '<|eot_id|>', 'tool': '<|end_header_id|>'}[m.role] + m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+)
+
+
+def test_a_turn_without_an_end_ends_where_the_next_message_begins():
+    tokenizer = tokenizer_of(GLM)
+    (row,) = encode(chat((U, "a"), (A, "b"), (U, "c"), (A, "d")), tokenizer, 1000)
+    learnt = [tokenizer.decode([label]) for label in row.labels if label != -100]
+    assert learnt == ["\n", "b", "<|eot_id|>", "\n", "d", "<|eot_id|>"]
+    last = chat((U, "a"), (A, "b"), (T, "c"), (A, "d"))
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    last.content["messages"][1]["tool_calls"] = [call]
+    last.content["messages"][3]["reasoning_content"] = "e"
+    (row,) = encode(last, tokenizer, 1000)
+    (_, text) = shown([row], tokenizer)[0]
+    assert text == '\nb{"name": "f", "arguments": {}}<|end_header_id|>\n(e)d<|eot_id|>'
+    ends = ("<|eot_id|>", "<|end_header_id|>")
+    assert turn_ends(tokenizer) == {*map(tokenizer.convert_tokens_to_ids, ends)}
+
+
+@pytest.mark.parametrize("end", ["\n", " ", "}"])
+def test_answers_do_not_stop_at_what_is_no_control_token(end):
+    tokenizer = tokenizer_of(
+        "{% for m in messages %}{{ m.role + ':' + m.content + '" + repr(end)[1:-1] + "' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    assert turn_ends(tokenizer) == frozenset()
+    assert "no end is learnt" in ends_text(tokenizer, ChatOptions())
+
+
+def test_an_end_that_is_added_and_not_special_is_the_end():
+    tokenizer = tokenizer_of(
+        "{% for m in messages %}" + TURN.replace("|im_", "|own_") + "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|own_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer.add_tokens([AddedToken(f"<|own_{name}|>") for name in ("start", "end")])
+    (row,) = encode(chat((U, "a"), (A, "b\nb"), (U, "c"), (A, "d")), tokenizer, 1000)
+    assert shown([row], tokenizer)[0][1] == "b\nb<|own_end|>d<|own_end|>"
+    assert turn_ends(tokenizer) == {tokenizer.convert_tokens_to_ids("<|own_end|>")}
+
+
+def test_a_tools_answer_that_is_left_out_is_missed_where_an_answer_says_it_again():
+    template = (
+        "{% for m in messages %}{% if m.role != 'tool' %}" + TURN + "{% endif %}{% endfor %}"
+    ) + HEADER
+    row = chat((U, "How warm?"), (A, "weather()"), (T, "22"), (A, "It is 22 degrees."))
+    found = encode(row, tokenizer_of(template), 1000)
+    assert isinstance(found, Skipped)
+    assert found.reason == LEFT_OUT
 
 
 def test_what_is_learnt_is_the_union_of_the_marks():

@@ -98,7 +98,11 @@ def test_fields_as_published_give_the_same_model(bases, tmp_path):
             "heads of 31 elements",
         ),
         ({"per_layer_config": {"1": {"head_dim": 64}}}, "not homogeneous"),
-        ({"num_kv_shared_layers": 4}, "describes no model that can be built"),
+        # Newer releases of transformers build it, with MLPs of another size.
+        (
+            {"num_kv_shared_layers": 4},
+            "no model that can be built|do not fit config",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(bases, tmp_path, changes, said):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import importlib
 import io
 import json
 import os
@@ -27,6 +28,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import qlora_kit
 from qlora_kit.process.signals import SIGNALS
@@ -300,7 +303,11 @@ def serve() -> None:
     from plans_kept import kept_plans
 
     with tempfile.TemporaryDirectory() as plans, kept_plans(Path(plans)):
-        _warm_up()
+        if torch.backends.cuda.is_built():
+            # A plan's backward starts autograd's threads for a card there, which no fork has.
+            _import_what_a_run_does()
+        else:
+            _warm_up()
         gc.collect()
         gc.freeze()  # forks share what is there, and none of them looks for garbage in it
         for line in sys.stdin:
@@ -323,6 +330,22 @@ def _warm_up() -> None:
         job = Job(Path(folder), None).prepare()  # type: ignore[arg-type]
         with contextlib.redirect_stderr(io.StringIO()):
             assert main(job.command(Path(folder) / "run")) == 0
+
+
+def _import_what_a_run_does() -> None:
+    """Import the modules that a run has, which is made in a process of its own."""
+    reads, writes = os.pipe()
+    if not (pid := os.fork()):
+        _warm_up()
+        os.write(writes, "\n".join(sys.modules).encode())
+        os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as names:
+        for name in names.read().split():
+            if name not in sys.modules:
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def _child(request: dict[str, Any]) -> None:

@@ -66,8 +66,8 @@ def _show_answers(
 
 
 def _counts(report: dict[str, Any]) -> str:
-    skipped = f", {report['skipped']} skipped" if report["skipped"] else ""
-    return f"{report['data']}: {report['rows']:,} rows{skipped}, {report['tokens']:,} tokens"
+    lost = "".join(f", {report[how]:,} {how}" for how in ("skipped", "truncated") if report[how])
+    return f"{report['data']}: {report['rows']:,} rows{lost}, {report['tokens']:,} tokens"
 
 
 def _perplexity(report: dict[str, Any]) -> str:

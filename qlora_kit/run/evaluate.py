@@ -20,6 +20,9 @@ from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
 from qlora_kit.run.saved_adapter import SavedAdapter
 
+AS_TRAINED = {"instruction_as_chat", "literal_control_tokens"}
+"""What a run's rows became text by, and so do others that its adapter is evaluated on."""
+
 
 def evaluate_model(parsed: Parsed) -> list[dict[str, Any]]:
     """The loss, perplexity and answers of the base or its adapter, or of the base and several.
@@ -77,5 +80,12 @@ def _data(parsed: Parsed, adapters: Sequence[SavedAdapter]) -> tuple[DataConfig,
         if run is not None:
             own = {name: getattr(data, name) for name in given}
             return replace(run[0], **own), run[1]
+    said = [adapter.options(DataConfig) for adapter in adapters]
+    shared: dict[str, Any] = {
+        name: True
+        for name in AS_TRAINED - given
+        if said and all(options.get(name) for options in said)
+    }
+    data = replace(data, **shared)
     whole = not given & {"eval_data", "eval_fraction"} and is_one_table(data.data)
     return replace(data, eval_fraction=0) if whole else data, options.seed

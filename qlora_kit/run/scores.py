@@ -62,6 +62,7 @@ def scores(named: Named, data: DataConfig, rows: Table, source: str) -> list[dic
                 "data": redacted(source),
                 "rows": len(mine.rows),
                 "skipped": sum(mine.skipped.values()),
+                "truncated": mine.truncated,
                 "tokens": result.tokens,
                 "loss": result.loss,
                 # Beyond what a float holds there is nothing to say.

@@ -192,6 +192,35 @@ def test_an_adapter_is_evaluated_on_what_its_run_held_out(
     assert evaluated(run, *flags, "--data", tmp_path / "rows.jsonl")["rows"] == 40
 
 
+def test_other_rows_become_text_as_those_of_the_run_did(
+    run: Run, workshop: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(workshop.adapter, tmp_path / "adapter")
+    rows = [{"instruction": "Say it.", "output": answer} for answer in ("one", "two</s>three")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    config = RunConfig(
+        base=BaseConfig(model=str(workshop.base), dtype="fp32"),
+        data=DataConfig(data="gone.jsonl", instruction_as_chat=True),
+    )
+    (tmp_path / "adapter" / "config.yaml").write_text(dump(config.as_flat()))
+    flags = ("--adapter", tmp_path / "adapter", "--no_exact_match", "--chat_template", "plain")
+    flags = (*flags, "--data", tmp_path / "rows.jsonl")
+    as_trained = evaluated(run, *flags)
+    assert as_trained == evaluated(run, *flags, "--instruction_as_chat")
+    other = evaluated(run, *flags, "--no_instruction_as_chat")
+    assert other["loss"] != pytest.approx(as_trained["loss"], rel=1e-3)
+
+
+def test_rows_that_are_cut_are_counted(run: Run, workshop: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * length, "completion": "y" * 8} for length in (2, 14)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    flags = ("--model", workshop.base, "--data", tmp_path / "rows.jsonl", "--no_exact_match")
+    assert evaluated(run, *flags)["truncated"] == 0
+    flags = (*flags, "--max_length", 20)
+    assert evaluated(run, *flags)["truncated"] == 1
+    assert "rows.jsonl: 2 rows, 1 truncated, " in run("evaluate", *flags).out
+
+
 @pytest.mark.parametrize(("count", "fraction"), [(4, None), (40, 0.0)])
 def test_where_a_run_held_nothing_out_rows_are_asked_for(
     run: Run, workshop: Any, tmp_path: Path, count: int, fraction: float | None

@@ -93,7 +93,8 @@ def write_bnb(base: Base, adapter: str | None, options: ExportConfig, directory:
             return numbers(tensor, dtype)
         moved = merged_into != "none" and tensor.linear in merged
         unchanged = not moved and merged_into != "original"
-        make = partial(linears.tensors, base, tensor, dtype, unchanged=unchanged)
+        how = {"unchanged": unchanged, "beside_changed": merged_into != "none"}
+        make = partial(linears.tensors, base, tensor, dtype, **how)
         sizes = checkpoint_bytes(tensor.shape, linears.quantization)
         names = [tensor.name.removesuffix("weight") + suffix for suffix in sizes]
         return Piece(names, sum(sizes.values()), make)

@@ -57,17 +57,24 @@ class BnbLinears:
         return BnbLinears(held, named, tuple(sorted(every.keys() - named)))
 
     def tensors(
-        self, base: Base, tensor: ExportTensor, dtype: torch.dtype, *, unchanged: bool
+        self,
+        base: Base,
+        tensor: ExportTensor,
+        dtype: torch.dtype,
+        *,
+        unchanged: bool,
+        beside_changed: bool = False,
     ) -> dict[str, Tensor]:
         """The tensors of a linear by their names in the files; `tensor` is its weight.
 
-        `unchanged`: it is what training multiplied by. Errors: `NumericError`.
+        `unchanged`: it is what training multiplied by. `beside_changed`: others are not, and what
+        all say of themselves is one `dtype`. Errors: `NumericError`.
         """
         name, owner = tensor.linear, tensor.name.removesuffix("weight")
         assert name is not None
         stored = base.form.stored.get(name)
         if unchanged and self.quantization.bits == base.quantization.bits:
-            if stored is not None:
+            if stored is not None and not beside_changed:
                 made = {suffix: as_stored(entry) for suffix, entry in stored.entries.items()}
             else:
                 module = base.model.get_submodule(name)

@@ -29,6 +29,7 @@ from torch import Tensor
 from qlora_kit.base.base import Base
 from qlora_kit.config.export import LORA_FILE, ExportConfig
 from qlora_kit.errors import ExportError, NumericError
+from qlora_kit.export.head import head_notes
 from qlora_kit.export.tensors import dtype_of, name_of
 from qlora_kit.generation.decode import end_ids
 from qlora_kit.gguf.file import Fields, FileTensor, write_gguf_file
@@ -103,6 +104,8 @@ def lora_notes(base: Base, options: ExportConfig) -> Sequence[str]:
             f"the adapter is for {where}, which --format gguf --merge_base none writes: on a "
             "GGUF of the original base it is another model",
         )
+    if base.is_tied:  # else that GGUF has the head as it was trained on
+        notes = (*notes, *head_notes(base, options))
     if base.embedding_rows is None:
         return notes
     return (

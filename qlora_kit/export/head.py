@@ -63,7 +63,8 @@ def head_notes(base: Base, options: ExportConfig) -> list[str]:
     if not base.is_tied:
         return [f"{trained}: the export has that, dequantized; --merge_base original has the exact"]
     if not _may_untie(options):
-        return [f"{trained}: the export has the exact one, which it shares with the embedding"]
+        where = "a GGUF of the base" if options.format == "gguf-lora" else "the export"
+        return [f"{trained}: {where} has the exact one, which it shares with the embedding"]
     return [
         f"{trained}, which is no longer the embedding: the export has both, and its config.json "
         "says tie_word_embeddings false; --merge_base original has one, exact, for both"
@@ -71,4 +72,4 @@ def head_notes(base: Base, options: ExportConfig) -> list[str]:
 
 
 def _may_untie(options: ExportConfig) -> bool:
-    return options.format != "gguf" and not options.with_towers
+    return not options.format.startswith("gguf") and not options.with_towers

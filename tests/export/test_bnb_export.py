@@ -246,6 +246,22 @@ def test_a_merge_is_quantized_from_its_sum_and_the_rest_stays(
     assert all(f".{adapted}." in name for name in moved)
 
 
+def test_a_merge_on_files_that_were_quantized_in_another_dtype_is_one_checkpoint(
+    plain: Path, tmp_path: Path
+) -> None:
+    """Each linear says what it was quantized from; where they differ nobody here reads it."""
+    save_quantized(plain / "llama", tmp_path / "stored", **QUANTIZED["nf4"])
+    lora = LoRAConfig(r=4, alpha=8, target_modules=("q_proj",))
+    base = trained(tmp_path / "stored", dtype="fp32", lora=lora)
+    out = export_model(base, tmp_path / "out", format="hf-4bit", merge_base="dequantized")
+    found, before = tensors_of(out), tensors_of(tmp_path / "stored")
+    kept = [name for name in found if name.endswith("v_proj.weight")]
+    assert all(torch.equal(found[name], before[name]) for name in kept)
+    read = load_base(str(out), dtype="fp32", device="cpu").model
+    # The update is quantized anew.
+    assert relative_error(logits_of(read), logits_of(base.model)) < 0.1
+
+
 def assert_quantized(found: dict[str, Tensor], name: str, weight: Tensor, bits: int) -> None:
     """The tensors of a linear are those that bitsandbytes makes of a weight in fp32."""
     if bits == 8:

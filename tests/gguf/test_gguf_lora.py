@@ -259,6 +259,15 @@ def test_the_base_that_a_quantized_one_is_in_gguf_is_noted(saved: Path, tmp_path
     assert not lora_notes(plain, options(tmp_path))
 
 
+def test_a_head_that_no_gguf_of_the_base_has_is_noted(saved: Path, tmp_path: Path) -> None:
+    """Where it is the embedding's, and was trained on in other bits."""
+    save_checkpoint(tmp_path / "tied", "qwen2", torch.float32)
+    for directory, said in ((tmp_path / "tied", "a head in 4 bits: a GGUF of the"), (saved, "")):
+        asked = BaseConfig(str(directory), bits=8, head_bits=4, dtype="fp32")
+        _, *notes = lora_notes(open_base(asked), options(tmp_path / "out"))
+        assert (len(notes), said in " ".join(notes)) == (bool(said), True)
+
+
 def test_the_context_is_that_up_to_which_llama_cpp_computes_the_same(tmp_path: Path) -> None:
     """Beyond it the model has other factors; the file of the whole model says the same."""
     save_model(tmp_path / "base", "phi4_mini")

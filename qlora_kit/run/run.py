@@ -231,7 +231,10 @@ class Run:
         """The held-out loss after this step, unless it is known; the best adapter is kept."""
         output, progress = self._plan.config.output, self.state.progress
         known = progress.history and progress.history[-1][0] == progress.step
-        if not output.eval_steps or progress.step % output.eval_steps or known:
+        # Of the last step it is asked whether it is the best, wherever it stands.
+        is_last = output.load_best and progress.step == self._plan.schedule.num_steps
+        due = output.eval_steps and (progress.step % output.eval_steps == 0 or is_last)
+        if not due or known:
             return
         found = self._held_out.loss(progress.step)
         if found is None:

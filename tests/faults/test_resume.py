@@ -119,6 +119,17 @@ def test_the_best_adapter_is_saved_and_survives_a_kill(job, output):
     assert result_of(killed_at) == result_of(output)
 
 
+def test_the_last_adapter_may_be_the_best_wherever_the_last_step_stands(job, output):
+    falling = job.having("--eval_steps", "2", "--max_steps", "3", "--save_steps", "0", *ALL)
+    assert falling.run(output, "--load_best").code == 0
+    run = json.loads((output / "run.json").read_text())
+    history = {entry["step"]: entry["loss"] for entry in run["eval"]["history"]}
+    assert sorted(history) == [2, 3]
+    assert history[3] < history[2], history  # or the test shows nothing
+    assert run["train"]["best_step"] == 3
+    assert run["eval"]["loss_after"] == history[3]
+
+
 def test_taking_the_best_adapter_is_not_begun_or_given_up_on_the_way(job, output):
     """The checkpoint of a run without it has no best adapter, and the last is not the best."""
     for first, second in (((), ("--load_best",)), (("--load_best",), ())):

@@ -261,12 +261,16 @@ def test_a_signal_while_something_is_imported_waits_for_the_import(tmp_path):
 def test_stopped_in_the_last_evaluation_the_last_adapter_is_saved_and_not_the_best(job, tmp_path):
     """So that a run that goes on from there is the run that never stopped."""
     kept, stopped = tmp_path / "kept", tmp_path / "stopped"
+    # Before the first step, after steps 3 and 5 (the worse one at such a rate), and of the best.
+    job = job.having(
+        "--eval_steps", "3", "--learning_rate", "30", "--lr_scheduler_type", "constant"
+    )
     assert job.run(kept, "--load_best").code == 0
     outcome = job.having("--save_steps", "0").run(
         stopped, "--load_best", inject="signal_in last-evaluation SIGTERM"
     )
     assert outcome.code == 143, outcome.output
-    assert "taking the adapter of step" in outcome.output
+    assert "taking the adapter of step 3" in outcome.output
     name = "checkpoint-5/training.safetensors"
     assert (stopped / name).read_bytes() == (kept / name).read_bytes()
 

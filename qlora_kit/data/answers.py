@@ -136,8 +136,13 @@ def _end(row: Row, tokens: Tokens, options: ChatOptions) -> int | None:
     if encoded is None:
         return None
     last = max(turn.span[1] for turn in chat.turns if turn.trained)
-    inside = [token for token, (first, _) in zip(*encoded, strict=True) if first < last]
-    return inside[-1] if inside and inside[-1] in tokens.added_ids else None
+    inside = [(token, span) for token, span in zip(*encoded, strict=True) if span[0] < last]
+    # A line end of the template's stands behind it, where the template marks that as trained.
+    while inside and inside[-1][0] not in tokens.added_ids:
+        _, span = inside.pop()
+        if chat.text[slice(*span)].strip():
+            return None
+    return inside[-1][0] if inside else None
 
 
 def ends_text(tokenizer: Any, chat: ChatOptions) -> str:

@@ -178,6 +178,15 @@ def test_answers_do_not_stop_at_what_is_no_control_token(end):
     assert "no end is learnt" in ends_text(tokenizer, ChatOptions())
 
 
+def test_a_line_end_that_is_marked_behind_the_end_is_not_the_end():
+    # As TRL's templates for training have it.
+    tokenizer = tokenizer_of(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% generation %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endgeneration %}{% endfor %}" + HEADER
+    )
+    assert turn_ends(tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
 def test_an_end_that_is_added_and_not_special_is_the_end():
     tokenizer = tokenizer_of(
         "{% for m in messages %}" + TURN.replace("|im_", "|own_") + "{% endfor %}"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.commands.argv import parse
 from qlora_kit.commands.display import Display
 from qlora_kit.commands.failure import reports_errors
-from qlora_kit.config.run import FINETUNE_GROUPS
+from qlora_kit.config.run import FINETUNE_GROUPS, QUICKSTART
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.process.signals import StopSignals
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from qlora_kit.run.run import Run
 
 SUMMARY = "Load a base in 4, 8 or 16 bits, train LoRA adapters on it, save them."
-QUICKSTART = Path(__file__).resolve().parent.parent / "assets" / "quickstart.yaml"
 
 
 @partial(reports_errors, output_is_product=False)

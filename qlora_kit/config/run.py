@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_kit.config.base import BaseConfig
@@ -21,6 +22,8 @@ from qlora_kit.options.parsed import Parsed
 RUN_GROUPS = (BaseConfig, DataConfig, LoRAConfig, TrainingConfig, OutputConfig)
 FINETUNE_GROUPS = (*RUN_GROUPS, HubConfig)
 """What `finetune` takes: where an adapter goes afterwards is no part of the run that made it."""
+QUICKSTART = Path(__file__).resolve().parents[1] / "assets" / "quickstart.yaml"
+"""The options of `finetune` where it is not told which run is meant."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from qlora_kit.errors import CheckpointError, ConfigError
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.lock import LOCK
 from qlora_kit.run.directory import RESULT, Content, content_of, run_directory
-from qlora_kit.training.checkpoint_folder import numbered, prune_unplanned
+from qlora_kit.training.checkpoint_folder import STATE, numbered, prune_unplanned
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
+
+CONFIG = "config.yaml"
 
 
 def output_directory(config: RunConfig, bits: int | None) -> Path:
@@ -90,6 +92,41 @@ def _asks_for_more(config: RunConfig, saved: dict[str, Any], steps: object) -> b
         more = isinstance(steps, int) and now.max_steps > steps
         return more and now.max_steps != saved.get("max_steps")
     return isinstance(epochs, (int, float)) and now.num_train_epochs > epochs
+
+
+def check_resumed_place(config: RunConfig, *, unasked: bool) -> None:
+    """Refuse a run's directory where a checkpoint is named: which one of it is not said.
+
+    So is a checkpoint of another model or other data than those of `config`, where these are
+    `unasked`: the quickstart's. Errors: `ConfigError`, `CheckpointError`.
+    """
+    name = config.output.resume_from_checkpoint
+    if name is None or name == "auto":
+        return
+    path = Path(name).expanduser()
+    run, what = path, "a run"
+    if content_of(path) not in (Content.INTERRUPTED, Content.FINISHED):
+        if not unasked or not (path / STATE).is_file():
+            return
+        saved = read_json(path / STATE, CheckpointError, limit=64 * 1024**2).get("config")
+        if not isinstance(saved, dict) or not {"model", "data"} <= saved.keys():
+            return  # refused when it is resumed
+        if (saved.get("model"), saved.get("data")) == (config.base.model, config.data.data):
+            return
+        run, what = path.parent, f"of a run of {saved.get('model')} on {saved.get('data')}"
+    way = f"--output_dir {run} --resume_from_checkpoint {'auto' if run == path else name}"
+    if not unasked:
+        raise ConfigError(
+            f"--resume_from_checkpoint {name} is a run, and no checkpoint",
+            f"{way} goes on from its newest one",
+        )
+    there = (run / CONFIG).is_file()
+    raise ConfigError(
+        f"--resume_from_checkpoint {name} is {what}, and no --model, --data or --config is given",
+        f"go on with --config {run / CONFIG} {way}"
+        if there
+        else f"go on with the flags that it was started with, and {way}",
+    )
 
 
 def check_place(config: RunConfig, target_dir: Path, model: Path | None) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from qlora_kit.base.checks import BaseFiles
 from qlora_kit.config.base import BaseConfig
-from qlora_kit.config.run import RunConfig
+from qlora_kit.config.run import QUICKSTART, RunConfig
 from qlora_kit.data.lines import GivenRows
 from qlora_kit.data.rows import Rows
 from qlora_kit.options.parsed import Parsed, refuse_tokens
 from qlora_kit.run.method import rows_of_run
 from qlora_kit.run.metrics import check_plot, check_trackers
 from qlora_kit.run.named_base import Named
-from qlora_kit.run.place import check_place
+from qlora_kit.run.place import check_place, check_resumed_place
 from qlora_kit.run.saved_adapter import SavedAdapter
 from qlora_kit.run.sending import check_sending
 
@@ -59,6 +59,7 @@ def read_request(parsed: Parsed, given: Mapping[str, GivenRows] | None = None) -
     config = RunConfig.of(parsed)
     check_trackers(config.output.report_to)
     check_plot(config.output.plot, config.output.overwrite)
+    check_resumed_place(config, unasked=parsed.config_file == str(QUICKSTART))
     config, rows = rows_of_run(config, given)
     name = config.lora.adapter
     if name is not None and config.output.resume_from_checkpoint is not None:

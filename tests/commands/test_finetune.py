@@ -329,6 +329,27 @@ def test_without_a_flag_the_quickstart_is_shown_and_run(tmp_path, capsys, monkey
     assert (config["model"], config["bits"], config["max_steps"]) == ("tiny", 4, 2)
 
 
+def test_a_run_that_is_named_as_a_checkpoint_is_answered_with_what_goes_on_with_it(
+    tmp_path, capsys, monkeypatch
+):
+    """It was taken for a folder of the quickstart's: '--output_dir . is not empty'."""
+    monkeypatch.chdir(tmp_path)
+    Path("w/checkpoint-1").mkdir(parents=True)
+    Path("w/checkpoint-1/state.json").write_text('{"config": {"model": "tiny", "data": "mine"}}')
+    for named in ("w", "w/checkpoint-1"):
+        newest = f"--output_dir w --resume_from_checkpoint {'auto' if named == 'w' else named}"
+        assert main(["--resume_from_checkpoint", named]) == 2
+        error = error_of(capsys)
+        assert f"--resume_from_checkpoint {named} is " in error
+        assert error.endswith(f"go on with the flags that it was started with, and {newest}")
+    Path("w/config.yaml").write_text("model: tiny")
+    assert main(["--resume_from_checkpoint", "w"]) == 2
+    newest = "--output_dir w --resume_from_checkpoint auto"
+    assert error_of(capsys).endswith(f"; go on with --config w/config.yaml {newest}")
+    assert main(["--model", "tiny", "--resume_from_checkpoint", "w"]) == 2
+    assert f"w is a run, and no checkpoint; {newest} goes on from its" in error_of(capsys)
+
+
 def test_the_default_name_has_the_bits_that_the_base_is_quantized_in(inputs, tmp_path, monkeypatch):
     """Without --bits a checkpoint of 8 bits is held in 8."""
     source = AutoModelForCausalLM.from_pretrained(

@@ -51,7 +51,10 @@ class AdaptedBase:
         if adapter is not None:
             asked = base_of(parsed, adapter, as_trained=as_trained)
         base = open_base(asked, named.files)
-        if adapter is None and (note := quantized_again(parsed, base)):
+        note = quantized_again(parsed, base)
+        if adapter is not None:
+            note = named.note_of_form(base.info.as_dict())
+        if note:
             warnings.warn(note, stacklevel=2)
         for one in named.adapters.values():
             open_adapter(base.model, one.files, None if free else base.info)

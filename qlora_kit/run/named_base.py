@@ -72,16 +72,27 @@ class Named:
 
         In other bits the base is another model than the adapter's. Errors: `AdapterError`.
         """
-        given, said = set(self.parsed.given[BaseConfig]), adapter.files.trained_on
-        if "bits" in given and base["bits"] == 16:
-            given |= set(FORM.values())  # there is no form of 16 bits to decide
-        differences = list(_held_apart(said, base, given, FORM))
+        differences = _held_otherwise(adapter, base, self.parsed.given[BaseConfig])
         if differences and not self.allow_other_base:
             raise AdapterError(
                 "the adapter was not trained on the base as it is held here: "
                 f"{'; '.join(differences)}",
                 "start with the flags that are to hold for all, or with --allow_other_base",
             )
+
+    def note_of_form(self, base: Mapping[str, Any]) -> str | None:
+        """What to say where a flag decided how the base is held, and adapters were not trained so.
+
+        None where nothing is to be said, or `allow_other_base` has been.
+        """
+        apart = {name: _held_otherwise(one, base, ()) for name, one in self.adapters.items()}
+        said = [f"{name} ({', '.join(how)})" for name, how in apart.items() if how]
+        if not said or self.allow_other_base:
+            return None
+        return (
+            f"not trained on the base as it is held here: {', '.join(said)}: "
+            f"{'it answers' if len(said) == 1 else 'they answer'} on another model than was trained"
+        )
 
 
 def base_of(parsed: Parsed, adapter: SavedAdapter, *, as_trained: bool = False) -> BaseConfig:
@@ -191,6 +202,15 @@ def _held_apart(
         said = field in UNSAID or None not in values
         if said and flag not in given and values[0] != values[1]:
             yield f"{field} {joined(values[0] or 'none')} and {joined(values[1] or 'none')}"
+
+
+def _held_otherwise(
+    adapter: SavedAdapter, base: Mapping[str, Any], given: Collection[str]
+) -> list[str]:
+    """In what an adapter's base differs from one that is held as `base` says, unless decided."""
+    # There is no form of 16 bits.
+    fields = FORM if base["bits"] != 16 else {"bits": "bits"}
+    return list(_held_apart(adapter.files.trained_on, base, given, fields))
 
 
 def _place(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,20 @@ def answers_of(run: Run, *flags: object) -> list[dict[str, Any]]:
     answer = run("generate", *flags)
     assert answer.code == 0, answer.err
     return [json.loads(line) for line in answer.out.splitlines()]
+
+
+def test_an_adapter_on_a_base_in_other_bits_is_said_to_be_another_model(
+    run: Run, adapters: Mapping[str, Path]
+) -> None:
+    """A flag decides it for the base, and says nothing of what that does to the adapter."""
+    flags = ("generate", *flags_of(adapters, "a"), "--prompt", "a", "--max_new_tokens", 1)
+    for bits in (8, 16):
+        said = rf"base as it is held here: a \(bits 4 and {bits}\): it answers on another model"
+        with pytest.warns(UserWarning, match=said):
+            run(*flags, "--bits", bits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(*flags).code == run(*flags, "--bits", 8, "--allow_other_base").code == 0
 
 
 def test_rows_of_a_file_are_answered_by_their_adapters_as_by_each_alone(

@@ -27,7 +27,7 @@ class StepReporter:
     """Is called with each step of a run."""
 
     def start(self, before: Evaluation | None) -> None:
-        """The loss before the first step, where something is held out."""
+        """The next thing is a step; `before` is the held-out loss of a run that is not resumed."""
 
     def step(self, report: StepReport, peak: int) -> None:
         """A step is done; `peak` is in bytes."""

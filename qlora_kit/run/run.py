@@ -71,6 +71,7 @@ class Run:
             bar.start(before)
         else:
             self._evaluate_if_due()
+            bar.start(None)
 
     def steps(self) -> Iterator[MicroBatches]:
         """The micro-batches of each step that is left; ends early when nothing gets better."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from qlora_kit import RunResult, finetune
 from qlora_kit.commands.finetune import main
 from qlora_kit.data.lines import GivenRows
 from qlora_kit.errors import ConfigError, DataError, ModelError
+from qlora_kit.run.reporter import Reporter, StepReporter
 
 OPTIONS = {
     "bits": 4,
@@ -93,6 +95,22 @@ def test_a_call_is_the_run_of_the_command(place, commands, kind, capfd):
     ), "a notebook shows a line"
 
 
+class Told(Reporter, StepReporter):
+    """Notes what it is told of the steps."""
+
+    def __init__(self):
+        self.calls = []
+
+    def progress(self, total_steps, memory):
+        return contextlib.nullcontext(self)
+
+    def start(self, before):
+        self.calls.append("start")
+
+    def step(self, report, peak):
+        self.calls.append("step")
+
+
 def test_an_interrupted_call_loses_nothing_and_goes_on_with_the_same_rows(place, commands):
     handler, output = signal.getsignal(signal.SIGINT), place / "interrupted"
 
@@ -116,7 +134,9 @@ def test_an_interrupted_call_loses_nothing_and_goes_on_with_the_same_rows(place,
     ):
         with pytest.raises((ConfigError, DataError), match=words):
             finetune(data=data, resume_from_checkpoint="auto", **options)
-    result = finetune(data=ROWS, resume_from_checkpoint="auto", **options)
+    told = Told()
+    result = finetune(data=ROWS, resume_from_checkpoint="auto", progress=told, **options)
+    assert told.calls[:2] == ["start", "step"], "the time of steps is counted from the first on"
     assert result.adapter.read_bytes() == (commands / "adapter_model.safetensors").read_bytes()
     again = finetune(data=ROWS, resume_from_checkpoint="auto", **options)
     assert again == result, "a finished run gives its result again"

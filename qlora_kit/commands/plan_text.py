@@ -51,7 +51,8 @@ def print_plan(answer: Answer, terminal: Terminal) -> None:
         f"{training.gradient_accumulation_steps} times a step, on {plan.device}",
     )
     table = table_of("component", "most in a step", "at the peak", left=["component"])
-    names = SHOWN | {"weights_other": "weights in 16 bits"} if options.base.bits == 16 else SHOWN
+    is_whole = options.base.bits == 16
+    names = SHOWN | {"weights_other": "weights, not quantized"} if is_whole else SHOWN
     for name, shown in names.items():
         most, there = plan.bytes.get(name, 0), plan.at_peak.get(name, 0)
         if most or there:

@@ -123,7 +123,7 @@ def test_longest_rows_are_shown_with_what_has_an_effect(capsys, tmp_path):
 
 
 def test_weights_that_are_not_quantized_are_not_called_embeddings(capsys):
-    for bits, name in ((16, "weights in 16 bits"), (4, "embeddings, head, norms")):
+    for bits, name in ((16, "weights, not quantized"), (4, "embeddings, head, norms")):
         assert main([*OPTIONS, "--bits", str(bits), "--json"]) == 0
         other = json.loads(capsys.readouterr().out)["bytes"]["weights_other"]
         assert main([*OPTIONS, "--bits", str(bits)]) == 0

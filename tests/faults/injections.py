@@ -99,6 +99,20 @@ def full_device_in_optimizer() -> None:
     _before_each_step(lambda step, model: at.update(step=step))
 
 
+def bug_in_optimizer() -> None:
+    """The same with an error that says nothing of memory."""
+
+    def half_a_step(optimizer: Any, args: Any, options: Any) -> None:
+        first = optimizer.param_groups[0]["params"][0]
+        if at["step"] == 4 and has_values(first):
+            first.data.add_(1.0)
+            raise RuntimeError("shapes do not match")
+
+    at = {"step": 0}
+    register_optimizer_step_pre_hook(half_a_step)
+    _before_each_step(lambda step, model: at.update(step=step))
+
+
 def full_device_after_the_passes() -> None:
     """In step 4, when its gradients are there and nothing has been done with them."""
     real = loop.total_norm

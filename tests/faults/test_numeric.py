@@ -126,6 +126,13 @@ def test_a_step_that_the_optimizer_took_half_of_is_not_saved(job, reference, out
     assert {name: (output / name).read_bytes() for name in reference} == reference
 
 
+def test_a_step_that_fails_half_taken_is_not_saved_whatever_it_failed_with(job, output):
+    settings = job.having("--save_steps", "2", "--save_total_limit", "9")
+    failed = settings.run(output, inject="bug_in_optimizer")
+    assert failed.code not in (0, 4), failed.output
+    assert newest(output)[0].step == 2
+
+
 def test_a_device_that_is_full_after_the_passes_loses_no_step(job, reference, output):
     """What the optimizer has not begun with is the state after the step before."""
     settings = job.having("--save_steps", "0")

@@ -100,8 +100,8 @@ class TrainingProgress(StepReporter):
 def working(terminal: Terminal, what: str) -> Iterator[None]:
     """On a terminal `what` is done and for how long, in a line that goes when it is done.
 
-    It is on standard output, for standard error obeys nothing; nothing else is printed meanwhile
-    but warnings, and those stay out of it where they go to a file.
+    It is on standard output: on standard error control sequences are shown, not obeyed. Nothing
+    else is printed meanwhile but warnings, and those stay out of it where they go to a file.
     """
     columns = TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     shown = Progress(

@@ -91,7 +91,8 @@ class Places:
 
     `foreign` (B, 1, R) is true where a rank is not the row's; `own` (B * r,) are the places of its
     ranks, or of the zero. `scaling` is the one of all, or the largest, and `scalings` (B, 1, 1) are
-    then those of the rows in it: at most 1, for A x may only just be in the range of fp16.
+    then those of the rows in it: at most 1, for A x may only just be in the range of fp16, unless
+    they are further than `APART` from each other.
     """
 
     foreign: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from qlora_kit.commands.display import Display
@@ -16,8 +17,10 @@ from qlora_kit.process.start import ready_for_torch
 from qlora_kit.run.reporter import Reporter
 from qlora_kit.run.runs import RunResult
 
-ROWS = ("data", "dataset", "eval_data")
-"""The options whose value may also be rows: `dataset` is `data`."""
+TRAINED = {"data", "dataset"}
+"""Both names of one option."""
+ROWS = (*sorted(TRAINED), "eval_data")
+"""The options whose value may also be rows."""
 
 
 def finetune(*, progress: bool | Reporter = False, **options: Any) -> RunResult:
@@ -42,6 +45,9 @@ def finetune(*, progress: bool | Reporter = False, **options: Any) -> RunResult:
 
     with StopSignals() as signals, ready_for_torch():
         try:
+            if all(options.get(name) is None for name in TRAINED) and TRAINED & options.keys():
+                # None leaves an option alone. A variable that was never filled is None as well.
+                warnings.warn("data is None: trained on is the package's sample", stacklevel=2)
             given: dict[str, GivenRows] = {}
             for name in ROWS:
                 rows = given_rows(name, options.get(name))

@@ -59,6 +59,17 @@ def without_times(run):
     return run
 
 
+@pytest.mark.parametrize("name", ["data", "dataset"])
+def test_data_that_is_none_is_said_to_be_the_sample_and_no_rows_are_refused(tmp_path, name):
+    """None leaves an option alone; here it may be a variable that nobody filled."""
+    (tmp_path / "mine").touch()  # so that the run ends before it trains
+    said = pytest.warns(UserWarning, match="data is None: .* the package's sample")
+    with said, pytest.raises(ConfigError, match="not empty"):
+        finetune(output_dir=str(tmp_path), **{name: None})
+    with pytest.raises(DataError, match=f"{name}: holds no row"):
+        finetune(output_dir=str(tmp_path), **{name: []})
+
+
 @pytest.mark.parametrize("kind", ["file", "list", "Dataset"])
 def test_a_call_is_the_run_of_the_command(place, commands, kind, capfd):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -97,7 +97,8 @@ class Display(Reporter):
             self._line("packing", f"{len(encoded.rows)} rows in {into}")
         shared = held_out.shared_with(encoded) if held_out else 0
         if shared:
-            self.note(f"{shared} of the held-out rows are also trained on")
+            are = "is" if shared == 1 else "are"
+            self.note(f"{shared} of the held-out rows {are} also trained on")
 
     def chats(self, text: str) -> None:
         """At which tokens answers stop, and the day that a dated template writes."""

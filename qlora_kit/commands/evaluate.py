@@ -67,7 +67,8 @@ def _show_answers(
 
 def _counts(report: dict[str, Any]) -> str:
     lost = "".join(f", {report[how]:,} {how}" for how in ("skipped", "truncated") if report[how])
-    return f"{report['data']}: {report['rows']:,} rows{lost}, {report['tokens']:,} tokens"
+    rows = f"{report['rows']:,} row{'' if report['rows'] == 1 else 's'}"
+    return f"{report['data']}: {rows}{lost}, {report['tokens']:,} tokens"
 
 
 def _perplexity(report: dict[str, Any]) -> str:

@@ -114,7 +114,9 @@ def _print_report(report: Report, terminal: Terminal) -> None:
         terminal.line("held out", report.held_out.source)
         _print_part(terminal, report.held_out)
         if report.shared:
-            terminal.note(f"{report.shared} held-out rows are also trained on", NOTE)
+            are = "is" if report.shared == 1 else "are"
+            said = f"{_count(report.shared, 'held-out row')} {are} also trained on"
+            terminal.note(said, NOTE)
     packed = ""
     if "packed" in report.padding:
         share = report.padding["packed"]

@@ -214,6 +214,11 @@ def check_room(directory: Path, needed: int, what: str) -> None:
     while not place.exists():
         place = place.parent
     stats = os.statvfs(place)
+    if not stats.f_blocks:  # as /proc and /sys are: nothing that is freed makes it room
+        raise ResourceError(
+            f"{directory}: its file system offers no room for files",
+            "choose another place with --output_dir",
+        )
     free = stats.f_bavail * stats.f_frsize
     if free < needed:
         raise ResourceError(

@@ -167,8 +167,9 @@ def _check_requests(
     check_token(model, pad_id)
     known = RowAdapters(model, bank)
     for row, request in enumerate(requests):
-        check_request(model, request, f"prompt {row}")
-        known.find(request.adapter, f"prompt {row}")
+        what = "the prompt" if len(requests) == 1 else f"prompt {row}"
+        check_request(model, request, what)
+        known.find(request.adapter, what)
 
 
 def _steps(

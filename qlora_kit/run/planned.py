@@ -7,6 +7,7 @@ from dataclasses import replace
 from qlora_kit.base.base import Base
 from qlora_kit.base.load import read_weights
 from qlora_kit.base.open import open_base
+from qlora_kit.config.base import DEFAULT_BITS
 from qlora_kit.config.run import RunConfig
 from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.device.found import available_bytes
@@ -37,11 +38,16 @@ def planned_run(
         plan = replace(plan, fitting_length=plans.fitting_length(plan))
     if budget is not None and plan.missing_bytes and training.gradient_checkpointing == "auto":
         margin = f" and a margin of {plan.margin_bytes}" if plan.margin_bytes else ""
+        lower = [plan.lower_length]
+        lower += ["--batch_size"] if training.rows > 1 else []
+        lower += (
+            ["--bits"] if base.quantization.bits > DEFAULT_BITS and not base.form.stored else []
+        )
         raise ConfigError(
             f"memory_budget {training.memory_budget} is {plan.missing_bytes} bytes below what the "
             f"run takes with everything recomputed (peak of {plan.peak_bytes} in {plan.place}"
             f"{margin})",
-            f"raise it by that, or lower {plan.lower_length}, --batch_size or --bits; "
+            f"raise it by that, or lower {' or '.join(lower)}; "
             "`qlora-kit plan` with the same options names what would fit",
         )
     return plans.schedule, plan

@@ -219,6 +219,8 @@ def test_rows_that_are_cut_are_counted(run: Run, workshop: Any, tmp_path: Path) 
     flags = (*flags, "--max_length", 20)
     assert evaluated(run, *flags)["truncated"] == 1
     assert "rows.jsonl: 2 rows, 1 truncated, " in run("evaluate", *flags).out
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert "rows.jsonl: 1 row, " in run("evaluate", *flags).out
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(4, None), (40, 0.0)])

@@ -226,7 +226,7 @@ def test_rows_of_prompts_and_texts_are_shown_too(capsys, model, tmp_path):
     assert "<s>he⟦on</s>⟧" in out
     assert "rows.jsonl (prompt), max_length 200" in out
     assert "of the held-out rows" not in out
-    assert "1 held-out rows are also trained on" in out
+    assert "1 held-out row is also trained on" in out
     text = tmp_path / "book.txt"
     text.write_text("hello he\n" * 100)
     out = run(capsys, "--model", model, "--data", text, "--max_length", 50, "--rows", 2).out

@@ -13,7 +13,7 @@ import pytest
 from folders import Stop, contents
 
 from qlora_kit.errors import ConfigError, ResourceError
-from qlora_kit.files.atomic import check_output, replace_file, write_file
+from qlora_kit.files.atomic import check_output, check_room, replace_file, write_file
 from qlora_kit.files.lock import locked
 
 
@@ -31,6 +31,13 @@ def test_a_writer_that_makes_a_private_file_is_corrected(tmp_path: Path, umask: 
 
     replace_file(tmp_path / "file", private)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="no file system without room")
+def test_where_no_file_can_be_nothing_is_said_of_a_full_disk() -> None:
+    with pytest.raises(ResourceError, match="offers no room for files") as refused:
+        check_room(Path("/proc/run"), 1, "a file")
+    assert "free some space" not in str(refused.value)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError("x"), Stop()])

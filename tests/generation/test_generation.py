@@ -254,7 +254,7 @@ def test_nothing_of_the_model_changes_and_it_trains_on_after():
 def test_the_context_is_a_limit_and_the_error_names_the_numbers(model):
     prompt = [[7] * 40]
     assert len(rows_of(model, prompt, max_new_tokens=8)[0]) == 8
-    with pytest.raises(ConfigError, match=r"prompt 0 has 40 .* 9 .* 48; give at most 8"):
+    with pytest.raises(ConfigError, match=r"^the prompt has 40 .* 9 .* 48; give at most 8"):
         generate_ids(model, prompt, max_new_tokens=9, eos_ids=(), pad_id=0)
     with pytest.raises(ConfigError, match="shorten the prompt"):
         generate_ids(model, [[7] * 48], max_new_tokens=1, eos_ids=(), pad_id=0)
@@ -264,8 +264,8 @@ def test_the_context_is_a_limit_and_the_error_names_the_numbers(model):
     ("prompts", "options", "message"),
     [
         ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 96]], {}, "prompt 0 has the token 96, but the model has 96"),
-        ([[-1]], {}, "prompt 0 has the token -1"),
+        ([[1, 96]], {}, "the prompt has the token 96, but the model has 96"),
+        ([[1], [-1]], {}, "prompt 1 has the token -1"),
         ([[1]], {"pad_id": -1}, "padding token -1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([[1]], {"temperature": -0.1}, "temperature must be"),

@@ -17,6 +17,7 @@ from qlora_kit.config.training import TrainingConfig
 from qlora_kit.data.schedule import StepSchedule
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.device.cards import CARDS
+from qlora_kit.errors import ConfigError
 from qlora_kit.plan.step_time import Clock
 from qlora_kit.run.planned import RunPlans, planned_run
 from qlora_kit.run.resume import resumed_training
@@ -62,6 +63,23 @@ def test_elsewhere_the_default_is_one_row_at_a_time(run):
     assert (found.batch_size, found.accumulation) == (1, 4)
     assert (TrainingConfig().rows, TrainingConfig().step_rows) == (1, 16)
     assert TrainingConfig(batch_size="auto") == TrainingConfig()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_budget_that_is_too_small_is_answered_with_what_can_be_lowered(run, bits):
+    """Fewer than 4 bits, or less than a row, are not to be had."""
+    config, base, schedule = run
+    if bits == 8:
+        config = replace(
+            config, base=replace(config.base, bits=8, quant_type=None, double_quant=None)
+        )
+        base = open_base(config.base)
+    asked = {"gradient_checkpointing": "auto", "memory_budget": "1MiB", "batch_size": bits - 3}
+    config = replace(config, training=replace(TRAINING, **asked))
+    with pytest.raises(ConfigError, match="raise it by that, or lower --max_length") as refused:
+        planned_run(config, base, schedule, RANK)
+    flags = " or --batch_size or --bits;" if bits == 8 else ";"
+    assert f"or lower --max_length{flags} " in str(refused.value)
 
 
 def test_a_resumed_run_has_the_micro_batches_that_it_began_with():

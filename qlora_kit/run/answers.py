@@ -17,7 +17,7 @@ from qlora_kit.generation.sampling import Sampling
 from qlora_kit.generation.text import AnswerText
 from qlora_kit.run.adapted_base import AdaptedBase
 from qlora_kit.run.named_base import Named
-from qlora_kit.run.trained_form import form_note
+from qlora_kit.run.trained_form import bare_note, form_note
 
 Item = TypeVar("Item")
 
@@ -67,7 +67,10 @@ def answered(named: Named, prompts: Sequence[Prompt]) -> Generation:
     asked = {one.adapter: named.adapters[one.adapter] for one in prompts if one.adapter is not None}
     chat = named.parsed[GenerateConfig].chat
     how = "generate without --chat answers" if chat else "--chat answers"
-    if note := form_note(asked, how, plain=not chat):
+    note = form_note(asked, how, plain=not chat)
+    if note is None and not chat:
+        note = bare_note(asked, ((one.text, one.adapter) for one in prompts))
+    if note:
         warnings.warn(note, stacklevel=1)
     speed = Speed()
     if named.parsed[GenerateConfig].prompts is None:

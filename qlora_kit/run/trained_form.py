@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from qlora_kit.config.data import DataConfig
 from qlora_kit.data.rows import load_rows
@@ -17,6 +17,8 @@ FORMS = {
     "text": "plain text",
 }
 """The shapes of rows as `Rows.form` has them, in words."""
+MARK = "### Instruction:"
+"""A prompt in Alpaca's form has this line."""
 
 
 def form_of(adapter: SavedAdapter) -> str | None:
@@ -45,6 +47,25 @@ def form_of(adapter: SavedAdapter) -> str | None:
 def is_plain(adapter: SavedAdapter) -> bool:
     """Whether it is known to have been trained on text that no chat template wrote."""
     return form_of(adapter) not in (CHATS, None)
+
+
+def bare_note(
+    adapters: Mapping[str, SavedAdapter], asked: Iterable[tuple[str, str | None]]
+) -> str | None:
+    """What to say of adapters that were trained in Alpaca's form, and are asked otherwise.
+
+    Each of `asked` is a whole prompt and the name of who answers it.
+    """
+    bare = {name for prompt, name in asked if MARK not in prompt}
+    names = [name for name in adapters if name in bare]
+    names = [name for name in names if form_of(adapters[name]) == "instruction"]
+    if not names:
+        return None
+    return (
+        f"{', '.join(names)} {'were' if len(names) > 1 else 'was'} trained on "
+        f'{FORMS["instruction"]}: a prompt in their form, from "{MARK}" to "### Response:" and a '
+        "line end, answers as trained"
+    )
 
 
 def form_note(adapters: Mapping[str, SavedAdapter], how: str, *, plain: bool) -> str | None:

@@ -113,3 +113,18 @@ def test_generate_says_of_an_adapter_that_it_was_trained_on_chats(tmp_path: Path
             warnings.simplefilter("always")
             generate(parse("", "", GROUPS, [*asked, *flags]))
         assert [str(one.message) for one in caught] == expected
+
+
+def test_generate_says_of_a_bare_prompt_that_alpacas_rows_were_none(tmp_path: Path) -> None:
+    data, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    data.write_text('{"instruction": "Add.", "input": "2 2", "output": "4"}\n' * 4)
+    finetune(model="tiny", data=str(data), output_dir=str(run), max_steps=1, eval_fraction=0)
+    asked = ["--adapter", str(run), "--max_new_tokens", "1", "--prompt"]
+    for prompt, said in (("Add.", True), ("### Instruction:\nAdd.\n\n### Response:\n", False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            generate(parse("", "", GROUPS, [*asked, prompt]))
+        notes = [str(one.message) for one in caught]
+        assert ["was trained on Alpaca's instructions: a prompt in" in one for one in notes] == (
+            [True] if said else []
+        )

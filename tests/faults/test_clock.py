@@ -132,10 +132,10 @@ def test_a_finished_run_is_compared_as_one_that_goes_on(job, output, tmp_path):
     auto = ("--resume_from_checkpoint", "auto")
     same = job.run(output, "--data", str(data), *auto)  # the same rows elsewhere
     assert (same.code, "finished; nothing was changed" in same.output) == (0, True)
-    text = (data / "train.jsonl").read_text()
-    (data / "train.jsonl").write_text(text.replace("w3", "w4"))
+    for rows in (data / "train.jsonl", data / "valid.jsonl"):
+        rows.write_text(rows.read_text().replace("w3", "w4"))
     cases = [
-        (("--data", str(data)), "data: other contents"),
+        (("--data", str(data)), "data: other contents; eval_data: other contents"),
         (("--lora_r", "8"), "lora_r: 4 there, 8 here"),
         (("--max_steps", "3"), "max_steps: 5 there, 3 here"),
         (("--learning_rate", "0.5"), "learning_rate: 0.01 there, 0.5 here"),

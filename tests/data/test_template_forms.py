@@ -164,6 +164,12 @@ def test_a_turn_without_an_end_ends_where_the_next_message_begins():
     (row,) = encode(last, tokenizer, 1000)
     (_, text) = shown([row], tokenizer)[0]
     assert text == '\nb{"name": "f", "arguments": {}}<|end_header_id|>\n(e)d<|eot_id|>'
+    # Where each turn is a row, for its thoughts are not in the others.
+    each = chat((U, "a"), (A, "b"), (U, "c"), (A, "d"))
+    for place in (1, 3):
+        each.content["messages"][place]["reasoning_content"] = "e"
+    found = shown(encode(each, tokenizer, 1000), tokenizer)
+    assert [text for _, text in found] == ["\n(e)b<|eot_id|>", "\n(e)d<|eot_id|>"]
     ends = ("<|eot_id|>", "<|end_header_id|>")
     assert turn_ends(tokenizer) == {*map(tokenizer.convert_tokens_to_ids, ends)}
 
@@ -174,6 +180,8 @@ def test_answers_do_not_stop_at_what_is_no_control_token(end):
         "{% for m in messages %}{{ m.role + ':' + m.content + '" + repr(end)[1:-1] + "' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
+    if end == "\n":  # as Gemma's vocabulary adds it
+        tokenizer.add_tokens([AddedToken(end)])
     assert turn_ends(tokenizer) == frozenset()
     assert "no end is learnt" in ends_text(tokenizer, ChatOptions())
 

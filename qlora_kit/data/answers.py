@@ -151,8 +151,8 @@ def ends_text(tokenizer: Any, chat: ChatOptions) -> str:
     said = f"turns end with {', '.join(map(repr, ends))}, where answers stop"
     if not ends:
         said = (
-            "turns end with no control token of the chat template, so that no end is learnt: "
-            "answers stop at EOS only"
+            "turns end with no control token of the chat template: answers stop at EOS only, "
+            "which is not learnt"
         )
     return said + (f"; written on {chat.date} (--chat_date)" if chat.date else "")
 

@@ -183,7 +183,17 @@ def test_answers_do_not_stop_at_what_is_no_control_token(end):
     if end == "\n":  # as Gemma's vocabulary adds it
         tokenizer.add_tokens([AddedToken(end)])
     assert turn_ends(tokenizer) == frozenset()
-    assert "no end is learnt" in ends_text(tokenizer, ChatOptions())
+    assert "EOS only, which is not learnt" in ends_text(tokenizer, ChatOptions())
+
+
+def test_the_start_of_a_text_is_no_end_of_a_turn_before_it():
+    tokenizer = tokenizer_of(
+        "{% for m in messages %}{{ bos_token + '[' + m.content + ']' if m.role == 'user' "
+        "else m.content }}{% endfor %}"
+    )
+    (row,) = encode(chat((U, "a"), (A, "b"), (U, "c"), (A, "d")), tokenizer, 1000)
+    assert shown([row], tokenizer)[0][1] == "bd"
+    assert turn_ends(tokenizer) == frozenset()
 
 
 def test_a_line_end_that_is_marked_behind_the_end_is_not_the_end():

@@ -18,10 +18,7 @@ from qlora_kit.data.source import is_one_table
 from qlora_kit.errors import ConfigError
 from qlora_kit.options.parsed import Parsed
 from qlora_kit.run.named_base import Named
-from qlora_kit.run.saved_adapter import SavedAdapter
-
-AS_TRAINED = {"instruction_as_chat", "literal_control_tokens"}
-"""What a run's rows became text by, and so do others that its adapter is evaluated on."""
+from qlora_kit.run.saved_adapter import SavedAdapter, as_trained
 
 
 def evaluate_model(parsed: Parsed) -> list[dict[str, Any]]:
@@ -82,12 +79,6 @@ def _data(parsed: Parsed, adapters: Sequence[SavedAdapter]) -> tuple[DataConfig,
         if run is not None:
             own = {name: getattr(data, name) for name in given}
             return replace(run[0], **own), run[1]
-    said = [adapter.options(DataConfig) for adapter in adapters]
-    shared: dict[str, Any] = {
-        name: True
-        for name in AS_TRAINED - given
-        if said and all(options.get(name) for options in said)
-    }
-    data = replace(data, **shared)
+    data = as_trained(data, adapters, given)
     whole = not given & {"eval_data", "eval_fraction"} and is_one_table(data.data)
     return replace(data, eval_fraction=0) if whole else data, options.seed

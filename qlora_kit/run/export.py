@@ -87,7 +87,7 @@ def export(
         assert target is not None
         name, notes, serve = export_alone(named.adapter, options, target)
         return Exported(f"{target}, for the base {name}", send, notes, serve)
-    asked = None if options.verify is None else asked_rows(options.verify)
+    asked = None if options.verify is None else asked_rows(options.verify, named.adapter)
     from qlora_kit.run.merge import merge
 
     def rows_for(base: Base) -> tuple[Any, str]:

@@ -5,8 +5,8 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,8 @@ WRITES_CHATS = {"chat_date", "chat_template_args", "merge_system"}
 """The options that decide, beside the template, how a chat is written."""
 ABOUT_CHATS = {*WRITES_CHATS, "train_on"}
 """The options that `chat_options` reads."""
+AS_TRAINED = {"instruction_as_chat", "literal_control_tokens"}
+"""What a run's rows became text by, and so do others that its adapter is measured on."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,19 @@ class SavedAdapter:
         if "data" not in own:
             return None
         return DataConfig(**own), training.get("seed", TrainingConfig.seed)
+
+
+def as_trained(
+    data: DataConfig, adapters: Sequence[SavedAdapter], given: Collection[str]
+) -> DataConfig:
+    """Options of other rows that become text as those of all the adapters' runs did.
+
+    A given option stays as it is.
+    """
+    said = [adapter.options(DataConfig) for adapter in adapters]
+    shared: dict[str, Any] = {
+        name: True
+        for name in AS_TRAINED.difference(given)
+        if said and all(options.get(name) for options in said)
+    }
+    return replace(data, **shared)

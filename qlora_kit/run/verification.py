@@ -11,7 +11,7 @@ from qlora_kit.data.outcome import EncodeRules
 from qlora_kit.data.rows import Rows, load_rows
 from qlora_kit.data.tokens import Encoded
 from qlora_kit.errors import DataError, QloraKitError
-from qlora_kit.run.saved_adapter import SavedAdapter
+from qlora_kit.run.saved_adapter import SavedAdapter, as_trained
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 VERIFY_LENGTH = 512
 
 
-def asked_rows(name: str) -> Rows:
-    """The rows that `--verify` names. Errors: as `load_rows`."""
-    return load_rows(DataConfig(data=name, eval_fraction=0), 0)
+def asked_rows(name: str, adapter: SavedAdapter | None) -> Rows:
+    """The rows that `--verify` names, as the adapter's run read its own. Errors: as `load_rows`."""
+    data = DataConfig(data=name, eval_fraction=0)
+    return load_rows(as_trained(data, [] if adapter is None else [adapter], ()), 0)
 
 
 def verification_rows(

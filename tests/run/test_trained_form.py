@@ -18,6 +18,7 @@ from qlora_kit.lora.adapter_files import AdapterFiles
 from qlora_kit.run.generate import generate
 from qlora_kit.run.saved_adapter import SavedAdapter
 from qlora_kit.run.trained_form import form_note, form_of, is_plain
+from qlora_kit.run.verification import asked_rows
 
 
 def saved(directory: Path, config: str, **said: str) -> SavedAdapter:
@@ -128,3 +129,12 @@ def test_generate_says_of_a_bare_prompt_that_alpacas_rows_were_none(tmp_path: Pa
         assert ["was trained on Alpaca's instructions: a prompt in" in one for one in notes] == (
             [True] if said else []
         )
+
+
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_an_export_is_verified_on_rows_in_the_form_of_the_run(
+    tmp_path: Path, as_chat: bool
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Add.", "output": "4"}\n' * 2)
+    adapter = saved(tmp_path, f"instruction_as_chat: {str(as_chat).lower()}\n")
+    assert asked_rows(str(tmp_path / "rows.jsonl"), adapter).is_chat == as_chat

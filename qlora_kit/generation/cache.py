@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -38,7 +38,8 @@ _STATES = {
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 }
-_KNOWN = {DummyLayer, *_KEYS, *_WINDOWS, *_STATES}
+_EMPTY = {getattr(cache_utils, "DummyLayer", None)}  # since 5.23
+_KNOWN = {*_KEYS, *_WINDOWS, *_STATES, *_EMPTY}
 
 
 def is_known(cache: Any) -> bool:

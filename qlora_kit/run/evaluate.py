@@ -2,7 +2,8 @@
 
 It is the whole of a file, or what a run would hold out: the held-out file of a directory,
 `--eval_data`, or the share that a given `--eval_fraction` draws. Without `--data` it is what the
-adapter's own run held out, so that the loss is the one in its run.json.
+adapter's own run held out, so that the loss is the one in its run.json, but for the rounding of the
+adapter where it was trained in fp32 and saved in 16 bits.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qlora_kit.device.target import has_values
@@ -367,6 +368,11 @@ def _full_evaluation(too_much: Any) -> None:
 
 
 def _room(mebibytes: int) -> None:
+    if torch.backends.cuda.is_built():
+        # A plan's first backward starts a thread for a card, and the C library gives it room.
+        with FakeTensorMode():
+            pass
+        torch.ones(1, requires_grad=True).sum().backward()
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + mebibytes * 1024**2,) * 2)

@@ -51,8 +51,9 @@ class AdaptedBase:
         if adapter is not None:
             asked = base_of(parsed, adapter, as_trained=as_trained)
         base = open_base(asked, named.files)
-        note = quantized_again(parsed, base)
-        if adapter is not None:
+        if adapter is None:
+            note = quantized_again(parsed, base)
+        else:
             note = named.note_of_form(base.info.as_dict())
         if note:
             warnings.warn(note, stacklevel=2)

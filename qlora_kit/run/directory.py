@@ -24,6 +24,8 @@ from qlora_kit.training.checkpoint_folder import numbered
 
 RESULT = "run.json"
 """Written last: where it is, the run is finished."""
+CONFIG = "config.yaml"
+"""The options of the run, which `--config` takes."""
 REPLACED, REPLACING = ".replaced", ".replaced.part"
 
 

@@ -15,13 +15,11 @@ from qlora_kit.data.source import local_files
 from qlora_kit.errors import CheckpointError, ConfigError
 from qlora_kit.files.atomic import check_output
 from qlora_kit.files.lock import LOCK
-from qlora_kit.run.directory import RESULT, Content, content_of, run_directory
+from qlora_kit.run.directory import CONFIG, RESULT, Content, content_of, run_directory
 from qlora_kit.training.checkpoint_folder import STATE, numbered, prune_unplanned
 
 if TYPE_CHECKING:
     from qlora_kit.base.base import Base
-
-CONFIG = "config.yaml"
 
 
 def output_directory(config: RunConfig, bits: int | None) -> Path:

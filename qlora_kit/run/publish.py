@@ -14,7 +14,7 @@ from qlora_kit.files.atomic import sync, write_file
 from qlora_kit.lora.adapter import save_adapter
 from qlora_kit.options.yaml_file import dump
 from qlora_kit.pictures import png, training_figure
-from qlora_kit.run.directory import RESULT, RunDirectory
+from qlora_kit.run.directory import CONFIG, RESULT, RunDirectory
 from qlora_kit.run.metrics import METRICS_FILE, write_json, write_text
 from qlora_kit.run.model_card import model_card
 from qlora_kit.run.prepare import PreparedRun
@@ -39,7 +39,7 @@ def write_result(plan: PreparedRun, place: RunDirectory, record: Mapping[str, An
     with place.result() as directory:
         save_adapter(base, directory, row_format=plan.rows.form)
         write_companions(base, directory, own_templates=config.data.chat_template is not None)
-        write_text(directory / "config.yaml", dump(config.as_flat()))
+        write_text(directory / CONFIG, dump(config.as_flat()))
         write_text(directory / "README.md", model_card(record, is_chat=plan.rows.is_chat))
         write_json(directory / RESULT, record)
         sync(place.path / METRICS_FILE)

@@ -21,6 +21,7 @@ from qlora_kit.lora.adapter_files import AdapterFiles, read_adapter
 from qlora_kit.options.option import Options, as_flat
 from qlora_kit.options.parsed import make_groups
 from qlora_kit.options.yaml_file import read_config
+from qlora_kit.run.directory import CONFIG
 
 WRITES_CHATS = {"chat_date", "chat_template_args", "merge_system"}
 """The options that decide, beside the template, how a chat is written."""
@@ -48,7 +49,7 @@ class SavedAdapter:
 
         Another tool's adapter may hold a config.yaml of its own.
         """
-        path = find(self.files.directory, "config.yaml", AdapterError)
+        path = find(self.files.directory, CONFIG, AdapterError)
         if path is None or not self.files.trained_on:
             return {}
 
@@ -74,7 +75,7 @@ class SavedAdapter:
         try:
             made, _ = make_groups(written, groups)
         except ConfigError as error:
-            path = self.files.directory / "config.yaml"
+            path = self.files.directory / CONFIG
             raise AdapterError(
                 f"{path}: {error.problem}", "restore the file, or remove it"
             ) from error

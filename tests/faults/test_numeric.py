@@ -133,16 +133,21 @@ def test_a_step_that_fails_half_taken_is_not_saved_whatever_it_failed_with(job, 
     assert newest(output)[0].step == 2
 
 
+def check_step_is_saved(job, failed, output, step, reference):
+    """A run that a full device ended stands at that step, and resumes to the reference's bytes."""
+    assert failed.code == 4, failed.output
+    assert newest(output)[0].step == step
+    resumed = job.run(output, "--resume_from_checkpoint", "auto")
+    assert resumed.code == 0, resumed.output
+    assert {name: (output / name).read_bytes() for name in reference} == reference
+
+
 def test_a_device_that_is_full_after_the_passes_loses_no_step(job, reference, output):
     """What the optimizer has not begun with is the state after the step before."""
     settings = job.having("--save_steps", "0")
     failed = settings.run(output, inject="full_device_after_the_passes")
-    assert failed.code == 4, failed.output
     assert "out of memory" in failed.error
-    assert newest(output)[0].step == 3
-    resumed = settings.run(output, "--resume_from_checkpoint", "auto")
-    assert resumed.code == 0, resumed.output
-    assert {name: (output / name).read_bytes() for name in reference} == reference
+    check_step_is_saved(settings, failed, output, 3, reference)
 
 
 def test_states_that_do_not_fit_are_refused_before_the_first_step(job, output):
@@ -227,12 +232,8 @@ def test_a_last_evaluation_that_does_not_fit_loses_no_step(job, reference, outpu
     """By default nothing is saved before the end: hours of training wait for this evaluation."""
     settings = job.having("--save_steps", "0", "--eval_steps", "0")
     failed = settings.run(output, inject="full_device_in_the_last_evaluation")
-    assert failed.code == 4, failed.output
     assert "one held-out row" in failed.error
-    assert newest(output)[0].step == 5
-    resumed = settings.run(output, "--resume_from_checkpoint", "auto")
-    assert resumed.code == 0, resumed.output
-    assert {name: (output / name).read_bytes() for name in reference} == reference
+    check_step_is_saved(settings, failed, output, 5, reference)
 
 
 def test_small_steps_move_every_entry(job, output):
